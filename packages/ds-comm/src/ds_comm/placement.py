@@ -1,0 +1,245 @@
+"""Which rank this process is, read from the environment that its launcher left: a pure function.
+
+Order of the readers, and why:
+1. torchrun's variables (also `ds run`, Kubernetes operators): a launcher that runs inside an allocation sets
+   them for its own processes, while the allocation's variables are inherited from outside.
+2. Open MPI: its daemons may themselves be started by srun, so that SLURM_PROCID is then the daemon's number.
+3. MPICH and Intel MPI (PMI_RANK), unless it is srun that provides PMI: then both agree, and Slurm knows more.
+4. Slurm, for processes that srun started.
+5. A single process.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ds_comm.nodelist import expand_counts, expand_nodes
+
+_DEFAULT_PORT = 29500  # torch's own
+_T = TypeVar("_T")
+
+
+class PlacementError(ValueError):
+    """The environment is incomplete or contradicts itself; the message names the variable and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where this process stands among all processes of a job."""
+
+    rank: int
+    """0 <= rank < world_size."""
+    world_size: int
+    """Number of processes of the job."""
+    local_rank: int
+    """0 <= local_rank < local_size: number of this process on its machine."""
+    local_size: int
+    """Number of processes of the job on this machine."""
+    master_addr: str
+    """Host where rank 0 listens for the others."""
+    master_port: int
+    """TCP port there; 0 for a single process, which has nobody to meet."""
+    source: str
+    """Who placed it: "torchrun", "slurm", "mpi" or "single"."""
+
+    def __post_init__(self) -> None:
+        """Refuses numbers that cannot belong together."""
+        if not 0 <= self.rank < self.world_size:
+            raise PlacementError(
+                f"{self.source}: rank {self.rank} is not below the number of ranks, {self.world_size}; "
+                f"ranks count from 0. Is a variable left over from another job?"
+            )
+        if not 0 <= self.local_rank < self.local_size <= self.world_size:
+            raise PlacementError(
+                f"{self.source}: local rank {self.local_rank} of {self.local_size} on this machine does not "
+                f"fit into {self.world_size} ranks: 0 <= local rank < local size <= number of ranks must "
+                f"hold. Is a variable left over from another job?"
+            )
+
+
+def detect(environ: Mapping[str, str]) -> Placement:
+    """Reads the placement of this process from `environ` (usually os.environ).
+
+    Raises PlacementError if the variables of the launcher found are incomplete, not numbers, or
+    contradictory.
+    """
+    for reader in (_from_torchrun, _from_open_mpi, _from_pmi, _from_slurm):
+        placement = reader(_Variables(environ))
+        if placement is not None:
+            return placement
+    return Placement(
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        local_size=1,
+        master_addr="127.0.0.1",
+        master_port=0,
+        source="single",
+    )
+
+
+class _Variables:
+    """The environment, with complaints."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+
+    def __contains__(self, name: object) -> bool:
+        return bool(self._environ.get(str(name), "").strip())
+
+    def text(self, name: str, remedy: str) -> str:
+        value = self._environ.get(name, "").strip()
+        if not value:
+            raise PlacementError(f"the environment variable {name} is missing: {remedy}")
+        return value
+
+    def number(self, name: str, remedy: str) -> int:
+        value = self.text(name, remedy)
+        try:
+            return int(value)
+        except ValueError:
+            raise PlacementError(f"{name}={value!r} is not a whole number: {remedy}") from None
+
+    def port(self, default: Callable[[], int]) -> int:
+        remedy = "set MASTER_PORT to a free TCP port, the same on every rank (for example 29500)"
+        port = self.number("MASTER_PORT", remedy) if "MASTER_PORT" in self else default()
+        if not 0 < port < 65536:
+            raise PlacementError(f"MASTER_PORT={port} is not a TCP port (1 to 65535): {remedy}")
+        return port
+
+
+def _from_torchrun(env: _Variables) -> Placement | None:
+    if "RANK" not in env and "WORLD_SIZE" not in env:
+        return None
+    start = "start with `ds run` or `torchrun`, which set all of them"
+    unset = f"{start}, or unset RANK and WORLD_SIZE to run a single process"
+    world_size = env.number("WORLD_SIZE", unset)
+    if world_size == 1 and "RANK" not in env:  # some clusters export WORLD_SIZE=1 for single jobs
+        return None
+    rank = env.number("RANK", unset)
+    if world_size == 1:
+        local_rank, local_size = 0, 1
+        if "LOCAL_RANK" in env:
+            local_rank = env.number("LOCAL_RANK", start)
+    else:
+        own = f"{start}, or set it yourself: LOCAL_RANK counts the processes of one machine from 0, "
+        own += "LOCAL_WORLD_SIZE is their number (0 and 1 where each machine runs one process)"
+        local_rank = env.number("LOCAL_RANK", own)
+        local_size = env.number("LOCAL_WORLD_SIZE", own)
+    alone = world_size == 1
+    host = f"set it to the host name of the machine with rank 0, or {start}"
+    return Placement(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_size=local_size,
+        master_addr="127.0.0.1" if alone else env.text("MASTER_ADDR", host),
+        master_port=0
+        if alone
+        else env.port(lambda: env.number("MASTER_PORT", f"set it to a free port, or {start}")),
+        source="torchrun",
+    )
+
+
+def _from_open_mpi(env: _Variables) -> Placement | None:
+    if "OMPI_COMM_WORLD_RANK" not in env:
+        return None
+    remedy = "start the processes with mpirun, which sets it"
+    names = (
+        "OMPI_COMM_WORLD_RANK",
+        "OMPI_COMM_WORLD_SIZE",
+        "OMPI_COMM_WORLD_LOCAL_RANK",
+        "OMPI_COMM_WORLD_LOCAL_SIZE",
+    )
+    return _from_mpi(env, *(env.number(name, remedy) for name in names), forward="mpirun -x MASTER_ADDR=")
+
+
+def _from_pmi(env: _Variables) -> Placement | None:
+    """MPICH's Hydra and Intel MPI, which share their variables."""
+    if "PMI_RANK" not in env:
+        return None
+    remedy = "start the processes with mpiexec, which sets it"
+    rank, world_size = env.number("PMI_RANK", remedy), env.number("PMI_SIZE", remedy)
+    if "MPI_LOCALRANKID" not in env and "SLURM_PROCID" in env:
+        return None  # `srun --mpi=pmi2`: Slurm's own variables say the same, and the rest
+    local_rank, local_size = env.number("MPI_LOCALRANKID", remedy), env.number("MPI_LOCALNRANKS", remedy)
+    return _from_mpi(env, rank, world_size, local_rank, local_size, forward="mpiexec -genv MASTER_ADDR ")
+
+
+def _from_mpi(
+    env: _Variables, rank: int, world_size: int, local_rank: int, local_size: int, *, forward: str
+) -> Placement:
+    """MPI tells a process its numbers, but not the host of rank 0: known only if all are on this machine."""
+    if "MASTER_ADDR" not in env and local_size < world_size:
+        raise PlacementError(
+            f"the environment variable MASTER_ADDR is missing, and {world_size} ranks span several machines "
+            f"({local_size} on this one): add `{forward}<host of rank 0>` to the command, and MASTER_PORT "
+            f"likewise if port {_DEFAULT_PORT} is taken there"
+        )
+    job = env.text("PMIX_NAMESPACE", "") if "PMIX_NAMESPACE" in env else ""
+    alone = world_size == 1
+    return Placement(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_size=local_size,
+        master_addr=env.text("MASTER_ADDR", "") if "MASTER_ADDR" in env else "127.0.0.1",
+        master_port=0 if alone else env.port(lambda: _port_of_job(job) if job else _DEFAULT_PORT),
+        source="mpi",
+    )
+
+
+def _from_slurm(env: _Variables) -> Placement | None:
+    if "SLURM_PROCID" not in env:
+        return None  # also in the shell of salloc, where a single process is what one starts
+    count_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+    remedy = "start the processes with srun, which sets it"
+    if "SLURM_STEP_NODELIST" not in env:  # the batch script itself, which is no step of srun's
+        if count_name not in env or env.number(count_name, remedy) == 1:
+            return None
+        raise PlacementError(
+            f"{count_name}={env.number(count_name, remedy)}, but this process was not started by srun (the "
+            f"variable SLURM_STEP_NODELIST is missing), so the other ranks do not exist: write `srun python "
+            f"...` in the batch script, or unset SLURM_PROCID to run a single process"
+        )
+    rank, world_size = env.number("SLURM_PROCID", remedy), env.number(count_name, remedy)
+    nodes = _parsed(env, "SLURM_STEP_NODELIST", expand_nodes, remedy)
+    job = f"{env.text('SLURM_JOB_ID', remedy)}.{env.text('SLURM_STEP_ID', remedy)}"
+    alone = world_size == 1
+    return Placement(
+        rank=rank,
+        world_size=world_size,
+        local_rank=env.number("SLURM_LOCALID", remedy),
+        local_size=_slurm_local_size(env, len(nodes), remedy),
+        master_addr=env.text("MASTER_ADDR", "") if "MASTER_ADDR" in env else nodes[0],
+        master_port=0 if alone else env.port(lambda: _port_of_job(job)),
+        source="slurm",
+    )
+
+
+def _slurm_local_size(env: _Variables, num_nodes: int, remedy: str) -> int:
+    name = "SLURM_STEP_TASKS_PER_NODE" if "SLURM_STEP_TASKS_PER_NODE" in env else "SLURM_TASKS_PER_NODE"
+    counts = _parsed(env, name, expand_counts, remedy)
+    node = env.number("SLURM_NODEID", remedy)
+    if not 0 <= node < len(counts) or len(counts) != num_nodes:
+        raise PlacementError(
+            f"SLURM_NODEID={node}, {num_nodes} hosts in SLURM_STEP_NODELIST and {len(counts)} counts in "
+            f"{name} do not belong together: {remedy}"
+        )
+    return counts[node]
+
+
+def _parsed(env: _Variables, name: str, parse: Callable[[str], list[_T]], remedy: str) -> list[_T]:
+    text = env.text(name, remedy)
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise PlacementError(f"{name}={text!r} cannot be read ({error}): {remedy}") from None
+
+
+def _port_of_job(job: str) -> int:
+    """The same port on all ranks of a job, another for most other jobs; below the ephemeral ports."""
+    return 20_000 + zlib.crc32(job.encode()) % 10_000

@@ -1,0 +1,177 @@
+"""`start`: from wherever this process was launched to a running process group."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ds_comm.device import choose_device, default_backend
+from ds_comm.placement import Placement, PlacementError, detect
+
+
+class StartError(RuntimeError):
+    """The ranks did not find each other; the message says which rank, where it looked, and what to check."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """All ranks of the job, seen from this one. A value: the process group itself is torch.distributed's."""
+
+    rank: int
+    """0 <= rank < world_size."""
+    world_size: int
+    """Number of ranks of the job."""
+    local_rank: int
+    """Number of this rank among those of its machine."""
+    local_size: int
+    """Number of ranks on this machine."""
+    device: torch.device
+    """What this rank computes on; the current accelerator if it is one."""
+    backend: str
+    """What moves data between ranks: "gloo", "nccl", ..."""
+    source: str
+    """Who placed this rank: "torchrun", "slurm", "mpi", "single", or "user" for a group that was there
+    already and does not come from any of these."""
+
+
+def start(
+    *, device: torch.device | str | None = None, backend: str | None = None, timeout_s: float = 1800
+) -> World:
+    """Initialises the default process group, unless that is done, and says where this process stands.
+
+    device: what this rank computes on; None takes the accelerator of its local rank, or the CPU.
+    backend: None takes torch.distributed's for the device: gloo on the CPU, nccl on NVIDIA GPUs.
+    timeout_s: seconds that the ranks have to find each other, and that a collective may take.
+
+    Every rank has to call it. A second call returns the same values. Without any launcher it makes a world of
+    one rank and opens no port. Raises PlacementError for an environment that is incomplete or contradicts
+    itself, StartError if the ranks do not meet, ValueError for a device or backend that cannot be had.
+    """
+    if dist.is_initialized():
+        return _existing(device, backend)
+    placement = detect(os.environ)
+    chosen = choose_device(device, placement)
+    backend = backend or default_backend(chosen)
+    _check_backend(backend)
+    if chosen.type != "cpu":
+        torch.accelerator.set_device_index(chosen.index)
+    _initialise(placement, chosen, backend, datetime.timedelta(seconds=timeout_s))
+    return World(
+        rank=placement.rank,
+        world_size=placement.world_size,
+        local_rank=placement.local_rank,
+        local_size=placement.local_size,
+        device=chosen,
+        backend=dist.get_backend(),
+        source=placement.source,
+    )
+
+
+def _check_backend(backend: str) -> None:
+    for part in backend.split(","):  # "cpu:gloo,xpu:xccl" gives one per type of device
+        name = part.rpartition(":")[2].strip().lower()
+        if name not in dist.Backend.backend_list or not dist.is_backend_available(name):
+            usable = [b for b in dist.Backend.backend_list if dist.is_backend_available(b)]
+            raise ValueError(
+                f"backend {name!r} is not in torch {torch.__version__} on this machine; available: "
+                f"{', '.join(usable)}. Leave backend out to take the one that fits the device"
+            )
+
+
+def _initialise(
+    placement: Placement, device: torch.device, backend: str, timeout: datetime.timedelta
+) -> None:
+    # Binding the device lets nccl connect at once, instead of guessing the device at the first barrier.
+    device_id = device if device.type != "cpu" and backend == default_backend(device) else None
+    if placement.world_size == 1:
+        store = dist.HashStore()  # type: ignore[attr-defined]  # not in its __all__
+        # in this process: nothing to listen on, so nothing can clash
+        dist.init_process_group(
+            backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id
+        )
+        return
+    host = f"[{placement.master_addr}]" if ":" in placement.master_addr else placement.master_addr
+    try:
+        dist.init_process_group(
+            backend,
+            init_method=f"tcp://{host}:{placement.master_port}",
+            rank=placement.rank,
+            world_size=placement.world_size,
+            timeout=timeout,
+            device_id=device_id,
+        )
+    except dist.DistError as error:
+        raise StartError(_explain(placement, timeout, str(error))) from error
+
+
+def _explain(placement: Placement, timeout: datetime.timedelta, error: str) -> str:
+    where = f"{placement.master_addr}:{placement.master_port}"
+    who = f"rank {placement.rank} of {placement.world_size} (placed by {placement.source})"
+    first_line = (error.splitlines() or [""])[0]
+    if "EADDRINUSE" in error or "already in use" in error:
+        return (
+            f"{who} cannot listen on port {placement.master_port}: another program has it. Set MASTER_PORT "
+            f"to a free port on every rank, or start with `ds run`, which picks one ({first_line})"
+        )
+    return (
+        f"{who} did not meet the others at {where} within {timeout.total_seconds():g} s. Are all "
+        f"{placement.world_size} processes running, does {placement.master_addr!r} reach the machine of rank "
+        f"0 from here, and does a firewall let port {placement.master_port} through? ({first_line})"
+    )
+
+
+def _existing(device: torch.device | str | None, backend: str | None) -> World:
+    """The world of a process group that somebody made before, perhaps without any launcher's variables."""
+    running = dist.get_backend()
+    if backend is not None and backend != running:
+        raise ValueError(
+            f"backend {backend!r} was asked for, but torch.distributed already runs with {running!r}: call "
+            f"torch.distributed.destroy_process_group() first, or leave backend out"
+        )
+    placement = _placement_of_existing()
+    chosen = choose_device(device if device is not None else _device_of(running), placement)
+    return World(
+        rank=placement.rank,
+        world_size=placement.world_size,
+        local_rank=placement.local_rank,
+        local_size=placement.local_size,
+        device=chosen,
+        backend=running,
+        source=placement.source,
+    )
+
+
+def _placement_of_existing() -> Placement:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with contextlib.suppress(PlacementError):  # the group runs, so the variables cannot have mattered
+        found = detect(os.environ)
+        if found.world_size == world_size and found.rank == rank:
+            return found
+    # Who shares a machine is then asked of the ranks. All of them come here or none does: what decides is
+    # whether the launcher's variables describe this group.
+    hosts: list[str] = [""] * world_size
+    dist.all_gather_object(hosts, socket.gethostname())
+    local = [i for i, host in enumerate(hosts) if host == hosts[rank]]
+    return Placement(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local.index(rank),
+        local_size=len(local),
+        master_addr=hosts[0],
+        master_port=0,
+        source="user",
+    )
+
+
+def _device_of(backend: str) -> torch.device:
+    """What a group that is already there computes on: the current accelerator, unless it is a CPU group."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or backend == default_backend(torch.device("cpu")):
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())

@@ -1,0 +1,40 @@
+"""Training with ZeRO, offload and safe checkpoints from a `ds_config.json`.
+
+Names are looked up on first use, so that `import ds_engine` (and the command `ds`, which imports it) costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ds_engine import checkpoint, config, schedules
+    from ds_engine.assemble import initialize
+    from ds_engine.checkpoint.errors import CheckpointError
+    from ds_engine.config.errors import ConfigError
+    from ds_engine.engine import Engine
+
+__version__ = "0.1.0"
+
+__all__ = ["CheckpointError", "ConfigError", "Engine", "__version__", "checkpoint", "config", "initialize", "schedules"]
+
+_HOMES = {
+    "CheckpointError": "ds_engine.checkpoint.errors",
+    "ConfigError": "ds_engine.config.errors",
+    "Engine": "ds_engine.engine",
+    "initialize": "ds_engine.assemble",
+}
+_MODULES = frozenset({"checkpoint", "config", "schedules"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"ds_engine.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ds_engine' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

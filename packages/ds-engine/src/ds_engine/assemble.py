@@ -1,0 +1,190 @@
+"""`initialize`: from a model and a configuration to an engine, in one readable order."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import random
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import ds_comm
+import ds_zero
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+from ds_engine import compat, optimizers, schedules
+from ds_engine.accumulation import Accumulation
+from ds_engine.config import Batch, ConfigError, DsConfig
+from ds_engine.config import load as load_config
+from ds_engine.data import Loader
+from ds_engine.engine import Engine, Parts
+from ds_engine.precision import Precision
+from ds_engine.progress import Progress, to_stderr
+from ds_engine.schedules import LRSchedule
+
+Parameters = Iterable[Any]
+
+
+def initialize(
+    model: nn.Module | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | DsConfig | None = None,
+    optimizer: Optimizer | Callable[[Parameters], Optimizer] | None = None,
+    model_parameters: Parameters | None = None,
+    training_data: Dataset[Any] | None = None,
+    lr_scheduler: LRSchedule | Callable[[Optimizer], LRSchedule] | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+) -> tuple[Engine, Optimizer, Loader | None, LRSchedule | None]:
+    """Make an engine for `model`. Starts the process group if none stands; every rank calls it alike.
+
+    Args:
+        model: an ordinary module; it is sharded in place, so use it through the engine from here on.
+        config: path of a `ds_config.json`, or the same as a dict. See docs/guide/configuration.md.
+        optimizer: an optimizer over the model's parameters, or a function that makes one; default: the config's.
+        model_parameters: what the config's optimizer gets: parameters or groups; default: those that require a gradient.
+        training_data: a data set; each rank gets its share in micro-batches.
+        lr_scheduler: a schedule over the optimizer, or a function that makes one; default: the config's, else a constant rate.
+        collate_fn: makes a micro-batch from a list of samples.
+
+    Returns:
+        Engine, optimizer, loader (None without `training_data`), schedule (None without one).
+
+    Raises:
+        ConfigError: a mistake in the configuration, or settings that do not go together.
+    """
+    if model is None:
+        raise ValueError("initialize() needs a model: pass model=...")
+    if config is None:
+        raise ConfigError(["there is none: pass config=, the path of a JSON file or a dict"])
+    settings = load_config(config)
+    # Before anything is started or moved: what can be refused is refused at once.
+    compat.check(_job(settings, optimizer, lr_scheduler))
+    world = ds_comm.start()
+    batch = settings.batch(world.world_size)
+    _seed(settings.seed, world.rank)
+    if world.device.type != "cpu":
+        model.to(world.device)
+    built = _optimizer(settings, optimizer, model, model_parameters)
+    # The schedule reads the rates of the groups, which sharding leaves alone; states come later, so nothing is cut in two.
+    ds_zero.shard(model, built, stage=settings.zero_optimization.stage, **_sharding(settings, batch))
+    schedule = _schedule(settings, lr_scheduler, built)
+    loader = _loader(settings, training_data, batch, world, collate_fn)
+    engine = Engine(
+        Parts(
+            module=model,
+            optimizer=built,
+            lr_scheduler=schedule,
+            config=settings,
+            world=world,
+            batch=batch,
+            precision=Precision.of(settings),
+            accumulation=Accumulation(steps=batch.steps),
+            progress=Progress(settings.steps_per_print or 0, world.rank),
+        )
+    )
+    if settings.startup_summary and world.rank == 0:
+        from ds_engine.summary import render
+
+        to_stderr(render(engine))
+    return engine, built, loader, schedule
+
+
+def _job(settings: DsConfig, optimizer: object, lr_scheduler: object) -> compat.Job:
+    passed: type | None = None
+    if isinstance(optimizer, Optimizer):
+        passed = type(optimizer)
+    elif optimizer is not None:
+        passed = optimizer if inspect.isclass(optimizer) else None
+    name = passed.__name__ if passed is not None else None if optimizer is None else "function"
+    home = passed.__module__.split(".")[0] if passed is not None else ""
+    return compat.Job(
+        config=settings,
+        optimizer=name,
+        host_optimizer=home == "ds_offload",
+        scheduler_passed=lr_scheduler is not None,
+    )
+
+
+def _seed(seed: int | None, rank: int) -> None:
+    """Different on every rank, or all ranks would drop out the same units. Rank 0's parameters win in any case."""
+    if seed is not None:
+        random.seed(seed + rank)
+        torch.manual_seed(seed + rank)
+
+
+def _optimizer(
+    settings: DsConfig,
+    given: Optimizer | Callable[[Parameters], Optimizer] | None,
+    model: nn.Module,
+    model_parameters: Parameters | None,
+) -> Optimizer:
+    parameters = (
+        list(model_parameters) if model_parameters is not None else [p for p in model.parameters() if p.requires_grad]
+    )
+    if isinstance(given, Optimizer):
+        return given
+    if given is not None:
+        return given(parameters)
+    if settings.optimizer is None:
+        raise ConfigError(
+            ['no optimizer: add a section like "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, or pass optimizer=']
+        )
+    on_host = settings.zero_optimization.offload_optimizer.device == "cpu"
+    return optimizers.build(settings.optimizer.type, settings.optimizer.params, parameters, on_host=on_host)
+
+
+def _sharding(settings: DsConfig, batch: Batch) -> dict[str, Any]:
+    """The section zero_optimization in ds_zero's words."""
+    zero = settings.zero_optimization
+    options: dict[str, Any] = {
+        "config": ds_zero.ZeroConfig(
+            accumulation=zero.accumulation_plan,
+            accumulation_steps=batch.steps,
+            param_dtype=Precision.of(settings).param_dtype,
+            reduce_bucket_numel=zero.reduce_bucket_size,
+            persistence_threshold_numel=zero.stage3_param_persistence_threshold,
+            prefetch=zero.stage3_prefetch,
+            overlap_publish=zero.overlap_publish and zero.stage in (1, 2),
+        )
+    }
+    if zero.offload_optimizer.device == "cpu":
+        import ds_offload
+
+        options["store"] = ds_offload.HostStore()
+    return options
+
+
+def _schedule(
+    settings: DsConfig, given: LRSchedule | Callable[[Optimizer], LRSchedule] | None, optimizer: Optimizer
+) -> LRSchedule | None:
+    if given is None:
+        section = settings.scheduler
+        return schedules.build(section.type, section.params, optimizer) if section is not None else None
+    if hasattr(given, "step") and not inspect.isclass(given):
+        schedule: Any = given
+    else:
+        made: Any = given
+        schedule = made(optimizer)
+    return schedule  # type: ignore[no-any-return]
+
+
+def _loader(
+    settings: DsConfig,
+    dataset: Dataset[Any] | None,
+    batch: Batch,
+    world: ds_comm.World,
+    collate_fn: Callable[[list[Any]], Any] | None,
+) -> Loader | None:
+    if dataset is None:
+        return None
+    return Loader(
+        dataset,
+        micro_batch=batch.micro,
+        rank=world.rank,
+        ranks=world.world_size,
+        seed=settings.seed or 0,
+        collate_fn=collate_fn,
+        pin_memory=world.device.type != "cpu",
+    )

@@ -1,0 +1,138 @@
+"""Which settings do not go together: one row each, with the reason. Every row has a test in tests/engine/test_compat.py.
+
+A pair that does not compose is added here, never as an `if` in the engine.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ds_engine.config.errors import ConfigError
+from ds_engine.config.model import DsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the rules look at."""
+
+    config: DsConfig
+    optimizer: str | None = None
+    """Class name of the optimizer that was passed to `initialize`; None if the config names it."""
+    host_optimizer: bool = False
+    """The passed optimizer runs on the host (it is ds_offload's)."""
+    scheduler_passed: bool = False
+
+    @property
+    def optimizer_name(self) -> str:
+        """In lower case; empty when there is none."""
+        named = self.config.optimizer.type if self.config.optimizer is not None else ""
+        return (self.optimizer or named).lower()
+
+    @property
+    def stage(self) -> int:
+        return self.config.zero_optimization.stage
+
+    @property
+    def offloads(self) -> bool:
+        return self.config.zero_optimization.offload_optimizer.device != "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Two settings that do not compose."""
+
+    first: str
+    second: str
+    applies: Callable[[Job], bool]
+    reason: str
+    remedy: str
+    refuse: bool = True
+    """False: the job runs, but one of the two has no effect, which is said as a warning."""
+
+
+WHOLE_TENSORS = ("adafactor", "muon", "lamb", "fusedlamb")
+HOST_OPTIMIZERS = ("adam", "adamw", "cpuadam")
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        first="optimizer LBFGS",
+        second="engine.step()",
+        applies=lambda job: job.optimizer_name == "lbfgs",
+        reason="it evaluates the model again inside its step, through a closure",
+        remedy="use an optimizer without closure, for example AdamW",
+    ),
+    Rule(
+        first="optimizer SparseAdam",
+        second="dense gradient buckets",
+        applies=lambda job: job.optimizer_name == "sparseadam",
+        reason="it accepts sparse gradients only, and gradients are reduced in dense buckets",
+        remedy="use AdamW, and sparse=False in nn.Embedding",
+    ),
+    Rule(
+        first="an optimizer that needs whole tensors (Adafactor, Muon, Lamb)",
+        second="zero_optimization.stage 1 to 3",
+        applies=lambda job: job.stage >= 1 and job.optimizer_name in WHOLE_TENSORS,
+        reason="it takes norms or products over whole tensors, and from stage 1 on a rank holds pieces of them",
+        remedy="use stage 0, or an element-wise optimizer such as AdamW",
+    ),
+    Rule(
+        first="offload_optimizer.device cpu",
+        second="an optimizer without a host version",
+        applies=lambda job: job.offloads and job.optimizer is None and job.optimizer_name not in ("", *HOST_OPTIMIZERS),
+        reason="only Adam and AdamW have a host version so far",
+        remedy='set optimizer.type to "AdamW", or offload_optimizer.device to "none"',
+    ),
+    Rule(
+        first="offload_optimizer.device cpu",
+        second="an optimizer object that was passed in",
+        applies=lambda job: job.offloads and job.optimizer is not None and not job.host_optimizer,
+        reason="the object would step on the device of the model, where the states then are not",
+        remedy="pass a ds_offload.CPUAdam, or name the optimizer in the config instead",
+    ),
+    Rule(
+        first="an optimizer object that was passed in",
+        second="the section optimizer",
+        applies=lambda job: job.optimizer is not None and job.config.optimizer is not None,
+        reason="there can be one optimizer, and nothing says which of the two is meant",
+        remedy="remove one of them",
+    ),
+    Rule(
+        first="a scheduler object that was passed in",
+        second="the section scheduler",
+        applies=lambda job: job.scheduler_passed and job.config.scheduler is not None,
+        reason="there can be one schedule, and nothing says which of the two is meant",
+        remedy="remove one of them",
+    ),
+    Rule(
+        first="zero_optimization.stage3_param_persistence_threshold",
+        second="stage 0 to 2",
+        applies=lambda job: job.stage < 3 and job.config.zero_optimization.stage3_param_persistence_threshold is not None,
+        reason="parameters are whole on every rank below stage 3",
+        remedy="remove it, or set stage to 3",
+        refuse=False,
+    ),
+    Rule(
+        first="zero_optimization.overlap_publish",
+        second="stage 0 or 3",
+        applies=lambda job: job.stage in (0, 3) and job.config.zero_optimization.overlap_publish,
+        reason="only stages 1 and 2 gather parameters at the end of a step",
+        remedy="remove it, or set stage to 1 or 2",
+        refuse=False,
+    ),
+)
+
+
+def check(job: Job) -> None:
+    """Refuse, or warn about, settings that do not go together.
+
+    Raises:
+        ConfigError: with every rule that is broken.
+    """
+    broken = [rule for rule in RULES if rule.applies(job)]
+    refused = [rule for rule in broken if rule.refuse]
+    if refused:
+        raise ConfigError([f"{r.first} and {r.second} do not go together: {r.reason}; {r.remedy}" for r in refused])
+    for rule in broken:
+        warnings.warn(f"{rule.first} has no effect with {rule.second}: {rule.reason}; {rule.remedy}", stacklevel=3)

@@ -1,0 +1,18 @@
+"""What is raised for a configuration that cannot be meant."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ConfigError(ValueError):
+    """One or more mistakes in a configuration; `problems` has one sentence for each, with the path of the key and a remedy."""
+
+    def __init__(self, problems: Sequence[str], where: str = "the configuration") -> None:
+        self.problems = tuple(problems)
+        if len(problems) == 1:
+            text = f"{where}: {problems[0]}"
+        else:
+            numbered = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
+            text = f"{where} has {len(problems)} mistakes:\n{numbered}"
+        super().__init__(text)

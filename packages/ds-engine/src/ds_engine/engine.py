@@ -1,0 +1,226 @@
+"""The training engine: orders precision, accumulation, clipping, optimizer, schedule and checkpoints, each its own object."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ds_zero
+from ds_comm import World
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ds_engine.accumulation import Accumulation
+from ds_engine.config.batch import Batch
+from ds_engine.config.model import DsConfig
+from ds_engine.optimizers import zero_grad
+from ds_engine.precision import Precision
+from ds_engine.progress import Progress, StepReport
+from ds_engine.schedules import LRSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What `initialize` assembled."""
+
+    module: nn.Module
+    optimizer: Optimizer
+    lr_scheduler: LRSchedule | None
+    config: DsConfig
+    world: World
+    batch: Batch
+    precision: Precision
+    accumulation: Accumulation
+    progress: Progress
+
+
+class Engine:
+    """Trains one model: `loss = engine(x)`, `engine.backward(loss)`, `engine.step()`, the last two for every micro-batch.
+
+    Made by `ds_engine.initialize`. Attributes that it does not have are looked up in the module. Engines are independent of each other.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.module = parts.module
+        self.optimizer = parts.optimizer
+        self.lr_scheduler = parts.lr_scheduler
+        self.config = parts.config
+        self.world = parts.world
+        self.batch = parts.batch
+        self.precision = parts.precision
+        self.accumulation = parts.accumulation
+        self.progress = parts.progress
+        self.global_steps = 0
+        """Optimizer steps since the beginning of training, skipped ones included."""
+        self.global_samples = 0
+        """Samples that all ranks together have seen."""
+        self.skipped_steps = 0
+        """Steps that changed nothing because the gradient was not finite."""
+        self._grad_norm: float | None = None
+        self._live = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward of the module; floating-point tensors in the arguments are cast to the compute dtype."""
+        return self.module(*self.precision.cast(args), **self.precision.cast(kwargs))
+
+    def backward(self, loss: Tensor) -> Tensor:
+        """Backward of `loss / gradient_accumulation_steps`, so that the micro-batches of a step are averaged.
+
+        Returns:
+            The divided loss, detached.
+
+        Raises:
+            ValueError: `loss` is not one number, or does not depend on a parameter that is trained.
+        """
+        if loss.numel() != 1:
+            raise ValueError(f"loss has shape {tuple(loss.shape)}: reduce it to one number, for example with loss.mean()")
+        if not loss.requires_grad:
+            raise ValueError(
+                "loss does not require a gradient: it was computed under torch.no_grad(), detached, or from frozen parameters only"
+            )
+        scaled = loss / self.accumulation.steps
+        scaled.backward()
+        return scaled.detach()
+
+    def step(self) -> None:
+        """End a micro-batch; at the boundary clip, update the parameters, forget the gradients, and move the schedule.
+
+        A gradient that is not finite skips the update on every rank: parameters, optimizer states and schedule stay as they are.
+        """
+        if self.accumulation.at_boundary():
+            self._update()
+        self.accumulation.advance()
+
+    def _update(self) -> None:
+        clip = self.config.gradient_clipping
+        self._grad_norm = float(ds_zero.clip_grad_norm_(self.module, clip if clip > 0 else math.inf))
+        lr = self.get_lr()[0]  # of this update; the schedule moves below
+        skipped = not math.isfinite(self._grad_norm)
+        if skipped:
+            self.skipped_steps += 1
+        else:
+            self.optimizer.step()
+        zero_grad(self.optimizer)
+        if not skipped and self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self.global_steps += 1
+        self.global_samples += self.batch.train
+        self.progress.report(
+            StepReport(
+                step=self.global_steps, samples=self.global_samples, lr=lr, grad_norm=self._grad_norm, skipped=skipped
+            )
+        )
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the next `step()` updates the parameters."""
+        return self.accumulation.at_boundary()
+
+    def get_global_grad_norm(self) -> float | None:
+        """Global 2-norm of the last step's gradient before clipping; None before the first step."""
+        return self._grad_norm
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of each parameter group, as the next step will use it."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    @property
+    def micro_steps(self) -> int:
+        """Micro-batches since the beginning of training."""
+        return self.accumulation.micro_steps
+
+    def train_batch_size(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self.batch.train
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per forward pass on one rank."""
+        return self.batch.micro
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.batch.steps
+
+    def train(self, mode: bool = True) -> Engine:
+        """Put the module into training mode."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        """Put the module into evaluation mode."""
+        return self.train(False)
+
+    def save_checkpoint(
+        self, save_dir: str | os.PathLike[str], tag: str | None = None, client_state: Mapping[str, Any] | None = None
+    ) -> str:
+        """Write `<save_dir>/<tag>`, complete or not at all, and name it in `<save_dir>/latest`. Every rank calls it.
+
+        Args:
+            tag: default `global_step<number of steps>`. An existing checkpoint of that name is replaced.
+            client_state: anything of yours: numbers, texts, lists, dicts and tensors; rank 0's is kept.
+
+        Returns:
+            The checkpoint's path.
+
+        Raises:
+            CheckpointError: on every rank, if any rank could not write; what was there before is untouched.
+        """
+        from ds_engine.checkpoint.train_state import save
+
+        return save(self, save_dir, tag, client_state or {})
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        *,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+    ) -> tuple[str, dict[str, Any]]:
+        """Continue from a checkpoint that was written on any number of ranks, at any stage, in any precision. Every rank calls it.
+
+        Args:
+            tag: default the one that `<load_dir>/latest` names, or the newest complete one if that is gone.
+            load_module_strict: refuse a checkpoint that has tensors which the model lacks (the reverse is always refused).
+            load_module_only: parameters and buffers alone: no optimizer, schedule, counters, random generators.
+
+        Returns:
+            The checkpoint's path, and the client state.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint; names what was looked for and what there is.
+            CheckpointError: on every rank, if it is damaged (names file and tensor) or belongs to another model.
+        """
+        from ds_engine.checkpoint.train_state import Wanted, load
+
+        wanted = Wanted(
+            strict=load_module_strict,
+            optimizer=load_optimizer_states and not load_module_only,
+            schedule=load_lr_scheduler_states and not load_module_only,
+            counters=not load_module_only,
+        )
+        return load(self, load_dir, tag, wanted)
+
+    def destroy(self) -> None:
+        """Undo the sharding: the module is an ordinary one again, whole on every rank. Safe to call twice."""
+        if self._live:
+            self._live = False
+            ds_zero.destroy(self.module)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.destroy()
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "module":  # not set yet: asking it would never end
+            raise AttributeError(name)
+        try:
+            return getattr(self.module, name)
+        except AttributeError:
+            raise AttributeError(f"neither the engine nor {type(self.module).__name__} has an attribute {name!r}") from None

@@ -1,0 +1,134 @@
+"""Training state in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ds_core import arena
+
+
+class Work(Protocol):
+    """A started copy."""
+
+    def wait(self) -> object: ...
+
+
+class Key(Protocol):
+    """Names one resting tensor; hashable."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+
+
+class Reservation(Protocol):
+    """What a sharding package asks a store to hold; `partition` groups tensors that lie side by side."""
+
+    @property
+    def key(self) -> Key: ...
+    @property
+    def partition(self) -> str: ...
+    @property
+    def numel(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+R = TypeVar("R", bound=Reservation)
+
+
+class Done:
+    """A copy that is already finished."""
+
+    def wait(self) -> None:
+        return None
+
+
+class _CopyEvent:
+    """A copy on an accelerator's stream, with the tensor it must outlive."""
+
+    def __init__(self, event: torch.Event, keep: Tensor) -> None:
+        self._event, self._keep = event, keep
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
+class HostStore:
+    """Keeps masters and gradients in host memory, so that the optimizer steps there; parameters stay with the
+    model.
+
+    Plugs into `ds_zero.shard(..., store=HostStore())`. On a machine without an accelerator the memory comes
+    from ds_core's huge-page arena, beside one from the pinned allocator, so that copies run while the device
+    computes.
+    """
+
+    RESTING = ("master", "grad")
+    """Kinds that move to the host. Parameters are read in every forward and stay."""
+
+    def __init__(self) -> None:
+        self._resting: dict[Key, Tensor] = {}
+
+    def reserve(self, plan: Sequence[Reservation]) -> Mapping[Key, Tensor]:
+        """Hold zero-filled room; tensors of one partition are views of one allocation, in the order given."""
+        partitions: dict[tuple[str, torch.dtype], list[Reservation]] = {}
+        for item in plan:
+            partitions.setdefault((item.partition, item.dtype), []).append(item)
+        reserved: dict[Key, Tensor] = {}
+        for (_, dtype), items in partitions.items():
+            device = items[0].device
+            on_host = items[0].key.kind in self.RESTING
+            whole = _allocate(sum(i.numel for i in items), dtype, device, on_host)
+            for item, part in zip(items, torch.split(whole, [i.numel for i in items]), strict=True):
+                reserved[item.key] = part
+        self._resting.update(reserved)
+        return reserved
+
+    def load(self, key: Key, out: Tensor) -> Work:
+        """Copy the resting tensor into `out`."""
+        return _copy(self._resting[key], out)
+
+    def store(self, key: Key, src: Tensor) -> Work:
+        """Copy `src` to rest."""
+        return _copy(src, self._resting[key])
+
+    def sink_grad(self, key: Key, grad: Tensor, *, offset: int, accumulate: bool) -> Work:
+        """Put or add a reduced gradient; adding happens on the host."""
+        place = self._resting[key][offset : offset + grad.numel()]
+        if not accumulate:
+            return _copy(grad, place)
+        place.add_(grad.to(place.device))
+        return Done()
+
+    def release(self, key: Key) -> None:
+        """Forget one tensor; its partition's memory goes with the last one."""
+        self._resting.pop(key, None)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._resting.clear()
+
+
+def _allocate(numel: int, dtype: torch.dtype, device: torch.device, on_host: bool) -> Tensor:
+    if not on_host:
+        return torch.zeros(numel, dtype=dtype, device=device)
+    if device.type == "cpu":
+        return arena.empty(numel, dtype).zero_()
+    return torch.zeros(numel, dtype=dtype, pin_memory=True)
+
+
+def _copy(src: Tensor, dst: Tensor) -> Work:
+    if src.device == dst.device:
+        dst.copy_(src)
+        return Done()
+    dst.copy_(src, non_blocking=True)
+    event = torch.Event(device=(src if src.device.type != "cpu" else dst).device)
+    event.record()
+    return _CopyEvent(event, src)

@@ -1,0 +1,60 @@
+"""Optimizers for state that rests in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_core import arena
+from ds_core.optim import FusedAdam
+
+
+class CPUAdam(FusedAdam):
+    """AdamW (or Adam, with `adamw_mode=False`) on the host: one pass over memory, states on huge pages.
+
+    An ordinary `torch.optim.Optimizer` for fp32 CPU parameters. With sharded models it also unscales, clips
+    and writes the low-precision copy of the parameters in the same pass. Its arithmetic is
+    `ds_core.optim.FusedAdam`'s, bit for bit.
+
+    Args:
+        lr: step size.
+        betas: decay of the two moments.
+        eps: added to the denominator.
+        weight_decay: per step, times lr (decoupled); added to the gradient where `adamw_mode` is False.
+        adamw_mode: decouple the decay (Loshchilov and Hutter 2019).
+        state_dtype: torch.float32, or torch.bfloat16 to halve the states.
+
+    Raises:
+        ValueError: a parameter that is not an fp32 tensor on the CPU, or a hyperparameter out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        adamw_mode: bool = True,
+        state_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, decoupled=adamw_mode, state_dtype=state_dtype)
+
+    def _new_state(self, param: Tensor) -> Tensor:
+        if param.device.type != "cpu":
+            raise ValueError(
+                f"CPUAdam: a parameter of shape {tuple(param.shape)} is on {param.device}: keep masters on "
+                "the host "
+                "(ds_zero.shard(..., store=HostStore())), or use ds_core.optim.FusedAdam"
+            )
+        if param.dtype != torch.float32:
+            raise ValueError(
+                f"CPUAdam: a parameter of shape {tuple(param.shape)} is {param.dtype}: it steps fp32 "
+                "masters; "
+                "shard the model with ds_zero, which makes them, or convert it with model.float()"
+            )
+        return arena.empty(param.numel(), self._state_dtype).zero_().as_strided(param.size(), param.stride())

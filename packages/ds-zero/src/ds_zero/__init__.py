@@ -1,0 +1,38 @@
+"""ZeRO stages 0 to 3 for any PyTorch loop: who owns which shard of parameters, gradients and optimizer
+states.
+"""
+
+from ds_zero.access import full_state_dict, gathered
+from ds_zero.comm import Comm
+from ds_zero.config import ZeroConfig
+from ds_zero.deferred import deferred_init
+from ds_zero.memory import MemoryReport, Summary, describe, memory
+from ds_zero.norms import squared_norm, total_norm
+from ds_zero.records import ShardRecord, load_records, records
+from ds_zero.shard import shard
+from ds_zero.store import ResidentStore
+from ds_zero.train import clip_grad_norm_, destroy, no_sync
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Comm",
+    "MemoryReport",
+    "ResidentStore",
+    "ShardRecord",
+    "Summary",
+    "ZeroConfig",
+    "clip_grad_norm_",
+    "deferred_init",
+    "describe",
+    "destroy",
+    "full_state_dict",
+    "gathered",
+    "load_records",
+    "memory",
+    "no_sync",
+    "records",
+    "shard",
+    "squared_norm",
+    "total_norm",
+]

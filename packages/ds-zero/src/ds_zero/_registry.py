@@ -1,0 +1,68 @@
+"""Finds the state that `shard` made for a module, parameter or optimizer. Identity-keyed and weak; never
+iterated.
+
+A module keeps its state alive; parameters and optimizers only point to it. A state holds parameters but never
+its module, so nothing here outlives the model.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from ds_zero.deferred import Record
+    from ds_zero.state import ZeroState
+
+_of_module: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_of_part: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_record_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def put(model: nn.Module, parts: list[nn.Parameter | Optimizer], state: ZeroState) -> None:
+    _of_module[model] = state
+    for part in parts:
+        _of_part[part] = weakref.ref(state)
+
+
+def drop(model: nn.Module, parts: list[nn.Parameter | Optimizer]) -> None:
+    _of_module.pop(model, None)
+    for part in parts:
+        _of_part.pop(part, None)
+
+
+def find(owner: nn.Module | nn.Parameter | Optimizer) -> ZeroState | None:
+    if isinstance(owner, nn.Module):
+        state: ZeroState | None = _of_module.get(owner)
+        return state
+    pointer = _of_part.get(owner)
+    return pointer() if pointer is not None else None
+
+
+def state_of(owner: nn.Module | nn.Parameter | Optimizer) -> ZeroState:
+    """The state of a sharded object, or a ValueError that says what to call."""
+    found = find(owner)
+    if found is None:
+        raise ValueError(
+            f"this {type(owner).__name__} is not sharded: call ds_zero.shard(model, optimizer, stage=...) "
+            "first, "
+            "and pass the same objects"
+        )
+    return found
+
+
+def put_record(tensor: Tensor, record: Record) -> None:
+    _record_of[tensor] = record
+
+
+def find_record(tensor: Tensor) -> Record | None:
+    found: Record | None = _record_of.get(tensor)
+    return found
+
+
+def drop_record(tensor: Tensor) -> None:
+    _record_of.pop(tensor, None)

@@ -1,0 +1,104 @@
+"""Gathers the buckets of stage 3 when a module needs them and drops them when nobody does."""
+
+from __future__ import annotations
+
+import torch
+
+from ds_zero.bucket import Bucket, BucketState
+from ds_zero.comm import Comm
+from ds_zero.interfaces import Work
+from ds_zero.ranks import Ranks
+
+
+class Gatherer:
+    """Counts the users of each gathered bucket; the last one to leave drops it.
+
+    Every method is collective: all ranks call it in the same order with the same buckets.
+    """
+
+    def __init__(self, buckets: list[Bucket], comm: Comm, ranks: Ranks) -> None:
+        self._comm, self._ranks = comm, ranks
+        self._buckets = [b for b in buckets if not b.whole]
+        self._users = {id(b): 0 for b in self._buckets}
+        self._works: dict[int, Work | None] = {}
+
+    def start(self, bucket: Bucket) -> None:
+        """Begin to gather; nothing happens if the bucket is whole, gathered or on its way."""
+        if bucket.state is not BucketState.SHARDED:
+            return
+        bucket.check_holes()
+        bucket.inflate()
+        bucket.state = BucketState.GATHERING
+        with torch.profiler.record_function(f"ds.zero.all_gather/{bucket.layout.name}"), torch.no_grad():
+            own = bucket.slice_of(bucket.full, self._ranks.rank)
+            own.copy_(bucket.low)
+            if self._ranks.group is not None:
+                self._works[id(bucket)] = self._comm.all_gather(
+                    bucket.full, own, self._ranks.group, async_op=True
+                )
+
+    def finish(self, bucket: Bucket) -> None:
+        """Return when the parameters show their values."""
+        self.start(bucket)
+        if bucket.state is not BucketState.GATHERING:
+            return
+        work = self._works.pop(id(bucket), None)
+        if work is not None:
+            work.wait()
+        bucket.show_values()
+        bucket.state = BucketState.GATHERED
+
+    def acquire(self, buckets: list[Bucket]) -> None:
+        """Gather and hold until `release`."""
+        for bucket in buckets:
+            self.start(bucket)
+        for bucket in buckets:
+            if not bucket.whole:
+                self.finish(bucket)
+                self._users[id(bucket)] += 1
+
+    def holds(self, buckets: list[Bucket]) -> bool:
+        """Whether somebody already holds all of them."""
+        return all(b.whole or self._users[id(b)] > 0 for b in buckets)
+
+    def release(self, buckets: list[Bucket], keep: bool = False) -> None:
+        """Undo one `acquire`; with `keep` the last one leaves the values there, to be dropped by
+        `drop_unused` or a new step.
+        """
+        for bucket in buckets:
+            if bucket.whole:
+                continue
+            self._users[id(bucket)] -= 1
+            assert self._users[id(bucket)] >= 0, (
+                f"bucket {bucket.layout.name} released more often than acquired"
+            )
+            if self._users[id(bucket)] == 0 and not keep:
+                self.drop(bucket)
+
+    def drop(self, bucket: Bucket) -> None:
+        """Give the gathered memory back."""
+        if bucket.state is BucketState.GATHERING:
+            self.finish(bucket)  # messages still arrive in the buffer
+        if bucket.state is BucketState.GATHERED:
+            bucket.show_holes()
+            bucket.deflate()
+            bucket.state = BucketState.SHARDED
+
+    def drop_all(self) -> None:
+        """After a step (copies are stale) or a failed forward (counts are void)."""
+        for bucket in self._buckets:
+            self._users[id(bucket)] = 0
+            self.drop(bucket)
+
+    def drop_unused(self) -> None:
+        """At the end of a backward: what was gathered ahead and not used after all."""
+        for bucket in self._buckets:
+            if self._users[id(bucket)] == 0:
+                self.drop(bucket)
+
+    def gathered_bytes(self) -> int:
+        return sum(
+            b.full.untyped_storage().nbytes()
+            for b in self._buckets
+            if b.state in (BucketState.GATHERED, BucketState.GATHERING)
+        )

@@ -1,0 +1,133 @@
+"""What ds_zero asks of others, in torch types only. Each has a default in this package; siblings implement
+them unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Work(Protocol):
+    """A started operation; `wait` returns when its result may be read (on a GPU: by the current stream)."""
+
+    def wait(self) -> object: ...
+
+
+class AllGather(Protocol):
+    """FSDP2's `Comm` for gathering: `output` has `group.size()` times the elements of `input`, which may be
+    its own slice of it.
+    """
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor: ...
+
+    def __call__(
+        self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Work | None: ...
+
+
+class ReduceScatter(Protocol):
+    """FSDP2's `Comm` for reduction: rank r receives the sum over ranks of slice r of `input`.
+
+    `output` may be wider than `input` (fp32 from bf16): then the sum is taken in the wider dtype if the
+    implementation can.
+    """
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor: ...
+
+    def __call__(
+        self,
+        output: Tensor,
+        input: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> Work | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardKey:
+    """Names one resting tensor of a rank. Moving happens a bucket at a time, so `name` is a bucket's."""
+
+    name: str
+    kind: str
+    """"param", "master", "grad", or an optimizer state's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reservation:
+    """A 1-D tensor that a store has to hold."""
+
+    key: ShardKey
+    partition: str
+    """Reservations of one call with the same partition rest side by side, in the order given, wherever memory
+    is addressable."""
+    numel: int
+    dtype: torch.dtype
+    device: torch.device
+    """Where the model computes; the store decides where the tensor rests."""
+
+
+class ShardStore(Protocol):
+    """Where shards rest between uses: on the device, in host memory, on disk."""
+
+    def reserve(self, plan: Sequence[Reservation]) -> Mapping[ShardKey, Tensor]:
+        """Hold room, zero-filled. Keys that rest in addressable memory map to that tensor, which the
+        optimizer then steps in place.
+        """
+
+    def load(self, key: ShardKey, out: Tensor) -> Work:
+        """Copy the resting tensor into `out`."""
+
+    def store(self, key: ShardKey, src: Tensor) -> Work:
+        """Copy `src` to rest."""
+
+    def sink_grad(self, key: ShardKey, grad: Tensor, *, offset: int, accumulate: bool) -> Work:
+        """Put (or add) a reduced gradient at `offset` of the resting one; `grad` may be reused once the work
+        is waited for.
+        """
+
+    def release(self, key: ShardKey) -> None:
+        """Give the room back; the tensor must not be used afterwards."""
+
+    def close(self) -> None:
+        """Release everything; safe to call twice."""
+
+
+@runtime_checkable
+class FusedStep(Protocol):
+    """An optimizer that unscales, clips, updates and copies out in one pass over memory."""
+
+    def step_fused(
+        self, params: Sequence[Tensor], *, grad_scale: Tensor, out: Sequence[Tensor | None]
+    ) -> None:
+        """Step `params`, any subset of the optimizer's, with gradients `p.grad * grad_scale`; write a copy of
+        the new value of `params[i]` to `out[i]` in its dtype.
+        """
+
+
+class Norms(Protocol):
+    """Squared 2-norm of a list of tensors in fp64, and whether every element is finite."""
+
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[float, bool]: ...
+
+
+class RecordSource(Protocol):
+    """A checkpoint seen by logical name; `ds_zero.load_records` asks it for exactly the ranges this rank
+    owns.
+    """
+
+    def states(self, fqn: str) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """State name -> (global shape, dtype) of what is stored for this parameter or buffer; empty if it is
+        unknown.
+        """
+
+    def read(self, fqn: str, state: str, flat_offset: int, out: Tensor) -> None:
+        """Fill the 1-D `out` with elements [flat_offset, flat_offset + out.numel()) of the flattened tensor,
+        cast to its dtype.
+        """

@@ -1,0 +1,117 @@
+"""What each rank holds: by formula before, counted after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ds_zero import _registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """Bytes that one rank holds between steps, by purpose; shared memory is counted once, under the first
+    purpose.
+    """
+
+    params_bytes: int
+    """Parameters in compute dtype: whole buckets, and this rank's shards of the others."""
+    masters_bytes: int
+    """fp32 masters that are not the parameters themselves."""
+    grads_bytes: int
+    """Reduced gradients on the shards, fp32, and whole ones of the local plan while they accumulate."""
+    optimizer_bytes: int
+    """Tensors in `optimizer.state` with at least one dimension."""
+    buffers_bytes: int
+    """The module's buffers."""
+    gathered_bytes: int
+    """Stage-3 parameters that are gathered right now."""
+
+    @property
+    def total_bytes(self) -> int:
+        return (
+            self.params_bytes
+            + self.masters_bytes
+            + self.grads_bytes
+            + self.optimizer_bytes
+            + self.buffers_bytes
+            + self.gathered_bytes
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What `shard` decided."""
+
+    stage: int
+    accumulation: str
+    """"local" or "sharded"."""
+    num_ranks: int
+    params_numel: int
+    trainable_numel: int
+    owned_numel: int
+    """Elements whose master and optimizer states this rank holds, padding included."""
+    num_buckets: int
+    num_gathered_buckets: int
+    """Buckets whose parameters come and go with their module (stage 3)."""
+    compute_dtypes: tuple[str, ...]
+
+
+def _bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
+    """Bytes of the distinct storages, each counted at its full size."""
+    total = 0
+    for tensor in tensors:
+        if tensor is None or tensor.untyped_storage().nbytes() == 0:
+            continue
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in seen:
+            seen.add(pointer)
+            total += tensor.untyped_storage().nbytes()
+    return total
+
+
+def memory(model: nn.Module, optimizer: Optimizer) -> MemoryReport:
+    """Count the storages that exist now; nothing is estimated."""
+    state = _registry.state_of(model)
+    buckets = state.buckets
+    seen: set[int] = set()
+    gathered = state.gatherer.gathered_bytes()
+    for bucket in buckets:
+        if not bucket.whole and bucket.full.untyped_storage().nbytes():
+            seen.add(bucket.full.untyped_storage().data_ptr())
+    return MemoryReport(
+        gathered_bytes=gathered,
+        params_bytes=_bytes([b.full if b.whole else b.low for b in buckets], seen),
+        masters_bytes=_bytes([b.master for b in buckets], seen),
+        grads_bytes=_bytes([b.grad for b in buckets], seen) + state.reducer.local_bytes(),
+        optimizer_bytes=_bytes(
+            [
+                v
+                for held in optimizer.state.values()
+                for v in held.values()
+                if isinstance(v, Tensor) and v.ndim
+            ],
+            seen,
+        ),
+        buffers_bytes=_bytes(model.buffers(), seen),
+    )
+
+
+def describe(model: nn.Module) -> Summary:
+    """What `shard` decided for this model."""
+    state = _registry.state_of(model)
+    params = [p for b in state.buckets for p in b.params]
+    return Summary(
+        stage=state.stage,
+        accumulation="local" if state.reducer.local_plan else "sharded",
+        num_ranks=state.ranks.size,
+        params_numel=sum(p.numel() for p in params),
+        trainable_numel=sum(p.numel() for b in state.buckets if b.trainable for p in b.params),
+        owned_numel=sum(b.layout.owned_numel for b in state.buckets if b.trainable),
+        num_buckets=len(state.buckets),
+        num_gathered_buckets=sum(not b.whole for b in state.buckets),
+        compute_dtypes=tuple(sorted({b.layout.dtype for b in state.buckets})),
+    )

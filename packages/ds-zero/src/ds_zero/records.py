@@ -1,0 +1,207 @@
+"""Sharded state as logical ranges by name, for checkpoints that know nothing of ranks or stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ds_zero import _registry
+from ds_zero.bucket import Bucket
+from ds_zero.interfaces import RecordSource
+from ds_zero.layout import Slot
+from ds_zero.state import ZeroState
+
+PARAM, BUFFER = "param", "buffer"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """Elements [flat_offset, flat_offset + data.numel()) of one flattened logical tensor."""
+
+    fqn: str
+    state: str
+    """"param" (the fp32 master, or the frozen parameter itself), "buffer", or the optimizer's name of a
+    state."""
+    global_shape: tuple[int, ...]
+    flat_offset: int
+    data: Tensor
+    """1-D, contiguous, a view of the live tensor."""
+
+
+@dataclass(frozen=True)
+class _Range:
+    slot: Slot
+    bucket: Bucket
+    index: int
+    start: int
+    """First element within the parameter."""
+    values: Tensor
+    """That range of the master, or of the frozen parameter's shard."""
+    shard_start: int
+    """Where the optimizer's shard starts within the parameter."""
+
+
+def _ranges(state: ZeroState, *, owned: bool) -> Iterator[_Range]:
+    """This rank's ranges: all it holds (`owned`), or its slice only, so that ranks together have every
+    element once.
+    """
+    rank = state.ranks.rank
+    for bucket in state.buckets:
+        first, last = bucket.layout.owned_range(rank)
+        begin, end = (first, last) if owned else bucket.layout.slice_range(rank)
+        tensor = (bucket.master if bucket.master is not None else bucket.low).detach()
+        for index, slot in enumerate(bucket.layout.slots):
+            low, high = max(slot.offset, begin), min(slot.end, end)
+            if high <= low and not (slot.numel == 0 and rank == 0):
+                continue
+            yield _Range(
+                slot=slot,
+                bucket=bucket,
+                index=index,
+                start=low - slot.offset,
+                values=tensor[low - first : high - first],
+                shard_start=max(slot.offset, first) - slot.offset,
+            )
+
+
+def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
+    """What this rank has to write. Over all ranks every element of every logical tensor appears exactly once,
+    at any stage.
+
+    Scalar states (Adam's `step`) come from the rank that has the parameter's first element; buffers from rank
+    0.
+    """
+    state = _registry.state_of(model)
+    state.stepper.wait()
+    found: list[ShardRecord] = []
+    for r in _ranges(state, owned=False):
+        found.append(ShardRecord(r.slot.fqn, PARAM, r.slot.shape, r.start, r.values))
+        if r.bucket.shards:
+            shard = r.bucket.shards[r.index]
+            for name, value in optimizer.state.get(shard, {}).items():
+                found += _state_record(r, name, value, shard.numel())
+    if state.ranks.first:
+        persistent = set(model.state_dict())
+        for fqn, buffer in model.named_buffers():
+            if fqn in persistent:
+                found.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
+    return found
+
+
+def _state_record(r: _Range, name: str, value: object, shard_numel: int) -> list[ShardRecord]:
+    if isinstance(value, Tensor) and value.ndim == 1 and value.numel() == shard_numel:
+        begin = r.start - r.shard_start
+        return [
+            ShardRecord(
+                r.slot.fqn, name, r.slot.shape or (1,), r.start, value[begin : begin + r.values.numel()]
+            )
+        ]
+    if r.start != 0:
+        return []
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return [ShardRecord(r.slot.fqn, name, (), 0, value.detach().reshape(1))]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [ShardRecord(r.slot.fqn, name, (), 0, torch.tensor([value], dtype=torch.float64))]
+    if value is None:
+        return []
+    raise ValueError(
+        f"optimizer state {name!r} of parameter {r.slot.fqn!r} is neither element-wise nor a number "
+        f"({type(value).__name__}): "
+        "it cannot be saved by logical range"
+    )
+
+
+def load_records(
+    model: nn.Module, optimizer: Optimizer, source: RecordSource, *, optimizer_states: bool = True
+) -> None:
+    """Read this rank's ranges of every parameter, buffer and state from `source`, then publish. Collective.
+
+    Works from a checkpoint of any stage and number of ranks.
+
+    Raises:
+        ValueError: a tensor that the source lacks or has in another shape; nothing has been changed then.
+    """
+    state = _registry.state_of(model)
+    state.stepper.wait()
+    _check(state, model, source)
+    with torch.no_grad():
+        for r in _ranges(state, owned=True):
+            source.read(r.slot.fqn, PARAM, r.start, r.values)
+            if r.bucket.shards and optimizer_states:
+                _load_states(r, optimizer, source)
+        for bucket in state.buckets:
+            bucket.refresh_low()
+        persistent = set(model.state_dict())
+        for fqn, buffer in model.named_buffers():
+            if fqn in persistent:
+                flat = torch.empty_like(buffer).reshape(-1)
+                source.read(fqn, BUFFER, 0, flat)
+                buffer.copy_(flat.view(buffer.shape))
+    _share_frozen(state)
+    state.refresh()
+    state.gatherer.drop_all()
+
+
+def _share_frozen(state: ZeroState) -> None:
+    """Whole frozen buckets that are divided for saving: every rank read its own slice, and needs the rest."""
+    for bucket in state.buckets:
+        if (
+            bucket.master is None
+            and bucket.whole
+            and bucket.layout.num_owners > 1
+            and state.ranks.group is not None
+        ):
+            own = bucket.slice_of(bucket.full, state.ranks.rank)
+            work = state.comm.all_gather(bucket.full, own, state.ranks.group, async_op=True)
+            if work is not None:
+                work.wait()
+
+
+def _check(state: ZeroState, model: nn.Module, source: RecordSource) -> None:
+    wanted = {slot.fqn: (PARAM, slot.shape) for bucket in state.buckets for slot in bucket.layout.slots}
+    persistent = set(model.state_dict())
+    wanted |= {fqn: (BUFFER, tuple(b.shape)) for fqn, b in model.named_buffers() if fqn in persistent}
+    missing = [fqn for fqn, (kind, _) in wanted.items() if kind not in source.states(fqn)]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} of {len(wanted)} tensors of the model, first "
+            f"{missing[:5]}: "
+            "it was written for another model"
+        )
+    for fqn, (kind, shape) in wanted.items():
+        stored = tuple(source.states(fqn)[kind][0])
+        if stored != shape:
+            raise ValueError(
+                f"{fqn!r} has shape {shape} in the model and {stored} in the checkpoint: use the model it "
+                "was written for"
+            )
+
+
+def _new_state(optimizer: Optimizer, shard: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for one state where the optimizer wants it, if it has a say (`_new_state`, as ds_core's optimizers)."""
+    make = getattr(optimizer, "_new_state", None)
+    made: Tensor = make(shard) if callable(make) else torch.zeros_like(shard, dtype=dtype)
+    return made.detach()
+
+
+def _load_states(r: _Range, optimizer: Optimizer, source: RecordSource) -> None:
+    shard = r.bucket.shards[r.index]
+    held = optimizer.state[shard]
+    for name, (shape, dtype) in source.states(r.slot.fqn).items():
+        if name == PARAM:
+            continue
+        if tuple(shape) == (
+            r.slot.shape or (1,)
+        ):  # (1,): a state of a 0-dim parameter, told apart from a number
+            if name not in held:
+                held[name] = _new_state(optimizer, shard, dtype)
+            begin = r.start - r.shard_start
+            source.read(r.slot.fqn, name, r.start, held[name][begin : begin + r.values.numel()])
+        else:
+            number = torch.empty(1, dtype=dtype)
+            source.read(r.slot.fqn, name, 0, number)
+            held[name] = number.reshape(())

@@ -1,0 +1,74 @@
+"""Everything that `shard` made for one model, tied together."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ds_zero.bucket import Bucket
+from ds_zero.comm import Comm
+from ds_zero.config import ZeroConfig
+from ds_zero.gather import Gatherer
+from ds_zero.hooks import ModuleHooks
+from ds_zero.interfaces import Norms, ShardStore
+from ds_zero.ranks import Ranks
+from ds_zero.reduce import Reducer
+from ds_zero.step import Stepper
+
+
+@dataclass(eq=False, kw_only=True)
+class ZeroState:
+    """Owns buckets, hooks and stores; points weakly to the model and the optimizer."""
+
+    stage: int
+    config: ZeroConfig
+    ranks: Ranks
+    comm: Comm
+    store: ShardStore
+    norms: Norms
+    buckets: list[Bucket]
+    gatherer: Gatherer
+    reducer: Reducer
+    stepper: Stepper
+    hooks: ModuleHooks
+    model: weakref.ref[nn.Module]
+    optimizer: weakref.ref[Optimizer] | None
+    names: Mapping[str, tuple[str, ...]]
+    """First name of every parameter -> all its names (tied parameters have several)."""
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def bucket_of(self, param: nn.Parameter) -> tuple[Bucket, int]:
+        for bucket in self.buckets:
+            for index, candidate in enumerate(bucket.params):
+                if candidate is param:
+                    return bucket, index
+        raise ValueError("this parameter does not belong to the sharded model")
+
+    def refresh(self) -> None:
+        """After masters were written: bring low-precision shards, whole buckets and other ranks up to
+        date.
+        """
+        self.stepper.publish()
+        self.stepper.wait()
+        self.gatherer.drop_unused()
+
+    def grad_pieces(self) -> list[Tensor]:
+        """This rank's part of every gradient; the parts of all ranks are disjoint and complete, in stage 0
+        too.
+        """
+        pieces: list[Tensor] = []
+        for bucket in self.buckets:
+            if not bucket.trainable or bucket.grad is None:
+                continue
+            begin, end = bucket.layout.slice_range(self.ranks.rank)
+            first = bucket.layout.owned_range(self.ranks.rank)[0]
+            for shard, slot in zip(bucket.shards, bucket.layout.slots, strict=True):
+                low, high = max(slot.offset, begin), min(slot.end, end)
+                if high > low and shard.grad is not None:
+                    pieces.append(bucket.grad[low - first : high - first])
+        return pieces
