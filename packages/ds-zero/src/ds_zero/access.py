@@ -92,9 +92,8 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
                     found[name] = value
     if not state.ranks.first:
         return {}
-    ordered = {name: found[name] for name in model.state_dict() if name in found}
-    persistent = model.state_dict()
-    return ordered | {n: b.detach().cpu().clone() for n, b in model.named_buffers() if n in persistent}
+    found |= {n: b.detach().cpu().clone() for n, b in model.named_buffers()}
+    return {name: found[name] for name in model.state_dict()}
 
 
 def _whole(state: ZeroState, bucket: Bucket) -> Tensor:

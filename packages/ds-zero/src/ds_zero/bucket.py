@@ -94,7 +94,6 @@ class Bucket:
         return [(p.start, p.numel, p.offset) for p in found]
 
     # --- what parameters see
-    # -------------------------------------------------------------------------------------------------
 
     def show_values(self) -> None:
         for param, view in zip(self.params, self.views, strict=True):
@@ -123,8 +122,7 @@ class Bucket:
                     "Write inside `with ds_zero.gathered([param], write=True):`"
                 )
 
-    # --- values ---------------------------------------------------------------------------------------------
-    # ------------------
+    # --- values
 
     def refresh_low(self) -> None:
         """Cast the masters into the compute-dtype shard."""

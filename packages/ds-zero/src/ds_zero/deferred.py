@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -59,8 +60,7 @@ class Record(TorchDispatchMode):
         self._nodes: list[_Node] = []
         self._storages: dict[int, torch.UntypedStorage] = {}
 
-    # --- recording ------------------------------------------------------------------------------------------
-    # ------------------
+    # --- recording
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -127,8 +127,7 @@ class Record(TorchDispatchMode):
 
         return tree_map_only(Tensor, one, tree)
 
-    # --- replay ---------------------------------------------------------------------------------------------
-    # ------------------
+    # --- replay
 
     def values(self, tensor: Tensor) -> Tensor:
         """The values that ordinary construction would have given `tensor`; a new CPU tensor."""
@@ -168,6 +167,20 @@ class Record(TorchDispatchMode):
         for made, tensor in zip(node.makes, outputs, strict=True):
             if made is not None:
                 real[made] = tensor.untyped_storage()
+
+
+class _Ordinary(TorchFunctionMode):
+    """Recorded tensors claim to be ordinary: several functions of `torch.nn.init` return at once for meta tensors."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == _is_meta:  # a method-wrapper is a new object each time
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+_is_meta = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 
 def _key(tensor: Tensor) -> int:
@@ -217,7 +230,7 @@ def deferred_init(stage: int | None = None) -> Iterator[None]:
         nn_module.register_module_buffer_registration_hook(note),
     ]
     try:
-        with record:
+        with record, _Ordinary():
             yield
     finally:
         for handle in handles:

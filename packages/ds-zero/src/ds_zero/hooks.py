@@ -92,8 +92,7 @@ class ModuleHooks:
         handles.append(model.register_forward_hook(end_of_forward, always_call=True))
         return handles
 
-    # --- forward --------------------------------------------------------------------------------------------
-    # ------------------
+    # --- forward
 
     def enter(self, unit: str) -> _Call | None:
         """Gather `unit`, start on the next one; None if it is held already."""
@@ -113,8 +112,7 @@ class ModuleHooks:
         keep = bool(tracked) and self._forward.is_last(call.unit)
         self._gatherer.release(self._buckets_of[call.unit], keep=keep)
 
-    # --- backward -------------------------------------------------------------------------------------------
-    # ------------------
+    # --- backward
 
     def enter_backward(self, call: _Call) -> None:
         self._watch.arm()

@@ -182,7 +182,7 @@ def _check(state: ZeroState, model: nn.Module, source: RecordSource) -> None:
 
 
 def _new_state(optimizer: Optimizer, shard: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for one state where the optimizer wants it, if it has a say (`_new_state`, as ds_core's optimizers)."""
+    """Room for one state, where the optimizer wants it if it has a say (`_new_state`)."""
     make = getattr(optimizer, "_new_state", None)
     made: Tensor = make(shard) if callable(make) else torch.zeros_like(shard, dtype=dtype)
     return made.detach()

@@ -15,6 +15,7 @@ parameter that one rank did not use delays, but never mismatches.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from dataclasses import dataclass
 
@@ -107,8 +108,7 @@ class Reducer:
         self._touched = False
         self._where = {id(p): (b, i) for b in self.buckets for i, p in enumerate(b.params)}
 
-    # --- hooks ----------------------------------------------------------------------------------------------
-    # ------------------
+    # --- hooks
 
     def install(self) -> list[torch.utils.hooks.RemovableHandle]:
         """Watch every trainable parameter; the hooks do not keep this object alive."""
@@ -152,7 +152,7 @@ class Reducer:
     def _begin_backward(self) -> None:
         if self._in_backward:
             return
-        if not self._touched and any(s.grad is not None for b in self.buckets for s in b.shards[:1]):
+        if not self._touched:
             self._note_stale_grads()
         self._in_backward = self._touched = True
         self._backwards += 1
@@ -171,19 +171,20 @@ class Reducer:
         )
 
     def _note_stale_grads(self) -> None:
-        """A step happened and gradients were not cleared: legal in torch, and almost always
-        `model.zero_grad()` in a sharded loop.
-        """
-        import warnings
+        """Warn where a step happened and gradients were not cleared.
 
+        Legal in torch, but in a sharded loop almost always `model.zero_grad()`, which does not reach shards.
+        """
+        first = next((s.grad for b in self.buckets for s in b.shards if s.grad is not None), None)
+        if first is None or not first.any():
+            return
         warnings.warn(
             "gradients of the previous step are still on the shards and the new ones will be added to them; "
             "call optimizer.zero_grad() (model.zero_grad() does not reach shards)",
             stacklevel=2,
         )
 
-    # --- reduction ------------------------------------------------------------------------------------------
-    # ------------------
+    # --- reduction
 
     def _launch_ready(self) -> None:
         while self._next < len(self.buckets) and self._pending[id(self.buckets[self._next])].missing == 0:
@@ -263,8 +264,7 @@ class Reducer:
         while self._flights:
             self._land(self._flights.pop(0))
 
-    # --- boundary -------------------------------------------------------------------------------------------
-    # ------------------
+    # --- boundary
 
     def finish(self) -> None:
         """Reduce what still waits, so that the shards' gradients are complete. Called before norms and steps;

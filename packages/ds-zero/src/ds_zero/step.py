@@ -124,8 +124,7 @@ class Stepper:
         if not self._overlap:
             self.wait()
 
-    # --- publishing -----------------------------------------------------------------------------------------
-    # ------------------
+    # --- publishing
 
     def publish(self) -> None:
         """Make every rank's parameters equal to the masters, wherever those were changed."""
