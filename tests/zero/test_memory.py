@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -104,3 +106,31 @@ def test_describe() -> None:
     assert (found.params_numel, found.trainable_numel, found.owned_numel) == (numel, numel, numel // 2)
     assert found.num_gathered_buckets == LAYERS + 1
     assert found.compute_dtypes == ("torch.float32",)
+
+
+@ranks(2)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_leaves_no_reference_cycle_with_tensors(stage: int) -> None:
+    """Cycles keep buffers until the garbage collector runs; a recursive closure once kept every received buffer."""
+    m = model()
+    optimizer = torch.optim.AdamW(m.parameters())
+    ds_zero.shard(m, optimizer, stage, config=ds_zero.ZeroConfig(persistence_threshold_numel=0))
+    for _ in range(2):
+        loss(m, dist.get_rank()).backward()
+        ds_zero.clip_grad_norm_(m, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.disable()
+    try:
+        loss(m, dist.get_rank()).backward()
+        ds_zero.clip_grad_norm_(m, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        gc.collect()
+        assert not [o for o in gc.garbage if isinstance(o, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import ds_zero
 from ds_core import kernels
+from ds_core.optim import FusedAdam
 from harness import ranks
 from zero.models import Tiny, batch
 
@@ -63,3 +64,25 @@ def test_one_ranks_nan_is_everybodys() -> None:
     if dist.get_rank() == 1:
         shards[0].grad[0] = math.nan
     assert math.isnan(ds_zero.clip_grad_norm_(model, 1.0))
+
+
+@ranks(2)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_factor_belongs_to_the_gradients_it_was_found_for(fused: bool) -> None:
+    """Clip, skip the step (as for a gradient that is not finite), then step without clipping."""
+    results = []
+    for clip_first in (True, False):
+        torch.manual_seed(0)
+        model = Tiny()
+        optimizer = (FusedAdam if fused else torch.optim.AdamW)(model.parameters(), lr=1e-2)
+        ds_zero.shard(model, optimizer, 2)
+        model(*batch(0, dist.get_rank())).backward()
+        if clip_first:
+            ds_zero.clip_grad_norm_(model, 1e-9)
+        optimizer.zero_grad()
+        for step in (1, 2):
+            model(*batch(step, dist.get_rank())).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(ds_zero.full_state_dict(model))
+    assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])

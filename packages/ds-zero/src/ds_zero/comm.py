@@ -59,20 +59,28 @@ def sum_tree(parts: Sequence[Tensor], out: Tensor) -> None:
 
     `out` may be one of `parts`. All are 1-D and of equal length.
     """
-
-    def tree(low: int, high: int, a: int, b: int) -> Tensor:
-        if high - low == 1:
-            return parts[low][a:b].to(out.dtype)
-        middle = low + (1 << ((high - low - 1).bit_length() - 1))
-        left, right = tree(low, middle, a, b), tree(middle, high, a, b)
-        whole = high - low == len(parts)
-        return torch.add(left, right, out=out[a:b]) if whole else torch.add(left, right)
-
     if len(parts) == 1:
         out.copy_(parts[0])
         return
-    for a in range(0, out.numel(), SUM_CHUNK_NUMEL):
-        tree(0, len(parts), a, min(a + SUM_CHUNK_NUMEL, out.numel()))
+    for begin in range(0, out.numel(), SUM_CHUNK_NUMEL):
+        chunk = [p[begin : begin + SUM_CHUNK_NUMEL] for p in parts]
+        middle = _middle(len(parts))
+        target = out[begin : begin + SUM_CHUNK_NUMEL]
+        torch.add(_subtree(chunk[:middle], out.dtype), _subtree(chunk[middle:], out.dtype), out=target)
+
+
+def _middle(count: int) -> int:
+    """The largest power of two below `count`: where the tree splits."""
+    return 1 << ((count - 1).bit_length() - 1)
+
+
+# A function of its own, not a closure: a closure that calls itself is a reference cycle, which kept every received
+# buffer alive until the garbage collector came by.
+def _subtree(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].to(dtype)
+    middle = _middle(len(parts))
+    return torch.add(_subtree(parts[:middle], dtype), _subtree(parts[middle:], dtype))
 
 
 def _allocate(size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -266,12 +266,14 @@ class Reducer:
 
     # --- boundary
 
-    def finish(self) -> None:
-        """Reduce what still waits, so that the shards' gradients are complete. Called before norms and steps;
-        cheap when done.
+    def finish(self) -> bool:
+        """Reduce what still waits, so that the shards' gradients are complete; called before norms and steps.
+
+        Returns:
+            Whether gradients have arrived since the last call.
         """
         if not self._touched:
-            return
+            return False
         if any(self._pending[id(b)].local is not None for b in self.buckets):
             self._next = 0
             for bucket in self.buckets:
@@ -283,6 +285,7 @@ class Reducer:
             self._learned_steps = self._backwards
         self._backwards = 0
         self._touched = False
+        return True
 
     def _forget_unused(self) -> None:
         """Parameters that no rank used have no gradient, as in plain PyTorch; their states and values must

@@ -77,7 +77,8 @@ class Stepper:
                 "loss.backward() first, then step()"
             )
         self._check_entries(optimizer)
-        self._reducer.finish()
+        if self._reducer.finish():
+            self.grad_scale = None  # found for gradients that have changed since
         self.wait()
         if self.fused:
             assert isinstance(optimizer, FusedStep)
