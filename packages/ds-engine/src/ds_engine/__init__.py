@@ -1,6 +1,7 @@
 """Training with ZeRO, offload and safe checkpoints from a `ds_config.json`.
 
-Names are looked up on first use, so that `import ds_engine` (and the command `ds`, which imports it) costs next to nothing.
+Names are looked up on first use, so that `import ds_engine` (and the command `ds`, which imports it) costs
+next to nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "ConfigError", "Engine", "__version__", "checkpoint", "config", "initialize", "schedules"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Engine",
+    "__version__",
+    "checkpoint",
+    "config",
+    "initialize",
+    "schedules",
+]
 
 _HOMES = {
     "CheckpointError": "ds_engine.checkpoint.errors",

@@ -8,13 +8,13 @@ import random
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import ds_comm
-import ds_zero
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+import ds_comm
+import ds_zero
 from ds_engine import compat, optimizers, schedules
 from ds_engine.accumulation import Accumulation
 from ds_engine.config import Batch, ConfigError, DsConfig
@@ -42,10 +42,13 @@ def initialize(
     Args:
         model: an ordinary module; it is sharded in place, so use it through the engine from here on.
         config: path of a `ds_config.json`, or the same as a dict. See docs/guide/configuration.md.
-        optimizer: an optimizer over the model's parameters, or a function that makes one; default: the config's.
-        model_parameters: what the config's optimizer gets: parameters or groups; default: those that require a gradient.
+        optimizer: an optimizer over the model's parameters, or a function that makes one; default: the
+            config's.
+        model_parameters: what the config's optimizer gets: parameters or groups; default: those that require
+            a gradient.
         training_data: a data set; each rank gets its share in micro-batches.
-        lr_scheduler: a schedule over the optimizer, or a function that makes one; default: the config's, else a constant rate.
+        lr_scheduler: a schedule over the optimizer, or a function that makes one; default: the config's,
+            else a constant rate.
         collate_fn: makes a micro-batch from a list of samples.
 
     Returns:
@@ -67,7 +70,8 @@ def initialize(
     if world.device.type != "cpu":
         model.to(world.device)
     built = _optimizer(settings, optimizer, model, model_parameters)
-    # The schedule reads the rates of the groups, which sharding leaves alone; states come later, so nothing is cut in two.
+    # The schedule reads the rates of the groups, which sharding leaves alone; states come later, so nothing
+    # is cut in two.
     ds_zero.shard(model, built, stage=settings.zero_optimization.stage, **_sharding(settings, batch))
     schedule = _schedule(settings, lr_scheduler, built)
     loader = _loader(settings, training_data, batch, world, collate_fn)
@@ -108,7 +112,9 @@ def _job(settings: DsConfig, optimizer: object, lr_scheduler: object) -> compat.
 
 
 def _seed(seed: int | None, rank: int) -> None:
-    """Different on every rank, or all ranks would drop out the same units. Rank 0's parameters win in any case."""
+    """Different on every rank, or all ranks would drop out the same units. Rank 0's parameters win in any
+    case.
+    """
     if seed is not None:
         random.seed(seed + rank)
         torch.manual_seed(seed + rank)
@@ -121,7 +127,9 @@ def _optimizer(
     model_parameters: Parameters | None,
 ) -> Optimizer:
     parameters = (
-        list(model_parameters) if model_parameters is not None else [p for p in model.parameters() if p.requires_grad]
+        list(model_parameters)
+        if model_parameters is not None
+        else [p for p in model.parameters() if p.requires_grad]
     )
     if isinstance(given, Optimizer):
         return given
@@ -129,7 +137,10 @@ def _optimizer(
         return given(parameters)
     if settings.optimizer is None:
         raise ConfigError(
-            ['no optimizer: add a section like "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, or pass optimizer=']
+            [
+                'no optimizer: add a section like "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, or '
+                "pass optimizer="
+            ]
         )
     on_host = settings.zero_optimization.offload_optimizer.device == "cpu"
     return optimizers.build(settings.optimizer.type, settings.optimizer.params, parameters, on_host=on_host)

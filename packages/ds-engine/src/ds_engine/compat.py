@@ -1,4 +1,5 @@
-"""Which settings do not go together: one row each, with the reason. Every row has a test in tests/engine/test_compat.py.
+"""Which settings do not go together: one row each, with the reason. Every row has a test in
+tests/engine/test_compat.py.
 
 A pair that does not compose is added here, never as an `if` in the engine.
 """
@@ -74,13 +75,16 @@ RULES: tuple[Rule, ...] = (
         first="an optimizer that needs whole tensors (Adafactor, Muon, Lamb)",
         second="zero_optimization.stage 1 to 3",
         applies=lambda job: job.stage >= 1 and job.optimizer_name in WHOLE_TENSORS,
-        reason="it takes norms or products over whole tensors, and from stage 1 on a rank holds pieces of them",
+        reason="it takes norms or products over whole tensors, and from stage 1 on a rank holds pieces of "
+        "them",
         remedy="use stage 0, or an element-wise optimizer such as AdamW",
     ),
     Rule(
         first="offload_optimizer.device cpu",
         second="an optimizer without a host version",
-        applies=lambda job: job.offloads and job.optimizer is None and job.optimizer_name not in ("", *HOST_OPTIMIZERS),
+        applies=lambda job: (
+            job.offloads and job.optimizer is None and job.optimizer_name not in ("", *HOST_OPTIMIZERS)
+        ),
         reason="only Adam and AdamW have a host version so far",
         remedy='set optimizer.type to "AdamW", or offload_optimizer.device to "none"',
     ),
@@ -108,7 +112,9 @@ RULES: tuple[Rule, ...] = (
     Rule(
         first="zero_optimization.stage3_param_persistence_threshold",
         second="stage 0 to 2",
-        applies=lambda job: job.stage < 3 and job.config.zero_optimization.stage3_param_persistence_threshold is not None,
+        applies=lambda job: (
+            job.stage < 3 and job.config.zero_optimization.stage3_param_persistence_threshold is not None
+        ),
         reason="parameters are whole on every rank below stage 3",
         remedy="remove it, or set stage to 3",
         refuse=False,
@@ -119,6 +125,14 @@ RULES: tuple[Rule, ...] = (
         applies=lambda job: job.stage in (0, 3) and job.config.zero_optimization.overlap_publish,
         reason="only stages 1 and 2 gather parameters at the end of a step",
         remedy="remove it, or set stage to 1 or 2",
+        refuse=False,
+    ),
+    Rule(
+        first="zero_optimization.offload_optimizer.pin_memory false",
+        second="offload_optimizer.device cpu",
+        applies=lambda job: job.offloads and not job.config.zero_optimization.offload_optimizer.pin_memory,
+        reason="host memory is page-locked beside an accelerator and ordinary elsewhere, whatever this says",
+        remedy="remove it",
         refuse=False,
     ),
 )
@@ -133,6 +147,10 @@ def check(job: Job) -> None:
     broken = [rule for rule in RULES if rule.applies(job)]
     refused = [rule for rule in broken if rule.refuse]
     if refused:
-        raise ConfigError([f"{r.first} and {r.second} do not go together: {r.reason}; {r.remedy}" for r in refused])
+        raise ConfigError(
+            [f"{r.first} and {r.second} do not go together: {r.reason}; {r.remedy}" for r in refused]
+        )
     for rule in broken:
-        warnings.warn(f"{rule.first} has no effect with {rule.second}: {rule.reason}; {rule.remedy}", stacklevel=3)
+        warnings.warn(
+            f"{rule.first} has no effect with {rule.second}: {rule.reason}; {rule.remedy}", stacklevel=3
+        )

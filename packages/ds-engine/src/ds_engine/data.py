@@ -11,7 +11,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 
 class Loader:
-    """Micro-batches of this rank's share of a data set; each pass over it is shuffled anew, the same way on every rank."""
+    """Micro-batches of this rank's share of a data set; each pass over it is shuffled anew, the same way on
+    every rank.
+    """
 
     def __init__(
         self,
@@ -30,7 +32,8 @@ class Loader:
         if isinstance(dataset, IterableDataset):
             if ranks > 1:
                 warnings.warn(
-                    "training_data is an IterableDataset, which has to give each rank its own samples itself: it is used as it is",
+                    "training_data is an IterableDataset, which has to give each rank its own samples "
+                    "itself: it is used as it is",
                     stacklevel=4,
                 )
         else:

@@ -1,4 +1,6 @@
-"""The training engine: orders precision, accumulation, clipping, optimizer, schedule and checkpoints, each its own object."""
+"""The training engine: orders precision, accumulation, clipping, optimizer, schedule and checkpoints, each
+its own object.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ds_zero
-from ds_comm import World
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import ds_zero
+from ds_comm import World
 from ds_engine.accumulation import Accumulation
 from ds_engine.config.batch import Batch
 from ds_engine.config.model import DsConfig
@@ -38,9 +40,11 @@ class Parts:
 
 
 class Engine:
-    """Trains one model: `loss = engine(x)`, `engine.backward(loss)`, `engine.step()`, the last two for every micro-batch.
+    """Trains one model: `loss = engine(x)`, `engine.backward(loss)`, `engine.step()`, the last two for every
+    micro-batch.
 
-    Made by `ds_engine.initialize`. Attributes that it does not have are looked up in the module. Engines are independent of each other.
+    Made by `ds_engine.initialize`. Attributes that it does not have are looked up in the module. Engines are
+    independent of each other.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -76,19 +80,24 @@ class Engine:
             ValueError: `loss` is not one number, or does not depend on a parameter that is trained.
         """
         if loss.numel() != 1:
-            raise ValueError(f"loss has shape {tuple(loss.shape)}: reduce it to one number, for example with loss.mean()")
+            raise ValueError(
+                f"loss has shape {tuple(loss.shape)}: reduce it to one number, for example with loss.mean()"
+            )
         if not loss.requires_grad:
             raise ValueError(
-                "loss does not require a gradient: it was computed under torch.no_grad(), detached, or from frozen parameters only"
+                "loss does not require a gradient: it was computed under torch.no_grad(), detached, or from "
+                "frozen parameters only"
             )
         scaled = loss / self.accumulation.steps
         scaled.backward()
         return scaled.detach()
 
     def step(self) -> None:
-        """End a micro-batch; at the boundary clip, update the parameters, forget the gradients, and move the schedule.
+        """End a micro-batch; at the boundary clip, update the parameters, forget the gradients, and move the
+        schedule.
 
-        A gradient that is not finite skips the update on every rank: parameters, optimizer states and schedule stay as they are.
+        A gradient that is not finite skips the update on every rank: parameters, optimizer states and
+        schedule stay as they are.
         """
         if self.accumulation.at_boundary():
             self._update()
@@ -110,7 +119,11 @@ class Engine:
         self.global_samples += self.batch.train
         self.progress.report(
             StepReport(
-                step=self.global_steps, samples=self.global_samples, lr=lr, grad_norm=self._grad_norm, skipped=skipped
+                step=self.global_steps,
+                samples=self.global_samples,
+                lr=lr,
+                grad_norm=self._grad_norm,
+                skipped=skipped,
             )
         )
 
@@ -153,9 +166,13 @@ class Engine:
         return self.train(False)
 
     def save_checkpoint(
-        self, save_dir: str | os.PathLike[str], tag: str | None = None, client_state: Mapping[str, Any] | None = None
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
     ) -> str:
-        """Write `<save_dir>/<tag>`, complete or not at all, and name it in `<save_dir>/latest`. Every rank calls it.
+        """Write `<save_dir>/<tag>`, complete or not at all, and name it in `<save_dir>/latest`. Every rank
+        calls it.
 
         Args:
             tag: default `global_step<number of steps>`. An existing checkpoint of that name is replaced.
@@ -181,19 +198,23 @@ class Engine:
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
     ) -> tuple[str, dict[str, Any]]:
-        """Continue from a checkpoint that was written on any number of ranks, at any stage, in any precision. Every rank calls it.
+        """Continue from a checkpoint that was written on any number of ranks, at any stage, in any
+        precision. Every rank calls it.
 
         Args:
             tag: default the one that `<load_dir>/latest` names, or the newest complete one if that is gone.
-            load_module_strict: refuse a checkpoint that has tensors which the model lacks (the reverse is always refused).
-            load_module_only: parameters and buffers alone: no optimizer, schedule, counters, random generators.
+            load_module_strict: refuse a checkpoint that has tensors which the model lacks (the reverse is
+                always refused).
+            load_module_only: parameters and buffers alone: no optimizer, schedule, counters, random
+                generators.
 
         Returns:
             The checkpoint's path, and the client state.
 
         Raises:
             FileNotFoundError: there is no such checkpoint; names what was looked for and what there is.
-            CheckpointError: on every rank, if it is damaged (names file and tensor) or belongs to another model.
+            CheckpointError: on every rank, if it is damaged (names file and tensor) or belongs to another
+                model.
         """
         from ds_engine.checkpoint.train_state import Wanted, load
 
@@ -223,4 +244,6 @@ class Engine:
         try:
             return getattr(self.module, name)
         except AttributeError:
-            raise AttributeError(f"neither the engine nor {type(self.module).__name__} has an attribute {name!r}") from None
+            raise AttributeError(
+                f"neither the engine nor {type(self.module).__name__} has an attribute {name!r}"
+            ) from None

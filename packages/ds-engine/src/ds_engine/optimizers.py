@@ -49,7 +49,8 @@ OWN: Mapping[str, Own] = {
     "Lion": _plain("FusedLion", "lr", "betas", "weight_decay"),
     "SGD": _plain("FusedSGD", "lr", "momentum", "dampening", "weight_decay", "nesterov"),
 }
-"""Names that mean our kernels where ds_core has them, and torch's class of the same name where it does not."""
+"""Names that mean our kernels where ds_core has them, and torch's class of the same name where it does
+not."""
 
 
 def build(name: str, params: Mapping[str, Any], parameters: Iterable[Any], *, on_host: bool) -> Optimizer:
@@ -72,7 +73,9 @@ def build(name: str, params: Mapping[str, Any], parameters: Iterable[Any], *, on
         accepted = tuple(p for p in inspect.signature(found).parameters if p != "params")
         renames = {}
     wrong = [
-        f"optimizer.params.{key}: {name} has no such setting.{did_you_mean(key, accepted)}" for key in params if key not in accepted
+        f"optimizer.params.{key}: {name} has no such setting.{did_you_mean(key, accepted)}"
+        for key in params
+        if key not in accepted
     ]
     if wrong:
         raise ConfigError(wrong)
@@ -103,10 +106,14 @@ def _torch_class(name: str) -> Any:
     for key, value in theirs.items():
         if key.lower() == name.lower():
             return value
-    raise ConfigError([f'optimizer.type is "{name}": there is no such optimizer.{did_you_mean(name, [*OWN, *theirs])}'])
+    raise ConfigError(
+        [f'optimizer.type is "{name}": there is no such optimizer.{did_you_mean(name, [*OWN, *theirs])}']
+    )
 
 
 def zero_grad(optimizer: Optimizer) -> None:
-    """`optimizer.zero_grad()`; torch wraps its own so that the first call imports torch._dynamo (seconds), so look inside."""
+    """`optimizer.zero_grad()`; torch wraps its own so that the first call imports torch._dynamo (seconds),
+    so look inside.
+    """
     method = type(optimizer).zero_grad
     getattr(method, "__wrapped__", method)(optimizer)

@@ -11,7 +11,9 @@ from ds_engine.config.model import DsConfig
 
 
 class Precision:
-    """fp32: nothing is cast. bf16: parameters (by ds_zero, which keeps fp32 masters) and floating-point inputs."""
+    """fp32: nothing is cast. bf16: parameters (by ds_zero, which keeps fp32 masters) and floating-point
+    inputs.
+    """
 
     def __init__(self, param_dtype: torch.dtype | None) -> None:
         self.param_dtype = param_dtype
@@ -21,7 +23,9 @@ class Precision:
         return cls(torch.bfloat16 if config.bf16.enabled else None)
 
     def cast(self, value: Any) -> Any:
-        """`value` with the floating-point tensors in it (inside lists, tuples and dicts) in the compute dtype."""
+        """`value` with the floating-point tensors in it (inside lists, tuples and dicts) in the compute
+        dtype.
+        """
         if self.param_dtype is None:
             return value
         if isinstance(value, Tensor):
@@ -35,4 +39,8 @@ class Precision:
         return value
 
     def __str__(self) -> str:
-        return "as the model is, usually fp32" if self.param_dtype is None else "bf16, with fp32 masters, sums and states"
+        return (
+            "as the model is, usually fp32"
+            if self.param_dtype is None
+            else "bf16, with fp32 masters, sums and states"
+        )

@@ -28,7 +28,9 @@ class StepReport:
 
 
 class Progress:
-    """Writes a line for every `every`-th step (0: none), and one for each step that was skipped. Ranks other than 0 are silent."""
+    """Writes a line for every `every`-th step (0: none), and one for each step that was skipped. Ranks other
+    than 0 are silent.
+    """
 
     def __init__(self, every: int, rank: int, write: Callable[[str], None] = to_stderr) -> None:
         self.every = every
@@ -45,7 +47,9 @@ class Progress:
         if self.silent:
             return
         if step.skipped:
-            self.write(f"step {step.step}: skipped on all ranks, because the gradient norm is {step.grad_norm}")
+            self.write(
+                f"step {step.step}: skipped on all ranks, because the gradient norm is {step.grad_norm}"
+            )
         if self.every and step.step % self.every == 0:
             now = time.perf_counter()
             rate = (step.samples - self._samples) / max(now - self._since, 1e-9)

@@ -1,10 +1,11 @@
 """Learning-rate schedules that move once per optimizer step.
 
-The values are pure functions of the step index t (0 at the second optimizer step: the first one runs before the schedule has moved,
-with the lowest rate), the same as those of the schedules of that name in DeepSpeed, so that a config gives the same training.
+The values are pure functions of the step index t (0 at the second optimizer step: the first one runs before
+the schedule has moved, with the lowest rate), the same as those of the schedules of that name in DeepSpeed,
+so that a config gives the same training.
 
-Why not `torch.optim.lr_scheduler.LRScheduler`: it wraps `optimizer.step` (an attribute on a foreign object), and counts calls to warn
-about an order that the engine gets right by construction.
+Why not `torch.optim.lr_scheduler.LRScheduler`: it wraps `optimizer.step` (an attribute on a foreign object),
+and counts calls to warn about an order that the engine gets right by construction.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class LRSchedule(Protocol):
 
 
 def warmup_ratio(t: int, num_steps: int, kind: str) -> float:
-    """Share of the way from the lowest to the highest rate at step t < num_steps: log(t + 1) / log(num_steps), or t / num_steps."""
+    """Share of the way from the lowest to the highest rate at step t < num_steps: log(t + 1) /
+    log(num_steps), or t / num_steps.
+    """
     return math.log(t + 1) / math.log(num_steps) if kind == "log" else t / num_steps
 
 
@@ -76,7 +79,9 @@ class Schedule:
 
 
 class WarmupLR(Schedule):
-    """Rise from `warmup_min_lr` to `warmup_max_lr` (default: each group's own rate) over `warmup_num_steps`, then stay."""
+    """Rise from `warmup_min_lr` to `warmup_max_lr` (default: each group's own rate) over `warmup_num_steps`,
+    then stay.
+    """
 
     def __init__(
         self,
@@ -91,7 +96,9 @@ class WarmupLR(Schedule):
         self.num_steps = _warmup_steps(warmup_num_steps)
         self.kind = _warmup_type(warmup_type)
         self.min_lrs = self._per_group(warmup_min_lr, "warmup_min_lr")
-        self.max_lrs = self._last_lr if warmup_max_lr is None else self._per_group(warmup_max_lr, "warmup_max_lr")
+        self.max_lrs = (
+            self._last_lr if warmup_max_lr is None else self._per_group(warmup_max_lr, "warmup_max_lr")
+        )
         self._apply()
 
     def rates(self, t: int) -> list[float]:
@@ -107,7 +114,10 @@ class WarmupLR(Schedule):
         if not isinstance(value, Sequence):
             return [float(value)] * num_groups
         if len(value) != num_groups:
-            raise ValueError(f"{name} has {len(value)} rates, the optimizer has {num_groups} groups: give one number, or one for each")
+            raise ValueError(
+                f"{name} has {len(value)} rates, the optimizer has {num_groups} groups: give one number, or "
+                "one for each"
+            )
         return [float(v) for v in value]
 
 
@@ -125,7 +135,9 @@ class WarmupDecayLR(WarmupLR):
         last_batch_iteration: int = -1,
     ) -> None:
         self.total_num_steps = _total_steps(total_num_steps, warmup_num_steps)
-        super().__init__(optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type, last_batch_iteration)
+        super().__init__(
+            optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type, last_batch_iteration
+        )
 
     def share(self, t: int) -> float:
         if t < self.num_steps:
@@ -134,7 +146,9 @@ class WarmupDecayLR(WarmupLR):
 
 
 class WarmupCosineLR(Schedule):
-    """Rise from `warmup_min_ratio` to 1 of each group's own rate, then follow half a cosine down to `cos_min_ratio` of it."""
+    """Rise from `warmup_min_ratio` to 1 of each group's own rate, then follow half a cosine down to
+    `cos_min_ratio` of it.
+    """
 
     def __init__(
         self,
@@ -162,10 +176,15 @@ class WarmupCosineLR(Schedule):
     def ratio(self, t: int) -> float:
         """Of each group's own rate, at step index t >= 0."""
         if t < self.num_steps:
-            return self.warmup_min_ratio + (1.0 - self.warmup_min_ratio) * warmup_ratio(t, self.num_steps, self.kind)
-        # The first step after warm-up is already one step down, and the end is never passed: a longer run stays at the floor.
+            return self.warmup_min_ratio + (1.0 - self.warmup_min_ratio) * warmup_ratio(
+                t, self.num_steps, self.kind
+            )
+        # The first step after warm-up is already one step down, and the end is never passed: a longer run
+        # stays at the floor.
         done = min(1.0, (t - self.num_steps + 1) / max(1, self.total_num_steps - self.num_steps))
-        return max(0.0, self.cos_min_ratio + (1.0 - self.cos_min_ratio) * (1.0 + math.cos(math.pi * done)) / 2.0)
+        return max(
+            0.0, self.cos_min_ratio + (1.0 - self.cos_min_ratio) * (1.0 + math.cos(math.pi * done)) / 2.0
+        )
 
 
 def _warmup_steps(num_steps: int) -> int:
@@ -186,7 +205,8 @@ def _total_steps(total: int, warmup: int) -> int:
         raise ValueError(f"total_num_steps is {total!r}: give a whole number of at least 1")
     if total < warmup:
         warnings.warn(
-            f"total_num_steps {total} is less than warmup_num_steps {warmup}: the run ends before the rate has risen to its full value",
+            f"total_num_steps {total} is less than warmup_num_steps {warmup}: the run ends before the rate "
+            "has risen to its full value",
             stacklevel=4,
         )
     return total
@@ -208,7 +228,7 @@ def build(name: str, params: Mapping[str, Any], optimizer: Optimizer) -> LRSched
     found = _find(name)
     accepted = [p for p in inspect.signature(found).parameters if p not in ("self", "optimizer")]
     wrong = [
-        f'scheduler.params.{key}: {found.__name__} has no such argument.{did_you_mean(key, accepted)}'
+        f"scheduler.params.{key}: {found.__name__} has no such argument.{did_you_mean(key, accepted)}"
         for key in params
         if key not in accepted
     ]
@@ -238,4 +258,6 @@ def _find(name: str) -> Any:
     for key, value in theirs.items():
         if key.lower() == name.lower():
             return value
-    raise ConfigError([f'scheduler.type is "{name}": there is no such schedule.{did_you_mean(name, [*OWN, *theirs])}'])
+    raise ConfigError(
+        [f'scheduler.type is "{name}": there is no such schedule.{did_you_mean(name, [*OWN, *theirs])}']
+    )

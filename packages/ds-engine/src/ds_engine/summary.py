@@ -7,7 +7,6 @@ import shutil
 from typing import TYPE_CHECKING
 
 import ds_zero
-
 from ds_engine.config.model import DsConfig
 from ds_engine.config.zero import STAGES
 
@@ -49,7 +48,11 @@ def rows(engine: Engine) -> list[Row]:
             f"{batch.steps} micro-batches, {made.accumulation} plan",
             "as set" if zero.accumulation_plan else f"default of stage {zero.stage}",
         ),
-        ("batch", f"{batch.train} = {batch.micro} a rank x {batch.steps} x {batch.ranks} ranks", _batch_origin(config)),
+        (
+            "batch",
+            f"{batch.train} = {batch.micro} a rank x {batch.steps} x {batch.ranks} ranks",
+            _batch_origin(config),
+        ),
         ("optimizer", _optimizer(engine), "as set" if config.optimizer else "passed to initialize()"),
         (
             "schedule",
@@ -62,7 +65,7 @@ def rows(engine: Engine) -> list[Row]:
             "as set" if "gradient_clipping" in set_keys else "default; 0 turns it off",
         ),
     ]
-    return table + _memory_rows(made, held)
+    return table + _memory_rows(engine, made, held)
 
 
 def _origin(config: DsConfig, key: str) -> str:
@@ -83,17 +86,35 @@ def _optimizer(engine: Engine) -> str:
 
 def _full_rates(engine: Engine) -> list[float]:
     """The rates that were asked for; a schedule has already lowered those in the groups."""
-    return [float(g.get("initial_lr", engine.optimizer.defaults.get("lr", g["lr"]))) for g in engine.optimizer.param_groups]
-
-
-def _memory_rows(made: ds_zero.Summary, held: ds_zero.MemoryReport) -> list[Row]:
     return [
-        ("a rank holds", human(held.params_bytes), "parameters it computes with"),
-        ("", human(held.masters_bytes), "fp32 masters" if held.masters_bytes else "fp32 masters: the parameters are their own"),
-        ("", human(held.grads_bytes), "reduced gradients"),
-        ("", human(held.optimizer_bytes), "optimizer states so far; they appear with the first step"),
-        ("", f"{made.owned_numel:,}", f"elements of {made.trainable_numel:,} are stepped here"),
+        float(g.get("initial_lr", engine.optimizer.defaults.get("lr", g["lr"])))
+        for g in engine.optimizer.param_groups
     ]
+
+
+def _memory_rows(engine: Engine, made: ds_zero.Summary, held: ds_zero.MemoryReport) -> list[Row]:
+    """Counted where memory is there already, by formula (fp32 = 4 bytes) where it comes with the first
+    step.
+    """
+    states = getattr(engine.optimizer, "state_names", None)
+    masters = "fp32 masters" if held.masters_bytes else "fp32 masters: the parameters are their own"
+    table = [
+        ("a rank holds", human(held.params_bytes), "parameters it computes with"),
+        ("", human(held.masters_bytes), masters),
+        ("", human(held.grads_bytes), "reduced gradients, fp32"),
+    ]
+    if made.accumulation == "local":
+        table.append(
+            ("", human(4 * made.trainable_numel), "whole gradients while micro-batches are summed, fp32")
+        )
+    if states is None:
+        table.append(
+            ("", human(held.optimizer_bytes), "optimizer states so far; more may come with the first step")
+        )
+    else:
+        owned = f"for {made.owned_numel:,} of {made.trainable_numel:,} elements"
+        table.append(("", human(4 * len(states) * made.owned_numel), f"optimizer states {owned}, fp32"))
+    return table
 
 
 def render(engine: Engine) -> str:
@@ -107,5 +128,7 @@ def render(engine: Engine) -> str:
     for row in rows(engine):
         table.add_row(*row)
     out = io.StringIO()
-    Console(file=out, width=min(max(shutil.get_terminal_size((110, 24)).columns, 60), 140), highlight=False).print(table)
+    Console(
+        file=out, width=min(max(shutil.get_terminal_size((110, 24)).columns, 60), 140), highlight=False
+    ).print(table)
     return out.getvalue().rstrip("\n")

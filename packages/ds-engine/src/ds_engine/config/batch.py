@@ -1,4 +1,6 @@
-"""Batch arithmetic: train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks."""
+"""Batch arithmetic: train_batch_size = train_micro_batch_size_per_gpu x gradient_accumulation_steps x
+ranks.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,13 @@ def resolve(train: int | None, micro: int | None, steps: int | None, ranks: int)
     """Fill in what is not given.
 
     Raises:
-        ConfigError: too little is given, or the equation cannot hold in whole numbers; with the numbers and the nearest that work.
+        ConfigError: too little is given, or the equation cannot hold in whole numbers; with the numbers and
+            the nearest that work.
     """
     if train is None and micro is None:
-        raise ConfigError([f"give {TRAIN} or {MICRO} (samples per step over all ranks, or per forward pass on one rank)"])
+        raise ConfigError(
+            [f"give {TRAIN} or {MICRO} (samples per step over all ranks, or per forward pass on one rank)"]
+        )
     if train is None:
         assert micro is not None
         steps = steps or 1
@@ -40,7 +45,9 @@ def resolve(train: int | None, micro: int | None, steps: int | None, ranks: int)
             raise ConfigError([_contradiction(train, micro, steps, ranks)])
         return Batch(train=train, micro=micro, steps=steps, ranks=ranks)
     if micro is not None:
-        return Batch(train=train, micro=micro, steps=_quotient(train, MICRO, micro, STEPS, ranks), ranks=ranks)
+        return Batch(
+            train=train, micro=micro, steps=_quotient(train, MICRO, micro, STEPS, ranks), ranks=ranks
+        )
     steps = steps or 1
     return Batch(train=train, micro=_quotient(train, STEPS, steps, MICRO, ranks), steps=steps, ranks=ranks)
 
@@ -56,7 +63,8 @@ def _quotient(train: int, known: str, value: int, wanted: str, ranks: int) -> in
     works += [f"{known} {n} ({wanted} {train // (n * ranks)})" for n in others]
     raise ConfigError(
         [
-            f"{TRAIN} {train} = {known} {value} x {wanted} ? x ranks {ranks} has no whole solution: {train} / {unit} = {train / unit:g}. "
+            f"{TRAIN} {train} = {known} {value} x {wanted} ? x ranks {ranks} has no whole solution: {train} "
+            f"/ {unit} = {train / unit:g}. "
             f"Nearest settings that work: {'; or '.join(works)}"
         ]
     )

@@ -12,6 +12,7 @@ class CheckpointConfig(Section):
 
     keep_last: Positive | None = Field(
         default=None,
-        description="Complete checkpoints to keep in a directory; older ones are removed after a new one is safely there. "
+        description="Complete checkpoints to keep in a directory; older ones are removed after a new one is "
+        "safely there. "
         "Default: keep all.",
     )

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """One or more mistakes in a configuration; `problems` has one sentence for each, with the path of the key and a remedy."""
+    """One or more mistakes in a configuration; `problems` has one sentence for each, with the path of the
+    key and a remedy.
+    """
 
     def __init__(self, problems: Sequence[str], where: str = "the configuration") -> None:
         self.problems = tuple(problems)

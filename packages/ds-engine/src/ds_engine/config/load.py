@@ -48,9 +48,13 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
-        raise ConfigError([f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}"], str(path)) from None
+        raise ConfigError(
+            [f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}"], str(path)
+        ) from None
     except _DuplicateKeyError as error:
-        raise ConfigError([f'key "{error}" is given twice in one section: keep one of them'], str(path)) from None
+        raise ConfigError(
+            [f'key "{error}" is given twice in one section: keep one of them'], str(path)
+        ) from None
     if not isinstance(value, dict):
         raise ConfigError([f"holds a {type(value).__name__}, not an object {{...}}"], str(path))
     return value
@@ -101,13 +105,19 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _known_part(raw: dict[str, Any], model: type[BaseModel], path: str, problems: list[str]) -> dict[str, Any]:
-    """`raw` without unknown keys, each of which becomes a problem, so that values are checked in the same go."""
+def _known_part(
+    raw: dict[str, Any], model: type[BaseModel], path: str, problems: list[str]
+) -> dict[str, Any]:
+    """`raw` without unknown keys, each of which becomes a problem, so that values are checked in the same
+    go.
+    """
     kept: dict[str, Any] = {}
     for key, value in raw.items():
         field = model.model_fields.get(key) if isinstance(key, str) else None
         if field is None:
-            if not (isinstance(key, str) and foreign.is_foreign(path, key) and foreign.asks_for_nothing(value)):
+            if not (
+                isinstance(key, str) and foreign.is_foreign(path, key) and foreign.asks_for_nothing(value)
+            ):
                 problems.append(_unknown(path, str(key)))
             continue
         inner = _section_of(field.annotation)
@@ -118,14 +128,19 @@ def _known_part(raw: dict[str, Any], model: type[BaseModel], path: str, problems
 
 
 def _unknown(path: str, key: str) -> str:
-    """The nearest key of this section, else of another one; a key that exists elsewhere is told where it belongs."""
+    """The nearest key of this section, else of another one; a key that exists elsewhere is told where it
+    belongs.
+    """
     full = _join(path, key)
     every = sections()
     here = list(every[path].model_fields)
-    elsewhere = {name: section for section, model in every.items() if section != path for name in model.model_fields}
+    elsewhere = {
+        name: section for section, model in every.items() if section != path for name in model.model_fields
+    }
     if foreign.is_foreign(path, key):
         return (
-            f'"{full}" is a setting of DeepSpeed\'s that this version does not have. It would have no effect, so it is refused: '
+            f'"{full}" is a setting of DeepSpeed\'s that this version does not have. It would have no '
+            "effect, so it is refused: "
             "remove it, or switch it off"
         )
     if key in elsewhere:
@@ -135,7 +150,9 @@ def _unknown(path: str, key: str) -> str:
         return f'unknown key "{full}": did you mean "{_join(path, near[0])}"?'
     if far is not None:
         return f'unknown key "{full}": did you mean "{far[0]}", which belongs {_place(elsewhere[far[0]])}?'
-    return f'unknown key "{full}": {"this section" if path else "the top level"} has {", ".join(sorted(here))}'
+    return (
+        f'unknown key "{full}": {"this section" if path else "the top level"} has {", ".join(sorted(here))}'
+    )
 
 
 def _place(section: str) -> str:
@@ -147,7 +164,7 @@ def _join(path: str, key: str) -> str:
 
 
 def _explain(item: Any) -> str:
-    """pydantic's finding in the words of the file: path, value, what is wanted."""
+    """Pydantic's finding in the words of the file: path, value, what is wanted."""
     path = ".".join(str(part) for part in item["loc"])
     shown = _shown(item.get("input"))
     kind = item["type"]

@@ -16,12 +16,16 @@ from ds_engine.config.zero import ZeroOptimizationConfig
 
 
 class DsConfig(Section):
-    """Top level of `ds_config.json`. Read it with `ds_engine.config.load`, which explains mistakes better than this class does."""
+    """Top level of `ds_config.json`. Read it with `ds_engine.config.load`, which explains mistakes better
+    than this class does.
+    """
 
     train_batch_size: Positive | None = Field(
         default=None,
-        description="Samples per optimizer step over all ranks: train_micro_batch_size_per_gpu x gradient_accumulation_steps x ranks. "
-        "Any one or two of the three may be left out, except that gradient_accumulation_steps alone is not enough.",
+        description="Samples per optimizer step over all ranks: train_micro_batch_size_per_gpu x "
+        "gradient_accumulation_steps x ranks. "
+        "Any one or two of the three may be left out, except that gradient_accumulation_steps alone is not "
+        "enough.",
     )
     train_micro_batch_size_per_gpu: Positive | None = Field(
         default=None, description="Samples per forward pass on one rank."
@@ -29,7 +33,9 @@ class DsConfig(Section):
     gradient_accumulation_steps: Positive | None = Field(
         default=None, description="Micro-batches per optimizer step. Default: 1, or what the other two give."
     )
-    optimizer: OptimizerConfig | None = Field(default=None, description="Built when none is passed to initialize().")
+    optimizer: OptimizerConfig | None = Field(
+        default=None, description="Built when none is passed to initialize()."
+    )
     scheduler: SchedulerConfig | None = Field(
         default=None, description="Built when none is passed to initialize(). Default: a constant rate."
     )
@@ -38,12 +44,17 @@ class DsConfig(Section):
         default_factory=ZeroOptimizationConfig, description="How the model is divided among ranks."
     )
     gradient_clipping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        default=1.0, description="Largest global 2-norm of the gradient; a larger gradient is scaled down to it. 0 turns it off."
+        default=1.0,
+        description="Largest global 2-norm of the gradient; a larger gradient is scaled down to it. 0 turns "
+        "it off.",
     )
     steps_per_print: Count | None = Field(
-        default=None, description="Optimizer steps between two lines of progress on rank 0. Default, and 0: none."
+        default=None,
+        description="Optimizer steps between two lines of progress on rank 0. Default, and 0: none.",
     )
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="What is kept on disk.")
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="What is kept on disk."
+    )
     seed: Count | None = Field(
         default=None,
         description="Seeds the random generators of every rank (differently) and the order of training_data. "
@@ -54,7 +65,9 @@ class DsConfig(Section):
     )
 
     def batch(self, world_size: int) -> Batch:
-        """The three batch sizes for a number of ranks; ConfigError shows the equation where they contradict each other."""
+        """The three batch sizes for a number of ranks; ConfigError shows the equation where they contradict
+        each other.
+        """
         return resolve(
             self.train_batch_size,
             self.train_micro_batch_size_per_gpu,

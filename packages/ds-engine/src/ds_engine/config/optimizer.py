@@ -13,9 +13,11 @@ class OptimizerConfig(Section):
     """Which optimizer `initialize` builds when none is passed."""
 
     type: str = Field(
-        description="Adam, AdamW, Lamb, Lion, Adagrad or SGD (our kernels), or the name of any class in torch.optim; case is ignored. "
+        description="Adam, AdamW, Lamb, Lion, Adagrad or SGD (our kernels), or the name of any class in "
+        "torch.optim; case is ignored. "
         "Adam decays weights decoupled, as AdamW does, unless params.adam_w_mode is false."
     )
     params: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of the optimizer, for example lr, betas, eps, weight_decay."
+        default_factory=dict,
+        description="Arguments of the optimizer, for example lr, betas, eps, weight_decay.",
     )

@@ -11,5 +11,6 @@ class Bf16Config(Section):
     """Compute in bfloat16 with fp32 master parameters, fp32 gradient sums and fp32 optimizer states."""
 
     enabled: bool = Field(
-        default=False, description="Cast floating-point parameters and inputs to bfloat16 for forward and backward."
+        default=False,
+        description="Cast floating-point parameters and inputs to bfloat16 for forward and backward.",
     )

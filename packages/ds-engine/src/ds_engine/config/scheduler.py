@@ -10,11 +10,15 @@ from ds_engine.config.section import Section
 
 
 class SchedulerConfig(Section):
-    """Which learning-rate schedule `initialize` builds when none is passed; it moves once per optimizer step."""
+    """Which learning-rate schedule `initialize` builds when none is passed; it moves once per optimizer
+    step.
+    """
 
     type: str = Field(
-        description="WarmupLR, WarmupDecayLR, WarmupCosineLR, or the name of any class in torch.optim.lr_scheduler; case is ignored."
+        description="WarmupLR, WarmupDecayLR, WarmupCosineLR, or the name of any class in "
+        "torch.optim.lr_scheduler; case is ignored."
     )
     params: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of the schedule, for example warmup_num_steps, total_num_steps."
+        default_factory=dict,
+        description="Arguments of the schedule, for example warmup_num_steps, total_num_steps.",
     )

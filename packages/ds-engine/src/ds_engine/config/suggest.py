@@ -8,7 +8,8 @@ from collections.abc import Iterable
 def distance(a: str, b: str) -> int:
     """Edits that turn `a` into `b`: insertions, deletions, substitutions, and swaps of neighbours.
 
-    Source: the optimal string alignment form of Damerau, A technique for computer detection and correction of spelling errors (1964).
+    Source: the optimal string alignment form of Damerau, A technique for computer detection and correction
+    of spelling errors (1964).
     """
     two_back: list[int] = []
     previous = list(range(len(b) + 1))
@@ -26,7 +27,8 @@ def distance(a: str, b: str) -> int:
 def closest(word: str, candidates: Iterable[str]) -> tuple[str, int] | None:
     """The candidate with the fewest edits and their number, case ignored; None when nothing comes near.
 
-    Near means that at most a third of the letters (and always one) would have to change: "foo" must not become "bf16".
+    Near means that at most a third of the letters (and always one) would have to change: "foo" must not
+    become "bf16".
     """
     folded = word.lower()
     ranked = sorted((distance(folded, c.lower()), c) for c in set(candidates))

@@ -9,10 +9,10 @@ from pydantic import AfterValidator, Field
 from ds_engine.config.section import Count, Positive, Section
 
 STAGES = {
-    0: "every rank holds everything",
-    1: "optimizer states and fp32 masters are divided among ranks",
-    2: "as 1, and so are gradients",
-    3: "as 2, and so are parameters",
+    0: "nothing is divided",
+    1: "optimizer states are divided among ranks",
+    2: "optimizer states and gradients are divided",
+    3: "optimizer states, gradients and parameters are divided",
 }
 
 
@@ -27,11 +27,14 @@ class OffloadOptimizerConfig(Section):
     """Where fp32 masters and optimizer states rest, and where the optimizer runs."""
 
     device: Literal["none", "cpu"] = Field(
-        default="none", description='"none": on the device of the model. "cpu": in host memory, stepped there by CPU-Adam.'
+        default="none",
+        description='"none": on the device of the model. "cpu": in host memory, stepped there by CPU-Adam.',
     )
     pin_memory: bool = Field(
-        default=False,
-        description="Page-locked host memory, for faster copies to and from an accelerator; without one it makes no difference.",
+        default=True,
+        description="Page-locked host memory beside an accelerator, for faster copies; without one it makes "
+        "no "
+        "difference. It cannot be turned off yet, and false is answered by a warning.",
     )
 
 
@@ -46,23 +49,29 @@ class ZeroOptimizationConfig(Section):
     )
     reduce_bucket_size: Positive | None = Field(
         default=None,
-        description="Elements that one gradient message holds at most. Default: an eighth of the model, between 2^18 and 2^25.",
+        description="Elements that one gradient message holds at most. Default: an eighth of the model, "
+        "between 2^18 and 2^25.",
     )
     stage3_param_persistence_threshold: Count | None = Field(
         default=None,
-        description="Stage 3: parameters of at most so many elements stay whole on every rank. Default: up to 1e5, as long as those "
+        description="Stage 3: parameters of at most so many elements stay whole on every rank. Default: up "
+        "to 1e5, as long as those "
         "are within 2% of the model.",
     )
     stage3_prefetch: bool = Field(
-        default=True, description="Stage 3: gather the parameters of the next module while the present one computes."
+        default=True,
+        description="Stage 3: gather the parameters of the next module while the present one computes.",
     )
     overlap_publish: bool = Field(
         default=False,
-        description="Stages 1 and 2: let step() return while new parameters are still being gathered; modules wait for them. "
+        description="Stages 1 and 2: let step() return while new parameters are still being gathered; "
+        "modules wait for them. "
         "Only for code that reads parameters inside modules alone.",
     )
     accumulation_plan: Literal["local", "sharded"] | None = Field(
         default=None,
-        description='How the gradients of several micro-batches are summed. "local": whole gradients on each rank, reduced once at the '
-        'boundary. "sharded": reduced every micro-batch, shards are summed. Default: local in stages 0 and 1, sharded in 2 and 3.',
+        description='How the gradients of several micro-batches are summed. "local": whole gradients on each '
+        "rank, reduced once at the "
+        'boundary. "sharded": reduced every micro-batch, shards are summed. Default: local in stages 0 and '
+        "1, sharded in 2 and 3.",
     )

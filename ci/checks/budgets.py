@@ -1,0 +1,301 @@
+"""Checks the size budgets and the rules that no other tool knows, over packages/*/src, ci/ and cpp/.
+
+    python ci/checks/budgets.py [FILE ...]        without files: everything
+
+Each rule has a name. An exception is one entry in budget_exceptions.toml, with the reason; one that is no
+longer needed is an error too, so that the list only holds what is true.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+EXCEPTIONS = Path(__file__).with_name("budget_exceptions.toml")
+
+FILE_LINES = 500
+FUNCTION_LINES = 60
+CLASS_MEMBERS = 25
+CONSTRUCTOR_ARGUMENTS = 10
+
+# Import names of layer 1: no state of the process may live in them, except in a _registry.py.
+LAYER_1 = frozenset({"ds_comm", "ds_zero", "ds_offload", "ds_pipe", "ds_moe", "ds_layers", "ds_profiler"})
+# The only places where one kind of accelerator may be named.
+DEVICE_FILES = frozenset({"device.py", "devices.py", "doctor.py", "_gpu.py"})
+TORCH_TYPES = re.compile(
+    r"\b(Tensor|Parameter|Module|Optimizer|DeviceMesh|ProcessGroup|[A-Za-z_]*Scheduler)\b"
+)
+MUTABLE_CALLS = frozenset(
+    {
+        "dict",
+        "list",
+        "set",
+        "bytearray",
+        "defaultdict",
+        "deque",
+        "Counter",
+        "OrderedDict",
+        "WeakKeyDictionary",
+    }
+    | {"WeakValueDictionary", "WeakSet", "local", "ContextVar", "count", "Lock", "RLock"}
+)
+# Annotated as one of these, a literal is a table that mypy lets nobody change.
+READ_ONLY = re.compile(r"\b(Mapping|Sequence|AbstractSet|Collection)\b")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One broken rule: `where` is what an exception has to name."""
+
+    rule: str
+    where: str
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where.split('::')[0]}:{self.line}: [{self.rule}] {self.message}  ({self.where})"
+
+
+def check_source(source: str, path: str) -> list[Finding]:
+    """All findings in one Python file; `path` is relative to the repository and tells the package."""
+    tree = ast.parse(source, path)
+    findings = [*_file_size(source, path), *_sizes(tree, path), *_foreign_attributes(tree, path)]
+    parts = Path(path).parts
+    if LAYER_1 & set(parts) and parts[-1] != "_registry.py":
+        findings += _module_state(tree, path)
+    if "src" in parts and parts[-1] not in DEVICE_FILES:
+        findings += _device_literals(tree, path)
+    return findings
+
+
+def _file_size(source: str, path: str) -> Iterator[Finding]:
+    lines = source.count("\n")
+    if lines > FILE_LINES:
+        yield Finding(
+            "file-lines", path, 1, f"{lines} lines, at most {FILE_LINES}: give a second noun its own file"
+        )
+
+
+def _scopes(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST, ast.AST]]:
+    """(qualified name, node, parent) of every function and class below `tree`."""
+    for child in ast.iter_child_nodes(tree):
+        name = prefix
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            name = f"{prefix}{'.' if '::' in prefix else '::'}{child.name}"
+            yield name, child, tree
+        yield from _scopes(child, name)
+
+
+def _sizes(tree: ast.AST, path: str) -> Iterator[Finding]:
+    for name, node, parent in _scopes(tree, path):
+        if isinstance(node, ast.ClassDef):
+            yield from _class_size(node, name)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = _body_lines(node)
+            if lines > FUNCTION_LINES:
+                yield Finding("function-lines", name, node.lineno, f"{lines} lines, at most {FUNCTION_LINES}")
+            if node.name == "__init__" and isinstance(parent, ast.ClassDef):
+                arguments = len(_parameters(node)) - 1
+                if arguments > CONSTRUCTOR_ARGUMENTS:
+                    message = (
+                        f"{arguments} arguments, at most {CONSTRUCTOR_ARGUMENTS}: pass an options dataclass"
+                    )
+                    yield Finding("constructor-arguments", name, node.lineno, message)
+
+
+def _body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from `def` to the end, without the docstring: explaining a function is not what makes it long."""
+    lines = (node.end_lineno or node.lineno) - node.lineno + 1
+    if ast.get_docstring(node) is not None:
+        docstring = node.body[0]
+        lines -= (docstring.end_lineno or docstring.lineno) - docstring.lineno + 1
+    return lines
+
+
+def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+    a = node.args
+    return [
+        *a.posonlyargs,
+        *a.args,
+        *([a.vararg] if a.vararg else []),
+        *a.kwonlyargs,
+        *([a.kwarg] if a.kwarg else []),
+    ]
+
+
+def _class_size(node: ast.ClassDef, name: str) -> Iterator[Finding]:
+    methods = {f.name for f in node.body if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))}
+    public = {m for m in methods if not m.startswith("_")}
+    attributes = {
+        s.target.id for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)
+    }
+    for target in _attribute_targets(node):
+        if isinstance(target.value, ast.Name) and target.value.id == "self":
+            attributes.add(target.attr)
+    for what, members in (("public methods", public), ("attributes", attributes)):
+        # A frozen options dataclass is a table of settings, not state: its fields do not count.
+        if len(members) > CLASS_MEMBERS and not (what == "attributes" and _is_options(node)):
+            message = (
+                f"{len(members)} {what}, at most {CLASS_MEMBERS}: split the class by what changes together"
+            )
+            yield Finding("class-members", name, node.lineno, message)
+
+
+def _is_options(node: ast.ClassDef) -> bool:
+    text = " ".join(ast.unparse(d) for d in node.decorator_list)
+    return "dataclass" in text and "frozen=True" in text
+
+
+def _attribute_targets(tree: ast.AST) -> Iterator[ast.Attribute]:
+    """Every `x.y` that is written: assigned, augmented, annotated, deleted, or bound by `for` or `with`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            yield node
+
+
+def _module_state(tree: ast.Module, path: str) -> Iterator[Finding]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            message = (
+                f"`global {', '.join(node.names)}`: no state of the process in layer 1; pass the value in"
+            )
+            yield Finding("module-state", f"{path}::{node.names[0]}", node.lineno, message)
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign):
+            names, value = [t.id for t in statement.targets if isinstance(t, ast.Name)], statement.value
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            if READ_ONLY.search(ast.unparse(statement.annotation)):
+                continue
+            names, value = [statement.target.id], statement.value  # type: ignore[assignment]
+        else:
+            continue
+        if names and names != ["__all__"] and _is_mutable(value):
+            message = f"`{names[0]}` is mutable: use a tuple or a frozenset, or annotate it Mapping"
+            yield Finding("module-state", f"{path}::{names[0]}", statement.lineno, message)
+
+
+def _is_mutable(value: ast.expr | None) -> bool:
+    if isinstance(value, (ast.Dict, ast.List, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)):
+        return True
+    if not isinstance(value, ast.Call):
+        return False
+    function = value.func
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return name in MUTABLE_CALLS
+
+
+# Attributes of torch's objects that are there to be set.
+SETTABLE = frozenset({"data", "grad", "requires_grad", "training"})
+
+
+def _foreign_attributes(tree: ast.AST, path: str) -> Iterator[Finding]:
+    """Attributes written on parameters of a function that are annotated as torch's objects."""
+    for name, node, _ in _scopes(tree, path):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        foreign = {
+            a.arg
+            for a in _parameters(node)
+            if a.arg not in ("self", "cls") and a.annotation and TORCH_TYPES.search(ast.unparse(a.annotation))
+        }
+        for target in _attribute_targets(node):
+            owner = target.value
+            if isinstance(owner, ast.Name) and owner.id in foreign and target.attr not in SETTABLE:
+                message = (
+                    f"writes `{owner.id}.{target.attr}` on an object that is not ours: use a _registry.py"
+                )
+                yield Finding("foreign-attribute", name, target.lineno, message)
+        for call in ast.walk(node):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.args):
+                continue
+            first = call.args[0]
+            if call.func.id in ("setattr", "delattr") and isinstance(first, ast.Name) and first.id in foreign:
+                message = (
+                    f"`{call.func.id}({first.id}, ...)` on an object that is not ours: use a _registry.py"
+                )
+                yield Finding("foreign-attribute", name, call.lineno, message)
+
+
+def _device_literals(tree: ast.AST, path: str) -> Iterator[Finding]:
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        text = isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+        if (text and re.match(r"cuda(:\d+)?$", str(node.value))) or (  # type: ignore[attr-defined]
+            isinstance(node, ast.Attribute) and node.attr == "cuda"
+        ):
+            message = "names one kind of device: ask torch.accelerator, or move it to a device file"
+            yield Finding("device-literal", path, node.lineno, message)  # type: ignore[attr-defined]
+
+
+def check_native(source: str, path: str) -> list[Finding]:
+    """The rules for C++ and CUDA sources."""
+    findings = list(_file_size(source, path))
+    for number, line in enumerate(source.splitlines(), 1):
+        if path.endswith((".h", ".hpp", ".cuh")) and re.match(r"\s*namespace\s*\{", line):
+            findings.append(
+                Finding("header-namespace", path, number, "unnamed namespace in a header: one copy per file")
+            )
+        if re.search(r"#\s*include\s*[<\"](torch|ATen|c10)/", line):
+            findings.append(Finding("native-torch", path, number, "the native core knows no torch"))
+        if "/bindings/" not in path and re.search(r"#\s*include\s*[<\"](Python\.h|pybind11/)", line):
+            findings.append(Finding("native-python", path, number, "Python stays in cpp/bindings"))
+    return findings
+
+
+def load_exceptions(text: str) -> dict[tuple[str, str], str]:
+    """(rule, where) -> reason; an entry without a reason is refused."""
+    entries = {}
+    for entry in tomllib.loads(text).get("exception", []):
+        if not entry.get("reason", "").strip():
+            raise SystemExit(f"budget_exceptions.toml: {entry.get('where')} needs a reason")
+        entries[entry["rule"], entry["where"]] = entry["reason"]
+    return entries
+
+
+def sift(findings: list[Finding], exceptions: dict[tuple[str, str], str]) -> tuple[list[Finding], list[str]]:
+    """(findings without an exception, exceptions without a finding)."""
+    found = {(f.rule, f.where) for f in findings}
+    unused = [f"{rule} at {where}" for rule, where in exceptions if (rule, where) not in found]
+    return [f for f in findings if (f.rule, f.where) not in exceptions], unused
+
+
+def main(arguments: list[str]) -> int:
+    """Prints what is over budget; 1 if there is anything."""
+    python = sorted(ROOT.glob("packages/*/src/**/*.py")) + sorted((ROOT / "ci").rglob("*.py"))
+    native = [
+        p
+        for p in sorted((ROOT / "cpp").rglob("*"))
+        if p.suffix in {".h", ".cc", ".cpp", ".cu", ".cuh", ".inc"}
+    ]
+    wanted = {Path(a).resolve() for a in arguments}
+    findings: list[Finding] = []
+    for path in [*python, *native]:
+        if not wanted or path in wanted:
+            check = check_source if path.suffix == ".py" else check_native
+            findings += check(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
+    kept, unused = sift(findings, load_exceptions(EXCEPTIONS.read_text(encoding="utf-8")))
+    for finding in kept:
+        print(finding)
+    for name in unused if not wanted else []:
+        print(f"budget_exceptions.toml: no longer needed: {name}")
+    return 1 if kept or (unused and not wanted) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

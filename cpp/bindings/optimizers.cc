@@ -1,0 +1,90 @@
+// Adam, Adagrad, Lion and SGD.
+#include <optional>
+
+#include "ds/adagrad.h"
+#include "ds/adam.h"
+#include "ds/lion.h"
+#include "ds/sgd.h"
+#include "gpu.h"
+#include "tensor.h"
+
+namespace ds::bindings {
+namespace {
+
+void require_step(std::string_view function, std::int64_t step) {
+  if (step >= 1) return;
+  throw py::value_error(std::string(function) + ": step counts from 1, but is " + std::to_string(step));
+}
+
+// What the optimizers have in common: lists of tensors in, one call, without the GIL.
+struct Lists {
+  std::string_view function;
+  py::handle params;
+  std::initializer_list<StateArg> states;
+  py::handle grads;
+  py::handle outs;
+};
+
+template <class Scalars, class Options>
+void run(const Lists& lists, const Options& options, int threads,
+         void (*on_cpu)(const Options&, std::span<const UpdateTensor>, int),
+         int (*GpuLibrary::*on_gpu)(int, const Scalars*, const UpdateTensor*, std::int64_t, void*)) {
+  TensorReader reader(lists.function);
+  const std::vector<UpdateTensor> tensors =
+      read_updates(reader, lists.function, lists.params, lists.states, lists.grads, lists.outs);
+  if (!reader.on_gpu()) {
+    py::gil_scoped_release unlocked;
+    on_cpu(options, tensors, threads);
+    return;
+  }
+  void* stream = reader.stream();
+  const Scalars scalars(options);
+  gpu_check(lists.function.data(), (gpu()->*on_gpu)(reader.device_index(), &scalars, tensors.data(),
+                                                    static_cast<std::int64_t>(tensors.size()), stream));
+}
+
+void adam(py::handle params, py::handle exp_avgs, py::handle exp_avg_sqs, py::handle grads, py::handle out,
+          std::int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
+          double grad_scale, int threads) {
+  require_step("adam_step", step);
+  const AdamOptions options{step, lr, beta1, beta2, eps, weight_decay, decoupled, grad_scale};
+  run<AdamScalars>({"adam_step", params, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}, grads, out}, options,
+                   threads, adam_step, &GpuLibrary::adam);
+}
+
+void adagrad(py::handle params, py::handle sums, py::handle grads, py::handle out, std::int64_t step, double lr,
+             double lr_decay, double eps, double weight_decay, double grad_scale, int threads) {
+  require_step("adagrad_step", step);
+  const AdagradOptions options{step, lr, lr_decay, eps, weight_decay, grad_scale};
+  run<AdagradScalars>({"adagrad_step", params, {{"sums", sums}}, grads, out}, options, threads, adagrad_step,
+                      &GpuLibrary::adagrad);
+}
+
+void lion(py::handle params, py::handle exp_avgs, py::handle grads, py::handle out, double lr, double beta1,
+          double beta2, double weight_decay, double grad_scale, int threads) {
+  const LionOptions options{lr, beta1, beta2, weight_decay, grad_scale};
+  run<LionScalars>({"lion_step", params, {{"exp_avgs", exp_avgs}}, grads, out}, options, threads, lion_step,
+                   &GpuLibrary::lion);
+}
+
+void sgd(py::handle params, py::handle buffers, py::handle grads, py::handle out, bool first, double lr,
+         double momentum, double dampening, double weight_decay, bool nesterov, double grad_scale, int threads) {
+  const SgdOptions options{first, lr, momentum, dampening, weight_decay, nesterov, grad_scale};
+  if (momentum == 0.0) {
+    run<SgdScalars>({"sgd_step", params, {}, grads, out}, options, threads, sgd_step, &GpuLibrary::sgd);
+  } else {
+    run<SgdScalars>({"sgd_step", params, {{"momentum_buffers", buffers}}, grads, out}, options, threads, sgd_step,
+                    &GpuLibrary::sgd);
+  }
+}
+
+}  // namespace
+
+void bind_optimizers(py::module_& m) {
+  m.def("adam_step", &adam);
+  m.def("adagrad_step", &adagrad);
+  m.def("lion_step", &lion);
+  m.def("sgd_step", &sgd);
+}
+
+}  // namespace ds::bindings

@@ -1,0 +1,254 @@
+#include "tensor.h"
+
+#include "gpu.h"
+
+namespace ds::bindings {
+namespace {
+
+using dlpack::ExchangeTable;
+
+const ExchangeTable* find_table(PyTypeObject* type) {
+  py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
+  if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
+  auto* header =
+      static_cast<dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  while (header != nullptr && header->version.major != 1) header = header->previous;
+  const auto* table = reinterpret_cast<const ExchangeTable*>(header);
+  return table != nullptr && table->borrow != nullptr ? table : nullptr;
+}
+
+// Nearly all calls see two types, Tensor and Parameter; their types are never freed while a tensor of theirs is held.
+const ExchangeTable* table_of(PyTypeObject* type) {
+  struct Entry {
+    PyTypeObject* type;
+    const ExchangeTable* table;
+  };
+  static thread_local Entry recent[2] = {};
+  for (const Entry& entry : recent) {
+    if (entry.type == type) return entry.table;
+  }
+  const ExchangeTable* table = find_table(type);
+  // Heap types that can die are not remembered: another type could take their address.
+  if (table != nullptr) {
+    Py_INCREF(reinterpret_cast<PyObject*>(type));
+    if (recent[1].type != nullptr) Py_DECREF(reinterpret_cast<PyObject*>(recent[1].type));
+    recent[1] = recent[0];
+    recent[0] = {type, table};
+  }
+  return table;
+}
+
+std::string dtype_name(dlpack::DataType type) {
+  const std::string bits = std::to_string(type.bits);
+  switch (type.code) {
+    case dlpack::kInt:
+      return "int" + bits;
+    case dlpack::kUInt:
+      return "uint" + bits;
+    case dlpack::kFloat:
+      return "float" + bits;
+    case dlpack::kBfloat:
+      return "bfloat" + bits;
+    case dlpack::kComplex:
+      return "complex" + bits;
+    case dlpack::kBool:
+      return "bool";
+    default:
+      return "DLPack type " + std::to_string(type.code) + " of " + bits + " bits";
+  }
+}
+
+std::string device_name(dlpack::Device device) {
+  switch (device.type) {
+    case dlpack::kCuda:
+    case dlpack::kCudaManaged:
+    case dlpack::kRocm:
+      return "cuda:" + std::to_string(device.index);
+    case dlpack::kCpu:
+    case dlpack::kCudaHost:
+    case dlpack::kRocmHost:
+      return "the CPU";
+    default:
+      return "DLPack device " + std::to_string(device.type);
+  }
+}
+
+std::string names(DTypes allowed) {
+  std::string text;
+  const char* const all[] = {"float32", "bfloat16", "float16"};
+  for (unsigned i = 0; i < kNumDTypes; ++i) {
+    if ((allowed >> i & 1u) != 0) text += (text.empty() ? "" : " or ") + std::string(all[i]);
+  }
+  return text;
+}
+
+bool is_contiguous(const dlpack::Tensor& t) {
+  if (t.strides == nullptr) return true;
+  std::int64_t expected = 1;
+  for (int dim = t.ndim - 1; dim >= 0; --dim) {
+    if (t.shape[dim] == 1) continue;
+    if (t.strides[dim] != expected) return false;
+    expected *= t.shape[dim];
+  }
+  return true;
+}
+
+[[noreturn]] void fail(const Arg& arg, const std::string& what) { throw py::value_error(arg.text() + " " + what); }
+
+bool is_host(dlpack::Device device) {
+  return device.type == dlpack::kCpu || device.type == dlpack::kCudaHost || device.type == dlpack::kRocmHost;
+}
+
+}  // namespace
+
+std::string Arg::text() const {
+  std::string text = std::string(function) + ": " + std::string(name);
+  if (index >= 0) text += "[" + std::to_string(index) + "]";
+  return text;
+}
+
+View TensorReader::read(py::handle object, const Arg& arg) {
+  dlpack::Tensor borrowed{};
+  const dlpack::Tensor* t = &borrowed;
+  try {
+    if (const ExchangeTable* table = table_of(Py_TYPE(object.ptr())); table != nullptr) {
+      current_stream_ = table->current_stream;
+      if (table->borrow(object.ptr(), &borrowed) != 0) throw py::error_already_set();
+    } else {
+      py::object plain = py::hasattr(object, "detach") ? object.attr("detach")() : py::reinterpret_borrow<py::object>(object);
+      capsules_.push_back(plain.attr("__dlpack__")());
+      auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsules_.back().ptr(), "dltensor"));
+      if (managed == nullptr) throw py::error_already_set();
+      t = &managed->tensor;
+    }
+  } catch (py::error_already_set& error) {
+    const std::string message = py::str(error.value());
+    fail(arg, "cannot be read as a strided tensor (it is a " +
+                  std::string(py::str(py::type::of(object).attr("__name__"))) +
+                  "): " + message.substr(0, message.find('\n')));
+  }
+  std::int64_t numel = 1;
+  for (int dim = 0; dim < t->ndim; ++dim) numel *= t->shape[dim];
+  check_device(t->device, arg);
+  if (numel != 0 && !is_contiguous(*t)) fail(arg, "must be contiguous; pass x.contiguous() or a flat view");
+  return {static_cast<char*>(t->data) + t->byte_offset, numel, t->dtype, DType::kF32};
+}
+
+void TensorReader::check_device(dlpack::Device device, const Arg& arg) {
+  if (is_host(device)) device = {dlpack::kCpu, 0};
+  if (device_.type == 0) {
+    device_ = device;
+    const bool usable = device.type == dlpack::kCpu || (on_gpu() && gpu() != nullptr && current_stream_ != nullptr);
+    if (!usable) fail(arg, "must be on the CPU, but is on " + device_name(device));
+  } else if (device.type != device_.type || device.index != device_.index) {
+    fail(arg, "is on " + device_name(device) + ", but the arguments before it are on " + device_name(device_));
+  }
+}
+
+void* TensorReader::stream() const {
+  void* stream = nullptr;
+  if (current_stream_(static_cast<dlpack::DeviceType>(device_.type), device_.index, &stream) != 0) {
+    throw py::error_already_set();
+  }
+  return stream;
+}
+
+View TensorReader::floats(py::handle object, std::string_view name, DTypes allowed, std::int64_t index) {
+  const Arg arg{function_, name, index};
+  View view = read(object, arg);
+  bool known = true;
+  if (view.type.code == dlpack::kFloat && view.type.bits == 32) {
+    view.dtype = DType::kF32;
+  } else if (view.type.code == dlpack::kBfloat && view.type.bits == 16) {
+    view.dtype = DType::kBF16;
+  } else if (view.type.code == dlpack::kFloat && view.type.bits == 16) {
+    view.dtype = DType::kF16;
+  } else {
+    known = false;
+  }
+  if (!known || (allowed & only(view.dtype)) == 0) {
+    fail(arg, "must be " + names(allowed) + ", but is " + dtype_name(view.type));
+  }
+  return view;
+}
+
+View TensorReader::typed(py::handle object, std::string_view name, dlpack::TypeCode code, int bits,
+                         std::string_view type_name) {
+  const Arg arg{function_, name};
+  const View view = read(object, arg);
+  if (view.type.code != code || view.type.bits != bits) {
+    fail(arg, "must be " + std::string(type_name) + ", but is " + dtype_name(view.type));
+  }
+  return view;
+}
+
+void TensorReader::require_count(std::size_t actual, std::size_t count, std::string_view name,
+                                 std::string_view like) const {
+  if (actual == count) return;
+  fail({function_, name}, "has " + std::to_string(actual) + " tensors, but " + std::string(like) + " has " +
+                              std::to_string(count));
+}
+
+void TensorReader::require_numel(const View& view, std::int64_t numel, std::string_view name, std::int64_t index,
+                                 std::string_view like) const {
+  if (view.numel == numel) return;
+  fail({function_, name, index}, "has " + std::to_string(view.numel) + " elements, but " +
+                                     Arg{"", like, index}.text().substr(2) + " has " + std::to_string(numel));
+}
+
+Items::Items(py::handle sequence, std::string_view function, std::string_view name) {
+  fast_ = py::reinterpret_steal<py::object>(PySequence_Fast(sequence.ptr(), ""));
+  if (!fast_) {
+    PyErr_Clear();
+    fail({function, name}, "must be a sequence of tensors");
+  }
+}
+
+std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view function, py::handle params,
+                                       std::initializer_list<StateArg> states, py::handle grads, py::handle outs) {
+  const Items p(params, function, "params");
+  const Items g(grads.is_none() ? params : grads, function, "grads");
+  const Items o(outs.is_none() ? params : outs, function, "out");
+  reader.require_count(g.size(), p.size(), "grads", "params");
+  reader.require_count(o.size(), p.size(), "out", "params");
+  std::vector<Items> lists;
+  for (const StateArg& state : states) {
+    lists.emplace_back(state.list, function, state.name);
+    reader.require_count(lists.back().size(), p.size(), state.name, "params");
+  }
+
+  std::vector<UpdateTensor> tensors;
+  tensors.reserve(p.size());
+  for (std::size_t i = 0; i < p.size(); ++i) {
+    const auto index = static_cast<std::int64_t>(i);
+    const View param = reader.floats(p[i], "params", kFloat32, index);
+    auto like_param = [&](py::handle object, std::string_view name, DTypes allowed) {
+      const View view = reader.floats(object, name, allowed, index);
+      reader.require_numel(view, param.numel, name, index, "params");
+      return view;
+    };
+    UpdateTensor t{static_cast<float*>(param.data), {nullptr, nullptr}, nullptr, nullptr, param.numel,
+                   DType::kF32,                     DType::kF32,        DType::kF32};
+    DTypes state_dtypes = kStates;
+    for (std::size_t k = 0; k < lists.size(); ++k) {
+      const View state = like_param(lists[k][i], states.begin()[k].name, state_dtypes);
+      t.states[k] = state.data;
+      t.state_dtype = state.dtype;
+      state_dtypes = only(state.dtype);  // the states of one tensor share their dtype
+    }
+    if (!grads.is_none()) {
+      const View grad = like_param(g[i], "grads", kFloats);
+      t.grad = grad.data;
+      t.grad_dtype = grad.dtype;
+    }
+    if (!outs.is_none() && !o[i].is_none()) {
+      const View out = like_param(o[i], "out", kFloats);
+      t.out = out.data;
+      t.out_dtype = out.dtype;
+    }
+    tensors.push_back(t);
+  }
+  return tensors;
+}
+
+}  // namespace ds::bindings

@@ -1,0 +1,22 @@
+// Element types of the kernels, and the number formats that C++ has no type for.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ds {
+
+enum class DType : std::uint8_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
+inline constexpr int kNumDTypes = 3;
+
+// Storage only: arithmetic is done in fp32.
+struct BF16 {
+  std::uint16_t bits;
+};
+struct F16 {
+  std::uint16_t bits;
+};
+
+constexpr std::size_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+}  // namespace ds

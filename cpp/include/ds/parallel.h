@@ -1,0 +1,39 @@
+// Threads for the CPU kernels.
+//
+// [Note: whose threads] torch's idle OpenMP workers keep spinning for some milliseconds after a parallel region. A
+// second pool beside them fights for the same cores and loses up to half of its speed. So the team of the OpenMP
+// runtime that is already in the process is used (found at run time, never linked), and an own pool only where there
+// is none, or in a forked child, where the OpenMP runtime would wait for threads that fork() did not copy.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+namespace ds {
+
+// A non-owning reference to a callable: void(int64_t).
+class ChunkFn {
+ public:
+  template <class F>
+    requires(!std::is_same_v<std::remove_cvref_t<F>, ChunkFn>)  // else a copy would refer to the original
+  ChunkFn(F&& f)  // NOLINT: implicit by design, as a parameter type
+      : object_(const_cast<void*>(static_cast<const void*>(&f))), call_([](void* object, std::int64_t chunk) {
+          (*static_cast<std::remove_reference_t<F>*>(object))(chunk);
+        }) {}
+  void operator()(std::int64_t chunk) const { call_(object_, chunk); }
+
+ private:
+  void* object_;
+  void (*call_)(void*, std::int64_t);
+};
+
+// Calls fn(chunk) once for each chunk in [0, num_chunks), on at most num_threads threads, one of them the caller's.
+// Chunks are taken dynamically: a thread that the system preempts delays one chunk, not its static share. Workers run
+// in the caller's floating-point mode (rounding, denormals). fn must not throw.
+void parallel_for(std::int64_t num_chunks, int num_threads, ChunkFn fn);
+
+// Where the threads come from: "openmp" (borrowed) or "own".
+const char* thread_source();
+
+}  // namespace ds

@@ -1,0 +1,139 @@
+#include "ds/arena.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <new>
+#include <unordered_map>
+
+namespace ds {
+namespace {
+
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+constexpr std::size_t kSlab = 16 * kHugePage;
+
+constexpr std::size_t round_up(std::size_t size, std::size_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Address space aligned to a huge page, or throws.
+std::uintptr_t map_slab(std::size_t size, bool& advised) {
+  void* raw = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (raw == MAP_FAILED) throw std::bad_alloc();
+  const auto begin = reinterpret_cast<std::uintptr_t>(raw);
+  const std::uintptr_t aligned = round_up(begin, kHugePage);
+  if (aligned != begin) munmap(raw, aligned - begin);
+  const std::size_t behind = begin + kHugePage - aligned;
+  if (behind != 0) munmap(reinterpret_cast<void*>(aligned + size), behind);
+  advised = madvise(reinterpret_cast<void*>(aligned), size, MADV_HUGEPAGE) == 0 && advised;
+  return aligned;
+}
+
+class Arena {
+ public:
+  void* allocate(std::size_t size) {
+    size = round_up(std::max<std::size_t>(size, 1), kArenaAlignment);
+    std::lock_guard lock(mutex_);
+    std::uintptr_t block = take(size);
+    if (block == 0) {
+      add_slab(size);
+      block = take(size);
+    }
+    blocks_.emplace(block, size);
+    in_use_bytes_ += size;
+    return reinterpret_cast<void*>(block);
+  }
+
+  void release(void* pointer) {
+    std::lock_guard lock(mutex_);
+    const auto found = blocks_.find(reinterpret_cast<std::uintptr_t>(pointer));
+    if (found == blocks_.end()) return;
+    const auto [block, size] = *found;
+    blocks_.erase(found);
+    in_use_bytes_ -= size;
+    give_back(block, size);
+  }
+
+  ArenaStats stats() {
+    std::lock_guard lock(mutex_);
+    return {reserved_bytes_, in_use_bytes_, blocks_.size(), advised_};
+  }
+
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  // The first free range that is large enough; 0 when there is none.
+  std::uintptr_t take(std::size_t size) {
+    for (auto range = free_.begin(); range != free_.end(); ++range) {
+      if (range->second < size) continue;
+      const auto [begin, length] = *range;
+      free_.erase(range);
+      if (length > size) free_.emplace(begin + size, length - size);
+      return begin;
+    }
+    return 0;
+  }
+
+  void add_slab(std::size_t size) {
+    const std::size_t length = round_up(std::max(size, kSlab), kHugePage);
+    const std::uintptr_t begin = map_slab(length, advised_);
+    slabs_.emplace(begin, length);
+    free_.emplace(begin, length);
+    reserved_bytes_ += length;
+  }
+
+  void give_back(std::uintptr_t begin, std::size_t length) {
+    const auto slab = std::prev(slabs_.upper_bound(begin));
+    // Neighbouring free ranges grow together, but never across slabs: each is unmapped on its own.
+    auto after = free_.lower_bound(begin);
+    if (after != free_.end() && after->first == begin + length && after->first < slab->first + slab->second) {
+      length += after->second;
+      after = free_.erase(after);
+    }
+    if (after != free_.begin()) {
+      const auto before = std::prev(after);
+      if (before->first + before->second == begin && before->first >= slab->first) {
+        begin = before->first;
+        length += before->second;
+        free_.erase(before);
+      }
+    }
+    if (begin == slab->first && length == slab->second) {
+      munmap(reinterpret_cast<void*>(begin), length);
+      reserved_bytes_ -= length;
+      slabs_.erase(slab);
+      return;
+    }
+    free_.emplace(begin, length);
+  }
+
+  std::mutex mutex_;
+  std::map<std::uintptr_t, std::size_t> slabs_;  // begin -> bytes
+  std::map<std::uintptr_t, std::size_t> free_;   // begin -> bytes
+  std::unordered_map<std::uintptr_t, std::size_t> blocks_;
+  std::size_t reserved_bytes_ = 0;
+  std::size_t in_use_bytes_ = 0;
+  bool advised_ = true;
+};
+
+// Never destroyed: tensors may outlive every static object.
+Arena& arena() {
+  static Arena* const instance = [] {
+    static Arena* created = new Arena;
+    // A child of fork() must not inherit the lock from a thread that it does not have.
+    pthread_atfork([] { created->lock(); }, [] { created->unlock(); }, [] { created->unlock(); });
+    return created;
+  }();
+  return *instance;
+}
+
+}  // namespace
+
+void* arena_allocate(std::size_t size) { return arena().allocate(size); }
+void arena_free(void* block) noexcept { arena().release(block); }
+ArenaStats arena_stats() { return arena().stats(); }
+
+}  // namespace ds

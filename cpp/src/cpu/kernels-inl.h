@@ -1,0 +1,40 @@
+// Everything that a CPU target offers: included once per target, inside its region and its anonymous namespace, after
+// its simd_*.h.
+#define DS_INLINE inline __attribute__((always_inline))
+// Formulas first, then the loops over them. (Comments between groups keep clang-format from sorting across.)
+#include "formulas/adagrad-inl.h"
+#include "formulas/adam-inl.h"
+#include "formulas/lamb-inl.h"
+#include "formulas/lion-inl.h"
+#include "formulas/sgd-inl.h"
+// Walking memory.
+#include "cpu/sweep-inl.h"
+// Sums, which LAMB uses.
+#include "cpu/norm-inl.h"
+// The rest.
+#include "cpu/cast-inl.h"
+#include "cpu/signs-inl.h"
+#include "cpu/update-inl.h"
+
+// clang-format off
+#define DS_OUTS(fn, ...) {fn<__VA_ARGS__, Absent>, fn<__VA_ARGS__, float>, fn<__VA_ARGS__, BF16>, fn<__VA_ARGS__, F16>}
+#define DS_GRADS(fn, ...) {DS_OUTS(fn, __VA_ARGS__, float), DS_OUTS(fn, __VA_ARGS__, BF16), DS_OUTS(fn, __VA_ARGS__, F16)}
+#define DS_ADAM(State) {DS_OUTS(adam_range, State, float), DS_OUTS(adam_range, State, BF16), DS_OUTS(adam_range, State, F16)}
+#define DS_LAMB_GRADS(State) {lamb_moments_range<State, float>, lamb_moments_range<State, BF16>, lamb_moments_range<State, F16>}
+#define DS_DTYPES(fn) {fn<float>, fn<BF16>, fn<F16>}
+#define DS_CASTS(Src) {cast_range<Src, float>, cast_range<Src, BF16>, cast_range<Src, F16>}
+
+constexpr KernelTable kTable = {
+    .adam = {DS_ADAM(float), DS_ADAM(BF16)},
+    .adagrad = {DS_GRADS(one_state_range, AdagradScalars, float), DS_GRADS(one_state_range, AdagradScalars, BF16)},
+    .lion = {DS_GRADS(one_state_range, LionScalars, float), DS_GRADS(one_state_range, LionScalars, BF16)},
+    .sgd = {DS_GRADS(one_state_range, SgdScalars, float), DS_GRADS(one_state_range, SgdScalars, BF16),
+            DS_GRADS(one_state_range, SgdScalars, Absent)},
+    .lamb_moments = {DS_LAMB_GRADS(float), DS_LAMB_GRADS(BF16)},
+    .lamb_apply = {DS_OUTS(lamb_apply_range, float), DS_OUTS(lamb_apply_range, BF16)},
+    .sum_squares = DS_DTYPES(sum_squares),
+    .cast = {DS_CASTS(float), DS_CASTS(BF16), DS_CASTS(F16)},
+    .pack_signs = DS_DTYPES(pack_signs_range),
+    .unpack_signs = DS_DTYPES(unpack_signs_range),
+};
+// clang-format on

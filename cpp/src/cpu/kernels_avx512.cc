@@ -1,0 +1,38 @@
+// The kernels for CPUs with AVX-512 F, BW, VL and DQ.
+// Headers come before the region: an inline function compiled inside it could replace the portable copy.
+#include <cstdint>
+
+#include "dispatch/kernel_table.h"
+#include "ds/adagrad.h"
+#include "ds/adam.h"
+#include "ds/lamb.h"
+#include "ds/lion.h"
+#include "ds/sgd.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+
+namespace ds::avx512 {
+namespace {
+#include "cpu/simd_avx512.h"
+// (first the vectors, then what is written in them)
+#include "cpu/kernels-inl.h"
+}  // namespace
+
+extern const KernelTable kKernels = kTable;
+
+}  // namespace ds::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // defined(__x86_64__)

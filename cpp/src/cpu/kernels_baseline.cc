@@ -1,0 +1,20 @@
+// The kernels for any CPU.
+#include <cstdint>
+
+#include "dispatch/kernel_table.h"
+#include "ds/adagrad.h"
+#include "ds/adam.h"
+#include "ds/lamb.h"
+#include "ds/lion.h"
+#include "ds/sgd.h"
+
+namespace ds::baseline {
+namespace {
+#include "cpu/simd_baseline.h"
+// (first the vectors, then what is written in them)
+#include "cpu/kernels-inl.h"
+}  // namespace
+
+extern const KernelTable kKernels = kTable;
+
+}  // namespace ds::baseline

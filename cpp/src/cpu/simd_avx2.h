@@ -1,0 +1,81 @@
+// AVX2 + FMA + F16C vectors. Included inside the target's region and namespace by kernels_avx2.cc.
+// The three simd_*.h headers offer the same names; see simd_baseline.h for what each one means.
+
+constexpr int kLanes = 8;
+
+struct F32 {
+  __m256 raw;
+};
+
+inline F32 set(float x) { return {_mm256_set1_ps(x)}; }
+
+inline F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.raw, b.raw)}; }
+inline F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.raw, b.raw)}; }
+inline F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.raw, b.raw)}; }
+inline F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.raw, b.raw)}; }
+inline F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.raw)}; }
+
+inline F32 sign(F32 a) {
+  const __m256 zero = _mm256_setzero_ps();
+  const __m256 positive = _mm256_and_ps(_mm256_cmp_ps(a.raw, zero, _CMP_GT_OQ), _mm256_set1_ps(1.0f));
+  const __m256 negative = _mm256_and_ps(_mm256_cmp_ps(a.raw, zero, _CMP_LT_OQ), _mm256_set1_ps(-1.0f));
+  return {_mm256_or_ps(positive, negative)};
+}
+inline unsigned sign_bits(F32 a) { return static_cast<unsigned>(_mm256_movemask_ps(a.raw)); }
+inline F32 select(unsigned mask, F32 a, F32 b) {
+  const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i bits = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), lane_bit);
+  return {_mm256_blendv_ps(b.raw, a.raw, _mm256_castsi256_ps(_mm256_cmpeq_epi32(bits, lane_bit)))};
+}
+
+inline F32 load(const float* x) { return {_mm256_loadu_ps(x)}; }
+inline F32 load(const BF16* x) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+}
+inline F32 load(const F16* x) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))}; }
+
+inline void store(float* out, F32 a) { _mm256_storeu_ps(out, a.raw); }
+inline void store(BF16* out, F32 a) {
+  const __m256i bits = _mm256_castps_si256(a.raw);
+  const __m256i high = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+  const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.raw, a.raw, _CMP_UNORD_Q));
+  const __m256i half = _mm256_blendv_epi8(rounded, quiet, is_nan);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
+}
+inline void store(F16* out, F32 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(a.raw, _MM_FROUND_TO_NEAREST_INT));
+}
+
+struct Sum16 {
+  __m256d quarter[4];
+};
+inline Sum16 zero16() {
+  return {{_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd()}};
+}
+
+template <class T>
+inline Sum16 widen16(const T* x) {
+  const __m256 a = load(x).raw;
+  const __m256 b = load(x + 8).raw;
+  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)),
+           _mm256_cvtps_pd(_mm256_castps256_ps128(b)), _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1))}};
+}
+inline void add_squares(Sum16& sum, Sum16 x) {
+  for (int i = 0; i < 4; ++i) {
+    sum.quarter[i] = _mm256_add_pd(sum.quarter[i], _mm256_mul_pd(x.quarter[i], x.quarter[i]));
+  }
+}
+inline void add_magnitudes(Sum16& sum, Sum16 x) {
+  for (int i = 0; i < 4; ++i) {
+    sum.quarter[i] = _mm256_add_pd(sum.quarter[i], _mm256_andnot_pd(_mm256_set1_pd(-0.0), x.quarter[i]));
+  }
+}
+inline void store16(double* out, Sum16 sum) {
+  for (int i = 0; i < 4; ++i) _mm256_storeu_pd(out + 4 * i, sum.quarter[i]);
+}

@@ -1,0 +1,75 @@
+// AVX-512 (F, BW, VL, DQ) vectors. Included inside the target's region and namespace by kernels_avx512.cc.
+// The three simd_*.h headers offer the same names; see simd_baseline.h for what each one means.
+
+constexpr int kLanes = 16;
+
+struct F32 {
+  __m512 raw;
+};
+
+inline F32 set(float x) { return {_mm512_set1_ps(x)}; }
+
+inline F32 operator+(F32 a, F32 b) { return {_mm512_add_ps(a.raw, b.raw)}; }
+inline F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.raw, b.raw)}; }
+inline F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.raw, b.raw)}; }
+inline F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.raw, b.raw)}; }
+inline F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.raw)}; }
+
+inline F32 sign(F32 a) {
+  const __m512 zero = _mm512_setzero_ps();
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 positive = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.raw, zero, _CMP_GT_OQ), one);
+  return {_mm512_mask_sub_ps(positive, _mm512_cmp_ps_mask(a.raw, zero, _CMP_LT_OQ), zero, one)};
+}
+inline unsigned sign_bits(F32 a) { return _mm512_movepi32_mask(_mm512_castps_si512(a.raw)); }
+inline F32 select(unsigned mask, F32 a, F32 b) {
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>(mask), b.raw, a.raw)};
+}
+
+inline F32 load(const float* x) { return {_mm512_loadu_ps(x)}; }
+inline F32 load(const BF16* x) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+inline F32 load(const F16* x) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))};
+}
+
+inline void store(float* out, F32 a) { _mm512_storeu_ps(out, a.raw); }
+inline void store(BF16* out, F32 a) {
+  const __m512i bits = _mm512_castps_si512(a.raw);
+  const __m512i high = _mm512_srli_epi32(bits, 16);
+  const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+  const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(a.raw, a.raw, _CMP_UNORD_Q);
+  const __m512i half = _mm512_mask_mov_epi32(rounded, is_nan, quiet);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(half));
+}
+inline void store(F16* out, F32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(a.raw, _MM_FROUND_TO_NEAREST_INT));
+}
+
+struct Sum16 {
+  __m512d low, high;
+};
+inline Sum16 zero16() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+
+template <class T>
+inline Sum16 widen16(const T* x) {
+  const __m512 v = load(x).raw;
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))};
+}
+inline void add_squares(Sum16& sum, Sum16 x) {
+  sum.low = _mm512_add_pd(sum.low, _mm512_mul_pd(x.low, x.low));
+  sum.high = _mm512_add_pd(sum.high, _mm512_mul_pd(x.high, x.high));
+}
+inline void add_magnitudes(Sum16& sum, Sum16 x) {
+  sum.low = _mm512_add_pd(sum.low, _mm512_abs_pd(x.low));
+  sum.high = _mm512_add_pd(sum.high, _mm512_abs_pd(x.high));
+}
+inline void store16(double* out, Sum16 sum) {
+  _mm512_storeu_pd(out, sum.low);
+  _mm512_storeu_pd(out + 8, sum.high);
+}

@@ -1,0 +1,67 @@
+// One table of function pointers per CPU target. Everything a target offers goes through its table, which is the
+// only symbol with external linkage of the target's translation unit.
+#pragma once
+
+#include <cstdint>
+
+#include "ds/dtype.h"
+
+namespace ds {
+
+struct AdagradScalars;
+struct AdamScalars;
+struct LambNorms;
+struct LambScalars;
+struct LionScalars;
+struct SgdScalars;
+
+// A state tensor is fp32, bf16 or (SGD without momentum) absent; an output copy is absent or one of the three dtypes.
+inline constexpr int kNumStateKinds = 2;
+inline constexpr int kNumOutKinds = 1 + kNumDTypes;
+constexpr int state_kind(DType dtype) { return static_cast<int>(dtype); }
+constexpr int grad_kind(DType dtype) { return static_cast<int>(dtype); }
+constexpr int out_kind(const void* out, DType dtype) { return out == nullptr ? 0 : 1 + static_cast<int>(dtype); }
+
+using AdamFn = void (*)(const AdamScalars&, float* param, void* exp_avg, void* exp_avg_sq, const void* grad, void* out,
+                        std::int64_t numel);
+template <class Scalars>
+using OneStateFn = void (*)(const Scalars&, float* param, void* state, const void* grad, void* out,
+                            std::int64_t numel);
+using LambMomentsFn = void (*)(const LambScalars&, const float* param, void* exp_avg, void* exp_avg_sq,
+                               const void* grad, LambNorms* norms, std::int64_t numel);
+using LambApplyFn = void (*)(const LambScalars&, float minus_step, float* param, const void* exp_avg,
+                             const void* exp_avg_sq, void* out, std::int64_t numel);
+using SumFn = double (*)(const void* data, std::int64_t numel);
+using CastFn = void (*)(const void* src, void* dst, std::int64_t numel);
+using PackSignsFn = double (*)(const void* x, std::uint8_t* bits, std::int64_t numel);
+using UnpackSignsFn = void (*)(const std::uint8_t* bits, float scale, void* out, std::int64_t numel);
+
+struct KernelTable {
+  AdamFn adam[kNumStateKinds][kNumDTypes][kNumOutKinds];  // [state][grad][out], as the others
+  OneStateFn<AdagradScalars> adagrad[kNumStateKinds][kNumDTypes][kNumOutKinds];
+  OneStateFn<LionScalars> lion[kNumStateKinds][kNumDTypes][kNumOutKinds];
+  OneStateFn<SgdScalars> sgd[kNumStateKinds + 1][kNumDTypes][kNumOutKinds];  // last: no momentum
+  LambMomentsFn lamb_moments[kNumStateKinds][kNumDTypes];                    // [state][grad]
+  LambApplyFn lamb_apply[kNumStateKinds][kNumOutKinds];                      // [state][out]
+  SumFn sum_squares[kNumDTypes];
+  CastFn cast[kNumDTypes][kNumDTypes];  // [src][dst]
+  PackSignsFn pack_signs[kNumDTypes];
+  UnpackSignsFn unpack_signs[kNumDTypes];
+};
+
+namespace baseline {
+extern const KernelTable kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const KernelTable kKernels;
+}
+namespace avx512 {
+extern const KernelTable kKernels;
+}
+#endif
+
+// The table of cpu_target().
+const KernelTable& kernels();
+
+}  // namespace ds

@@ -1,0 +1,125 @@
+#include "ds/parallel.h"
+
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "dispatch/pool.h"
+
+namespace ds {
+namespace {
+
+// The entry that GCC's OpenMP runtime gives compiled code; LLVM's and Intel's runtimes have it too.
+using GompParallel = void (*)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
+
+struct Search {
+  std::string_view prefix;
+  std::string path;
+};
+
+int match_library(dl_phdr_info* info, std::size_t, void* data) {
+  auto* search = static_cast<Search*>(data);
+  const char* slash = std::strrchr(info->dlpi_name, '/');
+  const std::string_view base = slash == nullptr ? info->dlpi_name : slash + 1;
+  if (base.substr(0, search->prefix.size()) != search->prefix) return 0;
+  search->path = info->dlpi_name;
+  return 1;
+}
+
+// libtorch_cpu first: a lookup through its handle follows its own dependencies, so that the runtime found is the one
+// torch uses, even where the process holds several.
+GompParallel find_openmp() {
+  for (const char* prefix : {"libtorch_cpu.", "libgomp", "libomp", "libiomp5"}) {
+    Search search{prefix, {}};
+    dl_iterate_phdr(match_library, &search);
+    if (search.path.empty()) continue;
+    void* library = dlopen(search.path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) continue;
+    void* symbol = dlsym(library, "GOMP_parallel");
+    if (symbol != nullptr) return reinterpret_cast<GompParallel>(symbol);  // keeps the handle: never unloaded
+    dlclose(library);
+  }
+  return nullptr;
+}
+
+std::atomic<bool> g_forked{false};
+
+void after_fork() {
+  g_forked.store(true);
+  pool_forget();
+}
+
+// When the library is loaded and not at the first kernel: a child may be the first to call one.
+[[maybe_unused]] const int g_fork_handler = pthread_atfork(nullptr, nullptr, after_fork);
+
+GompParallel openmp() {
+  static const GompParallel found = [] {
+    // For tests and for measuring the pool itself.
+    const char* source = std::getenv("DS_THREADS");
+    return source != nullptr && std::strcmp(source, "own") == 0 ? nullptr : find_openmp();
+  }();
+  return g_forked.load(std::memory_order_relaxed) ? nullptr : found;
+}
+
+#if defined(__x86_64__)
+unsigned float_mode() { return _mm_getcsr(); }
+void set_float_mode(unsigned mode) { _mm_setcsr(mode); }
+#else
+unsigned float_mode() { return 0; }
+void set_float_mode(unsigned) {}
+#endif
+
+struct Team {
+  std::int64_t num_chunks;
+  ChunkFn fn;
+  unsigned mode;
+  std::atomic<std::int64_t> next{0};
+};
+
+void take_chunks(void* data) {
+  auto* team = static_cast<Team*>(data);
+  const unsigned mode = float_mode();
+  set_float_mode(team->mode);
+  for (;;) {
+    const std::int64_t chunk = team->next.fetch_add(1, std::memory_order_relaxed);
+    if (chunk >= team->num_chunks) break;
+    team->fn(chunk);
+  }
+  set_float_mode(mode);
+}
+
+}  // namespace
+
+void parallel_for(std::int64_t num_chunks, int num_threads, ChunkFn fn) {
+  const auto threads = static_cast<int>(std::min<std::int64_t>(num_threads, num_chunks));
+  if (threads <= 1) {
+    for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) fn(chunk);
+    return;
+  }
+  if (const GompParallel gomp = openmp(); gomp != nullptr) {
+    Team team{num_chunks, fn, float_mode()};
+    gomp(take_chunks, &team, static_cast<unsigned>(threads), 0);
+    return;
+  }
+  const unsigned mode = float_mode();
+  auto in_mode = [&](std::int64_t chunk) {
+    const unsigned previous = float_mode();
+    set_float_mode(mode);
+    fn(chunk);
+    set_float_mode(previous);
+  };
+  pool_run(num_chunks, threads, in_mode);
+}
+
+const char* thread_source() { return openmp() != nullptr ? "openmp" : "own"; }
+
+}  // namespace ds

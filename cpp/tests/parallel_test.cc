@@ -1,0 +1,56 @@
+#include "ds/parallel.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <thread>
+
+#include "check.h"
+#include "dispatch/pool.h"
+
+using namespace ds;
+
+namespace {
+
+void check_each_once(void (*run)(std::int64_t, int, ChunkFn), std::int64_t chunks, int threads) {
+  std::vector<std::atomic<int>> seen(static_cast<std::size_t>(chunks));
+  auto body = [&](std::int64_t chunk) { seen[static_cast<std::size_t>(chunk)].fetch_add(1); };
+  run(chunks, threads, body);
+  for (const auto& count : seen) CHECK_EQ(count.load(), 1);
+}
+
+}  // namespace
+
+TEST(each_chunk_runs_once) {
+  for (const int threads : {1, 2, 4}) {
+    for (const std::int64_t chunks : {0, 1, 2, 3, 1000}) {
+      check_each_once(parallel_for, chunks, threads);
+      if (chunks > 0) check_each_once(pool_run, chunks, threads);
+    }
+  }
+}
+
+TEST(the_pool_serves_many_callers_at_once) {
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i) {
+    callers.emplace_back([] {
+      for (int round = 0; round < 200; ++round) check_each_once(pool_run, 7, 3);
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+}
+
+TEST(a_forked_child_has_threads_too) {
+  check_each_once(parallel_for, 10, 3);  // the parent's workers exist before the fork
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);
+    std::atomic<int> count{0};
+    parallel_for(100, 3, [&](std::int64_t) { count.fetch_add(1); });
+    _exit(count.load() == 100 && std::string(thread_source()) == "own" ? 0 : 1);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}

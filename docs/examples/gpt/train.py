@@ -1,0 +1,271 @@
+"""Trains a byte-level language model on the sources of Python's standard library.
+
+    ds run docs/examples/gpt/train.py --config docs/examples/gpt/ds_config.json
+
+Only the public interface of ds_engine is used. Stopped at any moment, by Ctrl-C or kill -9, it continues from the
+last checkpoint when it is started again, and sees the same bytes as if it had never stopped. The exit status is 1
+when the model is not clearly better than a bigram model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import data
+import report
+import runs
+import torch
+import torch.distributed as dist
+from model import GPT
+from torch import Tensor
+
+import ds_engine
+
+MARGIN = 0.10
+"""Nats per byte by which the model has to beat the bigram model."""
+PROMPTS = ("def ", "class ", "import ")
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. The defaults are the job of ci/train."""
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description="Train a byte-level language model with ds.")
+    parser.add_argument("--config", type=Path, default=here / "ds_config.json", help="a ds_config.json")
+    parser.add_argument("--runs", type=Path, default=Path("runs/gpt"), help="where run directories go")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps (default: total_num_steps of the schedule)"
+    )
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--context", type=int, default=128, help="bytes that the model sees at once")
+    parser.add_argument("--checkpoint-every", type=int, default=30, metavar="STEPS")
+    parser.add_argument("--validate-every", type=int, default=30, metavar="STEPS")
+    parser.add_argument("--validation-windows", type=int, default=512, help="for the last validation")
+    parser.add_argument(
+        "--sample-bytes", type=int, default=200, help="length of each sample from the trained model"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of the weights and of the order of the data")
+    return parser.parse_args(argv)
+
+
+def bf16_is_native() -> bool:
+    """Whether this machine has instructions for bfloat16; without them it is slower than float32."""
+    if torch.accelerator.is_available():
+        return True
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(encoding="ascii", errors="replace").split() if cpuinfo.exists() else []
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+
+
+def settings_for(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    """(the configuration for this machine and these arguments, what was changed in the file's)."""
+    config = json.loads(args.config.read_text(encoding="utf-8"))
+    notes = []
+    if config.get("bf16", {}).get("enabled") and not bf16_is_native():
+        config["bf16"]["enabled"] = False
+        notes.append("computing in float32: this CPU has no bfloat16 instructions (avx512_bf16, amx_bf16)")
+    schedule = config["scheduler"]["params"]
+    if args.steps is not None and args.steps != schedule["total_num_steps"]:
+        schedule["warmup_num_steps"] = min(schedule["warmup_num_steps"], max(2, args.steps // 10))
+        schedule["total_num_steps"] = args.steps
+    return config, notes
+
+
+@dataclass(kw_only=True)
+class Job:
+    """What the functions below share: the engine and the data, and where this rank stands."""
+
+    args: argparse.Namespace
+    engine: ds_engine.Engine
+    corpus: data.Corpus
+    total_steps: int
+    device: torch.device
+    rank: int
+    ranks: int
+
+    def mean(self, value: Tensor | float) -> float:
+        """Mean of a number over all ranks."""
+        total = torch.as_tensor(value, dtype=torch.float64, device=self.device).clone()
+        if self.ranks > 1:
+            dist.all_reduce(total)
+        return total.item() / self.ranks
+
+
+def train_step(job: Job) -> float:
+    """One optimizer step; the mean loss over its micro-batches and the ranks."""
+    engine, args = job.engine, job.args
+    accumulation, size = engine.gradient_accumulation_steps(), engine.train_micro_batch_size_per_gpu()
+    losses = []
+    for micro in range(accumulation):
+        # Numbered over steps, accumulation and ranks: no state to save, and the same bytes after a restart.
+        index = (engine.global_steps * accumulation + micro) * job.ranks + job.rank
+        inputs, targets = data.train_batch(
+            job.corpus.train, seed=args.seed, index=index, size=size, length=args.context
+        )
+        if micro == accumulation - 1:
+            assert engine.is_gradient_accumulation_boundary()
+        loss = engine(inputs.to(job.device), targets.to(job.device))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.detach())
+    return job.mean(torch.stack(losses).mean())
+
+
+@torch.no_grad()
+def validate(job: Job, count: int) -> tuple[float, float]:
+    """(loss of the model, loss of the bigram model) on the same `count` windows, in nats per byte."""
+    # Every rank takes the same number of windows, because all of them have to run the forward together.
+    per_rank = max(1, count // job.ranks)
+    inputs, targets = data.validation_windows(
+        job.corpus.validation, count=per_rank * job.ranks, length=job.args.context
+    )
+    mine = slice(job.rank * per_rank, (job.rank + 1) * per_rank)
+    losses = []
+    for x, y in zip(inputs[mine].split(16), targets[mine].split(16), strict=True):
+        losses.append(job.engine(x.to(job.device), y.to(job.device)) * len(x))
+    loss = job.mean(torch.stack(losses).sum() / per_rank)
+    return loss, data.Bigram(job.corpus.train).loss(inputs, targets)
+
+
+@torch.no_grad()
+def sample(job: Job) -> str:
+    """Text from the model, one continuation for each prompt.
+
+    All ranks draw the same bytes, because in stage 3 they have to run the forward together.
+    """
+    generator = torch.Generator().manual_seed(job.args.seed)
+    width = max(len(p) for p in PROMPTS)
+    text = torch.tensor([list(p.rjust(width, "\n").encode()) for p in PROMPTS])
+    for _ in range(job.args.sample_bytes):
+        scores = job.engine(text[:, -job.args.context :].to(job.device))[:, -1].float().cpu()
+        text = torch.cat((text, torch.multinomial((scores / 0.7).softmax(-1), 1, generator=generator)), dim=1)
+    rows = [bytes(row).decode("utf-8", errors="replace").strip("\n\0") for row in text.tolist()]
+    return ("\n\n" + "-" * 40 + "\n\n").join(row.replace("\0", "\n") for row in rows) + "\n"
+
+
+def train(job: Job, run: Path) -> Iterator[dict[str, Any]]:
+    """Trains to the end from where the engine stands, saving now and then; yields one row of the log per step."""
+    engine, args = job.engine, job.args
+    tokens = engine.train_batch_size() * args.context
+    while engine.global_steps < job.total_steps:
+        start = time.perf_counter()
+        loss = train_step(job)
+        seconds = time.perf_counter() - start
+        step = engine.global_steps
+        row: dict[str, Any] = {"step": step, "loss": loss, "lr": engine.get_lr()[0]}
+        row |= {"grad_norm": engine.get_global_grad_norm(), "tokens_per_s": tokens / seconds}
+        row["memory_bytes"] = report.memory_bytes()
+        last = step == job.total_steps
+        if step % args.validate_every == 0 and not last:
+            row["validation"], _ = validate(job, args.validation_windows // 8)
+        if step % args.checkpoint_every == 0 or last:
+            engine.save_checkpoint(run / "checkpoints", client_state={"run": run.name})
+        yield row
+
+
+def resume(job: Job, run: Path, live: report.Live) -> None:
+    """Loads the newest complete checkpoint, if there is one, and says so."""
+    checkpoints = run / "checkpoints"
+    if ds_engine.checkpoint.latest(checkpoints) is None:
+        live.say(f"run {run}: starting at step 1 of {job.total_steps}")
+        return
+    path, _ = job.engine.load_checkpoint(checkpoints)
+    live.say(
+        f"run {run}: continuing after step {job.engine.global_steps} of {job.total_steps}, from {Path(path).name}"
+    )
+
+
+def finish(job: Job, run: Path, rows: list[dict[str, Any]], live: report.Live) -> bool:
+    """Last validation, sample, page and verdict; whether the model is good enough."""
+    loss, bigram = validate(job, job.args.validation_windows)
+    text = sample(job)
+    passed = loss <= bigram - MARGIN
+    if job.rank == 0:
+        facts = {
+            "validation loss": f"{loss:.4f} nats/byte",
+            "bigram model": f"{bigram:.4f} nats/byte",
+            "better by": f"{bigram - loss:.4f} nats/byte (needed: {MARGIN:.2f})",
+            "steps": f"{job.total_steps} of {job.engine.train_batch_size() * job.args.context:,} bytes",
+            "ranks": f"{job.ranks} on {job.device.type}, torch {torch.__version__}",
+        }
+        rows[-1]["validation"] = loss
+        (run / "sample.txt").write_text(text, encoding="utf-8")
+        page = report.page(f"Language model on Python's sources, run {run.name}", facts, rows, bigram, text)
+        runs.write_atomic(run / "report.html", page)
+        result = {"validation": loss, "bigram": bigram, "passed": passed, "steps": job.total_steps}
+        runs.write_atomic(run / "result.json", json.dumps(result) + "\n")
+    live.say("")
+    live.say(text)
+    live.say(f"bigram model:    {bigram:.4f} nats/byte on the same validation bytes")
+    live.say(f"validation loss: {loss:.4f} nats/byte, {bigram - loss:.4f} below it (needed: {MARGIN:.2f})")
+    live.say(f"curves: {run / 'report.html'}   sample: {run / 'sample.txt'}")
+    live.say("passed" if passed else "FAILED: the model is not clearly better than the bigram model")
+    return passed
+
+
+def prepare(args: argparse.Namespace) -> tuple[Job, Path, list[str]]:
+    """Engine, data and run directory."""
+    config, notes = settings_for(args)
+    torch.manual_seed(args.seed)
+    model = GPT(args.layers, args.dim, args.heads)
+    engine, _, _, _ = ds_engine.initialize(model=model, config=config)
+    world = engine.world
+    # Rank 0 decides which directory, or one rank might see what another has just made.
+    identity = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "runs"}
+    chosen = [runs.choose(args.runs, identity | {"config": config}) if world.rank == 0 else None]
+    if world.world_size > 1:
+        dist.broadcast_object_list(chosen, src=0, device=world.device)
+    run = chosen[0]
+    assert run is not None
+    corpus = data.load()
+    total_steps = config["scheduler"]["params"]["total_num_steps"]
+    job = Job(
+        args=args,
+        engine=engine,
+        corpus=corpus,
+        total_steps=total_steps,
+        device=world.device,
+        rank=world.rank,
+        ranks=world.world_size,
+    )
+    size = sum(p.numel() for p in model.parameters())
+    notes.append(
+        f"{size / 1e6:.1f} million parameters; {len(corpus.train) / 1e6:.1f} MB of train and "
+        f"{len(corpus.validation) / 1e6:.1f} MB of validation text from {corpus.num_files} files"
+    )
+    return job, run, notes
+
+
+def main() -> int:
+    """0 when the model beats the bigram model by MARGIN, else 1."""
+    job, run, notes = prepare(arguments())
+    live = report.Live(total_steps=job.total_steps, done_steps=0, enabled=job.rank == 0)
+    for note in notes:
+        live.say(note)
+    resume(job, run, live)
+    log = runs.Log(run / "log.jsonl", first_step=job.engine.global_steps + 1) if job.rank == 0 else None
+    with live:
+        for row in train(job, run):
+            if log is not None:
+                log.write(**row)
+            live.step(row)
+    if log is not None:
+        log.close()
+    passed = finish(job, run, runs.read_log(run / "log.jsonl"), live)
+    if dist.is_initialized():
+        dist.barrier()  # nobody leaves before rank 0 has written everything
+        dist.destroy_process_group()
+    # One rank is enough to fail the job, and the launcher then shows one failure.
+    return 0 if passed or job.rank != 0 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,376 @@
+"""The kernels: native where there is a variant for the tensors' device, else their reference in plain torch.
+
+Multi-tensor functions take lists and make one native call for all of them, without the GIL, on
+`torch.get_num_threads()` threads (on a GPU: on torch's current stream). Tensors must be contiguous and on one device;
+a wrong dtype, device, size or layout raises ValueError naming the argument. Results do not depend on the number of
+threads, on how a tensor is cut, or on the CPU target. `python -m ds_core` prints which kernels are native here.
+
+Common arguments of the optimizer steps, all of which work in place:
+
+* `params` fp32; states fp32 or bf16; `grads` fp32, bf16 or fp16, mixed as one likes.
+* `grad_scale`: a gradient is widened, multiplied by it and rounded to fp32 before anything else: the same bits as
+  gradients multiplied beforehand.
+* `out[i]`, where not None, receives the new `params[i]` rounded to its dtype (fp32, bf16, fp16) in the same pass.
+* `step` counts from 1 and includes this step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ds_core import _gpu, _native, reference
+
+NORM_BLOCK_NUMEL = reference.NORM_BLOCK_NUMEL
+
+
+def _is_native(tensor: Tensor) -> bool:
+    """Whether the native kernels take tensors of this device. They check the rest of the arguments themselves."""
+    kind = tensor.device.type
+    return (kind == "cpu" and _native.has_native()) or (kind == "cuda" and _gpu.is_live())
+
+
+def _written(*lists: Sequence[Tensor | None] | None) -> None:
+    """Tells autograd what a kernel wrote, so that a backward over overwritten values raises instead of being wrong."""
+    increment_version([t for tensors in lists if tensors is not None for t in tensors if t is not None])
+
+
+def adam_step(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool = True,
+    grad_scale: float = 1.0,
+    out: Sequence[Tensor | None] | None = None,
+) -> None:
+    """One step of AdamW (`decoupled`, Loshchilov and Hutter 2019, algorithm 2) or Adam with L2 regularisation."""
+    if not params:
+        return
+    if not _is_native(params[0]):
+        reference.adam_step(
+            params, exp_avgs, exp_avg_sqs, grads, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=weight_decay, decoupled=decoupled, grad_scale=grad_scale, out=out,
+        )  # fmt: skip
+        return
+    _native.core.adam_step(
+        params, exp_avgs, exp_avg_sqs, grads, out, step, lr, beta1, beta2, eps, weight_decay, decoupled,
+        grad_scale, torch.get_num_threads(),
+    )  # fmt: skip
+    _written(params, exp_avgs, exp_avg_sqs, out)
+
+
+def adagrad_step(
+    params: Sequence[Tensor],
+    sums: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    lr_decay: float = 0.0,
+    eps: float = 1e-10,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+    out: Sequence[Tensor | None] | None = None,
+) -> None:
+    """One step of Adagrad (Duchi, Hazan and Singer 2011) as `torch.optim.Adagrad` defines it."""
+    if not params:
+        return
+    if not _is_native(params[0]):
+        reference.adagrad_step(
+            params, sums, grads, step=step, lr=lr, lr_decay=lr_decay, eps=eps, weight_decay=weight_decay,
+            grad_scale=grad_scale, out=out,
+        )  # fmt: skip
+        return
+    _native.core.adagrad_step(
+        params, sums, grads, out, step, lr, lr_decay, eps, weight_decay, grad_scale, torch.get_num_threads()
+    )
+    _written(params, sums, out)
+
+
+def lion_step(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+    out: Sequence[Tensor | None] | None = None,
+) -> None:
+    """One step of Lion (Chen et al. 2023, algorithm 2), weight decay decoupled."""
+    if not params:
+        return
+    if not _is_native(params[0]):
+        reference.lion_step(
+            params, exp_avgs, grads, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
+            grad_scale=grad_scale, out=out,
+        )  # fmt: skip
+        return
+    _native.core.lion_step(
+        params, exp_avgs, grads, out, lr, beta1, beta2, weight_decay, grad_scale, torch.get_num_threads()
+    )
+    _written(params, exp_avgs, out)
+
+
+def sgd_step(
+    params: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    grads: Sequence[Tensor],
+    *,
+    first: bool,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    grad_scale: float = 1.0,
+    out: Sequence[Tensor | None] | None = None,
+) -> None:
+    """One step of SGD as `torch.optim.SGD` defines it.
+
+    `momentum_buffers` is read only where `momentum` is not 0, and must be there then; where `first`, the buffers hold
+    nothing yet and are set to the gradient.
+    """
+    if not params:
+        return
+    if momentum != 0.0 and momentum_buffers is None:
+        raise ValueError(
+            f"sgd_step: momentum is {momentum}, so momentum_buffers must be a list of tensors, not None"
+        )
+    if not _is_native(params[0]):
+        reference.sgd_step(
+            params, momentum_buffers, grads, first=first, lr=lr, momentum=momentum, dampening=dampening,
+            weight_decay=weight_decay, nesterov=nesterov, grad_scale=grad_scale, out=out,
+        )  # fmt: skip
+        return
+    _native.core.sgd_step(
+        params, momentum_buffers, grads, out, first, lr, momentum, dampening, weight_decay, nesterov, grad_scale,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _written(params, momentum_buffers if momentum != 0.0 else None, out)
+
+
+def lamb_step(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    min_ratio: float = 0.0,
+    max_ratio: float = math.inf,
+    grad_scale: float = 1.0,
+    out: Sequence[Tensor | None] | None = None,
+) -> None:
+    """One step of LAMB (You et al. 2020, algorithm 2): each tensor is a segment with a trust ratio of its own.
+
+    Where segments continue on other ranks, call `lamb_moments`, add up its result over the ranks, then
+    `trust_ratios` and `lamb_apply`. Equations: docs/notes/lamb.md.
+    """
+    norms = lamb_moments(
+        params, exp_avgs, exp_avg_sqs, grads, step=step, beta1=beta1, beta2=beta2, eps=eps,
+        weight_decay=weight_decay, grad_scale=grad_scale,
+    )  # fmt: skip
+    lamb_apply(
+        params, exp_avgs, exp_avg_sqs, trust_ratios(norms, min_ratio, max_ratio), step=step, lr=lr, beta1=beta1,
+        beta2=beta2, eps=eps, weight_decay=weight_decay, out=out,
+    )  # fmt: skip
+
+
+def lamb_moments(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    step: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float = 1.0,
+) -> Tensor:
+    """First pass of LAMB: updates both moments.
+
+    Returns an fp64 CPU tensor (number of tensors, 2): the sums of squares of each parameter and of its direction.
+    """
+    if not params:
+        return torch.zeros(0, 2, dtype=torch.float64)
+    if not _is_native(params[0]):
+        return reference.lamb_moments(
+            params, exp_avgs, exp_avg_sqs, grads, step=step, beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=weight_decay, grad_scale=grad_scale,
+        )  # fmt: skip
+    blocks = [-(-p.numel() // NORM_BLOCK_NUMEL) for p in params]
+    on_cpu = params[0].device.type == "cpu"
+    sums = torch.zeros(
+        len(params) if on_cpu else sum(blocks), 2, dtype=torch.float64, device=params[0].device
+    )
+    _native.core.lamb_moments(
+        params, exp_avgs, exp_avg_sqs, grads, sums, step, beta1, beta2, eps, weight_decay, grad_scale,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _written(exp_avgs, exp_avg_sqs)
+    if on_cpu:
+        return sums
+    return torch.tensor([_in_order(part) for part in sums.cpu().split(blocks)], dtype=torch.float64).view(
+        -1, 2
+    )
+
+
+def _in_order(block_sums: Tensor) -> list[float]:
+    """Sums of two columns, added from the first block to the last as the CPU kernels do."""
+    totals = [0.0, 0.0]
+    for first, second in block_sums.tolist():
+        totals[0] += first
+        totals[1] += second
+    return totals
+
+
+def trust_ratios(norms: Tensor, min_ratio: float = 0.0, max_ratio: float = math.inf) -> list[float]:
+    """|p| / |u| from the rows of `lamb_moments`, kept in [min_ratio, max_ratio]; 1 where either norm is 0."""
+    ratios = []
+    for param_squared, direction_squared in norms.tolist():
+        if param_squared == 0.0 or direction_squared == 0.0:
+            ratios.append(1.0)
+        else:
+            ratio = math.sqrt(param_squared) / math.sqrt(direction_squared)
+            ratios.append(min(max(ratio, min_ratio), max_ratio))
+    return ratios
+
+
+def lamb_apply(
+    params: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    ratios: Sequence[float],
+    *,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    out: Sequence[Tensor | None] | None = None,
+) -> None:
+    """Second pass of LAMB: `params[i] -= lr * ratios[i] * direction[i]`."""
+    if not params:
+        return
+    if not _is_native(params[0]):
+        reference.lamb_apply(
+            params, exp_avgs, exp_avg_sqs, ratios, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=weight_decay, out=out,
+        )  # fmt: skip
+        return
+    _native.core.lamb_apply(
+        params, exp_avgs, exp_avg_sqs, out, ratios, step, lr, beta1, beta2, eps, weight_decay,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    _written(params, out)
+
+
+def squared_norm(tensors: Sequence[Tensor]) -> tuple[float, bool]:
+    """The sum of squares of all elements (fp32, bf16 or fp16) in fp64, and whether all are finite, in one pass.
+
+    Added in blocks of `NORM_BLOCK_NUMEL` elements from each tensor's start, blocks in order.
+    """
+    if not tensors:
+        return 0.0, True
+    if tensors[0].device.type == "cpu" and _native.has_native():
+        return _native.core.squared_norm(tensors, torch.get_num_threads())
+    if not _is_native(tensors[0]):
+        return reference.squared_norm(tensors)
+    total = 0.0
+    for block in torch.cat([squared_norm_blocks(tensor) for tensor in tensors]).tolist():
+        total += block
+    return total, math.isfinite(total)
+
+
+def squared_norm_blocks(tensor: Tensor, block_numel: int = NORM_BLOCK_NUMEL) -> Tensor:
+    """The fp64 sums of squares of consecutive blocks of `block_numel` elements (the last may be shorter), 1-D.
+
+    Sums of the same elements are equal bit by bit wherever the block lies.
+    """
+    if block_numel < 1:
+        raise ValueError(f"squared_norm_blocks: block_numel must be positive, but is {block_numel}")
+    if not _is_native(tensor):
+        return reference.squared_norm_blocks(tensor, block_numel)
+    sums = torch.empty(-(-tensor.numel() // block_numel), dtype=torch.float64, device=tensor.device)
+    _native.core.squared_norm_blocks(tensor, block_numel, sums, torch.get_num_threads())
+    return sums
+
+
+def cast(src: Tensor | Sequence[Tensor], dst: Tensor | Sequence[Tensor]) -> None:
+    """Converts between fp32, bf16 and fp16, to nearest even; a NaN stays a NaN. One tensor each, or lists."""
+    sources = [src] if isinstance(src, Tensor) else src
+    destinations = [dst] if isinstance(dst, Tensor) else dst
+    if not sources and not destinations:
+        return
+    if not _is_native([*sources, *destinations][0]):
+        reference.cast(sources, destinations)
+        return
+    _native.core.cast(sources, destinations, torch.get_num_threads())
+    _written(destinations)
+
+
+def pack_signs(x: Tensor, bits: Tensor | None = None) -> tuple[Tensor, float]:
+    """Packs the signs of `x` (fp32, bf16, fp16) into uint8, eight to a byte, lowest bit first, 1 for negative.
+
+    Returns `bits` (made when None; ceil(numel / 8) bytes) and the mean of |x|, the scale for which `unpack_signs`
+    comes closest to `x` in the sum of squares. The sum behind the mean is fp64 in fixed order.
+    """
+    if not _is_native(x):
+        return reference.pack_signs(x, bits)
+    if bits is None:
+        bits = torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
+    on_cpu = x.device.type == "cpu"
+    blocks = 0 if on_cpu else -(-x.numel() // NORM_BLOCK_NUMEL)
+    sums = torch.zeros(blocks, dtype=torch.float64, device=x.device)
+    total = _native.core.pack_signs(x, bits, sums, torch.get_num_threads())
+    for block in sums.tolist():
+        total += block
+    _written([bits])
+    return bits, total / max(x.numel(), 1)
+
+
+def unpack_signs(bits: Tensor, scale: float, out: Tensor) -> Tensor:
+    """Writes -scale where a bit of `bits` is set, else scale, into `out` (fp32, bf16, fp16), and returns it."""
+    if not _is_native(out):
+        return reference.unpack_signs(bits, scale, out)
+    _native.core.unpack_signs(bits, scale, out, torch.get_num_threads())
+    _written([out])
+    return out
+
+
+def crc32c(data: Tensor | bytes | bytearray | memoryview, crc: int = 0) -> int:
+    """CRC-32C of the bytes of a contiguous CPU tensor or a buffer, continuing from `crc` (0 at the start)."""
+    if not _native.has_native():
+        return reference.crc32c(data, crc)
+    if not isinstance(data, Tensor):
+        return _native.core.crc32c(data, crc, torch.get_num_threads())
+    if data.device.type != "cpu":
+        raise ValueError(f"crc32c: data must be on the CPU, but is on {data.device}")
+    if not data.is_contiguous():
+        raise ValueError("crc32c: data must be contiguous; pass data.contiguous()")
+    if data.numel() == 0:
+        return crc
+    return _native.core.crc32c(data.detach().view(-1).view(torch.uint8).numpy(), crc, torch.get_num_threads())

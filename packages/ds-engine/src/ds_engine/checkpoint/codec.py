@@ -1,0 +1,83 @@
+"""User values as JSON and tensors: what `client_state` and schedules may hold. No pickle: reading a
+checkpoint never runs code.
+
+JSON has fewer types than Python; the others are written as an object with one key that starts with "$".
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+Scalar = (bool, int, str, float)
+
+
+def encode(value: Any, where: str, tensors: dict[str, Tensor], prefix: str) -> Any:
+    """`value` as something that json.dumps takes, and that `decode` turns back into an equal value.
+
+    Args:
+        where: how to name the value in an error, for example 'client_state'.
+        tensors: receives the tensors under names that start with `prefix`.
+
+    Raises:
+        ValueError: a value of another type; names its place.
+    """
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if isinstance(value, Tensor):
+        name = f"{prefix}/{len(tensors)}"
+        tensors[name] = value
+        return {"$tensor": name}
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
+    if isinstance(value, list):
+        return [encode(v, f"{where}[{i}]", tensors, prefix) for i, v in enumerate(value)]
+    if type(value) is tuple:
+        return {"$tuple": [encode(v, f"{where}[{i}]", tensors, prefix) for i, v in enumerate(value)]}
+    if isinstance(value, dict):
+        return _encode_dict(value, where, tensors, prefix)
+    raise ValueError(
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint holds None, bool, "
+        "int, float, str, list, tuple, "
+        "dict and torch.Tensor, and no pickle; convert it to one of those"
+    )
+
+
+def _encode_dict(value: dict[Any, Any], where: str, tensors: dict[str, Tensor], prefix: str) -> Any:
+    for key in value:
+        if type(key) not in Scalar and key is not None:
+            raise ValueError(
+                f"{where} has a key of type {type(key).__qualname__}, {key!r}: use a text or a number"
+            )
+    plain = all(type(k) is str and not k.startswith("$") for k in value) and not isinstance(value, Counter)
+    if plain:
+        return {k: encode(v, f"{where}[{k!r}]", tensors, prefix) for k, v in value.items()}
+    pairs = [
+        [encode(k, where, tensors, prefix), encode(v, f"{where}[{k!r}]", tensors, prefix)]
+        for k, v in value.items()
+    ]
+    return {"$counter" if isinstance(value, Counter) else "$items": pairs}
+
+
+def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    """The value that `encode` was given; `tensor` finds one by its name."""
+    if isinstance(value, list):
+        return [decode(v, tensor) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        kind, inner = next(iter(value.items()))
+        if kind == "$tensor":
+            return tensor(inner)
+        if kind == "$float":
+            return float(inner)
+        if kind == "$tuple":
+            return tuple(decode(v, tensor) for v in inner)
+        if kind in ("$items", "$counter"):
+            pairs = {decode(k, tensor): decode(v, tensor) for k, v in inner}
+            return Counter(pairs) if kind == "$counter" else pairs
+    return {k: decode(v, tensor) for k, v in value.items()}

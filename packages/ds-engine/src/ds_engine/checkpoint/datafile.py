@@ -1,0 +1,267 @@
+"""One rank's data file: the safetensors format, written and read in blocks whose checksums the manifest
+keeps.
+
+Written here rather than by the safetensors library, because that needs all tensors at once in host memory,
+and because checksums are taken in the same pass. Anything that reads safetensors reads these files: 8 bytes
+of header length, a JSON header, then the tensors without gaps. [Note: blocks] A tensor is checksummed in
+blocks of `block_bytes` counted from its first byte, so that a rank which needs a range verifies what it
+reads and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_engine.checkpoint.crc import crc32c
+from ds_engine.checkpoint.errors import CheckpointError
+
+NAMES: Mapping[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""What safetensors calls a dtype."""
+DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in NAMES.items()}
+
+MIN_BLOCK_BYTES = 1 << 20
+"""A block stays in a core's second-level cache between the read, its checksum and the copy to where it
+belongs."""
+MAX_BLOCKS = 4096
+"""A file larger than that many smallest blocks has larger ones: the manifest must not grow with the model."""
+DATA_ALIGN_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A tensor to be written."""
+
+    key: str
+    """Name in the file, unique there."""
+    data: Tensor
+    """1-D and contiguous, on any device."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.numel() * self.data.element_size()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileInfo:
+    """What the manifest says of a data file."""
+
+    num_bytes: int
+    header_bytes: int
+    """Of the length field and the header together; the data starts there."""
+    header_crc32c: str
+    block_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """The outcome of writing a file."""
+
+    info: FileInfo
+    crc32c: Mapping[str, str]
+    """Key -> the checksums of its blocks, eight digits each."""
+
+
+def block_bytes_for(total_bytes: int) -> int:
+    """The power of two from `MIN_BLOCK_BYTES` on that cuts a file into at most about `MAX_BLOCKS` blocks."""
+    block = MIN_BLOCK_BYTES
+    while block * MAX_BLOCKS < total_bytes:
+        block *= 2
+    return block
+
+
+def write(path: Path, items: Sequence[Item]) -> Written:
+    """Write a new file and wait until it is on the disk.
+
+    Raises:
+        OSError: the disk is full, or whatever else the system says; what is there then is no use.
+        ValueError: a dtype that safetensors has no name for.
+    """
+    # Wide dtypes first: without gaps, each tensor then still starts at a multiple of its element size.
+    ordered = sorted(items, key=lambda item: -item.data.element_size())
+    header = _header(ordered)
+    total = len(header) + sum(item.num_bytes for item in ordered)
+    block_bytes = block_bytes_for(total)
+    sums: dict[str, str] = {}
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        _write_all(descriptor, memoryview(header))
+        for item in ordered:
+            digits = []
+            for block in _blocks(item.data, block_bytes):
+                digits.append(crc32c(block))
+                _write_all(descriptor, memoryview(block.numpy().data))
+            sums[item.key] = "".join(digits)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    info = FileInfo(
+        num_bytes=total, header_bytes=len(header), header_crc32c=crc32c(header), block_bytes=block_bytes
+    )
+    return Written(info=info, crc32c=sums)
+
+
+def _header(items: Sequence[Item]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "ds-checkpoint"}}
+    offset = 0
+    for item in items:
+        if item.data.dtype not in NAMES:
+            raise ValueError(
+                f"{item.key!r} has dtype {item.data.dtype}, which the safetensors format does not have"
+            )
+        assert item.data.ndim == 1 and item.data.is_contiguous() and item.key not in entries, item.key
+        entries[item.key] = {
+            "dtype": NAMES[item.data.dtype],
+            "shape": [item.data.numel()],
+            "data_offsets": [offset, offset + item.num_bytes],
+        }
+        offset += item.num_bytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    padded = -(-(8 + len(text)) // DATA_ALIGN_BYTES) * DATA_ALIGN_BYTES - 8
+    return struct.pack("<Q", padded) + text.ljust(padded)
+
+
+def _blocks(data: Tensor, block_bytes: int) -> Iterator[Tensor]:
+    """The bytes of a tensor in pieces on the CPU; a tensor on a device never has more than a block of it
+    there.
+    """
+    raw = data.detach().view(torch.uint8)
+    for begin in range(0, raw.numel(), block_bytes):
+        yield raw[begin : begin + block_bytes].cpu()
+
+
+def _write_all(descriptor: int, content: memoryview) -> None:
+    content = content.cast("B") if content.nbytes else content
+    while content.nbytes:
+        content = content[os.write(descriptor, content) :]
+
+
+@dataclass
+class _Place:
+    """Where a tensor lies in a file."""
+
+    dtype: torch.dtype
+    numel: int
+    begin: int
+    """Byte in the file."""
+    verified: set[int] = field(default_factory=set)
+    """Blocks whose checksum was right."""
+
+
+class DataFile:
+    """Reads ranges of tensors, and verifies each block that it touches once."""
+
+    def __init__(self, path: Path, info: FileInfo) -> None:
+        """Open the file and check its size and header; CheckpointError if they are not as the manifest
+        says.
+        """
+        self.path = path
+        self.info = info
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be opened ({error.strerror}): the checkpoint is not complete"
+            ) from error
+        try:
+            self._places = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _read_header(self) -> dict[str, _Place]:
+        size = os.fstat(self._descriptor).st_size
+        if size != self.info.num_bytes:
+            raise CheckpointError(
+                f"{self.path} has {size} bytes, the manifest says {self.info.num_bytes}: it was cut off or "
+                "changed"
+            )
+        raw = os.pread(self._descriptor, self.info.header_bytes, 0)
+        if crc32c(raw) != self.info.header_crc32c:
+            raise CheckpointError(
+                f"{self.path}: the header is damaged (its checksum is {crc32c(raw)}, not "
+                f"{self.info.header_crc32c})"
+            )
+        places: dict[str, _Place] = {}
+        for key, entry in json.loads(raw[8:]).items():
+            if key != "__metadata__":
+                begin = self.info.header_bytes + int(entry["data_offsets"][0])
+                places[key] = _Place(dtype=DTYPES[entry["dtype"]], numel=int(entry["shape"][0]), begin=begin)
+        return places
+
+    def read(self, key: str, first: int, out: Tensor, sums: str) -> str | None:
+        """Fill `out` with elements [first, first + out.numel()) of the tensor `key`, cast to its dtype.
+
+        Args:
+            out: 1-D, on any device.
+            sums: the checksums of the tensor's blocks.
+
+        Returns:
+            None, or what is wrong with the bytes that were read; `out` then holds whatever was there.
+        """
+        place = self._places.get(key)
+        if place is None or first + out.numel() > place.numel:
+            return f"{self.path} has no elements {first} to {first + out.numel()} of {key!r}"
+        width = place.dtype.itemsize
+        block_bytes = self.info.block_bytes
+        begin, end = first * width, (first + out.numel()) * width
+        problem: str | None = None
+        for number in range(begin // block_bytes, -(-end // block_bytes)):
+            base = number * block_bytes
+            length = min(block_bytes, place.numel * width - base)
+            found = self._block(place, number, base, length, sums[8 * number : 8 * number + 8])
+            problem = problem or found
+            low, high = max(begin, base), min(end, base + length)
+            values = self._scratch[low - base : high - base].view(place.dtype)
+            start = (low - begin) // width
+            out[start : start + values.numel()].copy_(values)
+        return problem and f"{self.path}: {problem}"
+
+    def _block(self, place: _Place, number: int, base: int, length: int, wanted: str) -> str | None:
+        """Read a block into the scratch buffer; None if it is as it was written."""
+        if self._scratch.numel() < length:
+            self._scratch = torch.empty(self.info.block_bytes, dtype=torch.uint8)
+        view = self._scratch.numpy().data[:length]
+        done = 0
+        while done < length:
+            got = os.preadv(self._descriptor, [view[done:]], place.begin + base + done)
+            if got == 0:
+                return f"the file ends at byte {place.begin + base + done}"
+            done += got
+        if number not in place.verified:
+            found = crc32c(self._scratch[:length])
+            if found != wanted:
+                at = place.begin + base
+                return f"bytes {at} to {at + length} are damaged (their checksum is {found}, not {wanted})"
+            place.verified.add(number)
+        return None

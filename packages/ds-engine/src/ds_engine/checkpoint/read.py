@@ -1,0 +1,134 @@
+"""Reading a checkpoint: by logical name and range, from any number of ranks, each byte verified before it is
+believed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_engine.checkpoint import folder
+from ds_engine.checkpoint.datafile import DataFile
+from ds_engine.checkpoint.errors import CheckpointError
+from ds_engine.checkpoint.manifest import Entry, Manifest
+
+MAX_PROBLEMS = 10
+
+
+class Checkpoint:
+    """An open checkpoint; `ds_zero.load_records` takes it as a `RecordSource`.
+
+    Damage does not raise in `read`: in the middle of a collective load that would leave the other ranks
+    waiting. It is kept in `problems`, and whoever reads asks for those afterwards.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the folder of one checkpoint (see `find`) and check its manifest, and of every data file size
+        and header.
+
+        Raises:
+            CheckpointError: one of these is damaged or missing.
+        """
+        self.path = Path(path)
+        self.manifest: Manifest = folder.read_manifest(self.path)
+        self.problems: list[str] = []
+        self._files: dict[str, DataFile] = {}
+        self._read: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        try:
+            for name, info in self.manifest.files.items():
+                self._files[name] = DataFile(self.path / name, info)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def states(self, fqn: str) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """State name -> (global shape, dtype) of what there is for a parameter or buffer; empty if it is
+        unknown.
+        """
+        return {
+            state: (entry.shape, entry.dtype) for state, entry in self.manifest.tensors.get(fqn, {}).items()
+        }
+
+    def read(self, fqn: str, state: str, flat_offset: int, out: Tensor) -> None:
+        """Fill the 1-D `out` with elements [flat_offset, flat_offset + out.numel()), cast to its dtype."""
+        entry = self.manifest.tensors[fqn][state]
+        self._fill(entry, f"{state} of {fqn!r}", flat_offset, out)
+        self._read.setdefault((fqn, state), []).append((flat_offset, flat_offset + out.numel()))
+
+    def blob(self, name: str) -> Tensor:
+        """A tensor that belongs to no parameter, on the CPU; damage is kept in `problems`, as in `read`."""
+        entry = self.manifest.blobs[name]
+        out = torch.empty(entry.numel, dtype=entry.dtype)
+        self._fill(entry, name, 0, out)
+        return out.view(entry.shape)
+
+    def tensor(self, fqn: str, state: str = "param") -> Tensor:
+        """A whole logical tensor in its own shape and dtype, on the CPU.
+
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointError: it is damaged.
+        """
+        entry = self.manifest.tensors[fqn][state]
+        before = len(self.problems)
+        out = torch.empty(entry.numel, dtype=entry.dtype)
+        self._fill(entry, f"{state} of {fqn!r}", 0, out)
+        if len(self.problems) > before:
+            raise CheckpointError("; ".join(self.problems[before:]))
+        return out.view(entry.shape)
+
+    def was_read(self, fqn: str, state: str, begin: int, end: int) -> bool:
+        """Whether every element of that range has been asked for."""
+        at = begin
+        for low, high in sorted(self._read.get((fqn, state), [])):
+            if low <= at:
+                at = max(at, high)
+        return at >= end
+
+    def verify(self) -> Iterator[str]:
+        """Read everything; yields what is damaged, one sentence for each tensor."""
+        for fqn, states in self.manifest.tensors.items():
+            for state, entry in states.items():
+                yield from self._check(entry, f"{state} of {fqn!r}")
+        for name, entry in self.manifest.blobs.items():
+            yield from self._check(entry, name)
+
+    def _check(self, entry: Entry, name: str) -> Iterator[str]:
+        for piece in entry.pieces:
+            out = torch.empty(piece.numel, dtype=entry.dtype)
+            problem = self._files[piece.file].read(piece.key, 0, out, piece.crc32c)
+            if problem:
+                yield f"{problem}, in {name}"
+
+    def _fill(self, entry: Entry, name: str, first: int, out: Tensor) -> None:
+        end = first + out.numel()
+        assert end <= entry.numel, f"{name} has {entry.numel} elements, {first} to {end} were asked for"
+        index = max(0, bisect.bisect_right(entry.pieces, first, key=lambda piece: piece.flat_offset) - 1)
+        for piece in entry.pieces[index:]:
+            low, high = max(first, piece.flat_offset), min(end, piece.end)
+            if piece.flat_offset >= end:
+                break
+            if high <= low:
+                continue
+            part = out[low - first : high - first]
+            try:
+                problem = self._files[piece.file].read(piece.key, low - piece.flat_offset, part, piece.crc32c)
+            except OSError as error:
+                problem = f"{self.path / piece.file} cannot be read ({error.strerror})"
+            if problem and len(self.problems) < MAX_PROBLEMS:
+                self.problems.append(f"{problem}, in {name}")

@@ -1,0 +1,307 @@
+"""What of a training run goes into a checkpoint, and back: parameters, states, counters, schedule, random
+generators.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import ds_zero
+from ds_engine.checkpoint import codec, folder, rng
+from ds_engine.checkpoint.errors import CheckpointError
+from ds_engine.checkpoint.read import Checkpoint
+from ds_engine.checkpoint.team import Team
+from ds_engine.checkpoint.write import Content, write
+
+if TYPE_CHECKING:
+    from ds_engine.engine import Engine
+
+FAMILIES = {"FusedAdam": "adam", "CPUAdam": "adam", "Adam": "adam", "AdamW": "adam"}
+"""Optimizers whose states mean the same; others go by their class name, less our prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a load restores besides parameters and buffers."""
+
+    strict: bool = True
+    """Refuse a checkpoint with tensors that the model lacks."""
+    optimizer: bool = True
+    """Optimizer states and the options of its groups."""
+    schedule: bool = True
+    counters: bool = True
+    """Steps, samples and random generators."""
+
+
+def save(
+    engine: Engine, save_dir: str | os.PathLike[str], tag: str | None, client_state: Mapping[str, Any]
+) -> str:
+    """See `Engine.save_checkpoint`."""
+    name = tag if tag is not None else f"global_step{engine.global_steps}"
+    keep_last = engine.config.checkpoint.keep_last
+    return write(save_dir, name, lambda: _content(engine, client_state), keep_last=keep_last)
+
+
+def _content(engine: Engine, client_state: Mapping[str, Any]) -> Content:
+    rank = engine.world.rank
+    random_values, blobs = rng.capture(rank)
+    values: dict[str, Any] = {f"rng/{rank}": random_values}
+    if rank == 0:
+        values |= _shared_values(engine, client_state, blobs)
+    return Content(records=ds_zero.records(engine.module, engine.optimizer), blobs=blobs, values=values)
+
+
+def _shared_values(
+    engine: Engine, client_state: Mapping[str, Any], blobs: dict[str, Tensor]
+) -> dict[str, Any]:
+    """What is the same on every rank, written by rank 0."""
+    tensors: dict[str, Tensor] = {}
+    schedule = engine.lr_scheduler
+    values = {
+        "counters": {
+            "global_steps": engine.global_steps,
+            "global_samples": engine.global_samples,
+            "micro_steps": engine.micro_steps,
+            "skipped_steps": engine.skipped_steps,
+        },
+        "config": engine.config.model_dump(mode="json", exclude_unset=True),
+        "versions": {"torch": str(torch.__version__)},
+        "optimizer": {"family": _family(engine.optimizer), "groups": _group_options(engine, tensors)},
+        "schedule": None
+        if schedule is None
+        else {
+            "type": type(schedule).__name__,
+            "state": codec.encode(schedule.state_dict(), "the schedule's state", tensors, "schedule"),
+        },
+        "client_state": codec.encode(dict(client_state), "client_state", tensors, "client"),
+    }
+    blobs.update(tensors)
+    return values
+
+
+def _family(optimizer: torch.optim.Optimizer) -> str:
+    name = type(optimizer).__name__
+    return FAMILIES.get(name, name.removeprefix("Fused").lower())
+
+
+def _group_options(engine: Engine, tensors: dict[str, Tensor]) -> list[Any]:
+    return [
+        {
+            "num_params": len(group["params"]),
+            "options": codec.encode(
+                {k: v for k, v in group.items() if k != "params"},
+                f"optimizer.param_groups[{i}]",
+                tensors,
+                "optimizer",
+            ),
+        }
+        for i, group in enumerate(engine.optimizer.param_groups)
+    ]
+
+
+def load(
+    engine: Engine, load_dir: str | os.PathLike[str], tag: str | None, wanted: Wanted
+) -> tuple[str, dict[str, Any]]:
+    """See `Engine.load_checkpoint`."""
+    team = Team()
+    path = _locate(team, Path(load_dir), tag)
+    doing = f"loading {path}"
+    checkpoint = _together(team, doing, lambda: Checkpoint(path))
+    with checkpoint:
+        _together(team, doing, lambda: _check_fit(engine, checkpoint, wanted))
+        _together(
+            team,
+            doing,
+            lambda: ds_zero.load_records(
+                engine.module, engine.optimizer, checkpoint, optimizer_states=wanted.optimizer
+            ),
+        )
+        # Blobs too are read before anything is believed, so that damage anywhere is told by all ranks at
+        # once.
+        apply = _together(team, doing, lambda: _prepare(engine, checkpoint, wanted))
+        _together(team, doing, lambda: _check_read(engine, checkpoint, wanted, team))
+        client_state = apply()
+    return str(path), client_state
+
+
+def _locate(team: Team, root: Path, tag: str | None) -> Path:
+    """Rank 0 looks, all ranks take what it found: file systems show new names at different times."""
+    found, missing = "", ""
+    if team.first:
+        try:
+            found = str(folder.find(root, tag))
+        except FileNotFoundError as error:
+            missing = str(error)
+    missing = team.share(missing.encode()).decode()
+    if missing:
+        raise FileNotFoundError(missing)
+    return Path(team.share(found.encode()).decode())
+
+
+def _together(team: Team, doing: str, action: Callable[[], Any]) -> Any:
+    """Do `action` on every rank; if it fails on any, raise on all."""
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # noqa: BLE001 - `settle` raises it on every rank
+        failure = error
+    team.settle(failure, doing)
+    return result
+
+
+def _names(engine: Engine) -> set[str]:
+    """Parameters under their first name, and persistent buffers: what a checkpoint of this model has to
+    have.
+    """
+    persistent = set(engine.module.state_dict(keep_vars=True))
+    buffers = {name for name, _ in engine.module.named_buffers() if name in persistent}
+    return {name for name, _ in engine.module.named_parameters()} | buffers
+
+
+def _check_fit(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> None:
+    """Names, optimizer and groups are those of this engine; nothing has been changed if not."""
+    model, stored = _names(engine), set(checkpoint.manifest.tensors)
+    missing, unexpected = sorted(model - stored), sorted(stored - model)
+    if missing or (unexpected and wanted.strict):
+        said = [f"{len(model & stored)} of {len(model)} tensors of the model are in it"]
+        if missing:
+            said.append(f"{len(missing)} are missing, first {missing[:5]}")
+        if unexpected:
+            said.append(f"{len(unexpected)} are unknown to the model, first {unexpected[:5]}")
+        remedy = "use the model it was written for" + ("" if missing else ", or load_module_strict=False")
+        raise CheckpointError(f"it belongs to another model: {'; '.join(said)}; {remedy}")
+    if not model:
+        raise CheckpointError("the model has no tensors, so nothing would be restored")
+    saved = checkpoint.manifest.values["optimizer"]
+    if not wanted.optimizer:
+        return
+    if saved["family"] != _family(engine.optimizer):
+        raise CheckpointError(
+            f"its optimizer states are those of {saved['family']}, this engine has "
+            f"{_family(engine.optimizer)}: use that one, or pass "
+            "load_optimizer_states=False to begin with fresh states"
+        )
+    here = [len(group["params"]) for group in engine.optimizer.param_groups]
+    there = [group["num_params"] for group in saved["groups"]]
+    if here != there:
+        raise CheckpointError(
+            f"its optimizer has groups of {there} parameters, this one of {here}: make the same groups, or "
+            "pass load_optimizer_states=False"
+        )
+
+
+def _check_read(engine: Engine, checkpoint: Checkpoint, wanted: Wanted, team: Team) -> None:
+    """No damage, and not one element of this rank's shards that did not come from the checkpoint."""
+    if checkpoint.problems:
+        older = [t for t in folder.complete(checkpoint.path.parent) if t != checkpoint.manifest.tag]
+        there = f"; there are {', '.join(sorted(older))}" if older else ""
+        raise CheckpointError(
+            f"{'; '.join(checkpoint.problems)}. The model is partly loaded now: load another checkpoint with "
+            f"tag=...{there}"
+        )
+    states = {"param", "buffer"}
+    for record in ds_zero.records(engine.module, engine.optimizer):
+        if record.state not in states and not (
+            wanted.optimizer and record.state in checkpoint.states(record.fqn)
+        ):
+            continue
+        begin, end = record.flat_offset, record.flat_offset + record.data.numel()
+        if not checkpoint.was_read(record.fqn, record.state, begin, end):
+            raise CheckpointError(
+                f"elements {begin} to {end} of {record.state} of {record.fqn!r} were not restored on rank "
+                f"{team.rank}"
+            )
+
+
+def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable[[], dict[str, Any]]:
+    """Read all that is not the model's, and return what puts it in place."""
+    values = checkpoint.manifest.values
+    rank = engine.world.rank
+    client_state: dict[str, Any] = codec.decode(values["client_state"], checkpoint.blob)
+    options = [codec.decode(group["options"], checkpoint.blob) for group in values["optimizer"]["groups"]]
+    schedule = codec.decode(values["schedule"], checkpoint.blob)
+    same_ranks = checkpoint.manifest.world_size == engine.world.world_size
+    names = (
+        [name for name in checkpoint.manifest.blobs if name.startswith(f"rng/{rank}/")] if same_ranks else []
+    )
+    generators = {name: checkpoint.blob(name) for name in names}
+
+    def apply() -> dict[str, Any]:
+        if wanted.optimizer:
+            _set_options(engine, options)
+        if wanted.schedule:
+            _set_schedule(engine, schedule)
+        if wanted.counters:
+            _set_counters(engine, values["counters"])
+            if same_ranks:
+                rng.restore(rank, values[f"rng/{rank}"], generators.__getitem__)
+            else:
+                rng.derive(rank, engine.global_steps)
+                _tell(
+                    engine,
+                    f"written on {checkpoint.manifest.world_size} ranks, loaded on "
+                    f"{engine.world.world_size}: random generators are "
+                    "seeded anew from rank and step",
+                )
+        _tell(
+            engine,
+            f"{checkpoint.manifest.num_tensors} of {checkpoint.manifest.num_tensors} tensors restored from "
+            f"{checkpoint.path}",
+        )
+        return client_state
+
+    return apply
+
+
+def _set_options(engine: Engine, options: list[dict[str, Any]]) -> None:
+    for group, saved in zip(engine.optimizer.param_groups, options, strict=True):
+        for key, value in saved.items():
+            if isinstance(group.get(key), Tensor):
+                group[key].copy_(
+                    torch.as_tensor(value)
+                )  # a rate that a captured graph reads stays the same tensor
+            else:
+                group[key] = value
+
+
+def _set_schedule(engine: Engine, saved: dict[str, Any] | None) -> None:
+    schedule = engine.lr_scheduler
+    if schedule is None or saved is None:
+        if (schedule is None) != (saved is None):
+            which = (
+                "the checkpoint has one, this engine has none"
+                if schedule is None
+                else "the checkpoint has none, this engine has one"
+            )
+            warnings.warn(f"the schedule is not restored: {which}", stacklevel=5)
+        return
+    if saved["type"] != type(schedule).__name__:
+        warnings.warn(
+            f"the schedule is not restored: the checkpoint has {saved['type']}, this engine "
+            f"{type(schedule).__name__}",
+            stacklevel=5,
+        )
+        return
+    schedule.load_state_dict(saved["state"])
+
+
+def _set_counters(engine: Engine, counters: Mapping[str, int]) -> None:
+    engine.global_steps = counters["global_steps"]
+    engine.global_samples = counters["global_samples"]
+    engine.skipped_steps = counters["skipped_steps"]
+    engine.accumulation.micro_steps = engine.global_steps * engine.batch.steps
+    engine.progress.resume(engine.global_samples)
+
+
+def _tell(engine: Engine, text: str) -> None:
+    if engine.world.rank == 0:
+        engine.progress.write(text)

@@ -1,0 +1,57 @@
+"""How many accelerators a job would see here, found without importing torch into the launcher."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+# Each runs in a process of its own, so that the launcher never opens a device. The driver's own count
+# respects the *_VISIBLE_DEVICES variables and MIG slices.
+_ASK_CUDA = """
+import ctypes
+driver, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0)
+print(count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0)
+"""
+_ASK_TORCH = """
+import torch
+print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)
+"""
+_ASK_TIMEOUT_S = 120.0
+
+
+def torch_build() -> str | None:
+    """What the installed torch was built for: "cuda", "hip", "xpu", or None for CPUs only (or no torch)."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    version = Path(spec.origin).with_name("version.py")
+    text = version.read_text() if version.exists() else ""
+    for kind in ("cuda", "hip", "xpu"):
+        if re.search(rf"^{kind}\b[^=\n]*=\s*['\"]", text, re.MULTILINE):
+            return kind
+    return None
+
+
+def count_accelerators() -> int:
+    """Number of accelerators that torch can use in a process started now; 0 for a CPU build of torch."""
+    build = torch_build()
+    if build is None:
+        return 0
+    if build == "cuda" and not Path("/dev/nvidiactl").exists() and not Path("/dev/dxg").exists():
+        return 0  # no driver: the question would cost a process
+    source = _ASK_CUDA if build == "cuda" else _ASK_TORCH
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", source],
+            capture_output=True,
+            text=True,
+            timeout=_ASK_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return 0
+    count = answer.stdout.strip()
+    return int(count) if count.isdigit() else 0

@@ -1,0 +1,110 @@
+"""`ds run`: from the command line's values to a finished job on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ds_engine.launch.devices import count_accelerators
+from ds_engine.launch.machine import usable_cores
+from ds_engine.launch.plan import LaunchError, LaunchPlan, choose_nproc, make_plan
+from ds_engine.launch.supervise import Patience, run
+
+# Below the range from which the kernel takes ports for outgoing connections, so that none of those can get
+# ours between the moment we find it free and the moment rank 0 listens on it.
+_PORTS = range(20_000, 30_000)
+
+
+def launch(
+    script: str,
+    arguments: Sequence[str],
+    *,
+    nproc: int | None = None,
+    module: bool = False,
+    config: str | None = None,
+    say: Callable[[str], None],
+    patience: Patience | None = None,
+) -> int:
+    """Runs `script` on `nproc` ranks of this machine; returns the exit code.
+
+    nproc: None takes one per accelerator, or two CPU processes.
+    module: `script` is the name of a module, as with `python -m`.
+    config: a configuration file, handed to the script as `--config FILE` before its own arguments.
+
+    Raises LaunchError, before anything starts, for what cannot work.
+    """
+    plan = prepare(script, arguments, nproc=nproc, module=module, config=config)
+    say(f"{plan.num_ranks} rank{'s' * (plan.num_ranks > 1)} ({plan.reason}): {' '.join(plan.command[1:])}")
+    return run(plan, say=say, patience=patience)
+
+
+def prepare(
+    script: str, arguments: Sequence[str], *, nproc: int | None, module: bool, config: str | None
+) -> LaunchPlan:
+    """Looks at the machine and makes the plan; see `launch`."""
+    _check_exists(script, module)
+    if config is not None:
+        if not Path(config).is_file():
+            raise LaunchError(
+                f"--config {config}: there is no such file in {Path.cwd()}; what follows the script's name "
+                f"on the command line belongs to the script"
+            )
+        arguments = ["--config", config, *arguments]
+    cores = usable_cores()
+    count, reason = choose_nproc(nproc, 0 if nproc is not None else count_accelerators(), cores)
+    return make_plan(
+        python=sys.executable,
+        target=[*(["-m"] if module else []), script, *arguments],
+        nproc=count,
+        reason=reason,
+        environ=os.environ,
+        cores=cores,
+        port=_free_port(),
+        loopback="lo" if "lo" in {name for _, name in socket.if_nameindex()} else None,
+    )
+
+
+def _check_exists(script: str, module: bool) -> None:
+    if module:
+        sys.path.insert(0, os.getcwd())  # where `python -m` looks first
+        try:
+            found = importlib.util.find_spec(script) is not None
+        except ModuleNotFoundError:
+            found = False
+        finally:
+            sys.path.pop(0)
+        if not found:
+            raise LaunchError(
+                f"there is no module {script!r} for {sys.executable}: is its package installed there?"
+            )
+        return
+    if not Path(script).is_file():
+        hint = "; options of `ds run` come before the script" if script.startswith("-") else ""
+        near = (
+            sorted(path.name for path in Path(script).parent.glob("*.py"))[:5]
+            if Path(script).parent.is_dir()
+            else []
+        )
+        there = f" (there: {', '.join(near)})" if near else ""
+        raise LaunchError(
+            f"there is no file {script!r} in {Path.cwd()}{there}{hint}; use --module for a module's name"
+        )
+
+
+def _free_port() -> int:
+    for port in random.sample(_PORTS, 200):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise LaunchError(
+        f"200 random TCP ports between {_PORTS.start} and {_PORTS.stop - 1} are all taken: `ss -tlnp` shows "
+        f"by whom"
+    )

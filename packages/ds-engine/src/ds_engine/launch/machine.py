@@ -1,0 +1,72 @@
+"""What this machine grants to a process: cores, memory, shared memory. Linux' own files, no dependencies."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: its affinity, and the CPU quota of its cgroup (rounded up)."""
+    cores = len(os.sched_getaffinity(0))
+    quota, _, period = _read(_own_cgroup() / "cpu.max").partition(" ")
+    if quota.isdigit() and period.isdigit() and int(period) > 0:
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
+
+
+def memory_limit_bytes() -> int | None:
+    """The smallest memory limit of the cgroups this process is in; None where there is no limit."""
+    limits = []
+    folder = _own_cgroup()
+    while True:
+        text = _read(folder / "memory.max")
+        if text.isdigit():
+            limits.append(int(text))
+        if folder == _CGROUP or _CGROUP not in folder.parents:
+            return min(limits, default=None)
+        folder = folder.parent
+
+
+def memory_bytes() -> int:
+    """Physical memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed a process of this cgroup for want of memory; 0 if unknown."""
+    for line in _read(_own_cgroup() / "memory.events").splitlines():
+        name, _, count = line.partition(" ")
+        if name == "oom_kill" and count.isdigit():
+            return int(count)
+    return 0
+
+
+def format_bytes(count: int | None) -> str:
+    """Binary units with three significant digits: "64.0 MiB"; None is "unlimited"."""
+    if count is None:
+        return "unlimited"
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    while value >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" or value >= 100 else f"{value:.3g} {units[0]}"
+
+
+def _own_cgroup() -> Path:
+    """The folder of this process in the unified hierarchy; the root where the container hides the path."""
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        if line.startswith("0::"):
+            folder = _CGROUP / line[3:].lstrip("/")
+            return folder if folder.is_dir() else _CGROUP
+    return _CGROUP
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:  # another version of cgroups, or none
+        return ""

@@ -1,0 +1,165 @@
+"""One process of a job."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+
+from ds_engine.launch.failure import RankEnd
+from ds_engine.launch.output import PassThrough, Prefixed, Tail, copy_window_size, open_channel
+
+_PR_SET_PDEATHSIG = 1
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
+
+
+class RankProcess:
+    """Starts one rank, carries its output, and knows how it ended.
+
+    Rank 0 writes to our stdout itself, and to our stderr through a channel that hands on every byte; the
+    lines of the others are prefixed. Each rank leads a session of its own, so that a signal reaches it once
+    (from us), and everything that it started can be ended with it.
+    """
+
+    def __init__(self, rank: int, command: Sequence[str], environ: Mapping[str, str]) -> None:
+        self.rank = rank
+        self.ended: RankEnd | None = None
+        self.signalled = False
+        self._tail = Tail()
+        self._streams: dict[int, PassThrough | Prefixed] = {}
+        self._stderr, their_stderr = open_channel(_STDERR) if rank == 0 else os.pipe()
+        self._streams[self._stderr] = (
+            PassThrough(_STDERR) if rank == 0 else Prefixed(_STDERR, f"[rank {rank}] ")
+        )
+        their_stdout: int | None = None
+        if rank > 0:
+            stdout, their_stdout = os.pipe()
+            self._streams[stdout] = Prefixed(_STDOUT, f"[rank {rank}] ")
+        try:
+            self._process = subprocess.Popen(
+                command,
+                env=dict(environ),
+                stdin=None if rank == 0 else subprocess.DEVNULL,
+                stdout=their_stdout,
+                stderr=their_stderr,
+                start_new_session=True,
+                preexec_fn=_DieWithParent(),
+            )
+        finally:
+            os.close(their_stderr)
+            if their_stdout is not None:
+                os.close(their_stdout)
+        for stream in self._streams:
+            os.set_blocking(stream, False)
+
+    @property
+    def pid(self) -> int:
+        """Process id, which is also that of its process group."""
+        return self._process.pid
+
+    def register(self, selector: selectors.BaseSelector) -> None:
+        """Has `selector` watch the output; the data of a key is this rank."""
+        for stream in self._streams:
+            selector.register(stream, selectors.EVENT_READ, self)
+
+    def pump(self, stream: int, selector: selectors.BaseSelector) -> None:
+        """Carries what can be read now; at the end of a stream, stops watching it."""
+        try:
+            data = os.read(stream, 1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:  # EIO is how a pseudo-terminal says that nobody holds its other end
+            data = b""
+        if data:
+            self._streams[stream].feed(data)
+            if stream == self._stderr:
+                self._tail.feed(data)
+            return
+        selector.unregister(stream)
+        self._streams.pop(stream).close()
+        os.close(stream)
+
+    def send(self, number: signal.Signals, *, to_end: bool = True) -> None:
+        """Sends a signal to the rank itself; nothing if it has ended. to_end: what follows is our doing."""
+        if self.ended is None and not self._is_dead():
+            self.signalled = self.signalled or to_end
+            os.kill(self.pid, number)  # Popen.send_signal would wait for it, and its number could be reused
+
+    def kill(self) -> None:
+        """Ends the rank and everything that it started, at once."""
+        if self.ended is None:
+            self.signalled = self.signalled or not self._is_dead()
+            self._kill_group()
+
+    def reap(self, selector: selectors.BaseSelector) -> bool:
+        """Notices if the rank has ended: ends what it left behind, and reads the rest of its output."""
+        if self.ended is not None or not self._is_dead():
+            return False
+        ended_s = time.monotonic()
+        self._kill_group()
+        returncode = self._process.wait()
+        for stream in list(self._streams):
+            while stream in self._streams and self._has_data(stream):
+                self.pump(stream, selector)
+        self.ended = RankEnd(
+            rank=self.rank,
+            pid=self.pid,
+            returncode=returncode,
+            ended_s=ended_s,
+            ended_by_us=self.signalled,
+            traceback_s=self._tail.traceback_s,
+            stderr=self._tail.text(),
+        )
+        return True
+
+    def resize(self) -> None:
+        """Passes the size of our terminal on to the rank's."""
+        if self._stderr in self._streams:
+            copy_window_size(_STDERR, self._stderr)
+
+    def close(self, selector: selectors.BaseSelector) -> None:
+        """Lets go of streams that somebody outside the rank's session still holds open."""
+        for stream in list(self._streams):
+            selector.unregister(stream)
+            self._streams.pop(stream).close()
+            os.close(stream)
+
+    def _is_dead(self) -> bool:
+        # WNOWAIT: as long as the dead leader is not waited for, its number cannot become another process's.
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def _kill_group(self) -> None:
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # nobody left, or only what has another user now
+            return
+
+    @staticmethod
+    def _has_data(stream: int) -> bool:
+        with selectors.DefaultSelector() as probe:
+            probe.register(stream, selectors.EVENT_READ)
+            return bool(probe.select(timeout=0))
+
+
+class _DieWithParent:
+    """Runs in the child before its program: has the kernel kill it when the launcher is gone, even by kill
+    -9.
+
+    Between fork and exec of a process with one thread (this one) calling Python is safe; the library is
+    loaded beforehand.
+    """
+
+    def __init__(self) -> None:
+        self._prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
+        self._parent = os.getpid()
+
+    def __call__(self) -> None:
+        if self._prctl is not None:
+            self._prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+            if os.getppid() != self._parent:  # it died before the call above
+                os._exit(1)

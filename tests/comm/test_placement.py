@@ -1,0 +1,158 @@
+"""`detect`: every launcher's variables, and what is said when they do not add up."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ds_comm import Placement, PlacementError, detect
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29501",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "1225195521",
+}
+HYDRA = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "9",
+    "SLURM_NTASKS": "11",
+    "SLURM_STEP_NUM_TASKS": "11",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NODELIST": "gpu[07-09]",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+}
+
+
+def _without(variables: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name not in names}
+
+
+def _tuple(placement: Placement) -> tuple[object, ...]:
+    return dataclasses.astuple(placement)
+
+
+def test_torchrun() -> None:
+    assert _tuple(detect(TORCHRUN)) == (5, 8, 1, 4, "node1", 29501, "torchrun")
+
+
+def test_a_single_process() -> None:
+    single = (0, 1, 0, 1, "127.0.0.1", 0, "single")
+    assert _tuple(detect({})) == single
+    assert _tuple(detect({"WORLD_SIZE": "1"})) == single
+    assert _tuple(detect({"MASTER_ADDR": "left.over", "LOCAL_RANK": "3"})) == single
+    assert _tuple(detect({"RANK": "", "WORLD_SIZE": " "})) == single
+    assert _tuple(detect({"RANK": "0", "WORLD_SIZE": "1"})) == (*single[:-1], "torchrun")
+
+
+def test_open_mpi() -> None:
+    placement = detect(OPEN_MPI)
+    assert _tuple(placement)[:5] == (1, 2, 1, 2, "127.0.0.1")
+    assert placement.source == "mpi"
+    assert 20_000 <= placement.master_port < 30_000
+    assert detect({**OPEN_MPI, "PMIX_NAMESPACE": "1225195522"}).master_port != placement.master_port
+    assert detect({**OPEN_MPI, "MASTER_PORT": "1234"}).master_port == 1234
+
+
+def test_hydra() -> None:
+    assert _tuple(detect(HYDRA)) == (0, 2, 0, 2, "127.0.0.1", 29500, "mpi")
+
+
+def test_mpi_over_several_machines_needs_an_address() -> None:
+    several = {**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "4"}
+    with pytest.raises(
+        PlacementError, match=r"MASTER_ADDR is missing.*several machines.*mpirun -x MASTER_ADDR="
+    ):
+        detect(several)
+    assert detect({**several, "MASTER_ADDR": "node3"}).master_addr == "node3"
+    with pytest.raises(PlacementError, match=r"mpiexec -genv MASTER_ADDR <host of rank 0>"):
+        detect({**HYDRA, "PMI_SIZE": "4"})
+
+
+def test_slurm() -> None:
+    placement = detect(SLURM)
+    assert _tuple(placement)[:5] == (9, 11, 1, 3, "gpu07")
+    assert placement.source == "slurm"
+    assert placement.master_port == detect({**SLURM, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}).master_port
+    assert placement.master_port != detect({**SLURM, "SLURM_STEP_ID": "1"}).master_port
+    assert detect({**SLURM, "MASTER_ADDR": "other"}).master_addr == "other"
+
+
+def test_srun_that_provides_pmi_is_slurm() -> None:
+    assert detect({**SLURM, "PMI_RANK": "9", "PMI_SIZE": "11"}).source == "slurm"
+
+
+def test_a_launcher_inside_an_allocation_wins() -> None:
+    assert detect({**SLURM, **TORCHRUN}).source == "torchrun"
+    assert detect({**SLURM, **OPEN_MPI}).source == "mpi"  # SLURM_PROCID is that of mpirun's daemon
+    assert detect({**SLURM, **HYDRA}).source == "mpi"
+
+
+def test_inside_an_allocation_but_not_started_by_srun() -> None:
+    shell = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8"}
+    assert detect(shell).source == "single"  # the shell of salloc
+    batch = {**shell, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    with pytest.raises(PlacementError, match=r"SLURM_NTASKS=8, but .* not started by srun .*`srun python"):
+        detect(batch)
+    assert detect({**batch, "SLURM_NTASKS": "1"}).source == "single"
+
+
+@pytest.mark.parametrize("name", list(TORCHRUN))
+def test_torchrun_incomplete(name: str) -> None:
+    with pytest.raises(PlacementError, match=rf"variable {name} is missing: .*`ds run`"):
+        detect(_without(TORCHRUN, name))
+
+
+@pytest.mark.parametrize("name", list(OPEN_MPI)[1:4])
+def test_open_mpi_incomplete(name: str) -> None:
+    with pytest.raises(PlacementError, match=rf"{name} is missing: start the processes with mpirun"):
+        detect(_without(OPEN_MPI, name))
+
+
+@pytest.mark.parametrize("name", list(HYDRA)[1:])
+def test_hydra_incomplete(name: str) -> None:
+    with pytest.raises(PlacementError, match=rf"{name} is missing: start the processes with mpiexec"):
+        detect(_without(HYDRA, name))
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_LOCALID", "SLURM_NODEID"])
+def test_slurm_incomplete(name: str) -> None:
+    with pytest.raises(PlacementError, match=rf"{name} is missing: start the processes with srun"):
+        detect(_without(SLURM, name))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({**TORCHRUN, "RANK": "8"}, "torchrun: rank 8 is not below the number of ranks, 8"),
+        ({**TORCHRUN, "RANK": "-1"}, "rank -1"),
+        ({**TORCHRUN, "LOCAL_RANK": "4"}, "local rank 4 of 4 on this machine does not fit"),
+        (
+            {**TORCHRUN, "LOCAL_WORLD_SIZE": "9"},
+            "local rank 1 of 9 on this machine does not fit into 8 ranks",
+        ),
+        ({**TORCHRUN, "RANK": "one"}, "RANK='one' is not a whole number"),
+        ({**TORCHRUN, "MASTER_PORT": "99999"}, "MASTER_PORT=99999 is not a TCP port"),
+        ({**SLURM, "SLURM_STEP_NODELIST": "gpu[07-"}, r"SLURM_STEP_NODELIST='gpu\[07-' cannot be read"),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "four"}, "SLURM_STEP_TASKS_PER_NODE='four' cannot be read"),
+        ({**SLURM, "SLURM_NODEID": "3"}, "SLURM_NODEID=3, 3 hosts in SLURM_STEP_NODELIST and 3 counts"),
+        ({**SLURM, "SLURM_STEP_NODELIST": "gpu[07-08]"}, "2 hosts in SLURM_STEP_NODELIST and 3 counts"),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "3"}, "slurm: rank 9 is not below the number of ranks, 3"),
+    ],
+)
+def test_contradictions(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(PlacementError, match=message):
+        detect(variables)

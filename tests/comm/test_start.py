@@ -1,0 +1,205 @@
+"""`start` on real processes: every launcher, groups that are there already, ranks that do not meet."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ds_comm
+from harness import ranks
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _placed_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in _TORCHRUN:
+        monkeypatch.delenv(name)
+
+
+def _sum_of_ranks() -> float:
+    x = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(x)
+    return x.item()
+
+
+@ranks(2)
+def test_from_torchruns_variables(world_size: int) -> None:
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    world = ds_comm.start(device="cpu", timeout_s=30)
+    assert world == ds_comm.World(
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_size=world_size,
+        device=torch.device("cpu"),
+        backend="gloo",
+        source="torchrun",
+    )
+    assert _sum_of_ranks() == 1.0
+    assert ds_comm.start(device="cpu") == world  # once more changes nothing
+
+
+@ranks(2)
+def test_from_slurms_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank, port = dist.get_rank(), os.environ["MASTER_PORT"]
+    dist.destroy_process_group()
+    _placed_by_nobody(monkeypatch)
+    variables = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_NTASKS": "2",
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_TASKS_PER_NODE": "2",
+        "MASTER_PORT": port,  # otherwise made from the job's number, which two test runs share
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    world = ds_comm.start(device="cpu", timeout_s=30)
+    assert (world.rank, world.local_rank, world.local_size, world.source) == (rank, rank, 2, "slurm")
+    assert _sum_of_ranks() == 1.0
+
+
+@ranks(1)
+def test_a_single_process_needs_no_variables_and_no_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.destroy_process_group()
+    _placed_by_nobody(monkeypatch)
+    before = _listening()
+    world = ds_comm.start(device="cpu")
+    assert (world.rank, world.world_size, world.source, world.backend) == (0, 1, "single", "gloo")
+    assert _sum_of_ranks() == 0.0
+    assert _listening() == before
+
+
+def _listening() -> set[str]:
+    """Sockets of this process that wait for connections on other interfaces than gloo's loopback pairs do."""
+    own = set()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            own.add(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:  # the descriptor of the listing itself
+            continue
+    rows = [line.split() for line in Path("/proc/self/net/tcp").read_text().splitlines()[1:]]
+    rows += [line.split() for line in Path("/proc/self/net/tcp6").read_text().splitlines()[1:]]
+    loopback = "0100007F"
+    return {f"socket:[{r[9]}]" for r in rows if r[3] == "0A" and r[1].split(":")[0] != loopback} & own
+
+
+@ranks(2)
+def test_a_group_of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = dist.get_rank()
+    _placed_by_nobody(monkeypatch)
+    world = ds_comm.start()
+    assert (world.rank, world.world_size, world.local_rank, world.local_size) == (rank, 2, rank, 2)
+    assert (world.source, world.backend, world.device) == ("user", "gloo", torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"backend 'mpi' was asked for, but .* already runs with 'gloo'"):
+        ds_comm.start(backend="mpi")
+
+
+@ranks(2)
+def test_a_taken_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    if rank == 0:
+        with socket.socket() as taken:
+            taken.bind(("", 0))
+            taken.listen()
+            monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+            with pytest.raises(
+                ds_comm.StartError, match=r"rank 0 of 2 .*cannot listen on port .*MASTER_PORT"
+            ):
+                ds_comm.start(device="cpu", timeout_s=5)
+    assert not dist.is_initialized()
+
+
+@ranks(2)
+def test_nobody_is_there() -> None:
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    if rank == 1:
+        with pytest.raises(ds_comm.StartError, match=r"rank 1 of 2 \(placed by torchrun\) did not meet"):
+            ds_comm.start(device="cpu", timeout_s=1)
+    assert not dist.is_initialized()
+
+
+@ranks(1)
+def test_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.destroy_process_group()
+    with pytest.raises(ValueError, match=r"backend 'glou' is not in torch .* available: .*gloo"):
+        ds_comm.start(device="cpu", backend="glou")
+    other = "xpu" if torch.accelerator.is_available() else "cuda"
+    with pytest.raises(ValueError, match=rf"device '{other}' was asked for, but torch .* finds"):
+        ds_comm.start(device=other)
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ds_comm.PlacementError, match="LOCAL_RANK is missing"):
+        ds_comm.start()
+    assert not dist.is_initialized()
+
+
+@pytest.mark.gpu
+@ranks(1)
+def test_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.destroy_process_group()
+    _placed_by_nobody(monkeypatch)
+    world = ds_comm.start()
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    assert world.device == torch.device(kind.type, 0)
+    assert world.backend == dist.get_default_backend_for_device(kind)
+    x = torch.ones(3, device=world.device)
+    dist.all_reduce(x)
+    assert x.tolist() == [1.0, 1.0, 1.0]
+    assert ds_comm.data_mesh(world).device_type == kind.type
+
+
+_SCRIPT = """
+import sys, torch, torch.distributed as dist, ds_comm
+torch.set_num_threads(1)
+world = ds_comm.start(device="cpu", timeout_s=60)
+x = torch.tensor(10.0 ** world.rank)
+dist.all_reduce(x)
+print(f"<{world.rank} of {world.world_size}, local {world.local_rank} of {world.local_size}, "
+      f"{world.source}: {x.item():g}>", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "options"),
+    [
+        ("mpirun.openmpi", "openmpi-bin", ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]),
+        ("mpiexec.hydra", "mpich", []),
+    ],
+)
+def test_under_mpi(command: str, package: str, options: list[str], tmp_path: Path) -> None:
+    if shutil.which(command) is None:
+        pytest.skip(f"needs {command} (Debian package {package})")
+    (tmp_path / "script.py").write_text(_SCRIPT)
+    environ = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    done = subprocess.run(
+        [command, *options, "-n", "2", sys.executable, str(tmp_path / "script.py")],
+        env={**environ, "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    for rank in range(2):
+        assert f"<{rank} of 2, local {rank} of 2, mpi: 11>" in done.stdout

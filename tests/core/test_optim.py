@@ -1,0 +1,315 @@
+"""The optimizers: torch's semantics, state formats and hooks; one pass over memory."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ds_core import arena, optim
+
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+PAIRS: dict[str, tuple[Make, Make]] = {
+    "adamw": (
+        lambda p: optim.FusedAdam(p, lr=1e-2, weight_decay=0.1),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=False),
+    ),
+    "adam": (
+        lambda p: optim.FusedAdam(p, lr=1e-2, weight_decay=0.1, decoupled=False, maximize=True),
+        lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1, foreach=False, maximize=True),
+    ),
+    "adagrad": (
+        lambda p: optim.FusedAdagrad(
+            p, lr=0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.5
+        ),
+        lambda p: torch.optim.Adagrad(
+            p, lr=0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.5, foreach=False
+        ),
+    ),
+    "sgd": (
+        lambda p: optim.FusedSGD(p, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1, foreach=False),
+    ),
+    "nesterov": (
+        lambda p: optim.FusedSGD(p, lr=0.1, momentum=0.9, nesterov=True),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=False),
+    ),
+    "plain sgd": (
+        lambda p: optim.FusedSGD(p, lr=0.1),
+        lambda p: torch.optim.SGD(p, lr=0.1, foreach=False),
+    ),
+}
+pairs = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
+
+
+def parameters() -> list[nn.Parameter]:
+    shapes = [(7,), (33, 5), (0,), (4, 3, 2), (1,)]
+    return [nn.Parameter(torch.randn(shape)) for shape in shapes]
+
+
+def give_grads(*lists: list[nn.Parameter], seed: int) -> None:
+    for params in lists:
+        generator = torch.Generator().manual_seed(seed)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+
+
+def assert_close(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-7)
+
+
+@pairs
+def test_agrees_with_torch(pair: tuple[Make, Make]) -> None:
+    ours = parameters()
+    theirs = copy.deepcopy(ours)
+    fused, plain = pair[0](ours), pair[1](theirs)
+    for step in range(10):
+        give_grads(ours, theirs, seed=step)
+        if step == 4:  # a parameter without gradient keeps its state and its own step
+            ours[1].grad = theirs[1].grad = None
+        fused.step()
+        plain.step()
+    assert_close(ours, theirs)
+
+
+@pairs
+def test_state_dicts_go_both_ways(pair: tuple[Make, Make]) -> None:
+    ours = parameters()
+    theirs = copy.deepcopy(ours)
+    fused, plain = pair[0](ours), pair[1](theirs)
+    for step in range(3):
+        give_grads(ours, theirs, seed=step)
+        fused.step()
+        plain.step()
+    swapped_fused, swapped_plain = pair[0](theirs), pair[1](ours)
+    swapped_fused.load_state_dict(copy.deepcopy(plain.state_dict()))
+    swapped_plain.load_state_dict(copy.deepcopy(fused.state_dict()))
+    for step in range(3, 6):
+        give_grads(ours, theirs, seed=step)
+        swapped_fused.step()
+        swapped_plain.step()
+    assert_close(ours, theirs)
+
+
+def every_optimizer() -> list[Make]:
+    return [optim.FusedAdam, optim.FusedAdagrad, optim.FusedLion, optim.FusedLamb,
+            lambda p: optim.FusedSGD(p, momentum=0.9)]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", every_optimizer())
+def test_a_resumed_run_has_the_same_bits(make: Make) -> None:
+    params = parameters()
+    optimizer = make(params)
+    give_grads(params, seed=0)
+    optimizer.step()
+    copied = copy.deepcopy(params)
+    resumed = make(copied)
+    resumed.load_state_dict(torch.load(_saved(optimizer.state_dict()), weights_only=True))
+    for step in range(1, 4):
+        give_grads(params, copied, seed=step)
+        optimizer.step()
+        resumed.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, copied, strict=True))
+
+
+def _saved(state: dict[str, Any]) -> Any:
+    import io
+
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    stream.seek(0)
+    return stream
+
+
+@pytest.mark.parametrize("make", every_optimizer())
+def test_step_fused_is_scale_step_and_copy(make: Make) -> None:
+    params = parameters()
+    plain = copy.deepcopy(params)
+    fused, separate = make(params), make(plain)
+    assert isinstance(fused, optim.FusedOptimizer)
+    for step in range(3):
+        give_grads(params, plain, seed=step)
+        out: list[Tensor | None] = [torch.empty_like(p, dtype=torch.bfloat16) for p in params]
+        out[0] = None
+        for p in plain:
+            assert p.grad is not None
+            p.grad.mul_(0.25)
+        fused.step_fused(params[:2], grad_scale=torch.tensor(0.25), out=out[:2])  # any subset, in any order
+        fused.step_fused(params[:1:-1], grad_scale=torch.tensor(0.25), out=out[:1:-1])
+        separate.step()
+        for p, q, o in zip(params, plain, out, strict=True):
+            assert torch.equal(p, q)
+            assert o is None or torch.equal(o, p.to(torch.bfloat16))
+    if "step" in fused.state[params[0]]:
+        assert fused.state[params[0]]["step"].item() == 3.0
+
+
+def test_step_fused_refuses_strangers() -> None:
+    params = parameters()
+    optimizer = optim.FusedAdam(params)
+    with pytest.raises(ValueError, match=r"params\[0\] is in no parameter group"):
+        optimizer.step_fused([torch.randn(3)], grad_scale=torch.tensor(1.0), out=[None])
+    with pytest.raises(ValueError, match="out has 0 entries, but params has 1"):
+        optimizer.step_fused(params[:1], grad_scale=torch.tensor(1.0), out=[])
+
+
+def test_groups_and_schedulers() -> None:
+    ours = parameters()
+    theirs = copy.deepcopy(ours)
+    runs = []
+    for params, kind in ((ours, optim.FusedAdam), (theirs, torch.optim.AdamW)):
+        optimizer = kind([{"params": params[:2], "lr": 1e-2}, {"params": params[2:], "weight_decay": 0.0}], lr=1e-3,
+                         weight_decay=0.1)  # fmt: skip
+        runs.append((optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1)))
+    for step in range(6):
+        give_grads(ours, theirs, seed=step)
+        for optimizer, scheduler in runs:
+            optimizer.step()
+            scheduler.step()
+    assert_close(ours, theirs)
+
+
+def test_closures_hooks_and_zero_grad() -> None:
+    p = nn.Parameter(torch.ones(3))
+    optimizer = optim.FusedSGD([p], lr=0.5)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 3.0
+    assert calls == ["pre", "post"]
+    assert torch.equal(p, torch.zeros(3))
+    optimizer.zero_grad()
+    assert p.grad is None
+
+
+def test_channels_last_parameters() -> None:
+    ours = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    theirs = copy.deepcopy(ours)
+    fused = optim.FusedAdam(ours.parameters(), lr=1e-2)
+    plain = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0, foreach=False)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 3, 8, 8)
+        for model, optimizer in ((ours, fused), (theirs, plain)):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    ours.weight.grad = torch.ones(4, 3, 3, 3)  # another memory order than the parameter's
+    theirs.weight.grad = torch.ones(4, 3, 3, 3)
+    fused.step()
+    plain.step()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_states_halve_the_memory_and_follow() -> None:
+    ours = [nn.Parameter(torch.randn(1000))]
+    theirs = copy.deepcopy(ours)
+    half = optim.FusedAdam(ours, lr=1e-3, state_dtype=torch.bfloat16)
+    full = optim.FusedAdam(theirs, lr=1e-3)
+    for step in range(20):
+        give_grads(ours, theirs, seed=step)
+        half.step()
+        full.step()
+    assert half.state[ours[0]]["exp_avg"].dtype == torch.bfloat16
+    assert (ours[0] - theirs[0]).abs().max() < 20 * 1e-3 * 0.05
+    restored = optim.FusedAdam(copy.deepcopy(ours), state_dtype=torch.bfloat16)
+    restored.load_state_dict(half.state_dict())
+    (state,) = restored.state.values()
+    assert torch.equal(state["exp_avg_sq"], half.state[ours[0]]["exp_avg_sq"])
+
+
+def test_large_states_live_in_the_arena() -> None:
+    before = arena.stats().in_use_bytes
+    p = nn.Parameter(torch.randn(1024, 1024))
+    small = nn.Parameter(torch.randn(10))
+    optimizer = optim.FusedAdam([p, small])
+    give_grads([p, small], seed=0)
+    optimizer.step()
+    assert arena.stats().in_use_bytes - before == 2 * 4 * 1024 * 1024
+    assert optimizer.state[p]["exp_avg"].shape == p.shape
+
+
+def test_copies_and_pickles_keep_working() -> None:
+    params = parameters()
+    optimizer = optim.FusedAdam(params, state_dtype=torch.bfloat16)
+    give_grads(params, seed=0)
+    optimizer.step()
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        theirs = twin.param_groups[0]["params"]
+        give_grads(theirs, seed=1)
+        twin.step()
+    give_grads(params, seed=1)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: optim.FusedAdam(p, lr=-1.0), "lr must not be negative, but is -1.0"),
+        (lambda p: optim.FusedAdam(p, betas=(1.0, 0.9)), r"betas must lie in \[0, 1\), but are \(1.0, 0.9\)"),
+        (
+            lambda p: optim.FusedAdam(p, state_dtype=torch.float16),
+            "state_dtype must be torch.float32 or torch.bfl",
+        ),
+        (lambda p: optim.FusedSGD(p, nesterov=True), "nesterov needs momentum above 0"),
+        (lambda p: optim.FusedLamb(p, min_ratio=2.0, max_ratio=1.0), "min_ratio must not exceed max_ratio"),
+    ],
+)
+def test_options_are_checked(make: Make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(parameters())
+
+
+def test_parameters_that_cannot_be_stepped_are_refused() -> None:
+    half = nn.Parameter(torch.randn(4).bfloat16())
+    half.grad = torch.randn(4).bfloat16()
+    with pytest.raises(ValueError, match=r"params\[0\] must be float32, but is bfloat16"):
+        optim.FusedAdam([half]).step()
+    gaps = nn.Parameter(torch.randn(4, 4)[:, ::2])
+    gaps.grad = torch.randn(4, 2)
+    with pytest.raises(ValueError, match="without gaps in memory"):
+        optim.FusedAdam([gaps]).step()
+    table = nn.Embedding(4, 4, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse gradients; use sparse=False"):
+        optim.FusedAdam(table.parameters()).step()
+    with pytest.raises(ValueError, match="no amsgrad"):
+        plain = torch.optim.AdamW([half], amsgrad=True)
+        optim.FusedAdam([half]).load_state_dict(plain.state_dict())
+
+
+NO_DYNAMO = """
+import sys, torch
+from ds_core import optim
+p = torch.nn.Parameter(torch.randn(5))
+for kind in (optim.FusedAdam, optim.FusedLion, optim.FusedLamb, optim.FusedAdagrad, optim.FusedSGD):
+    o = kind([p])
+    o.add_param_group({"params": [torch.nn.Parameter(torch.randn(3))]})
+    p.grad = torch.randn(5)
+    o.step()
+    o.load_state_dict(o.state_dict())
+    o.zero_grad()
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_nothing_imports_dynamo() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_DYNAMO], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
