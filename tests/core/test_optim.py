@@ -290,8 +290,8 @@ def test_parameters_that_cannot_be_stepped_are_refused() -> None:
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="sparse gradients; use sparse=False"):
         optim.FusedAdam(table.parameters()).step()
+    plain = torch.optim.AdamW([half], amsgrad=True)
     with pytest.raises(ValueError, match="no amsgrad"):
-        plain = torch.optim.AdamW([half], amsgrad=True)
         optim.FusedAdam([half]).load_state_dict(plain.state_dict())
 
 

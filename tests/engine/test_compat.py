@@ -25,7 +25,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}}, {"scheduler_passed": True}),
     ({"optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 2, "stage3_param_persistence_threshold": 9}}, {}),
     ({"optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3, "overlap_publish": True}}, {}),
-    ({"optimizer": {"type": "Adam"}, "zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}}, {}),
+    ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}}, {}),
 ]  # fmt: skip
 
 

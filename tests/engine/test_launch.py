@@ -8,10 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ds_engine import __version__
+from ds_engine.launch.local import prepare
 from ds_engine.launch.machine import usable_cores
+from ds_engine.launch.plan import LaunchError
 
 from .launching import Job, clean_environ, gone, until
 
@@ -283,35 +287,36 @@ def test_sigusr1_is_handed_on_and_the_job_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "environ", "message"),
+    ("script", "options", "environ", "message"),
     [
-        (["nope.py"], {}, r"cannot start: there is no file 'nope.py' in .* \(there: here.py\)"),
-        (["--module", "no.such"], {}, "there is no module 'no.such'"),
-        (["--config", "nope.json", "here.py"], {}, "--config nope.json: there is no such file"),
-        (["--nproc", "0", "here.py"], {}, "--nproc 0: at least one process"),
+        ("nope.py", {}, {}, r"there is no file 'nope.py' in .* \(there: here.py\)"),
+        ("-x", {}, {}, "options of `ds run` come before the script"),
+        ("no.such", {"module": True}, {}, "there is no module 'no.such'"),
+        ("here.py", {"config": "nope.json"}, {}, "--config nope.json: there is no such file"),
+        ("here.py", {"nproc": 0}, {}, "--nproc 0: at least one process"),
         (
-            ["here.py"],
+            "here.py",
+            {},
             {"SLURM_STEP_NUM_TASKS": "8"},
-            "srun has already started 8 processes .*`srun python script.py`",
+            "srun has already started 8 .*`srun python script.py`",
         ),
-        (["here.py"], {"OMPI_COMM_WORLD_SIZE": "2"}, "`mpirun python script.py`"),
+        ("here.py", {}, {"OMPI_COMM_WORLD_SIZE": "2"}, "`mpirun python script.py`"),
     ],
 )
-def test_what_cannot_start(tmp_path: Path, command: list[str], environ: dict[str, str], message: str) -> None:
-    from ds_engine.launch.local import prepare
-    from ds_engine.launch.plan import LaunchError
-
+def test_what_cannot_start(
+    script: str,
+    options: dict[str, Any],
+    environ: dict[str, str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (tmp_path / "here.py").write_text("raise SystemExit('started')")
-    options = dict(zip(command[:-1:2], command[1:-1:2], strict=True)) if command[0] != "--module" else {}
-    nproc = int(options["--nproc"]) if "--nproc" in options else None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        for name, value in environ.items():
-            patch.setenv(name, value)
-        with pytest.raises(LaunchError, match=message.removeprefix("cannot start: ")):
-            prepare(
-                command[-1], [], nproc=nproc, module=command[0] == "--module", config=options.get("--config")
-            )
+    monkeypatch.chdir(tmp_path)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=message):
+        prepare(script, [], **{"nproc": None, "module": False, "config": None, **options})
 
 
 def test_what_cannot_start_ends_with_code_2(tmp_path: Path) -> None:
@@ -336,7 +341,5 @@ def test_the_launcher_does_not_import_torch() -> None:
 
 
 def test_the_command_knows_its_version() -> None:
-    from ds_engine import __version__
-
     out = subprocess.check_output([sys.executable, "-m", "ds_engine", "--version"], text=True)
     assert out == f"ds {__version__}\n"

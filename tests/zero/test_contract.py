@@ -315,3 +315,57 @@ def test_two_models_in_one_process_do_not_meet() -> None:
             optimizer.zero_grad()
     assert ds_zero.describe(models[0]).stage == 3
     assert ds_zero.describe(models[1]).stage == 1
+
+
+@ranks(2)
+@pytest.mark.parametrize("plan", ["local", "sharded"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_backward_that_raises_is_noticed_and_undone(stage: int, plan: str) -> None:
+    """All ranks fail alike, as when a batch is skipped after an error; training goes on as if it had not been."""
+    results = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        model = Tiny()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        config = ds_zero.ZeroConfig(accumulation=plan, persistence_threshold_numel=0)  # type: ignore[arg-type]
+        ds_zero.shard(model, optimizer, stage, config=config)
+        for step in range(3):
+            if fails and step == 1:
+                with pytest.raises(ZeroDivisionError):
+                    _failing_loss(model, batch(9, dist.get_rank())).backward()
+                with pytest.warns(UserWarning, match="previous backward did not finish"):
+                    loss = model(*batch(step, dist.get_rank()))
+            else:
+                loss = model(*batch(step, dist.get_rank()))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(ds_zero.full_state_dict(model))
+    assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
+
+
+def _failing_loss(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    handle = model.blocks[0].register_forward_hook(lambda *a: a[2].register_hook(fail) and None)  # type: ignore[operator,index,union-attr]
+    loss: torch.Tensor = model(*data)
+    handle.remove()
+    return loss
+
+
+@ranks(2)
+def test_torchs_grad_scaler_is_refused() -> None:
+    model = Tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ds_zero.shard(model, optimizer, 2)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(*batch(0, 0))).backward()
+    with pytest.raises(ValueError, match=r"torch\.amp\.GradScaler.*param_dtype=torch\.bfloat16"):
+        scaler.step(optimizer)
+
+
+def test_double_precision_is_refused() -> None:
+    model = Tiny().double()
+    with pytest.raises(ValueError, match=r"'embed\.weight' has dtype torch\.float64, but masters are fp32"):
+        ds_zero.shard(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)

@@ -75,7 +75,7 @@ class Bigram:
     """The baseline: the next byte given one byte, counted over the train part, with additive smoothing."""
 
     def __init__(self, text: Tensor) -> None:
-        pairs = text[:-1].long() * 256 + text[1:].long()
+        pairs = text[:-1].int() * 256 + text[1:].int()
         counts = torch.bincount(pairs, minlength=256 * 256).view(256, 256).double() + SMOOTHING
         self.log_probabilities = (counts / counts.sum(1, keepdim=True)).log()
 

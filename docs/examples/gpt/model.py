@@ -51,7 +51,8 @@ class Block(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(rotate(query), rotate(key), value, is_causal=True)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, tokens, dim))
-        return x + self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
+        out: Tensor = x + self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
+        return out
 
 
 class GPT(nn.Module):
@@ -82,7 +83,7 @@ class GPT(nn.Module):
         x = self.embedding(tokens)
         for block in self.blocks:
             x = block(x)
-        scores = self.head(self.norm(x)).float()
+        scores: Tensor = self.head(self.norm(x)).float()
         if targets is None:
             return scores
         return F.cross_entropy(scores.flatten(0, 1), targets.flatten())

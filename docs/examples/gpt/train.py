@@ -119,20 +119,21 @@ def train_step(job: Job) -> float:
     return job.mean(torch.stack(losses).mean())
 
 
+def validation_windows(job: Job, count: int) -> tuple[Tensor, Tensor]:
+    """About `count` windows, the same number for every rank, since all of them have to run the forward together."""
+    count = max(1, count // job.ranks) * job.ranks
+    return data.validation_windows(job.corpus.validation, count=count, length=job.args.context)
+
+
 @torch.no_grad()
-def validate(job: Job, count: int) -> tuple[float, float]:
-    """(loss of the model, loss of the bigram model) on the same `count` windows, in nats per byte."""
-    # Every rank takes the same number of windows, because all of them have to run the forward together.
-    per_rank = max(1, count // job.ranks)
-    inputs, targets = data.validation_windows(
-        job.corpus.validation, count=per_rank * job.ranks, length=job.args.context
-    )
-    mine = slice(job.rank * per_rank, (job.rank + 1) * per_rank)
-    losses = []
-    for x, y in zip(inputs[mine].split(16), targets[mine].split(16), strict=True):
-        losses.append(job.engine(x.to(job.device), y.to(job.device)) * len(x))
-    loss = job.mean(torch.stack(losses).sum() / per_rank)
-    return loss, data.Bigram(job.corpus.train).loss(inputs, targets)
+def validate(job: Job, count: int) -> float:
+    """Loss on about `count` windows of held-out files, in nats per byte."""
+    inputs, targets = (part.chunk(job.ranks)[job.rank] for part in validation_windows(job, count))
+    losses = [
+        job.engine(x.to(job.device), y.to(job.device)) * len(x)
+        for x, y in zip(inputs.split(16), targets.split(16), strict=True)
+    ]
+    return job.mean(torch.stack(losses).sum() / len(inputs))
 
 
 @torch.no_grad()
@@ -165,7 +166,7 @@ def train(job: Job, run: Path) -> Iterator[dict[str, Any]]:
         row["memory_bytes"] = report.memory_bytes()
         last = step == job.total_steps
         if step % args.validate_every == 0 and not last:
-            row["validation"], _ = validate(job, args.validation_windows // 8)
+            row["validation"] = validate(job, args.validation_windows // 8)
         if step % args.checkpoint_every == 0 or last:
             engine.save_checkpoint(run / "checkpoints", client_state={"run": run.name})
         yield row
@@ -185,7 +186,8 @@ def resume(job: Job, run: Path, live: report.Live) -> None:
 
 def finish(job: Job, run: Path, rows: list[dict[str, Any]], live: report.Live) -> bool:
     """Last validation, sample, page and verdict; whether the model is good enough."""
-    loss, bigram = validate(job, job.args.validation_windows)
+    loss = validate(job, job.args.validation_windows)
+    bigram = data.Bigram(job.corpus.train).loss(*validation_windows(job, job.args.validation_windows))
     text = sample(job)
     passed = loss <= bigram - MARGIN
     if job.rank == 0:

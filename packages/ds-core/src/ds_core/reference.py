@@ -72,6 +72,7 @@ def squared_norm_blocks(tensor: Tensor, block_numel: int = NORM_BLOCK_NUMEL) -> 
         raise ValueError("squared_norm_blocks: block_numel must be positive")
     flat = tensor.detach().reshape(-1)
     blocks = -(-flat.numel() // block_numel)
+    block_numel = min(block_numel, max(flat.numel(), 1))  # one short block needs no filling up
     rows = -(-block_numel // 16)
     wide = torch.zeros(blocks * block_numel, dtype=torch.float64, device=flat.device)
     wide[: flat.numel()] = flat

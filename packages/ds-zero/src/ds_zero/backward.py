@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 
+import torch
 from torch.autograd.variable import Variable
 
 
@@ -13,6 +14,7 @@ class BackwardWatch:
 
     def __init__(self) -> None:
         self._listeners: list[weakref.WeakMethod[Callable[[], None]]] = []
+        self._undoers: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._armed = False
 
     @property
@@ -25,6 +27,18 @@ class BackwardWatch:
         and are not kept alive.
         """
         self._listeners.append(weakref.WeakMethod(listener))
+
+    def at_abort(self, listener: Callable[[], None]) -> None:
+        """Call the bound method `listener` when it turns out that a backward was left by an exception."""
+        self._undoers.append(weakref.WeakMethod(listener))
+
+    def check_abort(self) -> None:
+        """Call where no backward of this model can be running, as before a forward that is no
+        recomputation.
+        """
+        if self._armed and torch._C._current_graph_task_id() == -1:
+            self._armed = False
+            _call(self._undoers)
 
     def arm(self) -> None:
         """Only valid inside a backward pass."""
@@ -42,7 +56,11 @@ class BackwardWatch:
 
     def _fire(self) -> None:
         self._armed = False
-        for pointer in self._listeners:
-            listener = pointer()
-            if listener is not None:
-                listener()
+        _call(self._listeners)
+
+
+def _call(listeners: list[weakref.WeakMethod[Callable[[], None]]]) -> None:
+    for pointer in listeners:
+        listener = pointer()
+        if listener is not None:
+            listener()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,14 @@ from torch.optim import Optimizer
 
 from ds_zero import _registry
 
-STAGES = {
+STAGES: Mapping[int, str] = {
     0: "nothing",
     1: "optimizer states",
     2: "optimizer states and gradients",
     3: "optimizer states, gradients and parameters",
 }
+
+TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 _ELEMENTWISE = frozenset(
     [
@@ -41,7 +43,7 @@ _ELEMENTWISE = frozenset(
         "Lion",
     ]
 )
-_REFUSED = {
+_REFUSED: Mapping[str, str] = {
     "LBFGS": "it evaluates the loss inside step() and takes dot products over all parameters",
     "SparseAdam": "shards have dense gradients; use Adam",
     "Lamb": "its trust ratio is a norm over a whole tensor, and flat shards cut tensors",
@@ -114,9 +116,10 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, *, flat: bool) -> No
                     "model: construct the "
                     "optimizer from model.parameters() of the model you pass"
                 )
-            if not param.is_floating_point():
+            if param.dtype not in TRAINABLE:
                 raise ValueError(
-                    f"parameter {names[id(param)]!r} has dtype {param.dtype}: leave it out of the optimizer"
+                    f"parameter {names[id(param)]!r} has dtype {param.dtype}, but masters are fp32: convert the "
+                    f"model to one of {[str(d) for d in TRAINABLE]}, or leave the parameter out of the optimizer"
                 )
     name = type(optimizer).__name__
     if name in _REFUSED and (flat or name == "LBFGS"):

@@ -74,8 +74,8 @@ def _middle(count: int) -> int:
     return 1 << ((count - 1).bit_length() - 1)
 
 
-# A function of its own, not a closure: a closure that calls itself is a reference cycle, which kept every received
-# buffer alive until the garbage collector came by.
+# A function of its own, not a closure: a closure that calls itself is a reference cycle, which kept every
+# received buffer alive until the garbage collector came by.
 def _subtree(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if len(parts) == 1:
         return parts[0].to(dtype)

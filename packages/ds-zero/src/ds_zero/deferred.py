@@ -170,7 +170,9 @@ class Record(TorchDispatchMode):
 
 
 class _Ordinary(TorchFunctionMode):
-    """Recorded tensors claim to be ordinary: several functions of `torch.nn.init` return at once for meta tensors."""
+    """Recorded tensors claim to be ordinary: several functions of `torch.nn.init` return at once for meta
+    tensors.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -73,6 +73,7 @@ class ModuleHooks:
         self._forward, self._backward = Order(), Order()
         self._held: list[_Call] = []
         watch.at_end(self._end_backward)
+        watch.at_abort(self._abort)
 
     def install(self, model: nn.Module) -> list[RemovableHandle]:
         """Hook every unit and every module with parameters of its own; the hooks do not keep this object
@@ -130,6 +131,13 @@ class ModuleHooks:
         self._backward.end()
         self._forward.end()
         self._gatherer.drop_unused()
+
+    def _abort(self) -> None:
+        for call in self._held:
+            call.holds = False
+        self._held.clear()
+        self._backward.end()
+        self._gatherer.drop_all()
 
     def _fetch_ahead(self, unit: str | None) -> None:
         if self._prefetch and unit is not None:

@@ -98,6 +98,7 @@ class Reducer:
         self._steps, self._learned_steps = steps, steps
         self._watch = watch
         watch.at_end(self._end_backward)
+        watch.at_abort(self._forget_all)
         self._pending = {id(b): _Pending(missing=len(b.params)) for b in self.buckets}
         self._flights: list[_Flight] = []
         self._next = 0
@@ -256,6 +257,24 @@ class Reducer:
         if self._final:
             self._flush()
         self._in_backward = False
+
+    def _forget_all(self) -> None:
+        """A backward raised half-way: drop everything that has accumulated since the last step."""
+        warnings.warn(
+            "the previous backward did not finish; the gradients accumulated since the last step were dropped",
+            stacklevel=2,
+        )
+        while self._flights:
+            self._flights.pop(0).work.wait()
+        for bucket in self.buckets:
+            self._pending[id(bucket)] = _Pending()
+            for shard in bucket.shards:
+                shard.grad = None
+            for param in bucket.params:
+                param.grad = None
+        self._in_backward = self._touched = False
+        self._backwards = 0
+        self._used.clear()
 
     def _flush(self) -> None:
         for bucket in self.buckets[self._next :]:

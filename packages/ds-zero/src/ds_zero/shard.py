@@ -97,6 +97,23 @@ def shard(
     buckets = _build(layouts, params, ranks, store, config.param_dtype, device)
     _hand_over(optimizer, buckets, ranks)
 
+    state = _assemble(model, optimizer, buckets, stage, config, ranks, comm, store, norms)
+    _registry.put(model, [*params.values(), optimizer], state)
+    return model, optimizer
+
+
+def _assemble(
+    model: nn.Module,
+    optimizer: Optimizer,
+    buckets: list[Bucket],
+    stage: int,
+    config: ZeroConfig,
+    ranks: Ranks,
+    comm: Comm,
+    store: ShardStore,
+    norms: Norms,
+) -> ZeroState:
+    """Everything that acts on the buckets, and the hooks through which it is called."""
     watch = BackwardWatch()
     gatherer = Gatherer(buckets, comm, ranks)
     local = config.accumulation == "local" if config.accumulation else stage < 2
@@ -128,15 +145,15 @@ def shard(
         hooks=hooks,
         model=weakref.ref(model),
         optimizer=weakref.ref(optimizer),
-        names=names,
+        names=_names(model),
     )
     state.handles += reducer.install() + stepper.install(optimizer)
     if any(not b.whole for b in buckets):
         state.handles += hooks.install(model)
-    if config.overlap_publish:
-        state.handles.append(model.register_forward_pre_hook(_wait_before_forward(weakref.ref(stepper))))
-    _registry.put(model, [*params.values(), optimizer], state)
-    return model, optimizer
+    state.handles.append(
+        model.register_forward_pre_hook(_before_forward(weakref.ref(state), watch.check_abort))
+    )
+    return state
 
 
 def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -361,10 +378,13 @@ def _params_of_unit(
     ]
 
 
-def _wait_before_forward(stepper: weakref.ref[Stepper]) -> Callable[..., None]:
-    def wait(*_: object) -> None:
-        found = stepper()
-        if found is not None:
-            found.wait()
+def _before_forward(state: weakref.ref[ZeroState], check_abort: Callable[[], None]) -> Callable[..., None]:
+    """What the model's own pre-hook does: published parameters arrive, and a broken backward is noticed."""
 
-    return wait
+    def before(*_: object) -> None:
+        found = state()
+        if found is not None:
+            check_abort()
+            found.stepper.wait()
+
+    return before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any
 
@@ -76,6 +77,8 @@ class Stepper:
                 "step(closure) would run forward and backward between reduction and update; call "
                 "loss.backward() first, then step()"
             )
+        if self._ranks.size > 1:
+            _refuse_grad_scaler()
         self._check_entries(optimizer)
         if self._reducer.finish():
             self.grad_scale = None  # found for gradients that have changed since
@@ -148,3 +151,20 @@ class Stepper:
         works, self._works = self._works, []
         for work in works:
             work.wait()
+
+
+def _refuse_grad_scaler() -> None:
+    """Torch's scaler looks for infinities in one rank's shards only, so that ranks would disagree on skipping
+    a step.
+    """
+    frame = sys._getframe(1)
+    for _ in range(8):  # hooks and wrappers lie between the scaler and us
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == "torch.amp.grad_scaler":
+            raise ValueError(
+                "torch.amp.GradScaler decides about skipping a step from this rank's shards alone, so ranks "
+                "would "
+                "diverge: train in bf16 (ZeroConfig(param_dtype=torch.bfloat16)), which needs no scaling"
+            )
