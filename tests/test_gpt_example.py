@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -235,10 +236,16 @@ def test_a_stopped_job_continues_with_the_same_losses(undisturbed, tmp_path, num
     process = start(tmp_path, "--steps", "12")
     wait_for_step(process, tmp_path / "001", 5)
     if number == signal.SIGINT:
-        os.kill(process.pid, number)  # the launcher passes it on
-        process.wait(timeout=60)
-    stop(process, signal.SIGKILL)
-    process.communicate(timeout=60)
+        os.killpg(process.pid, number)  # as a terminal does; the launcher passes it on, too
+        output, _ = process.communicate(timeout=60)
+        saved = re.search(r"stopped and saved after step (\d+): start it again", output)
+        assert saved, output
+        assert len(losses(tmp_path / "001")) == int(saved.group(1)) < 12
+        assert "Traceback" not in output
+        assert process.returncode == 130
+    else:
+        stop(process, signal.SIGKILL)
+        process.communicate(timeout=60)
     assert not (tmp_path / "001" / "result.json").exists()
 
     _, output = finish(start(tmp_path, "--steps", "12"))

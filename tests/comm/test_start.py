@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import ds_comm
+from comm import slurm
 from harness import ranks
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -176,6 +177,11 @@ dist.destroy_process_group()
 """
 
 
+def _clean_environ() -> dict[str, str]:
+    environ = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
+    return {**environ, "GLOO_SOCKET_IFNAME": "lo"}
+
+
 @pytest.mark.parametrize(
     ("command", "package", "options"),
     [
@@ -187,13 +193,13 @@ def test_under_mpi(command: str, package: str, options: list[str], tmp_path: Pat
     if shutil.which(command) is None:
         pytest.skip(f"needs {command} (Debian package {package})")
     (tmp_path / "script.py").write_text(_SCRIPT)
-    environ = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
+    environ = _clean_environ()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         environ["MASTER_PORT"] = str(probe.getsockname()[1])
     done = subprocess.run(
         [command, *options, "-n", "2", sys.executable, str(tmp_path / "script.py")],
-        env={**environ, "GLOO_SOCKET_IFNAME": "lo"},
+        env=environ,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -203,3 +209,23 @@ def test_under_mpi(command: str, package: str, options: list[str], tmp_path: Pat
     assert done.returncode == 0, done.stdout
     for rank in range(2):
         assert f"<{rank} of 2, local {rank} of 2, mpi: 11>" in done.stdout
+
+
+def test_under_slurm(tmp_path: Path) -> None:
+    if slurm.missing() or os.getuid() != 0:
+        pytest.skip(f"needs root and {', '.join(slurm.missing())} (Debian package slurm-wlm)")
+    (tmp_path / "script.py").write_text(_SCRIPT)
+    batch = tmp_path / "batch.sh"
+    batch.write_text(f"#!/bin/sh\nexec {sys.executable} {tmp_path}/script.py\n")
+    with slurm.cluster(tmp_path / "slurm") as found:
+        options = {"env": {**_clean_environ(), **found}, "cwd": tmp_path, "timeout": 120, "text": True}
+        run = ["srun", "-n", "2", sys.executable, "script.py"]
+        done = subprocess.run(run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **options)  # type: ignore[call-overload]
+        assert done.returncode == 0, done.stdout
+        # The batch script itself is no step of srun's, and would wait for a second rank that nobody starts.
+        command = ["sbatch", "--wait", "-n", "2", "-o", str(tmp_path / "batch.out"), str(batch)]
+        refused = subprocess.run(command, capture_output=True, check=False, **options)  # type: ignore[call-overload]
+    for rank in range(2):
+        assert f"<{rank} of 2, local {rank} of 2, slurm: 11>" in done.stdout
+    assert refused.returncode == 1
+    assert "SLURM_NTASKS=2, but this process was not started by srun" in (tmp_path / "batch.out").read_text()

@@ -220,7 +220,11 @@ class TestWhatIsLoaded:
         saved = self.saved(tmp_path)
         engine = job(3, seed=4)
         rates = engine.get_lr()
+        lines: list[str] = []
+        engine.progress.write = lines.append
         engine.load_checkpoint(tmp_path, load_module_only=True)
+        # 7 trained parameters with 3 states each, one frozen, one buffer
+        assert lines == [f"9 of 30 tensors restored from {tmp_path / 'global_step4'}"]
         assert (engine.global_steps, engine.get_lr()) == (0, rates)
         assert not any(engine.optimizer.state.values())
         for name, value in logical_state(saved).items():
@@ -261,6 +265,22 @@ class TestWhatIsLoaded:
         engine = job(0, scheduler=step)
         engine.load_checkpoint(tmp_path)
         assert engine.get_lr() == saved.get_lr() == [0.0025]
+
+    def test_one_from_before_the_first_step_takes_states_away(self, tmp_path: Path) -> None:
+        engine = job(2)
+        wanted = jobs.train(job(2), 3)
+        engine.save_checkpoint(tmp_path)
+        jobs.train(engine, 3)
+        engine.load_checkpoint(tmp_path)
+        assert jobs.train(engine, 3) == wanted
+
+    def test_saving_between_micro_batches_warns(self, tmp_path: Path) -> None:
+        engine = job(2)
+        tokens, wanted = jobs.micro_batches(engine, 1)[0]
+        engine.backward(jobs.loss_of(engine, tokens, wanted))
+        engine.step()
+        with pytest.warns(UserWarning, match=r"after 1 of 2 micro-batches: their gradients are not in it"):
+            engine.save_checkpoint(tmp_path)
 
     def test_an_older_tag(self, tmp_path: Path) -> None:
         engine = job(0)

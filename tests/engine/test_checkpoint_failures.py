@@ -79,14 +79,20 @@ def test_a_rank_that_cannot_write_its_file(tmp_path: Path, bad_rank: int) -> Non
 
 
 @ranks(2)
-def test_a_manifest_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("file", ["manifest.json", "latest"])
+def test_a_file_of_rank_0_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
     engine = job()
     jobs.train(engine, 1)
     engine.save_checkpoint(tmp_path)
+    write_synced = folder.write_synced
 
     def full(path: Path, content: bytes) -> None:
-        path.write_bytes(content[:100])
-        raise OSError(28, "No space left on device")
+        if path.name.startswith(file):
+            path.write_bytes(content[:5])
+            raise OSError(28, "No space left on device")
+        write_synced(path, content)
 
     monkeypatch.setattr(folder, "write_synced", full)
     expect_failure(engine, tmp_path, r"rank 0: OSError: .*No space left on device")
@@ -194,7 +200,7 @@ def test_a_checkpoint_that_one_rank_cannot_open(tmp_path: Path) -> None:
     dist.barrier()
     with pytest.raises(
         CheckpointError,
-        match=r"ranks 0, 1: .*rank-00001-of-00002.safetensors cannot be "
+        match=r"rank 1: .*rank-00001-of-00002.safetensors cannot be "
         "opened",
     ):
         engine.load_checkpoint(tmp_path)

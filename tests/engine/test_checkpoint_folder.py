@@ -131,9 +131,26 @@ def test_dead_folders_are_removed_and_foreign_things_are_not(tmp_path: Path) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "latest", "notes.txt", "tensorboard"]
 
 
+def test_what_is_no_checkpoint_is_never_touched(tmp_path: Path) -> None:
+    mine = tmp_path / "best"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    with pytest.raises(
+        CheckpointError, match=r"best exists and is no checkpoint of ours: choose another tag"
+    ):
+        save(tmp_path, "best")
+    save(tmp_path, "good")
+    for name in ("good.old-2024", "good.old-00000000", "good.tmp-backup", "latest.old"):
+        (tmp_path / name).mkdir()
+    save(tmp_path, "good", 2, keep_last=1)
+    names = {"best", "good", "good.old-2024", "good.old-00000000", "good.tmp-backup", "latest", "latest.old"}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    assert (mine / "thesis.tex").exists()
+
+
 def test_without_locks_age_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder, "_lock", lambda path: None)
-    young, old = tmp_path / "a.tmp-1", tmp_path / "b.tmp-2"
+    young, old = tmp_path / "a.tmp-00000001", tmp_path / "b.tmp-00000002"
     for path in (young, old):
         path.mkdir()
     os.utime(old, (time.time() - 1000,) * 2)

@@ -1,12 +1,13 @@
 """kill -9 of one or all ranks at random moments of saving: the newest complete checkpoint loads each time.
 
-10 kills by default, 50 with DS_FULL=1. A job of two ranks saves without pause, under new tags and over an
-old one, and prunes; so that most of its time is spent inside a save. It is killed after a random number of
-saves plus a random part of the next one.
+10 kills by default, 50 with DS_FULL=1. A job of two ranks saves without pause, under new tags and over the
+newest one, and prunes; so that most of its time is spent inside a save. It is killed after a random number of
+saves plus a random part of the next one; every second kill waits for the moment of a commit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -84,6 +85,17 @@ class Jobs:
         self.process.stdout.close()
 
 
+def wait_for_commit(root: Path) -> None:
+    """Return when a save has everything written and is about to give it its name: the moment that matters
+    most."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with contextlib.suppress(FileNotFoundError):
+            if any((path / "manifest.json").exists() for path in root.glob("*.tmp-*")):
+                return
+    raise AssertionError("nothing was saved for 30 s")
+
+
 @pytest.fixture
 def job() -> Iterator[Jobs]:
     made = Jobs()
@@ -116,7 +128,11 @@ def test_the_newest_complete_checkpoint_loads_after_every_kill(tmp_path: Path, j
     for attempt in range(KILLS):
         reported = job.start(tmp_path / f"meet{attempt}", root, number)
         reported += [int(job.receive()) for _ in range(chance.randrange(1, 6))]
-        time.sleep(chance.random() * 0.03)
+        if attempt % 2:
+            wait_for_commit(root)
+            time.sleep(chance.random() * 0.002)
+        else:
+            time.sleep(chance.random() * 0.03)
         reported += job.kill(chance.choice([[0], [1], [0, 1]]))
         found = newest_number(root)
         assert found is not None and found >= max(reported), f"save {max(reported)} had returned, {found} is "

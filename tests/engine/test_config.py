@@ -111,6 +111,12 @@ def test_what_is_switched_off_is_accepted(off: Any) -> None:
     assert load({**MINIMAL, "fp16": off}) == load(MINIMAL)
 
 
+def test_a_misspelt_key_is_not_missing_too() -> None:
+    assert message({"optimizer": {"typ": "Adam"}}) == (
+        'config: unknown key "optimizer.typ": did you mean "optimizer.type"?'
+    )
+
+
 def test_foreign_keys_are_not_ours() -> None:
     for section, model in sections().items():
         assert not BY_SECTION.get(section, frozenset()) & set(model.model_fields), section

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_here() -> None:
         "ulimit -l",
     ):
         assert name in names
-    assert any(name.startswith("ds_core ") for name in names)
+    assert {"CPU kernels", "ds_core"} & set(names)
     errors = [row for row in result["findings"] if row["status"] == "error"]
     assert result["ok"] is True, errors
     assert told.returncode == 0
@@ -98,11 +99,30 @@ def test_a_torch_without_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_broken_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ds_core", None)
+    monkeypatch.setitem(sys.modules, "ds_core._native", None)
     (finding,) = doctor.check_native()
-    assert finding.status == "error"
+    assert (finding.name, finding.status) == ("ds_core", "error")
     assert "cannot be imported" in finding.value
     assert "pip install" in finding.remedy
+
+
+def test_the_cpu_target_or_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Core:
+        def cpu_target(self) -> str:
+            return "avx2"
+
+        def available_cpu_targets(self) -> list[str]:
+            return ["baseline", "avx2"]
+
+    native = types.SimpleNamespace(MISSING=None, core=Core())
+    monkeypatch.setitem(sys.modules, "ds_core._native", native)
+    (finding,) = doctor.check_native()
+    assert finding.name == "CPU kernels"
+    assert finding.value.startswith("avx2 (this machine can run: baseline, avx2)")
+    native.MISSING = "no such file"
+    (finding,) = doctor.check_native()
+    assert (finding.name, finding.status) == ("ds_core", "warning")
+    assert "no such file" in finding.value
 
 
 def test_limits(tmp_path: Path) -> None:

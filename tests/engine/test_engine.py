@@ -280,6 +280,16 @@ class TestInitialize:
         )
         assert engine.get_lr() == [0.3] and len(optimizer.param_groups[0]["params"]) == 6
 
+    @pytest.mark.parametrize("stage", [0, 3])
+    def test_a_deferred_model_is_the_same_model(self, stage: int) -> None:
+        wanted = jobs.train(jobs.engine(stage), 3)
+        torch.manual_seed(0)
+        with ds_zero.deferred_init():
+            model = jobs.Net()
+        assert model.embed.weight.is_meta
+        engine, *_ = ds_engine.initialize(model=model, config=jobs.config(stage))
+        assert jobs.train(engine, 3) == wanted
+
     def test_training_data_comes_in_micro_batches(self) -> None:
         data = TensorDataset(torch.arange(40) % 11, torch.arange(40) % 11)
         engine, _, loader, _ = ds_engine.initialize(

@@ -169,7 +169,7 @@ class Pool:
         self._limits = limits or Limits()
         self._ranks: list[Rank] = []
         self._zygote: Zygote | None = None
-        self._folder = tempfile.mkdtemp(prefix="ds-ranks-")
+        self._folder = _own_folder()
         self._tests_run = 0
 
     @classmethod
@@ -202,9 +202,9 @@ class Pool:
         payload = pack_payload(arguments)
         self._grow(world_size)
         ranks = self._ranks[:world_size]
-        Path(self._folder).mkdir(exist_ok=True)
+        self._folder.mkdir(exist_ok=True)
         self._tests_run += 1
-        store = Path(self._folder) / f"store{self._tests_run}"
+        store = self._folder / f"store{self._tests_run}"
         port = _free_port()
         progress = _Progress({}, time.monotonic() + timeout_s)
         try:
@@ -303,6 +303,15 @@ class Pool:
                 if isinstance(outcome, Lost) and outcome.status is not None:
                     outcomes[i] = Lost(outcome.pid, statuses[i], outcome.when_s)
         return RunResult(tuple(outcomes[i] for i in range(len(ranks))), timeout_s, output)
+
+
+def _own_folder() -> Path:
+    """A new folder for the stores; those of processes that were killed before they could remove theirs go."""
+    for stale in Path(tempfile.gettempdir()).glob("ds-ranks-*-*"):
+        owner = stale.name.split("-")[2]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            shutil.rmtree(stale, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"ds-ranks-{os.getpid()}-"))
 
 
 def _send(rank: Rank, message: Job | Finish) -> None:

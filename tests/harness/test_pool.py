@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -149,6 +151,19 @@ def test_processes_are_kept_and_replaced_only_after_a_failure(tmp_path: Path) ->
     finally:
         pool.close()
     assert all(_ends(pid) for pid in pids)
+
+
+def test_folders_of_killed_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for owner in (gone.pid, os.getpid()):
+        (tmp_path / f"ds-ranks-{owner}-x").mkdir()
+    pool = Pool()
+    assert not (tmp_path / f"ds-ranks-{gone.pid}-x").exists()
+    assert len(list(tmp_path.glob(f"ds-ranks-{os.getpid()}-*"))) == 2
+    pool.close()
+    assert [path.name for path in tmp_path.iterdir()] == [f"ds-ranks-{os.getpid()}-x"]
 
 
 def test_output_is_given_per_rank_and_once(pool: Pool) -> None:

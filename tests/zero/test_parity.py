@@ -54,13 +54,14 @@ def test_stages_equal_plain_pytorch_over_20_steps(
 
 
 @ranks(2)
+@pytest.mark.parametrize("optimizer", ["adamw", "cpuadam"])
 @pytest.mark.parametrize("clip", [None, 0.3])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_local_plan_equals_ddp(accumulation: int, clip: float | None) -> None:
-    job = Job(steps=20, accumulation=accumulation, clip=clip)
+def test_local_plan_equals_ddp(accumulation: int, clip: float | None, optimizer: str) -> None:
+    job = Job(steps=20, accumulation=accumulation, clip=clip, optimizer=OPTIMIZERS[optimizer])
     expected = ddp(job, ds_norm=True)
     for stage in STAGES:
-        assert_same(sharded(job, stage, accumulation="local"), expected)
+        assert_same(sharded(job, stage, store=store_for(optimizer), accumulation="local"), expected)
 
 
 @ranks(2)

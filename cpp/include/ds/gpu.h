@@ -36,11 +36,13 @@
   X(pack_signs, const ds::NormTensor*, std::uint8_t* bits, double* block_sums)                                       \
   X(unpack_signs, const std::uint8_t* bits, float scale, const ds::CastTensor* dst)
 
+#define DS_GPU_API __attribute__((visibility("default")))
+
 extern "C" {
-int ds_gpu_abi();
-const char* ds_gpu_message(int status);
-int ds_gpu_num_devices();
-#define DS_DECLARE(name, ...) int ds_gpu_##name(int device, __VA_ARGS__, void* stream);
+DS_GPU_API int ds_gpu_abi();
+DS_GPU_API const char* ds_gpu_message(int status);
+DS_GPU_API int ds_gpu_num_devices();
+#define DS_DECLARE(name, ...) DS_GPU_API int ds_gpu_##name(int device, __VA_ARGS__, void* stream);
 DS_GPU_FUNCTIONS(DS_DECLARE)
 #undef DS_DECLARE
 }

@@ -21,6 +21,7 @@
 
 namespace ds::avx2 {
 namespace {
+#define DS_INLINE inline __attribute__((always_inline))
 #include "cpu/simd_avx2.h"
 // (first the vectors, then what is written in them)
 #include "cpu/kernels-inl.h"

@@ -10,6 +10,7 @@
 
 namespace ds::baseline {
 namespace {
+#define DS_INLINE inline __attribute__((always_inline))
 #include "cpu/simd_baseline.h"
 // (first the vectors, then what is written in them)
 #include "cpu/kernels-inl.h"

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import data
@@ -79,6 +81,27 @@ def settings_for(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     return config, notes
 
 
+class StopRequest:
+    """Ctrl-C or SIGTERM, noted for the end of the step; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.noted = False
+        self._noted_at_s = 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # A terminal signals every process, and the launcher may hand the same signal on: that is one request.
+        if self.noted and time.monotonic() > self._noted_at_s + 1.0:
+            raise KeyboardInterrupt
+        self.noted, self._noted_at_s = True, time.monotonic()
+
+    def forget(self) -> None:
+        """Signals do again what they do by default."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @dataclass(kw_only=True)
 class Job:
     """What the functions below share: the engine and the data, and where this rank stands."""
@@ -90,17 +113,18 @@ class Job:
     device: torch.device
     rank: int
     ranks: int
+    stop: StopRequest
 
-    def mean(self, value: Tensor | float) -> float:
-        """Mean of a number over all ranks."""
-        total = torch.as_tensor(value, dtype=torch.float64, device=self.device).clone()
+    def mean(self, *values: Tensor | float) -> list[float]:
+        """Means over all ranks."""
+        total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
         if self.ranks > 1:
             dist.all_reduce(total)
-        return total.item() / self.ranks
+        return [value / self.ranks for value in total.tolist()]
 
 
-def train_step(job: Job) -> float:
-    """One optimizer step; the mean loss over its micro-batches and the ranks."""
+def train_step(job: Job) -> tuple[float, bool]:
+    """One optimizer step: (mean loss over its micro-batches and the ranks, whether any rank was asked to stop)."""
     engine, args = job.engine, job.args
     accumulation, size = engine.gradient_accumulation_steps(), engine.train_micro_batch_size_per_gpu()
     losses = []
@@ -116,7 +140,9 @@ def train_step(job: Job) -> float:
         engine.backward(loss)
         engine.step()
         losses.append(loss.detach())
-    return job.mean(torch.stack(losses).mean())
+    # A signal reaches the ranks at different times; this way all of them stop after the same step.
+    loss, stop = job.mean(torch.stack(losses).mean(), job.stop.noted)
+    return loss, stop > 0
 
 
 def validation_windows(job: Job, count: int) -> tuple[Tensor, Tensor]:
@@ -133,7 +159,7 @@ def validate(job: Job, count: int) -> float:
         job.engine(x.to(job.device), y.to(job.device)) * len(x)
         for x, y in zip(inputs.split(16), targets.split(16), strict=True)
     ]
-    return job.mean(torch.stack(losses).sum() / len(inputs))
+    return job.mean(torch.stack(losses).sum() / len(inputs))[0]
 
 
 @torch.no_grad()
@@ -153,23 +179,28 @@ def sample(job: Job) -> str:
 
 
 def train(job: Job, run: Path) -> Iterator[dict[str, Any]]:
-    """Trains to the end from where the engine stands, saving now and then; yields one row of the log per step."""
+    """Trains from where the engine stands to the end or a request to stop, saving now and then.
+
+    Yields one row of the log per step.
+    """
     engine, args = job.engine, job.args
     tokens = engine.train_batch_size() * args.context
     while engine.global_steps < job.total_steps:
         start = time.perf_counter()
-        loss = train_step(job)
+        loss, stop = train_step(job)
         seconds = time.perf_counter() - start
         step = engine.global_steps
         row: dict[str, Any] = {"step": step, "loss": loss, "lr": engine.get_lr()[0]}
         row |= {"grad_norm": engine.get_global_grad_norm(), "tokens_per_s": tokens / seconds}
         row["memory_bytes"] = report.memory_bytes()
         last = step == job.total_steps
-        if step % args.validate_every == 0 and not last:
+        if step % args.validate_every == 0 and not (last or stop):
             row["validation"] = validate(job, args.validation_windows // 8)
-        if step % args.checkpoint_every == 0 or last:
+        if step % args.checkpoint_every == 0 or last or stop:
             engine.save_checkpoint(run / "checkpoints", client_state={"run": run.name})
         yield row
+        if stop:
+            return
 
 
 def resume(job: Job, run: Path, live: report.Live) -> None:
@@ -237,6 +268,7 @@ def prepare(args: argparse.Namespace) -> tuple[Job, Path, list[str]]:
         device=world.device,
         rank=world.rank,
         ranks=world.world_size,
+        stop=StopRequest(),
     )
     size = sum(p.numel() for p in model.parameters())
     notes.append(
@@ -247,7 +279,7 @@ def prepare(args: argparse.Namespace) -> tuple[Job, Path, list[str]]:
 
 
 def main() -> int:
-    """0 when the model beats the bigram model by MARGIN, else 1."""
+    """0 when the model beats the bigram model by MARGIN, 1 when it does not, 130 when the job was stopped."""
     job, run, notes = prepare(arguments())
     live = report.Live(total_steps=job.total_steps, done_steps=0, enabled=job.rank == 0)
     for note in notes:
@@ -261,12 +293,21 @@ def main() -> int:
             live.step(row)
     if log is not None:
         log.close()
+    if job.engine.global_steps < job.total_steps:
+        live.say(f"stopped and saved after step {job.engine.global_steps}: start it again to continue")
+        return leave(130)
+    job.stop.forget()
     passed = finish(job, run, runs.read_log(run / "log.jsonl"), live)
-    if dist.is_initialized():
-        dist.barrier()  # nobody leaves before rank 0 has written everything
-        dist.destroy_process_group()
     # One rank is enough to fail the job, and the launcher then shows one failure.
-    return 0 if passed or job.rank != 0 else 1
+    return leave(0 if passed or job.rank != 0 else 1)
+
+
+def leave(status: int) -> int:
+    """Takes leave of the other ranks; nobody goes before rank 0 has written everything."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import random
@@ -67,12 +68,15 @@ def initialize(
     world = ds_comm.start()
     batch = settings.batch(world.world_size)
     _seed(settings.seed, world.rank)
-    if world.device.type != "cpu":
+    deferred = any(p.is_meta for p in model.parameters())
+    if world.device.type != "cpu" and not deferred:
         model.to(world.device)
     built = _optimizer(settings, optimizer, model, model_parameters)
     # The schedule reads the rates of the groups, which sharding leaves alone; states come later, so nothing
     # is cut in two.
-    ds_zero.shard(model, built, stage=settings.zero_optimization.stage, **_sharding(settings, batch))
+    # What ds_zero.deferred_init has put off comes into being here, on the default device.
+    with world.device if deferred else contextlib.nullcontext():
+        ds_zero.shard(model, built, stage=settings.zero_optimization.stage, **_sharding(settings, batch))
     schedule = _schedule(settings, lr_scheduler, built)
     loader = _loader(settings, training_data, batch, world, collate_fn)
     engine = Engine(

@@ -54,6 +54,7 @@ class Rule:
 
 
 WHOLE_TENSORS = ("adafactor", "muon", "lamb", "fusedlamb")
+_STAGE_3_KEYS = {"stage3_param_persistence_threshold", "stage3_prefetch"}
 HOST_OPTIMIZERS = ("adam", "adamw", "cpuadam")
 
 RULES: tuple[Rule, ...] = (
@@ -110,13 +111,13 @@ RULES: tuple[Rule, ...] = (
         remedy="remove one of them",
     ),
     Rule(
-        first="zero_optimization.stage3_param_persistence_threshold",
+        first="zero_optimization.stage3_param_persistence_threshold, stage3_prefetch",
         second="stage 0 to 2",
         applies=lambda job: (
-            job.stage < 3 and job.config.zero_optimization.stage3_param_persistence_threshold is not None
+            job.stage < 3 and bool(_STAGE_3_KEYS & job.config.zero_optimization.model_fields_set)
         ),
         reason="parameters are whole on every rank below stage 3",
-        remedy="remove it, or set stage to 3",
+        remedy="remove what begins with stage3_, or set stage to 3",
         refuse=False,
     ),
     Rule(

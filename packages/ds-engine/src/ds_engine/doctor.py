@@ -8,7 +8,7 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ PACKAGES = ("ds-core", "ds-comm", "ds-zero", "ds-offload", "ds-engine")
 OPTIONAL = ("ds-pipe", "ds-moe", "ds-layers", "ds-profiler", "ds-compat")
 OLDEST_TORCH = (2, 11)
 _SHM_ENOUGH_BYTES = 1 << 30
+_REINSTALL_CORE = "reinstall it: pip install --force-reinstall --no-deps ds-core"
 
 
 @dataclass(frozen=True)
@@ -104,29 +105,22 @@ def check_torch() -> Iterable[Finding]:
 def check_native() -> Iterable[Finding]:
     """ds_core's native library: loaded or not, and compiled for which CPU."""
     try:
-        core = import_module("ds_core")
+        native = import_module(
+            "ds_core._native"
+        )  # all packages have one version, so its inside may be looked at
     except Exception as error:  # noqa: BLE001  (whatever is wrong with it is what the user wants to know)
-        problem = f"cannot be imported: {type(error).__name__}: {error}"
         yield Finding(
-            "ds_core", problem, "error", "reinstall it: pip install --force-reinstall --no-deps ds-core"
+            "ds_core", f"cannot be imported: {type(error).__name__}: {error}", "error", _REINSTALL_CORE
         )
         return
-    for name, value in _native_report(core).items():
-        yield Finding(f"ds_core {name}", value)
-
-
-def _native_report(core: object) -> dict[str, str]:
-    """What ds_core says about itself, as text."""
-    for name in ("info", "report"):
-        function: Callable[[], object] | None = getattr(core, name, None)
-        if callable(function):
-            told = function()
-            if isinstance(told, Mapping):
-                return {str(key): str(value) for key, value in told.items()}
-            if hasattr(told, "__dataclass_fields__"):
-                return {key: str(getattr(told, key)) for key in told.__dataclass_fields__}
-            return {"report": str(told)}
-    return {"report": "see `python -m ds_core`"}
+    if native.MISSING is not None:
+        value = f"without its native library, so in plain torch: {native.MISSING}"
+        yield Finding(
+            "ds_core", value, "warning", f"optimizers on the CPU are several times slower; {_REINSTALL_CORE}"
+        )
+        return
+    chosen, possible = native.core.cpu_target(), ", ".join(native.core.available_cpu_targets())
+    yield Finding("CPU kernels", f"{chosen} (this machine can run: {possible}); more: python -m ds_core")
 
 
 def check_machine() -> Iterable[Finding]:

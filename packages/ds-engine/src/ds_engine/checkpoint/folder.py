@@ -1,16 +1,16 @@
 """A directory of checkpoints: how one appears there whole or not at all, and how one is found.
 
 [Note: commit] A checkpoint is written into `<tag>.tmp-<nonce>/`, every file and the folder synced, the
-manifest last. Then
+manifest last, and so is the text that will replace `latest`: nothing below needs room on the disk. Then
 
     1. an older checkpoint of the same name is renamed to `<tag>.old-<nonce>`,
     2. the new one is renamed to `<tag>`, and the directory is synced: from here on it counts,
     3. `latest` is replaced by rename,
     4. the older one is renamed to a `.tmp-` name and removed.
 
-A process may die between any two of these. Whatever is called `.tmp-` never counts and is removed by the
-next save; an `.old-` folder stands for its tag exactly where `<tag>` is missing (death between 1 and 2).
-Nothing is ever deleted under a name that counts.
+A process may die between any two of these. Whatever is called `.tmp-` never counts and is removed by the next
+save; an `.old-` folder stands for its tag exactly where `<tag>` is missing (death between 1 and 2). Nothing
+is ever deleted under a name that counts, and nothing that is no checkpoint is ever renamed or deleted.
 
 The writer holds a lock on its folder, which the system releases when it dies: so a save removes what dead
 ones left, never what another process is writing.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import time
@@ -33,6 +34,8 @@ from ds_engine.checkpoint.errors import CheckpointError
 
 LATEST = "latest"
 TEMPORARY, OLD = ".tmp-", ".old-"
+_LEFT = re.compile(r"(?P<tag>.+)(?P<kind>\.tmp-|\.old-)[0-9a-f]{8}")
+"""Names that only a save gives."""
 UNLOCKABLE_AGE_S = 900.0
 """On a file system without locks, a temporary folder that was not touched for so long is dead."""
 
@@ -57,10 +60,13 @@ def complete(root: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     if not root.is_dir():
         return found
-    folders = sorted(p for p in root.iterdir() if TEMPORARY not in p.name and p.is_dir() and is_complete(p))
-    for path in folders:
-        found.setdefault(path.name.split(OLD)[0], path)
-        if OLD not in path.name:
+    for path in sorted(root.iterdir()):
+        left = _LEFT.fullmatch(path.name)
+        if (left and left["kind"] == TEMPORARY) or not is_complete(path):
+            continue
+        if left:
+            found.setdefault(left["tag"], path)
+        else:
             found[path.name] = path
     return found
 
@@ -170,19 +176,30 @@ class Staging:
     """The folder that a save writes into, on the rank that commits it."""
 
     def __init__(self, root: Path, tag: str) -> None:
-        """Clear up after dead saves, and make the folder; OSError if that is not possible."""
+        """Clear up after dead saves, and make the folder.
+
+        Raises:
+            OSError: that is not possible, or `<root>/<tag>` is something else than a checkpoint.
+        """
+        made = [path for path in (root, *root.parents) if not path.exists()]
         root.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            sync(path.parent)
         _recover(root)
         self.root = root
         self.tag = tag
         self.nonce = secrets.token_hex(4)
         self.path = root / f"{tag}{TEMPORARY}{self.nonce}"
+        self._pointer = root / f"{LATEST}{TEMPORARY}{self.nonce}"
+        if (root / tag).exists() and not is_complete(root / tag):
+            raise FileExistsError(f"{root / tag} exists and is no checkpoint of ours: choose another tag")
         self.path.mkdir()
         self._lock = _lock(self.path)
 
     def commit(self) -> Path:
         """See [Note: commit]; returns the folder under its name that counts."""
         sync(self.path)
+        write_synced(self._pointer, self.tag.encode())
         final = self.root / self.tag
         old = self.root / f"{self.tag}{OLD}{self.nonce}"
         replaces = final.exists()
@@ -195,9 +212,7 @@ class Staging:
                 old.rename(final)
             raise
         sync(self.root)
-        pointer = self.root / f"{LATEST}{TEMPORARY}{self.nonce}"
-        write_synced(pointer, self.tag.encode())
-        pointer.rename(self.root / LATEST)
+        self._pointer.rename(self.root / LATEST)
         sync(self.root)
         if replaces:
             remove(old)
@@ -207,6 +222,7 @@ class Staging:
     def abort(self) -> None:
         """Leave nothing behind; safe after a failed commit too."""
         self._unlock()
+        self._pointer.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _unlock(self) -> None:
@@ -217,11 +233,10 @@ class Staging:
 
 def remove(path: Path) -> None:
     """Delete a checkpoint: first it loses the name under which it counts, then its files."""
-    if TEMPORARY not in path.name:
-        doomed = path.with_name(f"{path.name.split(OLD)[0]}{TEMPORARY}{secrets.token_hex(4)}")
-        path.rename(doomed)
-        path = doomed
-    shutil.rmtree(path)
+    left = _LEFT.fullmatch(path.name)
+    doomed = path.with_name(f"{left['tag'] if left else path.name}{TEMPORARY}{secrets.token_hex(4)}")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def prune(root: Path, keep_last: int, keep: str) -> None:
@@ -234,13 +249,18 @@ def prune(root: Path, keep_last: int, keep: str) -> None:
 def _recover(root: Path) -> None:
     """Finish what a dead save began, and remove what it left."""
     for path in sorted(root.iterdir()):
-        if OLD in path.name and path.is_dir():
-            final = root / path.name.split(OLD)[0]
+        left = _LEFT.fullmatch(path.name)
+        if left is None:
+            continue
+        if left["kind"] == OLD:
+            final = root / left["tag"]
+            if not is_complete(path):
+                continue
             if final.exists():
                 remove(path)
             else:
                 path.rename(final)
-        elif TEMPORARY in path.name and _is_dead(path):
+        elif _is_dead(path):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ds_engine.checkpoint import folder
 from ds_engine.checkpoint.datafile import DataFile
 from ds_engine.checkpoint.errors import CheckpointError
-from ds_engine.checkpoint.manifest import Entry, Manifest
+from ds_engine.checkpoint.manifest import Entry, Manifest, Piece
 
 MAX_PROBLEMS = 10
 
@@ -28,27 +28,36 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open the folder of one checkpoint (see `find`) and check its manifest, and of every data file size
-        and header.
+        """Open the folder of one checkpoint (see `find`) and check its manifest; data files are opened when
+        needed.
 
         Raises:
-            CheckpointError: one of these is damaged or missing.
+            CheckpointError: the manifest is damaged.
         """
         self.path = Path(path)
         self.manifest: Manifest = folder.read_manifest(self.path)
         self.problems: list[str] = []
         self._files: dict[str, DataFile] = {}
         self._read: dict[tuple[str, str], list[tuple[int, int]]] = {}
-        try:
-            for name, info in self.manifest.files.items():
-                self._files[name] = DataFile(self.path / name, info)
-        except BaseException:
-            self.close()
-            raise
+
+    def check_files(self, first: int = 0, stride: int = 1) -> None:
+        """Check size and header of every `stride`-th data file, beginning with the `first`.
+
+        Raises:
+            CheckpointError: one of them is missing, cut off or damaged.
+        """
+        for name in sorted(self.manifest.files)[first::stride]:
+            self._file(name)
+
+    def _file(self, name: str) -> DataFile:
+        if name not in self._files:
+            self._files[name] = DataFile(self.path / name, self.manifest.files[name])
+        return self._files[name]
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+        self._files.clear()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -101,7 +110,12 @@ class Checkpoint:
         return at >= end
 
     def verify(self) -> Iterator[str]:
-        """Read everything; yields what is damaged, one sentence for each tensor."""
+        """Read everything; yields what is damaged, one sentence for each tensor or file."""
+        for name in sorted(self.manifest.files):
+            try:
+                self._file(name)
+            except CheckpointError as error:
+                yield str(error)
         for fqn, states in self.manifest.tensors.items():
             for state, entry in states.items():
                 yield from self._check(entry, f"{state} of {fqn!r}")
@@ -110,8 +124,7 @@ class Checkpoint:
 
     def _check(self, entry: Entry, name: str) -> Iterator[str]:
         for piece in entry.pieces:
-            out = torch.empty(piece.numel, dtype=entry.dtype)
-            problem = self._files[piece.file].read(piece.key, 0, out, piece.crc32c)
+            problem = self._read_piece(piece, 0, torch.empty(piece.numel, dtype=entry.dtype))
             if problem:
                 yield f"{problem}, in {name}"
 
@@ -125,10 +138,15 @@ class Checkpoint:
                 break
             if high <= low:
                 continue
-            part = out[low - first : high - first]
-            try:
-                problem = self._files[piece.file].read(piece.key, low - piece.flat_offset, part, piece.crc32c)
-            except OSError as error:
-                problem = f"{self.path / piece.file} cannot be read ({error.strerror})"
+            problem = self._read_piece(piece, low - piece.flat_offset, out[low - first : high - first])
             if problem and len(self.problems) < MAX_PROBLEMS:
                 self.problems.append(f"{problem}, in {name}")
+
+    def _read_piece(self, piece: Piece, first: int, out: Tensor) -> str | None:
+        """Fill `out` from element `first` of a piece on; what is wrong, if anything is."""
+        try:
+            return self._file(piece.file).read(piece.key, first, out, piece.crc32c)
+        except CheckpointError as error:
+            return str(error)
+        except OSError as error:
+            return f"{self.path / piece.file} cannot be read ({error.strerror})"

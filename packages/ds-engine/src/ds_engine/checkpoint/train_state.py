@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 FAMILIES = {"FusedAdam": "adam", "CPUAdam": "adam", "Adam": "adam", "AdamW": "adam"}
 """Optimizers whose states mean the same; others go by their class name, less our prefix."""
 
+_MODEL_STATES = frozenset({"param", "buffer"})
+"""What the model itself consists of; every other state is the optimizer's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -45,6 +48,15 @@ def save(
     engine: Engine, save_dir: str | os.PathLike[str], tag: str | None, client_state: Mapping[str, Any]
 ) -> str:
     """See `Engine.save_checkpoint`."""
+    pending = engine.micro_steps % engine.batch.steps
+    if pending and engine.world.rank == 0:
+        warnings.warn(
+            f"this checkpoint is saved after {pending} of {engine.batch.steps} micro-batches: their "
+            "gradients are "
+            "not in it, and a run that continues from it begins with the first of them; save after a "
+            "boundary",
+            stacklevel=3,
+        )
     name = tag if tag is not None else f"global_step{engine.global_steps}"
     keep_last = engine.config.checkpoint.keep_last
     return write(save_dir, name, lambda: _content(engine, client_state), keep_last=keep_last)
@@ -116,7 +128,12 @@ def load(
     doing = f"loading {path}"
     checkpoint = _together(team, doing, lambda: Checkpoint(path))
     with checkpoint:
+        # Each rank looks at some of the files, so that none is opened by all; damage inside shows when it is
+        # read.
+        _together(team, doing, lambda: checkpoint.check_files(team.rank, team.size))
         _together(team, doing, lambda: _check_fit(engine, checkpoint, wanted))
+        if wanted.optimizer and not _has_states(checkpoint):
+            engine.optimizer.state.clear()  # saved before the first step: what this run has gathered must not stay
         _together(
             team,
             doing,
@@ -167,6 +184,10 @@ def _names(engine: Engine) -> set[str]:
     return {name for name, _ in engine.module.named_parameters()} | buffers
 
 
+def _has_states(checkpoint: Checkpoint) -> bool:
+    return any(not states.keys() <= _MODEL_STATES for states in checkpoint.manifest.tensors.values())
+
+
 def _check_fit(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> None:
     """Names, optimizer and groups are those of this engine; nothing has been changed if not."""
     model, stored = _names(engine), set(checkpoint.manifest.tensors)
@@ -208,9 +229,8 @@ def _check_read(engine: Engine, checkpoint: Checkpoint, wanted: Wanted, team: Te
             f"{'; '.join(checkpoint.problems)}. The model is partly loaded now: load another checkpoint with "
             f"tag=...{there}"
         )
-    states = {"param", "buffer"}
     for record in ds_zero.records(engine.module, engine.optimizer):
-        if record.state not in states and not (
+        if record.state not in _MODEL_STATES and not (
             wanted.optimizer and record.state in checkpoint.states(record.fqn)
         ):
             continue
@@ -220,6 +240,16 @@ def _check_read(engine: Engine, checkpoint: Checkpoint, wanted: Wanted, team: Te
                 f"elements {begin} to {end} of {record.state} of {record.fqn!r} were not restored on rank "
                 f"{team.rank}"
             )
+
+
+def _restored(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> int:
+    """Logical tensors of the checkpoint that some rank has taken over; `_check_read` has made sure of it."""
+    names = _names(engine)
+    return sum(
+        fqn in names and (wanted.optimizer or state in _MODEL_STATES)
+        for fqn, states in checkpoint.manifest.tensors.items()
+        for state in states
+    )
 
 
 def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable[[], dict[str, Any]]:
@@ -254,7 +284,8 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
                 )
         _tell(
             engine,
-            f"{checkpoint.manifest.num_tensors} of {checkpoint.manifest.num_tensors} tensors restored from "
+            f"{_restored(engine, checkpoint, wanted)} of {checkpoint.manifest.num_tensors} tensors restored "
+            "from "
             f"{checkpoint.path}",
         )
         return client_state

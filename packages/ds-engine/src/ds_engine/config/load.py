@@ -79,7 +79,12 @@ def _build(raw: dict[str, Any], where: str) -> DsConfig:
     try:
         config = DsConfig.model_validate(known)
     except ValidationError as error:
-        problems += [_explain(item) for item in error.errors(include_url=False)]
+        found = [_explain(item) for item in error.errors(include_url=False)]
+        # A misspelt key that is required would be told twice, as unknown and as missing.
+        told = " ".join(problems)
+        problems += [
+            text for text in found if f"did you mean {text.removesuffix(' is missing')}?" not in told
+        ]
         raise ConfigError(problems, where) from None
     if problems:
         raise ConfigError(problems, where)

@@ -1,0 +1,43 @@
+// The few names of the CUDA runtime that are used here, for CUDA and for HIP.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__HIPCC__)
+#include <hip/hip_runtime.h>
+using GpuStream = hipStream_t;
+#define DS_GPU(name) hip##name
+#define DS_SHUFFLE_DOWN(value, distance, width) __shfl_down(value, distance, width)
+#else
+#include <cuda_runtime.h>
+using GpuStream = cudaStream_t;
+#define DS_GPU(name) cuda##name
+#define DS_SHUFFLE_DOWN(value, distance, width) __shfl_down_sync(0xffffffffu, value, distance, width)
+#endif
+
+#define DS_INLINE __device__ __forceinline__
+
+namespace ds {
+
+// Makes a device current, and the one before at the end.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    status_ = DS_GPU(GetDevice)(&before_);
+    if (status_ == 0 && before_ != device) status_ = DS_GPU(SetDevice)(device);
+    changed_ = status_ == 0 && before_ != device;
+  }
+  ~DeviceGuard() {
+    if (changed_) (void)DS_GPU(SetDevice)(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  int status() const { return static_cast<int>(status_); }
+
+ private:
+  DS_GPU(Error_t) status_;
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+}  // namespace ds

@@ -1,0 +1,93 @@
+"""The GPU kernels: the CPU's bits. Runs through ci/gpu on a machine with a GPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from ds_core import _gpu, kernels, optim
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+SIZES = [1, 17, 0, 4096, 100_003, *([33] * 40)]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def _library() -> None:
+    assert _gpu.is_live(), _gpu.library().reason
+
+
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "num_states", "options"),
+    [
+        ("adam_step", 2, {"step": 3, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}),
+        ("adagrad_step", 1, {"step": 3, "lr": 1e-2, "lr_decay": 0.1, "weight_decay": 0.1}),
+        ("lion_step", 1, {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}),
+        ("sgd_step", 1, {"first": False, "lr": 0.1, "momentum": 0.9, "nesterov": True}),
+        ("lamb_step", 2, {"step": 3, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.1}),
+    ],
+)
+def test_updates(name: str, num_states: int, options: dict[str, float], state: torch.dtype) -> None:
+    for grad, out in itertools.product(FLOATS, FLOATS):
+        params = [torch.randn(n) for n in SIZES]
+        states = [[(torch.rand(n) * 0.01).to(state) for n in SIZES] for _ in range(num_states)]
+        grads = [torch.randn(n).to(grad) for n in SIZES]
+        copies = [torch.zeros(n, dtype=out) for n in SIZES]
+        lists = [params, *states, grads, copies]
+        on_gpu = [[t.cuda() for t in tensors] for tensors in lists]
+        kernel = getattr(kernels, name)
+        kernel(*lists[:-1], grad_scale=0.3, out=copies, **options)
+        kernel(*on_gpu[:-1], grad_scale=0.3, out=on_gpu[-1], **options)
+        for cpu, gpu in zip(itertools.chain(*lists), itertools.chain(*on_gpu), strict=True):
+            assert torch.equal(cpu, gpu.cpu())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_reductions(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(n).to(dtype) for n in SIZES]
+    assert kernels.squared_norm([t.cuda() for t in tensors]) == kernels.squared_norm(tensors)
+    x = tensors[4]
+    assert torch.equal(kernels.squared_norm_blocks(x.cuda(), 77).cpu(), kernels.squared_norm_blocks(x, 77))
+    bits, scale = kernels.pack_signs(x.cuda())
+    expected_bits, expected_scale = kernels.pack_signs(x)
+    assert torch.equal(bits.cpu(), expected_bits)
+    assert scale == expected_scale
+    assert torch.equal(kernels.unpack_signs(bits, scale, torch.empty_like(x, device="cuda")).cpu(),
+                       kernels.unpack_signs(expected_bits, scale, torch.empty_like(x)))  # fmt: skip
+    for target in FLOATS:
+        cpu, gpu = torch.empty(x.numel(), dtype=target), torch.empty(x.numel(), dtype=target, device="cuda")
+        kernels.cast(x, cpu)
+        kernels.cast(x.cuda(), gpu)
+        assert torch.equal(cpu, gpu.cpu())
+
+
+def test_errors_name_the_device() -> None:
+    x, y = torch.randn(4).cuda(), torch.randn(4)
+    with pytest.raises(ValueError, match=r"dst\[0\] is on the CPU, but the arguments before it are on cuda:0"):
+        kernels.cast(x, y)
+
+
+def test_the_current_stream_is_used() -> None:
+    x = torch.ones(1 << 22, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        x.mul_(3.0)
+        norm, _ = kernels.squared_norm([x])
+    assert norm == 9.0 * (1 << 22)
+
+
+def test_fused_adam_steps_both_devices() -> None:
+    params = [torch.nn.Parameter(torch.randn(1000)), torch.nn.Parameter(torch.randn(1000, device="cuda"))]
+    params[1].data.copy_(params[0].data)
+    optimizer = optim.FusedAdam(params, lr=0.1)
+    for _ in range(3):
+        params[0].grad = torch.randn(1000)
+        params[1].grad = params[0].grad.cuda()
+        optimizer.step()
+    assert torch.equal(params[0], params[1].cpu())
