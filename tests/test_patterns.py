@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from checks import patterns
@@ -29,3 +31,13 @@ def test_rules_are_silent_elsewhere():
     assert list(patterns.check_text("# no -march here, see the docs\n", "cmake/DsFlags.cmake")) == []
     assert list(patterns.check_text("@pytest.mark.skip(reason='no nvcc')\n", "tests/core/test_a.py")) == []
     assert list(patterns.check_text("from torch.utils.cpp_extension import load\n", "ci/bench_peer.py")) == []
+
+
+def test_pre_commit_runs_the_checks_of_lint():
+    hooks = (patterns.ROOT / ".pre-commit-config.yaml").read_text()
+    lint = (patterns.ROOT / "ci" / "lint").read_text()
+    names = {a or b for a, b in re.findall(r'^check (?:"([^"]+)"|(\S+)) ', lint, re.MULTILINE)}
+    assert {"ruff", "mypy", "import-linter", "clang-format", "codespell", "budgets"} <= names
+    # `shell` needs no hook: a script that does not parse fails when it is run.
+    names = names - {"shell", "ruff"} | {"ruff check"}
+    assert names == set(re.findall(r"^\s+name: (.+)$", hooks, re.MULTILINE))

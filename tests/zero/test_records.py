@@ -116,3 +116,17 @@ def test_loading_names_what_does_not_fit() -> None:
         ds_zero.load_records(model, optimizer, saved)
     after = ds_zero.full_state_dict(model)
     assert all(torch.equal(after[n], before[n]) for n in before)
+
+
+@ranks(2)
+def test_states_that_were_not_saved_do_not_stay() -> None:
+    """Saved before the first step, loaded into a run that has stepped: its moments must not go on."""
+    model, optimizer = job(2, "adamw", None)
+    saved = Memory(everyones(ds_zero.records(model, optimizer)))
+    train(model, optimizer, range(2))
+    expected = ds_zero.full_state_dict(model)
+    ds_zero.load_records(model, optimizer, saved)
+    assert not any(optimizer.state.values())
+    train(model, optimizer, range(2))
+    found = ds_zero.full_state_dict(model)
+    assert all(torch.equal(found[n], expected[n]) for n in expected)

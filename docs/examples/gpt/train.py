@@ -48,8 +48,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--context", type=int, default=128, help="bytes that the model sees at once")
-    parser.add_argument("--checkpoint-every", type=int, default=30, metavar="STEPS")
-    parser.add_argument("--validate-every", type=int, default=30, metavar="STEPS")
+    parser.add_argument("--checkpoint-every", type=int, default=20, metavar="STEPS")
+    parser.add_argument("--validate-every", type=int, default=20, metavar="STEPS")
     parser.add_argument("--validation-windows", type=int, default=512, help="for the last validation")
     parser.add_argument(
         "--sample-bytes", type=int, default=200, help="length of each sample from the trained model"

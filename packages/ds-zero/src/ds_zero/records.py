@@ -191,12 +191,12 @@ def _new_state(optimizer: Optimizer, shard: Tensor, dtype: torch.dtype) -> Tenso
 def _load_states(r: _Range, optimizer: Optimizer, source: RecordSource) -> None:
     shard = r.bucket.shards[r.index]
     held = optimizer.state[shard]
-    for name, (shape, dtype) in source.states(r.slot.fqn).items():
-        if name == PARAM:
-            continue
-        if tuple(shape) == (
-            r.slot.shape or (1,)
-        ):  # (1,): a state of a 0-dim parameter, told apart from a number
+    stored = {name: kind for name, kind in source.states(r.slot.fqn).items() if name != PARAM}
+    for name in held.keys() - stored.keys():
+        del held[name]  # gathered by this run: not what the checkpoint stands for
+    for name, (shape, dtype) in stored.items():
+        # (1,): a state of a 0-dim parameter, told apart from a number
+        if tuple(shape) == (r.slot.shape or (1,)):
             if name not in held:
                 held[name] = _new_state(optimizer, shard, dtype)
             begin = r.start - r.shard_start
