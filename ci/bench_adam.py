@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from ds_core import arena, kernels, optim
 from torch import Tensor, nn
+
+from ds_core import arena, kernels, optim
 
 Steps = dict[str, Callable[[], None]]
 LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
@@ -97,7 +98,9 @@ def shared_memory(n: int) -> Steps:
     count = torch.tensor(2.0)
 
     def ours() -> None:
-        kernels.adam_step([p], [m], [v], [g], step=2, lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY)
+        kernels.adam_step(
+            [p], [m], [v], [g], step=2, lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY
+        )
 
     def deepspeed() -> None:
         peer.ds_opt_adam.adam_update(peer.opt_id, 2, LR, *BETAS, EPS, DECAY, True, p, g, m, v)
@@ -106,7 +109,12 @@ def shared_memory(n: int) -> Steps:
         torch._fused_adamw_([p], [g], [m], [v], [], [count], lr=LR, beta1=BETAS[0], beta2=BETAS[1],
                             weight_decay=DECAY, eps=EPS, amsgrad=False, maximize=False)  # fmt: skip
 
-    return {"ds_core": ours, "DeepSpeed": deepspeed, "torch fused": fused, "same traffic": traffic(n, torch.empty)}
+    return {
+        "ds_core": ours,
+        "DeepSpeed": deepspeed,
+        "torch fused": fused,
+        "same traffic": traffic(n, torch.empty),
+    }
 
 
 def low_precision_phase(n: int) -> Steps:
@@ -131,7 +139,9 @@ def low_precision_phase(n: int) -> Steps:
     return steps
 
 
-def _separate_passes(n: int, grad16: Tensor, kind: type[torch.optim.Optimizer], extra: dict[str, bool]) -> Callable[[], None]:
+def _separate_passes(
+    n: int, grad16: Tensor, kind: type[torch.optim.Optimizer], extra: dict[str, bool]
+) -> Callable[[], None]:
     master = parameter(fill(torch.empty(n), 1), torch.empty(n))
     param16 = torch.empty(n, dtype=torch.bfloat16)
     optimizer = kind([master], lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, **extra)
@@ -148,7 +158,10 @@ def _separate_passes(n: int, grad16: Tensor, kind: type[torch.optim.Optimizer], 
     return step
 
 
-OWN, SHARED, PHASE = "own memory, optimizer.step()", "shared ordinary buffers, bare kernels", "bf16 gradients to bf16 parameters"
+OWN = "own memory, optimizer.step()"
+SHARED = "shared ordinary buffers, bare kernels"
+PHASE = "bf16 gradients to bf16 parameters"
+NAMES = ["own", "shared", "phase"]
 SECTIONS = [
     Section(OWN, own_memory, {
         10**8: (Goal("DeepSpeed", 1.1), Goal("torch fused", 1.15), Goal("same traffic, huge pages", 0.97)),
@@ -197,13 +210,15 @@ def run(section: Section, n: int, rounds: int, runs: int) -> tuple[list[str], bo
         verdict = "" if goal is None else f"{goal:.2f} {'reached' if median >= goal else 'MISSED'}"
         rate = statistics.median(n / result[name] / 1e6 for result in results)
         each = " ".join(f"{r:.2f}" for r in ratios)
-        rows.append(f"| {n:.0e} | {name} | {rate:.0f} | {median:.2f} ({each}) | {verdict} |".replace("e+0", "e"))
+        rows.append(
+            f"| {n:.0e} | {name} | {rate:.0f} | {median:.2f} ({each}) | {verdict} |".replace("e+0", "e")
+        )
     return rows, good
 
 
 def machine() -> str:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-                 platform.machine())  # fmt: skip
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().strip()
     return (f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
             f"Python {platform.python_version()}, huge pages {pages}, load {os.getloadavg()[0]:.1f}")  # fmt: skip
@@ -214,10 +229,10 @@ def main() -> int:
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e8, 1e7, 1e6])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--only", choices=["own", "shared", "phase"], help="one section")
+    parser.add_argument("--only", choices=NAMES, help="one section")
     parser.add_argument("--write", action="store_true", help="put the result into docs/benchmarks/adam.md")
     options = parser.parse_args()
-    sections = [s for s in SECTIONS if options.only is None or s is SECTIONS[["own", "shared", "phase"].index(options.only)]]
+    sections = SECTIONS if options.only is None else [SECTIONS[NAMES.index(options.only)]]
     lines = [f"Machine: {machine()}.", f"Command: `ci/bench {' '.join(['adam', *sys.argv[1:]])}`", ""]
     good = True
     for section in sections:

@@ -23,8 +23,10 @@ void read4_write3(Word* a, Word* b, Word* c, const Word* d, std::int64_t n) {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void ds_bench_read4_write3(Word* a, Word* b, Word* c, const Word* d,
-                                                                             std::int64_t numel, int threads) {
+extern "C" __attribute__((visibility("default"))) void ds_bench_read4_write3(Word* a, Word* b, Word* c,
+                                                                             const Word* d,
+                                                                             std::int64_t numel,
+                                                                             int threads) {
   constexpr std::int64_t kChunk = 32 * 1024;
   ds::parallel_for((numel + kChunk - 1) / kChunk, threads, [&](std::int64_t chunk) {
     const std::int64_t begin = chunk * kChunk;

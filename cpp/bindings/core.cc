@@ -10,13 +10,15 @@ PYBIND11_MODULE(_core, m) {
   m.def("cpu_target", [] { return std::string(ds::name(ds::cpu_target())); });
   m.def("available_cpu_targets", [] {
     py::list names;
-    for (const ds::CpuTarget target : ds::available_cpu_targets()) names.append(std::string(ds::name(target)));
+    for (const ds::CpuTarget target : ds::available_cpu_targets())
+      names.append(std::string(ds::name(target)));
     return names;
   });
   m.def("set_cpu_target", [](const std::string& name) { ds::set_cpu_target(name); });
   m.def("thread_source", [] { return std::string(ds::thread_source()); });
   m.def("gpu_open", &ds::bindings::gpu_open);
-  m.def("gpu_num_devices", [] { return ds::bindings::gpu() == nullptr ? 0 : ds::bindings::gpu()->num_devices(); });
+  m.def("gpu_num_devices",
+        [] { return ds::bindings::gpu() == nullptr ? 0 : ds::bindings::gpu()->num_devices(); });
   ds::bindings::bind_optimizers(m);
   ds::bindings::bind_lamb(m);
   ds::bindings::bind_reductions(m);

@@ -1,12 +1,19 @@
-// The parts of the DLPack 1.x ABI that are read here (https://dmlc.github.io/dlpack). Layouts are fixed by that
-// standard; declared by hand so that building needs no torch.
+// The parts of the DLPack 1.x ABI that are read here (https://dmlc.github.io/dlpack). Layouts are fixed by
+// that standard; declared by hand so that building needs no torch.
 #pragma once
 
 #include <cstdint>
 
 namespace ds::dlpack {
 
-enum DeviceType : std::int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3, kRocm = 10, kRocmHost = 11, kCudaManaged = 13 };
+enum DeviceType : std::int32_t {
+  kCpu = 1,
+  kCuda = 2,
+  kCudaHost = 3,
+  kRocm = 10,
+  kRocmHost = 11,
+  kCudaManaged = 13
+};
 enum TypeCode : std::uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
 
 struct Device {

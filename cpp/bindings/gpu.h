@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include "ds/gpu.h"
 #include "dlpack.h"
+#include "ds/gpu.h"
 
 namespace ds::bindings {
 

@@ -11,7 +11,9 @@ class Block {
   ~Block() { arena_free(data_); }
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
-  py::buffer_info buffer() const { return py::buffer_info(static_cast<unsigned char*>(data_), static_cast<py::ssize_t>(size_)); }
+  py::buffer_info buffer() const {
+    return py::buffer_info(static_cast<unsigned char*>(data_), static_cast<py::ssize_t>(size_));
+  }
 
  private:
   void* data_;
@@ -21,7 +23,9 @@ class Block {
 }  // namespace
 
 void bind_memory(py::module_& m) {
-  py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<std::size_t>()).def_buffer(&Block::buffer);
+  py::class_<Block>(m, "Block", py::buffer_protocol())
+      .def(py::init<std::size_t>())
+      .def_buffer(&Block::buffer);
   m.def("arena_stats", [] {
     const ArenaStats stats = arena_stats();
     return py::make_tuple(stats.reserved_bytes, stats.in_use_bytes, stats.num_blocks, stats.huge_pages);

@@ -44,16 +44,16 @@ void run(const Lists& lists, const Options& options, int threads,
 }
 
 void adam(py::handle params, py::handle exp_avgs, py::handle exp_avg_sqs, py::handle grads, py::handle out,
-          std::int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
-          double grad_scale, int threads) {
+          std::int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
+          bool decoupled, double grad_scale, int threads) {
   require_step("adam_step", step);
   const AdamOptions options{step, lr, beta1, beta2, eps, weight_decay, decoupled, grad_scale};
-  run<AdamScalars>({"adam_step", params, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}, grads, out}, options,
-                   threads, adam_step, &GpuLibrary::adam);
+  run<AdamScalars>({"adam_step", params, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}, grads, out},
+                   options, threads, adam_step, &GpuLibrary::adam);
 }
 
-void adagrad(py::handle params, py::handle sums, py::handle grads, py::handle out, std::int64_t step, double lr,
-             double lr_decay, double eps, double weight_decay, double grad_scale, int threads) {
+void adagrad(py::handle params, py::handle sums, py::handle grads, py::handle out, std::int64_t step,
+             double lr, double lr_decay, double eps, double weight_decay, double grad_scale, int threads) {
   require_step("adagrad_step", step);
   const AdagradOptions options{step, lr, lr_decay, eps, weight_decay, grad_scale};
   run<AdagradScalars>({"adagrad_step", params, {{"sums", sums}}, grads, out}, options, threads, adagrad_step,
@@ -68,13 +68,14 @@ void lion(py::handle params, py::handle exp_avgs, py::handle grads, py::handle o
 }
 
 void sgd(py::handle params, py::handle buffers, py::handle grads, py::handle out, bool first, double lr,
-         double momentum, double dampening, double weight_decay, bool nesterov, double grad_scale, int threads) {
+         double momentum, double dampening, double weight_decay, bool nesterov, double grad_scale,
+         int threads) {
   const SgdOptions options{first, lr, momentum, dampening, weight_decay, nesterov, grad_scale};
   if (momentum == 0.0) {
     run<SgdScalars>({"sgd_step", params, {}, grads, out}, options, threads, sgd_step, &GpuLibrary::sgd);
   } else {
-    run<SgdScalars>({"sgd_step", params, {{"momentum_buffers", buffers}}, grads, out}, options, threads, sgd_step,
-                    &GpuLibrary::sgd);
+    run<SgdScalars>({"sgd_step", params, {{"momentum_buffers", buffers}}, grads, out}, options, threads,
+                    sgd_step, &GpuLibrary::sgd);
   }
 }
 

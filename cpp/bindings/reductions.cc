@@ -18,7 +18,8 @@ py::tuple squared_norm_of(py::handle list, int threads) {
     tensors.push_back(norm_tensor(reader.floats(items[i], "tensors", kFloats, static_cast<std::int64_t>(i))));
   }
   if (reader.on_gpu()) {
-    throw py::value_error("squared_norm: on a GPU, add up squared_norm_blocks");  // the caller's mistake, not a user's
+    throw py::value_error(
+        "squared_norm: on a GPU, add up squared_norm_blocks");  // the caller's mistake, not a user's
   }
   SquaredNorm norm;
   {
@@ -60,8 +61,8 @@ void cast_all(py::handle sources, py::handle destinations, int threads) {
     tensors.push_back({from.data, to.data, from.numel, from.dtype, to.dtype});
   }
   if (reader.on_gpu()) {
-    gpu_check("cast", gpu()->cast(reader.device_index(), tensors.data(), static_cast<std::int64_t>(tensors.size()),
-                                  reader.stream()));
+    gpu_check("cast", gpu()->cast(reader.device_index(), tensors.data(),
+                                  static_cast<std::int64_t>(tensors.size()), reader.stream()));
     return;
   }
   py::gil_scoped_release unlocked;
@@ -71,7 +72,8 @@ void cast_all(py::handle sources, py::handle destinations, int threads) {
 std::uint32_t crc32c_of(const py::buffer& buffer, std::uint32_t crc, int threads) {
   const py::buffer_info info = buffer.request();
   const auto size = static_cast<std::size_t>(info.size * info.itemsize);
-  if (PyBuffer_IsContiguous(info.view(), 'C') == 0) throw py::value_error("crc32c: the buffer must be contiguous");
+  if (PyBuffer_IsContiguous(info.view(), 'C') == 0)
+    throw py::value_error("crc32c: the buffer must be contiguous");
   py::gil_scoped_release unlocked;
   return crc32c(crc, info.ptr, size, threads);
 }

@@ -7,7 +7,8 @@
 namespace ds::bindings {
 namespace {
 
-// Returns the sum of magnitudes; on a GPU 0, and `block_sums` (fp64, one per block) is for the caller to add in order.
+// Returns the sum of magnitudes; on a GPU 0, and `block_sums` (fp64, one per block) is for the caller to add
+// in order.
 double pack(py::handle x, py::handle bits, py::handle block_sums, int threads) {
   TensorReader reader("pack_signs");
   const View from = reader.floats(x, "x", kFloats);
@@ -19,10 +20,11 @@ double pack(py::handle x, py::handle bits, py::handle block_sums, int threads) {
     return pack_signs(from.data, from.dtype, from.numel, bytes, threads);
   }
   const View sums = reader.typed(block_sums, "block_sums", dlpack::kFloat, 64, "float64");
-  reader.require_numel(sums, (from.numel + kNormBlock - 1) / kNormBlock, "block_sums", -1, "x's list of blocks");
+  reader.require_numel(sums, (from.numel + kNormBlock - 1) / kNormBlock, "block_sums", -1,
+                       "x's list of blocks");
   const NormTensor tensor{from.data, from.numel, from.dtype};
-  gpu_check("pack_signs", gpu()->pack_signs(reader.device_index(), &tensor, bytes, static_cast<double*>(sums.data),
-                                            reader.stream()));
+  gpu_check("pack_signs", gpu()->pack_signs(reader.device_index(), &tensor, bytes,
+                                            static_cast<double*>(sums.data), reader.stream()));
   return 0.0;
 }
 
@@ -38,8 +40,8 @@ void unpack(py::handle bits, double scale, py::handle out, int threads) {
     return;
   }
   const CastTensor target{nullptr, to.data, to.numel, to.dtype, to.dtype};
-  gpu_check("unpack_signs", gpu()->unpack_signs(reader.device_index(), bytes, static_cast<float>(scale), &target,
-                                                reader.stream()));
+  gpu_check("unpack_signs", gpu()->unpack_signs(reader.device_index(), bytes, static_cast<float>(scale),
+                                                &target, reader.stream()));
 }
 
 }  // namespace

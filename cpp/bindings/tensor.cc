@@ -8,7 +8,8 @@ namespace {
 using dlpack::ExchangeTable;
 
 const ExchangeTable* find_table(PyTypeObject* type) {
-  py::object capsule = py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
+  py::object capsule =
+      py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
   if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return nullptr;
   auto* header =
       static_cast<dlpack::ExchangeHeader*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -17,7 +18,8 @@ const ExchangeTable* find_table(PyTypeObject* type) {
   return table != nullptr && table->borrow != nullptr ? table : nullptr;
 }
 
-// Nearly all calls see two types, Tensor and Parameter; their types are never freed while a tensor of theirs is held.
+// Nearly all calls see two types, Tensor and Parameter; their types are never freed while a tensor of theirs
+// is held.
 const ExchangeTable* table_of(PyTypeObject* type) {
   struct Entry {
     PyTypeObject* type;
@@ -93,7 +95,9 @@ bool is_contiguous(const dlpack::Tensor& t) {
   return true;
 }
 
-[[noreturn]] void fail(const Arg& arg, const std::string& what) { throw py::value_error(arg.text() + " " + what); }
+[[noreturn]] void fail(const Arg& arg, const std::string& what) {
+  throw py::value_error(arg.text() + " " + what);
+}
 
 bool is_host(dlpack::Device device) {
   return device.type == dlpack::kCpu || device.type == dlpack::kCudaHost || device.type == dlpack::kRocmHost;
@@ -115,9 +119,11 @@ View TensorReader::read(py::handle object, const Arg& arg) {
       current_stream_ = table->current_stream;
       if (table->borrow(object.ptr(), &borrowed) != 0) throw py::error_already_set();
     } else {
-      py::object plain = py::hasattr(object, "detach") ? object.attr("detach")() : py::reinterpret_borrow<py::object>(object);
+      py::object plain = py::hasattr(object, "detach") ? object.attr("detach")()
+                                                       : py::reinterpret_borrow<py::object>(object);
       capsules_.push_back(plain.attr("__dlpack__")());
-      auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsules_.back().ptr(), "dltensor"));
+      auto* managed =
+          static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsules_.back().ptr(), "dltensor"));
       if (managed == nullptr) throw py::error_already_set();
       t = &managed->tensor;
     }
@@ -138,10 +144,12 @@ void TensorReader::check_device(dlpack::Device device, const Arg& arg) {
   if (is_host(device)) device = {dlpack::kCpu, 0};
   if (device_.type == 0) {
     device_ = device;
-    const bool usable = device.type == dlpack::kCpu || (on_gpu() && gpu() != nullptr && current_stream_ != nullptr);
+    const bool usable =
+        device.type == dlpack::kCpu || (on_gpu() && gpu() != nullptr && current_stream_ != nullptr);
     if (!usable) fail(arg, "must be on the CPU, but is on " + device_name(device));
   } else if (device.type != device_.type || device.index != device_.index) {
-    fail(arg, "is on " + device_name(device) + ", but the arguments before it are on " + device_name(device_));
+    fail(arg,
+         "is on " + device_name(device) + ", but the arguments before it are on " + device_name(device_));
   }
 }
 
@@ -189,8 +197,8 @@ void TensorReader::require_count(std::size_t actual, std::size_t count, std::str
                               std::to_string(count));
 }
 
-void TensorReader::require_numel(const View& view, std::int64_t numel, std::string_view name, std::int64_t index,
-                                 std::string_view like) const {
+void TensorReader::require_numel(const View& view, std::int64_t numel, std::string_view name,
+                                 std::int64_t index, std::string_view like) const {
   if (view.numel == numel) return;
   fail({function_, name, index}, "has " + std::to_string(view.numel) + " elements, but " +
                                      Arg{"", like, index}.text().substr(2) + " has " + std::to_string(numel));
@@ -205,7 +213,8 @@ Items::Items(py::handle sequence, std::string_view function, std::string_view na
 }
 
 std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view function, py::handle params,
-                                       std::initializer_list<StateArg> states, py::handle grads, py::handle outs) {
+                                       std::initializer_list<StateArg> states, py::handle grads,
+                                       py::handle outs) {
   const Items p(params, function, "params");
   const Items g(grads.is_none() ? params : grads, function, "grads");
   const Items o(outs.is_none() ? params : outs, function, "out");
@@ -227,8 +236,14 @@ std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view fu
       reader.require_numel(view, param.numel, name, index, "params");
       return view;
     };
-    UpdateTensor t{static_cast<float*>(param.data), {nullptr, nullptr}, nullptr, nullptr, param.numel,
-                   DType::kF32,                     DType::kF32,        DType::kF32};
+    UpdateTensor t{static_cast<float*>(param.data),
+                   {nullptr, nullptr},
+                   nullptr,
+                   nullptr,
+                   param.numel,
+                   DType::kF32,
+                   DType::kF32,
+                   DType::kF32};
     DTypes state_dtypes = kStates;
     for (std::size_t k = 0; k < lists.size(); ++k) {
       const View state = like_param(lists[k][i], states.begin()[k].name, state_dtypes);

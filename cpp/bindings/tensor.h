@@ -51,17 +51,19 @@ class Items {
   py::object fast_;
 };
 
-// Reads tensors through the C exchange table of their type, or through a DLPack capsule where there is none. The
-// first tensor read fixes the device of all. Keeps capsules alive: views are valid while the reader and the Python
-// objects are. Everything unfit raises ValueError naming the argument.
+// Reads tensors through the C exchange table of their type, or through a DLPack capsule where there is none.
+// The first tensor read fixes the device of all. Keeps capsules alive: views are valid while the reader and
+// the Python objects are. Everything unfit raises ValueError naming the argument.
 class TensorReader {
  public:
   explicit TensorReader(std::string_view function) : function_(function) {}
 
   View floats(py::handle object, std::string_view name, DTypes allowed, std::int64_t index = -1);
-  View typed(py::handle object, std::string_view name, dlpack::TypeCode code, int bits, std::string_view type_name);
+  View typed(py::handle object, std::string_view name, dlpack::TypeCode code, int bits,
+             std::string_view type_name);
 
-  void require_count(std::size_t actual, std::size_t count, std::string_view name, std::string_view like) const;
+  void require_count(std::size_t actual, std::size_t count, std::string_view name,
+                     std::string_view like) const;
   void require_numel(const View& view, std::int64_t numel, std::string_view name, std::int64_t index,
                      std::string_view like) const;
 
@@ -89,7 +91,8 @@ struct StateArg {
 
 // Reads and checks the lists of an optimizer step; two states at most. `grads` and `outs` may be None.
 std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view function, py::handle params,
-                                       std::initializer_list<StateArg> states, py::handle grads, py::handle outs);
+                                       std::initializer_list<StateArg> states, py::handle grads,
+                                       py::handle outs);
 
 // Each file of this directory adds its functions to the module.
 void bind_optimizers(py::module_& m);

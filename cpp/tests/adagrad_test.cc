@@ -8,7 +8,8 @@ using namespace ds;
 using namespace ds::check;
 
 TEST(matches_the_formula_bit_by_bit) {
-  const AdagradOptions o{.step = 3, .lr = 0.1, .lr_decay = 0.01, .eps = 1e-10, .weight_decay = 0.2, .grad_scale = 0.7};
+  const AdagradOptions o{
+      .step = 3, .lr = 0.1, .lr_decay = 0.01, .eps = 1e-10, .weight_decay = 0.2, .grad_scale = 0.7};
   const std::size_t n = 40'001;
   const std::vector<float> g0 = random_floats(n, 1);
   std::vector<float> p = random_floats(n, 2), sum = random_floats(n, 3);
@@ -22,7 +23,8 @@ TEST(matches_the_formula_bit_by_bit) {
   }
   for_each_target([&] {
     std::vector<float> p1 = p0, sum1 = sum0;
-    const UpdateTensor t{p1.data(), {sum1.data(), nullptr}, g0.data(), nullptr, static_cast<std::int64_t>(n), {}, {}, {}};
+    const UpdateTensor t{
+        p1.data(), {sum1.data(), nullptr}, g0.data(), nullptr, static_cast<std::int64_t>(n), {}, {}, {}};
     adagrad_step(o, {&t, 1}, 2);
     CHECK(p1 == p);
     CHECK(sum1 == sum);

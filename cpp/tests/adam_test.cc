@@ -39,10 +39,14 @@ void oracle(const AdamOptions& o, Case& c) {
 }
 
 UpdateTensor tensor(Case& c, std::size_t begin, std::size_t end) {
-  return {c.p.data() + begin, {c.m.data() + begin, c.v.data() + begin},
-          c.g.data() + begin, nullptr,
-          static_cast<std::int64_t>(end - begin), DType::kF32,
-          DType::kF32,        DType::kF32};
+  return {c.p.data() + begin,
+          {c.m.data() + begin, c.v.data() + begin},
+          c.g.data() + begin,
+          nullptr,
+          static_cast<std::int64_t>(end - begin),
+          DType::kF32,
+          DType::kF32,
+          DType::kF32};
 }
 
 const AdamOptions kOptions{.step = 7, .lr = 1e-2, .eps = 1e-8, .weight_decay = 0.1, .grad_scale = 0.3};

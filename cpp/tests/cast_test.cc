@@ -24,8 +24,8 @@ void convert(const std::vector<Src>& src, DType src_dtype, std::vector<Dst>& dst
   cast({&t, 1}, 2);
 }
 
-// Numbers at, just below and just above each value and each midpoint of neighbours, so that every rounding decision
-// of the format is taken.
+// Numbers at, just below and just above each value and each midpoint of neighbours, so that every rounding
+// decision of the format is taken.
 template <class Half>
 void check_rounding(DType dtype) {
   const std::vector<Half> values = all_patterns<Half>();
@@ -41,7 +41,8 @@ void check_rounding(DType dtype) {
       const float factor = sign != 0 ? -1.0f : 1.0f;
       src.push_back(factor * middle);
       expected.push_back(even | sign);
-      if (middle <= 0x1p-140f) continue;  // the neighbours of the smallest fp32 numbers are the values themselves
+      if (middle <= 0x1p-140f)
+        continue;  // the neighbours of the smallest fp32 numbers are the values themselves
       src.push_back(factor * std::nextafter(middle, 0.0f));
       expected.push_back(static_cast<std::uint16_t>(bits | sign));
       src.push_back(factor * std::nextafter(middle, HUGE_VALF));
@@ -75,7 +76,8 @@ TEST(f16_widens_exactly) { check_widening<F16>(DType::kF16); }
 TEST(limits_and_nan) {
   const float inf = std::numeric_limits<float>::infinity();
   // The last is a NaN whose payload lies only in bits that rounding would drop or carry away.
-  const std::vector<float> src{inf, -inf, NAN, 65519.0f, 65520.0f, 3.4e38f, -0.0f, std::bit_cast<float>(0x7f800001u)};
+  const std::vector<float> src{inf,      -inf,    NAN,   65519.0f,
+                               65520.0f, 3.4e38f, -0.0f, std::bit_cast<float>(0x7f800001u)};
   for_each_target([&] {
     std::vector<BF16> b(src.size());
     std::vector<F16> h(src.size());

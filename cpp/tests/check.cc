@@ -28,7 +28,8 @@ bool add_test(const char* name, TestFn fn) {
 
 void fail(const char* file, int line, const std::string& what) {
   ++g_failures;
-  if (g_failures <= 20) std::fprintf(stderr, "%s:%d [%s]: %s\n", file, line, name(cpu_target()).data(), what.c_str());
+  if (g_failures <= 20)
+    std::fprintf(stderr, "%s:%d [%s]: %s\n", file, line, name(cpu_target()).data(), what.c_str());
 }
 
 std::vector<float> random_floats(std::size_t count, std::uint64_t seed, float largest) {
@@ -61,7 +62,8 @@ float widen(F16 x) {
 
 std::vector<BF16> to_bf16(const std::vector<float>& x) {
   std::vector<BF16> y;
-  for (const float value : x) y.push_back({static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16)});
+  for (const float value : x)
+    y.push_back({static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16)});
   return y;
 }
 

@@ -38,35 +38,35 @@ bool same(float a, float b);
 
 }  // namespace ds::check
 
-#define TEST(name)                                                     \
-  static void test_##name();                                           \
+#define TEST(name)                                                          \
+  static void test_##name();                                                \
   static const bool added_##name = ds::check::add_test(#name, test_##name); \
   static void test_##name()
 
-#define CHECK(condition) \
-  do {                   \
+#define CHECK(condition)                                               \
+  do {                                                                 \
     if (!(condition)) ds::check::fail(__FILE__, __LINE__, #condition); \
   } while (false)
 
-#define CHECK_EQ(actual, expected)                                                                    \
-  do {                                                                                                \
-    const auto check_actual = (actual);                                                               \
-    const auto check_expected = (expected);                                                           \
-    if (!(check_actual == check_expected)) {                                                          \
-      ds::check::fail(__FILE__, __LINE__, std::string(#actual " == " #expected ", but they are ") +   \
-                                              std::to_string(check_actual) + " and " +                \
-                                              std::to_string(check_expected));                        \
-    }                                                                                                 \
+#define CHECK_EQ(actual, expected)                                                                  \
+  do {                                                                                              \
+    const auto check_actual = (actual);                                                             \
+    const auto check_expected = (expected);                                                         \
+    if (!(check_actual == check_expected)) {                                                        \
+      ds::check::fail(__FILE__, __LINE__,                                                           \
+                      std::string(#actual " == " #expected ", but they are ") +                     \
+                          std::to_string(check_actual) + " and " + std::to_string(check_expected)); \
+    }                                                                                               \
   } while (false)
 
-#define CHECK_THROWS(Exception, fragment, expression)                                                   \
-  do {                                                                                                  \
-    bool check_thrown = false;                                                                          \
-    try {                                                                                               \
-      (void)(expression);                                                                               \
-    } catch (const Exception& error) {                                                                  \
-      check_thrown = std::string(error.what()).find(fragment) != std::string::npos;                     \
-      if (!check_thrown) ds::check::fail(__FILE__, __LINE__, std::string("message: ") + error.what());  \
-    }                                                                                                   \
-    if (!check_thrown) ds::check::fail(__FILE__, __LINE__, #expression " throws " #Exception);          \
+#define CHECK_THROWS(Exception, fragment, expression)                                                  \
+  do {                                                                                                 \
+    bool check_thrown = false;                                                                         \
+    try {                                                                                              \
+      (void)(expression);                                                                              \
+    } catch (const Exception& error) {                                                                 \
+      check_thrown = std::string(error.what()).find(fragment) != std::string::npos;                    \
+      if (!check_thrown) ds::check::fail(__FILE__, __LINE__, std::string("message: ") + error.what()); \
+    }                                                                                                  \
+    if (!check_thrown) ds::check::fail(__FILE__, __LINE__, #expression " throws " #Exception);         \
   } while (false)

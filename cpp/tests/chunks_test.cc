@@ -5,8 +5,14 @@
 using namespace ds;
 
 TEST(every_element_is_in_exactly_one_piece) {
-  const std::vector<std::vector<std::int64_t>> lists{
-      {}, {0}, {1}, {0, 0, 5, 0}, {1000}, {1, 2, 3, 64, 65, 500, 1}, {128, 128, 128}, {63, 1000, 1, 1, 1, 7777, 0}};
+  const std::vector<std::vector<std::int64_t>> lists{{},
+                                                     {0},
+                                                     {1},
+                                                     {0, 0, 5, 0},
+                                                     {1000},
+                                                     {1, 2, 3, 64, 65, 500, 1},
+                                                     {128, 128, 128},
+                                                     {63, 1000, 1, 1, 1, 7777, 0}};
   for (const auto& numels : lists) {
     for (const std::int64_t chunk_numel : {64, 100, 128, 100'000}) {
       const ChunkPlan plan(numels, chunk_numel);

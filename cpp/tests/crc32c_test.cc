@@ -18,7 +18,8 @@ std::uint32_t bit_by_bit(const std::vector<unsigned char>& data) {
 std::vector<unsigned char> bytes(std::size_t n) {
   std::vector<unsigned char> data(n);
   std::uint32_t state = 12345;
-  for (unsigned char& byte : data) byte = static_cast<unsigned char>((state = state * 1664525u + 1013904223u) >> 24);
+  for (unsigned char& byte : data)
+    byte = static_cast<unsigned char>((state = state * 1664525u + 1013904223u) >> 24);
   return data;
 }
 
@@ -32,7 +33,8 @@ TEST(known_answers) {
 }
 
 TEST(every_path_agrees) {
-  for (const std::size_t n : {1u, 7u, 8u, 100u, 3u * 8192u - 1u, 3u * 8192u, 3u * 8192u + 5u, 3u * (1u << 20) + 77u}) {
+  for (const std::size_t n :
+       {1u, 7u, 8u, 100u, 3u * 8192u - 1u, 3u * 8192u, 3u * 8192u + 5u, 3u * (1u << 20) + 77u}) {
     const std::vector<unsigned char> data = bytes(n);
     const std::uint32_t expected = bit_by_bit(data);
     CHECK_EQ(crc32c(0, data.data(), n), expected);

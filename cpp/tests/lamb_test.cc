@@ -29,7 +29,8 @@ TEST(two_passes_match_the_formula_and_the_norm_kernel) {
   for_each_target([&] {
     std::vector<float> p1 = p0, m1 = m0, v1 = v0;
     const UpdateTensor t[] = {
-        {p1.data(), {m1.data(), v1.data()}, g0.data(), nullptr, 0, {}, {}, {}},  // an empty segment has norm 0
+        {p1.data(), {m1.data(), v1.data()}, g0.data(), nullptr, 0, {}, {}, {}},  // an empty segment has norm
+                                                                                 // 0
         {p1.data(), {m1.data(), v1.data()}, g0.data(), nullptr, static_cast<std::int64_t>(n), {}, {}, {}}};
     LambNorms norms[2];
     lamb_moments(o, t, norms, 2);

@@ -25,7 +25,8 @@ TEST(matches_the_formula_bit_by_bit) {
   CHECK(std::isnan(m[6]) && !std::isnan(p[6]));
   for_each_target([&] {
     std::vector<float> p1 = p0, m1 = m0;
-    const UpdateTensor t{p1.data(), {m1.data(), nullptr}, g0.data(), nullptr, static_cast<std::int64_t>(n), {}, {}, {}};
+    const UpdateTensor t{
+        p1.data(), {m1.data(), nullptr}, g0.data(), nullptr, static_cast<std::int64_t>(n), {}, {}, {}};
     lion_step(o, {&t, 1}, 2);
     CHECK(p1 == p);
     for (std::size_t i = 0; i < n; ++i) CHECK(same(m1[i], m[i]));

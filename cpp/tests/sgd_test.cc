@@ -25,7 +25,8 @@ void run(const SgdOptions& o) {
   for_each_target([&] {
     std::vector<float> p1 = p0, b1 = b0;
     void* buffer = o.momentum == 0.0 ? nullptr : b1.data();
-    const UpdateTensor t{p1.data(), {buffer, nullptr}, g0.data(), nullptr, static_cast<std::int64_t>(n), {}, {}, {}};
+    const UpdateTensor t{
+        p1.data(), {buffer, nullptr}, g0.data(), nullptr, static_cast<std::int64_t>(n), {}, {}, {}};
     sgd_step(o, {&t, 1}, 2);
     CHECK(p1 == p);
     CHECK(b1 == b);

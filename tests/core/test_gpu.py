@@ -26,11 +26,19 @@ def _library() -> None:
 @pytest.mark.parametrize(
     ("name", "num_states", "options"),
     [
-        ("adam_step", 2, {"step": 3, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}),
+        (
+            "adam_step",
+            2,
+            {"step": 3, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1},
+        ),
         ("adagrad_step", 1, {"step": 3, "lr": 1e-2, "lr_decay": 0.1, "weight_decay": 0.1}),
         ("lion_step", 1, {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}),
         ("sgd_step", 1, {"first": False, "lr": 0.1, "momentum": 0.9, "nesterov": True}),
-        ("lamb_step", 2, {"step": 3, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.1}),
+        (
+            "lamb_step",
+            2,
+            {"step": 3, "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.1},
+        ),
     ],
 )
 def test_updates(name: str, num_states: int, options: dict[str, float], state: torch.dtype) -> None:
@@ -69,7 +77,9 @@ def test_reductions(dtype: torch.dtype) -> None:
 
 def test_errors_name_the_device() -> None:
     x, y = torch.randn(4).cuda(), torch.randn(4)
-    with pytest.raises(ValueError, match=r"dst\[0\] is on the CPU, but the arguments before it are on cuda:0"):
+    with pytest.raises(
+        ValueError, match=r"dst\[0\] is on the CPU, but the arguments before it are on cuda:0"
+    ):
         kernels.cast(x, y)
 
 

@@ -1,7 +1,8 @@
 // The allocator of optimizer states and I/O buffers: memory on huge pages.
 //
-// Memory comes from the system in slabs aligned to 2 MiB and advised to huge pages. With 4 KiB pages the fused
-// optimizers spend a sixth of their time on address translation, and direct I/O splits a request at every page.
+// Memory comes from the system in slabs aligned to 2 MiB and advised to huge pages. With 4 KiB pages the
+// fused optimizers spend a sixth of their time on address translation, and direct I/O splits a request at
+// every page.
 #pragma once
 
 #include <cstddef>
@@ -17,7 +18,8 @@ struct ArenaStats {
 
 inline constexpr std::size_t kArenaAlignment = 64;
 
-// A block of at least `size` bytes, aligned to kArenaAlignment; its contents are undefined. Throws std::bad_alloc.
+// A block of at least `size` bytes, aligned to kArenaAlignment; its contents are undefined. Throws
+// std::bad_alloc.
 void* arena_allocate(std::size_t size);
 
 // Gives back a block of arena_allocate. A slab without blocks goes back to the system.

@@ -1,9 +1,9 @@
-// The C ABI of libds_core_cuda.so (and of a HIP build of the same sources). The core opens that library at run time
-// and links nothing of it, so ds_core works without a GPU, and a wheel depends on no CUDA version.
+// The C ABI of libds_core_cuda.so (and of a HIP build of the same sources). The core opens that library at
+// run time and links nothing of it, so ds_core works without a GPU, and a wheel depends on no CUDA version.
 //
-// All functions launch on `stream` and return at once: 0, or a status that ds_gpu_message explains. Arrays of structs
-// and scalars are read before the return; the tensors inside are device memory of `device`. Same formulas and, with
-// IEEE rounding, the same bits as on the CPU.
+// All functions launch on `stream` and return at once: 0, or a status that ds_gpu_message explains. Arrays of
+// structs and scalars are read before the return; the tensors inside are device memory of `device`. Same
+// formulas and, with IEEE rounding, the same bits as on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -20,20 +20,20 @@
 #define DS_GPU_ABI 1
 
 // name, parameters between "int device" and "void* stream"
-#define DS_GPU_FUNCTIONS(X)                                                                                          \
-  X(adam, const ds::AdamScalars*, const ds::UpdateTensor*, std::int64_t)                                             \
-  X(adagrad, const ds::AdagradScalars*, const ds::UpdateTensor*, std::int64_t)                                       \
-  X(lion, const ds::LionScalars*, const ds::UpdateTensor*, std::int64_t)                                             \
-  X(sgd, const ds::SgdScalars*, const ds::UpdateTensor*, std::int64_t)                                               \
-  /* block_sums: device, LambNorms of each block of kNormBlock elements of each tensor, in order */                  \
-  X(lamb_moments, const ds::LambScalars*, const ds::UpdateTensor*, std::int64_t, ds::LambNorms* block_sums)          \
-  /* minus_steps: host, one per tensor */                                                                            \
-  X(lamb_apply, const ds::LambScalars*, const ds::UpdateTensor*, std::int64_t, const float* minus_steps)             \
-  /* block_sums: device, one per block of block_numel elements of each tensor, in order */                           \
-  X(squared_norm_blocks, const ds::NormTensor*, std::int64_t, std::int64_t block_numel, double* block_sums)          \
-  X(cast, const ds::CastTensor*, std::int64_t)                                                                       \
-  /* block_sums: device, sums of magnitudes per block of kNormBlock elements */                                      \
-  X(pack_signs, const ds::NormTensor*, std::uint8_t* bits, double* block_sums)                                       \
+#define DS_GPU_FUNCTIONS(X)                                                                                 \
+  X(adam, const ds::AdamScalars*, const ds::UpdateTensor*, std::int64_t)                                    \
+  X(adagrad, const ds::AdagradScalars*, const ds::UpdateTensor*, std::int64_t)                              \
+  X(lion, const ds::LionScalars*, const ds::UpdateTensor*, std::int64_t)                                    \
+  X(sgd, const ds::SgdScalars*, const ds::UpdateTensor*, std::int64_t)                                      \
+  /* block_sums: device, LambNorms of each block of kNormBlock elements of each tensor, in order */         \
+  X(lamb_moments, const ds::LambScalars*, const ds::UpdateTensor*, std::int64_t, ds::LambNorms* block_sums) \
+  /* minus_steps: host, one per tensor */                                                                   \
+  X(lamb_apply, const ds::LambScalars*, const ds::UpdateTensor*, std::int64_t, const float* minus_steps)    \
+  /* block_sums: device, one per block of block_numel elements of each tensor, in order */                  \
+  X(squared_norm_blocks, const ds::NormTensor*, std::int64_t, std::int64_t block_numel, double* block_sums) \
+  X(cast, const ds::CastTensor*, std::int64_t)                                                              \
+  /* block_sums: device, sums of magnitudes per block of kNormBlock elements */                             \
+  X(pack_signs, const ds::NormTensor*, std::uint8_t* bits, double* block_sums)                              \
   X(unpack_signs, const std::uint8_t* bits, float scale, const ds::CastTensor* dst)
 
 #define DS_GPU_API __attribute__((visibility("default")))

@@ -49,7 +49,8 @@ struct LambNorms {
 };
 
 // First pass: m and v are updated, norms[i] gets the sums of squares of tensors[i]'s p and u.
-void lamb_moments(const LambOptions& options, std::span<const UpdateTensor> tensors, LambNorms* norms, int num_threads);
+void lamb_moments(const LambOptions& options, std::span<const UpdateTensor> tensors, LambNorms* norms,
+                  int num_threads);
 
 // Second pass: p = p + minus_steps[i] * u, and out. Reads no gradient.
 void lamb_apply(const LambOptions& options, std::span<const UpdateTensor> tensors, const float* minus_steps,

@@ -1,9 +1,10 @@
 // Threads for the CPU kernels.
 //
-// [Note: whose threads] torch's idle OpenMP workers keep spinning for some milliseconds after a parallel region. A
-// second pool beside them fights for the same cores and loses up to half of its speed. So the team of the OpenMP
-// runtime that is already in the process is used (found at run time, never linked), and an own pool only where there
-// is none, or in a forked child, where the OpenMP runtime would wait for threads that fork() did not copy.
+// [Note: whose threads] torch's idle OpenMP workers keep spinning for some milliseconds after a parallel
+// region. A second pool beside them fights for the same cores and loses up to half of its speed. So the team
+// of the OpenMP runtime that is already in the process is used (found at run time, never linked), and an own
+// pool only where there is none, or in a forked child, where the OpenMP runtime would wait for threads that
+// fork() did not copy.
 #pragma once
 
 #include <cstdint>
@@ -28,9 +29,9 @@ class ChunkFn {
   void (*call_)(void*, std::int64_t);
 };
 
-// Calls fn(chunk) once for each chunk in [0, num_chunks), on at most num_threads threads, one of them the caller's.
-// Chunks are taken dynamically: a thread that the system preempts delays one chunk, not its static share. Workers run
-// in the caller's floating-point mode (rounding, denormals). fn must not throw.
+// Calls fn(chunk) once for each chunk in [0, num_chunks), on at most num_threads threads, one of them the
+// caller's. Chunks are taken dynamically: a thread that the system preempts delays one chunk, not its static
+// share. Workers run in the caller's floating-point mode (rounding, denormals). fn must not throw.
 void parallel_for(std::int64_t num_chunks, int num_threads, ChunkFn fn);
 
 // Where the threads come from: "openmp" (borrowed) or "own".

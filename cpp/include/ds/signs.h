@@ -1,7 +1,8 @@
 // One bit per element: signs packed into bytes, with the scale that makes +-scale the best approximation.
 //
-// Bit i % 8 of byte i / 8 is the sign bit of element i: 1 for negative numbers and -0. Unused bits are 0. The mean
-// of |x| minimises the squared error of +-scale (Bernstein et al. 2018, section 2; 1-bit SGD, Seide et al. 2014).
+// Bit i % 8 of byte i / 8 is the sign bit of element i: 1 for negative numbers and -0. Unused bits are 0. The
+// mean of |x| minimises the squared error of +-scale (Bernstein et al. 2018, section 2; 1-bit SGD, Seide et
+// al. 2014).
 #pragma once
 
 #include <cstdint>
@@ -14,6 +15,7 @@ namespace ds {
 double pack_signs(const void* x, DType dtype, std::int64_t numel, std::uint8_t* bits, int num_threads);
 
 // out[i] = -scale where bit i is set, else scale; rounded to the nearest even value of dtype.
-void unpack_signs(const std::uint8_t* bits, float scale, void* out, DType dtype, std::int64_t numel, int num_threads);
+void unpack_signs(const std::uint8_t* bits, float scale, void* out, DType dtype, std::int64_t numel,
+                  int num_threads);
 
 }  // namespace ds

@@ -15,7 +15,8 @@ AdamScalars::AdamScalars(const AdamOptions& o)
       one_minus_beta1(static_cast<float>(1.0 - o.beta1)),
       beta2(static_cast<float>(o.beta2)),
       one_minus_beta2(static_cast<float>(1.0 - o.beta2)),
-      inv_bias2_sqrt(static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, static_cast<double>(o.step))))),
+      inv_bias2_sqrt(
+          static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, static_cast<double>(o.step))))),
       eps(static_cast<float>(o.eps)),
       minus_step_size(static_cast<float>(-o.lr / (1.0 - std::pow(o.beta1, static_cast<double>(o.step))))) {}
 
@@ -23,7 +24,8 @@ void adam_step(const AdamOptions& options, std::span<const UpdateTensor> tensors
   const AdamScalars scalars(options);
   const KernelTable& table = kernels();
   for_each_piece(tensors, num_threads, [&](const UpdateTensor& t, std::int64_t begin, std::int64_t numel) {
-    const AdamFn fn = table.adam[state_kind(t.state_dtype)][grad_kind(t.grad_dtype)][out_kind(t.out, t.out_dtype)];
+    const AdamFn fn =
+        table.adam[state_kind(t.state_dtype)][grad_kind(t.grad_dtype)][out_kind(t.out, t.out_dtype)];
     fn(scalars, t.param + begin, at(t.states[0], t.state_dtype, begin), at(t.states[1], t.state_dtype, begin),
        at(t.grad, t.grad_dtype, begin), at(t.out, t.out_dtype, begin), numel);
   });

@@ -20,7 +20,8 @@ constexpr std::size_t round_up(std::size_t size, std::size_t unit) { return (siz
 
 // Address space aligned to a huge page, or throws.
 std::uintptr_t map_slab(std::size_t size, bool& advised) {
-  void* raw = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* raw = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (raw == MAP_FAILED) throw std::bad_alloc();
   const auto begin = reinterpret_cast<std::uintptr_t>(raw);
   const std::uintptr_t aligned = round_up(begin, kHugePage);

@@ -68,7 +68,8 @@ std::uint32_t update_portable(std::uint32_t state, const unsigned char* data, st
 }
 
 #if defined(__x86_64__)
-__attribute__((target("sse4.2"))) std::uint32_t update_one_stream(std::uint32_t state, const unsigned char* data,
+__attribute__((target("sse4.2"))) std::uint32_t update_one_stream(std::uint32_t state,
+                                                                  const unsigned char* data,
                                                                   std::size_t size) {
   std::uint64_t wide = state;
   for (; size >= 8; size -= 8, data += 8) {

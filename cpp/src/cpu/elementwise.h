@@ -30,7 +30,8 @@ void for_each_piece(std::span<const Tensor> tensors, int num_threads, Range rang
 
 // The address of an element behind a pointer whose type is known at run time only; null stays null.
 inline void* at(void* base, DType dtype, std::int64_t index) {
-  return base == nullptr ? nullptr : static_cast<char*>(base) + static_cast<std::size_t>(index) * size_of(dtype);
+  return base == nullptr ? nullptr
+                         : static_cast<char*>(base) + static_cast<std::size_t>(index) * size_of(dtype);
 }
 inline const void* at(const void* base, DType dtype, std::int64_t index) {
   return at(const_cast<void*>(base), dtype, index);
@@ -38,7 +39,8 @@ inline const void* at(const void* base, DType dtype, std::int64_t index) {
 
 // An optimizer with one state at most; `table` is its part of the kernel table.
 template <class Scalars, std::size_t kNumStates>
-void one_state_step(const Scalars& scalars, const OneStateFn<Scalars> (&table)[kNumStates][kNumDTypes][kNumOutKinds],
+void one_state_step(const Scalars& scalars,
+                    const OneStateFn<Scalars> (&table)[kNumStates][kNumDTypes][kNumOutKinds],
                     std::span<const UpdateTensor> tensors, int num_threads) {
   for_each_piece(tensors, num_threads, [&](const UpdateTensor& t, std::int64_t begin, std::int64_t numel) {
     const int state = t.states[0] == nullptr ? kNumStateKinds : state_kind(t.state_dtype);

@@ -1,6 +1,6 @@
-// Everything that a CPU target offers: included once per target, inside its region and its anonymous namespace, after
-// its simd_*.h.
-// Formulas first, then the loops over them. (Comments between groups keep clang-format from sorting across.)
+// Everything that a CPU target offers: included once per target, inside its region and its anonymous
+// namespace, after its simd_*.h. Formulas first, then the loops over them. (Comments between groups keep
+// clang-format from sorting across.)
 #include "formulas/adagrad-inl.h"
 #include "formulas/adam-inl.h"
 #include "formulas/lamb-inl.h"

@@ -14,7 +14,8 @@ LambScalars::LambScalars(const LambOptions& o)
       beta2(static_cast<float>(o.beta2)),
       one_minus_beta2(static_cast<float>(1.0 - o.beta2)),
       inv_bias1(static_cast<float>(1.0 / (1.0 - std::pow(o.beta1, static_cast<double>(o.step))))),
-      inv_bias2_sqrt(static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, static_cast<double>(o.step))))),
+      inv_bias2_sqrt(
+          static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, static_cast<double>(o.step))))),
       eps(static_cast<float>(o.eps)),
       weight_decay(static_cast<float>(o.weight_decay)) {}
 

@@ -31,7 +31,8 @@ SquaredNorm squared_norm(std::span<const NormTensor> tensors, int num_threads) {
   });
   double total = 0.0;
   for (const double sum : sums) total += sum;
-  // The largest fp32 number squared is 1.2e77: only an inf or a NaN among the elements makes an fp64 sum overflow.
+  // The largest fp32 number squared is 1.2e77: only an inf or a NaN among the elements makes an fp64 sum
+  // overflow.
   return {total, std::isfinite(total)};
 }
 

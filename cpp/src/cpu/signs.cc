@@ -22,7 +22,8 @@ double pack_signs(const void* x, DType dtype, std::int64_t numel, std::uint8_t* 
   return total;
 }
 
-void unpack_signs(const std::uint8_t* bits, float scale, void* out, DType dtype, std::int64_t numel, int num_threads) {
+void unpack_signs(const std::uint8_t* bits, float scale, void* out, DType dtype, std::int64_t numel,
+                  int num_threads) {
   const UnpackSignsFn fn = kernels().unpack_signs[static_cast<int>(dtype)];
   const std::int64_t chunks = (numel + kElementwiseChunk - 1) / kElementwiseChunk;
   parallel_for(chunks, num_threads, [&](std::int64_t chunk) {

@@ -33,7 +33,9 @@ inline F32 load(const BF16* x) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
 }
-inline F32 load(const F16* x) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))}; }
+inline F32 load(const F16* x) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+}
 
 inline void store(float* out, F32 a) { _mm256_storeu_ps(out, a.raw); }
 inline void store(BF16* out, F32 a) {

@@ -2,14 +2,12 @@
 // kernels_baseline.cc.
 //
 // What every simd_*.h offers:
-//   kLanes, F32            a vector of kLanes floats; set, + - * /, sqrt: one IEEE operation per lane, never fused
-//   load(const T*)         kLanes elements of float, BF16 or F16, unaligned, widened
-//   store(T*, F32)         rounds to nearest even; a NaN stays a NaN with its sign and upper payload bits
-//   Sum16                  16 fp64 accumulators whatever the vector width, so that sums have the same bits
-//   zero16, widen16, add_squares, add_magnitudes, store16
-//   sign(F32)              -1, 0 or 1 per lane; 0 for NaN
-//   sign_bits(F32)         bit i = sign bit of lane i
-//   select(mask, a, b)     lane i of a where bit i is set, else of b
+//   kLanes, F32            a vector of kLanes floats; set, + - * /, sqrt: one IEEE operation per lane, never
+//   fused load(const T*)         kLanes elements of float, BF16 or F16, unaligned, widened store(T*, F32)
+//   rounds to nearest even; a NaN stays a NaN with its sign and upper payload bits Sum16                  16
+//   fp64 accumulators whatever the vector width, so that sums have the same bits zero16, widen16,
+//   add_squares, add_magnitudes, store16 sign(F32)              -1, 0 or 1 per lane; 0 for NaN sign_bits(F32)
+//   bit i = sign bit of lane i select(mask, a, b)     lane i of a where bit i is set, else of b
 // No default member initializers: GCC compiles implicit constructors outside the target's region.
 
 #include "formulas/half-inl.h"

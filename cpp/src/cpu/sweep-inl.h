@@ -1,7 +1,7 @@
 // Walking arrays vector by vector, bodies and tails with the same arithmetic. Included per target.
 //
-// [Note: tails] A tail of fewer than kLanes elements is copied into a buffer of kLanes, goes through the vector
-// code, and is copied back. So an element's bits never depend on its place in a tensor.
+// [Note: tails] A tail of fewer than kLanes elements is copied into a buffer of kLanes, goes through the
+// vector code, and is copied back. So an element's bits never depend on its place in a tensor.
 
 // The element type of an array that is not there: reads as zeros, writes go nowhere.
 struct Absent {};

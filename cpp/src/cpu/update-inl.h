@@ -1,8 +1,8 @@
 // The optimizers' formulas over one contiguous range. Included per target.
 
 template <class State, class Grad, class Out>
-void adam_range(const AdamScalars& scalars, float* param, void* exp_avg, void* exp_avg_sq, const void* grad, void* out,
-                std::int64_t numel) {
+void adam_range(const AdamScalars& scalars, float* param, void* exp_avg, void* exp_avg_sq, const void* grad,
+                void* out, std::int64_t numel) {
   const AdamFactors k = adam_factors(scalars);
   auto step = [&](float* p, State* m, State* v, const Grad* g, Out* o) {
     F32 m_now = load(m);
@@ -29,7 +29,8 @@ void one_state_range(const Scalars& scalars, float* param, void* state, const vo
     store(p, p_now);
     store(o, p_now);
   };
-  sweep(numel, step, param, static_cast<State*>(state), static_cast<const Grad*>(grad), static_cast<Out*>(out));
+  sweep(numel, step, param, static_cast<State*>(state), static_cast<const Grad*>(grad),
+        static_cast<Out*>(out));
 }
 
 // At most one block of ds/norm.h, so that the sums are the fixed ones.

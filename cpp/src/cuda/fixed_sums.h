@@ -1,5 +1,5 @@
-// Sums in the CPU's order ([Note: fixed sums] in cpu/norm-inl.h): 16 neighbouring threads are the 16 accumulators of a
-// block of elements. Included inside an anonymous namespace, after multi_tensor.h.
+// Sums in the CPU's order ([Note: fixed sums] in cpu/norm-inl.h): 16 neighbouring threads are the 16
+// accumulators of a block of elements. Included inside an anonymous namespace, after multi_tensor.h.
 
 constexpr int kSumLanes = 16;
 
@@ -17,7 +17,8 @@ DS_INLINE SumLane sum_lane() {
 // The tree over the 16 lanes; the result is lane 0's. Every thread of the warp must call it.
 DS_INLINE double tree_sum(double sum) {
 #pragma unroll
-  for (int half = kSumLanes / 2; half > 0; half /= 2) sum = __dadd_rn(sum, DS_SHUFFLE_DOWN(sum, half, kSumLanes));
+  for (int half = kSumLanes / 2; half > 0; half /= 2)
+    sum = __dadd_rn(sum, DS_SHUFFLE_DOWN(sum, half, kSumLanes));
   return sum;
 }
 

@@ -1,6 +1,6 @@
 // LAMB: the first pass sums as the norm kernel does, the second is element-wise.
-#include "ds/gpu.h"
 #include "cuda/runtime.h"
+#include "ds/gpu.h"
 
 namespace ds {
 namespace {
@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kThreads)
       store(t.states[1], t.state_dtype, i, v);
       // As the second pass will read them back.
       const F32 p = {t.param[i]};
-      const F32 u = lamb_direction(k, p, load(t.states[0], t.state_dtype, i), load(t.states[1], t.state_dtype, i));
+      const F32 u =
+          lamb_direction(k, p, load(t.states[0], t.state_dtype, i), load(t.states[1], t.state_dtype, i));
       param_sum = __dadd_rn(param_sum, __dmul_rn(p.raw, p.raw));
       direction_sum = __dadd_rn(direction_sum, __dmul_rn(u.raw, u.raw));
     }
@@ -57,7 +58,8 @@ __global__ void __launch_bounds__(kThreads)
   const std::int64_t end = min(t.numel, begin + kUnit);
   for (std::int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
     const F32 p = {t.param[i]};
-    const F32 u = lamb_direction(k, p, load(t.states[0], t.state_dtype, i), load(t.states[1], t.state_dtype, i));
+    const F32 u =
+        lamb_direction(k, p, load(t.states[0], t.state_dtype, i), load(t.states[1], t.state_dtype, i));
     const F32 now = p + set(step.minus[owner]) * u;
     t.param[i] = now.raw;
     if (t.out != nullptr) store(t.out, t.out_dtype, i, now);
@@ -67,18 +69,20 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 }  // namespace ds
 
-int ds_gpu_lamb_moments(int device, const ds::LambScalars* scalars, const ds::UpdateTensor* tensors, std::int64_t count,
-                        ds::LambNorms* block_sums, void* stream) {
+int ds_gpu_lamb_moments(int device, const ds::LambScalars* scalars, const ds::UpdateTensor* tensors,
+                        std::int64_t count, ds::LambNorms* block_sums, void* stream) {
   using namespace ds;
   const DeviceGuard guard(device);
   if (guard.status() != 0) return guard.status();
-  return for_each_table(tensors, count, kNormBlock, [&](const Table<UpdateTensor>& table, std::int64_t units) {
-    moments_kernel<<<sum_grid(units), kThreads, 0, static_cast<GpuStream>(stream)>>>(table, *scalars, block_sums);
-  });
+  return for_each_table(tensors, count, kNormBlock,
+                        [&](const Table<UpdateTensor>& table, std::int64_t units) {
+                          moments_kernel<<<sum_grid(units), kThreads, 0, static_cast<GpuStream>(stream)>>>(
+                              table, *scalars, block_sums);
+                        });
 }
 
-int ds_gpu_lamb_apply(int device, const ds::LambScalars* scalars, const ds::UpdateTensor* tensors, std::int64_t count,
-                      const float* minus_steps, void* stream) {
+int ds_gpu_lamb_apply(int device, const ds::LambScalars* scalars, const ds::UpdateTensor* tensors,
+                      std::int64_t count, const float* minus_steps, void* stream) {
   using namespace ds;
   const DeviceGuard guard(device);
   if (guard.status() != 0) return guard.status();
@@ -88,6 +92,7 @@ int ds_gpu_lamb_apply(int device, const ds::LambScalars* scalars, const ds::Upda
     for (int i = 0; i < table.count; ++next) {
       if (tensors[next].numel != 0) step.minus[i++] = minus_steps[next];
     }
-    apply_kernel<<<static_cast<unsigned>(units), kThreads, 0, static_cast<GpuStream>(stream)>>>(table, *scalars, step);
+    apply_kernel<<<static_cast<unsigned>(units), kThreads, 0, static_cast<GpuStream>(stream)>>>(
+        table, *scalars, step);
   });
 }

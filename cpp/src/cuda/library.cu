@@ -1,10 +1,12 @@
 // What the library says about itself.
-#include "ds/gpu.h"
 #include "cuda/runtime.h"
+#include "ds/gpu.h"
 
 int ds_gpu_abi() { return DS_GPU_ABI; }
 
-const char* ds_gpu_message(int status) { return DS_GPU(GetErrorString)(static_cast<DS_GPU(Error_t)>(status)); }
+const char* ds_gpu_message(int status) {
+  return DS_GPU(GetErrorString)(static_cast<DS_GPU(Error_t)>(status));
+}
 
 int ds_gpu_num_devices() {
   int count = 0;

@@ -1,5 +1,5 @@
-// One launch for many tensors. The table of tensors travels in the kernel's parameters: no allocation, no copy, no
-// synchronisation, so a launch can be captured into a graph. Included inside an anonymous namespace.
+// One launch for many tensors. The table of tensors travels in the kernel's parameters: no allocation, no
+// copy, no synchronisation, so a launch can be captured into a graph. Included inside an anonymous namespace.
 
 // 32 tensors of 56 bytes stay below the 4 KiB that every device takes as parameters.
 constexpr int kTableSize = 32;
@@ -23,8 +23,8 @@ struct Table {
   }
 };
 
-// Cuts each tensor into units of unit_numel elements and calls launch(table, units) for tables of up to kTableSize
-// tensors. Returns the first status that is not 0.
+// Cuts each tensor into units of unit_numel elements and calls launch(table, units) for tables of up to
+// kTableSize tensors. Returns the first status that is not 0.
 template <class Tensor, class Launch>
 int for_each_table(const Tensor* tensors, std::int64_t count, std::int64_t unit_numel, Launch launch) {
   std::int64_t base = 0;

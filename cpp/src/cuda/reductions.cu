@@ -1,6 +1,6 @@
 // Sums of squares, casts, and signs.
-#include "ds/gpu.h"
 #include "cuda/runtime.h"
+#include "ds/gpu.h"
 
 namespace ds {
 namespace {
@@ -40,12 +40,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Term>
-int launch_sums(int device, const NormTensor* tensors, std::int64_t count, std::int64_t block_numel, Term term,
-                double* block_sums, void* stream) {
+int launch_sums(int device, const NormTensor* tensors, std::int64_t count, std::int64_t block_numel,
+                Term term, double* block_sums, void* stream) {
   const DeviceGuard guard(device);
   if (guard.status() != 0) return guard.status();
   return for_each_table(tensors, count, block_numel, [&](const Table<NormTensor>& table, std::int64_t units) {
-    sum_kernel<<<sum_grid(units), kThreads, 0, static_cast<GpuStream>(stream)>>>(table, block_numel, term, block_sums);
+    sum_kernel<<<sum_grid(units), kThreads, 0, static_cast<GpuStream>(stream)>>>(table, block_numel, term,
+                                                                                 block_sums);
   });
 }
 
@@ -83,8 +84,8 @@ unsigned grid(std::int64_t threads) { return static_cast<unsigned>((threads + kT
 }  // namespace
 }  // namespace ds
 
-int ds_gpu_squared_norm_blocks(int device, const ds::NormTensor* tensors, std::int64_t count, std::int64_t block_numel,
-                               double* block_sums, void* stream) {
+int ds_gpu_squared_norm_blocks(int device, const ds::NormTensor* tensors, std::int64_t count,
+                               std::int64_t block_numel, double* block_sums, void* stream) {
   return ds::launch_sums(device, tensors, count, block_numel, ds::Square{}, block_sums, stream);
 }
 
@@ -97,7 +98,8 @@ int ds_gpu_cast(int device, const ds::CastTensor* tensors, std::int64_t count, v
   });
 }
 
-int ds_gpu_pack_signs(int device, const ds::NormTensor* x, std::uint8_t* bits, double* block_sums, void* stream) {
+int ds_gpu_pack_signs(int device, const ds::NormTensor* x, std::uint8_t* bits, double* block_sums,
+                      void* stream) {
   using namespace ds;
   if (x->numel == 0) return 0;
   const DeviceGuard guard(device);
@@ -107,7 +109,8 @@ int ds_gpu_pack_signs(int device, const ds::NormTensor* x, std::uint8_t* bits, d
   return launch_sums(device, x, 1, kNormBlock, Magnitude{}, block_sums, stream);
 }
 
-int ds_gpu_unpack_signs(int device, const std::uint8_t* bits, float scale, const ds::CastTensor* dst, void* stream) {
+int ds_gpu_unpack_signs(int device, const std::uint8_t* bits, float scale, const ds::CastTensor* dst,
+                        void* stream) {
   using namespace ds;
   if (dst->numel == 0) return 0;
   const DeviceGuard guard(device);

@@ -1,5 +1,5 @@
-// One lane of the formulas on a GPU thread: the names of cpu/simd_baseline.h, each one IEEE operation that the compiler
-// may not fuse. Included inside an anonymous namespace.
+// One lane of the formulas on a GPU thread: the names of cpu/simd_baseline.h, each one IEEE operation that
+// the compiler may not fuse. Included inside an anonymous namespace.
 
 #include "formulas/half-inl.h"
 
@@ -15,8 +15,8 @@ DS_INLINE F32 operator/(F32 a, F32 b) { return {__fdiv_rn(a.raw, b.raw)}; }
 DS_INLINE F32 sqrt(F32 a) { return {__fsqrt_rn(a.raw)}; }
 DS_INLINE F32 sign(F32 a) { return {static_cast<float>((a.raw > 0.0f) - (a.raw < 0.0f))}; }
 
-// The dtype is known at run time only: all threads of a block take the same branch, so that one kernel serves every
-// combination of dtypes, and one launch a list of mixed ones.
+// The dtype is known at run time only: all threads of a block take the same branch, so that one kernel serves
+// every combination of dtypes, and one launch a list of mixed ones.
 DS_INLINE F32 load(const void* base, DType dtype, std::int64_t i) {
   switch (dtype) {
     case DType::kBF16:

@@ -1,6 +1,6 @@
 // Adam, Adagrad, Lion and SGD: element-wise, the same formulas as on the CPU.
-#include "ds/gpu.h"
 #include "cuda/runtime.h"
+#include "ds/gpu.h"
 
 namespace ds {
 namespace {
@@ -34,7 +34,8 @@ DS_INLINE F32 update_one(const Scalars& scalars, const UpdateTensor& t, std::int
 }
 
 template <class Scalars>
-__global__ void __launch_bounds__(kThreads) update_kernel(const Table<UpdateTensor> table, const Scalars scalars) {
+__global__ void __launch_bounds__(kThreads)
+    update_kernel(const Table<UpdateTensor> table, const Scalars scalars) {
   const int owner = table.owner(blockIdx.x);
   const UpdateTensor& t = table.tensors[owner];
   const std::int64_t begin = (blockIdx.x - table.first[owner]) * kUnit;
@@ -48,27 +49,32 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const Table<UpdateTens
 }
 
 template <class Scalars>
-int launch_update(int device, const Scalars* scalars, const UpdateTensor* tensors, std::int64_t count, void* stream) {
+int launch_update(int device, const Scalars* scalars, const UpdateTensor* tensors, std::int64_t count,
+                  void* stream) {
   const DeviceGuard guard(device);
   if (guard.status() != 0) return guard.status();
   return for_each_table(tensors, count, kUnit, [&](const Table<UpdateTensor>& table, std::int64_t units) {
-    update_kernel<<<static_cast<unsigned>(units), kThreads, 0, static_cast<GpuStream>(stream)>>>(table, *scalars);
+    update_kernel<<<static_cast<unsigned>(units), kThreads, 0, static_cast<GpuStream>(stream)>>>(table,
+                                                                                                 *scalars);
   });
 }
 
 }  // namespace
 }  // namespace ds
 
-int ds_gpu_adam(int device, const ds::AdamScalars* s, const ds::UpdateTensor* t, std::int64_t count, void* stream) {
+int ds_gpu_adam(int device, const ds::AdamScalars* s, const ds::UpdateTensor* t, std::int64_t count,
+                void* stream) {
   return ds::launch_update(device, s, t, count, stream);
 }
 int ds_gpu_adagrad(int device, const ds::AdagradScalars* s, const ds::UpdateTensor* t, std::int64_t count,
                    void* stream) {
   return ds::launch_update(device, s, t, count, stream);
 }
-int ds_gpu_lion(int device, const ds::LionScalars* s, const ds::UpdateTensor* t, std::int64_t count, void* stream) {
+int ds_gpu_lion(int device, const ds::LionScalars* s, const ds::UpdateTensor* t, std::int64_t count,
+                void* stream) {
   return ds::launch_update(device, s, t, count, stream);
 }
-int ds_gpu_sgd(int device, const ds::SgdScalars* s, const ds::UpdateTensor* t, std::int64_t count, void* stream) {
+int ds_gpu_sgd(int device, const ds::SgdScalars* s, const ds::UpdateTensor* t, std::int64_t count,
+               void* stream) {
   return ds::launch_update(device, s, t, count, stream);
 }

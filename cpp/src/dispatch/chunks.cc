@@ -2,7 +2,8 @@
 
 namespace ds {
 
-ChunkPlan::ChunkPlan(std::span<const std::int64_t> numels, std::int64_t chunk_numel) : chunk_numel_(chunk_numel) {
+ChunkPlan::ChunkPlan(std::span<const std::int64_t> numels, std::int64_t chunk_numel)
+    : chunk_numel_(chunk_numel) {
   starts_.reserve(numels.size() + 1);
   starts_.push_back(0);
   for (const std::int64_t numel : numels) starts_.push_back(starts_.back() + numel);

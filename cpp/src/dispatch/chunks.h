@@ -8,9 +8,9 @@
 
 namespace ds {
 
-// The tensors laid end to end, cut every chunk_numel elements. A cut inside a tensor is moved down to a multiple of
-// kCutNumel elements of that tensor, so that a chunk never starts inside a cache line that the tensor's start does
-// not split. Kernels must not depend on where the cuts are.
+// The tensors laid end to end, cut every chunk_numel elements. A cut inside a tensor is moved down to a
+// multiple of kCutNumel elements of that tensor, so that a chunk never starts inside a cache line that the
+// tensor's start does not split. Kernels must not depend on where the cuts are.
 class ChunkPlan {
  public:
   static constexpr std::int64_t kCutNumel = 64;

@@ -1,5 +1,5 @@
-// One table of function pointers per CPU target. Everything a target offers goes through its table, which is the
-// only symbol with external linkage of the target's translation unit.
+// One table of function pointers per CPU target. Everything a target offers goes through its table, which is
+// the only symbol with external linkage of the target's translation unit.
 #pragma once
 
 #include <cstdint>
@@ -15,15 +15,18 @@ struct LambScalars;
 struct LionScalars;
 struct SgdScalars;
 
-// A state tensor is fp32, bf16 or (SGD without momentum) absent; an output copy is absent or one of the three dtypes.
+// A state tensor is fp32, bf16 or (SGD without momentum) absent; an output copy is absent or one of the three
+// dtypes.
 inline constexpr int kNumStateKinds = 2;
 inline constexpr int kNumOutKinds = 1 + kNumDTypes;
 constexpr int state_kind(DType dtype) { return static_cast<int>(dtype); }
 constexpr int grad_kind(DType dtype) { return static_cast<int>(dtype); }
-constexpr int out_kind(const void* out, DType dtype) { return out == nullptr ? 0 : 1 + static_cast<int>(dtype); }
+constexpr int out_kind(const void* out, DType dtype) {
+  return out == nullptr ? 0 : 1 + static_cast<int>(dtype);
+}
 
-using AdamFn = void (*)(const AdamScalars&, float* param, void* exp_avg, void* exp_avg_sq, const void* grad, void* out,
-                        std::int64_t numel);
+using AdamFn = void (*)(const AdamScalars&, float* param, void* exp_avg, void* exp_avg_sq, const void* grad,
+                        void* out, std::int64_t numel);
 template <class Scalars>
 using OneStateFn = void (*)(const Scalars&, float* param, void* state, const void* grad, void* out,
                             std::int64_t numel);

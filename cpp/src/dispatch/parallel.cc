@@ -35,8 +35,8 @@ int match_library(dl_phdr_info* info, std::size_t, void* data) {
   return 1;
 }
 
-// libtorch_cpu first: a lookup through its handle follows its own dependencies, so that the runtime found is the one
-// torch uses, even where the process holds several.
+// libtorch_cpu first: a lookup through its handle follows its own dependencies, so that the runtime found is
+// the one torch uses, even where the process holds several.
 GompParallel find_openmp() {
   for (const char* prefix : {"libtorch_cpu.", "libgomp", "libomp", "libiomp5"}) {
     Search search{prefix, {}};

@@ -19,7 +19,8 @@ struct Job {
   std::atomic<std::int64_t> done{0};
 };
 
-// A worker that wakes up late holds the job alive, finds no chunk left and never touches fn, whose frame may be gone.
+// A worker that wakes up late holds the job alive, finds no chunk left and never touches fn, whose frame may
+// be gone.
 void work(Job& job) {
   for (;;) {
     const std::int64_t chunk = job.next.fetch_add(1, std::memory_order_relaxed);
@@ -43,7 +44,8 @@ class Pool {
     }
     wake_.notify_all();
     work(*job);
-    for (std::int64_t done = job->done.load(); done != num_chunks; done = job->done.load()) job->done.wait(done);
+    for (std::int64_t done = job->done.load(); done != num_chunks; done = job->done.load())
+      job->done.wait(done);
   }
 
  private:

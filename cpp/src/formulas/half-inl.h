@@ -1,5 +1,6 @@
-// bf16 and fp16 to fp32 and back in integer arithmetic: for the CPU baseline and for GPUs. Narrowing rounds to nearest
-// even; a NaN becomes quiet and keeps its sign and upper payload bits, as the CPU's instructions do it.
+// bf16 and fp16 to fp32 and back in integer arithmetic: for the CPU baseline and for GPUs. Narrowing rounds
+// to nearest even; a NaN becomes quiet and keeps its sign and upper payload bits, as the CPU's instructions
+// do it.
 
 DS_INLINE std::uint32_t bits_of(float x) { return __builtin_bit_cast(std::uint32_t, x); }
 DS_INLINE float float_of(std::uint32_t bits) { return __builtin_bit_cast(float, bits); }

@@ -6,8 +6,9 @@ struct SgdFactors {
 };
 
 DS_INLINE SgdFactors factors_of(const SgdScalars& s) {
-  return {set(s.grad_scale), set(s.l2), set(s.momentum), set(s.one_minus_dampening), set(s.minus_lr),
-          s.l2 != 0.0f, s.has_momentum, s.first, s.nesterov};
+  return {set(s.grad_scale), set(s.l2),    set(s.momentum), set(s.one_minus_dampening),
+          set(s.minus_lr),   s.l2 != 0.0f, s.has_momentum,  s.first,
+          s.nesterov};
 }
 
 DS_INLINE F32 update(const SgdFactors& k, F32 param, F32& buffer, F32 grad) {

@@ -36,7 +36,9 @@ def _is_native(tensor: Tensor) -> bool:
 
 def _written(*lists: Sequence[Tensor | None] | None) -> None:
     """Tells autograd what a kernel wrote, so that a backward over overwritten values raises instead of being wrong."""
-    increment_version([t for tensors in lists if tensors is not None for t in tensors if t is not None])
+    for tensors in lists:
+        if tensors is not None:
+            increment_version([t for t in tensors if t is not None])
 
 
 def adam_step(

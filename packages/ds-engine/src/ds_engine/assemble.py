@@ -179,6 +179,14 @@ def _schedule(
         return schedules.build(section.type, section.params, optimizer) if section is not None else None
     if hasattr(given, "step") and not inspect.isclass(given):
         schedule: Any = given
+        if getattr(schedule, "optimizer", optimizer) is not optimizer:
+            raise ConfigError(
+                [
+                    f"lr_scheduler: this {type(schedule).__name__} moves the rates of another optimizer than the "
+                    "engine's, so it would have no effect: pass the optimizer it was made with as optimizer=, or a "
+                    "function lr_scheduler=lambda optimizer: ..."
+                ]
+            )
     else:
         made: Any = given
         schedule = made(optimizer)

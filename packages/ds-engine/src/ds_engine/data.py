@@ -47,6 +47,11 @@ class Loader:
             drop_last=True,
             pin_memory=pin_memory,
         )
+        if self.sampler is not None and len(self.loader) == 0:
+            raise ValueError(
+                f"training_data has {len(dataset)} samples, {len(self.sampler)} for each of {ranks} ranks: fewer than "  # type: ignore[arg-type]
+                f"one micro-batch of {micro_batch}, so the loader would be empty; lower train_micro_batch_size_per_gpu"
+            )
 
     def __iter__(self) -> Iterator[Any]:
         if self.sampler is not None:

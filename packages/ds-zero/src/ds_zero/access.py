@@ -93,7 +93,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     if not state.ranks.first:
         return {}
     found |= {n: b.detach().cpu().clone() for n, b in model.named_buffers()}
-    return {name: found[name] for name in model.state_dict()}
+    return {name: found[name] for name in model.state_dict(keep_vars=True)}
 
 
 def _whole(state: ZeroState, bucket: Bucket) -> Tensor:

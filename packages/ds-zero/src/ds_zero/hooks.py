@@ -7,6 +7,12 @@ forward   from the module's pre-hook to its post-hook (which also runs when forw
           end of backward. A module inside a unit that is held needs nothing; the same hooks sit on every
           module with parameters of its own, so that a module called from outside its unit's forward still
           finds its values.
+
+[Note: read outside]
+A parameter that another module reads (`F.linear(x, self.embed.weight)` in the model's forward) has no hook of
+its own. The first forward in each mode watches all torch functions; such a parameter is gathered when it is
+first read, and from then on the model itself holds it, from the beginning of its forward to the end, and
+again while backward runs.
 """
 
 from __future__ import annotations
@@ -23,14 +29,17 @@ from torch.utils.hooks import RemovableHandle
 from ds_zero.backward import BackwardWatch
 from ds_zero.bucket import Bucket
 from ds_zero.gather import Gatherer
+from ds_zero.outside import OutsideReads, tensors_in
 from ds_zero.prefetch import Order
+
+_ROOT = ""
 
 
 class _Call:
     """One forward call of a unit, and its later backward."""
 
-    def __init__(self, hooks: ModuleHooks, unit: str) -> None:
-        self._hooks, self.unit = weakref.ref(hooks), unit
+    def __init__(self, hooks: ModuleHooks, unit: str, buckets: list[Bucket]) -> None:
+        self._hooks, self.unit, self.buckets = weakref.ref(hooks), unit, list(buckets)
         self.holds = False
 
     def before_backward(self, _: Tensor) -> None:
@@ -72,6 +81,10 @@ class ModuleHooks:
         self._gatherer, self._buckets_of, self._watch, self._prefetch = gatherer, buckets_of, watch, prefetch
         self._forward, self._backward = Order(), Order()
         self._held: list[_Call] = []
+        self._bucket_of = {id(p): b for found in buckets_of.values() for b in found for p in b.params}
+        self._buckets_of.setdefault(_ROOT, [])
+        self._learned: set[tuple[bool, bool]] = set()
+        """(training, gradients wanted) of the forwards that were watched, [Note: read outside]."""
         watch.at_end(self._end_backward)
         watch.at_abort(self._abort)
 
@@ -98,32 +111,58 @@ class ModuleHooks:
     def enter(self, unit: str) -> _Call | None:
         """Gather `unit`, start on the next one; None if it is held already."""
         buckets = self._buckets_of[unit]
-        if self._gatherer.holds(buckets):
+        if buckets and self._gatherer.holds(buckets):
             return None
         self._gatherer.acquire(buckets)
-        if not self._watch.armed:  # a recomputation inside backward is not part of the forward order
+        if (
+            buckets and not self._watch.armed
+        ):  # a recomputation inside backward is not part of the forward order
             self._fetch_ahead(self._forward.enter(unit))
-        return _Call(self, unit)
+        return _Call(self, unit, buckets)
+
+    def watch(self, call: _Call, training: bool) -> OutsideReads | None:
+        """What finds the parameters that are read outside their module while `call`, the model's own, runs;
+        None where a forward of this kind has shown them. [Note: read outside]
+        """
+        kind = (training, torch.is_grad_enabled())
+        if kind in self._learned or self._watch.armed:
+            return None
+        me = weakref.ref(self)
+
+        def read(param: nn.Parameter) -> None:
+            hooks = me()
+            bucket = hooks._bucket_of.get(id(param)) if hooks is not None else None
+            if hooks is not None and bucket is not None and not hooks._gatherer.holds([bucket]):
+                hooks._gatherer.acquire([bucket])
+                call.buckets.append(bucket)
+                if not any(b is bucket for b in hooks._buckets_of[_ROOT]):
+                    hooks._buckets_of[_ROOT].append(bucket)
+
+        return OutsideReads(read)
+
+    def watched(self, training: bool) -> None:
+        """A forward has been watched to its end."""
+        self._learned.add((training, torch.is_grad_enabled()))
 
     def leave(self, call: _Call, output: object) -> None:
-        tracked = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor) and t.requires_grad]
+        tracked = [t for t in tensors_in(output) if t.requires_grad] if call.buckets else []
         for tensor in tracked:
             tensor.register_hook(call.before_backward)
         # The last unit's backward comes next: dropping it would only fetch it again.
         keep = bool(tracked) and self._forward.is_last(call.unit)
-        self._gatherer.release(self._buckets_of[call.unit], keep=keep)
+        self._gatherer.release(call.buckets, keep=keep)
 
     # --- backward
 
     def enter_backward(self, call: _Call) -> None:
         self._watch.arm()
         self._held.append(call)
-        self._gatherer.acquire(self._buckets_of[call.unit])
+        self._gatherer.acquire(call.buckets)
         self._fetch_ahead(self._backward.enter(call.unit))
 
     def leave_backward(self, call: _Call) -> None:
         self._held.remove(call)
-        self._gatherer.release(self._buckets_of[call.unit])
+        self._gatherer.release(call.buckets)
 
     def _end_backward(self) -> None:
         for call in list(self._held):
@@ -148,14 +187,26 @@ class ModuleHooks:
 def _hook(module: nn.Module, unit: str, owner: weakref.ref[ModuleHooks]) -> Sequence[RemovableHandle]:
     """Forward hooks of one module; calls may nest (a module that calls itself), so open calls are a stack."""
     open_calls: list[_Call | None] = []
+    open_watches: list[OutsideReads | None] = []
+    original = weakref.ref(module)
 
     def before(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         hooks = owner()
+        if hooks is not None and original() is not module:
+            raise ValueError(
+                f"this {type(module).__name__} is a copy of a module that was sharded at stage 3: it has the hooks "
+                "and not the values. Copy before ds_zero.shard, or load ds_zero.full_state_dict into a new model"
+            )
         call = hooks.enter(unit) if hooks is not None else None
         open_calls.append(call)
-        if call is None or not torch.is_grad_enabled():
+        if unit == _ROOT:
+            found = hooks.watch(call, module.training) if hooks is not None and call is not None else None
+            open_watches.append(found)
+            if found is not None:
+                found.__enter__()  # type: ignore[no-untyped-call]
+        if call is None or not call.buckets or not torch.is_grad_enabled():
             return None
         flat, spec = tree_flatten((args, kwargs))
         places = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.requires_grad]
@@ -166,9 +217,14 @@ def _hook(module: nn.Module, unit: str, owner: weakref.ref[ModuleHooks]) -> Sequ
         new: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(flat, spec)
         return new
 
-    def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         call = open_calls.pop() if open_calls else None
         hooks = owner()
+        found = open_watches.pop() if open_watches else None
+        if found is not None:
+            found.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            if hooks is not None and output is not None:
+                hooks.watched(module.training)
         if call is not None and hooks is not None:
             hooks.leave(call, output)
 

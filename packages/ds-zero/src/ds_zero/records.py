@@ -85,7 +85,7 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
             for name, value in optimizer.state.get(shard, {}).items():
                 found += _state_record(r, name, value, shard.numel())
     if state.ranks.first:
-        persistent = set(model.state_dict())
+        persistent = set(model.state_dict(keep_vars=True))
         for fqn, buffer in model.named_buffers():
             if fqn in persistent:
                 found.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
@@ -128,6 +128,8 @@ def load_records(
     state = _registry.state_of(model)
     state.stepper.wait()
     _check(state, model, source)
+    state.reducer.forget()  # gradients of the values that are replaced, as in the middle of an accumulation
+    state.stepper.grad_scale = None
     with torch.no_grad():
         for r in _ranges(state, owned=True):
             source.read(r.slot.fqn, PARAM, r.start, r.values)
@@ -135,7 +137,7 @@ def load_records(
                 _load_states(r, optimizer, source)
         for bucket in state.buckets:
             bucket.refresh_low()
-        persistent = set(model.state_dict())
+        persistent = set(model.state_dict(keep_vars=True))
         for fqn, buffer in model.named_buffers():
             if fqn in persistent:
                 flat = torch.empty_like(buffer).reshape(-1)
@@ -163,7 +165,7 @@ def _share_frozen(state: ZeroState) -> None:
 
 def _check(state: ZeroState, model: nn.Module, source: RecordSource) -> None:
     wanted = {slot.fqn: (PARAM, slot.shape) for bucket in state.buckets for slot in bucket.layout.slots}
-    persistent = set(model.state_dict())
+    persistent = set(model.state_dict(keep_vars=True))
     wanted |= {fqn: (BUFFER, tuple(b.shape)) for fqn, b in model.named_buffers() if fqn in persistent}
     missing = [fqn for fqn, (kind, _) in wanted.items() if kind not in source.states(fqn)]
     if missing:

@@ -105,14 +105,26 @@ class Reducer:
         self._backwards = 0
         self._in_backward = False
         self._final = False
+        self._deferred = False
+        """Whether a backward since the last reduction was not reduced: then every rank sends fp32 sums, also
+        for buckets whose parameters it did not use itself."""
         self._used: set[int] = set()
         self._touched = False
+        self._unwatched = [p for b in self.buckets for p in b.params]
         self._where = {id(p): (b, i) for b in self.buckets for i, p in enumerate(b.params)}
 
     # --- hooks
 
     def install(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Watch every trainable parameter; the hooks do not keep this object alive."""
+        """Watch every trainable parameter that is not watched yet; the hooks do not keep this object alive.
+
+        Called before every forward too: a parameter that is frozen now cannot be hooked, and may be trained
+        later.
+        """
+        found = [p for p in self._unwatched if p.requires_grad]
+        if not found:
+            return []
+        self._unwatched = [p for p in self._unwatched if not p.requires_grad]
         me = weakref.ref(self)
 
         def on_grad(param: Tensor) -> None:
@@ -120,12 +132,7 @@ class Reducer:
             if reducer is not None:
                 reducer._arrive(param)
 
-        return [
-            p.register_post_accumulate_grad_hook(on_grad)
-            for b in self.buckets
-            for p in b.params
-            if p.requires_grad
-        ]
+        return [p.register_post_accumulate_grad_hook(on_grad) for p in found]
 
     def _arrive(self, param: Tensor) -> None:
         bucket, index = self._where[id(param)]
@@ -136,7 +143,7 @@ class Reducer:
             grad = grad.to_dense()
         pending = self._pending[id(bucket)]
         with torch.no_grad():
-            if not self._final or pending.local is not None:
+            if self._deferred:
                 if pending.local is None:
                     pending.local = GradBuffer(bucket.layout, torch.float32, bucket.device)
                 pending.local.add(index, grad)
@@ -159,6 +166,7 @@ class Reducer:
         self._backwards += 1
         self._next = 0
         self._final = self._is_final()
+        self._deferred = self._deferred or not self._final
         for bucket in self.buckets:
             self._pending[id(bucket)].missing = sum(p.requires_grad for p in bucket.params)
         self._watch.arm()
@@ -195,7 +203,9 @@ class Reducer:
     def _launch(self, bucket: Bucket) -> None:
         """Start the reduction of what has accumulated; missing gradients count as zeros."""
         pending = self._pending[id(bucket)]
-        source = pending.local or pending.fresh or GradBuffer(bucket.layout, bucket.dtype, bucket.device)
+        # The same dtype on every rank, whether or not this rank has gradients for the bucket.
+        dtype = torch.float32 if self._deferred else bucket.dtype
+        source = pending.local or pending.fresh or GradBuffer(bucket.layout, dtype, bucket.device)
         pending.local = pending.fresh = None
         source.zero_missing()
         wire = source.tensor
@@ -264,6 +274,10 @@ class Reducer:
             "the previous backward did not finish; the gradients accumulated since the last step were dropped",
             stacklevel=2,
         )
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop every gradient since the last step, of values that are no longer there."""
         while self._flights:
             self._flights.pop(0).work.wait()
         for bucket in self.buckets:
@@ -272,7 +286,7 @@ class Reducer:
                 shard.grad = None
             for param in bucket.params:
                 param.grad = None
-        self._in_backward = self._touched = False
+        self._in_backward = self._touched = self._deferred = False
         self._backwards = 0
         self._used.clear()
 
@@ -280,6 +294,7 @@ class Reducer:
         for bucket in self.buckets[self._next :]:
             self._launch(bucket)
         self._next = len(self.buckets)
+        self._deferred = False
         while self._flights:
             self._land(self._flights.pop(0))
 
@@ -293,12 +308,9 @@ class Reducer:
         """
         if not self._touched:
             return False
-        if any(self._pending[id(b)].local is not None for b in self.buckets):
+        if self._deferred:
             self._next = 0
-            for bucket in self.buckets:
-                self._launch(bucket)
-            while self._flights:
-                self._land(self._flights.pop(0))
+            self._flush()
         self._forget_unused()
         if self._steps is None:
             self._learned_steps = self._backwards

@@ -20,6 +20,7 @@ from ds_zero.comm import Comm, default_comm
 from ds_zero.config import ZeroConfig
 from ds_zero.deferred import become_real, materialize_buffers, recorded_values, stage_expected
 from ds_zero.gather import Gatherer
+from ds_zero.guard import guard_state_dicts
 from ds_zero.hooks import ModuleHooks
 from ds_zero.interfaces import Norms, Reservation, ShardKey, ShardStore
 from ds_zero.layout import (
@@ -148,6 +149,7 @@ def _assemble(
         names=_names(model),
     )
     state.handles += reducer.install() + stepper.install(optimizer)
+    state.handles += guard_state_dicts(model, state)
     if any(not b.whole for b in buckets):
         state.handles += hooks.install(model)
     state.handles.append(
@@ -335,11 +337,23 @@ def _hand_over(optimizer: Optimizer, buckets: list[Bucket], ranks: Ranks) -> Non
             entries[i] = piece
             state = optimizer.state.pop(param, None)
             if state:
-                optimizer.state[piece] = {k: _cut(v, start, numel, whole) for k, v in state.items()}
+                optimizer.state[piece] = {
+                    k: v if k in _NUMBERS else _cut(v, param.shape, start, numel, whole)
+                    for k, v in state.items()
+                }
 
 
-def _cut(value: object, start: int, numel: int, whole: int) -> object:
-    if isinstance(value, Tensor) and value.ndim > 0 and value.numel() == whole:
+_NUMBERS = frozenset(["step", "eta", "mu", "mu_product"])
+"""States of torch's optimizers that are one number a parameter; where the parameter is 0-dim, shapes do not
+tell them from element-wise ones."""
+
+
+def _cut(value: object, shape: torch.Size, start: int, numel: int, whole: int) -> object:
+    if (
+        isinstance(value, Tensor)
+        and value.numel() == whole
+        and (value.ndim > 0 or (not shape and value.is_floating_point()))
+    ):
         return value.reshape(-1)[start : start + numel].clone()
     return value
 
@@ -385,6 +399,7 @@ def _before_forward(state: weakref.ref[ZeroState], check_abort: Callable[[], Non
         found = state()
         if found is not None:
             check_abort()
+            found.handles += found.reducer.install()
             found.stepper.wait()
 
     return before

@@ -25,12 +25,16 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     Collective. See [Note: norm in fixed blocks].
     """
     state = _registry.state_of(model)
-    state.reducer.finish()
+    if state.reducer.finish():
+        state.stepper.grad_scale = None  # found for gradients that have changed since
     device = state.buckets[0].device if state.buckets else torch.device("cpu")
     norm = global_norm(state.grad_pieces(), state.ranks, state.norms, device)
+    waiting = state.stepper.grad_scale
+    if waiting is not None:  # a second call, as to log the norm after clipping, sees what the first one left
+        norm = norm * waiting
     factor = clip_factor(norm, max_norm)
     if state.stepper.fused:
-        state.stepper.grad_scale = factor
+        state.stepper.grad_scale = factor if waiting is None else factor * waiting
     elif factor.item() != 1.0:
         with torch.no_grad():
             for bucket in state.buckets:

@@ -12,14 +12,13 @@ def choose_units(model: nn.Module) -> dict[str, nn.Module]:
     them, the largest subtrees below the model without a unit inside are units (an embedding, a head).
     Parameters of modules that contain units belong to the module itself, which is then a unit too.
     """
-    uncalled = (nn.ModuleList, nn.ModuleDict)  # they have no forward; their children have
-    repeated = (*uncalled, nn.Sequential)
+    repeated = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
     blocks = {
         f"{name}.{child_name}" if name else child_name: child
         for name, module in model.named_modules()
         if isinstance(module, repeated)
         for child_name, child in module.named_children()
-        if not isinstance(child, uncalled) and any(True for _ in child.parameters())
+        if not _uncalled(child) and any(True for _ in child.parameters())
     }
     # A Sequential inside a block is part of the block: gathering a layer's two matrices one by one gains
     # nothing.
@@ -27,17 +26,33 @@ def choose_units(model: nn.Module) -> dict[str, nn.Module]:
     units: dict[str, nn.Module] = {}
 
     def visit(name: str, module: nn.Module) -> None:
-        if name in blocks or (name and not isinstance(module, uncalled) and not _contains(name, blocks)):
+        if name in blocks or (name and not _uncalled(module) and not _contains(name, blocks)):
             if any(True for _ in module.parameters()):
                 units[name] = module
             return
-        if any(True for _ in module.parameters(recurse=False)):
+        if not _uncalled(module) and _reads_own(module):
             units[name] = module
         for child_name, child in module.named_children():
             visit(f"{name}.{child_name}" if name else child_name, child)
 
     visit("", model)
     return units
+
+
+def _uncalled(module: nn.Module) -> bool:
+    """Whether it only holds others (ModuleList, ParameterList, a bare Module): what it holds is read by the
+    module around it, and its hooks never run.
+    """
+    return type(module).forward is nn.Module.forward
+
+
+def _reads_own(module: nn.Module) -> bool:
+    """Whether it has parameters that no forward but its own reads: its own, and those in uncalled
+    children.
+    """
+    return any(True for _ in module.parameters(recurse=False)) or any(
+        _uncalled(child) and _reads_own(child) for child in module.children()
+    )
 
 
 def _inside(name: str, others: dict[str, nn.Module]) -> bool:

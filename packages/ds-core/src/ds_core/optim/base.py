@@ -110,22 +110,26 @@ class FusedOptimizer(Optimizer):
     ) -> None:
         batches: dict[tuple[torch.device, int], Batch] = {}
         steps: list[Tensor] = []
+        names = self._names(group)
         for param, copy in zip(params, out, strict=True):
-            if param.grad is None or param.numel() == 0:
+            grad = param.grad
+            if grad is None or param.numel() == 0:
                 continue
             state, step = self._prepare(param, group)
             if "step" in state:
                 steps.append(state["step"])
-            batch = batches.setdefault((param.device, step), Batch(step))
+            batch = batches.get((param.device, step))
+            if batch is None:
+                batch = batches[param.device, step] = Batch(step, states={name: [] for name in names})
             batch.params.append(_in_memory_order(param))
-            batch.grads.append(_like(param.grad, param))
+            batch.grads.append(_like(grad, param))
             batch.out.append(copy)
-            for name in self._names(group):
-                batch.states.setdefault(name, []).append(_in_memory_order(state[name]))
+            for name in names:
+                batch.states[name].append(_in_memory_order(state[name]))
         for batch in batches.values():
             self._apply(group, batch, -grad_scale if group.get("maximize", False) else grad_scale)
-        if steps:  # after the kernels: a refused batch leaves the counters as they were
-            torch._foreach_add_(steps, 1.0)
+        for count in steps:  # after the kernels: a refused batch leaves the counters as they were
+            count.add_(1.0)
 
     def _names(self, group: Group) -> tuple[str, ...]:
         """The states that the group's options need, of `state_names`."""
