@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ds_zero.interfaces import AllGather, ReduceScatter, Work
 
-GATHER_TAG, REDUCE_TAG = 0x6A, 0x6B
+REDUCE_TAG, GATHER_TAG = 0x6A, 0x1000
 SUM_CHUNK_NUMEL = 1 << 18
 """Elements summed at a time: the intermediate sums of a chunk stay in the second-level cache."""
 
@@ -111,6 +111,15 @@ class DirectAllGather:
     there.
     """
 
+    def __init__(self, number: int = 0) -> None:
+        self._tag = GATHER_TAG + number
+
+    def numbered(self, number: int) -> DirectAllGather:
+        """One whose messages meet only those of the same number: ranks that gather different things wait for
+        each other, and never take one for the other.
+        """
+        return DirectAllGather(number)
+
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return _allocate(size, dtype=dtype, device=device)
 
@@ -121,7 +130,7 @@ class DirectAllGather:
         own = slices[dist.get_rank(group)]
         if own.data_ptr() != input.data_ptr():
             own.copy_(input)
-        work = Then(_exchange(lambda _: own, lambda p: slices[p], group, GATHER_TAG), _nothing)
+        work = Then(_exchange(lambda _: own, lambda p: slices[p], group, self._tag), _nothing)
         if async_op:
             return work
         work.wait()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ds_zero.bucket import Bucket, BucketState
-from ds_zero.comm import Comm
-from ds_zero.interfaces import Work
+from ds_zero.comm import Comm, DirectAllGather
+from ds_zero.interfaces import AllGather, Work
 from ds_zero.ranks import Ranks
 
 
@@ -17,10 +17,15 @@ class Gatherer:
     """
 
     def __init__(self, buckets: list[Bucket], comm: Comm, ranks: Ranks) -> None:
-        self._comm, self._ranks = comm, ranks
+        self._ranks = ranks
         self._buckets = [b for b in buckets if not b.whole]
         self._users = {id(b): 0 for b in self._buckets}
         self._works: dict[int, Work | None] = {}
+        direct = comm.all_gather
+        self._all_gather: dict[int, AllGather] = {
+            id(b): direct.numbered(i + 1) if isinstance(direct, DirectAllGather) else direct
+            for i, b in enumerate(self._buckets)
+        }
 
     def start(self, bucket: Bucket) -> None:
         """Begin to gather; nothing happens if the bucket is whole, gathered or on its way."""
@@ -33,7 +38,7 @@ class Gatherer:
             own = bucket.slice_of(bucket.full, self._ranks.rank)
             own.copy_(bucket.low)
             if self._ranks.group is not None:
-                self._works[id(bucket)] = self._comm.all_gather(
+                self._works[id(bucket)] = self._all_gather[id(bucket)](
                     bucket.full, own, self._ranks.group, async_op=True
                 )
 
