@@ -49,7 +49,7 @@ OURS = {
 }
 THEIRS = {
     "package": "deepspeed",
-    "prepare": "model = GPT(); import deepspeed; del config['scheduler']; config.pop('checkpoint', None); config.pop('seed', None)",
+    "prepare": "model = GPT(); import deepspeed; [config.pop(k, None) for k in ('scheduler', 'checkpoint', 'seed')]",
     "initialize": "deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)",
 }
 
@@ -66,11 +66,21 @@ def run(python: str, code: str, ranks: int) -> tuple[float, bool]:
     processes = []
     for rank in range(ranks):
         env = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        env |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+        }
         env |= {"LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         processes.append(
             subprocess.Popen(
-                [python, "-c", code], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                [python, "-c", code],
+                env=env,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )
         )
     seconds, compiler = 0.0, False
@@ -84,7 +94,9 @@ def run(python: str, code: str, ranks: int) -> tuple[float, bool]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-peer", action="store_true")
     args = parser.parse_args()
@@ -99,7 +111,8 @@ def main() -> None:
             found[name]["import"].append(seconds)
             seconds, compilers[name] = run(python, INITIALIZE.format(**words), RANKS)
             found[name]["initialize"].append(seconds)
-    print(f"| seconds, median (min) of {args.rounds} | over `import torch` | `initialize`, {RANKS} ranks | torch._dynamo |")
+    heads = [f"seconds, median (min) of {args.rounds}", "over `import torch`", f"`initialize`, {RANKS} ranks"]
+    print(f"| {' | '.join(heads)} | torch._dynamo |")
     print("|---|---|---|---|")
     for name, times in found.items():
         cells = [f"{statistics.median(times[k]):.3f} ({min(times[k]):.3f})" for k in ("import", "initialize")]

@@ -11,9 +11,9 @@ namespace ds {
 namespace {
 
 struct Job {
-  Job(std::int64_t n, int helpers, ChunkFn f) : num_chunks(n), helpers_wanted(helpers), fn(f) {}
+  Job(std::int64_t n, int workers, ChunkFn f) : num_chunks(n), workers_wanted(workers), fn(f) {}
   const std::int64_t num_chunks;
-  int helpers_wanted;  // guarded by the pool's mutex
+  int workers_wanted;  // guarded by the pool's mutex
   ChunkFn fn;
   std::atomic<std::int64_t> next{0};
   std::atomic<std::int64_t> done{0};
@@ -56,7 +56,7 @@ class Pool {
         std::unique_lock lock(mutex_);
         wake_.wait(lock, [this] { return !jobs_.empty(); });
         job = jobs_.front();
-        if (--job->helpers_wanted <= 0) jobs_.pop_front();
+        if (--job->workers_wanted <= 0) jobs_.pop_front();
       }
       work(*job);
     }

@@ -36,9 +36,7 @@ def _is_native(tensor: Tensor) -> bool:
 
 def _written(*lists: Sequence[Tensor | None] | None) -> None:
     """Tells autograd what a kernel wrote, so that a backward over overwritten values raises instead of being wrong."""
-    for tensors in lists:
-        if tensors is not None:
-            increment_version([t for t in tensors if t is not None])
+    increment_version([t for tensors in lists if tensors is not None for t in tensors if t is not None])
 
 
 def adam_step(

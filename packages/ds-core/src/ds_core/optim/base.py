@@ -121,11 +121,17 @@ class FusedOptimizer(Optimizer):
             batch = batches.get((param.device, step))
             if batch is None:
                 batch = batches[param.device, step] = Batch(step, states={name: [] for name in names})
-            batch.params.append(_in_memory_order(param))
-            batch.grads.append(_like(grad, param))
             batch.out.append(copy)
-            for name in names:
-                batch.states[name].append(_in_memory_order(state[name]))
+            if param.is_contiguous() and grad.is_contiguous():  # states are as the parameter; kernels check
+                batch.params.append(param)
+                batch.grads.append(grad)
+                for name in names:
+                    batch.states[name].append(state[name])
+            else:
+                batch.params.append(_in_memory_order(param))
+                batch.grads.append(_like(grad, param))
+                for name in names:
+                    batch.states[name].append(_in_memory_order(state[name]))
         for batch in batches.values():
             self._apply(group, batch, -grad_scale if group.get("maximize", False) else grad_scale)
         for count in steps:  # after the kernels: a refused batch leaves the counters as they were
@@ -208,8 +214,6 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
 
 def _like(grad: Tensor, param: Tensor) -> Tensor:
     """The gradient, its elements in the parameter's memory order."""
-    if grad.is_contiguous() and param.is_contiguous():
-        return grad
     if grad.is_sparse:
         raise ValueError(
             "the fused optimizers take no sparse gradients; use sparse=False or torch.optim.SparseAdam"
