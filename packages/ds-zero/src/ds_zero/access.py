@@ -101,10 +101,4 @@ def _whole(state: ZeroState, bucket: Bucket) -> Tensor:
     own = bucket.master if bucket.master is not None else bucket.low
     if bucket.layout.num_owners == 1 or state.ranks.group is None:
         return own.detach()
-    whole = torch.empty(bucket.layout.padded_numel, dtype=own.dtype, device=bucket.device)
-    mine = bucket.slice_of(whole, state.ranks.rank)
-    mine.copy_(own.detach())
-    work = state.comm.all_gather(whole, mine, state.ranks.group, async_op=True)
-    if work is not None:
-        work.wait()
-    return whole
+    return state.comm.gather_slices(own.detach(), state.ranks, bucket.device)

@@ -132,7 +132,3 @@ class Bucket:
     def grad_views(self, rank: int) -> list[Tensor]:
         assert self.grad is not None
         return [self.grad[offset : offset + numel] for _, numel, offset in self.pieces(rank)]
-
-    def tensors(self) -> dict[str, Tensor | None]:
-        """What this rank holds, by purpose, for accounting."""
-        return {"full": self.full, "low": self.low, "master": self.master, "grad": self.grad}

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_zero.interfaces import AllGather, ReduceScatter, Work
+from ds_zero.ranks import Ranks
 
 REDUCE_TAG, GATHER_TAG = 0x6A, 0x1000
 SUM_CHUNK_NUMEL = 1 << 18
@@ -223,6 +224,15 @@ class Comm:
 
     def __init__(self, all_gather: AllGather, reduce_scatter: ReduceScatter) -> None:
         self.all_gather, self.reduce_scatter = all_gather, reduce_scatter
+
+    def gather_slices(self, own: Tensor, ranks: Ranks, device: torch.device) -> Tensor:
+        """All ranks' slices side by side in a new tensor on `device`; `own` is this rank's."""
+        assert ranks.group is not None
+        whole = torch.empty(ranks.size, own.numel(), dtype=own.dtype, device=device)
+        mine = whole[ranks.rank]
+        mine.copy_(own)
+        self.all_gather(whole.view(-1), mine, ranks.group)
+        return whole.view(-1)
 
 
 def default_comm(device: torch.device) -> Comm:

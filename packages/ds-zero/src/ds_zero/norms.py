@@ -34,11 +34,7 @@ def squared_norm(tensors: Sequence[Tensor]) -> tuple[float, bool]:
             sums.append(torch.dot(block, block))
     if not sums:
         return 0.0, True
-    values = (
-        torch.stack([s.cpu() for s in sums]).tolist()
-        if sums[0].device.type == "cpu"
-        else torch.stack(sums).tolist()
-    )
+    values = torch.stack(sums).tolist()
     if not all(math.isfinite(v) for v in values):
         return math.nan if any(math.isnan(v) for v in values) else math.inf, False
     return math.fsum(values), True

@@ -85,10 +85,8 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
             for name, value in optimizer.state.get(shard, {}).items():
                 found += _state_record(r, name, value, shard.numel())
     if state.ranks.first:
-        persistent = set(model.state_dict(keep_vars=True))
-        for fqn, buffer in model.named_buffers():
-            if fqn in persistent:
-                found.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
+        for fqn, buffer in _saved_buffers(model).items():
+            found.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
     return found
 
 
@@ -137,15 +135,19 @@ def load_records(
                 _load_states(r, optimizer, source)
         for bucket in state.buckets:
             bucket.refresh_low()
-        persistent = set(model.state_dict(keep_vars=True))
-        for fqn, buffer in model.named_buffers():
-            if fqn in persistent:
-                flat = torch.empty_like(buffer).reshape(-1)
-                source.read(fqn, BUFFER, 0, flat)
-                buffer.copy_(flat.view(buffer.shape))
+        for fqn, buffer in _saved_buffers(model).items():
+            flat = torch.empty_like(buffer).reshape(-1)
+            source.read(fqn, BUFFER, 0, flat)
+            buffer.copy_(flat.view(buffer.shape))
     _share_frozen(state)
     state.refresh()
     state.gatherer.drop_all()
+
+
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers by name."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    return {fqn: buffer for fqn, buffer in model.named_buffers() if fqn in persistent}
 
 
 def _share_frozen(state: ZeroState) -> None:
@@ -158,15 +160,12 @@ def _share_frozen(state: ZeroState) -> None:
             and state.ranks.group is not None
         ):
             own = bucket.slice_of(bucket.full, state.ranks.rank)
-            work = state.comm.all_gather(bucket.full, own, state.ranks.group, async_op=True)
-            if work is not None:
-                work.wait()
+            state.comm.all_gather(bucket.full, own, state.ranks.group)
 
 
 def _check(state: ZeroState, model: nn.Module, source: RecordSource) -> None:
     wanted = {slot.fqn: (PARAM, slot.shape) for bucket in state.buckets for slot in bucket.layout.slots}
-    persistent = set(model.state_dict(keep_vars=True))
-    wanted |= {fqn: (BUFFER, tuple(b.shape)) for fqn, b in model.named_buffers() if fqn in persistent}
+    wanted |= {fqn: (BUFFER, tuple(b.shape)) for fqn, b in _saved_buffers(model).items()}
     missing = [fqn for fqn, (kind, _) in wanted.items() if kind not in source.states(fqn)]
     if missing:
         raise ValueError(

@@ -230,19 +230,9 @@ class Reducer:
         bucket, grad = flight.bucket, flight.reduced
         with torch.no_grad():
             if bucket.layout.num_owners != self._ranks.size and self._ranks.group is not None:
-                grad = self._spread(bucket, grad)
+                # Stage 0: every rank needs every slice of the sum.
+                grad = self._comm.gather_slices(grad, self._ranks, grad.device)
             self._sink(bucket, grad)
-
-    def _spread(self, bucket: Bucket, own: Tensor) -> Tensor:
-        """Stage 0: every rank needs every slice of the sum."""
-        assert self._ranks.group is not None
-        whole = torch.empty(bucket.layout.padded_numel, dtype=own.dtype, device=own.device)
-        mine = bucket.slice_of(whole, self._ranks.rank)
-        mine.copy_(own)
-        work = self._comm.all_gather(whole, mine, self._ranks.group, async_op=True)
-        if work is not None:
-            work.wait()
-        return whole
 
     def _sink(self, bucket: Bucket, grad: Tensor) -> None:
         """Add to the shards' gradients, or set those that are None: a None starts a new accumulation."""

@@ -81,8 +81,7 @@ def shard(
     check_optimizer(optimizer, model, flat=stage > 0)
     ranks = ranks_of(mesh)
     store = store or ResidentStore()
-    names = _names(model)
-    params = {fqn: p for fqn, p in model.named_parameters() if fqn in names}
+    params = dict(model.named_parameters())
     device = _device(params)
     expected = stage_expected(params)
     if expected is not None and expected != stage:
