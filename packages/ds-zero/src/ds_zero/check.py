@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
-from ds_zero.place import memory_key
 
 STAGES: Mapping[int, str] = {
     0: "nothing",
@@ -77,7 +76,7 @@ def check_model(model: nn.Module) -> None:
             )
         if param.device.type == "meta" or param.numel() == 0:
             continue
-        pointer = memory_key(param)
+        pointer = param.untyped_storage().data_ptr()
         other = seen.setdefault(pointer, (fqn, param))
         if other[1] is not param and _overlap(other[1], param):
             raise ValueError(

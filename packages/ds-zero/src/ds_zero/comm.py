@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_zero.interfaces import AllGather, ReduceScatter, Work
-from ds_zero.place import same_place
 from ds_zero.ranks import Ranks
 
 REDUCE_TAG, GATHER_TAG = 0x6A, 0x1000
@@ -95,7 +94,7 @@ def _exchange(
     """Send `sends(p)` to and receive `receives(p)` from every other rank p; all ranks start with a different
     peer.
     """
-    rank, size = group.rank(), group.size()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     works: list[Work] = []
     for step in range(1, size):
         to, origin = (rank + step) % size, (rank - step) % size
@@ -128,9 +127,9 @@ class DirectAllGather:
     def __call__(
         self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Work | None:
-        slices = output.view(group.size(), -1)
-        own = slices[group.rank()]
-        if not same_place(own, input):
+        slices = output.view(dist.get_world_size(group), -1)
+        own = slices[dist.get_rank(group)]
+        if own.data_ptr() != input.data_ptr():
             own.copy_(input)
         work = Then(_exchange(lambda _: own, lambda p: slices[p], group, self._tag), _nothing)
         if async_op:
@@ -153,7 +152,7 @@ class OrderedReduceScatter:
         op: dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> Work | None:
-        size, rank = group.size(), group.rank()
+        size, rank = dist.get_world_size(group), dist.get_rank(group)
         slices = input.view(size, -1)
         received = torch.empty_like(slices)
         works = _exchange(lambda p: slices[p], lambda p: received[p], group, REDUCE_TAG)

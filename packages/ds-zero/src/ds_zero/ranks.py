@@ -40,5 +40,5 @@ def ranks_of(mesh: DeviceMesh | None) -> Ranks:
             )
         group = mesh.get_group()
     assert group is not None
-    size = group.size()
-    return Ranks(group if size > 1 else None, group.rank(), size)
+    size = dist.get_world_size(group)
+    return Ranks(group if size > 1 else None, dist.get_rank(group), size)

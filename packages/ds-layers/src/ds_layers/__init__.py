@@ -1,0 +1,8 @@
+"""What changes inside a layer: activation checkpointing and the random generators that model parallelism needs."""
+
+from ds_layers.checkpointing import Checkpointing, CheckpointingConfig, Statistics
+from ds_layers.rng import RngTracker, model_parallel_seed
+
+__version__ = "0.1.0"
+
+__all__ = ["CheckpointingConfig", "Checkpointing", "RngTracker", "Statistics", "model_parallel_seed"]

@@ -1,0 +1,219 @@
+"""Activation checkpointing: keep a layer's inputs, recompute the rest in backward, and choose where inputs
+rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ds_layers.resting import Kept, Moved, Resting, Slabs
+from ds_layers.rng import RngTracker
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointingConfig:
+    """Where inputs rest, and what else is observed. The default is plain recomputation."""
+
+    group: dist.ProcessGroup | None = None
+    """Model-parallel ranks, all of which hold the same inputs. Needed to partition."""
+
+    partition: bool = False
+    """Each rank of `group` keeps 1/N of every input; backward gathers them."""
+
+    on_host: bool = False
+    """Inputs rest in (pinned) host memory. Without an accelerator they are there already."""
+
+    contiguous: bool = False
+    """Inputs rest side by side in slabs of `num_checkpoints` slots, so that they cannot fragment memory."""
+
+    num_checkpoints: int | None = None
+    """Checkpoints that one forward makes, usually the number of layers. Needed for `contiguous`."""
+
+    preserve_rng_state: bool = True
+    """Recompute with the random numbers of the forward pass: needed wherever there is dropout."""
+
+    synchronize: bool = False
+    """Wait for the accelerator before and after every forward and recomputation, so that `Statistics` times
+    mean what they say."""
+
+    def __post_init__(self) -> None:
+        if self.partition and self.group is None:
+            raise ValueError("partition=True divides inputs among model-parallel ranks: give their group=")
+        if self.contiguous and self.num_checkpoints is None:
+            raise ValueError("contiguous=True needs num_checkpoints=, usually the number of layers")
+        if self.num_checkpoints is not None and self.num_checkpoints < 1:
+            raise ValueError(f"num_checkpoints={self.num_checkpoints}: give 1 or more")
+
+
+@dataclass
+class Statistics:
+    """What a `Checkpointing` has done since it was made or `reset`."""
+
+    checkpoints: int = 0
+    """Functions called under it with gradients on."""
+    recomputations: int = 0
+    resting_bytes: int = 0
+    """Bytes put to rest on this rank, over all checkpoints; inputs that were merely kept count 0."""
+    forward_s: float = 0.0
+    recompute_s: float = 0.0
+
+
+class Checkpointing:
+    """Calls functions so that only their inputs are kept for backward.
+
+    `layer_out = checkpointing(layer, x, mask)` gives what `layer(x, mask)` gives, and the same gradients, also
+    for parameters that `layer` reads and for inputs that need none. Objects are independent of each other.
+
+    Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016); partitioned and host storage:
+    Rajbhandari et al., ZeRO (SC 2020), section 6.1.
+    """
+
+    def __init__(self, config: CheckpointingConfig | None = None, rng: RngTracker | None = None) -> None:
+        """`rng`: streams that `layer` draws from besides torch's default ones; they are put back for the
+        recomputation, too.
+        """
+        self.config = config or CheckpointingConfig()
+        self.rng = rng
+        self.statistics = Statistics()
+        self._slabs = Slabs(self.config.num_checkpoints or 1) if self.config.contiguous else None
+
+    def __call__(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """`function(*args, **kwargs)`, recomputed in backward. Tensors may lie anywhere inside lists, tuples
+        and dicts.
+        """
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        # Loads torch._dynamo, which takes seconds: not before somebody needs it.
+        from torch.utils.checkpoint import checkpoint
+
+        call = _Call(self, function, args, kwargs)
+        # Inputs travel inside `call`: handed to torch's function they would be kept as they are. It reads the
+        # device from its arguments, hence the empty tensor.
+        result: T = checkpoint(
+            call.run,
+            torch.empty(0, device=call.device),
+            use_reentrant=False,
+            preserve_rng_state=self.config.preserve_rng_state,
+        )
+        return result
+
+    def reset(self) -> None:
+        """Begin counting anew, and give slabs back as soon as backward is through with them."""
+        self.statistics = Statistics()
+        if self._slabs is not None:
+            self._slabs = Slabs(self.config.num_checkpoints or 1)
+
+    def put_to_rest(self, tensor: Tensor) -> Resting:
+        """Choose where one input rests."""
+        config = self.config
+        partition = config.partition and config.group is not None and tensor.numel() >= config.group.size()
+        on_host = config.on_host and tensor.device.type != "cpu"
+        movable = tensor.is_floating_point() and not (tensor.is_leaf and tensor.requires_grad)
+        if not movable or not (partition or on_host or self._slabs is not None):
+            return Kept(tensor)  # a leaf lives on in any case
+        rest = Moved(tensor, group=config.group if partition else None, on_host=on_host, slabs=self._slabs)
+        self.statistics.resting_bytes += rest.num_bytes
+        return rest
+
+    @contextlib.contextmanager
+    def observe(self, what: str, device: torch.device) -> Iterator[None]:
+        """A named range for profilers, and the time it took."""
+        self._synchronize(device)
+        start = time.perf_counter()
+        try:
+            with torch.profiler.record_function(f"ds.layers.checkpoint/{what}"):
+                yield
+        finally:
+            self._synchronize(device)
+            spent = time.perf_counter() - start
+            if what == "forward":
+                self.statistics.checkpoints += 1
+                self.statistics.forward_s += spent
+            else:
+                self.statistics.recomputations += 1
+                self.statistics.recompute_s += spent
+
+    def _synchronize(self, device: torch.device) -> None:
+        if self.config.synchronize and device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
+
+def _input(resting: Resting, requires_grad: bool) -> Tensor:
+    """What the recomputation gets for an input: not a leaf, since the function may write into it."""
+    if not requires_grad:
+        return resting.restore()
+    anchor = torch.empty(0, requires_grad=True)
+    value: Tensor = _Computed.apply(anchor, resting)  # type: ignore[no-untyped-call]
+    return value
+
+
+class _Computed(torch.autograd.Function):
+    """A tensor that looks as if it had been computed from `anchor`. Nobody asks for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, resting: Resting) -> Tensor:
+        return resting.restore()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+class _Call:
+    """One call: its function, and its inputs, first as they are, then at rest."""
+
+    def __init__(
+        self, owner: Checkpointing, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        self._owner, self._function = owner, function
+        leaves, self._spec = pytree.tree_flatten((tuple(args), kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.device = tensors[0].device if tensors else torch.get_default_device()
+        # Before the function runs: it may write into what it is given.
+        self._resting: list[tuple[Resting, bool] | None] = [
+            (owner.put_to_rest(leaf), leaf.requires_grad) if isinstance(leaf, Tensor) else None
+            for leaf in leaves
+        ]
+        self._first: list[Any] | None = leaves
+        self._rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._streams = owner.rng.states() if owner.rng is not None else None
+
+    def run(self, _: Tensor) -> Any:
+        if self._first is not None:
+            leaves, self._first = self._first, None
+            with self._owner.observe("forward", self.device):
+                return self._apply(leaves)
+        restored = [
+            leaf if rest is None else _input(*rest)
+            for leaf, rest in zip(self._rest, self._resting, strict=True)
+        ]
+        with self._streams_of_forward(), self._owner.observe("recompute", self.device):
+            return self._apply(restored)
+
+    def _apply(self, leaves: list[Any]) -> Any:
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return self._function(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _streams_of_forward(self) -> Iterator[None]:
+        tracker = self._owner.rng
+        if tracker is None or self._streams is None:
+            yield
+            return
+        now = tracker.states()
+        tracker.set_states(self._streams)
+        try:
+            yield
+        finally:
+            tracker.set_states(now)

@@ -1,0 +1,144 @@
+"""Where the inputs of a checkpointed function rest between forward and backward."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Resting(Protocol):
+    """One tensor at rest; memory goes back when this object does."""
+
+    num_bytes: int
+    """Bytes that rest on this rank because of it; 0 where the caller's own tensor is kept."""
+
+    def restore(self) -> Tensor:
+        """The tensor, detached, on its device; a new one at every call."""
+
+
+class Slab:
+    """One allocation, cut into slots of `numel` elements: so many checkpoints lie side by side, and none of
+    them leaves a hole of its own size behind.
+    """
+
+    def __init__(self, numel: int, slots: int, like: Tensor) -> None:
+        pinned = like.device.type == "cpu" and torch.accelerator.is_available()
+        self.numel = numel
+        self.storage = torch.empty(numel * slots, dtype=like.dtype, device=like.device, pin_memory=pinned)
+        self._free = list(range(slots))
+
+    def take(self, owner: object) -> Tensor | None:
+        """A slot for as long as `owner` lives; None when all are taken."""
+        if not self._free:
+            return None
+        index = self._free.pop(0)
+        weakref.finalize(owner, self._free.append, index)
+        return self.storage[index * self.numel : (index + 1) * self.numel]
+
+
+class Slabs:
+    """Slots of any size and dtype: a new slab of `slots` slots whenever nothing that fits is free."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._slabs: dict[tuple[torch.dtype, torch.device, int], list[Slab]] = {}
+
+    def place(self, tensor: Tensor, owner: object) -> Tensor:
+        """A 1-D slot of as many elements as `tensor` has, on its device; lives as long as `owner`."""
+        slabs = self._slabs.setdefault((tensor.dtype, tensor.device, tensor.numel()), [])
+        for slab in slabs:
+            slot = slab.take(owner)
+            if slot is not None:
+                return slot
+        slabs.append(Slab(tensor.numel(), self._slots, tensor))
+        slot = slabs[-1].take(owner)
+        assert slot is not None
+        return slot
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all slabs, used or not."""
+        return sum(s.storage.nbytes for slabs in self._slabs.values() for s in slabs)
+
+
+class Kept:
+    """The caller's tensor itself."""
+
+    num_bytes = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = None if tensor.is_inference() else tensor._version
+
+    def restore(self) -> Tensor:
+        if self._version is not None and self._tensor._version != self._version:
+            raise RuntimeError(
+                f"an input of shape {tuple(self._tensor.shape)} of a checkpointed function was changed in place "
+                "after the function was called: recomputing from it would give other gradients. Change a copy, or "
+                "let inputs rest elsewhere (contiguous=True copies them)"
+            )
+        return self._tensor.detach()
+
+
+class Moved:
+    """A copy elsewhere: a slice of a group's, host memory, a slot of a slab, or any of these together.
+
+    With a group, every rank of it holds the same tensor (that is what model parallelism does with the
+    activations between its layers), so each keeps 1/N of it and all of them gather it again before backward.
+    """
+
+    def __init__(
+        self, tensor: Tensor, *, group: dist.ProcessGroup | None, on_host: bool, slabs: Slabs | None
+    ) -> None:
+        self._shape, self._device, self._group = tensor.shape, tensor.device, group
+        flat = tensor.detach().reshape(-1)
+        self._numel = flat.numel()
+        if group is not None:
+            flat = _own_slice(flat, group)
+        if on_host:
+            flat = _to_host(flat)
+        if slabs is not None:
+            self._rest = slabs.place(flat, self)
+            self._rest.copy_(flat)
+        elif flat.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+            self._rest = flat.clone()  # a view would keep the whole tensor alive
+        else:
+            self._rest = flat
+        self.num_bytes = self._rest.nbytes
+
+    def restore(self) -> Tensor:
+        flat = self._rest
+        if self._group is not None:
+            flat = _gathered(flat.to(self._device, non_blocking=True), self._group)[: self._numel]
+        # Memory of its own, and no view of anything: the function may write into what it gets.
+        out = torch.empty(self._shape, dtype=flat.dtype, device=self._device)
+        out.view(-1).copy_(flat, non_blocking=True)
+        return out
+
+
+def _own_slice(flat: Tensor, group: dist.ProcessGroup) -> Tensor:
+    each = -(-flat.numel() // group.size())
+    begin = min(group.rank() * each, flat.numel())
+    own = flat[begin : begin + each]
+    if own.numel() == each:
+        return own
+    return torch.cat([own, own.new_zeros(each - own.numel())])
+
+
+def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    whole = own.new_empty(own.numel() * group.size())
+    # Newer versions of torch warn about the old name, older ones do not have the new one.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(whole, own, group=group)
+    return whole
+
+
+def _to_host(flat: Tensor) -> Tensor:
+    if flat.device.type == "cpu":
+        return flat
+    # Same stream on both ways, so neither copy needs the host to wait.
+    return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
