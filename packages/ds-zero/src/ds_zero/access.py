@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_zero import _registry
 from ds_zero.bucket import Bucket
+from ds_zero.build import tell_everybody
 from ds_zero.state import ZeroState
 
 
@@ -62,9 +62,8 @@ def _adopt(state: ZeroState, buckets: list[Bucket]) -> None:
     """Rank 0's whole values into everybody's shards."""
     with torch.no_grad():
         for bucket in buckets:
-            if state.ranks.group is not None:
-                dist.broadcast(bucket.full, group=state.ranks.group, group_src=0)
-            begin, end = bucket.layout.owned_range(state.ranks.rank)
+            tell_everybody(bucket.full, bucket.ranks)
+            begin, end = bucket.owned_range
             if bucket.low.data_ptr() != bucket.full[begin:end].data_ptr():
                 bucket.low.copy_(bucket.full[begin:end])
             if bucket.master is not None and bucket.master is not bucket.low:
@@ -99,6 +98,6 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def _whole(state: ZeroState, bucket: Bucket) -> Tensor:
     """All of a bucket in the best precision there is."""
     own = bucket.master if bucket.master is not None else bucket.low
-    if bucket.layout.num_owners == 1 or state.ranks.group is None:
+    if bucket.layout.num_owners == 1 or bucket.ranks.group is None:
         return own.detach()
-    return state.comm.gather_slices(own.detach(), state.ranks, bucket.device)
+    return state.comm.gather_slices(own.detach(), bucket.ranks, bucket.device, bucket.layout.slice_sizes)

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ds_zero.layout import BucketLayout, piece_of
+from ds_zero.layout import BucketLayout, Piece, piece_of
+from ds_zero.ranks import Ranks
 
 
 class BucketState(enum.Enum):
@@ -43,9 +44,16 @@ class Bucket:
     """The tensors of one bucket, [Note: tensors of a bucket]; starts whole; `shard` decides what stays."""
 
     def __init__(
-        self, layout: BucketLayout, params: Sequence[nn.Parameter], dtype: torch.dtype, device: torch.device
+        self,
+        layout: BucketLayout,
+        ranks: Ranks,
+        params: Sequence[nn.Parameter],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.layout = layout
+        self.ranks = ranks
+        """Those that divide this bucket; experts have others than the rest of the model."""
         self.params = list(params)
         self.state = BucketState.WHOLE
         self.full = torch.zeros(layout.padded_numel, dtype=dtype, device=device)
@@ -82,16 +90,35 @@ class Bucket:
         slot = self.layout.slots[index]
         return self.full[slot.offset : slot.end].view(slot.shape)
 
-    def slice_of(self, tensor: Tensor, rank: int) -> Tensor:
+    @property
+    def slice_range(self) -> tuple[int, int]:
+        """What this rank reduces and sends, as a range of the bucket's elements."""
+        return self.layout.slice_range(self.ranks.rank)
+
+    @property
+    def owned_range(self) -> tuple[int, int]:
+        """What this rank holds masters and states of."""
+        return self.layout.owned_range(self.ranks.rank)
+
+    def slice_of(self, tensor: Tensor) -> Tensor:
         """This rank's slice of a tensor that has `padded_numel` elements."""
-        begin, end = self.layout.slice_range(rank)
+        begin, end = self.slice_range
         return tensor[begin:end]
 
-    def pieces(self, rank: int) -> list[tuple[int, int, int]]:
-        """For every slot (start within the parameter, numel, offset within the owned range)."""
-        begin, end = self.layout.owned_range(rank)
-        found = [piece_of(slot, begin, end) for slot in self.layout.slots]
-        return [(p.start, p.numel, p.offset) for p in found]
+    def pieces(self) -> list[Piece]:
+        """What this rank owns of every slot; offsets count from the beginning of the owned range."""
+        begin, end = self.owned_range
+        return [piece_of(slot, begin, end) for slot in self.layout.slots]
+
+    def cut(self, tensor: Tensor) -> list[Tensor]:
+        """The pieces of a tensor that has the owned range's elements, in the form of optimizer entries: whole
+        tensors in their own shape where they are not divided, else flat.
+        """
+        found = []
+        for slot, piece in zip(self.layout.slots, self.pieces(), strict=True):
+            part = tensor[piece.offset : piece.offset + piece.numel]
+            found.append(part.view(slot.shape) if self.layout.undivided and piece.numel else part)
+        return found
 
     # --- what parameters see
 
@@ -128,7 +155,3 @@ class Bucket:
         """Cast the masters into the compute-dtype shard."""
         if self.master is not None and self.master is not self.low:
             self.low.copy_(self.master)
-
-    def grad_views(self, rank: int) -> list[Tensor]:
-        assert self.grad is not None
-        return [self.grad[offset : offset + numel] for _, numel, offset in self.pieces(rank)]

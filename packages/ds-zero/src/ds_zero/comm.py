@@ -94,14 +94,18 @@ def _exchange(
     """Send `sends(p)` to and receive `receives(p)` from every other rank p; all ranks start with a different
     peer.
     """
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    rank, size = group.rank(), group.size()
     works: list[Work] = []
     for step in range(1, size):
         to, origin = (rank + step) % size, (rank - step) % size
-        for work in (
-            dist.irecv(receives(origin), group=group, group_src=origin, tag=tag),
-            dist.isend(sends(to), group=group, group_dst=to, tag=tag),
-        ):
+        coming, going = receives(origin), sends(to)
+        # Slices may be empty, and then nobody sends them.
+        if coming.numel():
+            work = dist.irecv(coming, group=group, group_src=origin, tag=tag)
+            assert work is not None
+            works.append(work)
+        if going.numel():
+            work = dist.isend(going, group=group, group_dst=to, tag=tag)
             assert work is not None
             works.append(work)
     return works
@@ -127,8 +131,8 @@ class DirectAllGather:
     def __call__(
         self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Work | None:
-        slices = output.view(dist.get_world_size(group), -1)
-        own = slices[dist.get_rank(group)]
+        slices = output.view(group.size(), -1)
+        own = slices[group.rank()]
         if own.data_ptr() != input.data_ptr():
             own.copy_(input)
         work = Then(_exchange(lambda _: own, lambda p: slices[p], group, self._tag), _nothing)
@@ -152,23 +156,34 @@ class OrderedReduceScatter:
         op: dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> Work | None:
-        size, rank = dist.get_world_size(group), dist.get_rank(group)
-        slices = input.view(size, -1)
-        received = torch.empty_like(slices)
-        works = _exchange(lambda p: slices[p], lambda p: received[p], group, REDUCE_TAG)
-        average = bool(op == dist.ReduceOp.AVG)
-        parts = [slices[p] if p == rank else received[p] for p in range(size)]
-
-        def add_up() -> None:
-            sum_tree(parts, output)
-            if average:
-                output.mul_(1.0 / size)
-
-        work = Then(works, add_up)
+        parts = list(input.view(group.size(), -1))
+        work = _ordered(output, parts, group, op, REDUCE_TAG)
         if async_op:
             return work
         work.wait()
         return None
+
+
+def _ordered(
+    out: Tensor,
+    parts: Sequence[Tensor],
+    group: dist.ProcessGroup,
+    op: dist.ReduceOp.RedOpType,
+    tag: int,
+) -> Work:
+    """Send `parts[p]` to rank p and sum what arrives, [Note: ordered reduction]."""
+    rank, size = group.rank(), group.size()
+    received = parts[rank].new_empty(size, parts[rank].numel())
+    works = _exchange(lambda p: parts[p], lambda p: received[p], group, tag)
+    mine = [parts[p] if p == rank else received[p] for p in range(size)]
+    average = bool(op == dist.ReduceOp.AVG)
+
+    def add_up() -> None:
+        sum_tree(mine, out)
+        if average:
+            out.mul_(1.0 / size)
+
+    return Then(works, add_up)
 
 
 # torch 2.13 renamed the two collectives and warns about the old names; 2.11 has only those.
@@ -220,23 +235,121 @@ class TorchReduceScatter:
 
 
 class Comm:
-    """The pair of collectives of one model."""
+    """The pair of collectives of one model, and what they have sent."""
 
     def __init__(self, all_gather: AllGather, reduce_scatter: ReduceScatter) -> None:
         self.all_gather, self.reduce_scatter = all_gather, reduce_scatter
+        self.gathered_bytes = 0
+        """Bytes that this rank has sent in gathers since this object was made."""
+        self.reduced_bytes = 0
+        """Bytes that this rank has sent in reductions."""
 
-    def gather_slices(self, own: Tensor, ranks: Ranks, device: torch.device) -> Tensor:
+    def gather(
+        self, whole: Tensor, ranks: Ranks, *, sizes: Sequence[int] | None = None, number: int = 0
+    ) -> Work:
+        """Start to fill `whole` (1-D) with every rank's slice; this rank's is there already.
+
+        Args:
+            sizes: elements of each rank's slice, where they are not equal.
+            number: gathers of different numbers never take each other's messages.
+        """
+        if ranks.group is None:
+            return Done()
+        own = whole[slice(*_range(whole.numel(), ranks, sizes))]
+        self.gathered_bytes += (ranks.size - 1) * own.numel() * own.element_size()
+        if sizes is not None:
+            return gather_uneven(whole, sizes, ranks, GATHER_TAG + number)
+        collective = self.all_gather
+        if isinstance(collective, DirectAllGather):
+            collective = collective.numbered(number)
+        return collective(whole, own, ranks.group, async_op=True) or Done()
+
+    def reduce(
+        self,
+        out: Tensor,
+        whole: Tensor,
+        ranks: Ranks,
+        op: dist.ReduceOp.RedOpType,
+        *,
+        sizes: Sequence[int] | None = None,
+    ) -> Work:
+        """Start to sum (or average) the ranks' `whole`; `out` becomes this rank's slice of the result."""
+        if ranks.group is None:
+            out.copy_(whole)
+            return Done()
+        self.reduced_bytes += (whole.numel() - out.numel()) * whole.element_size()
+        if sizes is not None:
+            return reduce_uneven(out, whole, sizes, ranks, op, REDUCE_TAG)
+        return self.reduce_scatter(out, whole, ranks.group, op, async_op=True) or Done()
+
+    def all_reduce(self, whole: Tensor, ranks: Ranks, op: dist.ReduceOp.RedOpType) -> None:
+        """Replace `whole` by the sum over ranks: every rank reduces a slice, then slices are gathered, as in a
+        ring. The order of additions is that of `reduce`.
+        """
+        if ranks.group is None:
+            return
+        even = whole.numel() % ranks.size == 0
+        sizes = None if even else [len(part) for part in torch.tensor_split(whole, ranks.size)]
+        begin, end = _range(whole.numel(), ranks, sizes)
+        reduced = torch.empty_like(whole[begin:end])
+        self.reduce(reduced, whole, ranks, op, sizes=sizes).wait()
+        whole[begin:end].copy_(reduced)
+        self.gather(whole, ranks, sizes=sizes).wait()
+
+    def gather_slices(
+        self, own: Tensor, ranks: Ranks, device: torch.device, sizes: Sequence[int] | None = None
+    ) -> Tensor:
         """All ranks' slices side by side in a new tensor on `device`; `own` is this rank's."""
-        assert ranks.group is not None
-        whole = torch.empty(ranks.size, own.numel(), dtype=own.dtype, device=device)
-        mine = whole[ranks.rank]
-        mine.copy_(own)
-        self.all_gather(whole.view(-1), mine, ranks.group)
-        return whole.view(-1)
+        numel = ranks.size * own.numel() if sizes is None else sum(sizes)
+        whole = torch.empty(numel, dtype=own.dtype, device=device)
+        whole[slice(*_range(numel, ranks, sizes))].copy_(own)
+        self.gather(whole, ranks, sizes=sizes).wait()
+        return whole
 
 
-def default_comm(device: torch.device) -> Comm:
-    """Direct and ordered on the CPU, the backend's collectives elsewhere."""
-    if device.type == "cpu":
+def _range(numel: int, ranks: Ranks, sizes: Sequence[int] | None) -> tuple[int, int]:
+    """Where this rank's slice of `numel` elements lies."""
+    if sizes is None:
+        each = numel // ranks.size
+        return ranks.rank * each, (ranks.rank + 1) * each
+    begin = sum(sizes[: ranks.rank])
+    return begin, begin + sizes[ranks.rank]
+
+
+def gather_uneven(whole: Tensor, sizes: Sequence[int], ranks: Ranks, tag: int) -> Work:
+    """As `Comm.gather` with slices of `sizes` elements: straight from rank to rank on the CPU, by the backend
+    elsewhere.
+    """
+    assert ranks.group is not None
+    parts = list(torch.split(whole, list(sizes)))
+    own = parts[ranks.rank]
+    if whole.device.type == "cpu":
+        return Then(_exchange(lambda _: own, lambda p: parts[p], ranks.group, tag), _nothing)
+    return dist.all_gather(parts, own, group=ranks.group, async_op=True) or Done()
+
+
+def reduce_uneven(
+    out: Tensor, whole: Tensor, sizes: Sequence[int], ranks: Ranks, op: dist.ReduceOp.RedOpType, tag: int
+) -> Work:
+    """As `Comm.reduce` with slices of `sizes` elements."""
+    assert ranks.group is not None
+    parts = list(torch.split(whole, list(sizes)))
+    if whole.device.type == "cpu":
+        return _ordered(out, parts, ranks.group, op, tag)
+    result = out if out.dtype == whole.dtype else torch.empty_like(out, dtype=whole.dtype)
+    work: Work | None = dist.reduce_scatter(result, parts, op=op, group=ranks.group, async_op=True)
+    return Then([work] if work is not None else [], lambda: _widen(result, out))
+
+
+def _widen(result: Tensor, out: Tensor) -> None:
+    if result is not out:
+        out.copy_(result)
+
+
+def default_comm(device: torch.device, *, ordered: bool | None = None) -> Comm:
+    """Direct and ordered on the CPU, the backend's collectives elsewhere; `ordered` decides itself where it is
+    given.
+    """
+    if ordered if ordered is not None else device.type == "cpu":
         return Comm(DirectAllGather(), OrderedReduceScatter())
     return Comm(TorchAllGather(), TorchReduceScatter())

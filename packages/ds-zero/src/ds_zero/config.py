@@ -38,6 +38,42 @@ class ZeroConfig:
     """Stage 3: parameters of at most so many elements stay whole on every rank. None: up to 1e5, within 2% of
     the model."""
 
+    model_persistence_numel: int | None = None
+    """Stage 3: elements of parameters that stay whole by the threshold above, all together at most. None: no
+    limit of their own."""
+
+    overlap_reduce: bool | None = None
+    """Whether backward goes on while a bucket's gradients are reduced. False: it waits for each. None: yes."""
+
+    reduce_scatter: bool = True
+    """Whether a rank receives only its slice of a reduced bucket, stages 1 to 3. False: everybody receives
+    everything and keeps a slice, for twice the bytes and the same values."""
+
+    ordered_reduction: bool | None = None
+    """Sum over ranks in the order of a fixed binary tree, [Note: ordered reduction]. False: in the backend's
+    own order. None: ordered on the CPU, where it is also faster. Without effect where `comm` is given."""
+
+    rank_invariant: bool = False
+    """The same micro-batches give bitwise the same training on 1, 2, 4, 8, ... ranks, [Note: tree over
+    micro-batches]: ordered reduction, the sharded plan, and up to log2(micro-batches per rank) - 1 more shards
+    of fp32 gradients. Loss weights and numbers of micro-batches have to be powers of two, and rank r of W has
+    to take micro-batches r, W + r, 2W + r, ..."""
+
+    communication_dtype: torch.dtype | None = None
+    """Dtype in which gradients travel; sums are taken in fp32 by the ordered reduction, else by the backend in
+    this dtype. None: as they were accumulated."""
+
+    reduce_op: Literal["mean", "sum"] = "mean"
+    """What becomes of the ranks' gradients."""
+
+    predivide_factor: float = 1.0
+    """Gradients are divided by it before they travel, and sums multiplied by it after: keeps narrow dtypes
+    from overflowing. [Note: mean in parts]"""
+
+    ignore_unused: bool = True
+    """Whether a parameter may be left without gradient. False: an error at the step, on every rank, that names
+    the parameters which some rank did not use."""
+
     prefetch: bool = True
     """Stage 3: start gathering the next module, in the order of the previous pass, while the present one
     computes."""
@@ -51,9 +87,20 @@ class ZeroConfig:
             raise ValueError(f'accumulation={self.accumulation!r}: give "local", "sharded" or None')
         if self.accumulation_steps is not None and self.accumulation_steps < 1:
             raise ValueError(f"accumulation_steps={self.accumulation_steps}: give 1 or more, or None")
-        for name in ("reduce_bucket_numel", "persistence_threshold_numel"):
+        if self.rank_invariant and (self.accumulation == "local" or self.ordered_reduction is False):
+            raise ValueError(
+                "rank_invariant=True needs the sharded accumulation plan and the ordered reduction: leave "
+                "`accumulation` and `ordered_reduction` at None"
+            )
+        if self.reduce_op not in ("mean", "sum"):
+            raise ValueError(f'reduce_op={self.reduce_op!r}: give "mean" or "sum"')
+        if not 0 < self.predivide_factor < float("inf"):
+            raise ValueError(f"predivide_factor={self.predivide_factor}: give a number above 0")
+        for name in ("reduce_bucket_numel", "persistence_threshold_numel", "model_persistence_numel"):
             value = getattr(self, name)
             if value is not None and value < (1 if name == "reduce_bucket_numel" else 0):
                 raise ValueError(f"{name}={value}: give a number of elements, or None to adapt to the model")
-        if self.param_dtype is not None and not self.param_dtype.is_floating_point:
-            raise ValueError(f"param_dtype={self.param_dtype}: give a floating-point dtype, or None")
+        for name in ("param_dtype", "communication_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not dtype.is_floating_point:
+                raise ValueError(f"{name}={dtype}: give a floating-point dtype, or None")

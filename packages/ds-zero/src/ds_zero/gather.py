@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from ds_zero.bucket import Bucket, BucketState
-from ds_zero.comm import Comm, DirectAllGather
-from ds_zero.interfaces import AllGather, Work
-from ds_zero.ranks import Ranks
+from ds_zero.comm import Comm
+from ds_zero.interfaces import Work
 
 
 class Gatherer:
@@ -16,16 +15,12 @@ class Gatherer:
     Every method is collective: all ranks call it in the same order with the same buckets.
     """
 
-    def __init__(self, buckets: list[Bucket], comm: Comm, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, buckets: list[Bucket], comm: Comm) -> None:
+        self._comm = comm
         self._buckets = [b for b in buckets if not b.whole]
         self._users = {id(b): 0 for b in self._buckets}
-        self._works: dict[int, Work | None] = {}
-        direct = comm.all_gather
-        self._all_gather: dict[int, AllGather] = {
-            id(b): direct.numbered(i + 1) if isinstance(direct, DirectAllGather) else direct
-            for i, b in enumerate(self._buckets)
-        }
+        self._works: dict[int, Work] = {}
+        self._numbers = {id(b): i + 1 for i, b in enumerate(self._buckets)}
 
     def start(self, bucket: Bucket) -> None:
         """Begin to gather; nothing happens if the bucket is whole, gathered or on its way."""
@@ -35,12 +30,10 @@ class Gatherer:
         bucket.inflate()
         bucket.state = BucketState.GATHERING
         with torch.profiler.record_function(f"ds.zero.all_gather/{bucket.layout.name}"), torch.no_grad():
-            own = bucket.slice_of(bucket.full, self._ranks.rank)
-            own.copy_(bucket.low)
-            if self._ranks.group is not None:
-                self._works[id(bucket)] = self._all_gather[id(bucket)](
-                    bucket.full, own, self._ranks.group, async_op=True
-                )
+            bucket.slice_of(bucket.full).copy_(bucket.low)
+            self._works[id(bucket)] = self._comm.gather(
+                bucket.full, bucket.ranks, sizes=bucket.layout.slice_sizes, number=self._numbers[id(bucket)]
+            )
 
     def finish(self, bucket: Bucket) -> None:
         """Return when the parameters show their values."""

@@ -1,9 +1,13 @@
 """Who owns which element: pure arithmetic, no torch.distributed, no tensors.
 
 Legend: a *slot* is the place of one parameter in a bucket; a *bucket* is a padded flat run of slots that is
-gathered and reduced in one message; every rank owns one equal, contiguous *slice* of each bucket; a *piece*
-is the part of a slot inside a slice; a rank's *partition* of an optimizer group is the concatenation of its
-slices of the group's buckets.
+gathered and reduced in one message; every rank owns one contiguous *slice* of each bucket; a *piece* is the
+part of a slot inside a slice; a rank's *partition* of an optimizer group is the concatenation of its slices
+of the group's buckets.
+
+Slices are equal and cut through slots (the flat layout), or end where slots end (the whole layout, for
+optimizers that need whole tensors): then a slice may be empty, and `assign_whole` balances ranks over all
+buckets together.
 
 All cuts fall on multiples of `ALIGN_NUMEL` elements, so a piece of fp32 (128 bytes) or of a 16-bit type (64
 bytes) always starts on a cache line, and kernels never see a shared line or a misaligned vector.
@@ -12,8 +16,8 @@ bytes) always starts on a cache line, and kernels never see a shared line or a m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 ALIGN_NUMEL = 32
@@ -34,6 +38,10 @@ class ParamInfo:
     """Index of the optimizer group, or `FROZEN`."""
     unit: str | None = None
     """Name of the module with which a stage-3 parameter is gathered; None keeps it whole on every rank."""
+    undivided: bool = False
+    """Whether one rank owns all of it, for optimizers that work on whole tensors."""
+    axis: int = 0
+    """Index of the set of ranks that divide it; experts have another one than the rest of the model."""
 
     @property
     def numel(self) -> int:
@@ -84,23 +92,41 @@ class BucketLayout:
     """Ranks that exchange this bucket; each sums and sends one slice."""
     num_owners: int
     """Ranks among which states are divided: `num_ranks`, or 1 in stage 0 where every rank owns everything."""
+    undivided: bool = False
+    """Whether optimizer entries have their parameter's shape: whole tensors, each on one rank."""
+    cuts: tuple[int, ...] | None = None
+    """Where slices begin and end (`num_ranks` + 1 edges); None: equal slices."""
+    axis: int = 0
+    """Index of the set of ranks that exchange it."""
 
     @cached_property
     def padded_numel(self) -> int:
+        if self.cuts is not None:
+            return self.cuts[-1]
         end = self.slots[-1].end if self.slots else 0
         return round_up(end, self.num_ranks * ALIGN_NUMEL)
 
     @property
     def slice_numel(self) -> int:
-        """Elements that one rank reduces and sends."""
-        return self.padded_numel // self.num_ranks
+        """Elements that one rank reduces and sends; where slices are not equal, the largest."""
+        sizes = self.slice_sizes
+        return max(sizes) if sizes is not None else self.padded_numel // self.num_ranks
+
+    @property
+    def slice_sizes(self) -> list[int] | None:
+        """Elements of every slice; None where all are equal."""
+        if self.cuts is None:
+            return None
+        return [end - begin for begin, end in zip(self.cuts, self.cuts[1:], strict=False)]
 
     @property
     def owned_numel(self) -> int:
-        """Elements whose master and states one rank holds."""
-        return self.padded_numel // self.num_owners
+        """Elements whose master and states one rank holds; where slices are not equal, the most."""
+        return self.padded_numel if self.num_owners == 1 else self.slice_numel
 
     def slice_range(self, rank: int) -> tuple[int, int]:
+        if self.cuts is not None:
+            return self.cuts[rank], self.cuts[rank + 1]
         return rank * self.slice_numel, (rank + 1) * self.slice_numel
 
     def owned_range(self, rank: int) -> tuple[int, int]:
@@ -171,44 +197,100 @@ def default_persistence_numel(params: Sequence[ParamInfo]) -> int:
     return threshold if sum(p.numel for p in params if p.numel <= threshold) * 50 <= total else 0
 
 
-def keep_small_whole(params: Sequence[ParamInfo], threshold_numel: int) -> list[ParamInfo]:
+def keep_small_whole(
+    params: Sequence[ParamInfo], threshold_numel: int, total_numel: int | None = None
+) -> list[ParamInfo]:
     """Stage 3: parameters of at most `threshold_numel` elements lose their unit, that is, stay whole on every
-    rank.
+    rank; in order, as long as they are no more than `total_numel` elements together.
     """
-    return [
-        ParamInfo(fqn=p.fqn, shape=p.shape, dtype=p.dtype, group=p.group, unit=None)
-        if p.numel <= threshold_numel
-        else p
-        for p in params
-    ]
+    kept = 0
+    found = []
+    for p in params:
+        small = p.numel <= threshold_numel and (total_numel is None or kept + p.numel <= total_numel)
+        # A single number cannot be both gathered and protected against writes by its stride.
+        if small or p.numel <= 1:
+            kept += p.numel
+            p = replace(p, unit=None)
+        found.append(p)
+    return found
+
+
+def assign_whole(sizes: Sequence[int], num_ranks: int) -> list[int]:
+    """The rank that owns each of some tensors: the largest first, each to the rank with the least so far.
+
+    No rank ends with more than an even share and one tensor. Ties go to the lower index.
+    """
+    loads = [0] * num_ranks
+    owners = [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        owners[i] = min(range(num_ranks), key=lambda r: (loads[r], r))
+        loads[owners[i]] += round_up(sizes[i], ALIGN_NUMEL)
+    return owners
 
 
 def plan_buckets(
-    params: Sequence[ParamInfo], *, num_ranks: int, owners: bool, bucket_numel: int
+    params: Sequence[ParamInfo], *, num_ranks: int | Sequence[int], owners: bool, bucket_numel: int
 ) -> tuple[BucketLayout, ...]:
     """Buckets in the order in which backward completes them: the reverse of registration.
 
-    Parameters share a bucket when they have optimizer group, dtype and unit in common. Parameters without a
-    unit are cut by size, units are not: a module is gathered as a whole.
+    Parameters share a bucket when they have optimizer group, dtype, unit, ranks and the way they are divided
+    in common. Parameters without a unit are cut by size, units are not: a module is gathered as a whole.
+
+    Args:
+        num_ranks: ranks that divide the parameters, one number for each axis.
+        owners: whether states are divided; stage 0 divides nothing.
     """
-    classes: dict[tuple[int, str, str | None], list[ParamInfo]] = {}
+    counts = [num_ranks] if isinstance(num_ranks, int) else list(num_ranks)
+    classes: dict[tuple[int, str, str | None, bool, int], list[ParamInfo]] = {}
     for info in reversed(params):
-        classes.setdefault((info.group, info.dtype, info.unit), []).append(info)
+        key = (info.group, info.dtype, info.unit, info.undivided, info.axis)
+        classes.setdefault(key, []).append(info)
     order = {info.fqn: i for i, info in enumerate(params)}
     runs: list[list[ParamInfo]] = []
-    for (_, _, unit), members in classes.items():
-        runs += [members] if unit is not None else split_by_size(members, bucket_numel)
+    for key, members in classes.items():
+        runs += [members] if key[2] is not None else split_by_size(members, bucket_numel)
     # A bucket is complete when its earliest parameter has its gradient.
     runs.sort(key=lambda run: -min(order[p.fqn] for p in run))
-    return tuple(
-        BucketLayout(
-            name=f"{i}:{run[0].unit or run[-1].fqn}",
-            group=run[0].group,
-            dtype=run[0].dtype,
-            unit=run[0].unit,
-            slots=place(reversed(run)),
-            num_ranks=num_ranks,
-            num_owners=num_ranks if owners else 1,
-        )
-        for i, run in enumerate(runs)
+    owner_of = _owners(params, counts) if owners else {}
+    return tuple(_bucket(i, run, counts[run[0].axis], owners, owner_of) for i, run in enumerate(runs))
+
+
+def _owners(params: Sequence[ParamInfo], counts: Sequence[int]) -> dict[str, int]:
+    """The owner of every undivided parameter, balanced over the ranks of its axis."""
+    found: dict[str, int] = {}
+    for axis, count in enumerate(counts):
+        whole = [p for p in params if p.undivided and p.axis == axis]
+        found |= {p.fqn: r for p, r in zip(whole, assign_whole([p.numel for p in whole], count), strict=True)}
+    return found
+
+
+def _bucket(
+    number: int, run: Sequence[ParamInfo], num_ranks: int, owners: bool, owner_of: Mapping[str, int]
+) -> BucketLayout:
+    first = run[0]
+    name = f"{number}:{first.unit or run[-1].fqn}"
+    members = list(reversed(run))
+    cuts: tuple[int, ...] | None = None
+    if first.undivided and owners:
+        members.sort(key=lambda p: owner_of[p.fqn])  # stable: in order of registration for each owner
+    slots = place(members)
+    if first.undivided and owners:
+        end = round_up(slots[-1].end, ALIGN_NUMEL)
+        owned = [owner_of[p.fqn] for p in members]
+        starts = [
+            next((s.offset for s, o in zip(slots, owned, strict=True) if o >= r), end)
+            for r in range(num_ranks)
+        ]
+        cuts = (0, *starts[1:], end)
+    return BucketLayout(
+        name=name,
+        group=first.group,
+        dtype=first.dtype,
+        unit=first.unit,
+        slots=slots,
+        num_ranks=num_ranks,
+        num_owners=num_ranks if owners else 1,
+        undivided=first.undivided,
+        cuts=cuts,
+        axis=first.axis,
     )

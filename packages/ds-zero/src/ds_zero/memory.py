@@ -107,10 +107,10 @@ def describe(model: nn.Module) -> Summary:
     return Summary(
         stage=state.stage,
         accumulation="local" if state.reducer.local_plan else "sharded",
-        num_ranks=state.ranks.size,
+        num_ranks=state.ranks.total,
         params_numel=sum(p.numel() for p in params),
         trainable_numel=sum(p.numel() for b in state.buckets if b.trainable for p in b.params),
-        owned_numel=sum(b.layout.owned_numel for b in state.buckets if b.trainable),
+        owned_numel=sum(b.owned_range[1] - b.owned_range[0] for b in state.buckets if b.trainable),
         num_buckets=len(state.buckets),
         num_gathered_buckets=sum(not b.whole for b in state.buckets),
         compute_dtypes=tuple(sorted({b.layout.dtype for b in state.buckets})),

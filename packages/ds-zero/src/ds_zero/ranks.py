@@ -1,4 +1,4 @@
-"""The ranks among which a model is sharded, as a value."""
+"""The ranks among which something is sharded, as a value."""
 
 from __future__ import annotations
 
@@ -10,35 +10,75 @@ from torch.distributed.device_mesh import DeviceMesh
 
 @dataclass(frozen=True)
 class Ranks:
-    """A data-parallel group seen from one rank; `group` is None for a single rank, which never
-    communicates.
+    """The ranks that divide buckets among themselves, seen from one of them; `group` is None for a single
+    rank, which never communicates.
     """
 
     group: dist.ProcessGroup | None
     rank: int
     size: int
+    replicas: Ranks | None = None
+    """The ranks that hold the same slices as this one, in other groups of the same form; None: nobody else
+    does."""
+    mean_over: int = 0
+    """Number of ranks over whose gradients the mean is taken; 0: all of these, replicas included."""
 
     @property
     def first(self) -> bool:
-        return self.rank == 0
+        """Whether this is the one rank that speaks for all of them."""
+        return self.rank == 0 and (self.replicas is None or self.replicas.rank == 0)
+
+    @property
+    def total(self) -> int:
+        """Ranks in all replicas together."""
+        return self.size * (self.replicas.size if self.replicas is not None else 1)
+
+    @property
+    def divisor(self) -> int:
+        """What a sum of gradients is divided by to be their mean."""
+        return self.mean_over or self.total
+
+    @property
+    def axes(self) -> tuple[Ranks, ...]:
+        """The groups over which one after the other something is told to everybody."""
+        return (self,) if self.replicas is None else (self, self.replicas)
+
+
+ALONE = Ranks(None, 0, 1)
+
+_NOT_DATA = frozenset(
+    "tensor tp model mp pipe pipeline pp expert ep sequence seq sp context cp".split()  # noqa: SIM905
+)
+"""Names of mesh axes along which a model is cut: their ranks hold different parameters or see the same data."""
+
+
+def _of_group(group: dist.ProcessGroup | None, replicas: Ranks | None = None) -> Ranks:
+    assert group is not None
+    size = group.size()
+    return Ranks(group if size > 1 else None, group.rank(), size, replicas)
 
 
 def ranks_of(mesh: DeviceMesh | None) -> Ranks:
-    """The ranks of a one-dimensional mesh; without a mesh all ranks of the default process group, or this
-    process alone.
+    """The ranks of a mesh; without a mesh all ranks of the default process group, or this process alone.
+
+    A mesh of one axis shards over it. With two axes the first replicates and the second shards, as in FSDP2:
+    buckets are divided inside a row, and rows hold the same.
+
+    Raises:
+        ValueError: a mesh of more axes, or one with an axis whose ranks do not see different data: pass the
+            slice whose ranks do.
     """
     if mesh is None:
-        if not dist.is_initialized():
-            return Ranks(None, 0, 1)
-        group = dist.group.WORLD
-    else:
-        if mesh.ndim != 1:
-            names = mesh.mesh_dim_names
-            raise ValueError(
-                f"mesh has {mesh.ndim} axes {names or ''}: pass the data axis alone, for example "
-                f"mesh[{(names or ('data',))[0]!r}]"
-            )
-        group = mesh.get_group()
-    assert group is not None
-    size = dist.get_world_size(group)
-    return Ranks(group if size > 1 else None, dist.get_rank(group), size)
+        return _of_group(dist.group.WORLD) if dist.is_initialized() else ALONE
+    if mesh.ndim == 1:
+        return _of_group(mesh.get_group())
+    names = mesh.mesh_dim_names
+    others = [n for n in names or () if n.lower() in _NOT_DATA]
+    if mesh.ndim == 2 and not others:
+        across = _of_group(mesh.get_group(0))
+        return _of_group(mesh.get_group(1), across if across.size > 1 else None)
+    data = next((n for n in names or ("data",) if n not in others), "data")
+    raise ValueError(
+        f"mesh has {mesh.ndim} axes {names or ''}: pass the data axis alone, for example mesh[{data!r}], or two "
+        "axes (replicate, shard)"
+    )

@@ -49,10 +49,12 @@ def _ranges(state: ZeroState, *, owned: bool) -> Iterator[_Range]:
     """This rank's ranges: all it holds (`owned`), or its slice only, so that ranks together have every
     element once.
     """
-    rank = state.ranks.rank
     for bucket in state.buckets:
-        first, last = bucket.layout.owned_range(rank)
-        begin, end = (first, last) if owned else bucket.layout.slice_range(rank)
+        rank = bucket.ranks.rank
+        if not owned and bucket.ranks.replicas is not None and bucket.ranks.replicas.rank > 0:
+            continue  # the first replica speaks for all
+        first, last = bucket.owned_range
+        begin, end = (first, last) if owned else bucket.slice_range
         tensor = (bucket.master if bucket.master is not None else bucket.low).detach()
         for index, slot in enumerate(bucket.layout.slots):
             low, high = max(slot.offset, begin), min(slot.end, end)
@@ -153,14 +155,8 @@ def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _share_frozen(state: ZeroState) -> None:
     """Whole frozen buckets that are divided for saving: every rank read its own slice, and needs the rest."""
     for bucket in state.buckets:
-        if (
-            bucket.master is None
-            and bucket.whole
-            and bucket.layout.num_owners > 1
-            and state.ranks.group is not None
-        ):
-            own = bucket.slice_of(bucket.full, state.ranks.rank)
-            state.comm.all_gather(bucket.full, own, state.ranks.group)
+        if bucket.master is None and bucket.whole and bucket.layout.num_owners > 1:
+            state.comm.gather(bucket.full, bucket.ranks, sizes=bucket.layout.slice_sizes).wait()
 
 
 def _check(state: ZeroState, model: nn.Module, source: RecordSource) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,11 @@ from torch import Tensor
 
 from ds_zero.backward import BackwardWatch
 from ds_zero.bucket import Bucket
-from ds_zero.comm import Comm, Done
-from ds_zero.interfaces import ShardKey, ShardStore, Work
+from ds_zero.comm import Comm
+from ds_zero.interfaces import ShardStore
 from ds_zero.layout import BucketLayout
-from ds_zero.ranks import Ranks
+from ds_zero.sums import Sums
+from ds_zero.wire import Flight, WirePolicy, launch
 
 
 class GradBuffer:
@@ -68,39 +69,41 @@ class _Pending:
     """Gradients that the present backward has not delivered yet."""
 
 
-@dataclass
-class _Flight:
-    bucket: Bucket
-    work: Work
-    wire: Tensor
-    reduced: Tensor
+@dataclass(frozen=True, kw_only=True)
+class ReducePolicy:
+    """When gradients are reduced."""
+
+    local: bool
+    """[Note: two plans]"""
+    steps: int | None = None
+    """Backwards between steps; None: as many as last time."""
+    tree: bool = False
+    """Add micro-batches in [Note: tree over micro-batches]."""
+    overlap: bool = True
+    """Whether backward goes on while a reduction travels."""
+    ignore_unused: bool = True
+    """Whether a parameter may stay without gradient."""
+    wire: WirePolicy = field(default_factory=WirePolicy)
 
 
 class Reducer:
     """Reduces the trainable buckets of one model. Collective like backward itself."""
 
     def __init__(
-        self,
-        buckets: list[Bucket],
-        *,
-        ranks: Ranks,
-        comm: Comm,
-        store: ShardStore,
-        local_plan: bool,
-        steps: int | None,
-        watch: BackwardWatch,
+        self, buckets: list[Bucket], comm: Comm, store: ShardStore, policy: ReducePolicy, watch: BackwardWatch
     ) -> None:
         self.buckets = [b for b in buckets if b.trainable]
-        self.local_plan = local_plan
+        self.policy = policy
         self.sync_depth = 0
         """How many `no_sync` contexts are open."""
-        self._ranks, self._comm, self._store = ranks, comm, store
-        self._steps, self._learned_steps = steps, steps
+        self._comm = comm
+        self._learned_steps = policy.steps
         self._watch = watch
         watch.at_end(self._end_backward)
         watch.at_abort(self._forget_all)
         self._pending = {id(b): _Pending(missing=len(b.params)) for b in self.buckets}
-        self._flights: list[_Flight] = []
+        self._sums = {id(b): Sums(b, store, tree=policy.tree) for b in self.buckets}
+        self._flights: list[Flight] = []
         self._next = 0
         self._backwards = 0
         self._in_backward = False
@@ -112,6 +115,11 @@ class Reducer:
         self._touched = False
         self._unwatched = [p for b in self.buckets for p in b.params]
         self._where = {id(p): (b, i) for b in self.buckets for i, p in enumerate(b.params)}
+
+    @property
+    def local_plan(self) -> bool:
+        """Whether whole gradients are added on each rank and reduced once, [Note: two plans]."""
+        return self.policy.local
 
     # --- hooks
 
@@ -175,7 +183,7 @@ class Reducer:
         """Whether the backward that begins now is reduced while it runs."""
         if self.sync_depth:
             return False
-        return not self.local_plan or (
+        return not self.policy.local or (
             self._learned_steps is not None and self._backwards >= self._learned_steps
         )
 
@@ -208,48 +216,26 @@ class Reducer:
         source = pending.local or pending.fresh or GradBuffer(bucket.layout, dtype, bucket.device)
         pending.local = pending.fresh = None
         source.zero_missing()
-        wire = source.tensor
-        begin, end = bucket.layout.slice_range(self._ranks.rank)
         with torch.profiler.record_function(f"ds.zero.reduce_scatter/{bucket.layout.name}"), torch.no_grad():
-            if self._ranks.group is None:
-                reduced = wire.float()
-                work: Work | None = None
-            else:
-                reduced = torch.empty(end - begin, dtype=torch.float32, device=bucket.device)
-                work = self._comm.reduce_scatter(
-                    reduced, wire, self._ranks.group, dist.ReduceOp.AVG, async_op=True
-                )
-        self._flights.append(_Flight(bucket, work or Done(), wire, reduced))
+            self._flights.append(launch(bucket, source.tensor, self._comm, self.policy.wire))
         # One reduction stays in flight behind the one that starts: memory is bounded by two buckets, whatever
         # the model's size.
-        while len(self._flights) > 2:
+        while len(self._flights) > (2 if self.policy.overlap else 0):
             self._land(self._flights.pop(0))
 
-    def _land(self, flight: _Flight) -> None:
-        flight.work.wait()
-        bucket, grad = flight.bucket, flight.reduced
+    def _land(self, flight: Flight) -> None:
+        sums = self._sums[id(flight.bucket)]
         with torch.no_grad():
-            if bucket.layout.num_owners != self._ranks.size and self._ranks.group is not None:
-                # Stage 0: every rank needs every slice of the sum.
-                grad = self._comm.gather_slices(grad, self._ranks, grad.device)
-            self._sink(bucket, grad)
+            sums.add(flight.land())
+            if self._is_last():
+                sums.complete(self._comm)
 
-    def _sink(self, bucket: Bucket, grad: Tensor) -> None:
-        """Add to the shards' gradients, or set those that are None: a None starts a new accumulation."""
-        if bucket.grad is None:
-            raise AssertionError("gradients have no room")
-        key = ShardKey(name=bucket.layout.name, kind="grad")
-        keep = [s.grad is not None for s in bucket.shards]
-        views = bucket.grad_views(self._ranks.rank)
-        if all(keep) or not any(keep):
-            self._store.sink_grad(key, grad, offset=0, accumulate=all(keep)).wait()
-        else:
-            for (_, numel, offset), accumulate in zip(bucket.pieces(self._ranks.rank), keep, strict=True):
-                part = grad[offset : offset + numel]
-                self._store.sink_grad(key, part, offset=offset, accumulate=accumulate).wait()
-        for shard, view in zip(bucket.shards, views, strict=True):
-            if shard.grad is None and shard.numel():
-                shard.grad = view
+    def _is_last(self) -> bool:
+        """Whether nothing more is known to come before the step. A number of backwards that was only learnt
+        must not decide where a tree of sums ends.
+        """
+        known = self.policy.steps if self.policy.tree else self._learned_steps
+        return self.policy.local or (known is not None and self._backwards >= known)
 
     def _end_backward(self) -> None:
         if not self._in_backward:
@@ -269,7 +255,7 @@ class Reducer:
     def forget(self) -> None:
         """Drop every gradient since the last step, of values that are no longer there."""
         while self._flights:
-            self._flights.pop(0).work.wait()
+            self._flights.pop(0).wait()
         for bucket in self.buckets:
             self._pending[id(bucket)] = _Pending()
             for shard in bucket.shards:
@@ -301,33 +287,61 @@ class Reducer:
         if self._deferred:
             self._next = 0
             self._flush()
-        self._forget_unused()
-        if self._steps is None:
+        with torch.no_grad():
+            for bucket in self.buckets:
+                self._sums[id(bucket)].complete(self._comm)
+        if self.policy.steps is None:
             self._learned_steps = self._backwards
         self._backwards = 0
         self._touched = False
+        self._forget_unused()
         return True
 
     def _forget_unused(self) -> None:
         """Parameters that no rank used have no gradient, as in plain PyTorch; their states and values must
         not move.
+
+        Raises:
+            ValueError: on every rank, where no parameter may be unused and some rank has left one out.
         """
-        used = torch.tensor([id(p) in self._used for b in self.buckets for p in b.params], dtype=torch.uint8)
-        if self._ranks.group is not None:
-            device = self.buckets[0].device if self.buckets else torch.device("cpu")
-            used = used.to(device)
-            dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self._ranks.group)
-        flags = iter(used.tolist())
+        counts = self._count_users()
+        lazy = []
         for bucket in self.buckets:
-            for shard in bucket.shards:
-                if not next(flags):
+            for shard, slot, param, count in zip(
+                bucket.shards, bucket.layout.slots, bucket.params, counts[id(bucket)], strict=True
+            ):
+                if count == 0:
                     shard.grad = None
+                if count < bucket.ranks.total and param.requires_grad:
+                    lazy.append(f"{slot.fqn} ({count} of {bucket.ranks.total} ranks)")
+        if lazy and not self.policy.ignore_unused:
+            raise ValueError(
+                f"{len(lazy)} parameters got no gradient on every rank since the last step: {', '.join(lazy[:10])}. "
+                "The loss does not depend on them; freeze them, or allow it with ZeroConfig(ignore_unused=True)"
+            )
+
+    def _count_users(self) -> dict[int, list[int]]:
+        """For the parameters of every bucket, how many of its ranks have used them since the last step."""
+        found: dict[int, list[int]] = {}
+        for ranks in {id(b.ranks): b.ranks for b in self.buckets}.values():
+            mine = [b for b in self.buckets if b.ranks is ranks]
+            counts = torch.tensor([id(p) in self._used for b in mine for p in b.params], dtype=torch.int32)
+            counts = counts.to(mine[0].device)
+            for axis in ranks.axes:
+                if axis.group is not None:
+                    dist.all_reduce(counts, group=axis.group)
+            flat = iter(counts.tolist())
+            found |= {id(b): [next(flat) for _ in b.params] for b in mine}
+        return found
 
     def stepped(self) -> None:
         """The optimizer has used the gradients; what counts as used starts anew."""
         self._used.clear()
 
     def local_bytes(self) -> int:
-        """Bytes of whole fp32 gradients that the local plan holds now."""
+        """Bytes of gradients that are held now besides the shards': whole fp32 sums of the local plan, and
+        sums of micro-batches that wait for others.
+        """
         found = [p.local.tensor for p in self._pending.values() if p.local is not None]
+        found += [t for sums in self._sums.values() for t in sums.waiting()]
         return sum(t.numel() * t.element_size() for t in found)

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from ds_zero import _registry
 from ds_zero.backward import BackwardWatch
-from ds_zero.bucket import Bucket, BucketState
+from ds_zero.bucket import Bucket
+from ds_zero.build import broadcast_buffers, build, compute_dtype, hand_over
 from ds_zero.check import check_model, check_optimizer, check_stage
 from ds_zero.comm import Comm, default_comm
 from ds_zero.config import ZeroConfig
-from ds_zero.deferred import become_real, materialize_buffers, recorded_values, stage_expected
+from ds_zero.deferred import materialize_buffers, stage_expected
 from ds_zero.gather import Gatherer
 from ds_zero.guard import guard_state_dicts
 from ds_zero.hooks import ModuleHooks
-from ds_zero.interfaces import Norms, Reservation, ShardKey, ShardStore
+from ds_zero.interfaces import Norms, ShardStore
 from ds_zero.layout import (
     FROZEN,
     BucketLayout,
@@ -34,11 +34,12 @@ from ds_zero.layout import (
 )
 from ds_zero.norms import squared_norm
 from ds_zero.ranks import Ranks, ranks_of
-from ds_zero.reduce import Reducer
+from ds_zero.reduce import ReducePolicy, Reducer
 from ds_zero.state import ZeroState
 from ds_zero.step import Stepper
 from ds_zero.store import ResidentStore
 from ds_zero.units import choose_units, unit_of_params
+from ds_zero.wire import WirePolicy
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
@@ -90,12 +91,12 @@ def shard(
             f"stage={stage}"
         )
     materialize_buffers(model, device)
-    comm = comm or default_comm(device)
+    comm = comm or default_comm(device, ordered=config.ordered_reduction or config.rank_invariant or None)
     layouts = _plan(model, optimizer, params, stage, config, ranks)
 
-    _broadcast_buffers(model, ranks)
-    buckets = _build(layouts, params, ranks, store, config.param_dtype, device)
-    _hand_over(optimizer, buckets, ranks)
+    broadcast_buffers(model, ranks)
+    buckets = build(layouts, params, [ranks], store, config.param_dtype, device)
+    hand_over(optimizer, buckets)
 
     state = _assemble(model, optimizer, buckets, stage, config, ranks, comm, store, norms)
     _registry.put(model, [*params.values(), optimizer], state)
@@ -115,17 +116,8 @@ def _assemble(
 ) -> ZeroState:
     """Everything that acts on the buckets, and the hooks through which it is called."""
     watch = BackwardWatch()
-    gatherer = Gatherer(buckets, comm, ranks)
-    local = config.accumulation == "local" if config.accumulation else stage < 2
-    reducer = Reducer(
-        buckets,
-        ranks=ranks,
-        comm=comm,
-        store=store,
-        local_plan=local,
-        steps=config.accumulation_steps,
-        watch=watch,
-    )
+    gatherer = Gatherer(buckets, comm)
+    reducer = Reducer(buckets, comm, store, _reduce_policy(config, stage), watch)
     stepper = Stepper(
         buckets, ranks=ranks, comm=comm, reducer=reducer, gatherer=gatherer, overlap=config.overlap_publish
     )
@@ -157,6 +149,23 @@ def _assemble(
     return state
 
 
+def _reduce_policy(config: ZeroConfig, stage: int) -> ReducePolicy:
+    plan = config.accumulation or ("local" if stage < 2 and not config.rank_invariant else "sharded")
+    return ReducePolicy(
+        local=plan == "local",
+        steps=config.accumulation_steps,
+        tree=config.rank_invariant,
+        overlap=config.overlap_reduce is not False,
+        ignore_unused=config.ignore_unused,
+        wire=WirePolicy(
+            scatter=config.reduce_scatter,
+            dtype=config.communication_dtype,
+            mean=config.reduce_op == "mean",
+            predivide=config.predivide_factor,
+        ),
+    )
+
+
 def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     names: dict[int, list[str]] = {}
     for fqn, param in model.named_parameters(remove_duplicate=False):
@@ -172,10 +181,6 @@ def _device(params: dict[str, nn.Parameter]) -> torch.device:
             "first"
         )
     return devices.pop() if devices else torch.get_default_device()
-
-
-def _compute_dtype(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted is not None and param.is_floating_point() else param.dtype
 
 
 def _plan(
@@ -195,7 +200,7 @@ def _plan(
         ParamInfo(
             fqn=fqn,
             shape=tuple(p.shape),
-            dtype=str(_compute_dtype(p, config.param_dtype)),
+            dtype=str(compute_dtype(p, config.param_dtype)),
             group=group_of.get(id(p), FROZEN),
             unit=unit_of.get(fqn),
         )
@@ -203,158 +208,13 @@ def _plan(
     ]
     if stage == 3:
         threshold = config.persistence_threshold_numel
-        # A single number cannot be both gathered and protected against writes by its stride.
         infos = keep_small_whole(
-            infos, max(1, default_persistence_numel(infos) if threshold is None else threshold)
+            infos,
+            default_persistence_numel(infos) if threshold is None else threshold,
+            config.model_persistence_numel,
         )
     bucket_numel = config.reduce_bucket_numel or default_bucket_numel(sum(p.numel for p in infos))
     return plan_buckets(infos, num_ranks=ranks.size, owners=stage > 0, bucket_numel=bucket_numel)
-
-
-def _broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
-    if ranks.group is None:
-        return
-    with torch.no_grad():
-        for buffer in model.buffers():
-            whole = buffer.contiguous()
-            dist.broadcast(whole, group=ranks.group, group_src=0)
-            if whole is not buffer:
-                buffer.copy_(whole)
-
-
-def _build(
-    layouts: Sequence[BucketLayout],
-    params: dict[str, nn.Parameter],
-    ranks: Ranks,
-    store: ShardStore,
-    wanted: torch.dtype | None,
-    device: torch.device,
-) -> list[Bucket]:
-    """Reserve resting memory, then move one bucket after the other, so that at most one exists twice."""
-    reserved = store.reserve(_reservations(layouts, params, wanted, device))
-    values = recorded_values(params)
-    buckets = []
-    for layout in layouts:
-        members = [params[slot.fqn] for slot in layout.slots]
-        initial = [values(slot.fqn, params[slot.fqn]) for slot in layout.slots]
-        bucket = Bucket(layout, members, _compute_dtype(members[0], wanted), device)
-        for param in members:
-            become_real(param, device)
-        _fill(bucket, initial, ranks, reserved)
-        buckets.append(bucket)
-    return buckets
-
-
-def _reservations(
-    layouts: Sequence[BucketLayout],
-    params: dict[str, nn.Parameter],
-    wanted: torch.dtype | None,
-    device: torch.device,
-) -> list[Reservation]:
-    found: list[Reservation] = []
-    for layout in layouts:
-        dtype = _compute_dtype(params[layout.slots[0].fqn], wanted)
-        kinds: list[tuple[str, torch.dtype]] = []
-        master_is_param = dtype == torch.float32
-        if layout.unit is not None and (layout.group == FROZEN or not master_is_param):
-            kinds.append(("param", dtype))
-        if layout.group != FROZEN:
-            kinds.append(("grad", torch.float32))
-            if not (master_is_param and layout.unit is None):
-                kinds.append(("master", torch.float32))
-        for kind, kind_dtype in kinds:
-            found.append(
-                Reservation(
-                    key=ShardKey(name=layout.name, kind=kind),
-                    partition=f"group{layout.group}.{kind}",
-                    numel=layout.owned_numel,
-                    dtype=kind_dtype,
-                    device=device,
-                )
-            )
-    # Grouped by kind, so that each partition is one run.
-    return sorted(found, key=lambda r: r.partition)
-
-
-def _fill(bucket: Bucket, values: list[Tensor], ranks: Ranks, reserved: Mapping[ShardKey, Tensor]) -> None:
-    """Rank 0's values into master, low and full, cast once from what was given."""
-    layout = bucket.layout
-    begin, end = layout.owned_range(ranks.rank)
-    exact = _flatten(values, layout, bucket.device)
-    if ranks.group is not None:
-        dist.broadcast(exact, group=ranks.group, group_src=0)
-    with torch.no_grad():
-        bucket.full.copy_(exact)
-        if bucket.whole:
-            bucket.low = bucket.full[begin:end]
-        else:
-            bucket.low = reserved.get(ShardKey(name=layout.name, kind="param"), bucket.low)
-        if layout.group != FROZEN:
-            bucket.grad = reserved.get(ShardKey(name=layout.name, kind="grad"))
-            master = reserved.get(ShardKey(name=layout.name, kind="master"))
-            if master is not None:
-                master.copy_(exact[begin:end])
-            bucket.master = bucket.low if master is None else master
-            if not bucket.whole and bucket.dtype == torch.float32:
-                bucket.low = bucket.master
-        if not bucket.whole:
-            bucket.low.copy_(exact[begin:end])
-            bucket.show_holes()
-            bucket.deflate()
-            bucket.state = BucketState.SHARDED
-        else:
-            bucket.show_values()
-
-
-def _flatten(values: list[Tensor], layout: BucketLayout, device: torch.device) -> Tensor:
-    """Values side by side with gaps of zeros, in the dtype they were given in."""
-    flat = torch.zeros(layout.padded_numel, dtype=values[0].dtype, device=device)
-    for value, slot in zip(values, layout.slots, strict=True):
-        flat[slot.offset : slot.end].copy_(value.reshape(-1))
-    return flat
-
-
-def _hand_over(optimizer: Optimizer, buckets: list[Bucket], ranks: Ranks) -> None:
-    """Put shards where parameters were, with length and order kept, and cut existing optimizer state
-    along.
-    """
-    shard_of: dict[int, tuple[Tensor, int, int, int]] = {}
-    for bucket in buckets:
-        if bucket.master is None:
-            continue
-        for param, (start, numel, offset) in zip(bucket.params, bucket.pieces(ranks.rank), strict=True):
-            # detach: `data` of a view of a permanent buffer, so that in-place updates are seen by the
-            # parameter but not by autograd.
-            piece = bucket.master[offset : offset + numel].detach()
-            piece.requires_grad_(param.requires_grad)
-            bucket.shards.append(piece)
-            shard_of[id(param)] = (piece, start, numel, param.numel())
-    for group in optimizer.param_groups:
-        entries = group["params"]
-        for i, param in enumerate(entries):
-            piece, start, numel, whole = shard_of[id(param)]
-            entries[i] = piece
-            state = optimizer.state.pop(param, None)
-            if state:
-                optimizer.state[piece] = {
-                    k: v if k in _NUMBERS else _cut(v, param.shape, start, numel, whole)
-                    for k, v in state.items()
-                }
-
-
-_NUMBERS = frozenset(["step", "eta", "mu", "mu_product"])
-"""States of torch's optimizers that are one number a parameter; where the parameter is 0-dim, shapes do not
-tell them from element-wise ones."""
-
-
-def _cut(value: object, shape: torch.Size, start: int, numel: int, whole: int) -> object:
-    if (
-        isinstance(value, Tensor)
-        and value.numel() == whole
-        and (value.ndim > 0 or (not shape and value.is_floating_point()))
-    ):
-        return value.reshape(-1)[start : start + numel].clone()
-    return value
 
 
 def _buckets_of_modules(model: nn.Module, buckets: list[Bucket]) -> dict[str, list[Bucket]]:

@@ -65,8 +65,8 @@ class ZeroState:
         for bucket in self.buckets:
             if not bucket.trainable or bucket.grad is None:
                 continue
-            begin, end = bucket.layout.slice_range(self.ranks.rank)
-            first = bucket.layout.owned_range(self.ranks.rank)[0]
+            begin, end = bucket.slice_range
+            first = bucket.owned_range[0]
             for shard, slot in zip(bucket.shards, bucket.layout.slots, strict=True):
                 low, high = max(slot.offset, begin), min(slot.end, end)
                 if high > low and shard.grad is not None:

@@ -100,14 +100,10 @@ class Stepper:
         with torch.no_grad():
             for bucket in self._buckets:
                 live, out = [], []
-                for shard, (_, numel, offset) in zip(
-                    bucket.shards, bucket.pieces(self._ranks.rank), strict=True
-                ):
+                for shard, low in zip(bucket.shards, bucket.cut(bucket.low), strict=True):
                     if shard.grad is not None:
                         live.append(shard)
-                        out.append(
-                            bucket.low[offset : offset + numel] if bucket.low is not bucket.master else None
-                        )
+                        out.append(low if bucket.low is not bucket.master else None)
                 if live:
                     optimizer.step_fused(live, grad_scale=scale, out=out)
                 for shard in live:
@@ -138,13 +134,10 @@ class Stepper:
                 self._start_publish(bucket)
 
     def _start_publish(self, bucket: Bucket) -> None:
-        if not bucket.whole or bucket.layout.num_owners == 1 or self._ranks.group is None:
+        if not bucket.whole or bucket.layout.num_owners == 1 or bucket.ranks.group is None:
             return
         with torch.profiler.record_function(f"ds.zero.publish/{bucket.layout.name}"):
-            own = bucket.slice_of(bucket.full, self._ranks.rank)
-            work = self._comm.all_gather(bucket.full, own, self._ranks.group, async_op=True)
-        if work is not None:
-            self._works.append(work)
+            self._works.append(self._comm.gather(bucket.full, bucket.ranks, sizes=bucket.layout.slice_sizes))
 
     def wait(self) -> None:
         """Return when published parameters may be read."""

@@ -1,0 +1,179 @@
+"""Moves a model's values into buckets, and puts shards where the optimizer had parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ds_zero.bucket import Bucket, BucketState
+from ds_zero.deferred import become_real, recorded_values
+from ds_zero.interfaces import Reservation, ShardKey, ShardStore
+from ds_zero.layout import FROZEN, BucketLayout, Slot
+from ds_zero.ranks import Ranks
+
+
+def compute_dtype(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a parameter computes."""
+    return wanted if wanted is not None and param.is_floating_point() else param.dtype
+
+
+def tell_everybody(tensor: Tensor, ranks: Ranks) -> None:
+    """The first rank's values into `tensor` on all ranks, replicas included. Collective."""
+    for axis in reversed(ranks.axes):
+        if axis.group is not None:
+            dist.broadcast(tensor, group=axis.group, group_src=0)
+
+
+def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """The first rank's buffers on all ranks."""
+    with torch.no_grad():
+        for buffer in model.buffers():
+            whole = buffer.contiguous()
+            tell_everybody(whole, ranks)
+            if whole is not buffer:
+                buffer.copy_(whole)
+
+
+def build(
+    layouts: Sequence[BucketLayout],
+    params: dict[str, nn.Parameter],
+    axes: Sequence[Ranks],
+    store: ShardStore,
+    wanted: torch.dtype | None,
+    device: torch.device,
+) -> list[Bucket]:
+    """Reserve resting memory, then move one bucket after the other, so that at most one exists twice."""
+    reserved = store.reserve(_reservations(layouts, params, axes, wanted, device))
+    values = recorded_values(params)
+    buckets = []
+    for layout in layouts:
+        members = [params[slot.fqn] for slot in layout.slots]
+        initial = [values(slot.fqn, params[slot.fqn]) for slot in layout.slots]
+        bucket = Bucket(layout, axes[layout.axis], members, compute_dtype(members[0], wanted), device)
+        for param in members:
+            become_real(param, device)
+        _fill(bucket, initial, reserved)
+        buckets.append(bucket)
+    return buckets
+
+
+def _reservations(
+    layouts: Sequence[BucketLayout],
+    params: dict[str, nn.Parameter],
+    axes: Sequence[Ranks],
+    wanted: torch.dtype | None,
+    device: torch.device,
+) -> list[Reservation]:
+    found: list[Reservation] = []
+    for layout in layouts:
+        begin, end = layout.owned_range(axes[layout.axis].rank)
+        dtype = compute_dtype(params[layout.slots[0].fqn], wanted)
+        kinds: list[tuple[str, torch.dtype]] = []
+        master_is_param = dtype == torch.float32
+        if layout.unit is not None and (layout.group == FROZEN or not master_is_param):
+            kinds.append(("param", dtype))
+        if layout.group != FROZEN:
+            kinds.append(("grad", torch.float32))
+            if not (master_is_param and layout.unit is None):
+                kinds.append(("master", torch.float32))
+        for kind, kind_dtype in kinds:
+            found.append(
+                Reservation(
+                    key=ShardKey(name=layout.name, kind=kind),
+                    partition=f"group{layout.group}.{kind}",
+                    numel=end - begin,
+                    dtype=kind_dtype,
+                    device=device,
+                )
+            )
+    # Grouped by kind, so that each partition is one run.
+    return sorted(found, key=lambda r: r.partition)
+
+
+def _fill(bucket: Bucket, values: list[Tensor], reserved: Mapping[ShardKey, Tensor]) -> None:
+    """The first rank's values into master, low and full, cast once from what was given."""
+    layout = bucket.layout
+    begin, end = bucket.owned_range
+    exact = _flatten(values, layout, bucket.device)
+    tell_everybody(exact, bucket.ranks)
+    with torch.no_grad():
+        bucket.full.copy_(exact)
+        if bucket.whole:
+            bucket.low = bucket.full[begin:end]
+        else:
+            bucket.low = reserved.get(ShardKey(name=layout.name, kind="param"), bucket.low)
+        if layout.group != FROZEN:
+            bucket.grad = reserved.get(ShardKey(name=layout.name, kind="grad"))
+            master = reserved.get(ShardKey(name=layout.name, kind="master"))
+            if master is not None:
+                master.copy_(exact[begin:end])
+            bucket.master = bucket.low if master is None else master
+            if not bucket.whole and bucket.dtype == torch.float32:
+                bucket.low = bucket.master
+        if not bucket.whole:
+            bucket.low.copy_(exact[begin:end])
+            bucket.show_holes()
+            bucket.deflate()
+            bucket.state = BucketState.SHARDED
+        else:
+            bucket.show_values()
+
+
+def _flatten(values: list[Tensor], layout: BucketLayout, device: torch.device) -> Tensor:
+    """Values side by side with gaps of zeros, in the dtype they were given in."""
+    flat = torch.zeros(layout.padded_numel, dtype=values[0].dtype, device=device)
+    for value, slot in zip(values, layout.slots, strict=True):
+        flat[slot.offset : slot.end].copy_(value.reshape(-1))
+    return flat
+
+
+def hand_over(optimizer: Optimizer, buckets: list[Bucket]) -> None:
+    """Put shards where parameters were, with length and order kept, and cut existing optimizer state
+    along.
+    """
+    place_of: dict[int, tuple[Bucket, int]] = {}
+    for bucket in buckets:
+        if bucket.master is None:
+            continue
+        # detach: `data` of a view of a permanent buffer, so that in-place updates are seen by the parameter
+        # but not by autograd.
+        bucket.shards += [piece.detach() for piece in bucket.cut(bucket.master)]
+        for index, param in enumerate(bucket.params):
+            bucket.shards[index].requires_grad_(param.requires_grad)
+            place_of[id(param)] = (bucket, index)
+    for group in optimizer.param_groups:
+        entries = group["params"]
+        for i, param in enumerate(entries):
+            bucket, index = place_of[id(param)]
+            entries[i] = bucket.shards[index]
+            state = optimizer.state.pop(param, None)
+            # Whole tensors rest with one rank, and the others know nothing of them.
+            if state and (bucket.shards[index].numel() or not bucket.layout.undivided):
+                optimizer.state[bucket.shards[index]] = _cut_states(bucket, index, state)
+
+
+_NUMBERS = frozenset(["step", "eta", "mu", "mu_product"])
+"""States of torch's optimizers that are one number a parameter; where the parameter is 0-dim, shapes do not
+tell them from element-wise ones."""
+
+
+def _cut_states(bucket: Bucket, index: int, state: Mapping[str, object]) -> dict[str, object]:
+    """What this rank needs of the optimizer's states of one parameter."""
+    if bucket.layout.undivided:
+        return dict(state)
+    slot, piece = bucket.layout.slots[index], bucket.pieces()[index]
+    return {k: v if k in _NUMBERS else _cut(v, slot, piece.start, piece.numel) for k, v in state.items()}
+
+
+def _cut(value: object, slot: Slot, start: int, numel: int) -> object:
+    if (
+        isinstance(value, Tensor)
+        and value.numel() == slot.numel
+        and (value.ndim > 0 or (not slot.shape and value.is_floating_point()))
+    ):
+        return value.reshape(-1)[start : start + numel].clone()
+    return value

@@ -1,0 +1,89 @@
+"""How gradients travel: from one rank's whole bucket to its slice of the mean over ranks.
+
+[Note: mean in parts]
+With predivide factor f and n ranks, gradients are multiplied by 1/f before they travel and sums by f/n after:
+narrow types neither overflow in the sum (f = n) nor lose small values before it (f = 1). Powers of two change
+no bit of it.
+
+[Note: replicas]
+Where groups of ranks hold the same slices, a bucket is first reduced inside the group; then each rank
+all-reduces its slice with those that hold the same one. Only 1/size of the bucket crosses between groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_zero.bucket import Bucket
+from ds_zero.comm import Comm, Done
+from ds_zero.interfaces import Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class WirePolicy:
+    """What `ZeroConfig` says about reductions."""
+
+    scatter: bool = True
+    """Whether each rank receives its slice alone; else everybody receives everything and keeps a slice."""
+    dtype: torch.dtype | None = None
+    """What travels; None: what was accumulated."""
+    mean: bool = True
+    """Whether sums are divided by the number of ranks."""
+    predivide: float = 1.0
+    """[Note: mean in parts]"""
+
+
+class Flight:
+    """One bucket on its way."""
+
+    def __init__(
+        self, bucket: Bucket, work: Work, travels: Tensor, arrives: Tensor, factor: float, comm: Comm
+    ) -> None:
+        self.bucket = bucket
+        self._work, self._travels, self._arrives = work, travels, arrives
+        self._factor, self._comm = factor, comm
+
+    def wait(self) -> None:
+        """Return when the messages have come; the result is not wanted."""
+        self._work.wait()
+
+    def land(self) -> Tensor:
+        """This rank's slice of the result, fp32."""
+        self._work.wait()
+        bucket, result = self.bucket, self._arrives
+        if result.numel() == bucket.layout.padded_numel and bucket.ranks.size > 1:
+            result = bucket.slice_of(result).clone()
+        if bucket.ranks.replicas is not None:
+            self._comm.all_reduce(result, bucket.ranks.replicas, dist.ReduceOp.SUM)
+        if self._factor != 1.0:
+            result.mul_(self._factor)
+        return result
+
+
+def launch(bucket: Bucket, source: Tensor, comm: Comm, policy: WirePolicy) -> Flight:
+    """Start to reduce `source`, this rank's gradients of a whole bucket, which must not be used afterwards.
+    Collective; all ranks launch the same buckets in the same order.
+    """
+    ranks = bucket.ranks
+    if policy.predivide != 1.0:
+        source.mul_(1.0 / policy.predivide)
+    travels = source if policy.dtype is None else source.to(policy.dtype)
+    # The backend's own mean where it is the one that is wanted.
+    whole_mean = policy.mean and policy.predivide == 1.0 and ranks.divisor == ranks.size
+    factor = 1.0 if whole_mean else policy.predivide / (ranks.divisor if policy.mean else 1)
+    if ranks.group is None:
+        return Flight(bucket, Done(), travels, travels.float(), factor, comm)
+    op = dist.ReduceOp.AVG if whole_mean else dist.ReduceOp.SUM
+    if policy.scatter or bucket.layout.num_owners == 1:
+        begin, end = bucket.slice_range
+        arrives = torch.empty(end - begin, dtype=torch.float32, device=bucket.device)
+        work = comm.reduce(arrives, travels, ranks, op, sizes=bucket.layout.slice_sizes)
+    else:
+        arrives = travels.float()
+        comm.all_reduce(arrives, ranks, op)
+        work = Done()
+    return Flight(bucket, work, travels, arrives, factor, comm)
