@@ -27,6 +27,8 @@ class Job:
     model: dict[str, Any] = field(default_factory=dict)
     optimizer: MakeOptimizer = lambda params: torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
     dtype: torch.dtype | None = None
+    scale: float | ds_zero.DynamicScale | None = None
+    """A loss scaler for the sharded run; the norm is then measured without clipping, too."""
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
@@ -108,16 +110,21 @@ def sharded(job: Job, stage: int, *, store: Any = None, **config: Any) -> Result
     ds_zero.shard(
         model, optimizer, stage, config=ds_zero.ZeroConfig(param_dtype=job.dtype, **config), store=store
     )
+    scaler = ds_zero.LossScaler(model, job.scale) if job.scale is not None else None
     losses, norms = [], []
     for step in range(job.steps):
         for micro in range(job.accumulation):
             loss = model(*batch(step * job.accumulation + micro, rank))
-            (loss / job.accumulation).backward()
+            part = loss / job.accumulation
+            (part if scaler is None else scaler.scale(part)).backward()
             losses.append(loss.item())
             assert all(p.grad is None for p in model.parameters()), "backward must consume param.grad"
         if job.clip is not None:
             norms.append(ds_zero.clip_grad_norm_(model, job.clip).item())
         optimizer.step()
+        found = ds_zero.grad_norm(model)
+        if scaler is not None and job.clip is None and found is not None:
+            norms.append(found.before)
         optimizer.zero_grad()
     weights = {k: v.clone() for k, v in everywhere(ds_zero.full_state_dict(model)).items()}
     ds_zero.destroy(model)

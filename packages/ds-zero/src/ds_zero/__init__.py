@@ -8,15 +8,21 @@ from ds_zero.config import ZeroConfig
 from ds_zero.deferred import deferred_init
 from ds_zero.memory import MemoryReport, Summary, describe, memory
 from ds_zero.norms import squared_norm, total_norm
+from ds_zero.pending import GradNorm
 from ds_zero.records import ShardRecord, load_records, records
+from ds_zero.scaler import DynamicScale, LossScaleError, LossScaler
 from ds_zero.shard import shard
 from ds_zero.store import ResidentStore
-from ds_zero.train import clip_grad_norm_, destroy, no_sync
+from ds_zero.train import clip_grad_norm_, destroy, grad_norm, no_sync
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Comm",
+    "DynamicScale",
+    "GradNorm",
+    "LossScaleError",
+    "LossScaler",
     "MemoryReport",
     "ResidentStore",
     "ShardRecord",
@@ -28,6 +34,7 @@ __all__ = [
     "destroy",
     "full_state_dict",
     "gathered",
+    "grad_norm",
     "load_records",
     "memory",
     "no_sync",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,15 +11,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero.bucket import Bucket, BucketState
+from ds_zero.config import ZeroConfig
 from ds_zero.deferred import become_real, recorded_values
 from ds_zero.interfaces import Reservation, ShardKey, ShardStore
 from ds_zero.layout import FROZEN, BucketLayout, Slot
 from ds_zero.ranks import Ranks
 
 
-def compute_dtype(param: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+def compute_dtype(fqn: str, param: nn.Parameter, config: ZeroConfig) -> torch.dtype:
     """The dtype in which a parameter computes."""
-    return wanted if wanted is not None and param.is_floating_point() else param.dtype
+    if not param.is_floating_point():
+        return param.dtype
+    wanted = config.dtype_for(fqn, param) if config.dtype_for is not None else config.param_dtype
+    if wanted is not None and not wanted.is_floating_point:
+        raise ValueError(f"dtype_for gives {wanted} for {fqn!r}: give a floating-point dtype, or None")
+    return wanted or param.dtype
+
+
+def _dtype_of(layout: BucketLayout) -> torch.dtype:
+    found: torch.dtype = getattr(torch, layout.dtype.removeprefix("torch."))
+    return found
 
 
 def tell_everybody(tensor: Tensor, ranks: Ranks) -> None:
@@ -43,17 +55,17 @@ def build(
     params: dict[str, nn.Parameter],
     axes: Sequence[Ranks],
     store: ShardStore,
-    wanted: torch.dtype | None,
+    grad_dtype: torch.dtype,
     device: torch.device,
 ) -> list[Bucket]:
     """Reserve resting memory, then move one bucket after the other, so that at most one exists twice."""
-    reserved = store.reserve(_reservations(layouts, params, axes, wanted, device))
+    reserved = store.reserve(_reservations(layouts, axes, grad_dtype, device))
     values = recorded_values(params)
     buckets = []
     for layout in layouts:
         members = [params[slot.fqn] for slot in layout.slots]
         initial = [values(slot.fqn, params[slot.fqn]) for slot in layout.slots]
-        bucket = Bucket(layout, axes[layout.axis], members, compute_dtype(members[0], wanted), device)
+        bucket = Bucket(layout, axes[layout.axis], members, _dtype_of(layout), device)
         for param in members:
             become_real(param, device)
         _fill(bucket, initial, reserved)
@@ -62,22 +74,18 @@ def build(
 
 
 def _reservations(
-    layouts: Sequence[BucketLayout],
-    params: dict[str, nn.Parameter],
-    axes: Sequence[Ranks],
-    wanted: torch.dtype | None,
-    device: torch.device,
+    layouts: Sequence[BucketLayout], axes: Sequence[Ranks], grad_dtype: torch.dtype, device: torch.device
 ) -> list[Reservation]:
     found: list[Reservation] = []
     for layout in layouts:
         begin, end = layout.owned_range(axes[layout.axis].rank)
-        dtype = compute_dtype(params[layout.slots[0].fqn], wanted)
+        dtype = _dtype_of(layout)
         kinds: list[tuple[str, torch.dtype]] = []
         master_is_param = dtype == torch.float32
         if layout.unit is not None and (layout.group == FROZEN or not master_is_param):
             kinds.append(("param", dtype))
         if layout.group != FROZEN:
-            kinds.append(("grad", torch.float32))
+            kinds.append(("grad", grad_dtype))
             if not (master_is_param and layout.unit is None):
                 kinds.append(("master", torch.float32))
         for kind, kind_dtype in kinds:
@@ -124,8 +132,9 @@ def _fill(bucket: Bucket, values: list[Tensor], reserved: Mapping[ShardKey, Tens
 
 
 def _flatten(values: list[Tensor], layout: BucketLayout, device: torch.device) -> Tensor:
-    """Values side by side with gaps of zeros, in the dtype they were given in."""
-    flat = torch.zeros(layout.padded_numel, dtype=values[0].dtype, device=device)
+    """Values side by side with gaps of zeros, in a dtype that holds each exactly as it was given."""
+    dtype = functools.reduce(torch.promote_types, (value.dtype for value in values))
+    flat = torch.zeros(layout.padded_numel, dtype=dtype, device=device)
     for value, slot in zip(values, layout.slots, strict=True):
         flat[slot.offset : slot.end].copy_(value.reshape(-1))
     return flat
@@ -144,6 +153,8 @@ def hand_over(optimizer: Optimizer, buckets: list[Bucket]) -> None:
         bucket.shards += [piece.detach() for piece in bucket.cut(bucket.master)]
         for index, param in enumerate(bucket.params):
             bucket.shards[index].requires_grad_(param.requires_grad)
+            if bucket.grad is not None and bucket.grad.dtype != bucket.master.dtype:
+                bucket.shards[index].grad_dtype = None  # its gradient may have another dtype than it
             place_of[id(param)] = (bucket, index)
     for group in optimizer.param_groups:
         entries = group["params"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 Accumulation = Literal["local", "sharded"]
+GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +32,23 @@ class ZeroConfig:
     """Dtype in which floating-point parameters compute; the fp32 masters keep the values from before the
     cast. None: as given."""
 
+    dtype_for: Callable[[str, nn.Parameter], torch.dtype | None] | None = None
+    """Dtype in which one floating-point parameter computes, from its name; None from it keeps the dtype that
+    is given. Takes the place of `param_dtype`, for example to keep some modules in fp32."""
+
+    grad_dtype: torch.dtype = torch.float32
+    """Dtype in which gradients are summed over micro-batches and rest until the step. A 16-bit dtype halves
+    that memory and rounds after every addition; sums over ranks are taken in fp32 all the same where the
+    collective allows it."""
+
     reduce_bucket_numel: int | None = None
     """Elements a bucket holds at most (a larger parameter has its own), stages 0 to 2 and whole parameters of
     stage 3.
     None: an eighth of the model, between 2**18 and 2**25."""
+
+    publish_bucket_numel: int | None = None
+    """Stages 1 and 2: elements that one message of new parameters holds at most over all ranks. None: a whole
+    bucket. Smaller messages cost a copy and save the collective's own buffers."""
 
     persistence_threshold_numel: int | None = None
     """Stage 3: parameters of at most so many elements stay whole on every rank. None: up to 1e5, within 2% of
@@ -96,11 +112,22 @@ class ZeroConfig:
             raise ValueError(f'reduce_op={self.reduce_op!r}: give "mean" or "sum"')
         if not 0 < self.predivide_factor < float("inf"):
             raise ValueError(f"predivide_factor={self.predivide_factor}: give a number above 0")
-        for name in ("reduce_bucket_numel", "persistence_threshold_numel", "model_persistence_numel"):
+        for name, least in (
+            ("reduce_bucket_numel", 1),
+            ("publish_bucket_numel", 1),
+            ("persistence_threshold_numel", 0),
+            ("model_persistence_numel", 0),
+        ):
             value = getattr(self, name)
-            if value is not None and value < (1 if name == "reduce_bucket_numel" else 0):
+            if value is not None and value < least:
                 raise ValueError(f"{name}={value}: give a number of elements, or None to adapt to the model")
         for name in ("param_dtype", "communication_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not dtype.is_floating_point:
                 raise ValueError(f"{name}={dtype}: give a floating-point dtype, or None")
+        if self.param_dtype is not None and self.dtype_for is not None:
+            raise ValueError(
+                "param_dtype and dtype_for are both given: the second takes the place of the first"
+            )
+        if self.grad_dtype not in GRAD_DTYPES:
+            raise ValueError(f"grad_dtype={self.grad_dtype}: give one of {', '.join(map(str, GRAD_DTYPES))}")

@@ -45,22 +45,29 @@ def total_norm(tensors: Sequence[Tensor], norms: Norms = squared_norm) -> Tensor
     return torch.tensor(math.sqrt(norms(tensors)[0]), dtype=torch.float32)
 
 
-def global_norm(pieces: Sequence[Tensor], ranks: Ranks, norms: Norms, device: torch.device) -> Tensor:
-    """2-norm of everything that the ranks hold together; `pieces` of different ranks must not overlap. 0-dim
-    fp32 on the CPU.
+def combine(own: float, groups: Sequence[Ranks], device: torch.device) -> float:
+    """Sum of the ranks' sums of squares: over the first group, then over the next, and so on. Collective.
+
+    [Note: where ranks meet] This is the only place where ranks tell each other about the size of gradients. A
+    sum that is not finite stays so, therefore it also carries the news that some rank has an infinity or NaN:
+    clipping and skipping a step need no other message. A rank that must not count twice in a group (a
+    parameter that its members hold alike) leaves such pieces out of `own`.
     """
-    own, _ = norms(pieces)
-    if ranks.group is None:
-        return torch.tensor(math.sqrt(own), dtype=torch.float32)
-    # Adding zeros is exact, so this all-reduce gathers the ranks' sums without rounding.
-    sums = torch.zeros(ranks.size, dtype=torch.float64)
-    sums[ranks.rank] = own
-    sums = sums.to(device)
-    dist.all_reduce(sums, group=ranks.group)
-    values = sums.tolist()
-    if not all(math.isfinite(v) for v in values):
-        return torch.tensor(math.nan if any(math.isnan(v) for v in values) else math.inf)
-    return torch.tensor(math.sqrt(math.fsum(values)), dtype=torch.float32)
+    total = own
+    for ranks in groups:
+        if ranks.group is None:
+            continue
+        # Adding zeros is exact, so this all-reduce gathers the ranks' sums without rounding.
+        sums = torch.zeros(ranks.size, dtype=torch.float64)
+        sums[ranks.rank] = total
+        sums = sums.to(device)
+        dist.all_reduce(sums, group=ranks.group)
+        values = sums.tolist()
+        if all(math.isfinite(v) for v in values):
+            total = math.fsum(values)
+        else:
+            total = math.nan if any(math.isnan(v) for v in values) else math.inf
+    return total
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -128,8 +128,7 @@ def load_records(
     state = _registry.state_of(model)
     state.stepper.wait()
     _check(state, model, source)
-    state.reducer.forget()  # gradients of the values that are replaced, as in the middle of an accumulation
-    state.stepper.grad_scale = None
+    state.stepper.forget()  # gradients of the values that are replaced, as in the middle of an accumulation
     with torch.no_grad():
         for r in _ranges(state, owned=True):
             source.read(r.slot.fqn, PARAM, r.start, r.values)

@@ -2,9 +2,10 @@
 optimizer's shards.
 
 [Note: two plans]
-local    every micro-batch but the last adds its gradients to a whole fp32 buffer on each rank; one reduction
-at the boundary. sharded  every micro-batch is reduced; the shard of the sum is added to the shard of what
-came before. Without accumulation both send fresh gradients in their own dtype.
+local    every micro-batch but the last adds its gradients to a whole buffer (`ZeroConfig.grad_dtype`, fp32 by
+default) on each rank; one reduction at the boundary. sharded  every micro-batch is reduced; the shard of the
+sum is added to the shard of what came before. Without accumulation both send fresh gradients in their own
+dtype.
 
 [Note: launch order]
 All ranks must start the same reductions in the same order. Buckets are numbered in the order in which
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +32,10 @@ from ds_zero.interfaces import ShardStore
 from ds_zero.layout import BucketLayout
 from ds_zero.sums import Sums
 from ds_zero.wire import Flight, WirePolicy, launch
+
+
+def _nothing() -> None:
+    return None
 
 
 class GradBuffer:
@@ -64,7 +70,7 @@ class _Pending:
     fresh: GradBuffer | None = None
     """Gradients of the present micro-batch, in their own dtype."""
     local: GradBuffer | None = None
-    """fp32 sums of micro-batches that were not reduced."""
+    """Sums of micro-batches that were not reduced, in the dtype of accumulation."""
     missing: int = 0
     """Gradients that the present backward has not delivered yet."""
 
@@ -83,6 +89,8 @@ class ReducePolicy:
     """Whether backward goes on while a reduction travels."""
     ignore_unused: bool = True
     """Whether a parameter may stay without gradient."""
+    grad_dtype: torch.dtype = torch.float32
+    """Dtype in which micro-batches are added."""
     wire: WirePolicy = field(default_factory=WirePolicy)
 
 
@@ -98,6 +106,8 @@ class Reducer:
         """How many `no_sync` contexts are open."""
         self._comm = comm
         self._learned_steps = policy.steps
+        self.before_accumulation: Callable[[], None] = _nothing
+        """Called when a backward begins after the gradients on the shards were complete."""
         self._watch = watch
         watch.at_end(self._end_backward)
         watch.at_abort(self._forget_all)
@@ -109,10 +119,14 @@ class Reducer:
         self._in_backward = False
         self._final = False
         self._deferred = False
-        """Whether a backward since the last reduction was not reduced: then every rank sends fp32 sums, also
+        """Whether a backward since the last reduction was not reduced: then every rank sends such sums, also
         for buckets whose parameters it did not use itself."""
         self._used: set[int] = set()
+        self._used_anywhere: set[int] = set()
+        """What any rank has used, as far as the last `finish` knew: counts until the step."""
         self._touched = False
+        self._consumed = False
+        """Whether a step has used the gradients on the shards."""
         self._unwatched = [p for b in self.buckets for p in b.params]
         self._where = {id(p): (b, i) for b in self.buckets for i, p in enumerate(b.params)}
 
@@ -153,7 +167,7 @@ class Reducer:
         with torch.no_grad():
             if self._deferred:
                 if pending.local is None:
-                    pending.local = GradBuffer(bucket.layout, torch.float32, bucket.device)
+                    pending.local = GradBuffer(bucket.layout, self.policy.grad_dtype, bucket.device)
                 pending.local.add(index, grad)
             else:
                 if pending.fresh is None:
@@ -169,7 +183,7 @@ class Reducer:
         if self._in_backward:
             return
         if not self._touched:
-            self._note_stale_grads()
+            self._begin_accumulation()
         self._in_backward = self._touched = True
         self._backwards += 1
         self._next = 0
@@ -186,6 +200,15 @@ class Reducer:
         return not self.policy.local or (
             self._learned_steps is not None and self._backwards >= self._learned_steps
         )
+
+    def _begin_accumulation(self) -> None:
+        """New gradients will come to what is on the shards: nothing, or what is added to."""
+        if all(s.grad is None for b in self.buckets for s in b.shards):
+            self._forget_used()  # also where a step was left out
+        elif self._consumed:
+            self._note_stale_grads()
+        self._consumed = False
+        self.before_accumulation()
 
     def _note_stale_grads(self) -> None:
         """Warn where a step happened and gradients were not cleared.
@@ -212,7 +235,7 @@ class Reducer:
         """Start the reduction of what has accumulated; missing gradients count as zeros."""
         pending = self._pending[id(bucket)]
         # The same dtype on every rank, whether or not this rank has gradients for the bucket.
-        dtype = torch.float32 if self._deferred else bucket.dtype
+        dtype = self.policy.grad_dtype if self._deferred else bucket.dtype
         source = pending.local or pending.fresh or GradBuffer(bucket.layout, dtype, bucket.device)
         pending.local = pending.fresh = None
         source.zero_missing()
@@ -264,7 +287,7 @@ class Reducer:
                 param.grad = None
         self._in_backward = self._touched = self._deferred = False
         self._backwards = 0
-        self._used.clear()
+        self._forget_used()
 
     def _flush(self) -> None:
         for bucket in self.buckets[self._next :]:
@@ -310,7 +333,9 @@ class Reducer:
             for shard, slot, param, count in zip(
                 bucket.shards, bucket.layout.slots, bucket.params, counts[id(bucket)], strict=True
             ):
-                if count == 0:
+                if count:
+                    self._used_anywhere.add(id(param))
+                elif id(param) not in self._used_anywhere:
                     shard.grad = None
                 if count < bucket.ranks.total and param.requires_grad:
                     lazy.append(f"{slot.fqn} ({count} of {bucket.ranks.total} ranks)")
@@ -334,9 +359,19 @@ class Reducer:
             found |= {id(b): [next(flat) for _ in b.params] for b in mine}
         return found
 
+    @property
+    def accumulating(self) -> bool:
+        """Whether a backward has left something for the next step, here or (once reduced) on any rank."""
+        return self._touched or bool(self._used_anywhere)
+
+    def _forget_used(self) -> None:
+        self._used.clear()
+        self._used_anywhere.clear()
+
     def stepped(self) -> None:
         """The optimizer has used the gradients; what counts as used starts anew."""
-        self._used.clear()
+        self._forget_used()
+        self._consumed = True
 
     def local_bytes(self) -> int:
         """Bytes of gradients that are held now besides the shards': whole fp32 sums of the local plan, and

@@ -95,7 +95,7 @@ def shard(
     layouts = _plan(model, optimizer, params, stage, config, ranks)
 
     broadcast_buffers(model, ranks)
-    buckets = build(layouts, params, [ranks], store, config.param_dtype, device)
+    buckets = build(layouts, params, [ranks], store, config.grad_dtype, device)
     hand_over(optimizer, buckets)
 
     state = _assemble(model, optimizer, buckets, stage, config, ranks, comm, store, norms)
@@ -119,7 +119,12 @@ def _assemble(
     gatherer = Gatherer(buckets, comm)
     reducer = Reducer(buckets, comm, store, _reduce_policy(config, stage), watch)
     stepper = Stepper(
-        buckets, ranks=ranks, comm=comm, reducer=reducer, gatherer=gatherer, overlap=config.overlap_publish
+        buckets,
+        comm=comm,
+        reducer=reducer,
+        gatherer=gatherer,
+        overlap=config.overlap_publish,
+        publish_numel=config.publish_bucket_numel,
     )
     # Listeners of the end of backward run in this order: reductions first, then gathered parameters go.
     hooks = ModuleHooks(gatherer, _buckets_of_modules(model, buckets), watch, config.prefetch)
@@ -130,6 +135,7 @@ def _assemble(
         comm=comm,
         store=store,
         norms=norms,
+        norm_groups=ranks.axes[:1],  # replicas hold the same
         buckets=buckets,
         gatherer=gatherer,
         reducer=reducer,
@@ -157,6 +163,7 @@ def _reduce_policy(config: ZeroConfig, stage: int) -> ReducePolicy:
         tree=config.rank_invariant,
         overlap=config.overlap_reduce is not False,
         ignore_unused=config.ignore_unused,
+        grad_dtype=config.grad_dtype,
         wire=WirePolicy(
             scatter=config.reduce_scatter,
             dtype=config.communication_dtype,
@@ -200,7 +207,7 @@ def _plan(
         ParamInfo(
             fqn=fqn,
             shape=tuple(p.shape),
-            dtype=str(compute_dtype(p, config.param_dtype)),
+            dtype=str(compute_dtype(fqn, p, config)),
             group=group_of.get(id(p), FROZEN),
             unit=unit_of.get(fqn),
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -16,9 +19,13 @@ from ds_zero.config import ZeroConfig
 from ds_zero.gather import Gatherer
 from ds_zero.hooks import ModuleHooks
 from ds_zero.interfaces import Norms, ShardStore
+from ds_zero.norms import combine
 from ds_zero.ranks import Ranks
 from ds_zero.reduce import Reducer
 from ds_zero.step import Stepper
+
+if TYPE_CHECKING:
+    from ds_zero.scaler import LossScaler
 
 
 @dataclass(eq=False, kw_only=True)
@@ -31,6 +38,8 @@ class ZeroState:
     comm: Comm
     store: ShardStore
     norms: Norms
+    norm_groups: tuple[Ranks, ...]
+    """Groups over which the norm is summed, one after the other; see [Note: where ranks meet]."""
     buckets: list[Bucket]
     gatherer: Gatherer
     reducer: Reducer
@@ -40,6 +49,7 @@ class ZeroState:
     optimizer: weakref.ref[Optimizer] | None
     names: Mapping[str, tuple[str, ...]]
     """First name of every parameter -> all its names (tied parameters have several)."""
+    scaler: LossScaler | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def bucket_of(self, param: nn.Parameter) -> tuple[Bucket, int]:
@@ -56,6 +66,19 @@ class ZeroState:
         self.stepper.publish()
         self.stepper.wait()
         self.gatherer.drop_unused()
+
+    def measure(self) -> Tensor:
+        """2-norm of the gradients that the optimizer would see now, 0-dim fp32 on the CPU; not finite where an
+        element is not. Collective; `reducer.finish` comes first.
+        """
+        own, _ = self.norms(self.grad_pieces())
+        device = self.buckets[0].device if self.buckets else torch.device("cpu")
+        norm = math.sqrt(combine(own, self.norm_groups, device))
+        pending = self.stepper.pending
+        if not pending.unscaled:
+            norm /= pending.loss_scale
+        found = torch.tensor(norm, dtype=torch.float32)
+        return found if pending.clip is None else found * pending.clip
 
     def grad_pieces(self) -> list[Tensor]:
         """This rank's part of every gradient; the parts of all ranks are disjoint and complete, in stage 0

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ds_zero import _registry
 from ds_zero.bucket import BucketState
-from ds_zero.norms import clip_factor, global_norm
+from ds_zero.norms import clip_factor
+from ds_zero.pending import GradNorm
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
@@ -20,28 +21,30 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     fp32 CPU tensor.
 
     Takes the place of `torch.nn.utils.clip_grad_norm_`, which would see one rank's shards only. `max_norm` 0
-    or inf measures and leaves gradients alone. With an optimizer that has `step_fused` the factor is applied
-    inside the next `step()` instead of in a pass of its own, so `shard.grad` still shows unclipped values.
-    Collective. See [Note: norm in fixed blocks].
+    or inf measures and leaves gradients alone. The norm is that of true gradients, whatever the loss scale;
+    `grad_norm(model)` gives it again, together with the one after clipping. With an optimizer that has
+    `step_fused` the factor is applied inside the next `step()` instead of in a pass of its own, so
+    `shard.grad` still shows unclipped values. A backward after clipping adds to the clipped gradients.
+    Collective. See [Note: norm in fixed blocks] and [Note: units of a gradient].
     """
     state = _registry.state_of(model)
-    if state.reducer.finish():
-        state.stepper.grad_scale = None  # found for gradients that have changed since
-    device = state.buckets[0].device if state.buckets else torch.device("cpu")
-    norm = global_norm(state.grad_pieces(), state.ranks, state.norms, device)
-    waiting = state.stepper.grad_scale
-    if waiting is not None:  # a second call, as to log the norm after clipping, sees what the first one left
-        norm = norm * waiting
+    state.reducer.finish()
+    pending = state.stepper.pending
+    norm = state.measure()
     factor = clip_factor(norm, max_norm)
-    if state.stepper.fused:
-        state.stepper.grad_scale = factor if waiting is None else factor * waiting
-    elif factor.item() != 1.0:
-        with torch.no_grad():
-            for bucket in state.buckets:
-                for shard in bucket.shards:
-                    if shard.grad is not None:
-                        shard.grad.mul_(factor.to(shard.grad.device))
+    state.stepper.clip(factor)
+    before = float(norm) if pending.norm is None else pending.norm.before
+    pending.found(GradNorm(before=before, after=float(norm * factor)))
     return norm
+
+
+def grad_norm(model: nn.Module) -> GradNorm | None:
+    """Norms of the gradient that was measured last, before and after clipping, of true (unscaled) values.
+
+    Measured by `clip_grad_norm_`, and by every step of a model that has a `LossScaler`; None before. The same
+    on every rank; no communication.
+    """
+    return _registry.state_of(model).stepper.pending.last_norm
 
 
 @contextlib.contextmanager
@@ -83,4 +86,5 @@ def destroy(model: nn.Module) -> None:
             group["params"] = [originals[id(entry)] for entry in group["params"]]
         optimizer.state.clear()
     _registry.drop(model, parts)
+    state.scaler = None
     state.store.close()
