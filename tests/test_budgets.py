@@ -37,6 +37,7 @@ def test_large_classes(members, expected):
     fields = "".join(f"    a{i}: int = 0\n" for i in range(members))
     assert rules("@dataclass\nclass A:\n" + fields) == expected
     assert rules("@dataclass(frozen=True, kw_only=True)\nclass A:\n" + fields) == []
+    assert rules("class A(Section):\n" + fields) == []
 
 
 @pytest.mark.parametrize("arguments, expected", [(10, []), (11, ["constructor-arguments"])])

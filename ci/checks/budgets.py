@@ -143,7 +143,8 @@ def _class_size(node: ast.ClassDef, name: str) -> Iterator[Finding]:
         if isinstance(target.value, ast.Name) and target.value.id == "self":
             attributes.add(target.attr)
     for what, members in (("public methods", public), ("attributes", attributes)):
-        # A frozen options dataclass is a table of settings, not state: its fields do not count.
+        # Frozen options, as a dataclass or as a section of the configuration, are a table of settings, not
+        # state: their fields do not count.
         if len(members) > CLASS_MEMBERS and not (what == "attributes" and _is_options(node)):
             message = (
                 f"{len(members)} {what}, at most {CLASS_MEMBERS}: split the class by what changes together"
@@ -153,7 +154,7 @@ def _class_size(node: ast.ClassDef, name: str) -> Iterator[Finding]:
 
 def _is_options(node: ast.ClassDef) -> bool:
     text = " ".join(ast.unparse(d) for d in node.decorator_list)
-    return "dataclass" in text and "frozen=True" in text
+    return ("dataclass" in text and "frozen=True" in text) or "Section" in map(ast.unparse, node.bases)
 
 
 def _attribute_targets(tree: ast.AST) -> Iterator[ast.Attribute]:

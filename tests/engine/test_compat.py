@@ -23,8 +23,6 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"zero_optimization": OFFLOAD}, {"optimizer": "AdamW"}),
     ({"optimizer": {"type": "Adam"}}, {"optimizer": "AdamW"}),
     ({"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}}, {"scheduler_passed": True}),
-    ({"optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 2, "stage3_param_persistence_threshold": 9}}, {}),
-    ({"optimizer": {"type": "Adam"}, "zero_optimization": {"stage": 3, "overlap_publish": True}}, {}),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}}, {}),
 ]  # fmt: skip
 
@@ -61,6 +59,45 @@ def test_what_goes_together_passes(raw: dict[str, Any], more: dict[str, Any]) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check(Job(config=load({"train_batch_size": 4, **raw}), **more))
+
+
+@pytest.mark.parametrize(
+    ("raw", "wanted"),
+    [
+        ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto"'),
+        ({"train_batch_size": "auto"}, 'train_batch_size: "auto", and nothing has filled it in'),
+        (
+            {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}},
+            'scheduler.params.total_num_steps is "auto", and nothing has filled it in: give the number of '
+            "optimizer steps",
+        ),
+    ],
+)
+def test_auto_that_has_to_be_a_value_is_refused(raw: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(Job(config=load({"train_batch_size": 4, **raw})))
+    assert wanted in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {
+            "train_batch_size": 4,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+        },
+        {"train_micro_batch_size_per_gpu": 4, "train_batch_size": "auto"},
+        {"train_batch_size": 4, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}},
+        {"train_batch_size": 4, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}},
+    ],
+)
+def test_auto_that_has_a_default_takes_it(raw: dict[str, Any]) -> None:
+    config = load(raw)
+    check(Job(config=config))
+    assert config.batch(1).train == 4
+    assert config.gradient_clipping == 1.0 and not config.bf16.enabled
+    assert config.optimizer is None or config.optimizer.params == {}
 
 
 def test_initialize_asks_the_table() -> None:

@@ -309,7 +309,10 @@ class TestInitialize:
                 {"model": nn.Linear(1, 1), "config": {"train_batch_size": 1}},
                 "no optimizer: add a section like",
             ),
-            ({"model": nn.Linear(1, 1), "config": jobs.config(train_batch_size=15)}, "15 / 2 = 7.5"),
+            (
+                {"model": nn.Linear(1, 1), "config": jobs.config(train_batch_size=15)},
+                "multiple of 2, such as 14 or 16",
+            ),
         ],
     )
     def test_mistakes(self, arguments: dict[str, Any], wanted: str) -> None:

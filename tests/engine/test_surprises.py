@@ -51,4 +51,8 @@ def test_a_schedule_of_another_optimizer_is_refused() -> None:
 def test_training_data_of_less_than_a_micro_batch_is_refused() -> None:
     data = torch.utils.data.TensorDataset(torch.zeros(3, 8))
     with pytest.raises(ValueError, match=r"training_data has 3 samples.*fewer than one micro-batch of 8"):
-        ds_engine.initialize(model=nn.Linear(8, 8), config=jobs.config(), training_data=data)
+        ds_engine.initialize(
+            model=nn.Linear(8, 8), config=jobs.config(dataloader_drop_last=True), training_data=data
+        )
+    _, _, loader, _ = ds_engine.initialize(model=nn.Linear(8, 8), config=jobs.config(), training_data=data)
+    assert loader is not None and [len(x) for (x,) in loader] == [3]

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 import ds_comm
 import ds_zero
-from ds_engine import compat, optimizers, schedules
+from ds_engine import compat, optimizers, schedules, sharding
 from ds_engine.accumulation import Accumulation
 from ds_engine.config import Batch, ConfigError, DsConfig
 from ds_engine.config import load as load_config
@@ -76,7 +76,9 @@ def initialize(
     # is cut in two.
     # What ds_zero.deferred_init has put off comes into being here, on the default device.
     with world.device if deferred else contextlib.nullcontext():
-        ds_zero.shard(model, built, stage=settings.zero_optimization.stage, **_sharding(settings, batch))
+        ds_zero.shard(
+            model, built, stage=settings.zero_optimization.stage, **sharding.options(settings, batch)
+        )
     schedule = _schedule(settings, lr_scheduler, built)
     loader = _loader(settings, training_data, batch, world, collate_fn)
     engine = Engine(
@@ -92,6 +94,10 @@ def initialize(
             progress=Progress(settings.steps_per_print or 0, world.rank),
         )
     )
+    if settings.dump_state and world.rank == 0:
+        from ds_engine.config.explain import explain, table
+
+        to_stderr(table(explain(settings, ranks=world.world_size)))
     if settings.startup_summary and world.rank == 0:
         from ds_engine.summary import render
 
@@ -150,27 +156,6 @@ def _optimizer(
     return optimizers.build(settings.optimizer.type, settings.optimizer.params, parameters, on_host=on_host)
 
 
-def _sharding(settings: DsConfig, batch: Batch) -> dict[str, Any]:
-    """The section zero_optimization in ds_zero's words."""
-    zero = settings.zero_optimization
-    options: dict[str, Any] = {
-        "config": ds_zero.ZeroConfig(
-            accumulation=zero.accumulation_plan,
-            accumulation_steps=batch.steps,
-            param_dtype=Precision.of(settings).param_dtype,
-            reduce_bucket_numel=zero.reduce_bucket_size,
-            persistence_threshold_numel=zero.stage3_param_persistence_threshold,
-            prefetch=zero.stage3_prefetch,
-            overlap_publish=zero.overlap_publish and zero.stage in (1, 2),
-        )
-    }
-    if zero.offload_optimizer.device == "cpu":
-        import ds_offload
-
-        options["store"] = ds_offload.HostStore()
-    return options
-
-
 def _schedule(
     settings: DsConfig, given: LRSchedule | Callable[[Optimizer], LRSchedule] | None, optimizer: Optimizer
 ) -> LRSchedule | None:
@@ -210,4 +195,5 @@ def _loader(
         seed=settings.seed or 0,
         collate_fn=collate_fn,
         pin_memory=world.device.type != "cpu",
+        drop_last=settings.dataloader_drop_last,
     )

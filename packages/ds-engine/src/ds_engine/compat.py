@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ds_engine.config import auto
 from ds_engine.config.errors import ConfigError
 from ds_engine.config.model import DsConfig
 
@@ -54,7 +55,6 @@ class Rule:
 
 
 WHOLE_TENSORS = ("adafactor", "muon", "lamb", "fusedlamb")
-_STAGE_3_KEYS = {"stage3_param_persistence_threshold", "stage3_prefetch"}
 HOST_OPTIMIZERS = ("adam", "adamw", "cpuadam")
 
 RULES: tuple[Rule, ...] = (
@@ -111,24 +111,6 @@ RULES: tuple[Rule, ...] = (
         remedy="remove one of them",
     ),
     Rule(
-        first="zero_optimization.stage3_param_persistence_threshold, stage3_prefetch",
-        second="stage 0 to 2",
-        applies=lambda job: (
-            job.stage < 3 and bool(_STAGE_3_KEYS & job.config.zero_optimization.model_fields_set)
-        ),
-        reason="parameters are whole on every rank below stage 3",
-        remedy="remove what begins with stage3_, or set stage to 3",
-        refuse=False,
-    ),
-    Rule(
-        first="zero_optimization.overlap_publish",
-        second="stage 0 or 3",
-        applies=lambda job: job.stage in (0, 3) and job.config.zero_optimization.overlap_publish,
-        reason="only stages 1 and 2 gather parameters at the end of a step",
-        remedy="remove it, or set stage to 1 or 2",
-        refuse=False,
-    ),
-    Rule(
         first="zero_optimization.offload_optimizer.pin_memory false",
         second="offload_optimizer.device cpu",
         applies=lambda job: job.offloads and not job.config.zero_optimization.offload_optimizer.pin_memory,
@@ -140,17 +122,17 @@ RULES: tuple[Rule, ...] = (
 
 
 def check(job: Job) -> None:
-    """Refuse, or warn about, settings that do not go together.
+    """Refuse, or warn about, settings that do not go together, and "auto" where it has to be a value.
 
     Raises:
-        ConfigError: with every rule that is broken.
+        ConfigError: with everything that is wrong.
     """
     broken = [rule for rule in RULES if rule.applies(job)]
     refused = [rule for rule in broken if rule.refuse]
-    if refused:
-        raise ConfigError(
-            [f"{r.first} and {r.second} do not go together: {r.reason}; {r.remedy}" for r in refused]
-        )
+    problems = list(auto.unfilled(job.config))
+    problems += [f"{r.first} and {r.second} do not go together: {r.reason}; {r.remedy}" for r in refused]
+    if problems:
+        raise ConfigError(problems, job.config.origin.where)
     for rule in broken:
         warnings.warn(
             f"{rule.first} has no effect with {rule.second}: {rule.reason}; {rule.remedy}", stacklevel=3

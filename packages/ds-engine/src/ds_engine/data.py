@@ -25,6 +25,7 @@ class Loader:
         seed: int,
         collate_fn: Callable[[list[Any]], Any] | None,
         pin_memory: bool,
+        drop_last: bool = True,
     ) -> None:
         self.epoch = 0
         """Passes that were started."""
@@ -38,13 +39,13 @@ class Loader:
                 )
         else:
             self.sampler = DistributedSampler(dataset, num_replicas=ranks, rank=rank, shuffle=True, seed=seed)
-        # A last micro-batch that is smaller than the others would weigh its samples more; it is left out.
+        # A last micro-batch that is smaller than the others weighs its samples more.
         self.loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=micro_batch,
             sampler=self.sampler,
             collate_fn=collate_fn,
-            drop_last=True,
+            drop_last=drop_last,
             pin_memory=pin_memory,
         )
         if self.sampler is not None and len(self.loader) == 0:

@@ -7,6 +7,8 @@ import shutil
 from typing import TYPE_CHECKING
 
 import ds_zero
+from ds_engine.config import auto
+from ds_engine.config.built import effectless
 from ds_engine.config.model import DsConfig
 from ds_engine.config.zero import STAGES
 
@@ -65,7 +67,19 @@ def rows(engine: Engine) -> list[Row]:
             "as set" if "gradient_clipping" in set_keys else "default; 0 turns it off",
         ),
     ]
-    return table + _memory_rows(engine, made, held)
+    return table + _remarks(config) + _memory_rows(engine, made, held)
+
+
+def _remarks(config: DsConfig) -> list[Row]:
+    """One row for all keys that were set and change nothing, and one for what was left to defaults."""
+    idle, autos = effectless(config), auto.defaults(config)
+    found = []
+    if idle:
+        names = ", ".join(path.rpartition(".")[2] for path in idle)
+        found.append(("without effect", names, "done anyway, or not needed: ds config explain says why"))
+    if autos:
+        found.append(('"auto"', ", ".join(autos), "nothing has filled it in: the default"))
+    return found
 
 
 def _origin(config: DsConfig, key: str) -> str:

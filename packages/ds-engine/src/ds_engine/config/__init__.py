@@ -5,10 +5,12 @@ from ds_engine.config.checkpoint import CheckpointConfig
 from ds_engine.config.errors import ConfigError
 from ds_engine.config.load import load
 from ds_engine.config.model import DsConfig
+from ds_engine.config.offload import OffloadOptimizerConfig
 from ds_engine.config.optimizer import OptimizerConfig
 from ds_engine.config.precision import Bf16Config
 from ds_engine.config.scheduler import SchedulerConfig
-from ds_engine.config.zero import OffloadOptimizerConfig, ZeroOptimizationConfig
+from ds_engine.config.source import read
+from ds_engine.config.zero import ZeroOptimizationConfig
 
 __all__ = [
     "Batch",
@@ -21,4 +23,5 @@ __all__ = [
     "SchedulerConfig",
     "ZeroOptimizationConfig",
     "load",
+    "read",
 ]

@@ -92,3 +92,21 @@ def _nearest_divisors(train: int, value: int, ranks: int) -> list[int]:
     below = [n for n in divisors if n <= value][-1:]
     above = [n for n in divisors if n > value][:1]
     return below + above
+
+
+def contradictions(train: int | None, micro: int | None, steps: int | None) -> list[tuple[str, str]]:
+    """What is wrong for any number of ranks, as key and sentence: found before there are ranks."""
+    given = {TRAIN: train, MICRO: micro, STEPS: steps}
+    unit = (micro or 1) * (steps or 1)
+    if train is None or train % unit == 0:
+        return []
+    factors = " x ".join(f"{name} {value or '?'}" for name, value in given.items() if name != TRAIN)
+    below, above = train // unit * unit, (train // unit + 1) * unit
+    works = " or ".join(str(n) for n in (below, above) if n > 0)
+    return [
+        (
+            TRAIN,
+            f"{TRAIN} {train} = {factors} x ranks has no whole solution, whatever the ranks: it has to be a "
+            f"multiple of {unit}, such as {works}",
+        )
+    ]

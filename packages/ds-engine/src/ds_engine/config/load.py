@@ -4,173 +4,155 @@ from __future__ import annotations
 
 import json
 import os
-import types
-import typing
+import warnings
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ds_engine.config import foreign
+from ds_engine.config import batch, legacy
+from ds_engine.config.built import refusals
+from ds_engine.config.combinations import COMBINATIONS
 from ds_engine.config.errors import ConfigError
 from ds_engine.config.model import DsConfig
-from ds_engine.config.suggest import closest
+from ds_engine.config.origin import Origin
+from ds_engine.config.schema import Key, join, keys_of
+from ds_engine.config.source import Source, open_source
+from ds_engine.config.unknown import unknown
+
+AUTO = "auto"
 
 
 def load(config: str | os.PathLike[str] | Mapping[str, Any] | DsConfig) -> DsConfig:
     """Read and check a configuration.
 
     Args:
-        config: path of a JSON file, or the same as a dict, or a ready `DsConfig` (returned as it is).
+        config: path of a file with JSON (comments and trailing commas are welcome); the same as a dict, as a text,
+            or as a text in URL-safe base64; or a ready `DsConfig` (returned as it is).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: not JSON, a key given twice, unknown keys, wrong types or values; all of them at once.
+        ConfigError: it cannot be read, a key is given twice, unknown keys, wrong types or values, settings that
+            exclude each other, or that this version does not have; all of them at once.
     """
     if isinstance(config, DsConfig):
         return config
-    if isinstance(config, Mapping):
-        return _build(dict(config), "config")
-    if not isinstance(config, (str, os.PathLike)):
-        raise ConfigError([f"config is a {type(config).__name__}: pass the path of a JSON file, or a dict"])
-    path = Path(config)
-    return _build(_read(path), str(path))
+    made, said = build(open_source(config))
+    if os.environ.get("RANK", "0") == "0":  # once for a job, not once for each rank
+        for text in said:
+            warnings.warn(f"{made.origin.where}: {text}", stacklevel=2)
+    return made
 
 
-def _read(path: Path) -> dict[str, Any]:
+def build(source: Source) -> tuple[DsConfig, list[str]]:
+    """The configuration, and what should be said about it.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    modern = legacy.modernise({str(key): value for key, value in source.raw.items()})
+    found = _Findings(problems=list(modern.problems))
+    known = _known_part(modern.raw, DsConfig, "", found)
+    origin = Origin(
+        where=source.where,
+        raw=source.raw,
+        lines=source.lines,
+        renamed=modern.renamed,
+        autos=tuple(found.autos),
+        ignored=modern.ignored,
+    )
+    config: DsConfig | None = None
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        there = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        found = f"; {path.parent} has {', '.join(there)}" if there else ""
-        raise FileNotFoundError(f"no configuration file {path}{found}") from None
-    try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            [f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}"], str(path)
-        ) from None
-    except _DuplicateKeyError as error:
-        raise ConfigError(
-            [f'key "{error}" is given twice in one section: keep one of them'], str(path)
-        ) from None
-    if not isinstance(value, dict):
-        raise ConfigError([f"holds a {type(value).__name__}, not an object {{...}}"], str(path))
-    return value
-
-
-class _DuplicateKeyError(Exception):
-    """JSON allows a key twice and readers keep the last one, so that the first looks set and is not."""
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _DuplicateKeyError(key)
-        found[key] = value
-    return found
-
-
-def _build(raw: dict[str, Any], where: str) -> DsConfig:
-    problems: list[str] = []
-    known = _known_part(raw, DsConfig, "", problems)
-    try:
-        config = DsConfig.model_validate(known)
+        config = DsConfig.model_validate(known).with_origin(origin)
     except ValidationError as error:
-        found = [_explain(item) for item in error.errors(include_url=False)]
-        # A misspelt key that is required would be told twice, as unknown and as missing.
-        told = " ".join(problems)
-        problems += [
-            text for text in found if f"did you mean {text.removesuffix(' is missing')}?" not in told
-        ]
-        raise ConfigError(problems, where) from None
-    if problems:
-        raise ConfigError(problems, where)
-    return config
+        _add_validation(error, found)
+    if config is not None:
+        found.problems += [(rule.key, rule.sentence) for rule in COMBINATIONS if rule.broken(config)]
+        found.problems += refusals(config)
+        found.problems += batch.contradictions(
+            config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
+        )
+    if found.problems or config is None:
+        ordered = sorted(found.problems, key=lambda problem: origin.line(problem[0]) or 0)
+        raise ConfigError([_located(origin, *problem) for problem in ordered], source.where)
+    return config, [*modern.warnings, *_remarks(config)]
 
 
-def sections(model: type[BaseModel] = DsConfig, prefix: str = "") -> dict[str, type[BaseModel]]:
-    """Dotted path -> model of every section; "" is the top level."""
-    found: dict[str, type[BaseModel]] = {prefix: model}
-    for name, field in model.model_fields.items():
-        inner = _section_of(field.annotation)
-        if inner is not None:
-            found.update(sections(inner, _join(prefix, name)))
-    return found
+@dataclass
+class _Findings:
+    """What came up on the way."""
+
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    """Path and sentence."""
+    autos: list[str] = field(default_factory=list)
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, if it holds one (`Section` or `Section | None`)."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    for option in options:
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            return option
-    return None
-
-
-def _known_part(
-    raw: dict[str, Any], model: type[BaseModel], path: str, problems: list[str]
-) -> dict[str, Any]:
-    """`raw` without unknown keys, each of which becomes a problem, so that values are checked in the same
-    go.
+def _known_part(raw: dict[str, Any], model: type[BaseModel], path: str, found: _Findings) -> dict[str, Any]:
+    """`raw` without unknown keys, each of which becomes a problem, so that values are checked in the same go;
+    without "auto", which is remembered; and without sections that are null or false, which means off.
     """
     kept: dict[str, Any] = {}
-    for key, value in raw.items():
-        field = model.model_fields.get(key) if isinstance(key, str) else None
-        if field is None:
-            if not (
-                isinstance(key, str) and foreign.is_foreign(path, key) and foreign.asks_for_nothing(value)
-            ):
-                problems.append(_unknown(path, str(key)))
+    for name, value in raw.items():
+        key = keys_of(model, path).get(name) if isinstance(name, str) else None
+        if key is None:
+            found.problems.append((join(path, str(name)), unknown(path, str(name))))
+        elif value == AUTO and isinstance(value, str) and not key.takes_auto:
+            found.autos.append(key.path)
+        elif key.section is not None and (value is None or value is False):
             continue
-        inner = _section_of(field.annotation)
-        if inner is not None and isinstance(value, dict):
-            value = _known_part(value, inner, _join(path, key), problems)
-        kept[key] = value
+        else:
+            kept[name] = _inside(key, value, found)
     return kept
 
 
-def _unknown(path: str, key: str) -> str:
-    """The nearest key of this section, else of another one; a key that exists elsewhere is told where it
-    belongs.
-    """
-    full = _join(path, key)
-    every = sections()
-    here = list(every[path].model_fields)
-    elsewhere = {
-        name: section for section, model in every.items() if section != path for name in model.model_fields
+def _inside(key: Key, value: Any, found: _Findings) -> Any:
+    if key.path in ("optimizer.params", "scheduler.params") and isinstance(value, dict):
+        found.autos += [join(key.path, str(name)) for name, inner in value.items() if inner == AUTO]
+        kept = {name: inner for name, inner in value.items() if inner != AUTO}
+        if value.get("warmup_max_lr") == AUTO and key.path == "scheduler.params":
+            kept["warmup_max_lr"] = None  # the rate of each group, which is what integrations fill in
+        return kept
+    if key.section is None or not isinstance(value, dict):
+        return value
+    if not key.named:
+        return _known_part(value, key.section, key.path, found)
+    return {
+        name: _known_part(inner, key.section, join(key.path, "*"), found)
+        if isinstance(inner, dict)
+        else inner
+        for name, inner in value.items()
     }
-    if foreign.is_foreign(path, key):
-        return (
-            f'"{full}" is a setting of DeepSpeed\'s that this version does not have. It would have no '
-            "effect, so it is refused: "
-            "remove it, or switch it off"
-        )
-    if key in elsewhere:
-        return f'unknown key "{full}": "{key}" belongs {_place(elsewhere[key])}'
-    near, far = closest(key, here), closest(key, elsewhere)
-    if near is not None and (far is None or near[1] <= far[1]):
-        return f'unknown key "{full}": did you mean "{_join(path, near[0])}"?'
-    if far is not None:
-        return f'unknown key "{full}": did you mean "{far[0]}", which belongs {_place(elsewhere[far[0]])}?'
-    return (
-        f'unknown key "{full}": {"this section" if path else "the top level"} has {", ".join(sorted(here))}'
-    )
 
 
-def _place(section: str) -> str:
-    return f'under "{section}"' if section else "at the top level"
+def _add_validation(error: ValidationError, found: _Findings) -> None:
+    # A misspelt key that is required would be told twice, as unknown and as missing.
+    told = " ".join(text for _, text in found.problems)
+    for item in error.errors(include_url=False):
+        path = _path_of(item["loc"])
+        text = _explain(path, item)
+        if item["type"] == "missing" and (f'did you mean "{path}"?' in told or path in found.autos):
+            if path in found.autos:
+                found.problems.append((path, f'{path} is "auto", and nothing has filled it in: give a value'))
+            continue
+        if any(path == before for before, _ in found.problems):
+            continue  # one sentence for a key, though each option of a union has its own
+        found.problems.append((path, text))
 
 
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+def _path_of(loc: tuple[int | str, ...]) -> str:
+    """Dotted; pydantic appends the names of types to what is in a union, which are left out."""
+    parts = [str(part) for part in loc]
+    while len(parts) > 1 and (parts[-1] in _TYPES or "[" in parts[-1]):
+        parts.pop()
+    return ".".join(parts)
 
 
-def _explain(item: Any) -> str:
+_TYPES = frozenset({"int", "float", "bool", "str", "list", "dict"})
+
+
+def _explain(path: str, item: Any) -> str:
     """Pydantic's finding in the words of the file: path, value, what is wanted."""
-    path = ".".join(str(part) for part in item["loc"])
     shown = _shown(item.get("input"))
     kind = item["type"]
     context = item.get("ctx", {})
@@ -185,10 +167,14 @@ def _explain(item: Any) -> str:
         "finite_number": "a finite number",
         "string_type": "a text in quotes",
         "dict_type": "an object {...}",
+        "list_type": "a list [...]",
         "model_type": "an object {...}",
         "model_attributes_type": "an object {...}",
         "literal_error": f"one of {context.get('expected', '')}",
         "greater_than_equal": f"at least {context.get('ge')}",
+        "less_than_equal": f"at most {context.get('le')}",
+        "greater_than": f"more than {context.get('gt')}",
+        "less_than": f"less than {context.get('lt')}",
     }.get(kind)
     return f"{path} is {shown}: it has to be {wanted}" if wanted else f"{path} is {shown}: {item['msg']}"
 
@@ -199,3 +185,17 @@ def _shown(value: Any) -> str:
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _located(origin: Origin, path: str, sentence: str) -> str:
+    line = origin.line(path)
+    return f"line {line}: {sentence}" if line is not None else sentence
+
+
+def _remarks(config: DsConfig) -> list[str]:
+    size = config.vocabulary_size
+    if size is not None and size % 8:
+        return [
+            f"vocabulary_size is {size}: tensor cores work on multiples of 8, so {-(-size // 8) * 8} rows may be faster"
+        ]
+    return []

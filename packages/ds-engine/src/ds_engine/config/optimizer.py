@@ -21,3 +21,6 @@ class OptimizerConfig(Section):
         default_factory=dict,
         description="Arguments of the optimizer, for example lr, betas, eps, weight_decay.",
     )
+    legacy_fusion: bool = Field(
+        default=False, description="An older code path of DeepSpeed's fp16 optimizer; the update is the same."
+    )

@@ -1,10 +1,56 @@
-"""The section `bf16`; without it everything is computed in the dtype that the model has, usually fp32."""
+"""The sections `fp16`, `bf16`, `torch_autocast` and `data_types`; without them everything is computed in the
+dtype that the model has, usually fp32.
+"""
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Literal
 
-from ds_engine.config.section import Section
+from pydantic import BeforeValidator, Field
+
+from ds_engine.config.section import Count, Names, NotNegative, Positive, Section
+
+_SPELLINGS = {
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float": "fp32",
+}
+
+
+def _short(value: object) -> object:
+    """Take "torch.float16", "float16", "half" and torch.float16 itself as "fp16"."""
+    text = str(value).removeprefix("torch.").lower()
+    return _SPELLINGS.get(text, text if isinstance(value, str) else value)
+
+
+Dtype = Annotated[Literal["fp16", "bf16", "fp32"], BeforeValidator(_short)]
+"""A dtype in any of torch's spellings."""
+
+
+class Fp16Config(Section):
+    """Compute in float16 with fp32 master parameters, and a loss scale that keeps small gradients."""
+
+    enabled: bool = Field(
+        default=False, description="Cast floating-point parameters to float16 for forward and backward."
+    )
+    auto_cast: bool = Field(default=False, description="Cast floating-point inputs too.")
+    loss_scale: NotNegative = Field(default=0.0, description="Constant factor of the loss; 0: a dynamic one.")
+    initial_scale_power: Count = Field(default=16, description="Dynamic: begin with 2 to this power.")
+    loss_scale_window: Positive = Field(
+        default=1000, description="Dynamic: double after so many steps without overflow."
+    )
+    hysteresis: Positive = Field(
+        default=2, description="Dynamic: overflows that are let pass before it is halved."
+    )
+    consecutive_hysteresis: bool = Field(
+        default=False, description="Dynamic: count overflows anew after a good step."
+    )
+    min_loss_scale: Positive = Field(default=1, description="Dynamic: never go below this.")
+    fp16_master_weights_and_grads: bool = Field(
+        default=False, description="Keep masters and gradients in float16 too."
+    )
 
 
 class Bf16Config(Section):
@@ -13,4 +59,39 @@ class Bf16Config(Section):
     enabled: bool = Field(
         default=False,
         description="Cast floating-point parameters and inputs to bfloat16 for forward and backward.",
+    )
+    immediate_grad_update: bool = Field(
+        default=False, description="Add each gradient to the fp32 sum as soon as it is there."
+    )
+    check_grad_overflow: bool = Field(default=True, description="Skip steps whose gradient is not finite.")
+    bf16_master_weights_and_grads: bool = Field(
+        default=False, description="Keep masters and gradients in bfloat16 too."
+    )
+    bf16_optimizer_states: bool = Field(default=False, description="Keep optimizer states in bfloat16.")
+
+
+class TorchAutocastConfig(Section):
+    """torch.autocast around forward; parameters keep their dtype."""
+
+    enabled: bool = Field(default=False, description="Use it.")
+    dtype: Dtype | None = Field(
+        default=None, description="In which operations compute. Default: torch's choice."
+    )
+    lower_precision_safe_modules: Names | None = Field(
+        default=None, description="Classes of modules whose parameters travel in that dtype."
+    )
+
+
+class DataTypesConfig(Section):
+    """Dtypes of sums, parameters and buffers."""
+
+    grad_accum_dtype: Dtype | None = Field(
+        default=None, description="In which gradients of micro-batches are summed. Default: fp32."
+    )
+    param_dtype: Dtype | None = Field(
+        default=None, description="In which parameters compute. Default: as fp16, bf16."
+    )
+    buffer_dtype: Dtype | None = Field(default=None, description="Of buffers. Default: as they are.")
+    keep_in_fp32_modules: Literal["auto"] | Names = Field(
+        default="auto", description='Modules whose buffers stay in fp32; "auto": as the model says.'
     )

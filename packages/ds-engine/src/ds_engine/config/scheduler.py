@@ -15,7 +15,7 @@ class SchedulerConfig(Section):
     """
 
     type: str = Field(
-        description="WarmupLR, WarmupDecayLR, WarmupCosineLR, or the name of any class in "
+        description="WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest, or the name of any class in "
         "torch.optim.lr_scheduler; case is ignored."
     )
     params: dict[str, Any] = Field(

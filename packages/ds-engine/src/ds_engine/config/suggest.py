@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 
 def distance(a: str, b: str) -> int:
@@ -28,14 +29,34 @@ def closest(word: str, candidates: Iterable[str]) -> tuple[str, int] | None:
     """The candidate with the fewest edits and their number, case ignored; None when nothing comes near.
 
     Near means that at most a third of the letters (and always one) would have to change: "foo" must not
-    become "bf16".
+    become "bf16". Of several that are as near, the first in the alphabet.
     """
     folded = word.lower()
-    ranked = sorted((distance(folded, c.lower()), c) for c in set(candidates))
-    if not ranked:
-        return None
-    edits, best = ranked[0]
-    return (best, edits) if edits <= max(1, max(len(word), len(best)) // 3) else None
+    letters = _letters(folded)
+    found: tuple[int, str] | None = None
+    for candidate in sorted(set(candidates)):
+        limit = max(1, max(len(word), len(candidate)) // 3)
+        if found is not None:
+            limit = min(limit, found[0] - 1)
+        if abs(len(word) - len(candidate)) > limit:
+            continue
+        # Each letter that the other lacks costs an edit: most candidates are done with here.
+        theirs = _letters(candidate.lower())
+        if max((letters & ~theirs).bit_count(), (theirs & ~letters).bit_count()) > limit:
+            continue
+        edits = distance(folded, candidate.lower())
+        if edits <= limit:
+            found = (edits, candidate)
+    return None if found is None else (found[1], found[0])
+
+
+@cache
+def _letters(word: str) -> int:
+    """The set of letters as bits."""
+    bits = 0
+    for letter in word:
+        bits |= 1 << (ord(letter) % 64)
+    return bits
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:

@@ -1,0 +1,82 @@
+"""The table of all rows, and the questions that are asked of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+from ds_engine.config.built import top, zero
+from ds_engine.config.built.row import Inert, Row, State
+from ds_engine.config.schema import by_path, default_of, given, keys_of, value_at
+
+BUILT: Mapping[str, Row] = {row.key: row for row in top.ROWS + zero.ROWS}
+"""Dotted path -> row."""
+
+
+@cache
+def row_of(path: str) -> Row | None:
+    """The row of a key: its own, or that of the nearest section around it."""
+    while path:
+        if path in BUILT:
+            return BUILT[path]
+        path = path.rpartition(".")[0]
+    return None
+
+
+def switches(row: Row) -> Mapping[str, Inert]:
+    """Path -> values that ask for nothing."""
+    if row.switches:
+        return row.switches
+    key = by_path()[row.key]
+    if key.section is not None and default_of(key) is not None:
+        inner = keys_of(key.section, row.key)
+        assert "enabled" in inner, f"{row.key} has no key `enabled`: its row has to name the switches"
+        return {f"{row.key}.enabled": (False,)}
+    return {row.key: (default_of(key), None)}
+
+
+def refusals(config: Any) -> Iterator[tuple[str, str]]:
+    """Path and sentence for everything that is asked for and is not there."""
+    for row in BUILT.values():
+        if row.state in (State.LATER, State.GONE) or row.needs:
+            for path, inert in switches(row).items():
+                value = value_at(config, path)
+                if any(value is quiet or _equal(value, quiet) for quiet in inert):
+                    continue
+                if row.state is State.WORKS and importlib.util.find_spec(row.needs) is not None:
+                    continue
+                yield path, _refusal(row, path, value)
+
+
+def _equal(value: Any, quiet: Any) -> bool:
+    """Without 1 == True."""
+    return isinstance(value, bool) == isinstance(quiet, bool) and value == quiet
+
+
+def _refusal(row: Row, path: str, value: Any) -> str:
+    shown = f"{path} is {json.dumps(value, default=repr)}"
+    if len(shown) > 120:
+        shown = f"{path} is set"
+    remedy = row.remedy or ("set it to false" if value is True else "remove it")
+    if row.state is State.WORKS:
+        return f"{shown}: that is {row.owner}'s, which is not installed; pip install {row.owner}, or {remedy}"
+    if row.state is State.GONE:
+        return f"{shown}: ds does not have that ({row.why}); {remedy}"
+    return f"{shown}: {row.owner} will have that ({row.why}), and this version does not yet; {remedy}"
+
+
+def effectless(config: Any) -> Mapping[str, str]:
+    """Path -> why, for every key that was set and has no effect."""
+    found = {}
+    for path in given(config):
+        row = row_of(path)
+        if row is None:
+            continue
+        if row.state is State.NO_EFFECT:
+            found[path] = row.why
+        elif row.only is not None and not row.only(config):
+            found[path] = row.otherwise
+    return found

@@ -1,0 +1,198 @@
+"""Rows of the top level and of all sections but `zero_optimization`."""
+
+from __future__ import annotations
+
+from ds_engine.config.built.row import Row, gone, later, no_effect, works
+
+_LAYERS = "ds-layers"
+_ENGINE = "ds-engine"
+
+WORKING: tuple[Row, ...] = (
+    works("train_batch_size", _ENGINE, "ds_engine.config.batch"),
+    works("train_micro_batch_size_per_gpu", _ENGINE, "ds_engine.config.batch"),
+    works("gradient_accumulation_steps", _ENGINE, "ds_engine.config.batch"),
+    works("optimizer", _ENGINE, "ds_engine.optimizers"),
+    works("scheduler", _ENGINE, "ds_engine.schedules"),
+    works("bf16.enabled", _ENGINE, "ds_engine.precision"),
+    works("gradient_clipping", _ENGINE, "ds_zero.clip_grad_norm_"),
+    works("steps_per_print", _ENGINE, "ds_engine.progress"),
+    works("dump_state", _ENGINE, "ds_engine.assemble"),
+    works("vocabulary_size", _ENGINE, "ds_engine.config.load"),
+    works("data_parallel_size", _ENGINE, "ds_engine.config.model"),
+    works("dataloader_drop_last", _ENGINE, "ds_engine.data"),
+    works("checkpoint.keep_last", _ENGINE, "ds_engine.checkpoint"),
+    works("seed", _ENGINE, "ds_engine.assemble"),
+    works("startup_summary", _ENGINE, "ds_engine.summary"),
+)
+
+EFFECTLESS: tuple[Row, ...] = (
+    no_effect("optimizer.legacy_fusion", _ENGINE, "the fused step has one code path"),
+    no_effect("disable_allgather", "ds-zero", "parameters are always published by all-gather"),
+    no_effect(
+        "zero_allow_untested_optimizer",
+        "ds-zero",
+        "shard tries an unknown optimizer on a small tensor itself",
+    ),
+    no_effect(
+        "zero_force_ds_cpu_optimizer",
+        "ds-offload",
+        "states in host memory are only stepped by an optimizer for it",
+    ),
+    no_effect("seq_parallel_communication_data_type", _LAYERS, "no sequence is shared between ranks"),
+    no_effect(
+        "log_level", _ENGINE, "nothing is logged: steps_per_print and startup_summary choose what is printed"
+    ),
+    no_effect(
+        "timers", _ENGINE, "speed is part of the line that steps_per_print asks for, and costs no waiting"
+    ),
+    no_effect("aio", "ds-offload", "nothing rests on a disk"),
+    no_effect("checkpoint.tag_validation", _ENGINE, "rank 0's tag is used by all ranks"),
+    no_effect("checkpoint.parallel_write", _ENGINE, "every rank always writes its own share"),
+    no_effect("checkpoint.checkpoint_serialization", _ENGINE, "nothing is pickled"),
+    no_effect("checkpoint.writer", _ENGINE, "there is one writer, and it writes in blocks"),
+)
+
+NOT_YET: tuple[Row, ...] = (
+    later("managed_gradient_accumulation", _ENGINE, "counting micro-batches by hand", "set it to true"),
+    later("fp16", "ds-zero", "mixed precision in float16", "use bf16"),
+    later("torch_autocast", _ENGINE, "torch.autocast", "use bf16"),
+    later(
+        "data_types.grad_accum_dtype",
+        "ds-zero",
+        "sums in another dtype than fp32",
+        'set it to "fp32"',
+        switches={"data_types.grad_accum_dtype": ("fp32", None)},
+    ),
+    later("data_types.param_dtype", "ds-zero", "a dtype of parameters beside bf16", "remove it"),
+    later("data_types.buffer_dtype", _ENGINE, "a dtype of buffers", "remove it"),
+    no_effect("data_types.keep_in_fp32_modules", _ENGINE, "buffers keep their dtype"),
+    no_effect("bf16.immediate_grad_update", "ds-zero", "gradients are always summed in fp32 as they come"),
+    no_effect("bf16.check_grad_overflow", _ENGINE, "a step whose gradient is not finite is always skipped"),
+    later("bf16.bf16_master_weights_and_grads", "ds-zero", "masters in bfloat16"),
+    later("bf16.bf16_optimizer_states", "ds-core", "states in bfloat16"),
+    later("prescale_gradients", "ds-zero", "dividing gradients before the sum"),
+    later("gradient_predivide_factor", "ds-zero", "dividing gradients in two parts", "set it to 1.0"),
+    later("gradient_allreduce_op", "ds-zero", "adding gradients without averaging", 'set it to "mean"'),
+    later("communication_data_type", "ds-zero", "a choice of the dtype on the wire", "leave it out"),
+    later("sparse_gradients", _ENGINE, "sending only rows that have a gradient"),
+    later("wall_clock_breakdown", _ENGINE, "times of forward, backward and step"),
+    later("memory_breakdown", _ENGINE, "memory at each part of a step"),
+    later("disable_python_gc", _ENGINE, "garbage collection between steps", "call gc.disable() yourself"),
+    later("sequence_parallel_size", _LAYERS, "sequence parallelism", "set it to 1"),
+    later("use_data_before_expert_parallelism", "ds-moe", "expert parallelism"),
+    later("checkpoint.load_universal", _ENGINE, "reading DeepSpeed's universal checkpoints"),
+    later(
+        "checkpoint.use_node_local_storage",
+        _ENGINE,
+        "files that stay on each node",
+        "save to a shared directory",
+    ),
+    later(
+        "checkpoint.writer.type",
+        _ENGINE,
+        "a writer that writes nothing",
+        "remove it",
+        switches={"checkpoint.writer.type": ("python", "fast", None)},
+    ),
+    later(
+        "checkpoint.writer.decoupled",
+        _ENGINE,
+        "writing while training goes on",
+        "set it to false",
+        switches={"checkpoint.writer.decoupled": (False, None)},
+    ),
+    later(
+        "activation_checkpointing",
+        _LAYERS,
+        "recomputing activations",
+        "set it to false, and use torch.utils.checkpoint",
+        switches={
+            f"activation_checkpointing.{name}": (False,)
+            for name in (
+                "partition_activations",
+                "cpu_checkpointing",
+                "contiguous_memory_optimization",
+                "synchronize_checkpoint_boundary",
+                "profile",
+            )
+        },
+    ),
+    no_effect(
+        "activation_checkpointing.number_checkpoints",
+        _LAYERS,
+        "it only counts for contiguous_memory_optimization",
+    ),
+    later("tensorboard", _ENGINE, "records for TensorBoard"),
+    later("csv_monitor", _ENGINE, "records in CSV files"),
+    later("wandb", _ENGINE, "records at Weights & Biases"),
+    later("comet", _ENGINE, "records at Comet"),
+    later("flops_profiler", "ds-profiler", "FLOPs and time of modules"),
+    later("comms_logger", "ds-profiler", "records of collectives"),
+    later("data_efficiency", _ENGINE, "choosing samples and tokens"),
+    later("curriculum_learning", _ENGINE, "curriculum learning"),
+    later("progressive_layer_drop", _ENGINE, "skipping layers at random"),
+    later(
+        "pipeline",
+        "ds-pipe",
+        "pipeline parallelism",
+        "remove the section",
+        switches={
+            "pipeline.stages": ("auto", 1),
+            "pipeline.seed_layers": (False,),
+            "pipeline.activation_checkpoint_interval": (0,),
+        },
+    ),
+    later(
+        "tensor_parallel",
+        _LAYERS,
+        "tensor parallelism",
+        "set it to 1",
+        switches={"tensor_parallel.autotp_size": (0, 1), "tensor_parallel.tp.tp_size": (1,)},
+    ),
+    later("expert_parallel", "ds-moe", "expert parallelism"),
+    later("sparse_attention", _LAYERS, "attention by blocks", "remove the section"),
+    later("autotuning", _ENGINE, "the search for settings"),
+    later("elasticity", _ENGINE, "elastic batch sizes", "set it to false, and give the batch sizes"),
+    later("hybrid_engine", _ENGINE, "generation with the training weights"),
+    later(
+        "compression_training",
+        _LAYERS,
+        "quantisation and pruning",
+        switches={
+            f"compression_training.{name}.shared_parameters.enabled": (False,)
+            for name in (
+                "weight_quantization",
+                "activation_quantization",
+                "sparse_pruning",
+                "row_pruning",
+                "head_pruning",
+                "channel_pruning",
+            )
+        }
+        | {"compression_training.layer_reduction.enabled": (False,)},
+    ),
+    later("weight_quantization", _LAYERS, "weights in few bits", "remove the section"),
+    later(
+        "datastates_ckpt",
+        _ENGINE,
+        "the DataStates checkpoint library",
+        "remove it: checkpoints here need none",
+    ),
+)
+
+REMOVED: tuple[Row, ...] = (
+    gone("amp", _ENGINE, "NVIDIA Apex", 'use "bf16": {"enabled": true}'),
+    gone("nebula", _ENGINE, "Azure's checkpoint service", "remove it: save_checkpoint() is safe without it"),
+    gone("quantize_training", _LAYERS, "mixture of quantisation (MoQ)", "remove it"),
+    gone("eigenvalue", _LAYERS, "curvature for mixture of quantisation (MoQ)", "remove it"),
+    gone("graph_harvesting", "ds-zero", "the replay of CUDA graphs", "remove it, and use torch.compile"),
+    gone(
+        "compile",
+        _ENGINE,
+        "DeepCompile",
+        "set it to false, and compile the model with torch.compile",
+        switches={"compile.deepcompile": (False,)},
+    ),
+)
+
+ROWS: tuple[Row, ...] = WORKING + EFFECTLESS + NOT_YET + REMOVED

@@ -1,0 +1,174 @@
+"""Rows of the section `zero_optimization`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_engine.config.built.row import Row, gone, later, no_effect, works
+from ds_engine.config.leaf_module import DEFAULT_CLASSES
+
+_ZERO = "zero_optimization"
+_OFFLOAD = f"{_ZERO}.offload_optimizer"
+_PARAM = f"{_ZERO}.offload_param"
+
+
+def _stage3(config: Any) -> bool:
+    return bool(config.zero_optimization.stage == 3)
+
+
+def _publishes(config: Any) -> bool:
+    return config.zero_optimization.stage in (1, 2)
+
+
+def _on_host(config: Any) -> bool:
+    return bool(config.zero_optimization.offload_optimizer.device != "none")
+
+
+_STAGE3 = {"only": _stage3, "otherwise": "parameters are whole on every rank below stage 3"}
+_PUBLISH = {"only": _publishes, "otherwise": "only stages 1 and 2 gather parameters at the end of a step"}
+_DISK = "nothing rests on a disk"
+
+ROWS: tuple[Row, ...] = (
+    works(f"{_ZERO}.stage", "ds-zero", "ds_zero.shard(stage=...)"),
+    works(f"{_ZERO}.reduce_bucket_size", "ds-zero", "ZeroConfig.reduce_bucket_numel"),
+    works(f"{_ZERO}.accumulation_plan", "ds-zero", "ZeroConfig.accumulation"),
+    works(f"{_ZERO}.overlap_publish", "ds-zero", "ZeroConfig.overlap_publish", **_PUBLISH),
+    works(
+        f"{_ZERO}.stage3_param_persistence_threshold",
+        "ds-zero",
+        "ZeroConfig.persistence_threshold_numel",
+        **_STAGE3,
+    ),
+    works(f"{_ZERO}.stage3_prefetch", "ds-zero", "ZeroConfig.prefetch", **_STAGE3),
+    works(
+        f"{_OFFLOAD}.device",
+        "ds-offload",
+        "ds_offload.HostStore and CPUAdam",
+        needs="ds_offload",
+        switches={f"{_OFFLOAD}.device": ("none",)},
+    ),
+    works(
+        f"{_OFFLOAD}.pin_memory",
+        "ds-offload",
+        "ds_engine.compat",
+        only=_on_host,
+        otherwise="nothing rests in host memory",
+    ),
+    later(
+        f"{_ZERO}.overlap_comm",
+        "ds-zero",
+        "choosing whether reduction overlaps with backward",
+        "leave it out: reduction overlaps where it pays",
+    ),
+    later(f"{_ZERO}.allgather_bucket_size", "ds-zero", "a bucket size for publishing", "leave it out"),
+    later(f"{_ZERO}.reduce_scatter", "ds-zero", "reduction by all-reduce", "leave it out, or set it to true"),
+    later(f"{_ZERO}.ignore_unused_parameters", "ds-zero", "an error for parameters without gradient"),
+    later(
+        f"{_ZERO}.stage3_model_persistence_threshold",
+        "ds-zero",
+        "a limit for what stays whole",
+        "leave it out",
+    ),
+    later(f"{_ZERO}.stage3_prefetch_bucket_size", "ds-zero", "a limit for gathering ahead", "leave it out"),
+    later(
+        f"{_ZERO}.stage3_max_live_parameters", "ds-zero", "a limit for gathered parameters", "leave it out"
+    ),
+    later(
+        f"{_ZERO}.stage3_max_reuse_distance", "ds-zero", "keeping parameters that come again", "leave it out"
+    ),
+    later(f"{_ZERO}.stage3_module_granularity_threshold", "ds-zero", "gathering fine-grained modules whole"),
+    later(f"{_ZERO}.stage3_gather_16bit_weights_on_model_save", "ds-engine", "save_16bit_model()"),
+    later(
+        f"{_ZERO}.leaf_module",
+        "ds-zero",
+        "gathering a module whole",
+        "remove it",
+        switches={
+            f"{_ZERO}.leaf_module.classes": (list(DEFAULT_CLASSES), []),
+            f"{_ZERO}.leaf_module.names": ([],),
+            f"{_ZERO}.leaf_module.name_suffixes": ([],),
+        },
+    ),
+    later(
+        f"{_ZERO}.zero_hpz_partition_size",
+        "ds-zero",
+        "a second copy of the parameters in each node",
+        switches={f"{_ZERO}.zero_hpz_partition_size": (0, 1)},
+    ),
+    later(
+        f"{_ZERO}.mics_shard_size",
+        "ds-zero",
+        "groups of ranks that hold replicas",
+        switches={f"{_ZERO}.mics_shard_size": (-1, 0)},
+    ),
+    later(f"{_ZERO}.mics_hierarchical_params_gather", "ds-zero", "gathering inside nodes first"),
+    later(f"{_ZERO}.zero_quantized_weights", "ds-comm", "gathering parameters as int8"),
+    later(f"{_ZERO}.zero_quantized_nontrainable_weights", "ds-comm", "frozen parameters as int8"),
+    later(f"{_ZERO}.zero_quantized_gradients", "ds-comm", "reducing gradients as int4"),
+    later(f"{_ZERO}.zeropp_loco_param", "ds-comm", "error feedback for quantised gradients", "remove it"),
+    later(f"{_ZERO}.zenflow", "ds-offload", "asynchronous host steps", "remove it"),
+    later(
+        f"{_ZERO}.load_from_fp32_weights",
+        "ds-engine",
+        "loading masters from 16-bit copies",
+        "set it to true: checkpoints here always have fp32 masters",
+    ),
+    later(
+        f"{_OFFLOAD}",
+        "ds-offload",
+        "optimizer states on a disk",
+        f'set {_OFFLOAD}.device to "cpu" or "none"',
+        switches={f"{_OFFLOAD}.device": ("none", "cpu")},
+    ),
+    later(f"{_OFFLOAD}.ratio", "ds-offload", "offloading a part of the states", "set it to 1.0"),
+    later(
+        f"{_OFFLOAD}.super_offload", "ds-offload", "offload for hosts that share memory with the accelerator"
+    ),
+    later(
+        f"{_PARAM}",
+        "ds-offload",
+        "parameters in host memory or on a disk",
+        f'set {_PARAM}.device to "none"; offload_optimizer works',
+        switches={f"{_PARAM}.device": ("none",)},
+    ),
+    gone(
+        f"{_ZERO}.legacy_stage1",
+        "ds-zero",
+        "DeepSpeed's first implementation of stage 1",
+        "remove it: stage 1 does the same",
+    ),
+    no_effect(f"{_OFFLOAD}.nvme_path", "ds-offload", _DISK),
+    no_effect(f"{_OFFLOAD}.buffer_count", "ds-offload", _DISK),
+    no_effect(f"{_OFFLOAD}.pipeline_read", "ds-offload", _DISK),
+    no_effect(f"{_OFFLOAD}.pipeline_write", "ds-offload", _DISK),
+    no_effect(f"{_OFFLOAD}.fast_init", "ds-offload", _DISK),
+    no_effect(f"{_OFFLOAD}.cpuadam_cores_perc", "ds-offload", "the host's step uses torch's threads"),
+    no_effect(
+        f"{_ZERO}.sub_group_size", "ds-zero", "the step is cut into parts only where states rest on a disk"
+    ),
+    no_effect(f"{_ZERO}.contiguous_gradients", "ds-zero", "gradients always go into contiguous buckets"),
+    no_effect(f"{_ZERO}.use_multi_rank_bucket_allreduce", "ds-zero", "one message always serves all ranks"),
+    no_effect(f"{_ZERO}.allgather_partitions", "ds-zero", "parameters are always published by all-gather"),
+    no_effect(
+        f"{_ZERO}.round_robin_gradients", "ds-zero", "every rank copies its own share to the host anyway"
+    ),
+    no_effect(
+        f"{_ZERO}.compute_grad_norm", "ds-zero", "the norm is always measured: it decides about skipping"
+    ),
+    no_effect(f"{_ZERO}.parameter_alignment", "ds-zero", "buffers are always aligned"),
+    no_effect(f"{_ZERO}.elastic_checkpoint", "ds-engine", "every checkpoint loads on any number of ranks"),
+    no_effect(
+        f"{_ZERO}.pipeline_loading_checkpoint", "ds-engine", "a rank reads only the ranges that it needs"
+    ),
+    no_effect(f"{_ZERO}.memory_efficient_linear", "ds-zero", "no layer keeps gathered weights for backward"),
+    no_effect(f"{_ZERO}.override_module_apply", "ds-zero", "ds_zero.deferred_init sees to it"),
+    no_effect(f"{_ZERO}.log_trace_cache_warnings", "ds-zero", "a changed order is found without a cache"),
+    no_effect(f"{_ZERO}.enable_sanity_checks", "ds-zero", "the checks are always on"),
+    no_effect(f"{_ZERO}.save_muon_momentum_buffer_in_memory", "ds-offload", _DISK),
+    no_effect(
+        f"{_ZERO}.stage3_use_all_reduce_for_fetch_params",
+        "ds-zero",
+        "gathers need no copy that it would save",
+    ),
+    no_effect(f"{_ZERO}.stage3_allgather_sequential", "ds-zero", "gathers need no copy that it would save"),
+)

@@ -1,0 +1,108 @@
+"""Settings of one file that exclude each other, whatever the job; `ds_engine.compat` has those that depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ds_engine.config.model import DsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """What cannot be true at the same time."""
+
+    key: str
+    """Where the mistake is shown."""
+    broken: Callable[[DsConfig], bool]
+    sentence: str
+
+
+def _offloads_params(config: DsConfig) -> bool:
+    return config.zero_optimization.offload_param.device != "none"
+
+
+COMBINATIONS: tuple[Combination, ...] = (
+    Combination(
+        key="gradient_allreduce_op",
+        broken=lambda c: c.gradient_allreduce_op == "sum" and c.zero_optimization.stage == 3,
+        sentence='gradient_allreduce_op "sum" and zero_optimization.stage 3 exclude each other: set it to "mean", '
+        "and multiply the loss by the number of ranks",
+    ),
+    Combination(
+        key="gradient_predivide_factor",
+        broken=lambda c: c.prescale_gradients and c.gradient_predivide_factor != 1.0,
+        sentence="prescale_gradients and gradient_predivide_factor exclude each other: the first divides by all ranks "
+        "before the sum already; remove one of them",
+    ),
+    Combination(
+        key="zero_optimization.offload_param.device",
+        broken=lambda c: _offloads_params(c) and c.zero_optimization.stage != 3,
+        sentence="zero_optimization.offload_param needs stage 3: below it, parameters are whole on every rank; set "
+        'stage to 3, or device to "none"',
+    ),
+    Combination(
+        key="zero_optimization.offload_optimizer.ratio",
+        broken=lambda c: c.zero_optimization.offload_optimizer.ratio < 1 and c.zero_optimization.stage != 3,
+        sentence="zero_optimization.offload_optimizer.ratio below 1 needs stage 3: set stage to 3, or ratio to 1",
+    ),
+    Combination(
+        key="zero_optimization.zero_hpz_partition_size",
+        broken=lambda c: c.zero_optimization.zero_hpz_partition_size > 1 and c.zero_optimization.stage != 3,
+        sentence="zero_optimization.zero_hpz_partition_size needs stage 3: below it, parameters are whole on every "
+        "rank; remove it, or set stage to 3",
+    ),
+    Combination(
+        key="zero_optimization.mics_shard_size",
+        broken=lambda c: c.zero_optimization.mics_shard_size > 0 and c.zero_optimization.stage != 3,
+        sentence="zero_optimization.mics_shard_size needs stage 3; remove it, or set stage to 3",
+    ),
+    Combination(
+        key="zero_optimization.mics_shard_size",
+        broken=lambda c: (
+            c.zero_optimization.mics_shard_size > 0 and c.zero_optimization.zero_hpz_partition_size > 1
+        ),
+        sentence="zero_optimization.mics_shard_size and zero_hpz_partition_size exclude each other: groups that hold "
+        "the whole model need no second copy; remove one of them",
+    ),
+    Combination(
+        key="zero_optimization.offload_optimizer.nvme_path",
+        broken=lambda c: (
+            c.zero_optimization.offload_optimizer.device == "nvme"
+            and c.zero_optimization.offload_optimizer.nvme_path in (None, "", "none")
+        ),
+        sentence='zero_optimization.offload_optimizer.device "nvme" needs nvme_path, a directory on the disk',
+    ),
+    Combination(
+        key="zero_optimization.offload_param.nvme_path",
+        broken=lambda c: (
+            c.zero_optimization.offload_param.device == "nvme"
+            and c.zero_optimization.offload_param.nvme_path in (None, "", "none")
+        ),
+        sentence='zero_optimization.offload_param.device "nvme" needs nvme_path, a directory on the disk',
+    ),
+    Combination(
+        key="checkpoint.writer",
+        broken=lambda c: (
+            c.checkpoint.writer is not None
+            and c.checkpoint.writer.decoupled
+            and c.checkpoint.writer.type == "python"
+        ),
+        sentence='checkpoint.writer.decoupled and type "python" exclude each other; remove one of them',
+    ),
+    Combination(
+        key="autotuning.end_profile_step",
+        broken=lambda c: c.autotuning.end_profile_step < c.autotuning.start_profile_step,
+        sentence="autotuning.end_profile_step comes before start_profile_step: no step would be measured",
+    ),
+    Combination(
+        key="elasticity.max_gpus",
+        broken=lambda c: c.elasticity.max_gpus < c.elasticity.min_gpus,
+        sentence="elasticity.max_gpus is less than min_gpus: no number of ranks would do",
+    ),
+    Combination(
+        key="optimizer.params.max_grad_norm",
+        broken=lambda c: c.optimizer is not None and "max_grad_norm" in c.optimizer.params,
+        sentence='optimizer.params.max_grad_norm has no effect there: the key is "gradient_clipping", at the top level',
+    ),
+)

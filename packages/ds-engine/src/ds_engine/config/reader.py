@@ -1,0 +1,238 @@
+"""JSON as people write it: with comments, trailing commas, and keys without quotation marks.
+
+Accepts all of JSON, and of Hjson (https://hjson.github.io) comments (`#`, `//`, `/* */`), keys without
+quotes, commas left out at the end of a line, single quotes, texts in triple quotes, a text without quotes up
+to the end of its line, and a file without the outermost braces. Refuses a key that is given twice: readers
+of JSON keep the last one, so that the first looks set and is not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?")
+_WORDS = {"true": True, "false": False, "null": None, "NaN": float("nan")} | {
+    "Infinity": float("inf"),
+    "-Infinity": float("-inf"),
+}
+_ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "/": "/", "\\": "\\", '"': '"', "'": "'"}
+_BARE_KEY = re.compile(r"[^\s{}\[\],:#\"']+")
+
+
+class ReadError(Exception):
+    """The text cannot be read; says where."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A value, and the lines on which its keys stand."""
+
+    value: Any
+    lines: dict[str, int]
+    """Dotted path -> line, from 1."""
+
+
+def parse(text: str) -> Document:
+    """Read a text.
+
+    Raises:
+        ReadError: with line and column.
+    """
+    return _Reader(text.removeprefix("\ufeff")).document()
+
+
+class _Reader:
+    """A recursive descent over one text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.at = 0
+        self.lines: dict[str, int] = {}
+
+    def document(self) -> Document:
+        self.space()
+        if not self.peek():
+            self.fail("there is nothing")
+        start = self.at
+        if self.peek() in "{[" or not self.starts_with_key():
+            value = self.value("")
+        else:
+            self.at = start
+            value = self.members("", closing="")
+        self.space()
+        if self.at < len(self.text):
+            self.fail("something follows after the end")
+        return Document(value, self.lines)
+
+    def starts_with_key(self) -> bool:
+        """Whether this is a file without the outermost braces."""
+        start = self.at
+        try:
+            self.key()
+            self.space()
+            return self.peek() == ":"
+        except ReadError:
+            return False
+        finally:
+            self.at = start
+
+    def value(self, path: str) -> Any:
+        sign = self.peek()
+        if sign == "{":
+            self.at += 1
+            return self.members(path, closing="}")
+        if sign == "[":
+            self.at += 1
+            return self.items(path)
+        if sign and sign in "\"'":
+            return self.string()
+        return self.bare()
+
+    def members(self, path: str, closing: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        opened = self.line()
+        while True:
+            self.space()
+            if self.peek() == closing:  # both are empty at the end of a file without braces
+                self.at += len(closing)
+                return found
+            if not self.peek():
+                self.fail(f"the object that begins on line {opened} is not closed")
+            self.member(path, found)
+            self.comma(closing)
+
+    def member(self, path: str, found: dict[str, Any]) -> None:
+        line = self.line()
+        key = self.key()
+        where = f"{path}.{key}" if path else key
+        if key in found:
+            before = self.lines[where]
+            self.fail(
+                f'key "{key}" is given twice in one section, on lines {before} and {line}: keep one of them',
+                located=False,
+            )
+        self.space()
+        if self.peek() != ":":
+            self.fail(f'after the key "{key}" a colon is missing')
+        self.at += 1
+        self.space()
+        self.lines[where] = line
+        found[key] = self.value(where)
+
+    def items(self, path: str) -> list[Any]:
+        found: list[Any] = []
+        opened = self.line()
+        while True:
+            self.space()
+            if self.peek() == "]":
+                self.at += 1
+                return found
+            if not self.peek():
+                self.fail(f"the list that begins on line {opened} is not closed")
+            found.append(self.value(f"{path}[{len(found)}]"))
+            self.comma("]")
+
+    def comma(self, closing: str) -> None:
+        """A comma, or the end of the line, or the end of what is open."""
+        line = self.line()
+        self.space()
+        if self.peek() == ",":
+            self.at += 1
+        elif self.peek() not in (closing, "") and self.line() == line:
+            self.fail(f"a comma or {closing} is missing" if closing else "a comma is missing")
+
+    def key(self) -> str:
+        if self.peek() in ('"', "'"):
+            return self.string()
+        found = _BARE_KEY.match(self.text, self.at)
+        if found is None:
+            self.fail(f"a key is missing before {self.peek()!r}")
+        self.at = found.end()
+        return found.group()
+
+    def bare(self) -> Any:
+        """A number, a word, or a text without quotes up to the end of its line."""
+        end = self.text.find("\n", self.at)
+        rest = self.text[self.at : end if end >= 0 else len(self.text)]
+        head = re.split(r"[,\]}\s]|#|//|/\*", rest, maxsplit=1)[0]
+        after = rest[len(head) :].lstrip()
+        if head in _WORDS or _NUMBER.fullmatch(head):
+            if not after or after[0] in ',]}#/"':
+                self.at += len(head)
+                return _WORDS[head] if head in _WORDS else _number(head)
+        text = re.split(r"\s#|\s//|\s/\*", rest, maxsplit=1)[0].rstrip()
+        if not text or text[0] in "{}[],:" or text[-1] in ",]}" or '"' in text:
+            self.fail(f"{(text or self.peek() or 'the end')!r} is not a value: put a text in quotation marks")
+        self.at += len(text)
+        return text
+
+    def string(self) -> str:
+        if self.text.startswith("'''", self.at):
+            end = self.text.find("'''", self.at + 3)
+            if end < 0:
+                self.fail("the text in triple quotes is not closed")
+            inner = self.text[self.at + 3 : end]
+            self.at = end + 3
+            return "\n".join(line.strip() for line in inner.strip("\n").splitlines()).strip()
+        quote, start = self.peek(), self.at
+        self.at += 1
+        parts: list[str] = []
+        while (sign := self.peek()) != quote:
+            if not sign or sign == "\n":
+                self.at = start
+                self.fail("the text is not closed on its line")
+            parts.append(self.escape() if sign == "\\" else sign)
+            self.at += 1
+        self.at += 1
+        return "".join(parts)
+
+    def escape(self) -> str:
+        """At a backslash; leaves the place on the last sign of the escape."""
+        self.at += 1
+        sign = self.peek()
+        if sign == "u":
+            # Pairs of surrogates are one sign: Python's reader knows how to join them.
+            found = re.compile(r"u[0-9a-fA-F]{4}(?:\\u[dD][c-fC-F][0-9a-fA-F]{2})?").match(self.text, self.at)
+            if found is None:
+                self.fail("\\u wants four hexadecimal digits")
+            code = found.group()
+            if len(code) > 5 and code[1:3].lower() not in ("d8", "d9", "da", "db"):
+                code = code[:5]
+            self.at += len(code) - 1
+            return str(json.loads(f'"\\{code}"'))
+        if sign not in _ESCAPES:
+            self.fail(f"\\{sign} is no escape: write \\\\ for a backslash")
+        return _ESCAPES[sign]
+
+    def space(self) -> None:
+        """Over white space and comments."""
+        while True:
+            while self.peek() and self.peek().isspace():
+                self.at += 1
+            if self.text.startswith("/*", self.at):
+                end = self.text.find("*/", self.at)
+                if end < 0:
+                    self.fail("the comment is not closed")
+                self.at = end + 2
+            elif self.peek() == "#" or self.text.startswith("//", self.at):
+                end = self.text.find("\n", self.at)
+                self.at = end if end >= 0 else len(self.text)
+            else:
+                return
+
+    def peek(self) -> str:
+        return self.text[self.at : self.at + 1]
+
+    def line(self) -> int:
+        return self.text.count("\n", 0, self.at) + 1
+
+    def fail(self, message: str, located: bool = True) -> NoReturn:
+        column = self.at - self.text.rfind("\n", 0, self.at)
+        raise ReadError(f"line {self.line()}, column {column}: {message}" if located else message)
+
+
+def _number(text: str) -> int | float:
+    return float(text) if any(sign in text for sign in ".eE") else int(text)

@@ -1,0 +1,30 @@
+"""The section `zero_optimization` in ds_zero's words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ds_zero
+from ds_engine.config import Batch, DsConfig
+from ds_engine.precision import Precision
+
+
+def options(settings: DsConfig, batch: Batch) -> dict[str, Any]:
+    """Arguments of `ds_zero.shard`, beside the model, the optimizer and the stage."""
+    zero = settings.zero_optimization
+    found: dict[str, Any] = {
+        "config": ds_zero.ZeroConfig(
+            accumulation=zero.accumulation_plan,
+            accumulation_steps=batch.steps,
+            param_dtype=Precision.of(settings).param_dtype,
+            reduce_bucket_numel=zero.reduce_bucket_size,
+            persistence_threshold_numel=zero.stage3_param_persistence_threshold,
+            prefetch=zero.stage3_prefetch,
+            overlap_publish=zero.overlap_publish and zero.stage in (1, 2),
+        )
+    }
+    if zero.offload_optimizer.device == "cpu":
+        import ds_offload
+
+        found["store"] = ds_offload.HostStore()
+    return found
