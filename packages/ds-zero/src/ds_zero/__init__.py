@@ -14,6 +14,7 @@ from ds_zero.scaler import DynamicScale, LossScaleError, LossScaler
 from ds_zero.shard import shard
 from ds_zero.store import ResidentStore
 from ds_zero.train import clip_grad_norm_, destroy, grad_norm, no_sync
+from ds_zero.values import get_full, get_local, local_range, set_full, set_local, update_full_grads
 
 __version__ = "0.1.0"
 
@@ -35,11 +36,17 @@ __all__ = [
     "full_state_dict",
     "gathered",
     "grad_norm",
+    "get_full",
+    "get_local",
     "load_records",
+    "local_range",
     "memory",
     "no_sync",
     "records",
+    "set_full",
+    "set_local",
     "shard",
     "squared_norm",
     "total_norm",
+    "update_full_grads",
 ]

@@ -11,58 +11,100 @@ from torch import Tensor, nn
 from ds_zero import _registry
 from ds_zero.bucket import Bucket
 from ds_zero.build import tell_everybody
+from ds_zero.opened import OpenGather
 from ds_zero.state import ZeroState
 
 
 @contextlib.contextmanager
-def gathered(params: nn.Parameter | Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
-    """Whole parameters inside the context, at every stage. Collective: all ranks enter with the same
-    parameters.
+def gathered(
+    params: nn.Module | nn.Parameter | Iterable[nn.Parameter], write: bool = False, *, writer_rank: int = 0
+) -> Iterator[None]:
+    """Whole parameters inside the context, at every stage. Collective: all ranks enter and leave with the same
+    parameters; those of one module, or of several sharded models.
 
-    With `write`, rank 0's values at the end of the context become everybody's, masters included; without it,
-    a write raises.
+    With `write`, the values that `writer_rank` has at the end become everybody's, masters included; digits that the
+    compute dtype does not show are kept where it was not written. No change is lost in silence: one that was made
+    without `write`, or by another rank alone, raises on every rank, also when it was made through `.data`. Contexts
+    nest; a change inside an inner one that does not write counts for an outer one that does. A context that is left
+    by an exception adopts nothing.
 
     Raises:
-        ValueError: parameters that are not sharded; a parameter that was written without `write=True`.
+        ValueError: parameters that are not sharded; a change that would be lost; an optimizer step inside.
     """
-    wanted = [params] if isinstance(params, nn.Parameter) else list(params)
-    if not wanted:
-        yield
-        return
-    state = _registry.state_of(wanted[0])
-    found: dict[int, Bucket] = {}
+    wanted = params.parameters() if isinstance(params, nn.Module) else params
+    wanted = [wanted] if isinstance(wanted, nn.Parameter) else list(wanted)
+    found: dict[int, tuple[ZeroState, dict[int, Bucket]]] = {}
     for param in wanted:
+        state = _registry.state_of(param)
         bucket, _ = state.bucket_of(param)
-        found[id(bucket)] = bucket
-    buckets = list(found.values())
+        found.setdefault(id(state), (state, {}))[1][id(bucket)] = bucket
+    with contextlib.ExitStack() as stack:
+        for state, buckets in found.values():
+            stack.enter_context(_gathered(state, list(buckets.values()), writer_rank if write else None))
+        yield
+
+
+@contextlib.contextmanager
+def _gathered(state: ZeroState, buckets: list[Bucket], writer: int | None) -> Iterator[None]:
+    """The part of one model; `writer` is None for a context that does not write."""
+    smallest = min(b.ranks.size for b in buckets)
+    if writer is not None and not 0 <= writer < smallest:
+        raise ValueError(f"writer_rank={writer}: the model is sharded among ranks 0 to {smallest - 1}")
     state.stepper.wait()
     state.gatherer.acquire(buckets)
-    versions = [p._version for p in wanted]
+    opened = OpenGather(buckets, writes=writer is not None)
+    state.open_gathers.append(opened)
     try:
         yield
-        changed = [p for p, version in zip(wanted, versions, strict=True) if p._version != version]
-        if write:
-            _adopt(state, buckets)
-        elif changed:
-            names = [_name(state, p) for p in changed]
+        if not state.gatherer.holds(buckets):
             raise ValueError(
-                f"{names} were written inside gathered(..., write=False): the change would be lost; pass "
-                "write=True"
+                "optimizer.step() or a failed backward inside ds_zero.gathered has dropped the gathered values: leave "
+                "the context first"
             )
+        _settle(state, opened, writer)
     finally:
-        state.gatherer.release(buckets)
+        state.open_gathers.remove(opened)
+        if state.gatherer.holds(buckets):
+            state.gatherer.release(buckets)
 
 
-def _name(state: ZeroState, param: nn.Parameter) -> str:
-    bucket, index = state.bucket_of(param)
-    return bucket.layout.slots[index].fqn
+def _settle(state: ZeroState, opened: OpenGather, writer: int | None) -> None:
+    """Adopt what the writer changed; raise for what would be lost."""
+    if writer is None and all(state.is_written(bucket) for bucket in opened.buckets):
+        return  # an outer context adopts it
+    changed = opened.changed()
+    if not any(by_rank.any() for by_rank in changed.values()):
+        return
+    if writer is not None:
+        opened.put_back()
+        _adopt(state, opened.buckets, writer)
+        for other in state.open_gathers:
+            other.refresh(opened.buckets)
+    lost: list[str] = []
+    who: set[int] = set()
+    for bucket in opened.buckets:
+        by_rank = changed[id(bucket)]  # (replicas, ranks, parameters)
+        bad = by_rank.any(0).any(0)
+        if writer is not None:
+            bad &= ~by_rank[0, writer]
+        lost += [slot.fqn for slot, is_bad in zip(bucket.layout.slots, bad.tolist(), strict=True) if is_bad]
+        who |= set(by_rank[:, :, bad].any(2).any(0).nonzero().reshape(-1).tolist())
+    if lost and writer is None:
+        raise ValueError(
+            f"{lost} were written inside gathered(..., write=False): the change would be lost; pass write=True"
+        )
+    if lost:
+        raise ValueError(
+            f"{lost} were written by ranks {sorted(who)} and not by rank {writer}, whose values count: the change "
+            "would be lost; write on every rank, or pass writer_rank="
+        )
 
 
-def _adopt(state: ZeroState, buckets: list[Bucket]) -> None:
-    """Rank 0's whole values into everybody's shards."""
+def _adopt(state: ZeroState, buckets: list[Bucket], writer: int) -> None:
+    """The writer's whole values into everybody's shards."""
     with torch.no_grad():
         for bucket in buckets:
-            tell_everybody(bucket.full, bucket.ranks)
+            tell_everybody(bucket.full, bucket.ranks, writer)
             begin, end = bucket.owned_range
             if bucket.low.data_ptr() != bucket.full[begin:end].data_ptr():
                 bucket.low.copy_(bucket.full[begin:end])

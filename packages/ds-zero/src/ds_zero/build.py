@@ -33,11 +33,13 @@ def _dtype_of(layout: BucketLayout) -> torch.dtype:
     return found
 
 
-def tell_everybody(tensor: Tensor, ranks: Ranks) -> None:
-    """The first rank's values into `tensor` on all ranks, replicas included. Collective."""
-    for axis in reversed(ranks.axes):
+def tell_everybody(tensor: Tensor, ranks: Ranks, source: int = 0) -> None:
+    """The values of rank `source` (of the first replica) into `tensor` on all ranks, replicas included.
+    Collective.
+    """
+    for axis, first in zip(reversed(ranks.axes), (0, source)[-len(ranks.axes) :], strict=True):
         if axis.group is not None:
-            dist.broadcast(tensor, group=axis.group, group_src=0)
+            dist.broadcast(tensor, group=axis.group, group_src=first)
 
 
 def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
@@ -167,7 +169,7 @@ def hand_over(optimizer: Optimizer, buckets: list[Bucket]) -> None:
                 optimizer.state[bucket.shards[index]] = _cut_states(bucket, index, state)
 
 
-_NUMBERS = frozenset(["step", "eta", "mu", "mu_product"])
+NUMBERS = frozenset(["step", "eta", "mu", "mu_product"])
 """States of torch's optimizers that are one number a parameter; where the parameter is 0-dim, shapes do not
 tell them from element-wise ones."""
 
@@ -177,7 +179,7 @@ def _cut_states(bucket: Bucket, index: int, state: Mapping[str, object]) -> dict
     if bucket.layout.undivided:
         return dict(state)
     slot, piece = bucket.layout.slots[index], bucket.pieces()[index]
-    return {k: v if k in _NUMBERS else _cut(v, slot, piece.start, piece.numel) for k, v in state.items()}
+    return {k: v if k in NUMBERS else _cut(v, slot, piece.start, piece.numel) for k, v in state.items()}
 
 
 def _cut(value: object, slot: Slot, start: int, numel: int) -> object:

@@ -57,6 +57,12 @@ class GradBuffer:
             view.copy_(grad)
             self._filled.add(index)
 
+    def copy_to(self, whole: Tensor) -> None:
+        """Copy what has been added so far; the rest of `whole` stays."""
+        for index in self._filled:
+            slot = self._layout.slots[index]
+            whole[slot.offset : slot.end].copy_(self.tensor[slot.offset : slot.end])
+
     def zero_missing(self) -> None:
         for index, slot in enumerate(self._layout.slots):
             if index not in self._filled:
@@ -380,3 +386,26 @@ class Reducer:
         found = [p.local.tensor for p in self._pending.values() if p.local is not None]
         found += [t for sums in self._sums.values() for t in sums.waiting()]
         return sum(t.numel() * t.element_size() for t in found)
+
+    # --- looking on, for access by name
+
+    def has_grad(self, param: Tensor, shard: Tensor) -> bool:
+        """Whether this rank has a gradient for `param` that the next step would use."""
+        return id(param) in self._used if self._touched else shard.grad is not None
+
+    def keep(self, param: Tensor) -> None:
+        """A gradient was written from outside: it counts, whether or not a backward has used `param`."""
+        self._used.add(id(param))
+
+    def preview(self, bucket: Bucket) -> tuple[Tensor | None, Tensor]:
+        """This rank's slice of what waits to be reduced, as it would come out (None if nothing waits on any rank),
+        and of what has been reduced. Both stay as they are. Collective.
+        """
+        arrives: Tensor | None = None
+        if self._deferred:
+            pending = self._pending[id(bucket)]
+            wire = torch.zeros(bucket.layout.padded_numel, dtype=torch.float32, device=bucket.device)
+            if pending.local is not None:
+                pending.local.copy_to(wire)
+            arrives = launch(bucket, wire, self._comm, self.policy.wire).land()
+        return arrives, self._sums[id(bucket)].so_far()

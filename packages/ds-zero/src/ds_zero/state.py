@@ -20,6 +20,7 @@ from ds_zero.gather import Gatherer
 from ds_zero.hooks import ModuleHooks
 from ds_zero.interfaces import Norms, ShardStore
 from ds_zero.norms import combine
+from ds_zero.opened import OpenGather
 from ds_zero.ranks import Ranks
 from ds_zero.reduce import Reducer
 from ds_zero.step import Stepper
@@ -51,6 +52,12 @@ class ZeroState:
     """First name of every parameter -> all its names (tied parameters have several)."""
     scaler: LossScaler | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
+    open_gathers: list[OpenGather] = field(default_factory=list)
+    """`gathered` contexts that are open now, outer ones first."""
+
+    def is_written(self, bucket: Bucket) -> bool:
+        """Whether an open `gathered` context will adopt what is written into this bucket."""
+        return any(o.writes and any(b is bucket for b in o.buckets) for o in self.open_gathers)
 
     def bucket_of(self, param: nn.Parameter) -> tuple[Bucket, int]:
         for bucket in self.buckets:

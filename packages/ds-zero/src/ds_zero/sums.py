@@ -67,6 +67,13 @@ class Sums:
             comm.gather(self._grad(), bucket.ranks).wait()
         self._complete = True
 
+    def so_far(self) -> Tensor:
+        """A copy of this rank's slice of what has been added; undefined where an entry has no gradient."""
+        total = self._buffer(0).clone()
+        for index in range(1, len(self._levels)):
+            total += self._buffer(index)
+        return total
+
     def waiting(self) -> list[Tensor]:
         """Memory that is held besides `bucket.grad`."""
         return self._buffers
