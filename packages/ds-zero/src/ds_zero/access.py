@@ -73,16 +73,16 @@ def _settle(state: ZeroState, opened: OpenGather, writer: int | None) -> None:
     if writer is None and all(state.is_written(bucket) for bucket in opened.buckets):
         return  # an outer context adopts it
     changed = opened.changed()
-    if not any(by_rank.any() for by_rank in changed.values()):
-        return
-    if writer is not None:
-        opened.put_back()
-        _adopt(state, opened.buckets, writer)
+    # The same on all ranks of a bucket; ranks of other experts may have changed others.
+    touched = [bucket for bucket in opened.buckets if changed[id(bucket)].any()]
+    if writer is not None and touched:
+        opened.put_back(touched)
+        _adopt(touched, writer)
         for other in state.open_gathers:
-            other.refresh(opened.buckets)
+            other.refresh(touched)
     lost: list[str] = []
     who: set[int] = set()
-    for bucket in opened.buckets:
+    for bucket in touched:
         by_rank = changed[id(bucket)]  # (replicas, ranks, parameters)
         bad = by_rank.any(0).any(0)
         if writer is not None:
@@ -100,7 +100,7 @@ def _settle(state: ZeroState, opened: OpenGather, writer: int | None) -> None:
         )
 
 
-def _adopt(state: ZeroState, buckets: list[Bucket], writer: int) -> None:
+def _adopt(buckets: list[Bucket], writer: int) -> None:
     """The writer's whole values into everybody's shards."""
     with torch.no_grad():
         for bucket in buckets:

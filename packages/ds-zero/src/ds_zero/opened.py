@@ -53,9 +53,9 @@ class OpenGather:
             if id(bucket) in self._before:
                 self._before[id(bucket)] = _look(bucket)
 
-    def put_back(self) -> None:
-        """Make parameters whose `.data` was replaced views of their bucket again, with the new values."""
-        for bucket in self.buckets:
+    def put_back(self, buckets: list[Bucket]) -> None:
+        """Make parameters of `buckets` whose `.data` was replaced views of their bucket again, with the new values."""
+        for bucket in buckets:
             for param, view, slot in zip(bucket.params, bucket.views, bucket.layout.slots, strict=True):
                 if _place(param) == _place(view):
                     continue
