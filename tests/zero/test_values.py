@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import ds_zero
 from ds_offload import CPUAdam, HostStore
@@ -263,6 +264,53 @@ def test_looking_changes_nothing(stage: int, plan: str) -> None:
             optimizer.zero_grad()
         results.append([ds_zero.get_full(model, name) for name, _ in plain.named_parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))  # type: ignore[arg-type]
+
+
+@ranks(2)
+@pytest.mark.parametrize("host", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_are_true_ones_whatever_the_loss_scale(stage: int, host: bool) -> None:
+    model, optimizer = make(stage, host=host)
+    scaler = ds_zero.LossScaler(model, 1024.0)
+    plain, plain_optimizer = reference()
+    scaler.scale(model(*batch(0, rank()))).backward()
+    plain_backward(plain, 0)
+    check(ds_zero.get_full(model, "embed.weight", "grad"), plain.get_parameter("embed.weight").grad)
+    value = torch.linspace(-1, 1, 37 * 15).view(37, 15)
+    ds_zero.set_full(model, "head.weight", "grad", value)
+    plain.get_parameter("head.weight").grad = value.clone()
+    found = ds_zero.get_local(model, "head.weight", "grad")
+    start, numel = ds_zero.local_range(model, "head.weight")
+    assert found is not None and torch.equal(found, value.reshape(-1)[start : start + numel])
+    optimizer.step()
+    plain_optimizer.step()
+    for name, p in plain.named_parameters():
+        check(ds_zero.get_full(model, name), p.detach())
+
+
+@ranks(4, groups_may_stay=True)
+@pytest.mark.parametrize("stage", STAGES)
+def test_replicated_groups(stage: int) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    torch.manual_seed(0)
+    model = Tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    ds_zero.shard(model, optimizer, stage, mesh)
+    plain = Tiny()
+    torch.manual_seed(0)
+    plain = Tiny()
+    model(*batch(0, rank())).backward()
+    plain_backward(plain, 0)
+    for name, p in plain.named_parameters():
+        check(ds_zero.get_full(model, name, "grad"), p.grad)
+    fine = torch.linspace(-0.3, 0.3, 37 * 15).view(37, 15)
+    ds_zero.set_full(model, "head.weight", "param", fine + rank())
+    with ds_zero.gathered(model.head.weight):
+        assert torch.equal(model.head.weight, fine)
+    with ds_zero.gathered(model, write=True, writer_rank=1):
+        model.embed.weight.data.fill_(rank())
+    found = ds_zero.get_full(model, "embed.weight")
+    assert found is not None and found.unique().tolist() == [1.0]
 
 
 @ranks(2)

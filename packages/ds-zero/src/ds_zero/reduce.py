@@ -404,7 +404,7 @@ class Reducer:
         arrives: Tensor | None = None
         if self._deferred:
             pending = self._pending[id(bucket)]
-            wire = torch.zeros(bucket.layout.padded_numel, dtype=torch.float32, device=bucket.device)
+            wire = torch.zeros(bucket.layout.padded_numel, dtype=self.policy.grad_dtype, device=bucket.device)
             if pending.local is not None:
                 pending.local.copy_to(wire)
             arrives = launch(bucket, wire, self._comm, self.policy.wire).land()

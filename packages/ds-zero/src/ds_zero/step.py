@@ -108,9 +108,10 @@ class Stepper:
         pending = self.pending
         pending.clip = factor if pending.clip is None else factor * pending.clip
         if not self.fused:
-            self._apply_pending()
+            self.apply_pending()
 
-    def _apply_pending(self) -> None:
+    def apply_pending(self) -> None:
+        """Make the gradients on the shards those that the optimizer shall see, [Note: units of a gradient]."""
         factor = self.pending.factor()
         if factor.item() != 1.0:
             with torch.no_grad():
@@ -120,7 +121,7 @@ class Stepper:
 
     def _prepare_plain(self) -> None:
         """For an optimizer without `step_fused`: true gradients, in the dtype of the shards."""
-        self._apply_pending()
+        self.apply_pending()
         for bucket in self._buckets:
             for shard in bucket.shards:
                 if shard.grad is not None and shard.grad.dtype != shard.dtype:

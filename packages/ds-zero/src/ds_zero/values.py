@@ -46,7 +46,7 @@ def get_full(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tensor
         model: the sharded model; None where `where` is the parameter itself.
         where: the parameter, or any of its names.
         kind: "param" (the fp32 master, or the frozen parameter), "grad" (mean over ranks of what has accumulated,
-            after clipping if it was clipped, still times the loss scale if there is one), or the optimizer's name of
+            without the loss scale, after clipping if it was clipped), or the optimizer's name of
             a state such as "exp_avg". A state that is one number a parameter comes as a 0-dim tensor.
 
     Returns:
@@ -146,9 +146,8 @@ def get_local(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tenso
         if kind == GRAD:
             if shard is None or bucket.grad is None or (place.own.numel and shard.grad is None):
                 return None
-            own = place.part(bucket.grad).clone()
-            scale = place.state.stepper.grad_scale
-            return own if scale is None else own.mul_(scale.to(own.device))
+            own = place.part(bucket.grad)
+            return own.to(torch.float32, copy=True).mul_(place.state.stepper.pending.factor().to(own.device))
         held = place.held().get(kind)
         if isinstance(held, (int, float)):
             return torch.tensor(held)
@@ -223,10 +222,7 @@ def _whole_grad(place: Place) -> Tensor | None:
     if arrives is not None:
         own += arrives[mine]
     whole = assemble(place, own, slices=True)
-    scale = place.state.stepper.grad_scale
-    if scale is not None and arrives is None:
-        whole *= scale.to(whole.device)
-    return whole
+    return whole.mul_(place.state.stepper.pending.factor().to(whole.device))
 
 
 # --- writing
@@ -246,15 +242,10 @@ def _prepare_write(place: Place, kind: str) -> None:
 
 
 def _settle_grads(state: ZeroState) -> None:
-    """Reduce what waits, and apply clipping that waits for a fused step: from here on gradients are as they show."""
-    if state.reducer.finish():
-        state.stepper.grad_scale = None  # found for gradients that have changed since
-    scale, state.stepper.grad_scale = state.stepper.grad_scale, None
-    if scale is not None and scale.item() != 1.0:
-        for bucket in state.buckets:
-            for shard in bucket.shards:
-                if shard.grad is not None:
-                    shard.grad.mul_(scale.to(shard.grad.device))
+    """Reduce what waits, and apply clipping and loss scale: from here on gradients are as they show."""
+    state.reducer.finish()
+    state.stepper.apply_pending()
+    state.stepper.pending.norm = None  # found for gradients that change now
 
 
 def _write_param(place: Place, whole: Tensor) -> None:
