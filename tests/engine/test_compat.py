@@ -20,6 +20,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"optimizer": {"type": "SparseAdam"}}, {}),
     ({"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 1}}, {}),
     ({"optimizer": {"type": "RMSprop"}, "zero_optimization": OFFLOAD}, {}),
+    ({"optimizer": {"type": "Adam", "params": {"torch_adam": True}}, "zero_optimization": OFFLOAD}, {}),
     ({"zero_optimization": OFFLOAD}, {"optimizer": "AdamW"}),
     ({"optimizer": {"type": "Adam"}}, {"optimizer": "AdamW"}),
     ({"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}}, {"scheduler_passed": True}),

@@ -59,9 +59,51 @@ def test_other_names(name: str, params: dict[str, Any], kind: type) -> None:
     assert type(build(name, params)) is kind
 
 
+def test_defaults_are_deepspeeds() -> None:
+    """A config without them means the same training."""
+    assert build("Lion", {}).defaults["lr"] == 1e-3
+    assert build("Lion", {}).defaults["betas"] == (0.9, 0.999)
+    lamb = build("Lamb", {"max_coeff": 5.0}).defaults
+    assert (lamb["eps"], lamb["max_ratio"], lamb["min_ratio"]) == (1e-8, 5.0, 0.01)
+    assert build("AdamW", {}).defaults["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "kind"),
+    [
+        ("AdamW", {"torch_adam": True, "amsgrad": True}, torch.optim.AdamW),
+        ("Adam", {"torch_adam": True, "adam_w_mode": False, "foreach": False}, torch.optim.Adam),
+        ("Adam", {"torch_adam": True}, torch.optim.AdamW),
+        ("SGD", {"lr": 0.1, "foreach": True}, torch.optim.SGD),
+        (
+            "Adam",
+            {
+                "bias_correction": True,
+                "amsgrad": False,
+                "torch_adam": False,
+                "fp32_optimizer_states": True,
+                "set_grad_none": True,
+            },
+            ds_core.optim.FusedAdam,
+        ),
+    ],
+)
+def test_settings_of_deepspeeds_optimizers(name: str, params: dict[str, Any], kind: type) -> None:
+    assert type(build(name, params)) is kind
+
+
 @pytest.mark.parametrize(
     ("name", "params", "wanted"),
     [
+        (
+            "AdamW",
+            {"amsgrad": True},
+            "optimizer.params.amsgrad is True: our AdamW has no such mode; set it to false",
+        ),
+        ("Adam", {"bias_correction": False}, "optimizer.params.bias_correction is False"),
+        ("Adam", {"fp32_optimizer_states": False}, "states rest in fp32"),
+        ("AdamW", {"adam_w_mode": False}, 'set optimizer.type to "Adam"'),
+        ("Lamb", {"eps_inside_sqrt": True}, "our Lamb has no such mode"),
         ("AdamX", {}, 'optimizer.type is "AdamX": there is no such optimizer. Did you mean "Adam'),
         ("OneBitAdam2000", {}, "There is"),
         ("AdamW", {"learning_rate": 0.1}, "optimizer.params.learning_rate: AdamW has no such setting"),

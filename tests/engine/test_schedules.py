@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from typing import Any
 
@@ -65,9 +66,79 @@ def test_warmup_ratio_is_where_warmup_starts() -> None:
     assert seen == pytest.approx([0, 0.5, 0.625, 0.75, 0.875])
 
 
-@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
+def test_range_test_rises_without_end() -> None:
+    params = {"lr_range_test_min_lr": 0.1, "lr_range_test_step_size": 2, "lr_range_test_step_rate": 0.5}
+    seen = [lr for (lr,) in run("LRRangeTest", params, 5)]
+    assert seen == pytest.approx([0.1 * (1 + 0.5 * t / 2) for t in range(5)])
+    stairs = [lr for (lr,) in run("LRRangeTest", {**params, "lr_range_test_staircase": True}, 5)]
+    assert stairs == pytest.approx([0.1, 0.1, 0.15, 0.15, 0.2])
+
+
+CYCLE = {"cycle_min_lr": 1.0, "cycle_max_lr": 5.0, "cycle_first_step_size": 4, "cycle_momentum": False}
+
+
+def test_one_cycle_rises_falls_and_decays() -> None:
+    params = {**CYCLE, "cycle_second_step_size": 2, "decay_step_size": 2, "decay_lr_rate": 1.0}
+    seen = [lr for (lr,) in run("OneCycle", params, 11)]
+    assert seen[:7] == pytest.approx([1, 2, 3, 4, 5, 3, 1])
+    assert seen[7:] == pytest.approx([1 / 1.5, 1 / 2, 1 / 2.5, 1 / 3])
+    assert [lr for (lr,) in run("OneCycle", CYCLE, 12)][8:] == [1, 1, 1, 1]
+
+
+def test_one_cycle_in_stairs() -> None:
+    seen = [lr for (lr,) in run("OneCycle", {**CYCLE, "cycle_first_stair_count": 2}, 9)]
+    assert seen == pytest.approx([1, 1, 3, 3, 5, 3, 3, 1, 1])
+
+
+def test_one_cycle_moves_the_first_beta_the_other_way() -> None:
+    made = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    params = {**CYCLE, "cycle_momentum": True, "decay_step_size": 1, "decay_mom_rate": 0.1}
+    schedule = schedules.build("OneCycle", params, made)
+    seen = []
+    for _ in range(10):
+        seen.append(made.param_groups[0]["betas"][0])
+        assert made.param_groups[0]["betas"][1] == 0.99
+        schedule.step()
+    assert seen[1:9] == pytest.approx([0.875, 0.85, 0.825, 0.8, 0.825, 0.85, 0.875, 0.9])
+    assert seen[9] == pytest.approx(0.99)
+
+
+def test_one_cycle_says_that_there_is_no_momentum_to_move() -> None:
+    with pytest.warns(UserWarning, match="cycle_momentum has no effect, because SGD has no betas"):
+        schedules.build("OneCycle", {**CYCLE, "cycle_momentum": True}, optimizer())
+
+
+def test_a_rate_that_is_a_tensor_stays_one() -> None:
+    rate = torch.tensor(0.1)
+    made = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    schedules.build("WarmupLR", {"warmup_num_steps": 4, "warmup_type": "linear"}, made).step(2)
+    assert made.param_groups[0]["lr"] is rate and rate.item() == pytest.approx(0.05)
+
+
+def test_a_schedule_from_the_command_line() -> None:
+    parser = schedules.add_tuning_arguments(argparse.ArgumentParser())
+    args = parser.parse_args(["--lr_schedule", "OneCycle", "--cycle_max_lr", "0.5", "--cycle_momentum"])
+    section, why = schedules.get_config_from_args(args)
+    assert section is not None and why is None
+    assert section["params"]["cycle_max_lr"] == 0.5 and section["params"]["cycle_min_lr"] == 0.01
+    assert "cycle_second_step_size" not in section["params"]  # left to the schedule
+    made = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    assert isinstance(schedules.build(section["type"], section["params"], made), schedules.OneCycle)
+    args = parser.parse_args(["--lr_schedule", "WarmupCosineLR", "--total_num_steps", "9"])
+    section, _ = schedules.get_config_from_args(args)
+    assert section is not None and section["params"]["total_num_steps"] == 9
+    assert schedules.check(section["type"], section["params"]) == []
+    assert schedules.get_config_from_args(parser.parse_args([]))[0] is None
+    assert "not a supported" in str(
+        schedules.get_config_from_args(parser.parse_args(["--lr_schedule", "X"]))[1]
+    )
+
+
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"])
 def test_a_loaded_schedule_goes_on(kind: str) -> None:
-    params = {"warmup_num_steps": 3} | ({} if kind == "WarmupLR" else {"total_num_steps": 9})
+    params: dict[str, Any] = {"warmup_num_steps": 3} | ({} if kind == "WarmupLR" else {"total_num_steps": 9})
+    if not kind.startswith("Warmup"):
+        params = CYCLE if kind == "OneCycle" else {"lr_range_test_step_size": 2}
     straight = run(kind, params, 8)
     first = optimizer()
     schedule = schedules.build(kind, params, first)
@@ -101,8 +172,15 @@ def test_schedules_of_torch_by_name() -> None:
         ("WarmupLR", {"warmup_num_stesp": 3}, 'Did you mean "warmup_num_steps"?'),
         ("WarmupLR", {"warmup_num_steps": 0}, "warmup_num_steps is 0: give a whole number of at least 1"),
         ("WarmupLR", {"warmup_type": "exp"}, "warmup_type is 'exp'"),
-        ("WarmupLR", {"warmup_min_lr": [0.0, 0.1]}, "warmup_min_lr has 2 rates, the optimizer has 1 groups"),
-        ("WarmupCosineLR", {}, "total_num_steps"),
+        ("WarmupLR", {"warmup_min_lr": [0.0, 0.1]}, "warmup_min_lr has 2 values, the optimizer has 1 groups"),
+        ("WarmupCosineLR", {}, "scheduler.params.total_num_steps is missing"),
+        ("LRRangeTest", {"lr_range_test_step_size": 0}, "lr_range_test_step_size is 0"),
+        ("OneCycle", {"cycle_min_lr": 0.1}, "scheduler.params.cycle_max_lr is missing"),
+        (
+            "OneCycle",
+            {"cycle_min_lr": 0.1, "cycle_max_lr": 1.0, "cycle_first_step_size": 0},
+            "give more than 0",
+        ),
         ("WarmupCosineLR", {"total_num_steps": 0}, "total_num_steps is 0"),
         ("ReduceLROnPlateau", {}, "there is no such schedule"),
     ],

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ds_engine import optimizers, schedules
 from ds_engine.config import auto
 from ds_engine.config.errors import ConfigError
 from ds_engine.config.model import DsConfig
@@ -91,6 +92,18 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         first="offload_optimizer.device cpu",
+        second="optimizer.params.torch_adam",
+        applies=lambda job: (
+            job.offloads
+            and job.optimizer is None
+            and job.config.optimizer is not None
+            and job.config.optimizer.params.get("torch_adam") is True
+        ),
+        reason="torch's Adam would step on the device of the model, where the states then are not",
+        remedy="remove torch_adam",
+    ),
+    Rule(
+        first="offload_optimizer.device cpu",
         second="an optimizer object that was passed in",
         applies=lambda job: job.offloads and job.optimizer is not None and not job.host_optimizer,
         reason="the object would step on the device of the model, where the states then are not",
@@ -130,6 +143,7 @@ def check(job: Job) -> None:
     broken = [rule for rule in RULES if rule.applies(job)]
     refused = [rule for rule in broken if rule.refuse]
     problems = list(auto.unfilled(job.config))
+    problems += _named(job)
     problems += [f"{r.first} and {r.second} do not go together: {r.reason}; {r.remedy}" for r in refused]
     if problems:
         raise ConfigError(problems, job.config.origin.where)
@@ -137,3 +151,19 @@ def check(job: Job) -> None:
         warnings.warn(
             f"{rule.first} has no effect with {rule.second}: {rule.reason}; {rule.remedy}", stacklevel=3
         )
+
+
+def _named(job: Job) -> list[str]:
+    """What is wrong with the names in the sections optimizer and scheduler, where those are built."""
+    config, found = job.config, []
+    if config.optimizer is not None and job.optimizer is None:
+        section = config.optimizer
+        found += optimizers.check(section.type, section.params, on_host=job.offloads)
+    if config.scheduler is not None and not job.scheduler_passed:
+        # What "auto" stands for is missing on purpose, and told by `auto.unfilled`.
+        left = {path.rpartition(".")[2] for path in config.origin.autos}
+        problems = schedules.check(config.scheduler.type, config.scheduler.params)
+        found += [
+            p for p in problems if not any(p.startswith(f"scheduler.params.{n} is missing") for n in left)
+        ]
+    return found

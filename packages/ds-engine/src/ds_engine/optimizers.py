@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,37 +20,128 @@ class Own:
 
     class_name: str
     """In ds_core.optim."""
-    host_class_name: str | None
+    host_class_name: str | None = None
     """In ds_offload, for offload_optimizer.device cpu."""
     accepts: tuple[str, ...]
-    renames: Mapping[str, str]
+    renames: Mapping[str, str] = field(default_factory=dict)
     """Config key -> argument of the class."""
-    host_renames: Mapping[str, str]
+    host_renames: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Config key -> DeepSpeed's default, where the class has another one: a config means the same."""
+    only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
+    """Config key that DeepSpeed has and the class has not -> values that ask for nothing, and what to do about
+    others."""
 
 
+_ANY_GRAD = ((True, False), "remove it")
+_FP32_STATES = ((True, None), "remove it: states rest in fp32")
 _ADAM = Own(
     class_name="FusedAdam",
     host_class_name="CPUAdam",
     accepts=("lr", "betas", "eps", "weight_decay", "adam_w_mode"),
     renames={"adam_w_mode": "decoupled"},
     host_renames={"adam_w_mode": "adamw_mode"},
+    only={
+        "torch_adam": ((False,), ""),
+        "bias_correction": ((True,), 'set it to true, or "torch_adam" to true'),
+        "amsgrad": ((False,), 'set it to false, or "torch_adam" to true'),
+        "set_grad_none": _ANY_GRAD,
+        "fp32_optimizer_states": _FP32_STATES,
+    },
 )
-
-
-def _plain(class_name: str, *accepts: str) -> Own:
-    return Own(class_name=class_name, host_class_name=None, accepts=accepts, renames={}, host_renames={})
-
 
 OWN: Mapping[str, Own] = {
     "Adam": _ADAM,
     "AdamW": _ADAM,
-    "Adagrad": _plain("FusedAdagrad", "lr", "eps", "weight_decay"),
-    "Lamb": _plain("FusedLamb", "lr", "betas", "eps", "weight_decay"),
-    "Lion": _plain("FusedLion", "lr", "betas", "weight_decay"),
-    "SGD": _plain("FusedSGD", "lr", "momentum", "dampening", "weight_decay", "nesterov"),
+    "Adagrad": Own(
+        class_name="FusedAdagrad",
+        accepts=("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"),
+        only={"amsgrad": ((False,), "set it to false"), "fp32_optimizer_states": _FP32_STATES},
+    ),
+    "Lamb": Own(
+        class_name="FusedLamb",
+        accepts=("lr", "betas", "eps", "weight_decay", "max_coeff", "min_coeff"),
+        renames={"max_coeff": "max_ratio", "min_coeff": "min_ratio"},
+        defaults={"eps": 1e-8, "max_coeff": 10.0, "min_coeff": 0.01},
+        only={
+            "bias_correction": ((True,), "set it to true"),
+            "eps_inside_sqrt": ((False,), "set it to false"),
+            "amsgrad": ((False,), "set it to false"),
+        },
+    ),
+    "Lion": Own(
+        class_name="FusedLion",
+        accepts=("lr", "betas", "weight_decay"),
+        defaults={"lr": 1e-3, "betas": (0.9, 0.999)},
+        only={"set_grad_none": _ANY_GRAD, "fp32_optimizer_states": _FP32_STATES},
+    ),
+    "SGD": Own(class_name="FusedSGD", accepts=("lr", "momentum", "dampening", "weight_decay", "nesterov")),
 }
 """Names that mean our kernels where ds_core has them, and torch's class of the same name where it does
 not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The class that a name and its settings mean, and the arguments in its words."""
+
+    make: Any
+    accepts: tuple[str, ...]
+    arguments: Mapping[str, Any]
+    only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
+
+
+def choose(name: str, params: Mapping[str, Any], *, on_host: bool) -> Choice:
+    """What `build` will call.
+
+    Raises:
+        ConfigError: no such optimizer.
+    """
+    own = next((entry for key, entry in OWN.items() if key.lower() == name.lower()), None)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
+    if own is _ADAM and values.get("torch_adam") is True:
+        decoupled = name.lower() == "adamw" or values.get("adam_w_mode", True)
+        rest = {k: v for k, v in values.items() if k not in ("torch_adam", "adam_w_mode")}
+        return _torch_choice(torch.optim.AdamW if decoupled else torch.optim.Adam, rest)
+    found = _own_class(own, on_host) if own is not None else None
+    # Torch's class of the name serves what ours has not, such as foreach or maximize.
+    if (
+        own is None
+        or found is None
+        or (own is not _ADAM and _torch_serves(name, own, values) and not on_host)
+    ):
+        return _torch_choice(_torch_class(name), values)
+    renames = own.host_renames if on_host else own.renames
+    arguments = {
+        renames.get(key, key): value
+        for key, value in {**own.defaults, **values}.items()
+        if key not in own.only
+    }
+    return Choice(make=found, accepts=own.accepts, arguments=arguments, only=own.only)
+
+
+def check(name: str, params: Mapping[str, Any], *, on_host: bool) -> list[str]:
+    """What is wrong with a section `optimizer`, before there are parameters."""
+    try:
+        choice = choose(name, params, on_host=on_host)
+    except ConfigError as error:
+        return list(error.problems)
+    wrong = []
+    for key, value in params.items():
+        quiet, remedy = choice.only.get(key, (None, ""))
+        if quiet is not None:
+            if not any(value is q for q in quiet):
+                wrong.append(f"optimizer.params.{key} is {value!r}: our {name} has no such mode; {remedy}")
+        elif key not in choice.accepts and not (
+            key in ("torch_adam", "adam_w_mode") and params.get("torch_adam")
+        ):
+            hint = did_you_mean(key, choice.accepts)
+            wrong.append(f"optimizer.params.{key}: {name} has no such setting.{hint}")
+    if name.lower() == "adamw" and params.get("adam_w_mode") is False:
+        wrong.append(
+            'optimizer.params.adam_w_mode is False, and AdamW is decoupled by its name: set optimizer.type to "Adam"'
+        )
+    return wrong
 
 
 def build(name: str, params: Mapping[str, Any], parameters: Iterable[Any], *, on_host: bool) -> Optimizer:
@@ -63,28 +154,28 @@ def build(name: str, params: Mapping[str, Any], parameters: Iterable[Any], *, on
     Raises:
         ConfigError: no such optimizer, an argument it does not have, or a value it refuses.
     """
-    own = next((entry for key, entry in OWN.items() if key.lower() == name.lower()), None)
-    found = _own_class(own, on_host) if own is not None else None
-    if own is not None and found is not None:
-        accepted = own.accepts
-        renames = own.host_renames if on_host else own.renames
-    else:
-        found = _torch_class(name)
-        accepted = tuple(p for p in inspect.signature(found).parameters if p != "params")
-        renames = {}
-    wrong = [
-        f"optimizer.params.{key}: {name} has no such setting.{did_you_mean(key, accepted)}"
-        for key in params
-        if key not in accepted
-    ]
+    wrong = check(name, params, on_host=on_host)
     if wrong:
         raise ConfigError(wrong)
-    arguments = {renames.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in params.items()}
+    choice = choose(name, params, on_host=on_host)
     try:
-        optimizer: Optimizer = found(parameters, **arguments)
+        optimizer: Optimizer = choice.make(parameters, **choice.arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError([f"optimizer.params for {name}: {error}"]) from error
     return optimizer
+
+
+def _torch_choice(found: Any, values: Mapping[str, Any]) -> Choice:
+    accepted = tuple(p for p in inspect.signature(found).parameters if p != "params")
+    return Choice(make=found, accepts=accepted, arguments=values)
+
+
+def _torch_serves(name: str, own: Own, values: Mapping[str, Any]) -> bool:
+    """Whether torch has a class of that name for settings that ours lacks."""
+    lacking = set(values) - set(own.accepts) - set(own.only)
+    theirs = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}
+    found = theirs.get(name.lower())
+    return bool(lacking) and found is not None and lacking <= set(inspect.signature(found).parameters)
 
 
 def _own_class(own: Own, on_host: bool) -> Any:

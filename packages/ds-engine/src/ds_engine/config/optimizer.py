@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ds_engine.config.section import Section
+
+ABSENT: Mapping[str, tuple[str, str]] = {
+    "onebitadam": ("ds-comm", "AdamW"),
+    "zerooneadam": ("ds-comm", "AdamW"),
+    "onebitlamb": ("ds-comm", "Lamb"),
+    "muadam": ("ds-core", "Adam"),
+    "muadamw": ("ds-core", "AdamW"),
+    "musgd": ("ds-core", "SGD"),
+}
+"""Optimizers of DeepSpeed's that are not built yet -> the package that will have them, and what to use instead."""
+
+
+def _is_there(name: str) -> str:
+    if name.lower() in ABSENT:
+        owner, instead = ABSENT[name.lower()]
+        raise ValueError(f'{owner} will have that optimizer, and this version does not yet; use "{instead}"')
+    return name
 
 
 class OptimizerConfig(Section):
     """Which optimizer `initialize` builds when none is passed."""
 
-    type: str = Field(
+    type: Annotated[str, AfterValidator(_is_there)] = Field(
         description="Adam, AdamW, Lamb, Lion, Adagrad or SGD (our kernels), or the name of any class in "
         "torch.optim; case is ignored. "
         "Adam decays weights decoupled, as AdamW does, unless params.adam_w_mode is false."

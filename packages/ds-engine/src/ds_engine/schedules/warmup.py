@@ -1,36 +1,13 @@
-"""Learning-rate schedules that move once per optimizer step.
-
-The values are pure functions of the step index t (0 at the second optimizer step: the first one runs before
-the schedule has moved, with the lowest rate), the same as those of the schedules of that name in DeepSpeed,
-so that a config gives the same training.
-
-Why not `torch.optim.lr_scheduler.LRScheduler`: it wraps `optimizer.step` (an attribute on a foreign object),
-and counts calls to warn about an order that the engine gets right by construction.
-"""
+"""Schedules that begin with a slow rise."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
-from ds_engine.config.errors import ConfigError
-from ds_engine.config.suggest import did_you_mean
-
-Rates = float | Sequence[float]
-
-
-class LRSchedule(Protocol):
-    """What the engine asks of a schedule: torch's own names, so that any of torch's is one."""
-
-    def step(self) -> None: ...
-    def get_last_lr(self) -> Sequence[Any]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+from ds_engine.schedules.base import Rates, Schedule
 
 
 def warmup_ratio(t: int, num_steps: int, kind: str) -> float:
@@ -38,44 +15,6 @@ def warmup_ratio(t: int, num_steps: int, kind: str) -> float:
     log(num_steps), or t / num_steps.
     """
     return math.log(t + 1) / math.log(num_steps) if kind == "log" else t / num_steps
-
-
-class Schedule:
-    """Sets `lr` of every parameter group to a function of the step index."""
-
-    def __init__(self, optimizer: Optimizer, last_batch_iteration: int = -1) -> None:
-        self.optimizer = optimizer
-        self.last_batch_iteration = last_batch_iteration
-        self._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
-
-    def rates(self, t: int) -> list[float]:
-        """Learning rate of each group at step index `t`; -1 is before the first move."""
-        raise NotImplementedError
-
-    def step(self, last_batch_iteration: int | None = None) -> None:
-        """Move to the next step, or to the given one."""
-        self.last_batch_iteration = (
-            self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
-        )
-        self._apply()
-
-    def get_lr(self) -> list[float]:
-        return self.rates(self.last_batch_iteration)
-
-    def get_last_lr(self) -> list[float]:
-        return list(self._last_lr)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"last_batch_iteration": self.last_batch_iteration}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.last_batch_iteration = int(state_dict["last_batch_iteration"])
-        self._apply()
-
-    def _apply(self) -> None:
-        self._last_lr = self.rates(self.last_batch_iteration)
-        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = lr
 
 
 class WarmupLR(Schedule):
@@ -109,17 +48,6 @@ class WarmupLR(Schedule):
         """Of the way from the lowest to the highest rate, at step index t >= 0."""
         return warmup_ratio(t, self.num_steps, self.kind) if t < self.num_steps else 1.0
 
-    def _per_group(self, value: Rates, name: str) -> list[float]:
-        num_groups = len(self.optimizer.param_groups)
-        if not isinstance(value, Sequence):
-            return [float(value)] * num_groups
-        if len(value) != num_groups:
-            raise ValueError(
-                f"{name} has {len(value)} rates, the optimizer has {num_groups} groups: give one number, or "
-                "one for each"
-            )
-        return [float(v) for v in value]
-
 
 class WarmupDecayLR(WarmupLR):
     """As WarmupLR, then fall in a straight line to `warmup_min_lr` at `total_num_steps`."""
@@ -129,7 +57,7 @@ class WarmupDecayLR(WarmupLR):
         optimizer: Optimizer,
         total_num_steps: int,
         warmup_min_lr: Rates = 0.0,
-        warmup_max_lr: Rates = 0.001,
+        warmup_max_lr: Rates | None = 0.001,
         warmup_num_steps: int = 1000,
         warmup_type: str = "log",
         last_batch_iteration: int = -1,
@@ -210,54 +138,3 @@ def _total_steps(total: int, warmup: int) -> int:
             stacklevel=4,
         )
     return total
-
-
-OWN: Mapping[str, Callable[..., Schedule]] = {
-    "WarmupLR": WarmupLR,
-    "WarmupDecayLR": WarmupDecayLR,
-    "WarmupCosineLR": WarmupCosineLR,
-}
-
-
-def build(name: str, params: Mapping[str, Any], optimizer: Optimizer) -> LRSchedule:
-    """The schedule of a config's `scheduler` section.
-
-    Raises:
-        ConfigError: no schedule of that name, an argument it does not have, or a value that it refuses.
-    """
-    found = _find(name)
-    accepted = [p for p in inspect.signature(found).parameters if p not in ("self", "optimizer")]
-    wrong = [
-        f"scheduler.params.{key}: {found.__name__} has no such argument.{did_you_mean(key, accepted)}"
-        for key in params
-        if key not in accepted
-    ]
-    if wrong:
-        raise ConfigError(wrong)
-    try:
-        schedule: LRSchedule = found(optimizer, **params)
-    except (TypeError, ValueError) as error:
-        raise ConfigError([f"scheduler.params for {found.__name__}: {error}"]) from error
-    return schedule
-
-
-def _find(name: str) -> Any:
-    own = {key.lower(): value for key, value in OWN.items()}
-    if name.lower() in own:
-        return own[name.lower()]
-    # torch's live here: only looked through when ours do not match.
-    from torch.optim import lr_scheduler
-
-    # ReduceLROnPlateau's step wants a metric, which the engine does not have.
-    theirs = {
-        key: value
-        for key, value in vars(lr_scheduler).items()
-        if isinstance(value, type) and issubclass(value, lr_scheduler.LRScheduler) and not key.startswith("_")
-        if key not in ("LRScheduler", "ReduceLROnPlateau")
-    }
-    for key, value in theirs.items():
-        if key.lower() == name.lower():
-            return value
-    raise ConfigError(
-        [f'scheduler.type is "{name}": there is no such schedule.{did_you_mean(name, [*OWN, *theirs])}']
-    )

@@ -1,0 +1,86 @@
+"""From the section `scheduler` to a schedule over an optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from ds_engine.config.errors import ConfigError
+from ds_engine.config.suggest import did_you_mean
+from ds_engine.schedules.base import LRSchedule, Schedule
+from ds_engine.schedules.one_cycle import OneCycle
+from ds_engine.schedules.range_test import LRRangeTest
+from ds_engine.schedules.warmup import WarmupCosineLR, WarmupDecayLR, WarmupLR
+
+OWN: Mapping[str, Callable[..., Schedule]] = {
+    "LRRangeTest": LRRangeTest,
+    "OneCycle": OneCycle,
+    "WarmupLR": WarmupLR,
+    "WarmupDecayLR": WarmupDecayLR,
+    "WarmupCosineLR": WarmupCosineLR,
+}
+
+
+def check(name: str, params: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a section `scheduler`, before there is an optimizer: the name, and those of arguments."""
+    try:
+        found = _find(name)
+    except ConfigError as error:
+        return list(error.problems)
+    known = {
+        key: value
+        for key, value in inspect.signature(found).parameters.items()
+        if key not in ("self", "optimizer")
+    }
+    wrong = [
+        f"scheduler.params.{key}: {found.__name__} has no such argument.{did_you_mean(key, known)}"
+        for key in params
+        if key not in known
+    ]
+    return wrong + [
+        f"scheduler.params.{key} is missing: {found.__name__} has no default for it"
+        for key, value in known.items()
+        if value.default is inspect.Parameter.empty and key not in params
+    ]
+
+
+def build(name: str, params: Mapping[str, Any], optimizer: Optimizer) -> LRSchedule:
+    """The schedule of a config's `scheduler` section.
+
+    Raises:
+        ConfigError: no schedule of that name, an argument it does not have, or a value that it refuses.
+    """
+    found = _find(name)
+    wrong = check(name, params)
+    if wrong:
+        raise ConfigError(wrong)
+    try:
+        schedule: LRSchedule = found(optimizer, **params)
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"scheduler.params for {found.__name__}: {error}"]) from error
+    return schedule
+
+
+def _find(name: str) -> Any:
+    own = {key.lower(): value for key, value in OWN.items()}
+    if name.lower() in own:
+        return own[name.lower()]
+    # torch's live here: only looked through when ours do not match.
+    from torch.optim import lr_scheduler
+
+    # ReduceLROnPlateau's step wants a metric, which the engine does not have.
+    theirs = {
+        key: value
+        for key, value in vars(lr_scheduler).items()
+        if isinstance(value, type) and issubclass(value, lr_scheduler.LRScheduler) and not key.startswith("_")
+        if key not in ("LRScheduler", "ReduceLROnPlateau")
+    }
+    for key, value in theirs.items():
+        if key.lower() == name.lower():
+            return value
+    raise ConfigError(
+        [f'scheduler.type is "{name}": there is no such schedule.{did_you_mean(name, [*OWN, *theirs])}']
+    )

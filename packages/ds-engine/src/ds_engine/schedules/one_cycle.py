@@ -1,0 +1,150 @@
+"""One cycle of rate and momentum, then decay."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+
+from ds_engine.schedules.base import Rates, Schedule
+
+SECOND_BETA = 0.99
+"""What DeepSpeed's OneCycle sets the second of Adam's betas to, while it moves the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cycle:
+    """The shape of a cycle; lengths in optimizer steps."""
+
+    first: float
+    """Length of the rise."""
+    second: float
+    """Length of the fall."""
+    first_stairs: int = 0
+    """Stairs of the rise; 0: a straight line."""
+    second_stairs: int = 0
+
+    @property
+    def total(self) -> float:
+        return self.first + self.second
+
+    def height(self, t: int) -> float:
+        """Share of the way from the lowest to the highest rate at step index t."""
+        at = (t + 1) % self.total
+        rising = at <= self.first
+        done, length = (at, self.first) if rising else (self.total - at, self.second)
+        stairs = self.first_stairs if rising else self.second_stairs
+        # The product first: a share just below 1 would lose the highest stair.
+        return math.floor(done * stairs / length) / stairs if stairs > 0 else done / length
+
+
+class OneCycle(Schedule):
+    """Rise from `cycle_min_lr` to `cycle_max_lr` and fall back, while the first of `betas` goes the other way;
+    then decay the rate: min / (1 + decay_lr_rate x steps / decay_step_size).
+
+    Source: Smith, A disciplined approach to neural network hyper-parameters (2018).
+
+    Args:
+        optimizer: whose groups are moved.
+        cycle_min_lr: lowest rate, for all groups or for each.
+        cycle_max_lr: highest rate, likewise.
+        decay_lr_rate: of the decay after the cycle; 0: none.
+        cycle_first_step_size: steps of the rise.
+        cycle_second_step_size: steps of the fall; default: as the rise.
+        cycle_first_stair_count: stairs of the rise; 0: a straight line.
+        cycle_second_stair_count: stairs of the fall; default: as the rise.
+        decay_step_size: steps of one unit of decay; 0: no decay.
+        cycle_momentum: move the first of `betas` too; where the optimizer has none, a warning says so.
+        cycle_min_mom: lowest, at the highest rate.
+        cycle_max_mom: highest, at the lowest rate.
+        decay_mom_rate: of the growth after the cycle.
+        last_batch_iteration: step index to begin with.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        cycle_min_lr: Rates,
+        cycle_max_lr: Rates,
+        decay_lr_rate: float = 0.0,
+        cycle_first_step_size: int = 2000,
+        cycle_second_step_size: int | None = None,
+        cycle_first_stair_count: int = 0,
+        cycle_second_stair_count: int | None = None,
+        decay_step_size: int = 0,
+        cycle_momentum: bool = True,
+        cycle_min_mom: Rates = 0.8,
+        cycle_max_mom: Rates = 0.9,
+        decay_mom_rate: float = 0.0,
+        last_batch_iteration: int = -1,
+    ) -> None:
+        super().__init__(optimizer, last_batch_iteration)
+        second = cycle_first_step_size if cycle_second_step_size is None else cycle_second_step_size
+        if cycle_first_step_size <= 0 or second < 0:
+            raise ValueError(
+                f"cycle_first_step_size is {cycle_first_step_size} and cycle_second_step_size {second}: give more than "
+                "0, and at least 0"
+            )
+        stairs = cycle_first_stair_count if cycle_second_stair_count is None else cycle_second_stair_count
+        self.cycle = Cycle(
+            first=cycle_first_step_size,
+            second=second,
+            first_stairs=cycle_first_stair_count,
+            second_stairs=stairs,
+        )
+        self.min_lrs = self._per_group(cycle_min_lr, "cycle_min_lr")
+        self.max_lrs = self._per_group(cycle_max_lr, "cycle_max_lr")
+        self.decay_step_size = decay_step_size
+        self.decay_lr_rate = decay_lr_rate
+        self.decay_mom_rate = decay_mom_rate
+        self.cycle_momentum = cycle_momentum and _has_betas(optimizer)
+        if self.cycle_momentum:
+            self.min_moms = self._per_group(cycle_min_mom, "cycle_min_mom")
+            self.max_moms = self._per_group(cycle_max_mom, "cycle_max_mom")
+        self._apply()
+
+    def rates(self, t: int) -> list[float]:
+        if t < self.cycle.total:
+            height = self.cycle.height(t)
+            return [low + (high - low) * height for low, high in zip(self.min_lrs, self.max_lrs, strict=True)]
+        fall = 1.0 + self.decay_lr_rate * self._decayed(t)
+        return [low / fall for low in self.min_lrs]
+
+    def momenta(self, t: int) -> list[float]:
+        """The first of `betas` of each group at step index t."""
+        if t < 0:
+            return list(self.min_moms)
+        if t < self.cycle.total:
+            height = self.cycle.height(t)
+            return [
+                high - (high - low) * height for low, high in zip(self.min_moms, self.max_moms, strict=True)
+            ]
+        growth = 1.0 + self.decay_mom_rate * self._decayed(t)
+        return [high * growth for high in self.max_moms]
+
+    def get_mom(self) -> list[tuple[float, float]] | None:
+        """`betas` of each group; None where momentum is left alone."""
+        if not self.cycle_momentum:
+            return None
+        return [(first, SECOND_BETA) for first in self.momenta(self.last_batch_iteration)]
+
+    def _decayed(self, t: int) -> float:
+        """Units of decay since the end of the cycle."""
+        return (t - self.cycle.total + 1) / self.decay_step_size if self.decay_step_size else 0.0
+
+    def _apply(self) -> None:
+        super()._apply()
+        for group, betas in zip(self.optimizer.param_groups, self.get_mom() or [], strict=False):
+            group["betas"] = betas
+
+
+def _has_betas(optimizer: Optimizer) -> bool:
+    if "betas" in optimizer.defaults:
+        return True
+    warnings.warn(
+        f"OneCycle: cycle_momentum has no effect, because {type(optimizer).__name__} has no betas",
+        stacklevel=3,
+    )
+    return False
