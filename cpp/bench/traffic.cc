@@ -7,17 +7,34 @@ namespace {
 
 using Word = std::uint32_t;
 
+constexpr std::int64_t kLine = 16;    // words of a cache line
+constexpr std::int64_t kAhead = 256;  // words from a load to the prefetch that precedes it
+
 // Reads four arrays and writes three, as Adam does with fp32 everywhere. Bitwise operations: no rounding, no
-// denormals, and nothing that a compiler may leave out.
+// denormals, and nothing that a compiler may leave out. Asks for lines ahead of their use: without that the
+// loop, which has nothing to do while it waits, can be slower than Adam itself, and is no limit.
 #if defined(__x86_64__)
 __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 void read4_write3(Word* a, Word* b, Word* c, const Word* d, std::int64_t n) {
-  for (std::int64_t i = 0; i < n; ++i) {
-    const Word x = a[i], y = b[i], z = c[i], w = d[i];
-    a[i] = x ^ w;
-    b[i] = y ^ w;
-    c[i] = z ^ w;
+  std::int64_t i = 0;
+  for (; i + kLine <= n; i += kLine) {
+    __builtin_prefetch(a + i + kAhead, 1);
+    __builtin_prefetch(b + i + kAhead, 1);
+    __builtin_prefetch(c + i + kAhead, 1);
+    __builtin_prefetch(d + i + kAhead, 0);
+    for (std::int64_t k = i; k < i + kLine; ++k) {
+      const Word x = a[k], y = b[k], z = c[k], w = d[k];
+      a[k] = x ^ w;
+      b[k] = y ^ w;
+      c[k] = z ^ w;
+    }
+  }
+  for (; i < n; ++i) {
+    const Word w = d[i];
+    a[i] ^= w;
+    b[i] ^= w;
+    c[i] ^= w;
   }
 }
 

@@ -79,6 +79,39 @@ void sgd(py::handle params, py::handle buffers, py::handle grads, py::handle out
   }
 }
 
+// The counters of updates: fp32 CPU tensors of one element; nothing where one of them is not.
+std::optional<std::vector<float*>> counters(py::handle list) {
+  TensorReader reader("counters");
+  const Items items(list, "counters", "counts");
+  std::vector<float*> values;
+  values.reserve(items.size());
+  try {
+    for (std::size_t i = 0; i < items.size(); ++i) {
+      const View view = reader.floats(items[i], "counts", kFloat32);
+      if (view.numel != 1 || reader.on_gpu()) return std::nullopt;
+      values.push_back(static_cast<float*>(view.data));
+    }
+  } catch (const py::value_error&) {
+    return std::nullopt;
+  }
+  return values;
+}
+
+py::object read_counts(py::handle list) {
+  const std::optional<std::vector<float*>> values = counters(list);
+  if (!values) return py::none();
+  py::list numbers;
+  for (const float* value : *values) numbers.append(static_cast<std::int64_t>(*value));
+  return numbers;
+}
+
+bool advance_counts(py::handle list) {
+  const std::optional<std::vector<float*>> values = counters(list);
+  if (!values) return false;
+  for (float* value : *values) *value += 1.0f;
+  return true;
+}
+
 }  // namespace
 
 void bind_optimizers(py::module_& m) {
@@ -86,6 +119,8 @@ void bind_optimizers(py::module_& m) {
   m.def("adagrad_step", &adagrad);
   m.def("lion_step", &lion);
   m.def("sgd_step", &sgd);
+  m.def("read_counts", &read_counts);
+  m.def("advance_counts", &advance_counts);
 }
 
 }  // namespace ds::bindings

@@ -245,6 +245,93 @@ def test_large_states_live_in_the_arena() -> None:
     assert optimizer.state[p]["exp_avg"].shape == p.shape
 
 
+class Doubling(optim.FusedSGD):
+    """Overrides `step`, as a user would."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        super().step(closure)
+        return super().step(closure)
+
+
+def test_hooks_run_once_whoever_overrides_step() -> None:
+    for kind, moved in ((optim.FusedSGD, 0.5), (Doubling, 1.0)):
+        p = nn.Parameter(torch.zeros(3))
+        p.grad = torch.ones(3)
+        optimizer = kind([p], lr=0.5)
+        calls: list[str] = []
+        optimizer.register_step_pre_hook(lambda *_, calls=calls: calls.append("pre"))
+        optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append("post"))
+        optimizer.step()
+        assert calls == ["pre", "post"]
+        assert torch.equal(p, torch.full((3,), -moved))
+
+
+def test_a_global_hook_and_a_profiler_are_served() -> None:
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    p = nn.Parameter(torch.zeros(3))
+    p.grad = torch.ones(3)
+    optimizer = optim.FusedAdam([p])
+    optimizer.step()  # light, nobody listens
+    calls: list[object] = []
+    handle = register_optimizer_step_pre_hook(lambda opt, *_: calls.append(opt))
+    try:
+        optimizer.step()
+    finally:
+        handle.remove()
+    assert calls == [optimizer]
+    with torch.autograd.profiler.profile() as profile:
+        optimizer.step()
+    assert "Optimizer.step#FusedAdam.step" in [event.key for event in profile.key_averages()]
+    assert optimizer.state[p]["step"].item() == 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.float64])
+def test_counters_may_be_of_any_dtype_and_differ(dtype: torch.dtype) -> None:
+    ours = parameters()
+    theirs = copy.deepcopy(ours)
+    fused = optim.FusedAdam(ours, lr=1e-2)
+    plain = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.0, foreach=False)
+    give_grads(ours, theirs, seed=0)
+    fused.step()
+    plain.step()
+    for number, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        if p.numel():
+            fused.state[p]["step"] = torch.tensor(3 + number % 2, dtype=dtype)
+            plain.state[q]["step"] = torch.tensor(3.0 + number % 2)
+    versions = [fused.state[p]["step"]._version for p in ours if p.numel()]
+    give_grads(ours, theirs, seed=1)
+    fused.step()
+    plain.step()
+    assert_close(ours, theirs)
+    assert [fused.state[p]["step"].item() for p in ours if p.numel()] == [4, 5, 5, 4]
+    assert [fused.state[p]["step"]._version for p in ours if p.numel()] == [v + 1 for v in versions]
+
+
+def test_a_refused_batch_leaves_the_counters() -> None:
+    p, half = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    optimizer = optim.FusedAdam([p, half])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    half.grad = torch.ones(3, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="must be float32"):
+        optimizer.step()
+    assert optimizer.state[half]["step"].item() == 0.0
+
+
+def test_step_fused_follows_parameters_that_are_exchanged() -> None:
+    old, new = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    optimizer = optim.FusedSGD([old, nn.Parameter(torch.zeros(2))], lr=1.0)
+    scale = torch.tensor(1.0)
+    old.grad = new.grad = torch.ones(3)
+    optimizer.step_fused([old], grad_scale=scale, out=[None])
+    optimizer.param_groups[0]["params"][0] = new
+    optimizer.step_fused([new], grad_scale=scale, out=[None])
+    assert torch.equal(new, -torch.ones(3))
+    with pytest.raises(ValueError, match=r"params\[0\] is in no parameter group"):
+        optimizer.step_fused([old], grad_scale=scale, out=[None])
+
+
 def test_copies_and_pickles_keep_working() -> None:
     params = parameters()
     optimizer = optim.FusedAdam(params, state_dtype=torch.bfloat16)

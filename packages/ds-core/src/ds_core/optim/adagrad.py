@@ -46,7 +46,7 @@ class FusedAdagrad(FusedOptimizer):
         }
         super().__init__(params, defaults, state_dtype)
 
-    def _prepare(self, param: Tensor, group: Group) -> tuple[dict[str, Any], int]:
+    def _prepare(self, param: Tensor, group: Group) -> tuple[dict[str, Any], int | None]:
         fresh = not self.state[param]
         state, step = super()._prepare(param, group)
         if fresh:

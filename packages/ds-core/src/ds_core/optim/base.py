@@ -10,8 +10,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from ds_core import arena
+from ds_core.optim import counters
 
 Group = dict[str, Any]
 
@@ -30,10 +32,30 @@ class Batch:
     states: dict[str, list[Tensor]] = field(default_factory=dict)
     """One list per name of a state."""
     out: list[Tensor | None] = field(default_factory=list)
+    """Where copies of the new parameters go: one entry per tensor, or none at all."""
 
     def outs(self) -> list[Tensor | None] | None:
         """`out`, or None where no tensor wants a copy."""
         return self.out if any(o is not None for o in self.out) else None
+
+    def split(self, steps: Sequence[int]) -> list[Batch]:
+        """One batch for each device and number of the update, given one number per tensor. Usually it is this one."""
+        first = self.params[0].get_device()
+        if len(set(steps)) == 1 and all(p.get_device() == first for p in self.params):
+            self.step = steps[0]
+            return [self]
+        parts: dict[tuple[torch.device, int], Batch] = {}
+        for i, (param, step) in enumerate(zip(self.params, steps, strict=True)):
+            part = parts.setdefault(
+                (param.device, step), Batch(step, states={name: [] for name in self.states})
+            )
+            part.params.append(param)
+            part.grads.append(self.grads[i])
+            for name, states in self.states.items():
+                part.states[name].append(states[i])
+            if self.out:
+                part.out.append(self.out[i])
+        return list(parts.values())
 
 
 class FusedOptimizer(Optimizer):
@@ -54,6 +76,7 @@ class FusedOptimizer(Optimizer):
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, but is {state_dtype}")
         self._state_dtype = state_dtype
+        self._places: dict[int, tuple[int, int]] = {}
         super().__init__(params, defaults)
 
     # -- what a subclass adds
@@ -72,17 +95,35 @@ class FusedOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Steps every parameter that has a gradient. `closure` re-evaluates the model and returns the loss."""
+        if type(self).step is FusedOptimizer.step and self._is_watched():
+            return self._watched_step() if closure is None else self._watched_step(closure)
+        return self._plain_step(closure)
+
+    def _plain_step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            for group in self.param_groups:
-                params: list[Tensor] = group["params"]
-                self._step_group(group, params, [None] * len(params), 1.0)
+        for group in self.param_groups:
+            params: list[Tensor] = group["params"]
+            self._step_group(group, params, None, 1.0)
         return loss
 
-    @torch.no_grad()
+    # [Note: light step] torch wraps the `step` of every optimizer for hooks and profilers, and the wrapper takes some
+    # 25 us a call without either: as long as the kernel on 100,000 parameters. `step.hooked` (below) keeps it away,
+    # and it is called where somebody listens. A subclass that overrides `step` gets torch's wrapper around its own.
+    _watched_step = Optimizer.profile_hook_step(_plain_step)
+
+    def _is_watched(self) -> bool:
+        """Whether step hooks are registered or a profiler runs."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+            or torch._C._autograd._profiler_enabled()
+        )
+
     def step_fused(
         self, params: Sequence[Tensor], *, grad_scale: Tensor, out: Sequence[Tensor | None]
     ) -> None:
@@ -93,62 +134,86 @@ class FusedOptimizer(Optimizer):
         """
         if len(out) != len(params):
             raise ValueError(f"step_fused: out has {len(out)} entries, but params has {len(params)}")
-        owner = {id(p): index for index, group in enumerate(self.param_groups) for p in group["params"]}
         by_group: dict[int, tuple[list[Tensor], list[Tensor | None]]] = {}
         for i, (param, copy) in enumerate(zip(params, out, strict=True)):
-            if id(param) not in owner:
+            index = self._group_of(param)
+            if index is None:
                 raise ValueError(f"step_fused: params[{i}] is in no parameter group of this optimizer")
-            members = by_group.setdefault(owner[id(param)], ([], []))
+            members = by_group.setdefault(index, ([], []))
             members[0].append(param)
             members[1].append(copy)
         scale = float(grad_scale)
         for index, (group_params, group_out) in by_group.items():
             self._step_group(self.param_groups[index], group_params, group_out, scale)
 
+    def _group_of(self, param: Tensor) -> int | None:
+        """The index of the parameter's group. Places are remembered; each is looked at again before it is believed."""
+        for _ in range(2):
+            place = self._places.get(id(param))
+            if place is not None and place[0] < len(self.param_groups):
+                members = self.param_groups[place[0]]["params"]
+                if place[1] < len(members) and members[place[1]] is param:
+                    return place[0]
+            self._places = {
+                id(p): (index, position)
+                for index, group in enumerate(self.param_groups)
+                for position, p in enumerate(group["params"])
+            }
+        return None
+
     def _step_group(
-        self, group: Group, params: Sequence[Tensor], out: Sequence[Tensor | None], grad_scale: float
+        self, group: Group, params: Sequence[Tensor], out: Sequence[Tensor | None] | None, grad_scale: float
     ) -> None:
-        batches: dict[tuple[torch.device, int], Batch] = {}
-        steps: list[Tensor] = []
         names = self._names(group)
-        for param, copy in zip(params, out, strict=True):
+        batch = Batch(0, states={name: [] for name in names})
+        columns = [batch.states[name] for name in names]
+        steps: list[int | None] = []  # None: as the state's counter says
+        counts: list[Tensor] = []
+        for i, param in enumerate(params):
             grad = param.grad
-            if grad is None or param.numel() == 0:
+            if grad is None:
+                continue
+            state = self.state.get(param)
+            if not state and param.numel() == 0:
                 continue
             state, step = self._prepare(param, group)
-            if "step" in state:
-                steps.append(state["step"])
-            batch = batches.get((param.device, step))
-            if batch is None:
-                batch = batches[param.device, step] = Batch(step, states={name: [] for name in names})
-            batch.out.append(copy)
+            steps.append(step)
+            if step is None:
+                counts.append(state["step"])
+            if out is not None:
+                batch.out.append(out[i])
             if param.is_contiguous() and grad.is_contiguous():  # states are as the parameter; kernels check
                 batch.params.append(param)
                 batch.grads.append(grad)
-                for name in names:
-                    batch.states[name].append(state[name])
+                for name, column in zip(names, columns, strict=True):
+                    column.append(state[name])
             else:
-                batch.params.append(_in_memory_order(param))
-                batch.grads.append(_like(grad, param))
-                for name in names:
-                    batch.states[name].append(_in_memory_order(state[name]))
-        for batch in batches.values():
-            self._apply(group, batch, -grad_scale if group.get("maximize", False) else grad_scale)
-        for count in steps:  # after the kernels: a refused batch leaves the counters as they were
-            count.add_(1.0)
+                with torch.no_grad():
+                    batch.params.append(_in_memory_order(param))
+                    batch.grads.append(_like(grad, param))
+                    for name, column in zip(names, columns, strict=True):
+                        column.append(_in_memory_order(state[name]))
+        if not batch.params:
+            return
+        counted = iter(counters.read(counts))
+        numbers = [next(counted) + 1 if step is None else step for step in steps]
+        for part in batch.split(numbers):
+            self._apply(group, part, -grad_scale if group.get("maximize", False) else grad_scale)
+        counters.advance(counts)  # after the kernels: a refused batch leaves the counters as they were
 
     def _names(self, group: Group) -> tuple[str, ...]:
         """The states that the group's options need, of `state_names`."""
         return self.state_names
 
-    def _prepare(self, param: Tensor, group: Group) -> tuple[dict[str, Any], int]:
-        """The parameter's state, made on first use, and the number of this update, counted from 1."""
+    def _prepare(self, param: Tensor, group: Group) -> tuple[dict[str, Any], int | None]:
+        """The parameter's state, made on first use, and the number of this update where no counter in it has that."""
         state = cast(dict[str, Any], self.state[param])
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for name in self._names(group):
-                state[name] = self._new_state(param)
-        return state, int(state["step"].item()) + 1
+            with torch.no_grad():
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                for name in self._names(group):
+                    state[name] = self._new_state(param)
+        return state, None
 
     # -- torch's surface. [Note: no dynamo] torch wraps these four so that their first call imports torch._dynamo,
     # which costs seconds and some hundred MB. They compile nothing, so the functions inside the wrappers are called.
@@ -180,7 +245,10 @@ class FusedOptimizer(Optimizer):
         """Raises ValueError where loaded groups ask for what the kernel does not do."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_state_dtype": self._state_dtype}
+        return {**super().__getstate__(), "_state_dtype": self._state_dtype, "_places": {}}
+
+
+FusedOptimizer.step.hooked = True  # type: ignore[attr-defined]  # [Note: light step]
 
 
 def check_not_negative(**options: float) -> None:

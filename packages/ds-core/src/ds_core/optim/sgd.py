@@ -50,13 +50,14 @@ class FusedSGD(FusedOptimizer):
     def _names(self, group: Group) -> tuple[str, ...]:
         return self.state_names if group["momentum"] != 0.0 else ()
 
-    def _prepare(self, param: Tensor, group: Group) -> tuple[dict[str, Any], int]:
+    def _prepare(self, param: Tensor, group: Group) -> tuple[dict[str, Any], int | None]:
         if not self._names(group):
             return {}, 2  # nothing to remember, and no entry in `state`, as in torch
         state: dict[str, Any] = self.state[param]
         if state.get("momentum_buffer") is not None:
             return state, 2
-        state["momentum_buffer"] = self._new_state(param)
+        with torch.no_grad():
+            state["momentum_buffer"] = self._new_state(param)
         return state, 1
 
     def _apply(self, group: Group, batch: Batch, grad_scale: float) -> None:
