@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ds_engine import __version__
+from ds_engine.checkpoint_cli import app as checkpoint_app
 
 app = typer.Typer(
     name="ds",
@@ -16,6 +17,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(checkpoint_app, name="checkpoint")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from ds_zero.deferred import deferred_init
 from ds_zero.memory import MemoryReport, Summary, describe, memory
 from ds_zero.norms import squared_norm, total_norm
 from ds_zero.pending import GradNorm
-from ds_zero.records import ShardRecord, load_records, records
+from ds_zero.records import ShardRecord, group_names, load_records, records
 from ds_zero.scaler import DynamicScale, LossScaleError, LossScaler
 from ds_zero.shard import shard
 from ds_zero.store import ResidentStore
@@ -38,6 +38,7 @@ __all__ = [
     "grad_norm",
     "get_full",
     "get_local",
+    "group_names",
     "load_records",
     "local_range",
     "memory",

@@ -115,6 +115,17 @@ def _state_record(r: _Range, name: str, value: object, shard_numel: int) -> list
     )
 
 
+def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """The parameters' names behind the entries of each of the optimizer's groups."""
+    state = _registry.state_of(model)
+    names = {
+        id(shard): slot.fqn
+        for bucket in state.buckets
+        for shard, slot in zip(bucket.shards, bucket.layout.slots, strict=False)
+    }
+    return [[names[id(shard)] for shard in group["params"]] for group in optimizer.param_groups]
+
+
 def load_records(
     model: nn.Module, optimizer: Optimizer, source: RecordSource, *, optimizer_states: bool = True
 ) -> None:

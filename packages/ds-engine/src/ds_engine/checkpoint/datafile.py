@@ -59,6 +59,8 @@ class Item:
     """Name in the file, unique there."""
     data: Tensor
     """1-D and contiguous, on any device."""
+    shape: tuple[int, ...] | None = None
+    """What the header says; default 1-D."""
 
     @property
     def num_bytes(self) -> int:
@@ -93,8 +95,11 @@ def block_bytes_for(total_bytes: int) -> int:
     return block
 
 
-def write(path: Path, items: Sequence[Item]) -> Written:
+def write(path: Path, items: Sequence[Item], *, kind: str = "ds-checkpoint") -> Written:
     """Write a new file and wait until it is on the disk.
+
+    Args:
+        kind: the "format" among the header's metadata; transformers reads files of "pt" only.
 
     Raises:
         OSError: the disk is full, or whatever else the system says; what is there then is no use.
@@ -102,7 +107,7 @@ def write(path: Path, items: Sequence[Item]) -> Written:
     """
     # Wide dtypes first: without gaps, each tensor then still starts at a multiple of its element size.
     ordered = sorted(items, key=lambda item: -item.data.element_size())
-    header = _header(ordered)
+    header = _header(ordered, kind)
     total = len(header) + sum(item.num_bytes for item in ordered)
     block_bytes = block_bytes_for(total)
     sums: dict[str, str] = {}
@@ -124,8 +129,8 @@ def write(path: Path, items: Sequence[Item]) -> Written:
     return Written(info=info, crc32c=sums)
 
 
-def _header(items: Sequence[Item]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "ds-checkpoint"}}
+def _header(items: Sequence[Item], kind: str) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": kind}}
     offset = 0
     for item in items:
         if item.data.dtype not in NAMES:
@@ -135,7 +140,7 @@ def _header(items: Sequence[Item]) -> bytes:
         assert item.data.ndim == 1 and item.data.is_contiguous() and item.key not in entries, item.key
         entries[item.key] = {
             "dtype": NAMES[item.data.dtype],
-            "shape": [item.data.numel()],
+            "shape": list(item.shape) if item.shape is not None else [item.data.numel()],
             "data_offsets": [offset, offset + item.num_bytes],
         }
         offset += item.num_bytes

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ds_zero
-from ds_engine.checkpoint import codec, folder, rng
+from ds_engine.checkpoint import codec, deepspeed, folder, rng
 from ds_engine.checkpoint.errors import CheckpointError
 from ds_engine.checkpoint.read import Checkpoint
 from ds_engine.checkpoint.team import Team
@@ -94,9 +94,18 @@ def _shared_values(
             "state": codec.encode(schedule.state_dict(), "the schedule's state", tensors, "schedule"),
         },
         "client_state": codec.encode(dict(client_state), "client_state", tensors, "client"),
+        "tied": _tied(engine.module),
+        "frozen": [name for name, p in engine.module.named_parameters() if not p.requires_grad],
     }
     blobs.update(tensors)
     return values
+
+
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Every further name of a shared parameter -> its first one, under which it is stored."""
+    first = {id(p): name for name, p in module.named_parameters()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in every if name != first[id(p)]}
 
 
 def _family(optimizer: torch.optim.Optimizer) -> str:
@@ -126,7 +135,7 @@ def load(
     team = Team()
     path = _locate(team, Path(load_dir), tag)
     doing = f"loading {path}"
-    checkpoint = _together(team, doing, lambda: Checkpoint(path))
+    checkpoint = _together(team, doing, lambda: _open(engine, path))
     with checkpoint:
         # Each rank looks at some of the files, so that none is opened by all; damage inside shows when it is
         # read.
@@ -154,13 +163,20 @@ def _locate(team: Team, root: Path, tag: str | None) -> Path:
     found, missing = "", ""
     if team.first:
         try:
-            found = str(folder.find(root, tag))
+            foreign = None if folder.complete(root) else deepspeed.locate(root, tag)
+            found = str(foreign if foreign is not None else folder.find(root, tag))
         except FileNotFoundError as error:
             missing = str(error)
     missing = team.share(missing.encode()).decode()
     if missing:
         raise FileNotFoundError(missing)
     return Path(team.share(found.encode()).decode())
+
+
+def _open(engine: Engine, path: Path) -> Checkpoint:
+    if folder.is_complete(path):
+        return Checkpoint(path)
+    return deepspeed.DeepSpeedCheckpoint(path, ds_zero.group_names(engine.module, engine.optimizer))
 
 
 def _together(team: Team, doing: str, action: Callable[[], Any]) -> Any:
@@ -205,7 +221,7 @@ def _check_fit(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> None:
     saved = checkpoint.manifest.values["optimizer"]
     if not wanted.optimizer:
         return
-    if saved["family"] != _family(engine.optimizer):
+    if saved["family"] not in (None, _family(engine.optimizer)):  # None: a foreign format that does not say
         raise CheckpointError(
             f"its optimizer states are those of {saved['family']}, this engine has "
             f"{_family(engine.optimizer)}: use that one, or pass "
@@ -213,7 +229,7 @@ def _check_fit(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> None:
         )
     here = [len(group["params"]) for group in engine.optimizer.param_groups]
     there = [group["num_params"] for group in saved["groups"]]
-    if here != there:
+    if there and here != there:
         raise CheckpointError(
             f"its optimizer has groups of {there} parameters, this one of {here}: make the same groups, or "
             "pass load_optimizer_states=False"
@@ -259,7 +275,7 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
     client_state: dict[str, Any] = codec.decode(values["client_state"], checkpoint.blob)
     options = [codec.decode(group["options"], checkpoint.blob) for group in values["optimizer"]["groups"]]
     schedule = codec.decode(values["schedule"], checkpoint.blob)
-    same_ranks = checkpoint.manifest.world_size == engine.world.world_size
+    same_ranks = checkpoint.manifest.world_size == engine.world.world_size and f"rng/{rank}" in values
     names = (
         [name for name in checkpoint.manifest.blobs if name.startswith(f"rng/{rank}/")] if same_ranks else []
     )
@@ -276,12 +292,12 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
                 rng.restore(rank, values[f"rng/{rank}"], generators.__getitem__)
             else:
                 rng.derive(rank, engine.global_steps)
-                _tell(
-                    engine,
-                    f"written on {checkpoint.manifest.world_size} ranks, loaded on "
-                    f"{engine.world.world_size}: random generators are "
-                    "seeded anew from rank and step",
+                why = (
+                    f"written on {checkpoint.manifest.world_size} ranks, loaded on {engine.world.world_size}"
                 )
+                if f"rng/{rank}" not in values and "rng/0" not in values:
+                    why = "there are no random generators in it"
+                _tell(engine, f"{why}: random generators are seeded anew from rank and step")
         _tell(
             engine,
             f"{_restored(engine, checkpoint, wanted)} of {checkpoint.manifest.num_tensors} tensors restored "
@@ -294,7 +310,7 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
 
 
 def _set_options(engine: Engine, options: list[dict[str, Any]]) -> None:
-    for group, saved in zip(engine.optimizer.param_groups, options, strict=True):
+    for group, saved in zip(engine.optimizer.param_groups, options, strict=bool(options)):
         for key, value in saved.items():
             if isinstance(group.get(key), Tensor):
                 group[key].copy_(
