@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ds_zero.layout import BucketLayout, Piece, piece_of
 from ds_zero.ranks import Ranks
+from ds_zero.storage import is_fake
 
 
 class BucketState(enum.Enum):
@@ -139,8 +140,8 @@ class Bucket:
 
     def check_holes(self) -> None:
         """Raise if code wrote into a parameter while it was sharded; such a write has nowhere to go."""
-        if self.device.type != "cpu" or not self.dtype.is_floating_point:
-            return  # reading a value back would stall the device
+        if self.device.type != "cpu" or not self.dtype.is_floating_point or is_fake(self.full):
+            return  # reading a value back would stall the device, and a fake one has none
         for hole, slot in zip(self.holes, self.layout.slots, strict=True):
             if hole.item() == hole.item():
                 hole.fill_(float("nan"))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
+from ds_zero.storage import memory_key
 
 STAGES: Mapping[int, str] = {
     0: "nothing",
@@ -76,7 +77,7 @@ def check_model(model: nn.Module) -> None:
             )
         if param.device.type == "meta" or param.numel() == 0:
             continue
-        pointer = param.untyped_storage().data_ptr()
+        pointer = memory_key(param)
         other = seen.setdefault(pointer, (fqn, param))
         if other[1] is not param and _overlap(other[1], param):
             raise ValueError(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ds_zero.interfaces import AllGather, ReduceScatter, Work
 from ds_zero.ranks import Ranks
+from ds_zero.storage import same_place
 
 REDUCE_TAG, GATHER_TAG = 0x6A, 0x1000
 SUM_CHUNK_NUMEL = 1 << 18
@@ -133,7 +134,7 @@ class DirectAllGather:
     ) -> Work | None:
         slices = output.view(group.size(), -1)
         own = slices[group.rank()]
-        if own.data_ptr() != input.data_ptr():
+        if not same_place(own, input):
             own.copy_(input)
         work = Then(_exchange(lambda _: own, lambda p: slices[p], group, self._tag), _nothing)
         if async_op:
