@@ -16,6 +16,7 @@ OFFLOAD = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
 
 # One job for each rule, in the order of the table.
 BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, {"optimizer": "AdamW"}),
     ({"optimizer": {"type": "LBFGS"}}, {}),
     ({"optimizer": {"type": "SparseAdam"}}, {}),
     ({"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 1}}, {}),

@@ -69,7 +69,7 @@ def test_all_mistakes_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize("off", [{"enabled": False}, {}, None, False])
-@pytest.mark.parametrize("section", ["fp16", "flops_profiler", "tensorboard", "amp"])
+@pytest.mark.parametrize("section", ["flops_profiler", "tensorboard", "amp"])
 def test_what_is_switched_off_is_accepted(section: str, off: Any) -> None:
     assert load({**MINIMAL, section: off}) == load(MINIMAL)
 

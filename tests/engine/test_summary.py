@@ -30,7 +30,7 @@ def table(**more: Any) -> dict[str, tuple[str, str]]:
 def test_choices_and_reasons() -> None:
     rows = table(stage=3, bf16={"enabled": True}, gradient_clipping=0.5)
     assert rows["ZeRO stage"] == ("3: optimizer states, gradients and parameters are divided", "as set")
-    assert rows["precision"] == ("bf16, with fp32 masters, sums and states", "as set")
+    assert rows["precision"] == ("bf16, with fp32 masters; gradients summed in fp32", "as set by bf16")
     assert rows["batch"][0] == "16 = 8 a rank x 2 x 1 ranks"
     assert rows["accumulation"] == ("2 micro-batches, sharded plan", "default of stage 3")
     assert rows["clipping"] == ("norm 0.5", "as set")

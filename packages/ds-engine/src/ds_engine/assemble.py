@@ -67,6 +67,7 @@ def initialize(
     compat.check(_job(settings, optimizer, lr_scheduler))
     world = ds_comm.start()
     batch = settings.batch(world.world_size)
+    precision = Precision.of(settings, world.device.type)
     _seed(settings.seed, world.rank)
     deferred = any(p.is_meta for p in model.parameters())
     if world.device.type != "cpu" and not deferred:
@@ -77,8 +78,12 @@ def initialize(
     # What ds_zero.deferred_init has put off comes into being here, on the default device.
     with world.device if deferred else contextlib.nullcontext():
         ds_zero.shard(
-            model, built, stage=settings.zero_optimization.stage, **sharding.options(settings, batch)
+            model,
+            built,
+            stage=settings.zero_optimization.stage,
+            **sharding.options(settings, batch, precision.zero_options(model)),
         )
+    precision.cast_buffers(model)
     schedule = _schedule(settings, lr_scheduler, built)
     loader = _loader(settings, training_data, batch, world, collate_fn)
     engine = Engine(
@@ -89,7 +94,8 @@ def initialize(
             config=settings,
             world=world,
             batch=batch,
-            precision=Precision.of(settings),
+            precision=precision,
+            scaler=precision.scaler(model),
             accumulation=Accumulation(steps=batch.steps),
             progress=Progress(settings.steps_per_print or 0, world.rank),
         )
@@ -153,7 +159,13 @@ def _optimizer(
             ]
         )
     on_host = settings.zero_optimization.offload_optimizer.device == "cpu"
-    return optimizers.build(settings.optimizer.type, settings.optimizer.params, parameters, on_host=on_host)
+    return optimizers.build(
+        settings.optimizer.type,
+        settings.optimizer.params,
+        parameters,
+        on_host=on_host,
+        bf16_states=settings.bf16.enabled and settings.bf16.bf16_optimizer_states,
+    )
 
 
 def _schedule(

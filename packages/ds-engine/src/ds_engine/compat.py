@@ -58,7 +58,17 @@ class Rule:
 WHOLE_TENSORS = ("adafactor", "muon", "lamb", "fusedlamb")
 HOST_OPTIMIZERS = ("adam", "adamw", "cpuadam")
 
+
 RULES: tuple[Rule, ...] = (
+    Rule(
+        first="bf16.bf16_optimizer_states",
+        second="an optimizer object that was passed in",
+        applies=lambda job: (
+            job.config.bf16.enabled and job.config.bf16.bf16_optimizer_states and job.optimizer is not None
+        ),
+        reason="the object makes its own states",
+        remedy="name the optimizer in the config, or give the object state_dtype=torch.bfloat16 and remove it",
+    ),
     Rule(
         first="optimizer LBFGS",
         second="engine.step()",

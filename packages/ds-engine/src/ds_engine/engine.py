@@ -19,7 +19,7 @@ from ds_engine.accumulation import Accumulation
 from ds_engine.config.batch import Batch
 from ds_engine.config.model import DsConfig
 from ds_engine.optimizers import zero_grad
-from ds_engine.precision import Precision
+from ds_engine.precision import Precision, Unguarded
 from ds_engine.progress import Progress, StepReport
 from ds_engine.schedules import LRSchedule
 
@@ -35,6 +35,7 @@ class Parts:
     world: World
     batch: Batch
     precision: Precision
+    scaler: ds_zero.LossScaler | Unguarded
     accumulation: Accumulation
     progress: Progress
 
@@ -55,6 +56,7 @@ class Engine:
         self.world = parts.world
         self.batch = parts.batch
         self.precision = parts.precision
+        self.scaler = parts.scaler
         self.accumulation = parts.accumulation
         self.progress = parts.progress
         self.global_steps = 0
@@ -63,18 +65,20 @@ class Engine:
         """Samples that all ranks together have seen."""
         self.skipped_steps = 0
         """Steps that changed nothing because the gradient was not finite."""
-        self._grad_norm: float | None = None
+        self._applied = False
         self._live = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the module; floating-point tensors in the arguments are cast to the compute dtype."""
-        return self.module(*self.precision.cast(args), **self.precision.cast(kwargs))
+        with self.precision.around_forward(self.world.device.type):
+            return self.module(*self.precision.cast(args), **self.precision.cast(kwargs))
 
     def backward(self, loss: Tensor) -> Tensor:
-        """Backward of `loss / gradient_accumulation_steps`, so that the micro-batches of a step are averaged.
+        """Backward of `loss / gradient_accumulation_steps`, so that the micro-batches of a step are averaged,
+        times the loss scale.
 
         Returns:
-            The divided loss, detached.
+            The divided loss, detached, without the loss scale.
 
         Raises:
             ValueError: `loss` is not one number, or does not depend on a parameter that is trained.
@@ -88,16 +92,26 @@ class Engine:
                 "loss does not require a gradient: it was computed under torch.no_grad(), detached, or from "
                 "frozen parameters only"
             )
-        scaled = loss / self.accumulation.steps
-        scaled.backward()
-        return scaled.detach()
+        part = loss / self.accumulation.steps
+        self.scaler.scale(part).backward()
+        return part.detach()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """What `backward` propagates: `loss / gradient_accumulation_steps` times the loss scale, for code that
+        calls `engine.scale(loss).backward()` itself.
+        """
+        return self.scaler.scale(loss / self.accumulation.steps)
 
     def step(self) -> None:
         """End a micro-batch; at the boundary clip, update the parameters, forget the gradients, and move the
         schedule.
 
         A gradient that is not finite skips the update on every rank: parameters, optimizer states and
-        schedule stay as they are.
+        schedule stay as they are (not with `bf16.check_grad_overflow` false). In fp16 the loss scale follows.
+
+        Raises:
+            ds_zero.LossScaleError: on every rank, when the loss scale is at its minimum and the gradient still
+                not finite; names a parameter.
         """
         if self.accumulation.at_boundary():
             self._update()
@@ -105,15 +119,14 @@ class Engine:
 
     def _update(self) -> None:
         clip = self.config.gradient_clipping
-        self._grad_norm = float(ds_zero.clip_grad_norm_(self.module, clip if clip > 0 else math.inf))
-        lr = self.get_lr()[0]  # of this update; the schedule moves below
-        skipped = not math.isfinite(self._grad_norm)
-        if skipped:
-            self.skipped_steps += 1
-        else:
-            self.optimizer.step()
+        ds_zero.clip_grad_norm_(self.module, clip if clip > 0 else math.inf)
+        lr, scale = self.get_lr()[0], self.loss_scale  # of this update; both move below
+        self.optimizer.step()  # asks the scaler, which may leave it out
+        self._applied = not self.scaler.step_was_skipped
         zero_grad(self.optimizer)
-        if not skipped and self.lr_scheduler is not None:
+        if not self._applied:
+            self.skipped_steps += 1
+        elif self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.global_steps += 1
         self.global_samples += self.batch.train
@@ -122,18 +135,36 @@ class Engine:
                 step=self.global_steps,
                 samples=self.global_samples,
                 lr=lr,
-                grad_norm=self._grad_norm,
-                skipped=skipped,
+                grad_norm=self._norm("before"),
+                clipped_norm=self._norm("after"),
+                loss_scale=scale,
+                next_scale=self.loss_scale,
+                culprit=None if self._applied else self.scaler.culprit,
             )
         )
+
+    def _norm(self, which: str) -> float:
+        return float(getattr(ds_zero.grad_norm(self.module), which, math.nan))
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step()` updates the parameters."""
         return self.accumulation.at_boundary()
 
-    def get_global_grad_norm(self) -> float | None:
-        """Global 2-norm of the last step's gradient before clipping; None before the first step."""
-        return self._grad_norm
+    def get_global_grad_norm(self, clipped: bool = False) -> float | None:
+        """Global 2-norm of the last step's gradient before clipping, or after it where `clipped`; of true
+        values, without the loss scale. None before the first step.
+        """
+        norm = ds_zero.grad_norm(self.module) if self._live else None
+        return None if norm is None else norm.after if clipped else norm.before
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step()` at a boundary changed the parameters; False where it was skipped."""
+        return self._applied
+
+    @property
+    def loss_scale(self) -> float:
+        """What the next loss is multiplied by before backward; 1 outside fp16."""
+        return self.scaler.loss_scale
 
     def get_lr(self) -> list[float]:
         """Learning rate of each parameter group, as the next step will use it."""

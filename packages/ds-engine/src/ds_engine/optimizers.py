@@ -144,22 +144,41 @@ def check(name: str, params: Mapping[str, Any], *, on_host: bool) -> list[str]:
     return wrong
 
 
-def build(name: str, params: Mapping[str, Any], parameters: Iterable[Any], *, on_host: bool) -> Optimizer:
+def build(
+    name: str,
+    params: Mapping[str, Any],
+    parameters: Iterable[Any],
+    *,
+    on_host: bool,
+    bf16_states: bool = False,
+) -> Optimizer:
     """The optimizer that the config names.
 
     Args:
         parameters: tensors or groups, as for any torch optimizer.
         on_host: use the version that runs in host memory.
+        bf16_states: keep its states in bfloat16.
 
     Raises:
-        ConfigError: no such optimizer, an argument it does not have, or a value it refuses.
+        ConfigError: no such optimizer, an argument it does not have, a value it refuses, or `bf16_states` for
+            one of torch's, whose states have the dtype of what they step.
     """
     wrong = check(name, params, on_host=on_host)
     if wrong:
         raise ConfigError(wrong)
     choice = choose(name, params, on_host=on_host)
+    arguments = dict(choice.arguments)
+    if bf16_states:
+        if choice.make.__module__.split(".")[0] == "torch":
+            raise ConfigError(
+                [
+                    f"bf16.bf16_optimizer_states: {name} is torch's here, and keeps states in the dtype of the fp32 "
+                    f"masters; use one of {', '.join(OWN)}, or remove it"
+                ]
+            )
+        arguments["state_dtype"] = torch.bfloat16
     try:
-        optimizer: Optimizer = choice.make(parameters, **choice.arguments)
+        optimizer: Optimizer = choice.make(parameters, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError([f"optimizer.params for {name}: {error}"]) from error
     return optimizer

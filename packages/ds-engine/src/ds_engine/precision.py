@@ -1,36 +1,138 @@
-"""In which dtype the model computes."""
+"""In which dtypes the model computes and gradients are summed, and what guards a step against overflow."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import ds_zero
+from ds_engine.config.errors import ConfigError
 from ds_engine.config.model import DsConfig
+from ds_engine.config.suggest import did_you_mean
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SAFE_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Modules that `torch.autocast` computes in the lower precision: their parameters may rest and travel in it."""
+
+DtypeFor = Callable[[str, nn.Parameter], torch.dtype | None]
 
 
+class Unguarded:
+    """Stands for a loss scaler where there is none: nothing is scaled, every step is taken."""
+
+    loss_scale = 1.0
+    step_was_skipped = False
+    culprit: str | None = None
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Precision:
-    """fp32: nothing is cast. bf16: parameters (by ds_zero, which keeps fp32 masters) and floating-point
-    inputs.
-    """
+    """What the sections `fp16`, `bf16`, `torch_autocast` and `data_types` ask for."""
 
-    def __init__(self, param_dtype: torch.dtype | None) -> None:
-        self.param_dtype = param_dtype
+    param_dtype: torch.dtype | None = None
+    """In which parameters compute, with fp32 masters behind them; None: as the model is."""
+    autocast_dtype: torch.dtype | None = None
+    """`torch.autocast` around forward; None: none."""
+    safe_modules: tuple[type[nn.Module], ...] = SAFE_MODULES
+    """With autocast: classes whose parameters rest and travel in `autocast_dtype`."""
+    cast_inputs: bool = False
+    """Cast floating-point arguments of forward to `param_dtype`."""
+    grad_dtype: torch.dtype = torch.float32
+    """In which gradients of micro-batches are summed."""
+    buffer_dtype: torch.dtype | None = None
+    """Of the module's buffers; None: they stay as they are."""
+    keep_fp32: tuple[str, ...] | None = None
+    """Patterns of names of buffers that are fp32 in any case; None: the model's own, if it has some."""
+    loss_scale: float | ds_zero.DynamicScale | None = 1.0
+    """1.0: losses are not scaled, and a step is left out whose gradient is not finite; None: no step is."""
 
     @classmethod
-    def of(cls, config: DsConfig) -> Precision:
-        return cls(torch.bfloat16 if config.bf16.enabled else None)
+    def of(cls, config: DsConfig, device_type: str = "cpu") -> Precision:
+        """Read the four sections.
+
+        Args:
+            device_type: decides the dtype of `torch_autocast` where the section has none.
+
+        Raises:
+            ConfigError: a class in lower_precision_safe_modules that does not exist.
+        """
+        cast, types = config.torch_autocast, config.data_types
+        param = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
+        auto = DTYPES[cast.dtype] if cast.dtype is not None else torch.get_autocast_dtype(device_type)
+        autocast = auto if cast.enabled else None
+        scale: float | ds_zero.DynamicScale | None = 1.0
+        if torch.float16 in (param, autocast):
+            scale = _loss_scale(config)
+        elif config.bf16.enabled and not config.bf16.check_grad_overflow:
+            scale = None
+        return cls(
+            param_dtype=param,
+            autocast_dtype=autocast,
+            safe_modules=_classes(cast.lower_precision_safe_modules) if autocast is not None else (),
+            cast_inputs=config.bf16.enabled or (config.fp16.enabled and config.fp16.auto_cast),
+            grad_dtype=DTYPES[types.grad_accum_dtype or "fp32"],
+            buffer_dtype=DTYPES[types.buffer_dtype] if types.buffer_dtype is not None else None,
+            keep_fp32=None if types.keep_in_fp32_modules == "auto" else tuple(types.keep_in_fp32_modules),
+            loss_scale=scale,
+        )
+
+    # --- what the parts are told
+
+    def zero_options(self, module: nn.Module) -> dict[str, Any]:
+        """Fields of `ds_zero.ZeroConfig`."""
+        dtypes: dict[str, Any] = {"param_dtype": self.param_dtype}
+        if self.autocast_dtype is not None and self.param_dtype is None:
+            dtypes = {"dtype_for": lowered(module, self.safe_modules, self.autocast_dtype)}
+        return {**dtypes, "grad_dtype": self.grad_dtype}
+
+    def scaler(self, module: nn.Module) -> ds_zero.LossScaler | Unguarded:
+        """What scales the losses of a sharded module and guards its steps."""
+        return Unguarded() if self.loss_scale is None else ds_zero.LossScaler(module, self.loss_scale)
+
+    def cast_buffers(self, module: nn.Module) -> None:
+        """Bring the buffers into their dtypes, each in place of what was there."""
+        half = self.param_dtype or torch.float32
+        kept = _matcher(module, self.keep_fp32, half) if half != torch.float32 else None
+        for prefix, owner in module.named_modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                if not buffer.is_floating_point():
+                    continue
+                full = f"{prefix}.{name}" if prefix else name
+                wanted = torch.float32 if kept is not None and kept(full) else self.buffer_dtype
+                if wanted is not None and buffer.dtype != wanted:
+                    buffer.data = buffer.data.to(wanted)
+
+    def around_forward(self, device_type: str) -> contextlib.AbstractContextManager[object]:
+        """The context in which the module computes."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device_type, dtype=self.autocast_dtype)
 
     def cast(self, value: Any) -> Any:
         """`value` with the floating-point tensors in it (inside lists, tuples and dicts) in the compute
         dtype.
         """
-        if self.param_dtype is None:
+        if not self.cast_inputs:
             return value
         if isinstance(value, Tensor):
             return value.to(self.param_dtype) if value.is_floating_point() else value
-        if type(value) is dict:
+        if isinstance(value, Mapping) and type(value) is dict:
             return {key: self.cast(inner) for key, inner in value.items()}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*(self.cast(inner) for inner in value))
@@ -39,8 +141,97 @@ class Precision:
         return value
 
     def __str__(self) -> str:
-        return (
-            "as the model is, usually fp32"
-            if self.param_dtype is None
-            else "bf16, with fp32 masters, sums and states"
-        )
+        if self.param_dtype is not None:
+            told = f"{_name(self.param_dtype)}, with fp32 masters"
+        elif self.autocast_dtype is not None:
+            told = f"torch.autocast to {_name(self.autocast_dtype)}"
+        else:
+            told = "as the model is, usually fp32"
+        told += f"; gradients summed in {_name(self.grad_dtype)}"
+        if isinstance(self.loss_scale, ds_zero.DynamicScale):
+            told += f"; loss scale from {self.loss_scale.initial_scale:g}, dynamic"
+        elif self.loss_scale is not None and self.loss_scale != 1.0:
+            told += f"; loss scale {self.loss_scale:g}"
+        return told
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
+
+
+def _loss_scale(config: DsConfig) -> float | ds_zero.DynamicScale:
+    section = config.fp16
+    if section.loss_scale > 0:
+        return section.loss_scale
+    return ds_zero.DynamicScale(
+        initial_scale=2.0**section.initial_scale_power,
+        window=section.loss_scale_window,
+        hysteresis=section.hysteresis,
+        consecutive_hysteresis=section.consecutive_hysteresis,
+        min_scale=float(section.min_loss_scale),
+    )
+
+
+def _classes(names: Iterable[str] | None) -> tuple[type[nn.Module], ...]:
+    if names is None:
+        return SAFE_MODULES
+    found, wrong = [], []
+    for name in names:
+        home, _, last = name.rpartition(".")
+        try:
+            module = importlib.import_module(home) if home else None
+        except ImportError:
+            module = None
+        cls = getattr(module, last, None)
+        if isinstance(cls, type) and issubclass(cls, nn.Module):
+            found.append(cls)
+        else:
+            near = did_you_mean(last, dir(module)) if module is not None else ""
+            wrong.append(
+                f'torch_autocast.lower_precision_safe_modules: "{name}" is no module class; write its full name, '
+                f'for example "torch.nn.Linear".{near}'
+            )
+    if wrong:
+        raise ConfigError(wrong)
+    return tuple(found)
+
+
+def lowered(module: nn.Module, safe: tuple[type[nn.Module], ...], dtype: torch.dtype) -> DtypeFor:
+    """Gives `dtype` to fp32 parameters that only modules of exactly the classes `safe` hold.
+
+    Autocast would cast these in every forward; resting in that dtype they need no copy, and travel at half the
+    size. A weight that a head shares with an embedding stays: the embedding computes in its parameter's dtype.
+    """
+    holders: dict[int, list[type]] = {}
+    for owner in module.modules():
+        for param in owner.parameters(recurse=False):
+            holders.setdefault(id(param), []).append(type(owner))
+
+    def dtype_for(_: str, param: nn.Parameter) -> torch.dtype | None:
+        all_safe = all(cls in safe for cls in holders.get(id(param), [object]))
+        return dtype if all_safe and param.dtype == torch.float32 else None
+
+    return dtype_for
+
+
+def _matcher(
+    module: nn.Module, patterns: tuple[str, ...] | None, dtype: torch.dtype
+) -> Callable[[str], bool] | None:
+    """Tells the buffers that stay in fp32: `*` in a pattern stands for anything, and it may match anywhere in a
+    name, as in transformers, whose models say themselves which (`_keep_in_fp32_modules_strict`, and in fp16
+    also `_keep_in_fp32_modules`).
+    """
+    if patterns is not None:
+        sources = [re.escape(p).replace(r"\*", ".*") for p in patterns]
+    else:
+        sources = []
+        for prefix, owner in module.named_modules():
+            names = list(getattr(owner, "_keep_in_fp32_modules_strict", None) or ())
+            if dtype == torch.float16:
+                names += getattr(owner, "_keep_in_fp32_modules", None) or ()
+            start = f"^{re.escape(prefix)}\\..*" if prefix else ""
+            sources += [start + re.escape(n).replace(r"\*", ".*") for n in names]
+    if not sources:
+        return None
+    combined = re.compile("|".join(sorted(set(sources))))
+    return lambda name: combined.search(name) is not None

@@ -24,7 +24,18 @@ class StepReport:
     lr: float
     grad_norm: float
     """Before clipping."""
-    skipped: bool
+    clipped_norm: float
+    """After clipping."""
+    loss_scale: float = 1.0
+    """Of this step's losses."""
+    next_scale: float = 1.0
+    """Of the next step's."""
+    culprit: str | None = None
+    """Where a gradient that is not finite was found, if that made the step be skipped."""
+
+    @property
+    def skipped(self) -> bool:
+        return self.culprit is not None
 
 
 class Progress:
@@ -47,14 +58,19 @@ class Progress:
         if self.silent:
             return
         if step.skipped:
+            moved = "" if step.loss_scale == step.next_scale else f" -> {step.next_scale:g}"
+            scale = "" if step.loss_scale == 1.0 else f"; loss scale {step.loss_scale:g}{moved}"
             self.write(
-                f"step {step.step}: skipped on all ranks, because the gradient norm is {step.grad_norm}"
+                f"step {step.step}: skipped on all ranks, because the gradient norm is {step.grad_norm}, nearest "
+                f"to the loss in {step.culprit}{scale}"
             )
         if self.every and step.step % self.every == 0:
             now = time.perf_counter()
             rate = (step.samples - self._samples) / max(now - self._since, 1e-9)
             self._since, self._samples = now, step.samples
+            clipped = f" (clipped to {step.clipped_norm:.4g})" if step.clipped_norm < step.grad_norm else ""
+            scale = "" if step.loss_scale == 1.0 else f", loss scale {step.next_scale:g}"
             self.write(
-                f"step {step.step}: lr {step.lr:.3e}, gradient norm {step.grad_norm:.4g}, "
+                f"step {step.step}: lr {step.lr:.3e}, gradient norm {step.grad_norm:.4g}{clipped}{scale}, "
                 f"{step.samples} samples, {rate:.4g} samples/s"
             )

@@ -43,7 +43,7 @@ def rows(engine: Engine) -> list[Row]:
             f"{made.params_numel:,} parameters, {made.trainable_numel:,} trained",
             "computed in " + ", ".join(dtype.removeprefix("torch.") for dtype in made.compute_dtypes),
         ),
-        ("precision", str(engine.precision), _origin(config, "bf16")),
+        ("precision", str(engine.precision), _precision_origin(config)),
         ("ZeRO stage", f"{zero.stage}: {STAGES[zero.stage]}", _origin(config, "zero_optimization")),
         (
             "accumulation",
@@ -84,6 +84,11 @@ def _remarks(config: DsConfig) -> list[Row]:
 
 def _origin(config: DsConfig, key: str) -> str:
     return "as set" if key in config.model_fields_set else "default"
+
+
+def _precision_origin(config: DsConfig) -> str:
+    keys = [k for k in ("fp16", "bf16", "torch_autocast", "data_types") if k in config.model_fields_set]
+    return "as set by " + ", ".join(keys) if keys else "default"
 
 
 def _batch_origin(config: DsConfig) -> str:

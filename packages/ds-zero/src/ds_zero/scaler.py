@@ -174,6 +174,7 @@ class LossScaler:
         """The scale and its counters: plain numbers."""
         counting = self._counting
         return {
+            "dynamic": counting.policy is not None,
             "scale": counting.scale,
             "steps": counting.steps,
             "last_overflow": counting.last_overflow,
@@ -182,7 +183,8 @@ class LossScaler:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of any rank. The policy is this scaler's own: a static scale stays.
+        """Continue from `state_dict()` of any rank. The policy is this scaler's own: a static scale stays, and
+        a dynamic one begins anew where a static one was saved.
 
         Raises:
             ValueError: between a backward and its step, whose gradients carry the present scale.
@@ -195,10 +197,10 @@ class LossScaler:
         self._scaled = False
         counting = self._counting
         self.skipped_steps = int(state_dict["skipped_steps"])
+        if counting.policy is None or not state_dict["dynamic"]:
+            return
         counting.steps = int(state_dict["steps"])
         counting.last_overflow = int(state_dict["last_overflow"])
-        if counting.policy is None:
-            return
         counting.left = min(int(state_dict["hysteresis_left"]), counting.policy.hysteresis)
         counting.scale = max(float(state_dict["scale"]), counting.policy.min_scale)
 
@@ -211,8 +213,8 @@ class LossScaler:
         if self.loss_scale != 1.0 and not self._scaled and state.reducer.accumulating:
             raise ValueError(
                 f"the loss of this step was not scaled, so dividing its gradients by the loss scale "
-                f"{self.loss_scale:g} would make them vanish: call scaler.scale(loss).backward() instead of "
-                "loss.backward()"
+                f"{self.loss_scale:g} would make them vanish: call scaler.scale(loss).backward() (with an engine: "
+                "engine.backward(loss), or engine.scale(loss).backward()) instead of loss.backward()"
             )
         if pending.norm is None:
             norm = float(state.measure())

@@ -93,6 +93,7 @@ def _shared_values(
             "type": type(schedule).__name__,
             "state": codec.encode(schedule.state_dict(), "the schedule's state", tensors, "schedule"),
         },
+        "loss_scale": engine.scaler.state_dict(),
         "client_state": codec.encode(dict(client_state), "client_state", tensors, "client"),
         "tied": _tied(engine.module),
         "frozen": [name for name, p in engine.module.named_parameters() if not p.requires_grad],
@@ -286,6 +287,8 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
             _set_options(engine, options)
         if wanted.schedule:
             _set_schedule(engine, schedule)
+        if wanted.optimizer:
+            _set_loss_scale(engine, values.get("loss_scale"))
         if wanted.counters:
             _set_counters(engine, values["counters"])
             if same_ranks:
@@ -339,6 +342,12 @@ def _set_schedule(engine: Engine, saved: dict[str, Any] | None) -> None:
         )
         return
     schedule.load_state_dict(saved["state"])
+
+
+def _set_loss_scale(engine: Engine, saved: dict[str, Any] | None) -> None:
+    """A run in fp16 goes on with its scale; one that was not in fp16 has none to give."""
+    if saved:
+        engine.scaler.load_state_dict(saved)
 
 
 def _set_counters(engine: Engine, counters: Mapping[str, int]) -> None:

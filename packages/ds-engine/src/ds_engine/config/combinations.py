@@ -22,7 +22,29 @@ def _offloads_params(config: DsConfig) -> bool:
     return config.zero_optimization.offload_param.device != "none"
 
 
+def _param_dtype(config: DsConfig) -> str:
+    return "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
+
+
 COMBINATIONS: tuple[Combination, ...] = (
+    Combination(
+        key="fp16.enabled",
+        broken=lambda c: c.fp16.enabled and c.bf16.enabled,
+        sentence="fp16.enabled and bf16.enabled exclude each other: set one of them to false; bf16 where the hardware "
+        "has it, since it needs no loss scale",
+    ),
+    Combination(
+        key="fp16.initial_scale_power",
+        broken=lambda c: 2.0**c.fp16.initial_scale_power < c.fp16.min_loss_scale,
+        sentence="fp16.initial_scale_power: 2 to this power is below fp16.min_loss_scale; raise the first or lower the "
+        "second",
+    ),
+    Combination(
+        key="data_types.param_dtype",
+        broken=lambda c: c.data_types.param_dtype not in (None, _param_dtype(c)),
+        sentence="data_types.param_dtype is another dtype than the sections fp16 and bf16 give: remove it, or enable "
+        "the section of its name",
+    ),
     Combination(
         key="gradient_allreduce_op",
         broken=lambda c: c.gradient_allreduce_op == "sum" and c.zero_optimization.stage == 3,

@@ -39,15 +39,20 @@ class Fp16Config(Section):
     loss_scale: NotNegative = Field(default=0.0, description="Constant factor of the loss; 0: a dynamic one.")
     initial_scale_power: Count = Field(default=16, description="Dynamic: begin with 2 to this power.")
     loss_scale_window: Positive = Field(
-        default=1000, description="Dynamic: double after so many steps without overflow."
+        default=1000, description="Dynamic: doubled after so many more steps in a row without overflow."
     )
     hysteresis: Positive = Field(
-        default=2, description="Dynamic: overflows that are let pass before it is halved."
+        default=2,
+        description="Dynamic: the overflow from which on it is halved; those before only skip their step.",
     )
     consecutive_hysteresis: bool = Field(
-        default=False, description="Dynamic: count overflows anew after a good step."
+        default=False, description="Dynamic: count overflows anew after a step without one."
     )
-    min_loss_scale: Positive = Field(default=1, description="Dynamic: never go below this.")
+    min_loss_scale: Positive = Field(
+        default=1,
+        description="Dynamic: it never goes below this; an overflow there ends the run with an error that names "
+        "a parameter.",
+    )
     fp16_master_weights_and_grads: bool = Field(
         default=False, description="Keep masters and gradients in float16 too."
     )
@@ -71,14 +76,18 @@ class Bf16Config(Section):
 
 
 class TorchAutocastConfig(Section):
-    """torch.autocast around forward; parameters keep their dtype."""
+    """torch.autocast around forward, with fp32 master parameters."""
 
     enabled: bool = Field(default=False, description="Use it.")
     dtype: Dtype | None = Field(
-        default=None, description="In which operations compute. Default: torch's choice."
+        default=None,
+        description="In which operations compute. Default: torch's choice, bf16 on a CPU and fp16 on CUDA. With "
+        "fp16 losses are scaled as the section fp16 says.",
     )
     lower_precision_safe_modules: Names | None = Field(
-        default=None, description="Classes of modules whose parameters travel in that dtype."
+        default=None,
+        description="Classes, by full name, of modules that compute in it alone: their parameters rest and travel "
+        "in it. Default: torch.nn.Linear, Conv1d, Conv2d and Conv3d.",
     )
 
 
@@ -89,9 +98,12 @@ class DataTypesConfig(Section):
         default=None, description="In which gradients of micro-batches are summed. Default: fp32."
     )
     param_dtype: Dtype | None = Field(
-        default=None, description="In which parameters compute. Default: as fp16, bf16."
+        default=None,
+        description="In which parameters compute; has to be what the sections fp16 and bf16 say, which decide.",
     )
     buffer_dtype: Dtype | None = Field(default=None, description="Of buffers. Default: as they are.")
     keep_in_fp32_modules: Literal["auto"] | Names = Field(
-        default="auto", description='Modules whose buffers stay in fp32; "auto": as the model says.'
+        default="auto",
+        description="Patterns of names of buffers that are fp32 under fp16 and bf16, whatever buffer_dtype says; "
+        '"auto": those that a transformers model names itself.',
     )

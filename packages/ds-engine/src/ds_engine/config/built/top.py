@@ -13,7 +13,12 @@ WORKING: tuple[Row, ...] = (
     works("gradient_accumulation_steps", _ENGINE, "ds_engine.config.batch"),
     works("optimizer", _ENGINE, "ds_engine.optimizers"),
     works("scheduler", _ENGINE, "ds_engine.schedules"),
+    works("fp16", "ds-zero", "ds_zero.LossScaler and ZeroConfig.param_dtype"),
     works("bf16.enabled", _ENGINE, "ds_engine.precision"),
+    works("bf16.check_grad_overflow", _ENGINE, "ds_engine.precision"),
+    works("bf16.bf16_optimizer_states", "ds-core", "state_dtype of our optimizers"),
+    works("torch_autocast", _ENGINE, "ds_engine.precision"),
+    works("data_types", "ds-zero", "ds_engine.precision and ZeroConfig.grad_dtype"),
     works("gradient_clipping", _ENGINE, "ds_zero.clip_grad_norm_"),
     works("steps_per_print", _ENGINE, "ds_engine.progress"),
     works("dump_state", _ENGINE, "ds_engine.assemble"),
@@ -54,22 +59,7 @@ EFFECTLESS: tuple[Row, ...] = (
 
 NOT_YET: tuple[Row, ...] = (
     later("managed_gradient_accumulation", _ENGINE, "counting micro-batches by hand", "set it to true"),
-    later("fp16", "ds-zero", "mixed precision in float16", "use bf16"),
-    later("torch_autocast", _ENGINE, "torch.autocast", "use bf16"),
-    later(
-        "data_types.grad_accum_dtype",
-        "ds-zero",
-        "sums in another dtype than fp32",
-        'set it to "fp32"',
-        switches={"data_types.grad_accum_dtype": ("fp32", None)},
-    ),
-    later("data_types.param_dtype", "ds-zero", "a dtype of parameters beside bf16", "remove it"),
-    later("data_types.buffer_dtype", _ENGINE, "a dtype of buffers", "remove it"),
-    no_effect("data_types.keep_in_fp32_modules", _ENGINE, "buffers keep their dtype"),
-    no_effect("bf16.immediate_grad_update", "ds-zero", "gradients are always summed in fp32 as they come"),
-    no_effect("bf16.check_grad_overflow", _ENGINE, "a step whose gradient is not finite is always skipped"),
-    later("bf16.bf16_master_weights_and_grads", "ds-zero", "masters in bfloat16"),
-    later("bf16.bf16_optimizer_states", "ds-core", "states in bfloat16"),
+    no_effect("bf16.immediate_grad_update", "ds-zero", "gradients are always summed as they come"),
     later("prescale_gradients", "ds-zero", "dividing gradients before the sum"),
     later("gradient_predivide_factor", "ds-zero", "dividing gradients in two parts", "set it to 1.0"),
     later("gradient_allreduce_op", "ds-zero", "adding gradients without averaging", 'set it to "mean"'),
@@ -180,7 +170,14 @@ NOT_YET: tuple[Row, ...] = (
     ),
 )
 
+_MASTERS = "16-bit masters, which would lose every update below their last place"
+_INSTEAD = (
+    "remove it; data_types.grad_accum_dtype halves gradients, bf16.bf16_optimizer_states optimizer states"
+)
+
 REMOVED: tuple[Row, ...] = (
+    gone("fp16.fp16_master_weights_and_grads", "ds-zero", _MASTERS, _INSTEAD),
+    gone("bf16.bf16_master_weights_and_grads", "ds-zero", _MASTERS, _INSTEAD),
     gone("amp", _ENGINE, "NVIDIA Apex", 'use "bf16": {"enabled": true}'),
     gone("nebula", _ENGINE, "Azure's checkpoint service", "remove it: save_checkpoint() is safe without it"),
     gone("quantize_training", _LAYERS, "mixture of quantisation (MoQ)", "remove it"),
