@@ -98,17 +98,23 @@ def initialize(
             scaler=precision.scaler(model),
             accumulation=Accumulation(steps=batch.steps),
             progress=Progress(settings.steps_per_print or 0, world.rank),
+            loader=loader,
         )
     )
-    if settings.dump_state and world.rank == 0:
+    if world.rank == 0:
+        _announce(engine, settings)
+    return engine, built, loader, schedule
+
+
+def _announce(engine: Engine, settings: DsConfig) -> None:
+    if settings.dump_state:
         from ds_engine.config.explain import explain, table
 
-        to_stderr(table(explain(settings, ranks=world.world_size)))
-    if settings.startup_summary and world.rank == 0:
+        to_stderr(table(explain(settings, ranks=engine.world.world_size)))
+    if settings.startup_summary:
         from ds_engine.summary import render
 
         to_stderr(render(engine))
-    return engine, built, loader, schedule
 
 
 def _job(settings: DsConfig, optimizer: object, lr_scheduler: object) -> compat.Job:

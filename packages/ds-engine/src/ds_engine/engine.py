@@ -18,6 +18,7 @@ from ds_comm import World
 from ds_engine.accumulation import Accumulation
 from ds_engine.config.batch import Batch
 from ds_engine.config.model import DsConfig
+from ds_engine.data import Loader
 from ds_engine.optimizers import zero_grad
 from ds_engine.precision import Precision, Unguarded
 from ds_engine.progress import Progress, StepReport
@@ -38,6 +39,7 @@ class Parts:
     scaler: ds_zero.LossScaler | Unguarded
     accumulation: Accumulation
     progress: Progress
+    loader: Loader | None = None
 
 
 class Engine:
@@ -59,6 +61,8 @@ class Engine:
         self.scaler = parts.scaler
         self.accumulation = parts.accumulation
         self.progress = parts.progress
+        self.training_dataloader = parts.loader
+        """What `training_data` was made into; its position is part of checkpoints."""
         self.global_steps = 0
         """Optimizer steps since the beginning of training, skipped ones included."""
         self.global_samples = 0

@@ -95,6 +95,7 @@ def _shared_values(
         },
         "loss_scale": engine.scaler.state_dict(),
         "client_state": codec.encode(dict(client_state), "client_state", tensors, "client"),
+        "data": engine.training_dataloader.state_dict() if engine.training_dataloader is not None else None,
         "tied": _tied(engine.module),
         "frozen": [name for name, p in engine.module.named_parameters() if not p.requires_grad],
     }
@@ -291,6 +292,7 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
             _set_loss_scale(engine, values.get("loss_scale"))
         if wanted.counters:
             _set_counters(engine, values["counters"])
+            _set_position(engine, values.get("data"))
             if same_ranks:
                 rng.restore(rank, values[f"rng/{rank}"], generators.__getitem__)
             else:
@@ -356,6 +358,15 @@ def _set_counters(engine: Engine, counters: Mapping[str, int]) -> None:
     engine.skipped_steps = counters["skipped_steps"]
     engine.accumulation.micro_steps = engine.global_steps * engine.batch.steps
     engine.progress.resume(engine.global_samples)
+
+
+def _set_position(engine: Engine, saved: dict[str, Any] | None) -> None:
+    if engine.training_dataloader is None or saved is None:
+        return
+    try:
+        engine.training_dataloader.load_state_dict(saved)
+    except ValueError as error:
+        warnings.warn(f"the position in training_data is not restored: {error}", stacklevel=5)
 
 
 def _tell(engine: Engine, text: str) -> None:
