@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from ds_zero.layout import (
     ALIGN_NUMEL,
     ParamInfo,
+    assign_whole,
     default_persistence_numel,
     keep_small_whole,
     piece_of,
@@ -54,6 +57,43 @@ def test_every_element_has_one_owner(
                     # Cuts within a parameter fall on cache lines of the parameter, too.
                     assert piece.start % ALIGN_NUMEL == 0
         assert bucket.owned_numel == (bucket.slice_numel if owners else bucket.padded_numel)
+
+
+@given(params(), st.integers(1, 9), st.integers(1, 500))
+def test_whole_tensors_have_one_owner_each(infos: list[ParamInfo], ranks: int, bucket_numel: int) -> None:
+    infos = [replace(i, undivided=True, group=0) for i in infos]
+    loads = [0] * ranks
+    for bucket in plan_buckets(infos, num_ranks=ranks, owners=True, bucket_numel=bucket_numel):
+        ranges = [bucket.slice_range(r) for r in range(ranks)]
+        assert [b for b, _ in ranges] == [0, *(e for _, e in ranges[:-1])]
+        assert ranges[-1][1] == bucket.padded_numel
+        assert all(begin % ALIGN_NUMEL == 0 for begin, _ in ranges)
+        assert bucket.slice_sizes == [e - b for b, e in ranges]
+        for slot in bucket.slots:
+            pieces = [piece_of(slot, *r) for r in ranges]
+            owners = [r for r, p in enumerate(pieces) if p.numel]
+            assert [pieces[r].numel for r in owners] == ([slot.numel] if slot.numel else [])
+            for r in owners:
+                loads[r] += -(-slot.numel // ALIGN_NUMEL) * ALIGN_NUMEL
+    largest = max(-(-i.numel // ALIGN_NUMEL) * ALIGN_NUMEL for i in infos)
+    assert max(loads) <= sum(loads) / ranks + largest
+
+
+@given(params(), st.integers(1, 5))
+def test_axes_do_not_mix(infos: list[ParamInfo], ranks: int) -> None:
+    infos = [replace(info, axis=i % 2) for i, info in enumerate(infos)]
+    axis_of = {i.fqn: i.axis for i in infos}
+    for bucket in plan_buckets(infos, num_ranks=[ranks, 2 * ranks], owners=True, bucket_numel=100):
+        assert {axis_of[s.fqn] for s in bucket.slots} == {bucket.axis}
+        assert bucket.num_ranks == ranks * (1 + bucket.axis)
+
+
+@pytest.mark.parametrize(
+    "sizes, ranks, owners",
+    [([64, 32, 32], 2, [0, 1, 1]), ([32, 96, 64, 64], 2, [0, 0, 1, 1]), ([10], 3, [0]), ([], 2, [])],
+)
+def test_assign_whole(sizes: list[int], ranks: int, owners: list[int]) -> None:
+    assert assign_whole(sizes, ranks) == owners
 
 
 @given(params(), st.integers(1, 5), st.integers(1, 500))

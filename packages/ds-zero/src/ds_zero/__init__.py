@@ -8,6 +8,7 @@ from ds_zero.config import ZeroConfig
 from ds_zero.deferred import deferred_init
 from ds_zero.memory import MemoryReport, Summary, describe, memory
 from ds_zero.norms import squared_norm, total_norm
+from ds_zero.parallel import MeshFor, ModelParallel
 from ds_zero.pending import GradNorm
 from ds_zero.records import ShardRecord, group_names, load_records, records
 from ds_zero.scaler import DynamicScale, LossScaleError, LossScaler
@@ -25,6 +26,8 @@ __all__ = [
     "LossScaleError",
     "LossScaler",
     "MemoryReport",
+    "MeshFor",
+    "ModelParallel",
     "ResidentStore",
     "ShardRecord",
     "Summary",

@@ -56,6 +56,8 @@ class Bucket:
         self.ranks = ranks
         """Those that divide this bucket; experts have others than the rest of the model."""
         self.params = list(params)
+        self.counted = [True] * len(self.params)
+        """Whether a parameter's gradient counts in norms on this rank; else another rank counts it."""
         self.state = BucketState.WHOLE
         self.full = torch.zeros(layout.padded_numel, dtype=dtype, device=device)
         self.views = [self._view(i) for i in range(len(self.params))]

@@ -15,6 +15,7 @@ from ds_zero.config import ZeroConfig
 from ds_zero.deferred import become_real, recorded_values
 from ds_zero.interfaces import Reservation, ShardKey, ShardStore
 from ds_zero.layout import FROZEN, BucketLayout, Slot
+from ds_zero.parallel import Topology
 from ds_zero.ranks import Ranks
 
 
@@ -55,12 +56,13 @@ def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
 def build(
     layouts: Sequence[BucketLayout],
     params: dict[str, nn.Parameter],
-    axes: Sequence[Ranks],
+    topology: Topology,
     store: ShardStore,
     grad_dtype: torch.dtype,
     device: torch.device,
 ) -> list[Bucket]:
     """Reserve resting memory, then move one bucket after the other, so that at most one exists twice."""
+    axes = topology.axes
     reserved = store.reserve(_reservations(layouts, axes, grad_dtype, device))
     values = recorded_values(params)
     buckets = []
@@ -68,6 +70,7 @@ def build(
         members = [params[slot.fqn] for slot in layout.slots]
         initial = [values(slot.fqn, params[slot.fqn]) for slot in layout.slots]
         bucket = Bucket(layout, axes[layout.axis], members, _dtype_of(layout), device)
+        bucket.counted = [slot.fqn not in topology.uncounted for slot in layout.slots]
         for param in members:
             become_real(param, device)
         _fill(bucket, initial, reserved)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,38 +19,6 @@ STAGES: Mapping[int, str] = {
 }
 
 TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
-
-_ELEMENTWISE = frozenset(
-    [
-        "Adam",
-        "AdamW",
-        "SGD",
-        "NAdam",
-        "RAdam",
-        "Adamax",
-        "Adadelta",
-        "Adagrad",
-        "RMSprop",
-        "Rprop",
-        "ASGD",
-        "FusedAdam",
-        "FusedAdagrad",
-        "FusedLion",
-        "FusedSGD",
-        "CPUAdam",
-        "CPUAdagrad",
-        "CPULion",
-        "Lion",
-    ]
-)
-_REFUSED: Mapping[str, str] = {
-    "LBFGS": "it evaluates the loss inside step() and takes dot products over all parameters",
-    "SparseAdam": "shards have dense gradients; use Adam",
-    "Lamb": "its trust ratio is a norm over a whole tensor, and flat shards cut tensors",
-    "FusedLamb": "its trust ratio is a norm over a whole tensor, and flat shards cut tensors",
-    "Muon": "it orthogonalises whole matrices, and flat shards cut matrices",
-    "Adafactor": "it factors whole matrices, and flat shards cut matrices",
-}
 
 
 def check_stage(stage: int) -> None:
@@ -104,10 +71,8 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return a0 < b1 and b0 < a1
 
 
-def check_optimizer(optimizer: Optimizer, model: nn.Module, *, flat: bool) -> None:
-    """Raise unless `optimizer` holds parameters of `model` only and, with `flat`, treats every element by
-    itself.
-    """
+def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raise unless `optimizer` holds parameters of `model` only, of dtypes that can be trained."""
     names = {id(p): fqn for fqn, p in model.named_parameters()}
     for g, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
@@ -122,41 +87,3 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, *, flat: bool) -> No
                     f"parameter {names[id(param)]!r} has dtype {param.dtype}, but masters are fp32: convert the "
                     f"model to one of {[str(d) for d in TRAINABLE]}, or leave the parameter out of the optimizer"
                 )
-    name = type(optimizer).__name__
-    if name in _REFUSED and (flat or name == "LBFGS"):
-        raise ValueError(f"{name} does not work on flat shards: {_REFUSED[name]}. Use AdamW, or stage 0")
-    if flat and name not in _ELEMENTWISE and not getattr(type(optimizer), "elementwise", False):
-        _probe(optimizer)
-
-
-def _probe(optimizer: Optimizer) -> None:
-    """Step a tiny matrix whole and cut in two; an element-wise optimizer gives the same numbers."""
-    name = type(optimizer).__name__
-    generator = torch.Generator().manual_seed(0)
-    value, *grads = (torch.randn(4, 6, generator=generator) for _ in range(4))
-
-    def run(split: Callable[[Tensor], list[Tensor]]) -> Tensor:
-        params = [nn.Parameter(part.clone()) for part in split(value)]
-        options = {k: copy.deepcopy(v) for k, v in optimizer.defaults.items()}
-        trial = type(optimizer)(params, **options)
-        for grad in grads:
-            for param, part in zip(params, split(grad), strict=True):
-                param.grad = part.clone()
-            trial.step()
-        return torch.cat([p.detach().reshape(-1) for p in params])
-
-    try:
-        whole = run(lambda t: [t])
-        cut = run(lambda t: [t.reshape(-1)[:10], t.reshape(-1)[10:]])
-    except Exception as error:
-        raise ValueError(
-            f"{name} could not be tried on a 1-D shard ({type(error).__name__}: {error}). If it treats every "
-            "element by itself, set "
-            "the class attribute `elementwise = True` on it; else use stage 0"
-        ) from error
-    if not torch.allclose(whole, cut, rtol=1e-4, atol=1e-6):
-        raise ValueError(
-            f"{name} gives another result when a tensor is cut in two, so it cannot work on flat shards: use "
-            "an element-wise "
-            "optimizer such as AdamW, or stage 0"
-        )

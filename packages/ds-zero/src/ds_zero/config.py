@@ -58,6 +58,11 @@ class ZeroConfig:
     """Stage 3: elements of parameters that stay whole by the threshold above, all together at most. None: no
     limit of their own."""
 
+    layout: Literal["flat", "whole"] | None = None
+    """How masters and states are divided: "flat" cuts tensors so that ranks share them evenly; "whole" gives
+    every tensor to one rank, for optimizers that need whole ones. None: what the optimizer needs, in each of
+    its groups; [Note: three kinds of optimizer]."""
+
     overlap_reduce: bool | None = None
     """Whether backward goes on while a bucket's gradients are reduced. False: it waits for each. None: yes."""
 
@@ -108,6 +113,8 @@ class ZeroConfig:
                 "rank_invariant=True needs the sharded accumulation plan and the ordered reduction: leave "
                 "`accumulation` and `ordered_reduction` at None"
             )
+        if self.layout not in (None, "flat", "whole"):
+            raise ValueError(f'layout={self.layout!r}: give "flat", "whole" or None')
         if self.reduce_op not in ("mean", "sum"):
             raise ValueError(f'reduce_op={self.reduce_op!r}: give "mean" or "sum"')
         if not 0 < self.predivide_factor < float("inf"):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -109,6 +109,31 @@ class FusedStep(Protocol):
         """Step `params`, any subset of the optimizer's, with gradients `p.grad * grad_scale`; write a copy of
         the new value of `params[i]` to `out[i]` in its dtype.
         """
+
+
+@runtime_checkable
+class SegmentStep(Protocol):
+    """An optimizer whose update of an element needs sums over its whole tensor, such as LAMB: two passes,
+    between which the sums are added over the ranks that hold parts.
+    """
+
+    def segment_sums(self, params: Sequence[Tensor], *, grad_scale: Tensor) -> Tensor:
+        """First pass over `params` with gradients `p.grad * grad_scale`: update states.
+
+        Returns:
+            fp64 on the CPU, shape (len(params), any): what is to be added over the parts of each tensor.
+        """
+
+    def step_segments(self, params: Sequence[Tensor], sums: Tensor, *, out: Sequence[Tensor | None]) -> None:
+        """Second pass, with the sums over whole tensors; `out` as in `FusedStep`."""
+
+
+@runtime_checkable
+class WholeTensors(Protocol):
+    """An optimizer that works on whole tensors, at least in some of its groups."""
+
+    def needs_whole(self, group: Mapping[str, Any]) -> bool:
+        """Whether the tensors of this parameter group must not be cut."""
 
 
 class Norms(Protocol):

@@ -58,8 +58,12 @@ def _of_group(group: dist.ProcessGroup | None, replicas: Ranks | None = None) ->
     return Ranks(group if size > 1 else None, group.rank(), size, replicas)
 
 
-def ranks_of(mesh: DeviceMesh | None) -> Ranks:
-    """The ranks of a mesh; without a mesh all ranks of the default process group, or this process alone.
+Group = DeviceMesh | dist.ProcessGroup
+"""Some ranks in torch's words: a mesh, or a process group."""
+
+
+def ranks_of(mesh: Group | None) -> Ranks:
+    """The ranks of a mesh or group; without one all ranks of the default process group, or this process alone.
 
     A mesh of one axis shards over it. With two axes the first replicates and the second shards, as in FSDP2:
     buckets are divided inside a row, and rows hold the same.
@@ -70,6 +74,10 @@ def ranks_of(mesh: DeviceMesh | None) -> Ranks:
     """
     if mesh is None:
         return _of_group(dist.group.WORLD) if dist.is_initialized() else ALONE
+    if not isinstance(mesh, DeviceMesh):
+        return _of_group(mesh)
+    if mesh.get_coordinate() is None:
+        raise ValueError("this process is not in the mesh: every rank passes the slice of the mesh it is in")
     if mesh.ndim == 1:
         return _of_group(mesh.get_group())
     names = mesh.mesh_dim_names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -85,27 +86,26 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
         if r.bucket.shards:
             shard = r.bucket.shards[r.index]
             for name, value in optimizer.state.get(shard, {}).items():
-                found += _state_record(r, name, value, shard.numel())
+                found += _state_record(r, name, value, shard)
     if state.ranks.first:
         for fqn, buffer in _saved_buffers(model).items():
             found.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
     return found
 
 
-def _state_record(r: _Range, name: str, value: object, shard_numel: int) -> list[ShardRecord]:
-    if isinstance(value, Tensor) and value.ndim == 1 and value.numel() == shard_numel:
+def _state_record(r: _Range, name: str, value: object, shard: Tensor) -> list[ShardRecord]:
+    if isinstance(value, Tensor) and value.ndim > 0 and value.shape == shard.shape:
         begin = r.start - r.shard_start
-        return [
-            ShardRecord(
-                r.slot.fqn, name, r.slot.shape or (1,), r.start, value[begin : begin + r.values.numel()]
-            )
-        ]
+        own = value.reshape(-1)[begin : begin + r.values.numel()]
+        return [ShardRecord(r.slot.fqn, name, r.slot.shape or (1,), r.start, own)]
     if r.start != 0:
         return []
     if isinstance(value, Tensor) and value.ndim == 0:
         return [ShardRecord(r.slot.fqn, name, (), 0, value.detach().reshape(1))]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return [ShardRecord(r.slot.fqn, name, (), 0, torch.tensor([value], dtype=torch.float64))]
+    if isinstance(value, Tensor) and r.bucket.layout.undivided:  # of a form of its own, as Adafactor's
+        return [ShardRecord(r.slot.fqn, name, tuple(value.shape), 0, value.detach().reshape(-1))]
     if value is None:
         return []
     raise ValueError(
@@ -207,8 +207,10 @@ def _load_states(r: _Range, optimizer: Optimizer, source: RecordSource) -> None:
             if name not in held:
                 held[name] = _new_state(optimizer, shard, dtype)
             begin = r.start - r.shard_start
-            source.read(r.slot.fqn, name, r.start, held[name][begin : begin + r.values.numel()])
+            own = held[name].view(-1)[begin : begin + r.values.numel()]
+            source.read(r.slot.fqn, name, r.start, own)
         else:
-            number = torch.empty(1, dtype=dtype)
-            source.read(r.slot.fqn, name, 0, number)
-            held[name] = number.reshape(())
+            # A number, or of a form of its own, which only whole tensors have.
+            flat = torch.empty(math.prod(shape), dtype=dtype, device=shard.device if shape else None)
+            source.read(r.slot.fqn, name, 0, flat)
+            held[name] = flat.view(tuple(shape))

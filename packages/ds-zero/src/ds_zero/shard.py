@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from ds_zero import _registry
@@ -19,6 +18,7 @@ from ds_zero.check import check_model, check_optimizer, check_stage
 from ds_zero.comm import Comm, default_comm
 from ds_zero.config import ZeroConfig
 from ds_zero.deferred import materialize_buffers, stage_expected
+from ds_zero.divide import undivided_groups
 from ds_zero.gather import Gatherer
 from ds_zero.guard import guard_state_dicts
 from ds_zero.hooks import ModuleHooks
@@ -33,7 +33,8 @@ from ds_zero.layout import (
     plan_buckets,
 )
 from ds_zero.norms import squared_norm
-from ds_zero.ranks import Ranks, ranks_of
+from ds_zero.parallel import MeshFor, ModelParallel, Topology, topology_of
+from ds_zero.ranks import Group
 from ds_zero.reduce import ReducePolicy, Reducer
 from ds_zero.state import ZeroState
 from ds_zero.step import Stepper
@@ -49,12 +50,14 @@ def shard(
     model: M,
     optimizer: O,
     stage: int = 2,
-    mesh: DeviceMesh | None = None,
+    mesh: Group | None = None,
     config: ZeroConfig | None = None,
     store: ShardStore | None = None,
     comm: Comm | None = None,
     *,
     norms: Norms = squared_norm,
+    mesh_for: MeshFor | None = None,
+    model_parallel: ModelParallel | Group | None = None,
 ) -> tuple[M, O]:
     """Divide optimizer states (stage 1), gradients (2) and parameters (3) among data-parallel ranks; stage 0
     divides nothing.
@@ -66,9 +69,15 @@ def shard(
     alike.
 
     Args:
+        mesh: the data axis: ranks that hold the same parameters and see different data. With two axes
+            (replicate, shard) buckets are divided inside a row only, and rows hold the same. A process group
+            serves, too.
         store: where shards rest; default beside the model.
         comm: the collectives; default direct and ordered on the CPU, the backend's elsewhere.
         norms: squared norms for clipping; default torch in fp64 blocks.
+        mesh_for: gives parameters another data axis than the model's: experts, which only some ranks hold alike.
+            They are summed over their own ranks and divided by the size of the model's axis.
+        model_parallel: the ranks among which the model itself is cut; norms and overflow are shared with them.
 
     Raises:
         ValueError: an impossible stage or mesh, an optimizer that cannot work on shards, tensors that share
@@ -79,10 +88,11 @@ def shard(
     config = config or ZeroConfig()
     check_stage(stage)
     check_model(model)
-    check_optimizer(optimizer, model, flat=stage > 0)
-    ranks = ranks_of(mesh)
-    store = store or ResidentStore()
+    check_optimizer(optimizer, model)
+    undivided = undivided_groups(optimizer, config.layout, stage)
     params = dict(model.named_parameters())
+    topology = topology_of(params, mesh, mesh_for, model_parallel)
+    store = store or ResidentStore()
     device = _device(params)
     expected = stage_expected(params)
     if expected is not None and expected != stage:
@@ -91,14 +101,14 @@ def shard(
             f"stage={stage}"
         )
     materialize_buffers(model, device)
-    comm = comm or default_comm(device, ordered=config.ordered_reduction or config.rank_invariant or None)
-    layouts = _plan(model, optimizer, params, stage, config, ranks)
+    comm = comm or default_comm(device, ordered=True if config.rank_invariant else config.ordered_reduction)
+    layouts = _plan(model, optimizer, params, stage, config, topology, undivided)
 
-    broadcast_buffers(model, ranks)
-    buckets = build(layouts, params, [ranks], store, config.grad_dtype, device)
+    broadcast_buffers(model, topology.axes[0])
+    buckets = build(layouts, params, topology, store, config.grad_dtype, device)
     hand_over(optimizer, buckets)
 
-    state = _assemble(model, optimizer, buckets, stage, config, ranks, comm, store, norms)
+    state = _assemble(model, optimizer, buckets, stage, config, topology, comm, store, norms)
     _registry.put(model, [*params.values(), optimizer], state)
     return model, optimizer
 
@@ -109,7 +119,7 @@ def _assemble(
     buckets: list[Bucket],
     stage: int,
     config: ZeroConfig,
-    ranks: Ranks,
+    topology: Topology,
     comm: Comm,
     store: ShardStore,
     norms: Norms,
@@ -131,11 +141,11 @@ def _assemble(
     state = ZeroState(
         stage=stage,
         config=config,
-        ranks=ranks,
+        ranks=topology.axes[0],
         comm=comm,
         store=store,
         norms=norms,
-        norm_groups=ranks.axes[:1],  # replicas hold the same
+        norm_groups=topology.norm_groups,
         buckets=buckets,
         gatherer=gatherer,
         reducer=reducer,
@@ -196,23 +206,28 @@ def _plan(
     params: dict[str, nn.Parameter],
     stage: int,
     config: ZeroConfig,
-    ranks: Ranks,
+    topology: Topology,
+    undivided: Sequence[bool],
 ) -> tuple[BucketLayout, ...]:
     """Describe the parameters to the pure planner. Frozen parameters outside the optimizer are divided in
     stage 3 only.
     """
     group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
     unit_of = unit_of_params(model, choose_units(model)) if stage == 3 else {}
-    infos = [
-        ParamInfo(
-            fqn=fqn,
-            shape=tuple(p.shape),
-            dtype=str(compute_dtype(fqn, p, config)),
-            group=group_of.get(id(p), FROZEN),
-            unit=unit_of.get(fqn),
+    infos = []
+    for fqn, p in params.items():
+        group = group_of.get(id(p), FROZEN)
+        infos.append(
+            ParamInfo(
+                fqn=fqn,
+                shape=tuple(p.shape),
+                dtype=str(compute_dtype(fqn, p, config)),
+                group=group,
+                unit=unit_of.get(fqn),
+                undivided=group != FROZEN and undivided[group],
+                axis=topology.axis_of.get(fqn, 0),
+            )
         )
-        for fqn, p in params.items()
-    ]
     if stage == 3:
         threshold = config.persistence_threshold_numel
         infos = keep_small_whole(
@@ -221,7 +236,8 @@ def _plan(
             config.model_persistence_numel,
         )
     bucket_numel = config.reduce_bucket_numel or default_bucket_numel(sum(p.numel for p in infos))
-    return plan_buckets(infos, num_ranks=ranks.size, owners=stage > 0, bucket_numel=bucket_numel)
+    counts = [ranks.size for ranks in topology.axes]
+    return plan_buckets(infos, num_ranks=counts, owners=stage > 0, bucket_numel=bucket_numel)
 
 
 def _buckets_of_modules(model: nn.Module, buckets: list[Bucket]) -> dict[str, list[Bucket]]:

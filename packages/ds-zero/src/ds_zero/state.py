@@ -97,8 +97,8 @@ class ZeroState:
                 continue
             begin, end = bucket.slice_range
             first = bucket.owned_range[0]
-            for shard, slot in zip(bucket.shards, bucket.layout.slots, strict=True):
+            for shard, slot, counted in zip(bucket.shards, bucket.layout.slots, bucket.counted, strict=True):
                 low, high = max(slot.offset, begin), min(slot.end, end)
-                if high > low and shard.grad is not None:
+                if high > low and shard.grad is not None and counted:
                     pieces.append(bucket.grad[low - first : high - first])
         return pieces

@@ -15,10 +15,11 @@ from torch.utils.hooks import RemovableHandle
 from ds_zero.bucket import Bucket
 from ds_zero.comm import Comm, Then
 from ds_zero.gather import Gatherer
-from ds_zero.interfaces import FusedStep, Work
+from ds_zero.interfaces import FusedStep, SegmentStep, Work
 from ds_zero.pending import Pending
 from ds_zero.ranks import Ranks
 from ds_zero.reduce import Reducer
+from ds_zero.segments import whole_sums
 
 
 class Stepper:
@@ -53,6 +54,7 @@ class Stepper:
         self.judge: Callable[[], bool] = _always
         """Asked once per step, when gradients are complete: whether to take it. Every rank answers alike."""
         self._taken = True
+        self._segment_sums: dict[int, Tensor] = {}
         self.fused = False
 
     def install(self, optimizer: Optimizer) -> list[RemovableHandle]:
@@ -145,6 +147,8 @@ class Stepper:
         scale = self.pending.factor()
         together: list[Bucket] = []
         with torch.no_grad():
+            if isinstance(optimizer, SegmentStep):
+                self._segment_sums = whole_sums(optimizer, self._buckets, scale)
             for bucket in self._buckets:
                 if self._is_published(bucket):  # on the wire while the next one is computed
                     self._step_buckets(optimizer, [bucket], scale)
@@ -163,7 +167,10 @@ class Stepper:
                 if shard.grad is not None:
                     live.append(shard)
                     out.append(low if copied else None)
-        if live:
+        if live and isinstance(optimizer, SegmentStep):
+            sums = torch.stack([self._segment_sums[id(shard)] for shard in live])
+            optimizer.step_segments(live, sums, out=out)
+        elif live:
             optimizer.step_fused(live, grad_scale=scale, out=out)
         for shard in live:
             assert shard.grad is not None

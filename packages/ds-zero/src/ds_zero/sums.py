@@ -10,7 +10,6 @@ the same bits. At most log2(k) sums wait besides the new one; the lowest is the 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ds_zero.bucket import Bucket
@@ -105,7 +104,7 @@ class Sums:
                 key=key,
                 partition=f"partial sums {index}",
                 numel=self._numel,
-                dtype=torch.float32,
+                dtype=self._grad().dtype,
                 device=self._bucket.device,
             )
             self._buffers.append(self._store.reserve([item])[key])

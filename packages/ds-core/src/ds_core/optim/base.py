@@ -33,6 +33,8 @@ class Batch:
     """One list per name of a state."""
     out: list[Tensor | None] = field(default_factory=list)
     """Where copies of the new parameters go: one entry per tensor, or none at all."""
+    rows: list[int] = field(default_factory=list)
+    """Where each tensor stands in the list that was given."""
 
     def outs(self) -> list[Tensor | None] | None:
         """`out`, or None where no tensor wants a copy."""
@@ -51,6 +53,7 @@ class Batch:
             )
             part.params.append(param)
             part.grads.append(self.grads[i])
+            part.rows.append(self.rows[i])
             for name, states in self.states.items():
                 part.states[name].append(states[i])
             if self.out:
@@ -134,17 +137,20 @@ class FusedOptimizer(Optimizer):
         """
         if len(out) != len(params):
             raise ValueError(f"step_fused: out has {len(out)} entries, but params has {len(params)}")
-        by_group: dict[int, tuple[list[Tensor], list[Tensor | None]]] = {}
-        for i, (param, copy) in enumerate(zip(params, out, strict=True)):
+        scale = float(grad_scale)
+        for index, places in self._by_group(params).items():
+            members, copies = [params[i] for i in places], [out[i] for i in places]
+            self._step_group(self.param_groups[index], members, copies, scale)
+
+    def _by_group(self, params: Sequence[Tensor]) -> dict[int, list[int]]:
+        """Index of a group -> places in `params` of those that belong to it."""
+        found: dict[int, list[int]] = {}
+        for i, param in enumerate(params):
             index = self._group_of(param)
             if index is None:
                 raise ValueError(f"step_fused: params[{i}] is in no parameter group of this optimizer")
-            members = by_group.setdefault(index, ([], []))
-            members[0].append(param)
-            members[1].append(copy)
-        scale = float(grad_scale)
-        for index, (group_params, group_out) in by_group.items():
-            self._step_group(self.param_groups[index], group_params, group_out, scale)
+            found.setdefault(index, []).append(i)
+        return found
 
     def _group_of(self, param: Tensor) -> int | None:
         """The index of the parameter's group. Places are remembered; each is looked at again before it is believed."""
@@ -164,6 +170,15 @@ class FusedOptimizer(Optimizer):
     def _step_group(
         self, group: Group, params: Sequence[Tensor], out: Sequence[Tensor | None] | None, grad_scale: float
     ) -> None:
+        batches, counts = self._batches(group, params, out)
+        for batch in batches:
+            self._apply(group, batch, -grad_scale if group.get("maximize", False) else grad_scale)
+        counters.advance(counts)  # after the kernels: a refused batch leaves the counters as they were
+
+    def _batches(
+        self, group: Group, params: Sequence[Tensor], out: Sequence[Tensor | None] | None
+    ) -> tuple[list[Batch], list[Tensor]]:
+        """What the kernels get, and the counters of steps that are to be moved afterwards."""
         names = self._names(group)
         batch = Batch(0, states={name: [] for name in names})
         columns = [batch.states[name] for name in names]
@@ -180,6 +195,7 @@ class FusedOptimizer(Optimizer):
             steps.append(step)
             if step is None:
                 counts.append(state["step"])
+            batch.rows.append(i)
             if out is not None:
                 batch.out.append(out[i])
             if param.is_contiguous() and grad.is_contiguous():  # states are as the parameter; kernels check
@@ -194,12 +210,10 @@ class FusedOptimizer(Optimizer):
                     for name, column in zip(names, columns, strict=True):
                         column.append(_in_memory_order(state[name]))
         if not batch.params:
-            return
+            return [], []
         counted = iter(counters.read(counts))
         numbers = [next(counted) + 1 if step is None else step for step in steps]
-        for part in batch.split(numbers):
-            self._apply(group, part, -grad_scale if group.get("maximize", False) else grad_scale)
-        counters.advance(counts)  # after the kernels: a refused batch leaves the counters as they were
+        return batch.split(numbers), counts
 
     def _names(self, group: Group) -> tuple[str, ...]:
         """The states that the group's options need, of `state_names`."""

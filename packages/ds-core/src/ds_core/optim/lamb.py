@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ds_core import kernels
+from ds_core.optim import counters
 from ds_core.optim.base import Batch, FusedOptimizer, Group, check_betas, check_not_negative
 
 
 class FusedLamb(FusedOptimizer):
     """LAMB (You et al. 2020): Adam's direction, scaled per parameter to the parameter's own norm.
 
-    The trust ratio |p| / |u| is kept in [`min_ratio`, `max_ratio`]; the defaults leave it as the paper has it. Not an
-    element-wise optimizer: a parameter must be whole, not a shard.
+    The trust ratio |p| / |u| is kept in [`min_ratio`, `max_ratio`]; the defaults leave it as the paper has it. `step`
+    needs whole parameters. Where they are cut among ranks, `segment_sums` and `step_segments` are its two halves, with
+    the sums over ranks to be taken in between.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -48,6 +51,60 @@ class FusedLamb(FusedOptimizer):
             "maximize": maximize,
         }
         super().__init__(params, defaults, state_dtype)
+
+    @torch.no_grad()
+    def segment_sums(self, params: Sequence[Tensor], *, grad_scale: Tensor) -> Tensor:
+        """First half of a step: update the moments of `params`, any subset of the optimizer's.
+
+        Returns:
+            fp64 on the CPU, shape (len(params), 2): sums of squares of each parameter and of its direction; zeros
+            where there is no gradient.
+        """
+        sums = torch.zeros(len(params), 2, dtype=torch.float64)
+        scale = float(grad_scale)
+        for index, places in self._by_group(params).items():
+            group, members = self.param_groups[index], [params[i] for i in places]
+            beta1, beta2 = group["betas"]
+            for batch in self._batches(group, members, None)[0]:
+                sums[[places[row] for row in batch.rows]] = kernels.lamb_moments(
+                    batch.params,
+                    batch.states["exp_avg"],
+                    batch.states["exp_avg_sq"],
+                    batch.grads,
+                    step=batch.step,
+                    beta1=float(beta1),
+                    beta2=float(beta2),
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    grad_scale=-scale if group["maximize"] else scale,
+                )
+        return sums
+
+    @torch.no_grad()
+    def step_segments(self, params: Sequence[Tensor], sums: Tensor, *, out: Sequence[Tensor | None]) -> None:
+        """Second half: move `params` by their direction, scaled by the trust ratios that `sums` give; a copy goes to
+        `out[i]` where that is not None.
+        """
+        for index, places in self._by_group(params).items():
+            group, members = self.param_groups[index], [params[i] for i in places]
+            beta1, beta2 = group["betas"]
+            batches, counts = self._batches(group, members, [out[i] for i in places])
+            for batch in batches:
+                mine = sums[[places[row] for row in batch.rows]]
+                kernels.lamb_apply(
+                    batch.params,
+                    batch.states["exp_avg"],
+                    batch.states["exp_avg_sq"],
+                    kernels.trust_ratios(mine, group["min_ratio"], group["max_ratio"]),
+                    step=batch.step,
+                    lr=float(group["lr"]),
+                    beta1=float(beta1),
+                    beta2=float(beta2),
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    out=batch.outs(),
+                )
+            counters.advance(counts)
 
     def _apply(self, group: Group, batch: Batch, grad_scale: float) -> None:
         beta1, beta2 = group["betas"]
