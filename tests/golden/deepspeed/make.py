@@ -7,11 +7,12 @@ import json
 import sys
 from pathlib import Path
 
-import deepspeed
 import job
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+import deepspeed
 
 
 def main(name: str, stage: int, precision: str, num_groups: int, zero: dict[str, object]) -> None:

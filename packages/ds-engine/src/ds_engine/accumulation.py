@@ -13,9 +13,14 @@ class Accumulation:
     """Micro-batches per optimizer step."""
     micro_steps: int = 0
     """Micro-batches completed since the beginning of training."""
+    forced: bool | None = None
+    """What the caller says about the present micro-batch, and the following ones until it says something else;
+    None counts."""
 
     def at_boundary(self) -> bool:
         """Whether the micro-batch that is being worked on completes a batch."""
+        if self.forced is not None:
+            return self.forced
         return (self.micro_steps + 1) % self.steps == 0
 
     def advance(self) -> None:

@@ -124,11 +124,11 @@ def _job(settings: DsConfig, optimizer: object, lr_scheduler: object) -> compat.
     elif optimizer is not None:
         passed = optimizer if inspect.isclass(optimizer) else None
     name = passed.__name__ if passed is not None else None if optimizer is None else "function"
-    home = passed.__module__.split(".")[0] if passed is not None else ""
+    homes = {base.__module__.split(".")[0] for base in passed.__mro__} if passed is not None else set()
     return compat.Job(
         config=settings,
         optimizer=name,
-        host_optimizer=home == "ds_offload",
+        host_optimizer="ds_offload" in homes,
         scheduler_passed=lr_scheduler is not None,
     )
 

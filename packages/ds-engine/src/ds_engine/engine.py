@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,9 +77,13 @@ class Engine:
         with self.precision.around_forward(self.world.device.type):
             return self.module(*self.precision.cast(args), **self.precision.cast(kwargs))
 
-    def backward(self, loss: Tensor) -> Tensor:
+    def backward(self, loss: Tensor, *, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Backward of `loss / gradient_accumulation_steps`, so that the micro-batches of a step are averaged,
         times the loss scale.
+
+        Args:
+            retain_graph: keep the graph for another backward.
+            scale_wrt_gas: False: the loss is divided already.
 
         Returns:
             The divided loss, detached, without the loss scale.
@@ -96,8 +100,8 @@ class Engine:
                 "loss does not require a gradient: it was computed under torch.no_grad(), detached, or from "
                 "frozen parameters only"
             )
-        part = loss / self.accumulation.steps
-        self.scaler.scale(part).backward()
+        part = loss / self.accumulation.steps if scale_wrt_gas else loss
+        self.scaler.scale(part).backward(retain_graph=retain_graph)
         return part.detach()
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -117,6 +121,7 @@ class Engine:
             ds_zero.LossScaleError: on every rank, when the loss scale is at its minimum and the gradient still
                 not finite; names a parameter.
         """
+        self._applied = False
         if self.accumulation.at_boundary():
             self._update()
         self.accumulation.advance()
@@ -162,7 +167,7 @@ class Engine:
         return None if norm is None else norm.after if clipped else norm.before
 
     def was_step_applied(self) -> bool:
-        """Whether the last `step()` at a boundary changed the parameters; False where it was skipped."""
+        """Whether the last `step()` changed the parameters; False off the boundary, and where it was skipped."""
         return self._applied
 
     @property
@@ -191,6 +196,30 @@ class Engine:
         """Micro-batches per optimizer step."""
         return self.batch.steps
 
+    def set_train_batch_size(self, train: int) -> None:
+        """Change the samples of a step from here on, and with them the number of micro-batches.
+
+        Raises:
+            ValueError: `train` is no multiple of micro-batch times ranks.
+        """
+        unit = self.batch.micro * self.batch.ranks
+        if train < 1 or train % unit:
+            raise ValueError(
+                f"train_batch_size {train} has to be a multiple of train_micro_batch_size_per_gpu "
+                f"{self.batch.micro} x ranks {self.batch.ranks} = {unit}"
+            )
+        self._set_batch(replace(self.batch, train=train, steps=train // unit))
+
+    def set_train_micro_batch_size(self, micro: int) -> None:
+        """Change the samples of a forward from here on, and with them those of a step."""
+        if micro < 1:
+            raise ValueError(f"train_micro_batch_size_per_gpu {micro} has to be at least 1")
+        self._set_batch(replace(self.batch, micro=micro, train=micro * self.batch.steps * self.batch.ranks))
+
+    def _set_batch(self, batch: Batch) -> None:
+        self.batch = batch
+        self.accumulation.steps = batch.steps
+
     def train(self, mode: bool = True) -> Engine:
         """Put the module into training mode."""
         self.module.train(mode)
@@ -205,6 +234,9 @@ class Engine:
         save_dir: str | os.PathLike[str],
         tag: str | None = None,
         client_state: Mapping[str, Any] | None = None,
+        *,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
     ) -> str:
         """Write `<save_dir>/<tag>`, complete or not at all, and name it in `<save_dir>/latest`. Every rank
         calls it.
@@ -212,6 +244,9 @@ class Engine:
         Args:
             tag: default `global_step<number of steps>`. An existing checkpoint of that name is replaced.
             client_state: anything of yours: numbers, texts, lists, dicts and tensors; rank 0's is kept.
+            save_latest: False leaves `latest` as it is.
+            exclude_frozen_parameters: leave out what does not require a gradient, for example the base model
+                under adapters; a load keeps what the model has.
 
         Returns:
             The checkpoint's path.
@@ -219,9 +254,10 @@ class Engine:
         Raises:
             CheckpointError: on every rank, if any rank could not write; what was there before is untouched.
         """
-        from ds_engine.checkpoint.train_state import save
+        from ds_engine.checkpoint.train_state import Saving, save
 
-        return save(self, save_dir, tag, client_state or {})
+        saving = Saving(name_latest=save_latest, frozen=not exclude_frozen_parameters)
+        return save(self, save_dir, tag, client_state or {}, saving)
 
     def load_checkpoint(
         self,
@@ -238,8 +274,8 @@ class Engine:
 
         Args:
             tag: default the one that `<load_dir>/latest` names, or the newest complete one if that is gone.
-            load_module_strict: refuse a checkpoint that has tensors which the model lacks (the reverse is
-                always refused).
+            load_module_strict: refuse a checkpoint that has tensors which the model lacks, or lacks tensors that
+                it has.
             load_module_only: parameters and buffers alone: no optimizer, schedule, counters, random
                 generators.
 

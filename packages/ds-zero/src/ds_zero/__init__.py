@@ -10,9 +10,11 @@ from ds_zero.memory import MemoryReport, Summary, describe, memory
 from ds_zero.norms import squared_norm, total_norm
 from ds_zero.parallel import MeshFor, ModelParallel
 from ds_zero.pending import GradNorm
+from ds_zero.presence import Presence, presence
 from ds_zero.records import ShardRecord, group_names, load_records, records
 from ds_zero.scaler import DynamicScale, LossScaleError, LossScaler
 from ds_zero.shard import shard
+from ds_zero.state_dicts import load_full_state_dict
 from ds_zero.store import ResidentStore
 from ds_zero.train import clip_grad_norm_, destroy, grad_norm, no_sync
 from ds_zero.values import get_full, get_local, local_range, set_full, set_local, update_full_grads
@@ -28,6 +30,7 @@ __all__ = [
     "MemoryReport",
     "MeshFor",
     "ModelParallel",
+    "Presence",
     "ResidentStore",
     "ShardRecord",
     "Summary",
@@ -42,10 +45,12 @@ __all__ = [
     "get_full",
     "get_local",
     "group_names",
+    "load_full_state_dict",
     "load_records",
     "local_range",
     "memory",
     "no_sync",
+    "presence",
     "records",
     "set_full",
     "set_local",

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
-    from ds_zero.deferred import Record
+    from ds_zero.interfaces import InitialValues
     from ds_zero.state import ZeroState
 
 _of_module: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -55,12 +55,12 @@ def state_of(owner: nn.Module | nn.Parameter | Optimizer) -> ZeroState:
     return found
 
 
-def put_record(tensor: Tensor, record: Record) -> None:
+def put_record(tensor: Tensor, record: InitialValues) -> None:
     _record_of[tensor] = record
 
 
-def find_record(tensor: Tensor) -> Record | None:
-    found: Record | None = _record_of.get(tensor)
+def find_record(tensor: Tensor) -> InitialValues | None:
+    found: InitialValues | None = _record_of.get(tensor)
     return found
 
 

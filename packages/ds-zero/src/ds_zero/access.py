@@ -13,6 +13,7 @@ from ds_zero.bucket import Bucket
 from ds_zero.build import tell_everybody
 from ds_zero.opened import OpenGather
 from ds_zero.state import ZeroState
+from ds_zero.waiting import whole_for_a_while
 
 
 @contextlib.contextmanager
@@ -26,21 +27,30 @@ def gathered(
     compute dtype does not show are kept where it was not written. No change is lost in silence: one that was made
     without `write`, or by another rank alone, raises on every rank, also when it was made through `.data`. Contexts
     nest; a change inside an inner one that does not write counts for an outer one that does. A context that is left
-    by an exception adopts nothing.
+    by an exception adopts nothing. Parameters that were constructed under `deferred_init` and wait for `shard` are
+    made for the while, see [Note: waiting parameters].
 
     Raises:
         ValueError: parameters that are not sharded; a change that would be lost; an optimizer step inside.
     """
-    wanted = params.parameters() if isinstance(params, nn.Module) else params
-    wanted = [wanted] if isinstance(wanted, nn.Parameter) else list(wanted)
+    named = params.parameters() if isinstance(params, nn.Module) else params
+    wanted = [named] if isinstance(named, nn.Parameter) else list(named)
+    waiting = [p for p in wanted if _registry.find_record(p) is not None]
     found: dict[int, tuple[ZeroState, dict[int, Bucket]]] = {}
     for param in wanted:
+        if any(param is w for w in waiting):
+            continue
         state = _registry.state_of(param)
         bucket, _ = state.bucket_of(param)
         found.setdefault(id(state), (state, {}))[1][id(bucket)] = bucket
     with contextlib.ExitStack() as stack:
-        for state, buckets in found.values():
-            stack.enter_context(_gathered(state, list(buckets.values()), writer_rank if write else None))
+        if waiting:
+            stack.enter_context(whole_for_a_while(waiting, writer_rank if write else None))
+        for state, asked in found.values():
+            buckets = [
+                b for b in state.buckets if id(b) in asked
+            ]  # one order on all ranks, whatever was asked
+            stack.enter_context(_gathered(state, buckets, writer_rank if write else None))
         yield
 
 

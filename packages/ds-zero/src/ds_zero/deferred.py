@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from ds_zero import _registry
+from ds_zero.waiting import swap
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ class Record(TorchDispatchMode):
 
     # --- replay
 
+    def place(self, tensor: Tensor) -> int:
+        """Of the tensor's storage in the order of construction."""
+        key = _key(tensor)
+        return next((i for i, storage in enumerate(self._storages) if storage == key), -1)
+
     def values(self, tensor: Tensor) -> Tensor:
         """The values that ordinary construction would have given `tensor`; a new CPU tensor."""
         target = _Ref(
@@ -207,7 +213,7 @@ def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 
 
 @contextlib.contextmanager
-def deferred_init(stage: int | None = None) -> Iterator[None]:
+def deferred_init(stage: int | None = None, *, defer_buffers: bool = True) -> Iterator[None]:
     """Construct modules inside without memory for their values; `shard` then makes each rank's values one
     bucket at a time.
 
@@ -217,15 +223,20 @@ def deferred_init(stage: int | None = None) -> Iterator[None]:
 
     Args:
         stage: the stage that `shard` will be called with; given, `shard` insists on it.
+        defer_buffers: False: buffers have their values when the context ends, for code that writes them before
+            `shard`.
 
     Raises:
         ValueError: in `shard`, for meta tensors that were constructed elsewhere.
     """
     record = Record(stage)
+    owners: dict[int, nn.Module] = {}
 
-    def note(_: nn.Module, __: str, value: Any) -> None:
+    def note(module: nn.Module, _: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.device.type == "meta":
             _registry.put_record(value, record)
+            if not defer_buffers and not isinstance(value, nn.Parameter):
+                owners[id(module)] = module
 
     handles = [
         nn_module.register_module_parameter_registration_hook(note),
@@ -237,15 +248,21 @@ def deferred_init(stage: int | None = None) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+    for module in owners.values():
+        _materialize_own(module, torch.get_default_device())
 
 
 def materialize_buffers(model: nn.Module, device: torch.device) -> None:
     """Give every deferred buffer its values."""
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.device.type == "meta":
-                persistent = name not in module._non_persistent_buffers_set
-                module.register_buffer(name, _values_of(name, buffer).to(device), persistent=persistent)
+        _materialize_own(module, device)
+
+
+def _materialize_own(module: nn.Module, device: torch.device) -> None:
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.device.type == "meta":
+            persistent = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, _values_of(name, buffer).to(device), persistent=persistent)
 
 
 def recorded_values(params: Mapping[str, nn.Parameter]) -> Callable[[str, nn.Parameter], Tensor]:
@@ -267,7 +284,7 @@ def become_real(param: nn.Parameter, device: torch.device) -> None:
         return
     _registry.drop_record(param)  # tensors that something points to weakly cannot be swapped
     stand_in = torch.empty(1, dtype=param.dtype, device=device).expand(param.shape)
-    torch.utils.swap_tensors(param, nn.Parameter(stand_in, requires_grad=param.requires_grad))
+    swap(param, nn.Parameter(stand_in, requires_grad=param.requires_grad))
 
 
 def stage_expected(params: Mapping[str, nn.Parameter]) -> int | None:

@@ -156,3 +156,18 @@ class RecordSource(Protocol):
         """Fill the 1-D `out` with elements [flat_offset, flat_offset + out.numel()) of the flattened tensor,
         cast to its dtype.
         """
+
+
+class InitialValues(Protocol):
+    """Where a deferred parameter's values come from when it is sharded."""
+
+    stage: int | None
+    """The stage that the model was constructed for, if that was said."""
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """All of them, a new tensor in ordinary memory. Collective where ranks hold parts."""
+        ...
+
+    def place(self, tensor: Tensor) -> int:
+        """Where the parameter stands in the order of construction, which is the same on every rank."""
+        ...

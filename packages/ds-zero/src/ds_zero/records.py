@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
@@ -127,27 +128,40 @@ def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 
 
 def load_records(
-    model: nn.Module, optimizer: Optimizer, source: RecordSource, *, optimizer_states: bool = True
+    model: nn.Module,
+    optimizer: Optimizer,
+    source: RecordSource,
+    *,
+    optimizer_states: bool = True,
+    keep: AbstractSet[str] = frozenset(),
 ) -> None:
     """Read this rank's ranges of every parameter, buffer and state from `source`, then publish. Collective.
 
     Works from a checkpoint of any stage and number of ranks.
+
+    Args:
+        optimizer_states: read those too.
+        keep: names of tensors that stay as they are, with their states.
 
     Raises:
         ValueError: a tensor that the source lacks or has in another shape; nothing has been changed then.
     """
     state = _registry.state_of(model)
     state.stepper.wait()
-    _check(state, model, source)
+    _check(state, model, source, keep)
     state.stepper.forget()  # gradients of the values that are replaced, as in the middle of an accumulation
     with torch.no_grad():
         for r in _ranges(state, owned=True):
+            if r.slot.fqn in keep:
+                continue
             source.read(r.slot.fqn, PARAM, r.start, r.values)
             if r.bucket.shards and optimizer_states:
                 _load_states(r, optimizer, source)
         for bucket in state.buckets:
             bucket.refresh_low()
         for fqn, buffer in _saved_buffers(model).items():
+            if fqn in keep:
+                continue
             flat = torch.empty_like(buffer).reshape(-1)
             source.read(fqn, BUFFER, 0, flat)
             buffer.copy_(flat.view(buffer.shape))
@@ -169,9 +183,10 @@ def _share_frozen(state: ZeroState) -> None:
             state.comm.gather(bucket.full, bucket.ranks, sizes=bucket.layout.slice_sizes).wait()
 
 
-def _check(state: ZeroState, model: nn.Module, source: RecordSource) -> None:
+def _check(state: ZeroState, model: nn.Module, source: RecordSource, keep: AbstractSet[str]) -> None:
     wanted = {slot.fqn: (PARAM, slot.shape) for bucket in state.buckets for slot in bucket.layout.slots}
     wanted |= {fqn: (BUFFER, tuple(b.shape)) for fqn, b in _saved_buffers(model).items()}
+    wanted = {fqn: what for fqn, what in wanted.items() if fqn not in keep}
     missing = [fqn for fqn, (kind, _) in wanted.items() if kind not in source.states(fqn)]
     if missing:
         raise ValueError(

@@ -91,19 +91,22 @@ def set_full(model: nn.Module | None, where: Where, kind: str, value: Tensor | f
 
 
 def update_full_grads(
-    model: nn.Module, params: Iterable[Where], update: Callable[[Tensor, nn.Parameter], Tensor]
+    model: nn.Module | None, params: Iterable[Where], update: Callable[[Tensor, nn.Parameter], Tensor]
 ) -> None:
     """`grad = update(grad, param)` on whole gradients of many parameters, gathered one bucket at a time. Collective.
 
     `update` runs on every rank on the same values and has to give the same result there; each rank keeps its part.
-    Parameters without a gradient are left out.
+    Parameters without a gradient are left out. `model` is None where `params` are parameters of one model.
     """
     wanted: dict[int, list[Place]] = {}
+    state = _registry.state_of(model) if model is not None else None
     for where in params:
         place = find(model, where)
+        state = state or place.state
         if place.shard is not None:
             wanted.setdefault(id(place.bucket), []).append(place)
-    state = _registry.state_of(model)
+    if state is None:
+        return
     with torch.no_grad():
         _settle_grads(state)
         for bucket in state.buckets:

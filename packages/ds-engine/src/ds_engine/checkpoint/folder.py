@@ -175,8 +175,11 @@ def write_synced(path: Path, content: bytes) -> None:
 class Staging:
     """The folder that a save writes into, on the rank that commits it."""
 
-    def __init__(self, root: Path, tag: str) -> None:
+    def __init__(self, root: Path, tag: str, *, name_latest: bool = True) -> None:
         """Clear up after dead saves, and make the folder.
+
+        Args:
+            name_latest: `latest` will name this one.
 
         Raises:
             OSError: that is not possible, or `<root>/<tag>` is something else than a checkpoint.
@@ -190,7 +193,7 @@ class Staging:
         self.tag = tag
         self.nonce = secrets.token_hex(4)
         self.path = root / f"{tag}{TEMPORARY}{self.nonce}"
-        self._pointer = root / f"{LATEST}{TEMPORARY}{self.nonce}"
+        self._pointer = root / f"{LATEST}{TEMPORARY}{self.nonce}" if name_latest else None
         if (root / tag).exists() and not is_complete(root / tag):
             raise FileExistsError(f"{root / tag} exists and is no checkpoint of ours: choose another tag")
         self.path.mkdir()
@@ -199,7 +202,8 @@ class Staging:
     def commit(self) -> Path:
         """See [Note: commit]; returns the folder under its name that counts."""
         sync(self.path)
-        write_synced(self._pointer, self.tag.encode())
+        if self._pointer is not None:
+            write_synced(self._pointer, self.tag.encode())
         final = self.root / self.tag
         old = self.root / f"{self.tag}{OLD}{self.nonce}"
         replaces = final.exists()
@@ -212,8 +216,9 @@ class Staging:
                 old.rename(final)
             raise
         sync(self.root)
-        self._pointer.rename(self.root / LATEST)
-        sync(self.root)
+        if self._pointer is not None:
+            self._pointer.rename(self.root / LATEST)
+            sync(self.root)
         if replaces:
             remove(old)
         self._unlock()
@@ -222,7 +227,8 @@ class Staging:
     def abort(self) -> None:
         """Leave nothing behind; safe after a failed commit too."""
         self._unlock()
-        self._pointer.unlink(missing_ok=True)
+        if self._pointer is not None:
+            self._pointer.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _unlock(self) -> None:

@@ -36,7 +36,7 @@ class Wanted:
     """What a load restores besides parameters and buffers."""
 
     strict: bool = True
-    """Refuse a checkpoint with tensors that the model lacks."""
+    """Refuse a checkpoint with tensors that the model lacks, or without tensors that it has."""
     optimizer: bool = True
     """Optimizer states and the options of its groups."""
     schedule: bool = True
@@ -44,8 +44,21 @@ class Wanted:
     """Steps, samples and random generators."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """What a save writes besides the trained parameters and states, and whether it becomes the latest."""
+
+    name_latest: bool = True
+    frozen: bool = True
+    """Parameters that do not require a gradient, too."""
+
+
 def save(
-    engine: Engine, save_dir: str | os.PathLike[str], tag: str | None, client_state: Mapping[str, Any]
+    engine: Engine,
+    save_dir: str | os.PathLike[str],
+    tag: str | None,
+    client_state: Mapping[str, Any],
+    saving: Saving,
 ) -> str:
     """See `Engine.save_checkpoint`."""
     pending = engine.micro_steps % engine.batch.steps
@@ -59,16 +72,27 @@ def save(
         )
     name = tag if tag is not None else f"global_step{engine.global_steps}"
     keep_last = engine.config.checkpoint.keep_last
-    return write(save_dir, name, lambda: _content(engine, client_state), keep_last=keep_last)
+    return write(
+        save_dir,
+        name,
+        lambda: _content(engine, client_state, saving),
+        keep_last=keep_last,
+        name_latest=saving.name_latest,
+    )
 
 
-def _content(engine: Engine, client_state: Mapping[str, Any]) -> Content:
+def _content(engine: Engine, client_state: Mapping[str, Any], saving: Saving) -> Content:
     rank = engine.world.rank
     random_values, blobs = rng.capture(rank)
+    left_out = (
+        set() if saving.frozen else {n for n, p in engine.module.named_parameters() if not p.requires_grad}
+    )
     values: dict[str, Any] = {f"rng/{rank}": random_values}
     if rank == 0:
         values |= _shared_values(engine, client_state, blobs)
-    return Content(records=ds_zero.records(engine.module, engine.optimizer), blobs=blobs, values=values)
+        values["left_out"] = sorted(left_out)
+    records = [r for r in ds_zero.records(engine.module, engine.optimizer) if r.fqn not in left_out]
+    return Content(records=records, blobs=blobs, values=values)
 
 
 def _shared_values(
@@ -111,8 +135,9 @@ def _tied(module: nn.Module) -> dict[str, str]:
 
 
 def _family(optimizer: torch.optim.Optimizer) -> str:
-    name = type(optimizer).__name__
-    return FAMILIES.get(name, name.removeprefix("Fused").lower())
+    names = [kind.__name__ for kind in type(optimizer).__mro__]  # a subclass has the states of its base
+    known = next((FAMILIES[name] for name in names if name in FAMILIES), None)
+    return known or names[0].removeprefix("Fused").lower()
 
 
 def _group_options(engine: Engine, tensors: dict[str, Tensor]) -> list[Any]:
@@ -149,7 +174,11 @@ def load(
             team,
             doing,
             lambda: ds_zero.load_records(
-                engine.module, engine.optimizer, checkpoint, optimizer_states=wanted.optimizer
+                engine.module,
+                engine.optimizer,
+                checkpoint,
+                optimizer_states=wanted.optimizer,
+                keep=_names(engine) - set(checkpoint.manifest.tensors),
             ),
         )
         # Blobs too are read before anything is believed, so that damage anywhere is told by all ranks at
@@ -209,14 +238,18 @@ def _has_states(checkpoint: Checkpoint) -> bool:
 def _check_fit(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> None:
     """Names, optimizer and groups are those of this engine; nothing has been changed if not."""
     model, stored = _names(engine), set(checkpoint.manifest.tensors)
-    missing, unexpected = sorted(model - stored), sorted(stored - model)
+    left_out = set(checkpoint.manifest.values.get("left_out", []))
+    missing = sorted(model - stored - left_out) if wanted.strict else []
+    unexpected = sorted(stored - model)
+    if not model & stored:
+        missing = sorted(model)
     if missing or (unexpected and wanted.strict):
         said = [f"{len(model & stored)} of {len(model)} tensors of the model are in it"]
         if missing:
             said.append(f"{len(missing)} are missing, first {missing[:5]}")
         if unexpected:
             said.append(f"{len(unexpected)} are unknown to the model, first {unexpected[:5]}")
-        remedy = "use the model it was written for" + ("" if missing else ", or load_module_strict=False")
+        remedy = "use the model it was written for, or load_module_strict=False"
         raise CheckpointError(f"it belongs to another model: {'; '.join(said)}; {remedy}")
     if not model:
         raise CheckpointError("the model has no tensors, so nothing would be restored")
@@ -248,6 +281,8 @@ def _check_read(engine: Engine, checkpoint: Checkpoint, wanted: Wanted, team: Te
             f"tag=...{there}"
         )
     for record in ds_zero.records(engine.module, engine.optimizer):
+        if record.fqn not in checkpoint.manifest.tensors:
+            continue  # left out when it was saved, or missing from a load that is not strict
         if record.state not in _MODEL_STATES and not (
             wanted.optimizer and record.state in checkpoint.states(record.fqn)
         ):

@@ -54,13 +54,19 @@ def file_name(rank: int, size: int) -> str:
 
 
 def write(
-    root: str | os.PathLike[str], tag: str, content: Callable[[], Content], *, keep_last: int | None = None
+    root: str | os.PathLike[str],
+    tag: str,
+    content: Callable[[], Content],
+    *,
+    keep_last: int | None = None,
+    name_latest: bool = True,
 ) -> str:
     """Write `<root>/<tag>` and point `latest` to it. Every rank calls it.
 
     Args:
         content: called once on each rank; if it raises, the save fails on every rank.
         keep_last: remove older checkpoints until that many are left.
+        name_latest: False leaves `latest` as it is.
 
     Returns:
         The path of the checkpoint.
@@ -70,7 +76,7 @@ def write(
     """
     team = Team()
     directory = Path(root)
-    staging = _begin(team, directory, tag)
+    staging = _begin(team, directory, tag, name_latest)
     try:
         path = Path(team.share(os.fsencode(staging.path) if staging is not None else b"").decode())
         fragment, error = _attempt(lambda: _write_file(path, team, content()))
@@ -94,7 +100,7 @@ def _attempt(action: Callable[[], bytes]) -> tuple[bytes, Exception | None]:
         return b"", error
 
 
-def _begin(team: Team, root: Path, tag: str) -> folder.Staging | None:
+def _begin(team: Team, root: Path, tag: str, name_latest: bool) -> folder.Staging | None:
     """Agree on the tag, and make the folder on rank 0."""
     agreed = team.share(tag.encode()).decode()
     error: Exception | None = None
@@ -103,7 +109,7 @@ def _begin(team: Team, root: Path, tag: str) -> folder.Staging | None:
         if agreed != tag:
             raise ValueError(f"tag {tag!r} here, {agreed!r} on rank 0: pass the same tag on every rank")
         folder.check_tag(tag)
-        staging = folder.Staging(root, tag) if team.first else None
+        staging = folder.Staging(root, tag, name_latest=name_latest) if team.first else None
     except (OSError, ValueError) as problem:
         error = problem
     try:

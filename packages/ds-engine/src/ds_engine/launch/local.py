@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import shutil
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ds_engine.launch.devices import count_accelerators
@@ -44,10 +45,23 @@ def launch(
 
 
 def prepare(
-    script: str, arguments: Sequence[str], *, nproc: int | None, module: bool, config: str | None
+    script: str,
+    arguments: Sequence[str],
+    *,
+    nproc: int | None,
+    module: bool = False,
+    program: bool = False,
+    config: str | None = None,
+    port: int | None = None,
+    environ: Mapping[str, str] | None = None,
 ) -> LaunchPlan:
-    """Looks at the machine and makes the plan; see `launch`."""
-    _check_exists(script, module)
+    """Looks at the machine and makes the plan; see `launch`.
+
+    program: `script` is a program, not a Python file.
+    port: on which rank 0 listens; None takes a free one.
+    environ: instead of this process's own.
+    """
+    _check_exists(script, module, program)
     if config is not None:
         if not Path(config).is_file():
             raise LaunchError(
@@ -58,18 +72,22 @@ def prepare(
     cores = usable_cores()
     count, reason = choose_nproc(nproc, 0 if nproc is not None else count_accelerators(), cores)
     return make_plan(
-        python=sys.executable,
+        python=None if program else sys.executable,
         target=[*(["-m"] if module else []), script, *arguments],
         nproc=count,
         reason=reason,
-        environ=os.environ,
+        environ=os.environ if environ is None else environ,
         cores=cores,
-        port=_free_port(),
+        port=port if port is not None else _free_port(),
         loopback="lo" if "lo" in {name for _, name in socket.if_nameindex()} else None,
     )
 
 
-def _check_exists(script: str, module: bool) -> None:
+def _check_exists(script: str, module: bool, program: bool) -> None:
+    if program:
+        if shutil.which(script) is None:
+            raise LaunchError(f"there is no program {script!r} on the PATH")
+        return
     if module:
         sys.path.insert(0, os.getcwd())  # where `python -m` looks first
         try:

@@ -10,16 +10,24 @@ class LaunchError(ValueError):
     """A launch that cannot work; the message says why and what to do instead."""
 
 
+LOCAL_RANK = "--local_rank={}"
+"""An argument of the target that becomes --local_rank=0, 1, ...: old scripts learn their rank from it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LaunchPlan:
     """The processes of one job on this machine."""
 
     command: tuple[str, ...]
-    """The same for every rank."""
+    """The same for every rank, but for LOCAL_RANK."""
     environs: tuple[Mapping[str, str], ...]
     """One environment per rank."""
     reason: str
     """Why this many: shown at the start."""
+
+    def command_of(self, rank: int) -> tuple[str, ...]:
+        """What one rank runs."""
+        return tuple(LOCAL_RANK.format(rank) if word == LOCAL_RANK else word for word in self.command)
 
     @property
     def num_ranks(self) -> int:
@@ -40,7 +48,7 @@ def choose_nproc(wish: int | None, num_accelerators: int, cores: int) -> tuple[i
 
 def make_plan(
     *,
-    python: str,
+    python: str | None,
     target: Sequence[str],
     nproc: int,
     reason: str,
@@ -51,6 +59,7 @@ def make_plan(
 ) -> LaunchPlan:
     """The commands and environments of a job.
 
+    python: the interpreter; None where the target is a program of its own.
     target: what follows the interpreter: a script with its arguments, or "-m", a module and its arguments.
     cores: usable cores of this machine, divided among the ranks' OpenMP threads.
     port: TCP port on which rank 0 will listen.
@@ -77,7 +86,7 @@ def make_plan(
         "MASTER_PORT": str(port),
     }
     environs = tuple({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc))
-    return LaunchPlan(command=(python, *target), environs=environs, reason=reason)
+    return LaunchPlan(command=(*([python] if python else []), *target), environs=environs, reason=reason)
 
 
 def _refuse_nesting(environ: Mapping[str, str]) -> None:

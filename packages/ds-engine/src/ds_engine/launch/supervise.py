@@ -80,7 +80,7 @@ class _Supervisor:
             selector.register(wake, selectors.EVENT_READ, None)
             try:
                 for rank, environ in enumerate(self._plan.environs):
-                    self._ranks.append(RankProcess(rank, self._plan.command, environ))
+                    self._ranks.append(RankProcess(rank, self._plan.command_of(rank), environ))
                     self._ranks[-1].register(selector)
                 self._watch(selector, wake)
             finally:

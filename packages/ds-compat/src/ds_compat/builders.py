@@ -1,0 +1,90 @@
+"""`deepspeed.ops.op_builder`: nothing is compiled here, so every operation that we have is simply there."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+
+class OpBuilder:
+    """A builder of an operation that ds_core has."""
+
+    NAME = ""
+    BUILD_VAR = ""
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name or self.NAME
+
+    def is_compatible(self, verbose: bool = False) -> bool:
+        return True
+
+    def absolute_name(self) -> str:
+        return f"ds_core.{self.NAME}"
+
+    def load(self, verbose: bool = True) -> Any:
+        """The optimizer's module: there is nothing to compile."""
+        import ds_core.optim
+
+        return ds_core.optim
+
+    jit_load = load
+    builder = load
+
+
+class UtilsBuilder(OpBuilder):
+    NAME = "utils"
+
+    def load(self, verbose: bool = True) -> Any:
+        """Flatten and unflatten, as torch has them."""
+        from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+        return SimpleNamespace(flatten=_flatten_dense_tensors, unflatten=_unflatten_dense_tensors)
+
+
+class _Absent(OpBuilder):
+    """An operation that we do not have: code asks `is_compatible` and takes its other way, or skips."""
+
+    def is_compatible(self, verbose: bool = False) -> bool:
+        return False
+
+    def load(self, verbose: bool = True) -> Any:
+        raise RuntimeError(f"the operation {self.NAME} is not part of the installed ds packages")
+
+    jit_load = load
+    builder = load
+
+
+def _make(base: type[OpBuilder], **names: str) -> dict[str, type[OpBuilder]]:
+    return {kind: type(kind, (base,), {"NAME": name, "__module__": __name__}) for kind, name in names.items()}
+
+
+_KINDS: dict[str, Any] = {
+    **_make(
+        OpBuilder,
+        FusedAdamBuilder="fused_adam",
+        CPUAdamBuilder="cpu_adam",
+        CPUAdagradBuilder="cpu_adagrad",
+        CPULionBuilder="cpu_lion",
+        FusedLionBuilder="fused_lion",
+        FusedLambBuilder="fused_lamb",
+        PinMemoryBuilder="pin_memory",
+    ),
+    "UtilsBuilder": UtilsBuilder,
+    **_make(
+        _Absent,
+        AsyncIOBuilder="async_io",
+        GDSBuilder="gds",
+        InferenceBuilder="transformer_inference",
+        TransformerBuilder="transformer",
+        QuantizerBuilder="quantizer",
+        FPQuantizerBuilder="fp_quantizer",
+        RandomLTDBuilder="random_ltd",
+        SparseAttnBuilder="sparse_attn",
+        SpatialInferenceBuilder="spatial_inference",
+        EvoformerAttnBuilder="evoformer_attn",
+        CCLCommBuilder="deepspeed_ccl_comm",
+        ShareMemCommBuilder="deepspeed_shm_comm",
+    ),
+}
+globals().update(_KINDS)
+ALL_OPS = {kind.NAME: kind() for kind in _KINDS.values()}

@@ -1,0 +1,132 @@
+"""`deepspeed.checkpointing`: activation checkpointing of Megatron-style code, on top of ds_layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ds_layers import Checkpointing, CheckpointingConfig, RngTracker, model_parallel_seed
+
+_present: dict[str, Any] = {}
+"""What `configure` has set; the original's functions have no object to keep it in."""
+
+
+def configure(
+    mpu_: Any = None,
+    deepspeed_config: Any = None,
+    partition_activations: bool | None = None,
+    contiguous_checkpointing: bool | None = None,
+    num_checkpoints: int | None = None,
+    checkpoint_in_cpu: bool | None = None,
+    synchronize: bool | None = None,
+    profile: bool | None = None,
+) -> None:
+    """How inputs of checkpointed functions rest from here on; arguments win over the configuration's section
+    `activation_checkpointing`.
+    """
+    section = _section(deepspeed_config)
+    given: dict[str, tuple[Any, str]] = {
+        "partition": (partition_activations, "partition_activations"),
+        "contiguous": (contiguous_checkpointing, "contiguous_memory_optimization"),
+        "num_checkpoints": (num_checkpoints, "number_checkpoints"),
+        "on_host": (checkpoint_in_cpu, "cpu_checkpointing"),
+        "synchronize": (synchronize, "synchronize_checkpoint_boundary"),
+    }
+    options: dict[str, Any] = {
+        name: value if value is not None else section.get(key) for name, (value, key) in given.items()
+    }
+    group = None
+    if mpu_ is not None:
+        ask = getattr(mpu_, "get_tensor_model_parallel_group", None) or mpu_.get_model_parallel_group
+        group = ask()
+    if options["partition"] and (group is None or group.size() == 1):
+        options["partition"] = False  # with one model-parallel rank there is nobody to share with
+    options = {name: value for name, value in options.items() if value is not None}
+    config = CheckpointingConfig(group=group, **options)
+    _present.update(instance=Checkpointing(config, _tracker()), configured=True)
+
+
+def _section(config: Any) -> dict[str, Any]:
+    if config is None:
+        return {}
+    from ds_compat.config import read
+
+    raw = getattr(config, "raw", None) or read(config)
+    return dict(raw.get("activation_checkpointing") or {})
+
+
+def _tracker() -> RngTracker:
+    found: RngTracker = _present.setdefault("tracker", RngTracker())
+    return found
+
+
+def _instance() -> Checkpointing:
+    found: Checkpointing = _present.setdefault("instance", Checkpointing(rng=_tracker()))
+    return found
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args)`, recomputed in backward."""
+    for name in ("use_reentrant", "preserve_rng_state"):  # torch's arguments, which callers pass on
+        kwargs.pop(name, None)
+    result = _instance()(function, *args, **kwargs)
+    return result
+
+
+non_reentrant_checkpoint = checkpoint
+
+
+class CheckpointFunction:
+    """`CheckpointFunction.apply(run_function, all_outputs, *args)`, as older code calls it."""
+
+    @staticmethod
+    def apply(run_function: Callable[..., Any], all_outputs: list[Any], *args: Any) -> Any:
+        outputs = checkpoint(run_function, *args)
+        all_outputs += list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+        return outputs
+
+
+def is_configured() -> bool:
+    """Whether `configure` was called."""
+    return bool(_present.get("configured"))
+
+
+def reset() -> None:
+    """Forget what was kept for the last backward."""
+    _instance().reset()
+
+
+def partition_activations_in_checkpoint(partition_activation: bool) -> None:
+    """Switch the division among model-parallel ranks."""
+    from dataclasses import replace
+
+    config = _instance().config
+    _present["instance"] = Checkpointing(
+        replace(config, partition=partition_activation and config.group is not None), _tracker()
+    )
+
+
+def set_num_layers(nlayers: int) -> None:
+    """Checkpoints of one forward, for contiguous storage."""
+    from dataclasses import replace
+
+    _present["instance"] = Checkpointing(replace(_instance().config, num_checkpoints=nlayers), _tracker())
+
+
+def get_cuda_rng_tracker() -> RngTracker:
+    """The streams that model-parallel dropout draws from."""
+    return _tracker()
+
+
+def get_rng_state_tracker() -> RngTracker:
+    return _tracker()
+
+
+def model_parallel_cuda_manual_seed(seed: int) -> None:
+    """Seed the default stream alike, and the model-parallel one apart, on the ranks of a model-parallel group."""
+    from ds_compat import groups
+
+    model_parallel_seed(_tracker(), seed, groups.get_model_parallel_rank())
+
+
+model_parallel_reconfigure_tp_seed = model_parallel_cuda_manual_seed

@@ -1,0 +1,163 @@
+"""`deepspeed.comm`: torch.distributed under another name, and the few functions that it has beyond that."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import ds_comm
+
+_PROFILING = frozenset({"prof", "log_name", "debug"})
+"""Arguments that every collective takes there; what they ask for is torch.profiler's work here."""
+
+
+def __getattr__(name: str) -> Any:
+    value = getattr(dist, name)
+    if inspect.isfunction(value):
+        value = _tolerant(value)
+    globals()[name] = value
+    return value
+
+
+def _tolerant(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **{k: v for k, v in kwargs.items() if k not in _PROFILING})
+
+    return call
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = 29500,
+    verbose: bool = True,
+    timeout: datetime.timedelta | None = None,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+) -> None:
+    """Start the default process group unless it stands. Without any launcher: a group of this process alone."""
+    if dist.is_initialized():
+        return
+    if dist_init_required is False:
+        raise AssertionError(
+            "dist_init_required=False, but torch.distributed is not initialised: initialise it first, or leave "
+            "dist_init_required out"
+        )
+    timeout = timeout or datetime.timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", "30")))
+    if init_method is not None:
+        place: dict[str, Any] = {"rank": rank, "world_size": world_size} if rank >= 0 else {}
+        backend = dist_backend or dist.get_default_backend_for_device(_kind())
+        dist.init_process_group(backend, init_method=init_method, timeout=timeout, **place)
+        return
+    if "RANK" in os.environ:  # the original insists on a port from here, launchers may leave it out
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(distributed_port))
+    wish = os.environ.get("DS_ACCELERATOR") or None
+    ds_comm.start(device=wish, backend=dist_backend, timeout_s=timeout.total_seconds())
+
+
+def _kind() -> str:
+    from ds_compat.device import get_accelerator
+
+    return get_accelerator().device_name()
+
+
+def is_available() -> bool:
+    return True
+
+
+def get_local_rank() -> int:
+    """As the launcher says; 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+get_local_rank_from_launcher = get_local_rank
+
+
+def get_world_rank_from_launcher() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def get_world_size_from_launcher() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def get_world_group() -> Any:
+    return dist.group.WORLD
+
+
+def get_global_rank(group: Any = None, group_rank: int = 0) -> int:
+    whole: Any = dist.group.WORLD
+    return dist.get_global_rank(group or whole, group_rank)
+
+
+def get_all_ranks_from_group(group: Any = None) -> list[int]:
+    return list(dist.get_process_group_ranks(group or dist.group.WORLD))
+
+
+def new_group(ranks: Any = None, **options: Any) -> Any:
+    return dist.new_group(list(ranks) if ranks is not None else None, **options)
+
+
+def inference_all_reduce(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> Any:
+    return dist.all_reduce(tensor, op=op, group=group)
+
+
+def has_all_gather_into_tensor() -> bool:
+    return True
+
+
+def has_reduce_scatter_tensor() -> bool:
+    return True
+
+
+def has_all_reduce_coalesced() -> bool:
+    return False
+
+
+def has_coalescing_manager() -> bool:
+    return False
+
+
+def allgather_fn(output: torch.Tensor, input: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+    return dist.all_gather_into_tensor(output, input, group=group, async_op=async_op)
+
+
+def reduce_scatter_fn(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    op: Any = dist.ReduceOp.SUM,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    return dist.reduce_scatter_tensor(output, input, op=op, group=group, async_op=async_op)
+
+
+def initialize_mesh_device(mesh_shape: tuple[int, ...], mesh_dim_names: tuple[str, ...]) -> Any:
+    """A torch DeviceMesh over the default group."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(_kind(), mesh_shape, mesh_dim_names=mesh_dim_names)
+
+
+def configure(deepspeed_config: Any = None, **_: Any) -> None:
+    """Switches the logging of collectives there; here torch.profiler shows them by name."""
+
+
+def log_summary(show_straggler: bool = False, return_dict: bool = False) -> Any:
+    """Says where the figures are: torch.profiler has every collective, named ds.zero.<what>/<where>."""
+    from ds_compat.logs import log_dist
+
+    log_dist("collectives are not counted: run under torch.profiler, which names each of them", ranks=[0])
+    return {} if return_dict else None

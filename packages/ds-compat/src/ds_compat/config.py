@@ -1,0 +1,185 @@
+"""`DeepSpeedConfig` and its sections, on top of ds_engine's configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import ds_engine.config
+from ds_engine.config import Batch, ConfigError, DsConfig, source
+
+DeepSpeedConfigError = ConfigError
+
+ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LAMB_OPTIMIZER = "adam", "adamw", "lamb"
+ADAGRAD_OPTIMIZER, LION_OPTIMIZER, SGD_OPTIMIZER, MUON_OPTIMIZER = "adagrad", "lion", "sgd", "muon"
+GRADIENT_CLIPPING, GRADIENT_CLIPPING_DEFAULT = "gradient_clipping", 1.0
+LOG_LEVEL, LOG_LEVEL_DEFAULT = "log_level", None
+TRAIN_BATCH_SIZE = "train_batch_size"
+TRAIN_MICRO_BATCH_SIZE_PER_GPU = "train_micro_batch_size_per_gpu"
+GRADIENT_ACCUMULATION_STEPS = "gradient_accumulation_steps"
+ROUTE_TRAIN, ROUTE_EVAL, ROUTE_PREDICT = "train", "eval", "predict"
+TORCH_DISTRIBUTED_DEFAULT_PORT = 29500
+
+
+class _Values:
+    """Attributes of the typed section, else what was given, else the default."""
+
+    def __init__(self, typed: Any, raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        vars(self).update(_typed=typed, _raw=raw, _defaults=defaults)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        for found in (getattr(self._typed, name, None), self._raw.get(name)):
+            if found is not None:
+                return found
+        if name in self._defaults:
+            return self._defaults[name]
+        raise AttributeError(name)
+
+
+_ZERO_DEFAULTS: Mapping[str, Any] = {
+    "stage": 0,
+    "overlap_comm": None,
+    "reduce_scatter": True,
+    "reduce_bucket_size": int(5e8),
+    "allgather_bucket_size": int(5e8),
+    "allgather_partitions": True,
+    "contiguous_gradients": True,
+    "sub_group_size": int(1e9),
+    "offload_param": None,
+    "offload_optimizer": None,
+    "elastic_checkpoint": False,
+    "load_from_fp32_weights": True,
+    "ignore_unused_parameters": True,
+    "round_robin_gradients": False,
+    "gather_16bit_weights_on_model_save": False,
+    "zero_hpz_partition_size": 1,
+}
+
+
+class DeepSpeedConfig:
+    """A configuration as attributes; checks it as `deepspeed.initialize` does.
+
+    Args:
+        config: dict, path of a file, or the JSON in URL-safe base64.
+        mpu: whose data-parallel size divides the batch.
+    """
+
+    def __init__(self, config: Any, mpu: Any = None, mesh_device: Any = None) -> None:
+        self.raw = read(config)
+        self._param_dict = self.raw
+        self.typed: DsConfig = ds_engine.config.load(self.raw)
+        self.world_size = _world_size(mpu)
+        self.take_batch(self.typed.batch(self.world_size))
+
+    def take_batch(self, batch: Batch) -> None:
+        """The three sizes."""
+        self.train_batch_size = batch.train
+        self.train_micro_batch_size_per_gpu = batch.micro
+        self.gradient_accumulation_steps = batch.steps
+
+    @property
+    def zero_config(self) -> Any:
+        given = self.raw.get("zero_optimization")
+        typed = self.typed.zero_optimization
+        return _Values(typed, given if isinstance(given, dict) else {}, _ZERO_DEFAULTS)
+
+    @property
+    def zero_optimization_stage(self) -> int:
+        return self.typed.zero_optimization.stage
+
+    @property
+    def zero_enabled(self) -> bool:
+        return self.zero_optimization_stage > 0
+
+    @property
+    def fp16_enabled(self) -> bool:
+        return bool(self._get("fp16.enabled", False))
+
+    @property
+    def bfloat16_enabled(self) -> bool:
+        return bool(self._get("bf16.enabled", False))
+
+    @property
+    def optimizer_name(self) -> str | None:
+        return self.typed.optimizer.type.lower() if self.typed.optimizer is not None else None
+
+    @property
+    def optimizer_params(self) -> dict[str, Any] | None:
+        return dict(self.typed.optimizer.params) if self.typed.optimizer is not None else None
+
+    @property
+    def scheduler_name(self) -> str | None:
+        return self.typed.scheduler.type if self.typed.scheduler is not None else None
+
+    @property
+    def scheduler_params(self) -> dict[str, Any] | None:
+        return dict(self.typed.scheduler.params) if self.typed.scheduler is not None else None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in ("raw", "typed"):
+            raise AttributeError(name)
+        from ds_compat.settings import find
+
+        marker = object()
+        value = find(self.typed, self.raw, name, marker)
+        if value is marker:
+            raise AttributeError(f"DeepSpeedConfig has no setting {name!r}")
+        return value
+
+    def _get(self, path: str, default: Any) -> Any:
+        from ds_compat.settings import find
+
+        return find(self.typed, self.raw, path, default)
+
+    def print(self, name: str = "DeepSpeedConfig") -> None:
+        from ds_compat.logs import logger
+
+        logger.info(f"{name}:\n{json.dumps(self.raw, indent=4, default=str)}")
+
+
+def _world_size(mpu: Any) -> int:
+    from ds_compat import groups
+
+    return int(mpu.get_data_parallel_world_size()) if mpu is not None else groups._size()
+
+
+def read(config: Any) -> dict[str, Any]:
+    """A dict from what DeepSpeed takes: a dict, the path of a file, or base64 of JSON.
+
+    Raises:
+        FileNotFoundError, ConfigError: nothing of these.
+    """
+    if isinstance(config, dict):
+        return config
+    if not isinstance(config, (str, os.PathLike)):
+        raise ValueError(
+            "Expected a string path to an existing deepspeed config, or a dictionary or a valid base64. Received: "
+            f"{config}"
+        )
+    return source.read(config)
+
+
+def dict_raise_error_on_duplicate_keys(ordered_pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads(object_pairs_hook=...): ValueError for a key that is given twice."""
+    found = dict(ordered_pairs)
+    if len(found) != len(ordered_pairs):
+        keys = [key for key, _ in ordered_pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise ValueError(f"Duplicate keys in DeepSpeed config: {twice}")
+    return found
+
+
+def get_gradient_clipping(param_dict: Mapping[str, Any]) -> float:
+    return float(param_dict.get(GRADIENT_CLIPPING, GRADIENT_CLIPPING_DEFAULT))
+
+
+def get_scalar_param(param_dict: Mapping[str, Any], param_name: str, param_default_value: Any) -> Any:
+    return param_dict.get(param_name, param_default_value)
+
+
+def get_log_level(param_dict: Mapping[str, Any]) -> Any:
+    return param_dict.get(LOG_LEVEL, LOG_LEVEL_DEFAULT)

@@ -1,0 +1,470 @@
+"""`DeepSpeedEngine`: everything that code calls on DeepSpeed's engine, on top of `ds_engine.Engine`.
+
+The methods here are one-line delegations, or answers to questions about the configuration; what trains is the engine
+inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import ds_engine
+import ds_zero
+from ds_compat import checkpoint, settings
+from ds_compat.config import DeepSpeedConfig
+from ds_compat.logs import log_dist, logger
+from ds_compat.optimizer import wrap
+from ds_compat.settings import answer
+from ds_engine.data import Loader
+
+_OWN = frozenset({"global_steps", "global_samples", "micro_steps", "skipped_steps", "lr_scheduler"})
+"""Attributes that are the inner engine's, for reading and writing."""
+
+
+class DeepSpeedEngine(nn.Module):
+    """Made by `deepspeed.initialize`. Attributes that it does not have are looked up in the module."""
+
+    _engine: ds_engine.Engine
+    module: nn.Module
+
+    def __init__(
+        self,
+        engine: ds_engine.Engine,
+        config: DeepSpeedConfig,
+        *,
+        has_optimizer: bool = True,
+        mpu: Any = None,
+    ) -> None:
+        super().__init__()
+        self._modules["module"] = engine.module  # seen by state_dict() and parameters(), as "module."
+        vars(self).update(module=engine.module, _engine=engine)
+        self._config = config
+        self.config = config.raw
+        self.basic_optimizer = engine.optimizer if has_optimizer else None
+        self.optimizer = wrap(engine, config) if has_optimizer else None
+        self.training_dataloader: Loader | None = None
+        self.collate_fn: Callable[[list[Any]], Any] | None = None
+        self.mpu = mpu
+        self.client_lr_scheduler: Any = None
+        self.is_compiled = False
+        self.loaded_checkpoint_mp_world_size = self.loaded_checkpoint_dp_world_size = None
+        self._backward_depth = 0
+        self._in_no_sync = False
+
+    # --- training
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        output = self._engine(*inputs, **kwargs)
+        if torch.is_grad_enabled() and self.gradient_accumulation_steps() > 1:
+            settings.scale_gradients(output, self._factor_of_plain_backward)
+        return output
+
+    def _factor_of_plain_backward(self) -> float:
+        """`loss.backward()` without the engine is averaged over micro-batches too."""
+        return 1.0 if self._backward_depth else 1.0 / self.gradient_accumulation_steps()
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        assert self.optimizer is not None, "must provide optimizer during init in order to use backward"
+        assert loss.numel() == 1, "loss must be a scalar tensor"
+        self._backward_depth += 1
+        try:
+            return self._engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+        finally:
+            self._backward_depth -= 1
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """What to call `.backward()` on by hand: the loss times the loss scale."""
+        return self._engine.scaler.scale(loss)
+
+    def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
+        assert self.optimizer is not None, "must provide optimizer during init in order to use step"
+        assert not self._in_no_sync, "It is illegal to call Engine.step() inside no_sync context manager"
+        self._engine.step()
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside add gradients locally, at every stage."""
+        assert not self._in_no_sync, "no_sync context manager reentry is unsupported"
+        self._in_no_sync = True
+        try:
+            with ds_zero.no_sync(self.module):
+                yield
+        finally:
+            self._in_no_sync = False
+
+    coalesce_grad_reduction = no_sync
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        return self._engine.is_gradient_accumulation_boundary()
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        self._engine.accumulation.forced = is_boundary
+
+    def was_step_applied(self) -> bool:
+        return self._engine.was_step_applied()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing to do for sharded gradients: they are consumed by every step."""
+        for param in self.module.parameters():
+            param.grad = None
+
+    def allreduce_gradients(self, bucket_size: int | None = None) -> None:
+        """Gradients are reduced by the backward of the boundary, or by step()."""
+
+    def train(self, mode: bool = True) -> DeepSpeedEngine:
+        self.training = mode
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> DeepSpeedEngine:
+        return self.train(False)
+
+    def compile(
+        self,
+        backend: str | None = None,
+        compile_kwargs: Mapping[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """`torch.compile` of the module, in place."""
+        options = {k: v for k, v in (compile_kwargs or {}).items() if k != "backend"}
+        self.module.compile(backend=backend or "inductor", **options)
+        self.is_compiled = True
+
+    def destroy(self) -> None:
+        """Undo the sharding and forget the model."""
+        self._engine.destroy()
+
+    # --- what it knows
+
+    def get_global_grad_norm(self) -> float | None:
+        return self._engine.get_global_grad_norm()
+
+    def get_lr(self) -> list[float]:
+        return self._group_option("lr")
+
+    def get_type(self) -> list[Any]:
+        return self._group_option("type")
+
+    def get_mom(self) -> list[Any]:
+        return self._group_option("momentum" if self.optimizer_name() in ("SGD", "RMSprop") else "betas")
+
+    def _group_option(self, name: str) -> list[Any]:
+        return [group.get(name, 0.0) for group in self._engine.optimizer.param_groups]
+
+    def set_lr(self, lr: float) -> None:
+        """The rate of every group, until a schedule changes it."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+
+    def train_batch_size(self) -> int:
+        return self._engine.train_batch_size()
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self._engine.train_micro_batch_size_per_gpu()
+
+    def gradient_accumulation_steps(self) -> int:
+        return self._engine.gradient_accumulation_steps()
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        return (
+            self.train_batch_size(),
+            self.train_micro_batch_size_per_gpu(),
+            self.gradient_accumulation_steps(),
+        )
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Changes the number of micro-batches of a step."""
+        self._engine.set_train_batch_size(train_batch_size)
+        self._config.take_batch(self._engine.batch)
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Changes the batch with it; the number of micro-batches stays."""
+        self._engine.set_train_micro_batch_size(micro_batch_size)
+        self._config.take_batch(self._engine.batch)
+
+    device = property(lambda self: self._engine.world.device)
+    world_size = dp_world_size = property(lambda self: self._engine.world.world_size)
+    global_rank = property(lambda self: self._engine.world.rank)
+    local_rank = property(lambda self: self._engine.world.local_rank)
+    data_parallel_group = seq_data_parallel_group = property(lambda self: torch.distributed.group.WORLD)
+    mp_world_size = property(lambda self: 1)
+    monitor = property(lambda self: settings.monitor(self))
+    loss_scale_value = property(lambda self: getattr(self.optimizer, "loss_scale", 1.0))
+
+    def get_data_parallel_rank(self) -> int:
+        return int(self.global_rank)
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+    def optimizer_name(self) -> str | None:
+        section = self._engine.config.optimizer
+        return section.type.lower() if section is not None else None
+
+    def optimizer_params(self) -> dict[str, Any] | None:
+        section = self._engine.config.optimizer
+        return dict(section.params) if section is not None else None
+
+    def scheduler_name(self) -> str | None:
+        section = self._engine.config.scheduler
+        return section.type if section is not None else None
+
+    def scheduler_params(self) -> dict[str, Any] | None:
+        section = self._engine.config.scheduler
+        return dict(section.params) if section is not None else None
+
+    def zero_optimization(self) -> bool:
+        return self.zero_optimization_stage() > 0
+
+    def zero_optimization_stage(self) -> int:
+        return self._engine.config.zero_optimization.stage
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        return self.zero_optimization_stage() >= 2
+
+    def zero_optimization_partition_weights(self) -> bool:
+        return self.zero_optimization_stage() >= 3
+
+    def zero_offload_optimizer(self) -> Any:
+        return self._config.zero_config.offload_optimizer
+
+    def zero_offload_param(self) -> Any:
+        return self._config.zero_config.offload_param
+
+    def zero_cpu_offload(self) -> bool:
+        return self._engine.config.zero_optimization.offload_optimizer.device == "cpu"
+
+    zero_use_cpu_optimizer = zero_cpu_offload
+
+    def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
+        """(dtype of parameters, dtype in which gradients are summed)."""
+        return self._engine.precision.param_dtype or torch.float32, torch.float32
+
+    def dynamic_loss_scale(self) -> bool:
+        return bool(self.fp16_enabled() and self.loss_scale() == 0)
+
+    # One line for each question that the configuration answers: where, and what holds when it does not say.
+    zero_reduce_scatter = answer("zero_optimization.reduce_scatter", True)
+    zero_overlap_comm = answer("zero_optimization.overlap_comm", None)
+    zero_sub_group_size = answer("zero_optimization.sub_group_size", int(1e9))
+    zero_reduce_bucket_size = answer("zero_optimization.reduce_bucket_size", int(5e8))
+    zero_allgather_bucket_size = answer("zero_optimization.allgather_bucket_size", int(5e8))
+    zero_allgather_partitions = answer("zero_optimization.allgather_partitions", True)
+    zero_contiguous_gradients = answer("zero_optimization.contiguous_gradients", True)
+    zero_load_from_fp32_weights = answer("zero_optimization.load_from_fp32_weights", True)
+    zero_elastic_checkpoint = answer("zero_optimization.elastic_checkpoint", False)
+    zero_max_live_parameters = answer("zero_optimization.stage3_max_live_parameters", int(1e9))
+    zero_max_reuse_distance = answer("zero_optimization.stage3_max_reuse_distance", int(1e9))
+    zero_prefetch_bucket_size = answer("zero_optimization.stage3_prefetch_bucket_size", int(5e7))
+    zero_module_granularity_threshold = answer("zero_optimization.stage3_module_granularity_threshold", 0)
+    zero_param_persistence_threshold = answer(
+        "zero_optimization.stage3_param_persistence_threshold", int(1e5)
+    )
+    zero_model_persistence_threshold = answer(
+        "zero_optimization.stage3_model_persistence_threshold", 2**63 - 1
+    )
+    zero_gather_16bit_weights_on_model_save = answer(
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save", False
+    )
+    zero_ignore_unused_parameters = answer("zero_optimization.ignore_unused_parameters", True)
+    zero_legacy_stage1 = answer("zero_optimization.legacy_stage1", False)
+    zero_round_robin_gradients = answer("zero_optimization.round_robin_gradients", False)
+    zero_hpz_partition_size = answer("zero_optimization.zero_hpz_partition_size", 1)
+    zero_quantized_weights = answer("zero_optimization.zero_quantized_weights", False)
+    zero_quantized_gradients = answer("zero_optimization.zero_quantized_gradients", False)
+    is_sanity_checks_enabled = answer("zero_optimization.enable_sanity_checks", False)
+    zero_allow_untested_optimizer = answer("zero_allow_untested_optimizer", False)
+    zero_force_ds_cpu_optimizer = answer("zero_force_ds_cpu_optimizer", True)
+    fp16_enabled = answer("fp16.enabled", False)
+    fp16_auto_cast = answer("fp16.auto_cast", False)
+    loss_scale = answer("fp16.loss_scale", 0)
+    bfloat16_enabled = answer("bf16.enabled", False)
+    torch_autocast_enabled = answer("torch_autocast.enabled", False)
+    torch_autocast_dtype = answer("torch_autocast.dtype", None)
+    communication_data_type = answer("communication_data_type", None)
+    gradient_clipping = answer("gradient_clipping", 1.0)
+    gradient_predivide_factor = answer("gradient_predivide_factor", 1.0)
+    managed_gradient_accumulation = answer("managed_gradient_accumulation", True)
+    steps_per_print = answer("steps_per_print", None)
+    wall_clock_breakdown = answer("wall_clock_breakdown", False)
+    memory_breakdown = answer("memory_breakdown", False)
+    dump_state = answer("dump_state", False)
+    dataloader_drop_last = answer("dataloader_drop_last", False)
+    sparse_gradients_enabled = answer("sparse_gradients", False)
+    load_universal_checkpoint = answer("checkpoint.load_universal", False)
+    use_node_local_storage = answer("checkpoint.use_node_local_storage", False)
+    autotuning_enabled = answer("autotuning.enabled", False)
+    flops_profiler_enabled = answer("flops_profiler.enabled", False)
+    curriculum_learning_enabled = answer("data_efficiency.data_sampling.curriculum_learning.enabled", False)
+    random_ltd_enabled = answer("data_efficiency.data_routing.random_ltd.enabled", False)
+    autotp_size = answer("tensor_parallel.autotp_size", 0)
+
+    # --- data
+
+    def deepspeed_io(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> Any:
+        """A loader of this rank's share; in another route than "train" in order."""
+        return settings.loader(self, dataset, batch_size, route, data_sampler, collate_fn or self.collate_fn)
+
+    # --- checkpoints
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        if not save_dir:
+            raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
+        self._engine.save_checkpoint(
+            save_dir,
+            None if tag is None else str(tag),
+            client_state,
+            save_latest=save_latest,
+            exclude_frozen_parameters=exclude_frozen_parameters,
+        )
+        if self.zero_optimization() and self.global_rank == 0:
+            checkpoint.leave_script(save_dir)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """(None, None) and a warning where `latest` is missing and no tag is given."""
+        if tag is None and not os.path.isfile(os.path.join(load_dir, "latest")):
+            logger.warning(
+                f"Unable to find latest file at {os.path.join(load_dir, 'latest')}: nothing is loaded, training "
+                "starts from the beginning. Pass tag=... if there is a checkpoint."
+            )
+            return None, None
+        return self._engine.load_checkpoint(
+            load_dir,
+            None if tag is None else str(tag),
+            load_module_strict=load_module_strict,
+            load_optimizer_states=load_optimizer_states,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+        )
+
+    def module_state_dict(
+        self,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
+    ) -> dict[str, Any]:
+        """The module's own state_dict; at stage 3 without values for what is divided, see
+        `_zero3_consolidated_16bit_state_dict`.
+        """
+        found = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        frozen = {prefix + n for n, p in self.module.named_parameters() if not p.requires_grad}
+        return {k: v for k, v in found.items() if not exclude_frozen_parameters or k not in frozen}
+
+    def load_module_state_dict(
+        self, checkpoint: Mapping[str, Any], strict: bool = True, custom_load_fn: Any = None, **_: Any
+    ) -> None:
+        """Whole values into the module, its fp32 masters and every rank's slices. `checkpoint["module"]`, or the
+        values themselves.
+        """
+        values = checkpoint.get("module", checkpoint)
+        if custom_load_fn is not None:
+            with ds_zero.gathered(self.module.parameters(), write=True):
+                custom_load_fn(src=values, dst=self.module)
+            return
+        ds_zero.load_full_state_dict(self.module, values, strict=strict)
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
+        if not self.zero_optimization_partition_weights():
+            raise ValueError(
+                "consolidated_16bit_state_dict is only applicable to cases where weights are partitioned"
+            )
+        return self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> OrderedDict[str, Tensor] | None:
+        """Whole values in the compute dtype, on rank 0; None elsewhere. Collective."""
+        if not self.zero_optimization_partition_weights():
+            raise ValueError("this function requires ZeRO-3 mode")
+        return checkpoint.consolidated(self, exclude_frozen_parameters)
+
+    def save_16bit_model(
+        self,
+        save_dir: str | os.PathLike[str],
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Whole weights in the compute dtype, in one file of torch.save. At stage 3 only with
+        stage3_gather_16bit_weights_on_model_save. Collective.
+        """
+        path = os.path.join(save_dir, save_filename)
+        if self.zero_optimization_partition_weights() and not self.zero_gather_16bit_weights_on_model_save():
+            log_dist(
+                f"Did not save the model {path} because stage3_gather_16bit_weights_on_model_save is False",
+                ranks=[0],
+            )
+            return False
+        checkpoint.save_weights(path, checkpoint.consolidated(self, exclude_frozen_parameters))
+        return True
+
+    def save_fp16_model(
+        self, save_dir: str | os.PathLike[str], save_filename: str = "pytorch_model.bin"
+    ) -> bool:
+        return self.save_16bit_model(save_dir, save_filename)
+
+    # --- the rest
+
+    def empty_partition_cache(self) -> None:
+        """Gathered parameters are given back as soon as nobody uses them."""
+
+    def set_data_post_process_func(self, post_process_func: Callable[..., Any]) -> None:
+        if self.training_dataloader is not None:
+            self.training_dataloader.post_process_func = post_process_func  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OWN and "_engine" in vars(self):
+            return getattr(self._engine, name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "module" not in vars(self):
+                raise
+        if hasattr(self.module, name):
+            return getattr(self.module, name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            settings.write(self._engine, name, value)
+        elif name in ("module", "optimizer"):
+            vars(self)[name] = value  # not registered: an optimizer is no submodule
+            if name == "module":
+                self._modules["module"] = value
+        else:
+            super().__setattr__(name, value)

@@ -1,0 +1,127 @@
+"""`deepspeed.initialize`, and what goes with it on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import ds_engine
+import ds_zero
+from ds_compat import comm, groups, params, zero
+from ds_compat import config as configs
+from ds_compat.engine import DeepSpeedEngine
+from ds_compat.logs import logger
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Optimizer | Callable[[Any], Optimizer] | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    mesh_param: Any = None,
+    config_params: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+) -> tuple[DeepSpeedEngine, Any, Any, Any]:
+    """An engine for `model`, with the arguments of DeepSpeed; see `ds_engine.initialize` for what they do.
+
+    Returns:
+        (engine, optimizer, loader of `training_data` or None, schedule or None).
+
+    Raises:
+        ds_engine.ConfigError (a ValueError): a mistake in the configuration.
+    """
+    assert model is not None, "deepspeed.initialize requires a model"
+    _rank_from_arguments(args)
+    comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    given = configs.read(_the_config(args, config, config_params))
+    resolved = configs.DeepSpeedConfig(_effective(given, model, optimizer), mpu)
+    has_optimizer = optimizer is not None or resolved.typed.optimizer is not None
+    engine, _, loader, schedule = ds_engine.initialize(
+        model=model,
+        config=resolved.typed,
+        optimizer=optimizer if has_optimizer else _no_optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        # The configuration's schedule wins, as in the original.
+        lr_scheduler=lr_scheduler if resolved.typed.scheduler is None else None,
+        collate_fn=collate_fn,
+    )
+    resolved.raw = given
+    groups.set_mpu(mpu)
+    params.present(p for p in model.parameters() if _is_divided(p))
+    made = DeepSpeedEngine(engine, resolved, has_optimizer=has_optimizer, mpu=mpu)
+    made.training_dataloader, made.collate_fn, made.client_lr_scheduler = loader, collate_fn, lr_scheduler
+    return made, made.optimizer, loader, schedule
+
+
+def _is_divided(param: nn.Parameter) -> bool:
+    found = ds_zero.presence(param)
+    return found is not None and found.divided
+
+
+def _no_optimizer(_: Any) -> Optimizer:
+    """For engines that only evaluate: an optimizer without parameters."""
+    return torch.optim.SGD([{"params": []}], lr=0.0)
+
+
+def _rank_from_arguments(args: Any) -> None:
+    """Old launchers give the local rank as an argument only."""
+    local = getattr(args, "local_rank", None)
+    if isinstance(local, int) and local >= 0:
+        os.environ.setdefault("LOCAL_RANK", str(local))
+
+
+def _the_config(args: Any, config: Any, config_params: Any) -> Any:
+    config = config if config is not None else config_params
+    named = [
+        value
+        for value in (getattr(args, "deepspeed_config", None), getattr(args, "deepscale_config", None))
+        if value is not None
+    ]
+    assert len(named) + (config is not None) <= 1, (
+        "Not sure how to proceed, we were given deepspeed configs in the deepspeed arguments and "
+        "deepspeed.initialize() function call"
+    )
+    found = config if config is not None else named[0] if named else None
+    assert found is not None, "DeepSpeed requires --deepspeed_config to specify configuration file"
+    return found
+
+
+def _effective(given: Mapping[str, Any], model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """The configuration as the engine gets it: without its optimizer where one was passed, which wins in the
+    original, and with the leaf modules that were marked on the model.
+    """
+    config = dict(given)
+    if optimizer is not None and config.pop("optimizer", None) is not None:
+        logger.warning("the optimizer passed to deepspeed.initialize is used, not the section optimizer")
+    leaves = [name for name, module in model.named_modules() if zero.z3_leaf_module(module)]
+    section = config.get("zero_optimization")
+    if leaves and isinstance(section, dict) and section.get("stage") == 3:
+        marked = dict(section.get("leaf_module") or {})
+        marked["names"] = [*marked.get("names", []), *leaves]
+        config["zero_optimization"] = {**section, "leaf_module": marked}
+    return config
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds --deepspeed and --deepspeed_config."""
+    group = parser.add_argument_group("DeepSpeed", "DeepSpeed configurations")
+    group.add_argument(
+        "--deepspeed", action="store_true", help="a flag for your own code; nothing looks at it here"
+    )
+    group.add_argument("--deepspeed_config", type=str, help="the configuration file")
+    group.add_argument("--deepscale", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument("--deepscale_config", type=str, help=argparse.SUPPRESS)
+    return parser

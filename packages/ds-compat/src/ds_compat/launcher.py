@@ -1,0 +1,248 @@
+"""The command `deepspeed` for one machine, on top of `ds run`."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ds_engine.launch.plan import LOCAL_RANK, LaunchError
+
+DLTS_HOSTFILE = "/job/hostfile"
+EXPORT_ENVS = ["MLFLOW", "PYTHON", "MV2", "UCX"]
+DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+
+Pool = dict[str, list[int]]
+"""Host -> numbers of its slots."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="deepspeed",
+        description="Starts a script on every rank of this machine (ds-compat, on top of `ds run`).",
+    )
+    add = parser.add_argument
+    add("-H", "--hostfile", default=DLTS_HOSTFILE, help="lines such as `worker-0 slots=4`")
+    add("-i", "--include", default="", help="NODE[:SLOT[,SLOT]...][@NODE...]: only these, e.g. localhost:0,2")
+    add("-e", "--exclude", default="", help="all but these, in the same form")
+    add("--num_nodes", type=int, default=-1, help="1: there is one machine here")
+    add(
+        "--num_gpus",
+        "--num_accelerators",
+        type=int,
+        default=-1,
+        help="ranks; on a machine without GPUs, processes",
+    )
+    add("--master_port", type=int, default=None, help="default: a free one")
+    add("--master_addr", default="", help="of no use on one machine")
+    add("--node_rank", type=int, default=-1, help="of no use on one machine")
+    add("--launcher", default="pdsh", help="for several machines: not here")
+    add("--launcher_args", default="", help="for several machines: not here")
+    add("--module", action="store_true", help="the script is a module's name, as with python -m")
+    add("--no_python", action="store_true", help="the script is a program")
+    add("--no_local_rank", action="store_true", help="do not pass --local_rank=N to the script")
+    for name in (
+        "no_ssh",
+        "no_ssh_check",
+        "force_multi",
+        "save_pid",
+        "bind_cores_to_rank",
+        "elastic_training",
+    ):
+        add(f"--{name}", action="store_true", help=argparse.SUPPRESS)
+    for name in ("min_elastic_nodes", "max_elastic_nodes", "ssh_port"):
+        add(f"--{name}", type=int, default=None, help=argparse.SUPPRESS)
+    for name in ("enable_each_rank_log", "bind_core_list", "venv_script", "log_level"):
+        add(f"--{name}", default=None, help=argparse.SUPPRESS)
+    add("--autotuning", default="", choices=["", "tune", "run"], help=argparse.SUPPRESS)
+    add("-q", "--quiet", action="store_true", help="say nothing about the start")
+    add("user_script", help="what to start, followed by its arguments")
+    add("user_args", nargs=argparse.REMAINDER)
+    return parser
+
+
+def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line as DeepSpeed's launcher takes it."""
+    return _parser().parse_args(args)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The console script; ends with the exit code of the rank that failed first, or 2."""
+    sys.exit(launch(parse_args(args)))
+
+
+def launch(options: argparse.Namespace) -> int:
+    """Run the job; returns the exit code."""
+    from ds_engine.launch import local
+    from ds_engine.launch.supervise import run
+
+    try:
+        _refuse_what_is_not_here(options)
+        ranks, environ = _place(options)
+        arguments = [*([] if options.no_local_rank else [LOCAL_RANK]), *options.user_args]
+        plan = local.prepare(
+            options.user_script,
+            arguments,
+            nproc=ranks,
+            module=options.module,
+            program=options.no_python,
+            port=options.master_port,
+            environ=environ,
+        )
+    except (LaunchError, ValueError) as error:
+        _say(f"cannot start: {error}")
+        return 2
+    if not options.quiet:
+        _say(f"{plan.num_ranks} rank(s): {options.user_script} {' '.join(options.user_args)}".rstrip())
+    return run(plan, say=_say)
+
+
+def _refuse_what_is_not_here(options: argparse.Namespace) -> None:
+    if options.num_nodes > 1 or options.node_rank > 0 or options.force_multi:
+        raise LaunchError(
+            "this launcher starts the ranks of one machine: on several, start the script itself with torchrun, srun or "
+            "mpirun, which deepspeed.init_distributed understands"
+        )
+    if options.autotuning:
+        raise LaunchError("--autotuning belongs to ds-engine, which does not have it yet")
+    if options.elastic_training:
+        raise LaunchError("--elastic_training is not there; a checkpoint resumes on any number of ranks")
+    if options.enable_each_rank_log:
+        raise LaunchError(
+            "--enable_each_rank_log is not there: every line of rank 1 and up says its rank, use `tee`"
+        )
+
+
+def _place(options: argparse.Namespace) -> tuple[int, dict[str, str]]:
+    """(number of ranks, their environment)."""
+    filtered = bool(options.include or options.exclude)
+    if filtered and options.num_gpus > 0:
+        raise ValueError("Cannot specify num_gpus with include/exclude")
+    if options.module and options.no_python:
+        raise ValueError("--no_python and --module are mutually exclusive")
+    pool = fetch_hostfile(options.hostfile) or {"localhost": list(range(_devices(options)))}
+    if len(pool) > 1 and not filtered:
+        raise LaunchError(
+            f"{options.hostfile} names {len(pool)} machines ({', '.join(pool)}): this launcher starts the ranks of "
+            "one; use torchrun, srun or mpirun"
+        )
+    pool = parse_resource_filter(pool, options.include, options.exclude)
+    if len(pool) != 1:
+        raise ValueError(f"--include/--exclude leave {len(pool)} machines: it has to be one")
+    slots = next(iter(pool.values()))
+    if options.num_gpus > 0:
+        slots = list(range(options.num_gpus))
+    environ = {**os.environ, **_from_files()}
+    environ["LOCAL_SIZE"] = str(len(slots))
+    if filtered:
+        environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
+    return len(slots), environ
+
+
+def _devices(options: argparse.Namespace) -> int:
+    """Accelerators of this machine; on one without, what --num_gpus or LOCAL_SIZE says, else NUMA nodes."""
+    from ds_engine.launch.devices import count_accelerators
+
+    if options.num_gpus > 0:
+        return int(options.num_gpus)
+    named = [int(n) for n in re.findall(r"\d+", (options.include or options.exclude).partition(":")[2])]
+    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
+    on_cpu = int(os.environ.get("LOCAL_SIZE", "0")) or max([1, nodes, *(n + 1 for n in named)])
+    return count_accelerators() or on_cpu
+
+
+def _from_files() -> dict[str, str]:
+    """KEY=VALUE lines of `.deepspeed_env` in the home folder and here."""
+    found: dict[str, str] = {}
+    for folder in (Path.home(), Path.cwd()):
+        file = folder / DEEPSPEED_ENVIRONMENT_NAME
+        if file.is_file():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                key, equals, value = line.strip().partition("=")
+                if equals and not key.startswith("#"):
+                    found[key] = value
+    return found
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"[deepspeed] {line}\n")
+    sys.stderr.flush()
+
+
+def fetch_hostfile(hostfile_path: str) -> Pool | None:
+    """Host -> slots of a host file; None if there is no such file.
+
+    Raises:
+        ValueError: a line that is none, or a host named twice.
+    """
+    path = Path(hostfile_path)
+    return _parse_hostfile(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else None
+
+
+def _parse_hostfile(hostfile_lines: Sequence[str]) -> Pool:
+    pool: Pool = {}
+    for line in hostfile_lines:
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        match = re.match(r"^(\S+)\s+slots=(\d+)", text)
+        if match is None:
+            raise ValueError(f"Hostfile contains a bad entry: {line}, unable to proceed with launching")
+        if match[1] in pool:
+            raise ValueError(
+                f"Hostfile contains multiple entries for {match[1]}, unable to proceed with launching"
+            )
+        pool[match[1]] = list(range(int(match[2])))
+    if not pool:
+        raise ValueError("Hostfile is empty or not formatted correctly, unable to proceed with launching.")
+    return pool
+
+
+def parse_resource_filter(
+    host_info: Mapping[str, list[int]], include_str: str = "", exclude_str: str = ""
+) -> Pool:
+    """The hosts and slots that `NODE[:SLOT[,SLOT]...][@NODE...]` includes or leaves, in the order of `host_info`.
+
+    Raises:
+        ValueError: both are given, or a host or slot that there is not.
+    """
+    if include_str and exclude_str:
+        raise ValueError("include_str and exclude_str are mutually exclusive.")
+    if not include_str and not exclude_str:
+        return dict(host_info)
+    named: dict[str, list[int]] = {}
+    for node in (include_str or exclude_str).split("@"):
+        host, _, slots = node.strip().partition(":")
+        if host not in host_info:
+            raise ValueError(f"Hostname '{host}' not found in hostfile")
+        numbers = (
+            list(dict.fromkeys(int(slot) for slot in slots.split(","))) if slots else list(host_info[host])
+        )
+        for slot in numbers:
+            if slot not in host_info[host]:
+                raise ValueError(f"No slot '{slot}' specified on host '{host}'")
+        named[host] = sorted({*named.get(host, []), *numbers})
+    kept = {
+        host: named.get(host, []) if include_str else [s for s in slots if s not in named.get(host, [])]
+        for host, slots in host_info.items()
+    }
+    return {host: slots for host, slots in kept.items() if slots}
+
+
+def parse_inclusion_exclusion(resource_pool: Mapping[str, int], inclusion: str, exclusion: str) -> Pool:
+    """As `parse_resource_filter`, for numbers of slots."""
+    return parse_resource_filter({h: list(range(n)) for h, n in resource_pool.items()}, inclusion, exclusion)
+
+
+def encode_world_info(world_info: Mapping[str, list[int]]) -> str:
+    """Hosts and slots as one word."""
+    return base64.urlsafe_b64encode(json.dumps(dict(world_info)).encode()).decode()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""`deepspeed.runtime.lr_schedules`: the schedules of ds_engine, their names, and their command-line arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_engine.schedules import (
+    LRRangeTest,
+    OneCycle,
+    WarmupCosineLR,
+    WarmupDecayLR,
+    WarmupLR,
+    add_tuning_arguments,
+    get_config_from_args,
+)
+from ds_engine.schedules.arguments import ARGUMENTS, SETTINGS
+
+__all__ = [
+    "LRRangeTest",
+    "OneCycle",
+    "WarmupCosineLR",
+    "WarmupDecayLR",
+    "WarmupLR",
+    "add_tuning_arguments",
+    "get_config_from_args",
+]
+
+LR_SCHEDULE = "lr_schedule"
+LR_RANGE_TEST, ONE_CYCLE = "LRRangeTest", "OneCycle"
+WARMUP_LR, WARMUP_DECAY_LR, WARMUP_COSINE_LR = "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"
+VALID_LR_SCHEDULES = list(SETTINGS)
+WARMUP_LOG_RATE, WARMUP_LINEAR_RATE = "log", "linear"
+
+# DeepSpeed has a constant for each name of an argument: WARMUP_MIN_LR = "warmup_min_lr", and so on.
+globals().update({name.upper(): name for name in (*ARGUMENTS, "edge_value", "mid_value")})
+
+
+def get_lr_from_config(config: dict[str, Any]) -> tuple[Any, str]:
+    """(the rate with which a schedule's section begins, or None; a message)."""
+    name, values = config.get("type"), config.get("params")
+    if name is None or values is None:
+        return None, "LR schedule type or params are missing"
+    if name not in VALID_LR_SCHEDULES:
+        return None, f"{name} is not a valid LR schedule"
+    keys = {LR_RANGE_TEST: "lr_range_test_min_lr", ONE_CYCLE: "cycle_max_lr"}
+    return values.get(keys.get(name, "warmup_max_lr")), ""

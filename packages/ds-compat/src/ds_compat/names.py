@@ -1,0 +1,282 @@
+"""Which name of DeepSpeed's lives where here.
+
+Module below `deepspeed` ("" for itself) -> home -> names; `there=here` where they differ. A text instead of a
+dictionary: the whole module is one of ours. tests/compat/test_names.py looks up every entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+VERSION = "0.19.8+ds"
+"""The version whose names these are, for comparisons; `+ds` tells that it is not that one."""
+
+_CONFIG = "ds_compat.config"
+_SECTIONS = "ds_compat.sections"
+_LOGS = "ds_compat.logs"
+_PARAMS = "ds_compat.params"
+_REFUSED = "ds_compat.refused"
+_UTILS = "ds_compat.utils"
+_ZERO = "ds_compat.zero"
+
+_OPTIMIZERS = {
+    "adam": {
+        "ds_compat.optimizers": "FusedAdam DeepSpeedCPUAdam",
+        _REFUSED: "ZenFlowCPUAdam ZenFlowSelectiveAdamW",
+    },
+    "adagrad": {"ds_compat.optimizers": "DeepSpeedCPUAdagrad"},
+    "lamb": {"ds_compat.optimizers": "FusedLamb"},
+    "lion": {"ds_compat.optimizers": "FusedLion DeepSpeedCPULion"},
+}
+_LEAVES = (
+    "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module z3_leaf_parameter "
+    "set_z3_leaf_module set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix"
+)
+_FRAGMENTS = (
+    "safe_get_full_fp32_param safe_get_full_grad safe_get_full_optimizer_state safe_set_full_fp32_param "
+    "safe_set_full_grad safe_set_full_optimizer_state safe_get_local_fp32_param safe_get_local_grad "
+    "safe_get_local_optimizer_state safe_set_local_fp32_param safe_set_local_grad "
+    "safe_set_local_optimizer_state safe_update_full_grad_vectorized"
+)
+_PARTITION = {
+    _ZERO: "Init GatheredParameters register_external_parameter unregister_external_parameter shutdown_init_context "
+    "restore_init_context",
+    _PARAMS: "ZeroParamType ZeroParamStatus is_zero_param",
+    _UTILS: "zero_wrapper_for_fp_tensor_constructor _orig_torch_arange partitioned_param_data_shape",
+    "ds_compat.device": "get_accelerator",
+    _REFUSED: "CUDAQuantizer MultipleAllGatherHandles",
+}
+_OFFLOAD = "DeepSpeedZeroOffloadParamConfig DeepSpeedZeroOffloadOptimizerConfig OffloadDeviceEnum OffloadStateTypeEnum"
+_RUNTIME_UTILS = (
+    "set_random_seed ensure_directory_exists noop_decorator call_to_str partition_uniform get_only_unique_item "
+    "clip_grad_norm_ get_global_norm has_inf_or_nan move_to_device empty_cache"
+)
+_GATES = (
+    "top1gating top2gating topkgating _route_slots _sparse_decode _sparse_encode TopKGate MOELayer Experts"
+)
+_TOPOLOGY = "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology PipelineParallelGrid _prime_factors"
+_CONSTANTS = (
+    "ADAM_OPTIMIZER ADAMW_OPTIMIZER LAMB_OPTIMIZER ADAGRAD_OPTIMIZER LION_OPTIMIZER SGD_OPTIMIZER "
+    "MUON_OPTIMIZER"
+)
+
+MODULES: Mapping[str, Mapping[str, str] | str] = {
+    "": {
+        "ds_compat.initialize": "initialize add_config_arguments",
+        "ds_compat.comm": "init_distributed",
+        "ds_compat.engine": "DeepSpeedEngine",
+        "ds_compat.optimizer": "DeepSpeedOptimizer ZeROOptimizer",
+        "ds_compat.dataloader": "DeepSpeedDataLoader",
+        "ds_compat.device": "get_accelerator OnDevice",
+        _CONFIG: "DeepSpeedConfig DeepSpeedConfigError TORCH_DISTRIBUTED_DEFAULT_PORT " + _CONSTANTS,
+        _LOGS: "logger log_dist",
+        "ds_compat.lr_schedules": "add_tuning_arguments",
+        _UTILS: "version git_hash git_branch __git_hash__=git_hash __git_branch__=git_branch HAS_TRITON dist "
+        "__version_major__ __version_minor__ __version_patch__",
+        "ds_compat": "checkpointing",
+        _REFUSED: "PipelineEngine PipelineModule DeepSpeedHybridEngine init_inference default_inference_config "
+        "tp_model_init set_autotp_mode InferenceEngine DeepSpeedInferenceConfig DeepSpeedTransformerLayer "
+        "DeepSpeedTransformerConfig replace_transformer_layer DualPipeVEngine DualPipeVModule",
+    },
+    "accelerator": {
+        "ds_compat.device": "get_accelerator is_current_accelerator_supported DeepSpeedAccelerator",
+    },
+    "accelerator.abstract_accelerator": {"ds_compat.device": "DeepSpeedAccelerator"},
+    "accelerator.cpu_accelerator": {"ds_compat.device": "CPU_Accelerator=CpuAccelerator"},
+    "accelerator.real_accelerator": {"ds_compat.device": "get_accelerator"},
+    "autotuning": {_REFUSED: "Autotuner"},
+    "autotuning.autotuner": {_REFUSED: "Autotuner"},
+    "autotuning.scheduler": {_REFUSED: "ResourceManager"},
+    "autotuning.utils": {_UTILS: "get_val_by_key set_val_by_key"},
+    "checkpoint": {"ds_compat.checkpoint": "get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank"},
+    "checkpoint.ds_to_universal": {_REFUSED: "main=ds_to_universal"},
+    "checkpoint.utils": {
+        "ds_compat.checkpoint": "clone_tensors_for_torch_save get_model_ckpt_name_for_rank "
+        "get_zero_ckpt_name_for_rank",
+    },
+    "comm": "ds_compat.comm",
+    "comm.comm": "ds_compat.comm",
+    "comm.torch": "ds_compat.comm",
+    "compression": {_REFUSED: "init_compression redundancy_clean"},
+    "constants": {_CONFIG: "TORCH_DISTRIBUTED_DEFAULT_PORT"},
+    "env_report": {"ds_compat.report": "main cli_main=main"},
+    "git_version_info": {
+        _UTILS: "version git_hash git_branch installed_ops compatible_ops",
+        "ds_compat.device": "torch_info",
+    },
+    "inference": {_REFUSED: "InferenceEngine"},
+    "inference.config": {_REFUSED: "DeepSpeedInferenceConfig"},
+    "inference.engine": {_REFUSED: "InferenceEngine"},
+    "launcher": {},
+    "launcher.multinode_runner": {
+        _REFUSED: "MultiNodeRunner PDSHRunner OpenMPIRunner SlurmRunner MPICHRunner"
+    },
+    "launcher.runner": {
+        "ds_compat.launcher": "main parse_args encode_world_info parse_resource_filter parse_inclusion_exclusion "
+        "fetch_hostfile DEEPSPEED_ENVIRONMENT_NAME DLTS_HOSTFILE EXPORT_ENVS"
+    },
+    "linear": {_REFUSED: "LoRAConfig QuantizationConfig OptimizedLinear LoRAOptimizedLinear init_lora"},
+    "linear.config": {_REFUSED: "LoRAConfig QuantizationConfig"},
+    "linear.optimized_linear": {_REFUSED: "OptimizedLinear LoRAOptimizedLinear"},
+    "module_inject": {_REFUSED: "replace_transformer_layer set_autotp_mode"},
+    "module_inject.layers": {
+        _REFUSED: "LinearAllreduce LinearLayer LmHeadLinearAllreduce set_autotp_mode",
+        _UTILS: "is_autotp_training_mode",
+    },
+    "module_inject.tp_shard": {_REFUSED: "get_shard_size_list get_shard_size"},
+    "moe": {_REFUSED: "MoE"},
+    "moe.experts": {_REFUSED: "Experts"},
+    "moe.layer": {_REFUSED: "MoE"},
+    "moe.sharded_moe": {_REFUSED: _GATES},
+    "moe.utils": {
+        _UTILS: "is_moe_param has_moe_layers",
+        _REFUSED: "split_params_into_different_moe_groups_for_optimizer configure_moe_param_groups",
+    },
+    "monitor": {},
+    "ops": {},
+    "ops.adagrad": _OPTIMIZERS["adagrad"],
+    "ops.adagrad.cpu_adagrad": _OPTIMIZERS["adagrad"],
+    "ops.adam": _OPTIMIZERS["adam"],
+    "ops.adam.cpu_adam": {"ds_compat.optimizers": "DeepSpeedCPUAdam"},
+    "ops.adam.fused_adam": {"ds_compat.optimizers": "FusedAdam"},
+    "ops.aio": {"ds_compat.builders": "AsyncIOBuilder", _REFUSED: "aio_handle"},
+    "ops.lamb": _OPTIMIZERS["lamb"],
+    "ops.lamb.fused_lamb": _OPTIMIZERS["lamb"],
+    "ops.lion": _OPTIMIZERS["lion"],
+    "ops.lion.cpu_lion": {"ds_compat.optimizers": "DeepSpeedCPULion"},
+    "ops.lion.fused_lion": {"ds_compat.optimizers": "FusedLion"},
+    "ops.op_builder": "ds_compat.builders",
+    "ops.op_builder.all_ops": {"ds_compat.builders": "ALL_OPS"},
+    "ops.op_builder.builder": {"ds_compat.builders": "OpBuilder"},
+    "ops.sparse_attention": {
+        _REFUSED: "SparseSelfAttention SparsityConfig DenseSparsityConfig FixedSparsityConfig VariableSparsityConfig "
+        "BigBirdSparsityConfig BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig SparseAttentionUtils"
+    },
+    "ops.transformer": {_REFUSED: "DeepSpeedTransformerLayer DeepSpeedTransformerConfig"},
+    "pipe": {_REFUSED: "PipelineModule LayerSpec TiedLayerSpec"},
+    "profiling": {},
+    "profiling.flops_profiler": {_REFUSED: "FlopsProfiler get_model_profile"},
+    "profiling.flops_profiler.profiler": {_REFUSED: "FlopsProfiler get_model_profile"},
+    "runtime": {"ds_compat.optimizer": "DeepSpeedOptimizer ZeROOptimizer"},
+    "runtime.activation_checkpointing": {},
+    "runtime.activation_checkpointing.checkpointing": "ds_compat.checkpointing",
+    "checkpointing": "ds_compat.checkpointing",
+    "runtime.base_optimizer": {"ds_compat.optimizer": "DeepSpeedOptimizer ZeROOptimizer"},
+    "runtime.bf16_optimizer": {"ds_compat.optimizer": "BF16_Optimizer"},
+    "runtime.config": {
+        _CONFIG: "DeepSpeedConfig DeepSpeedConfigError get_gradient_clipping get_log_level " + _CONSTANTS,
+    },
+    "runtime.config_utils": {
+        _SECTIONS: "DeepSpeedConfigModel",
+        _CONFIG: "dict_raise_error_on_duplicate_keys get_scalar_param",
+    },
+    "runtime.constants": {
+        _CONFIG: "GRADIENT_CLIPPING GRADIENT_CLIPPING_DEFAULT LOG_LEVEL LOG_LEVEL_DEFAULT ROUTE_TRAIN ROUTE_EVAL "
+        "ROUTE_PREDICT TRAIN_BATCH_SIZE TRAIN_MICRO_BATCH_SIZE_PER_GPU GRADIENT_ACCUMULATION_STEPS",
+    },
+    "runtime.data_pipeline": {},
+    "runtime.data_pipeline.data_sampling": {},
+    "runtime.data_pipeline.data_sampling.data_analyzer": {_REFUSED: "DataAnalyzer"},
+    "runtime.data_pipeline.data_sampling.data_sampler": {_REFUSED: "DeepSpeedDataSampler"},
+    "runtime.dataloader": {"ds_compat.dataloader": "DeepSpeedDataLoader RepeatingLoader"},
+    "runtime.engine": {
+        "ds_compat.engine": "DeepSpeedEngine",
+        _CONFIG: "ADAM_OPTIMIZER LAMB_OPTIMIZER MUON_OPTIMIZER",
+        _UTILS: "DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable",
+    },
+    "runtime.fp16": {},
+    "runtime.fp16.fused_optimizer": {"ds_compat.optimizer": "FP16_Optimizer"},
+    "runtime.fp16.onebit": {_REFUSED: "OnebitAdam OnebitLamb ZeroOneAdam"},
+    "runtime.fp16.onebit.adam": {_REFUSED: "OnebitAdam"},
+    "runtime.fp16.onebit.lamb": {_REFUSED: "OnebitLamb"},
+    "runtime.fp16.onebit.zoadam": {_REFUSED: "ZeroOneAdam"},
+    "runtime.fp16.unfused_optimizer": {"ds_compat.optimizer": "FP16_UnfusedOptimizer"},
+    "runtime.hybrid_engine": {_REFUSED: "DeepSpeedHybridEngine"},
+    "runtime.lr_schedules": "ds_compat.lr_schedules",
+    "runtime.pipe": {_REFUSED: "PipelineModule LayerSpec TiedLayerSpec"},
+    "runtime.pipe.engine": {_REFUSED: "PipelineEngine PipelineError"},
+    "runtime.pipe.module": {_REFUSED: "PipelineModule LayerSpec TiedLayerSpec"},
+    "runtime.pipe.schedule": {_REFUSED: "TrainSchedule InferenceSchedule DataParallelSchedule"},
+    "runtime.pipe.topology": {_REFUSED: _TOPOLOGY},
+    "runtime.precision_config": {
+        _SECTIONS: "DeepSpeedFP16Config DeepSpeedBF16Config get_bfloat16_config get_float16_config",
+    },
+    "runtime.sequence_parallel": {},
+    "runtime.sequence_parallel.parallel_state_sp": {
+        "ds_compat.groups": "get_sequence_parallel_group=_get_sequence_parallel_group "
+        "get_sequence_parallel_rank=_get_sequence_parallel_rank "
+        "get_sequence_parallel_world_size=_get_sequence_parallel_world_size",
+        _REFUSED: "initialize_sequence_parallel",
+    },
+    "runtime.sequence_parallel.ulysses_sp": {
+        _REFUSED: "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter TiledFusedLogitsLoss TiledMLP "
+        "sequence_tiled_compute",
+    },
+    "runtime.utils": {
+        _LOGS: "see_memory_usage",
+        "ds_compat.checkpoint": "is_model_parallel_parameter",
+        _UTILS: _RUNTIME_UTILS,
+    },
+    "runtime.zenflow": {},
+    "runtime.zenflow.zenflow_config": {_REFUSED: "ZenFlowConfig"},
+    "runtime.zero": {
+        _ZERO: "Init GatheredParameters register_external_parameter unregister_external_parameter TiledLinear "
+        "TiledLinearReturnBias unwrap_model_for_generation",
+        _PARAMS: "ZeroParamType ZeroParamStatus",
+    },
+    "runtime.zero.config": {
+        _SECTIONS: "DeepSpeedZeroConfig ZeroStageEnum get_zero_config " + _OFFLOAD,
+    },
+    "runtime.zero.leaf_module_config": {
+        _SECTIONS: "DEFAULT_LEAF_MODULE_CLASSES DEFAULT_LEAF_MODULE_NAMES DEFAULT_LEAF_MODULE_NAME_SUFFIXES "
+        "DeepSpeedZeroLeafModuleConfig",
+    },
+    "runtime.zero.offload_config": {_SECTIONS: _OFFLOAD},
+    "runtime.zero.partition_parameters": _PARTITION,
+    "runtime.zero.stage3": {
+        "ds_compat.optimizer": "DeepSpeedZeroOptimizer_Stage3",
+        _ZERO: "unwrap_model_for_generation estimate_zero3_model_states_mem_needs "
+        "estimate_zero3_model_states_mem_needs_all_live estimate_zero3_model_states_mem_needs_all_cold",
+    },
+    "runtime.zero.stage_1_and_2": {
+        "ds_compat.optimizer": "DeepSpeedZeroOptimizer",
+        _ZERO: "estimate_zero2_model_states_mem_needs estimate_zero2_model_states_mem_needs_all_live "
+        "estimate_zero2_model_states_mem_needs_all_cold",
+    },
+    "runtime.zero.tiling": {_ZERO: "TiledLinear TiledLinearReturnBias"},
+    "runtime.zero.utils": {
+        "ds_compat.optimizer": "ZeRORuntimeException",
+        _UTILS: "is_zero_supported_optimizer",
+    },
+    "sequence": {},
+    "sequence.fpdt_layer": {_REFUSED: "FPDT_InputConstruct _FPDTGPUOffloadingAttentionImpl_"},
+    "sequence.layer": {
+        _REFUSED: "DistributedAttention _SeqAllToAll _rotate_half _torchembed_available apply_rotary_pos_emb"
+    },
+    "utils": {
+        _LOGS: "logger log_dist log_dist_once set_log_level_from_string",
+        "ds_compat.device": "OnDevice",
+        "ds_compat.dataloader": "RepeatingLoader",
+        _ZERO: _LEAVES,
+        "ds_compat.fragments": _FRAGMENTS,
+        _UTILS: "instrument_w_nvtx get_caller_func recursive_getattr recursive_setattr",
+        "torch.distributed": "is_initialized",
+    },
+    "utils.groups": "ds_compat.groups",
+    "utils.init_on_device": {"ds_compat.device": "OnDevice"},
+    "utils.logging": "ds_compat.logs",
+    "utils.numa": {_UTILS: "parse_range_list"},
+    "utils.nvtx": {_UTILS: "instrument_w_nvtx"},
+    "utils.tensor_fragment": {"ds_compat.fragments": _FRAGMENTS},
+    "utils.torch": {_UTILS: "required_torch_version"},
+    "utils.types": {},
+    "utils.z3_leaf_module": {_ZERO: _LEAVES},
+    "utils.zero_to_fp32": "ds_compat.zero_to_fp32",
+    "zero": {
+        _ZERO: "Init GatheredParameters register_external_parameter unregister_external_parameter TiledLinear "
+        "TiledLinearReturnBias unwrap_model_for_generation",
+        _PARAMS: "ZeroParamType ZeroParamStatus",
+        _SECTIONS: "DeepSpeedZeroConfig",
+        _UTILS: "partition_parameters",
+    },
+}

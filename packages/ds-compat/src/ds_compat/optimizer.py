@@ -1,0 +1,131 @@
+"""What `deepspeed.initialize` returns as the optimizer: the torch optimizer with DeepSpeed's attributes beside it.
+
+The engine steps the torch optimizer inside; this object is what code looks at: `overflow`, `cur_scale`, `loss_scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+import ds_engine
+from ds_compat.config import DeepSpeedConfig
+
+
+class DeepSpeedOptimizer(Optimizer):
+    """A view of the engine's optimizer: groups, states and hooks are the inner one's."""
+
+    custom_loss_scaler = False
+    external_loss_scale: float | None = None
+
+    _engine: ds_engine.Engine
+    optimizer: Optimizer
+
+    def __init__(self, engine: ds_engine.Engine) -> None:  # of the inner one all is there already
+        vars(self).update(optimizer=engine.optimizer, _engine=engine)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("optimizer", "_engine"):
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    param_groups = property(
+        lambda self: self.optimizer.param_groups, lambda self, v: setattr(self.optimizer, "param_groups", v)
+    )
+    state = property(lambda self: self.optimizer.state)
+    defaults = property(lambda self: self.optimizer.defaults)
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """An update right now, without the engine's clipping and schedule."""
+        self.optimizer.step(closure) if closure is not None else self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any], *_: Any, **__: Any) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        self._engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
+
+    @property
+    def overflow(self) -> bool:
+        """Whether the last update was skipped because a gradient was not finite."""
+        return bool(self._engine.scaler.step_was_skipped)
+
+    @property
+    def loss_scale(self) -> float:
+        return self._engine.loss_scale
+
+    cur_scale = loss_scale
+
+    def get_loss_scale(self) -> float:
+        return self.loss_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        section = self._engine.config.fp16
+        return section.enabled and section.loss_scale == 0
+
+    @property
+    def _global_grad_norm(self) -> float | None:
+        return self._engine.get_global_grad_norm()
+
+    def scale_if_loss(self, value: Tensor) -> Tensor:
+        return value * self.loss_scale
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
+
+
+class ZeROOptimizer(DeepSpeedOptimizer):
+    """Stages 1 to 3."""
+
+
+class DeepSpeedZeroOptimizer(ZeROOptimizer):
+    """Stages 1 and 2."""
+
+
+class DeepSpeedZeroOptimizer_Stage3(ZeROOptimizer):
+    """Stage 3."""
+
+
+class FP16_Optimizer(DeepSpeedOptimizer):
+    """fp16 at stage 0."""
+
+
+class FP16_UnfusedOptimizer(DeepSpeedOptimizer):
+    """bf16 at stage 0, and fp16 with optimizers that need whole tensors."""
+
+
+class BF16_Optimizer(ZeROOptimizer):
+    """A name of the original's that no configuration leads to here."""
+
+
+class ZeRORuntimeException(Exception):
+    """A name to catch; ds_zero and ds_engine raise ValueError."""
+
+
+def wrap(engine: ds_engine.Engine, config: DeepSpeedConfig) -> Optimizer:
+    """The optimizer itself for fp32 at stage 0, as in the original; else a view of the kind that code asks for."""
+    stage = engine.config.zero_optimization.stage
+    dtype = engine.precision.param_dtype or torch.float32
+    if stage == 3:
+        return DeepSpeedZeroOptimizer_Stage3(engine)
+    if stage > 0:
+        return DeepSpeedZeroOptimizer(engine)
+    if dtype == torch.float16:
+        return FP16_Optimizer(engine)
+    if dtype == torch.bfloat16:
+        return FP16_UnfusedOptimizer(engine)
+    return engine.optimizer

@@ -1,0 +1,120 @@
+"""`deepspeed.ops`: the optimizers under DeepSpeed's names and with its arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ds_core.optim
+import ds_offload
+
+
+class FusedAdam(ds_core.optim.FusedAdam):
+    """Adam and AdamW in one pass."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        set_grad_none: bool = True,
+    ) -> None:
+        _refuse(amsgrad=amsgrad, bias_correction=not bias_correction)
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled=adam_w_mode
+        )
+
+
+class DeepSpeedCPUAdam(ds_offload.CPUAdam):
+    """Adam and AdamW whose states rest on the host."""
+
+    def __init__(
+        self,
+        model_params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        adamw_mode: bool = True,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        _refuse(amsgrad=amsgrad, bias_correction=not bias_correction)
+        super().__init__(
+            model_params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adamw_mode=adamw_mode
+        )
+
+
+class FusedLamb(ds_core.optim.FusedLamb):
+    """LAMB."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        eps_inside_sqrt: bool = False,
+        weight_decay: float = 0.0,
+        max_coeff: float = 10.0,
+        min_coeff: float = 0.01,
+        **others: Any,
+    ) -> None:
+        others.pop("max_grad_norm", None)  # the engine clips
+        _refuse(bias_correction=not bias_correction, eps_inside_sqrt=eps_inside_sqrt, **others)
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            min_ratio=min_coeff,
+            max_ratio=max_coeff,
+        )
+
+
+class FusedLion(ds_core.optim.FusedLion):
+    """Lion."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        set_grad_none: bool = True,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
+
+
+class DeepSpeedCPULion(FusedLion):
+    """Lion on the host."""
+
+
+class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad):
+    """Adagrad on the host."""
+
+    def __init__(
+        self,
+        model_params: Any,
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        _refuse(amsgrad=amsgrad)
+        super().__init__(model_params, lr=lr, eps=eps, weight_decay=weight_decay)
+
+
+def _refuse(**asked: bool) -> None:
+    """RuntimeError for variants that are not there; so does the original for amsgrad."""
+    wanted = [name for name, is_asked in asked.items() if is_asked]
+    if wanted:
+        raise RuntimeError(f"not supported in these optimizers: {', '.join(wanted)}")

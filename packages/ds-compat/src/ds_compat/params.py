@@ -1,0 +1,133 @@
+"""What DeepSpeed writes on ZeRO-3 parameters and code asks for: `ds_id`, `ds_shape`, `ds_status`, `all_gather()`, ...
+
+A parameter gets a subclass of its own class with these as properties, which look at ds_zero when they are asked. So
+`hasattr(param, "ds_id")` is true exactly while the parameter is divided among ranks, or waits to be, and nothing has
+to be kept up to date.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+import ds_zero
+
+
+class ZeroParamType(enum.Enum):
+    """How a parameter is treated; REMOTE for all that are divided."""
+
+    NORMAL = 1
+    PARTITIONED = 2
+    REMOTE = 3
+
+
+class ZeroParamStatus(enum.Enum):
+    """Whether a divided parameter's values are here."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+_numbers = itertools.count()
+_open: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Parameter -> what `param.all_gather()` left open."""
+
+
+class Divided:
+    """The properties. AttributeError, as for any missing name, while the parameter is an ordinary one."""
+
+    def _look(self) -> ds_zero.Presence:
+        found = ds_zero.presence(self)  # type: ignore[arg-type]
+        if found is None or not found.divided:
+            raise AttributeError("this parameter is not divided by ZeRO stage 3")
+        return found
+
+    @property
+    def ds_id(self) -> int:
+        self._look()
+        return int(vars(self)["_ds_number"])
+
+    @property
+    def ds_shape(self) -> torch.Size:
+        self._look()
+        return self.shape  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def ds_numel(self) -> int:
+        self._look()
+        return int(self.numel())  # type: ignore[attr-defined]
+
+    @property
+    def ds_status(self) -> ZeroParamStatus:
+        return ZeroParamStatus.AVAILABLE if self._look().here else ZeroParamStatus.NOT_AVAILABLE
+
+    @property
+    def ds_tensor(self) -> Tensor:
+        found = self._look().own
+        if found is None:
+            raise AttributeError("ds_tensor: the parameter has no slice before deepspeed.initialize")
+        return found
+
+    @property
+    def ds_persist(self) -> bool:
+        return not self._look().divided
+
+    @property
+    def ds_param_type(self) -> ZeroParamType:
+        self._look()
+        return ZeroParamType.REMOTE
+
+    @property
+    def ds_process_group(self) -> Any:
+        self._look()
+        return torch.distributed.group.WORLD
+
+    def all_gather(
+        self, param_list: Sequence[nn.Parameter] | None = None, async_op: bool = False, **_: Any
+    ) -> None:
+        """Values from now on, until `partition()`. Collective."""
+        for param in _all(self, param_list):
+            if param not in _open:
+                stack = contextlib.ExitStack()
+                stack.enter_context(ds_zero.gathered(param, write=True))
+                _open[param] = stack
+
+    def partition(self, param_list: Sequence[nn.Parameter] | None = None, **_: Any) -> None:
+        """Undo `all_gather`; rank 0's values are everybody's. Collective."""
+        for param in _all(self, param_list):
+            stack = _open.pop(param, None)
+            if stack is not None:
+                stack.close()
+
+
+def _all(param: Any, others: Iterable[nn.Parameter] | None) -> list[nn.Parameter]:
+    return list(others) if others is not None else [param]
+
+
+@functools.lru_cache(None)
+def _subclass(kind: type) -> type:
+    return type(
+        kind.__name__, (Divided, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    )
+
+
+def present(params: Iterable[nn.Parameter]) -> None:
+    """Give parameters these properties; harmless to repeat, and for those that are not divided."""
+    for param in params:
+        if not isinstance(param, Divided):
+            param.__class__ = _subclass(type(param))
+        vars(param).setdefault("_ds_number", next(_numbers))
+
+
+def is_zero_param(parameter: Any) -> bool:
+    """Whether it is divided by stage 3, or will be."""
+    return hasattr(parameter, "ds_id")

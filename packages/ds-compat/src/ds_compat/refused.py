@@ -1,0 +1,78 @@
+"""Names of DeepSpeed's whose owner among our packages is not there yet, or never will be.
+
+Importing such a name works, because code imports more than it uses; using it says who owns it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+PIPE = "ds-pipe (pipeline parallelism)"
+MOE = "ds-moe (mixture of experts)"
+LAYERS = "ds-layers (tensor and sequence parallelism, sparse attention)"
+PROFILER = "ds-profiler (FLOPs and time of a model)"
+ENGINE = "ds-engine"
+OFFLOAD = "ds-offload (states on the host and on NVMe)"
+COMM = "ds-comm (compressed communication)"
+NONE = ""
+
+OWNERS: Mapping[str, str] = {
+    name: owner
+    for owner, names in {
+        PIPE: "PipelineModule LayerSpec TiedLayerSpec PipelineEngine DualPipeVEngine DualPipeVModule "
+        "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology PipelineParallelGrid "
+        "_prime_factors PipelineError TrainSchedule InferenceSchedule DataParallelSchedule",
+        MOE: "MoE Experts TopKGate MOELayer top1gating top2gating topkgating _route_slots _sparse_decode "
+        "_sparse_encode split_params_into_different_moe_groups_for_optimizer configure_moe_param_groups",
+        LAYERS: "tp_model_init set_autotp_mode get_shard_size_list get_shard_size LinearAllreduce LinearLayer "
+        "LmHeadLinearAllreduce DistributedAttention _SeqAllToAll _rotate_half _torchembed_available "
+        "apply_rotary_pos_emb FPDT_InputConstruct _FPDTGPUOffloadingAttentionImpl_ UlyssesSPAttentionHF "
+        "UlyssesSPDataLoaderAdapter TiledFusedLogitsLoss TiledMLP sequence_tiled_compute SparseSelfAttention "
+        "SparsityConfig DenseSparsityConfig FixedSparsityConfig VariableSparsityConfig BigBirdSparsityConfig "
+        "BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig SparseAttentionUtils "
+        "DeepSpeedTransformerLayer DeepSpeedTransformerConfig initialize_sequence_parallel",
+        PROFILER: "FlopsProfiler get_model_profile",
+        ENGINE: "Autotuner ResourceManager init_inference InferenceEngine DeepSpeedInferenceConfig "
+        "default_inference_config MultiNodeRunner PDSHRunner OpenMPIRunner SlurmRunner MPICHRunner init_compression "
+        "redundancy_clean ds_to_universal DeepSpeedDataSampler DataAnalyzer RandomLTDScheduler",
+        OFFLOAD: "AsyncIOBuilder GDSBuilder aio_handle",
+        COMM: "OnebitAdam OnebitLamb ZeroOneAdam CompressedBackend",
+        NONE: "LoRAOptimizedLinear OptimizedLinear LoRAConfig QuantizationConfig init_lora DeepSpeedHybridEngine "
+        "CUDAQuantizer MultipleAllGatherHandles ZenFlowConfig ZenFlowCPUAdam ZenFlowSelectiveAdamW MuSGD MuAdam "
+        "MuAdamW replace_transformer_layer QuantizedLinear Loss_Scaler_Apex",
+    }.items()
+    for name in names.split()
+}
+
+
+class NotThereError(NotImplementedError):
+    """A part of DeepSpeed that the installed ds packages do not have; says which package will own it."""
+
+
+def why(name: str) -> str:
+    """What is said when `name` is used."""
+    owner = OWNERS[name]
+    if owner:
+        return f"deepspeed's {name} belongs to {owner}, which this version does not have yet"
+    return f"deepspeed's {name} is not part of the ds packages, and there is no plan for it"
+
+
+class _Refuses(type):
+    """Classes and functions alike: calling one raises; isinstance and issubclass answer no."""
+
+    def __call__(cls, *_: Any, **__: Any) -> NoReturn:
+        raise NotThereError(why(cls.__name__))
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NotThereError(why(cls.__name__))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in OWNERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = _Refuses(name, (), {"__doc__": why(name), "__module__": "deepspeed"})
+    globals()[name] = made  # the same class at every import, for isinstance
+    return made

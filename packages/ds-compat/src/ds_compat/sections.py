@@ -1,0 +1,240 @@
+"""The sections of DeepSpeed's configuration as its own models, for code that makes or takes apart sections.
+
+Training goes by ds_engine's configuration; these only hold, check and default values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DEFAULT_LEAF_MODULE_CLASSES = [
+    "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+]
+DEFAULT_LEAF_MODULE_NAMES: list[str] = []
+DEFAULT_LEAF_MODULE_NAME_SUFFIXES: list[str] = []
+
+
+class ZeroStageEnum(int, Enum):
+    """Stages by name."""
+
+    disabled = 0
+    optimizer_states = 1
+    gradients = 2
+    weights = 3
+    max_stage = 3
+
+
+class OffloadDeviceEnum(str, Enum):
+    """Where states rest."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class DeepSpeedConfigModel(BaseModel):
+    """Base of sections: unknown keys are refused, "auto" values left to their defaults."""
+
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, populate_by_name=True, use_enum_values=True
+    )
+
+    def __init__(self, strict: bool = False, **data: Any) -> None:
+        super().__init__(**(data if strict else {k: v for k, v in data.items() if v != "auto"}))
+
+
+class DeepSpeedFP16Config(DeepSpeedConfigModel):
+    """The section fp16."""
+
+    enabled: bool = False
+    auto_cast: bool = False
+    loss_scale: float = 0
+    initial_scale_power: int = 16
+    loss_scale_window: float = 1000
+    hysteresis: float = 2
+    consecutive_hysteresis: bool = False
+    min_loss_scale: float = 1
+    fp16_master_weights_and_grads: bool = False
+
+    def initial_dynamic_scale(self) -> float:
+        return float(2**self.initial_scale_power)
+
+    def dynamic_loss_scale_args(self) -> dict[str, Any] | None:
+        """For a dynamic scaler, if something about it was given."""
+        given = {
+            "initial_scale_power",
+            "loss_scale_window",
+            "min_loss_scale",
+            "hysteresis",
+            "consecutive_hysteresis",
+        }
+        if not given & self.model_fields_set:
+            return None
+        return {
+            "init_scale": 2**self.initial_scale_power,
+            "scale_window": self.loss_scale_window,
+            "min_scale": self.min_loss_scale,
+            "delayed_shift": self.hysteresis,
+            "consecutive_hysteresis": self.consecutive_hysteresis,
+        }
+
+
+class DeepSpeedBF16Config(DeepSpeedConfigModel):
+    """The section bf16."""
+
+    enabled: bool = False
+    immediate_grad_update: bool = False
+    check_grad_overflow: bool = True
+    bf16_master_weights_and_grads: bool = False
+    bf16_optimizer_states: bool = False
+
+
+def get_bfloat16_config(param_dict: Mapping[str, Any]) -> DeepSpeedBF16Config:
+    """From a whole configuration; "bfloat16" is an old name of the section."""
+    return DeepSpeedBF16Config(**(param_dict.get("bf16") or param_dict.get("bfloat16") or {}))
+
+
+def get_float16_config(param_dict: Mapping[str, Any]) -> DeepSpeedFP16Config:
+    return DeepSpeedFP16Config(**(param_dict.get("fp16") or {}))
+
+
+class OffloadStateTypeEnum(str, Enum):
+    """What an offload moves."""
+
+    optim_states = "optim_states"
+    hp_params = "hp_params"
+    lp_params = "lp_params"
+    lp_grads = "lp_grads"
+    contiguous_grad_buffer = "contiguous_grad_buffer"
+
+
+class DeepSpeedZeroOffloadParamConfig(DeepSpeedConfigModel):
+    """The section offload_param."""
+
+    device: OffloadDeviceEnum = OffloadDeviceEnum.none
+    nvme_path: Path | None = None
+    buffer_count: int = Field(5, ge=0)
+    buffer_size: int = Field(int(1e8), ge=0)
+    max_in_cpu: int = Field(int(1e9), ge=0)
+    pin_memory: bool = True
+
+
+class DeepSpeedZeroOffloadOptimizerConfig(DeepSpeedConfigModel):
+    """The section offload_optimizer."""
+
+    device: OffloadDeviceEnum = OffloadDeviceEnum.none
+    nvme_path: Path | None = None
+    buffer_count: int = Field(4, ge=0)
+    pin_memory: bool = True
+    pipeline_read: bool = False
+    pipeline_write: bool = False
+    fast_init: bool = False
+    ratio: float = Field(1.0, ge=0.0, le=1.0)
+    super_offload: bool = False
+    cpuadam_cores_perc: float = Field(0.8, ge=0.0, le=1.0)
+
+    @property
+    def pipeline(self) -> bool:
+        return self.pipeline_read or self.pipeline_write
+
+
+class DeepSpeedZeroLeafModuleConfig(DeepSpeedConfigModel):
+    """The section leaf_module."""
+
+    classes: list[str] = Field(default_factory=lambda: list(DEFAULT_LEAF_MODULE_CLASSES))
+    names: list[str] = Field(default_factory=list)
+    name_suffixes: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_texts(cls, values: Any) -> Any:
+        return {k: [v] if isinstance(v, str) else v for k, v in (values or {}).items()}
+
+    @model_validator(mode="after")
+    def _each_once(self) -> DeepSpeedZeroLeafModuleConfig:
+        for name in ("classes", "names", "name_suffixes"):
+            vars(self)[name] = list(dict.fromkeys(getattr(self, name)))
+        return self
+
+
+def _stage3(name: str, default: Any) -> Any:
+    return Field(default, ge=0, alias=f"stage3_{name}")
+
+
+class DeepSpeedZeroConfig(DeepSpeedConfigModel):
+    """The section zero_optimization."""
+
+    stage: ZeroStageEnum = ZeroStageEnum.disabled
+    contiguous_gradients: bool = True
+    reduce_scatter: bool = True
+    reduce_bucket_size: int = Field(int(5e8), gt=0)
+    use_multi_rank_bucket_allreduce: bool = True
+    allgather_partitions: bool = True
+    allgather_bucket_size: int = Field(int(5e8), ge=0)
+    overlap_comm: bool | None = None
+    compute_grad_norm: bool = True
+    load_from_fp32_weights: bool = True
+    elastic_checkpoint: bool = False
+    offload_param: DeepSpeedZeroOffloadParamConfig | None = None
+    offload_optimizer: DeepSpeedZeroOffloadOptimizerConfig | None = None
+    sub_group_size: int = Field(int(1e9), ge=0)
+    prefetch_bucket_size: int = _stage3("prefetch_bucket_size", int(5e7))
+    param_persistence_threshold: int = _stage3("param_persistence_threshold", int(1e5))
+    model_persistence_threshold: int = _stage3("model_persistence_threshold", 2**63 - 1)
+    max_live_parameters: int = _stage3("max_live_parameters", int(1e9))
+    max_reuse_distance: int = _stage3("max_reuse_distance", int(1e9))
+    gather_16bit_weights_on_model_save: bool = Field(False, alias="stage3_gather_16bit_weights_on_model_save")
+    module_granularity_threshold: int = _stage3("module_granularity_threshold", 0)
+    use_all_reduce_for_fetch_params: bool = Field(False, alias="stage3_use_all_reduce_for_fetch_params")
+    allgather_sequential: bool = Field(False, alias="stage3_allgather_sequential")
+    ignore_unused_parameters: bool = True
+    legacy_stage1: bool = False
+    round_robin_gradients: bool = False
+    parameter_alignment: bool = False
+    zero_hpz_partition_size: int = Field(1, ge=0)
+    zero_quantized_weights: bool = False
+    zero_quantized_nontrainable_weights: bool = False
+    zero_quantized_gradients: bool = False
+    memory_efficient_linear: bool = True
+    pipeline_loading_checkpoint: bool = False
+    override_module_apply: bool = True
+    log_trace_cache_warnings: bool = False
+    enable_sanity_checks: bool = False
+    save_muon_momentum_buffer_in_memory: bool = False
+    leaf_module: DeepSpeedZeroLeafModuleConfig = Field(default_factory=DeepSpeedZeroLeafModuleConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        new = dict(values)
+        pinned = new.pop("cpu_offload_use_pin_memory", None)
+        options = {"device": "cpu", **({} if pinned is None else {"pin_memory": pinned})}
+        for old, name in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
+            if new.pop(old, None):
+                new.setdefault(name, dict(options))
+        if "stage3_gather_fp16_weights_on_model_save" in new:
+            new["stage3_gather_16bit_weights_on_model_save"] = new.pop(
+                "stage3_gather_fp16_weights_on_model_save"
+            )
+        return new
+
+    @model_validator(mode="after")
+    def _depends_on_stage(self) -> DeepSpeedZeroConfig:
+        if self.overlap_comm is None:
+            vars(self)["overlap_comm"] = self.stage == 3
+        if self.offload_optimizer is not None and self.offload_optimizer.ratio < 1.0 and self.stage != 3:
+            raise ValueError("Partial offloading only supported for ZeRO Stage 3.")
+        return self
+
+
+def get_zero_config(param_dict: Mapping[str, Any]) -> DeepSpeedZeroConfig:
+    """From a whole configuration."""
+    section = param_dict.get("zero_optimization", {})
+    return DeepSpeedZeroConfig(**({"stage": int(section)} if isinstance(section, bool) else section))

@@ -1,0 +1,118 @@
+"""Small parts of the engine: answers from the configuration, loaders, gradients of plain backwards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+import ds_engine
+from ds_engine.data import Loader
+
+if TYPE_CHECKING:
+    from ds_compat.engine import DeepSpeedEngine
+
+_ABSENT = object()
+
+
+def answer(path: str, default: Any) -> Callable[[Any], Any]:
+    """A method that reads one setting: as resolved by ds_engine, else as given, else `default`."""
+
+    def getter(self: Any) -> Any:
+        return find(self._engine.config, self.config, path, default)
+
+    getter.__name__ = path.rpartition(".")[2]
+    getter.__doc__ = f"The setting {path}."
+    return getter
+
+
+def find(config: Any, raw: Any, path: str, default: Any) -> Any:
+    """The value at a dotted path of the typed configuration, else of the dict, else `default`."""
+    for root, step in ((config, lambda at, key: getattr(at, key, _ABSENT)), (raw, _item)):
+        try:
+            value = functools.reduce(step, path.split("."), root)
+        except (AttributeError, TypeError):
+            continue
+        if value is not _ABSENT and value is not None:
+            return value
+    return default
+
+
+def _item(at: Any, key: str) -> Any:
+    return at.get(key, _ABSENT) if isinstance(at, dict) else _ABSENT
+
+
+def write(engine: ds_engine.Engine, name: str, value: Any) -> None:
+    """An attribute of the inner engine; the micro-batch counter has its own home."""
+    if name == "micro_steps":
+        engine.accumulation.micro_steps = value
+    else:
+        setattr(engine, name, value)
+
+
+def scale_gradients(output: Any, factor: Callable[[], float]) -> None:
+    """Multiply gradients that come into `output`'s tensors by `factor()`, asked when they come."""
+
+    def hook(grad: Tensor) -> Tensor:
+        by = factor()
+        return grad if by == 1.0 else grad * by
+
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
+            leaf.register_hook(hook)
+
+
+def loader(
+    engine: DeepSpeedEngine,
+    dataset: Dataset[Any],
+    batch_size: int | None,
+    route: str,
+    sampler: Any,
+    collate_fn: Callable[[list[Any]], Any] | None,
+) -> Any:
+    """See `DeepSpeedEngine.deepspeed_io`."""
+    if not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+        raise ValueError("Training data must be a torch Dataset")
+    micro = batch_size or engine.train_micro_batch_size_per_gpu()
+    pin = engine.device.type != "cpu"
+    if sampler is not None or route != "train":
+        if sampler is None:
+            sampler = DistributedSampler(dataset, engine.world_size, engine.global_rank, shuffle=False)
+        return DataLoader(
+            dataset, micro, sampler=sampler, collate_fn=collate_fn, pin_memory=pin,
+            drop_last=engine.dataloader_drop_last(),
+        )  # fmt: skip
+    return Loader(
+        dataset,
+        micro_batch=micro,
+        rank=engine.global_rank,
+        ranks=engine.world_size,
+        seed=engine._engine.config.seed or 0,
+        collate_fn=collate_fn,
+        pin_memory=pin,
+    )
+
+
+class _Silent:
+    """A monitor that is switched off."""
+
+    enabled = False
+
+    def write_events(self, event_list: Any) -> None:
+        """Nothing."""
+
+
+def monitor(engine: DeepSpeedEngine) -> Any:
+    """The engine's monitor, or one that is switched off."""
+    return getattr(engine._engine, "monitor", None) or _Silent()
+
+
+def half_of(engine: ds_engine.Engine) -> torch.dtype | None:
+    """The 16-bit dtype in which the model computes, if it is one."""
+    return engine.precision.param_dtype

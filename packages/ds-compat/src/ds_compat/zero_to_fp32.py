@@ -1,0 +1,97 @@
+"""Whole fp32 weights from a checkpoint folder, without ranks or devices: `zero_to_fp32.py` and its functions.
+
+Reads our checkpoints and DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from ds_engine.checkpoint import CheckpointError, export, state_dict
+
+_UNITS: Mapping[str, int] = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+
+
+def get_fp32_state_dict_from_zero_checkpoint(
+    checkpoint_dir: str | os.PathLike[str],
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+    lazy_mode: bool = False,
+) -> dict[str, Tensor]:
+    """Names -> whole values in fp32 on the CPU.
+
+    Raises:
+        ValueError: there is no checkpoint, or a damaged one.
+    """
+    try:
+        return state_dict(checkpoint_dir, tag, exclude_frozen=exclude_frozen_parameters)
+    except (FileNotFoundError, CheckpointError) as error:
+        raise ValueError(str(error)) from error
+
+
+def convert_zero_checkpoint_to_fp32_state_dict(
+    checkpoint_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    max_shard_size: str | int | None = "5GB",
+    safe_serialization: bool = False,
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+) -> None:
+    """Write the weights as `pytorch_model.bin` or `model.safetensors`, in several files with an index if they are
+    larger than `max_shard_size`.
+    """
+    export(
+        checkpoint_dir,
+        output_dir,
+        tag,
+        layout="safetensors" if safe_serialization else "pt",
+        max_shard_bytes=_bytes(max_shard_size),
+        exclude_frozen=exclude_frozen_parameters,
+    )
+
+
+convert_zero_checkpoint_to_state_dict = convert_zero_checkpoint_to_fp32_state_dict
+
+
+def load_state_dict_from_zero_checkpoint(
+    model: nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
+) -> nn.Module:
+    """The checkpoint's weights into an ordinary model on the CPU; returns it."""
+    values = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
+    model = model.cpu()
+    model.load_state_dict(values, strict=False)
+    return model
+
+
+def _bytes(size: str | int | None) -> int:
+    if size is None:
+        return sys.maxsize
+    text = str(size).strip().upper()
+    for unit, factor in _UNITS.items():
+        if text.endswith(unit):
+            return int(float(text[: -len(unit)]) * factor)
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint_dir")
+    parser.add_argument("output_dir")
+    parser.add_argument("--max_shard_size", default="5GB")
+    parser.add_argument("--safe_serialization", action="store_true")
+    parser.add_argument("-t", "--tag", default=None)
+    parser.add_argument("--exclude_frozen_parameters", action="store_true")
+    parser.add_argument("-d", "--debug", action="store_true")
+    options = vars(parser.parse_args(arguments))
+    options.pop("debug")
+    convert_zero_checkpoint_to_fp32_state_dict(**options)
+
+
+if __name__ == "__main__":
+    main()
