@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import ds_offload
 import ds_zero
+from ds_zero.comm import OrderedReduceScatter, TorchAllGather
 from harness import ranks
 
 
@@ -242,3 +243,98 @@ def test_a_copy_of_a_stage_3_model_is_refused() -> None:
     ds_zero.shard(model, _sgd(model.parameters()), 3, config=config)
     with pytest.raises(ValueError, match=r"copy of a module that was sharded.*full_state_dict"):
         copy.deepcopy(model)(torch.ones(2, 16))
+
+
+@ranks(2)
+@pytest.mark.parametrize("stage, dtype", [(1, torch.bfloat16), (3, None)])
+def test_a_part_of_a_model_cannot_be_loaded_behind_its_masters(stage: int, dtype: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(16, 16)), nn.Linear(16, 16))
+    copied = copy.deepcopy(model)
+    values = {k: v + 1 for k, v in model[0].state_dict().items()}
+    config = ds_zero.ZeroConfig(param_dtype=dtype, persistence_threshold_numel=0)
+    ds_zero.shard(model, torch.optim.SGD(model.parameters(), lr=0.1), stage, config=config)
+    for part, found in ((model[0], values), (model[0][0], {k[2:]: v for k, v in values.items()})):
+        with pytest.raises(ValueError, match=r"load_state_dict on a sharded model.*before ds_zero\.shard"):
+            part.load_state_dict(found)
+    if stage == 3:
+        with pytest.warns(UserWarning, match="holds NaN"):
+            model[0].state_dict()
+    # A copy of stages 0 to 2 is an ordinary module; and inside a context that writes, loading is writing.
+    copied[0].load_state_dict(values)
+    with ds_zero.gathered(model[0], write=True):
+        model[0].load_state_dict(values)
+    found = ds_zero.full_state_dict(model)
+    if dist.get_rank() == 0:
+        wanted = {k: v if dtype is None else v.to(dtype).float() for k, v in values.items()}
+        assert all(torch.equal(found[f"0.{k}"], v) for k, v in wanted.items())
+    with pytest.raises(ValueError, match=r"assign=True\) would replace parameters"):
+        model.load_state_dict(values, assign=True, strict=False)
+
+
+class _Slow:
+    """An all-gather whose messages arrive only when they are waited for."""
+
+    def __init__(self, inner: Callable[..., object]) -> None:
+        self.inner, self.pending = inner, 0
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> object:
+        self.pending += 1
+        arrived = output.clone()
+        self.inner(arrived, input.clone(), group)
+        slow = self
+
+        class Work:
+            def wait(self) -> None:
+                slow.pending -= 1
+                output.copy_(arrived)
+
+        return Work()
+
+
+@ranks(2)
+@pytest.mark.parametrize("way", ["model", "part", "state_dict", "part's state_dict", "load", "full", "clip"])
+def test_whoever_reads_waits_for_published_parameters(way: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(16, 16)), nn.Linear(16, 16))
+    twin = copy.deepcopy(model)
+    optimizer, twin_optimizer = _sgd(model.parameters()), _sgd(twin.parameters())
+    slow = _Slow(TorchAllGather())
+    ds_zero.shard(
+        model,
+        optimizer,
+        1,
+        config=ds_zero.ZeroConfig(overlap_publish=True),
+        comm=ds_zero.Comm(slow, OrderedReduceScatter()),
+    )
+    x = torch.ones(2, 16)
+    for m, o in ((model, optimizer), (twin, twin_optimizer)):
+        m(x).sum().backward()
+        o.step()
+        o.zero_grad()
+    assert slow.pending > 0, "step must not wait"
+    if way == "model":
+        assert torch.equal(model(x), twin(x))
+    elif way == "part":
+        assert torch.equal(model[0][0](x), twin[0][0](x))
+    elif way == "state_dict":
+        assert all(torch.equal(v, twin.state_dict()[k]) for k, v in model.state_dict().items())
+    elif way == "part's state_dict":
+        assert all(torch.equal(v, twin[0].state_dict()[k]) for k, v in model[0].state_dict().items())
+    elif way == "load":
+        zeros = {k: torch.zeros_like(v) for k, v in twin[0].state_dict().items()}
+        model[0].load_state_dict(zeros)
+        assert not model[0][0].weight.any()
+    elif way == "full":
+        found = ds_zero.full_state_dict(model)
+        assert all(torch.equal(v, twin.state_dict()[k]) for k, v in found.items())
+    else:  # reads no parameter: nothing to wait for
+        ds_zero.clip_grad_norm_(model, 1.0)
+        assert slow.pending > 0
+        model(x)
+    assert slow.pending == 0

@@ -100,8 +100,9 @@ class ZeroConfig:
     computes."""
 
     overlap_publish: bool = False
-    """Stages 1 and 2: let `step` return while parameters are still being gathered; modules wait before they
-    read. Code that reads parameters outside a module's forward must not set it."""
+    """Stages 1 and 2: let `step` return while parameters are still being gathered. Every module of the model
+    waits before it computes, and so do `state_dict`, `load_state_dict` and ds_zero's own functions; code that
+    reads parameters in another way right after a step (`for p in model.parameters()`) must not set it."""
 
     def __post_init__(self) -> None:
         if self.accumulation not in (None, "local", "sharded"):

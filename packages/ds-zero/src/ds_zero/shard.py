@@ -20,7 +20,7 @@ from ds_zero.config import ZeroConfig
 from ds_zero.deferred import materialize_buffers, stage_expected
 from ds_zero.divide import undivided_groups
 from ds_zero.gather import Gatherer
-from ds_zero.guard import guard_state_dicts
+from ds_zero.guard import guard_state_dicts, wait_in_modules
 from ds_zero.hooks import ModuleHooks
 from ds_zero.interfaces import Norms, ShardStore
 from ds_zero.layout import (
@@ -157,6 +157,8 @@ def _assemble(
     )
     state.handles += reducer.install() + stepper.install(optimizer)
     state.handles += guard_state_dicts(model, state)
+    if config.overlap_publish:
+        state.handles += wait_in_modules(model, state)
     if any(not b.whole for b in buckets):
         state.handles += hooks.install(model)
     state.handles.append(
