@@ -18,10 +18,12 @@ import ds_comm
 import ds_zero
 from ds_engine import compat, optimizers, schedules, sharding
 from ds_engine.accumulation import Accumulation
+from ds_engine.breakdown import Breakdown
 from ds_engine.config import Batch, ConfigError, DsConfig
 from ds_engine.config import load as load_config
 from ds_engine.data import Loader
 from ds_engine.engine import Engine, Parts
+from ds_engine.monitor import Monitor
 from ds_engine.precision import Precision
 from ds_engine.progress import Progress, to_stderr
 from ds_engine.schedules import LRSchedule
@@ -85,6 +87,7 @@ def initialize(
         )
     precision.cast_buffers(model)
     schedule = _schedule(settings, lr_scheduler, built)
+    progress = Progress(settings.steps_per_print or 0, world.rank)
     loader = _loader(settings, training_data, batch, world, collate_fn)
     engine = Engine(
         Parts(
@@ -97,13 +100,26 @@ def initialize(
             precision=precision,
             scaler=precision.scaler(model),
             accumulation=Accumulation(steps=batch.steps),
-            progress=Progress(settings.steps_per_print or 0, world.rank),
+            progress=progress,
+            monitor=Monitor.of(settings, world.rank),
+            breakdown=_breakdown(settings, world, progress),
             loader=loader,
         )
     )
     if world.rank == 0:
         _announce(engine, settings)
     return engine, built, loader, schedule
+
+
+def _breakdown(settings: DsConfig, world: ds_comm.World, progress: Progress) -> Breakdown:
+    wanted = world.rank == 0
+    return Breakdown(
+        time_on=settings.wall_clock_breakdown and wanted,
+        memory_on=settings.memory_breakdown and wanted,
+        device=world.device,
+        every=progress.every,
+        write=progress.write,
+    )
 
 
 def _announce(engine: Engine, settings: DsConfig) -> None:

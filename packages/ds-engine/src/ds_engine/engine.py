@@ -15,10 +15,13 @@ from torch.optim import Optimizer
 
 import ds_zero
 from ds_comm import World
+from ds_engine import breakdown
 from ds_engine.accumulation import Accumulation
+from ds_engine.breakdown import Breakdown
 from ds_engine.config.batch import Batch
 from ds_engine.config.model import DsConfig
 from ds_engine.data import Loader
+from ds_engine.monitor import Monitor
 from ds_engine.optimizers import zero_grad
 from ds_engine.precision import Precision, Unguarded
 from ds_engine.progress import Progress, StepReport
@@ -39,6 +42,8 @@ class Parts:
     scaler: ds_zero.LossScaler | Unguarded
     accumulation: Accumulation
     progress: Progress
+    monitor: Monitor
+    breakdown: Breakdown
     loader: Loader | None = None
 
 
@@ -61,6 +66,8 @@ class Engine:
         self.scaler = parts.scaler
         self.accumulation = parts.accumulation
         self.progress = parts.progress
+        self.monitor = parts.monitor
+        """Where curves go; `write_events` takes values of your own."""
         self.training_dataloader = parts.loader
         """What `training_data` was made into; its position is part of checkpoints."""
         self.global_steps = 0
@@ -71,10 +78,14 @@ class Engine:
         """Steps that changed nothing because the gradient was not finite."""
         self._applied = False
         self._live = True
+        self._breakdown = parts.breakdown
+        self._loss: Tensor | None = None
+        """Mean over the micro-batches of this step so far, on this rank; kept for the monitor only."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the module; floating-point tensors in the arguments are cast to the compute dtype."""
-        with self.precision.around_forward(self.world.device.type):
+        forward = self._breakdown.part(breakdown.FORWARD)
+        with forward, self.precision.around_forward(self.world.device.type):
             return self.module(*self.precision.cast(args), **self.precision.cast(kwargs))
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -101,7 +112,10 @@ class Engine:
                 "frozen parameters only"
             )
         part = loss / self.accumulation.steps if scale_wrt_gas else loss
-        self.scaler.scale(part).backward(retain_graph=retain_graph)
+        with self._breakdown.part(breakdown.BACKWARD):
+            self.scaler.scale(part).backward(retain_graph=retain_graph)
+        if self.monitor.enabled:
+            self._loss = part.detach() if self._loss is None else self._loss + part.detach()
         return part.detach()
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -123,10 +137,12 @@ class Engine:
         """
         self._applied = False
         if self.accumulation.at_boundary():
-            self._update()
+            with self._breakdown.part(breakdown.STEP):
+                report = self._update()
+            self._tell(report)
         self.accumulation.advance()
 
-    def _update(self) -> None:
+    def _update(self) -> StepReport:
         clip = self.config.gradient_clipping
         ds_zero.clip_grad_norm_(self.module, clip if clip > 0 else math.inf)
         lr, scale = self.get_lr()[0], self.loss_scale  # of this update; both move below
@@ -139,18 +155,22 @@ class Engine:
             self.lr_scheduler.step()
         self.global_steps += 1
         self.global_samples += self.batch.train
-        self.progress.report(
-            StepReport(
-                step=self.global_steps,
-                samples=self.global_samples,
-                lr=lr,
-                grad_norm=self._norm("before"),
-                clipped_norm=self._norm("after"),
-                loss_scale=scale,
-                next_scale=self.loss_scale,
-                culprit=None if self._applied else self.scaler.culprit,
-            )
+        return StepReport(
+            step=self.global_steps,
+            samples=self.global_samples,
+            lr=lr,
+            grad_norm=self._norm("before"),
+            clipped_norm=self._norm("after"),
+            loss_scale=scale,
+            next_scale=self.loss_scale,
+            culprit=None if self._applied else self.scaler.culprit,
         )
+
+    def _tell(self, report: StepReport) -> None:
+        self.progress.report(report)
+        loss, self._loss = self._loss, None
+        times_ms = self._breakdown.end_step(report.step)
+        self.monitor.step(report, None if loss is None else loss.item(), times_ms)
 
     def _norm(self, which: str) -> float:
         return float(getattr(ds_zero.grad_norm(self.module), which, math.nan))
@@ -301,6 +321,7 @@ class Engine:
         """Undo the sharding: the module is an ordinary one again, whole on every rank. Safe to call twice."""
         if self._live:
             self._live = False
+            self.monitor.close()
             ds_zero.destroy(self.module)
 
     def __enter__(self) -> Engine:

@@ -26,11 +26,18 @@ WORKING: tuple[Row, ...] = (
     works("data_parallel_size", _ENGINE, "ds_engine.config.model"),
     works("dataloader_drop_last", _ENGINE, "ds_engine.data"),
     works("checkpoint.keep_last", _ENGINE, "ds_engine.checkpoint"),
+    works("wall_clock_breakdown", _ENGINE, "ds_engine.breakdown"),
+    works("memory_breakdown", _ENGINE, "ds_engine.breakdown"),
+    works("tensorboard", _ENGINE, "ds_engine.monitor"),
+    works("csv_monitor", _ENGINE, "ds_engine.monitor"),
+    works("wandb", _ENGINE, "ds_engine.monitor"),
+    works("comet", _ENGINE, "ds_engine.monitor"),
     works("seed", _ENGINE, "ds_engine.assemble"),
     works("startup_summary", _ENGINE, "ds_engine.summary"),
 )
 
 EFFECTLESS: tuple[Row, ...] = (
+    no_effect("checkpoint.load_universal", _ENGINE, "load_checkpoint sees by itself what it is given"),
     no_effect("optimizer.legacy_fusion", _ENGINE, "the fused step has one code path"),
     no_effect("disable_allgather", "ds-zero", "parameters are always published by all-gather"),
     no_effect(
@@ -65,12 +72,9 @@ NOT_YET: tuple[Row, ...] = (
     later("gradient_allreduce_op", "ds-zero", "adding gradients without averaging", 'set it to "mean"'),
     later("communication_data_type", "ds-zero", "a choice of the dtype on the wire", "leave it out"),
     later("sparse_gradients", _ENGINE, "sending only rows that have a gradient"),
-    later("wall_clock_breakdown", _ENGINE, "times of forward, backward and step"),
-    later("memory_breakdown", _ENGINE, "memory at each part of a step"),
     later("disable_python_gc", _ENGINE, "garbage collection between steps", "call gc.disable() yourself"),
     later("sequence_parallel_size", _LAYERS, "sequence parallelism", "set it to 1"),
     later("use_data_before_expert_parallelism", "ds-moe", "expert parallelism"),
-    later("checkpoint.load_universal", _ENGINE, "reading DeepSpeed's universal checkpoints"),
     later(
         "checkpoint.use_node_local_storage",
         _ENGINE,
@@ -112,10 +116,6 @@ NOT_YET: tuple[Row, ...] = (
         _LAYERS,
         "it only counts for contiguous_memory_optimization",
     ),
-    later("tensorboard", _ENGINE, "records for TensorBoard"),
-    later("csv_monitor", _ENGINE, "records in CSV files"),
-    later("wandb", _ENGINE, "records at Weights & Biases"),
-    later("comet", _ENGINE, "records at Comet"),
     later("flops_profiler", "ds-profiler", "FLOPs and time of modules"),
     later("comms_logger", "ds-profiler", "records of collectives"),
     later("data_efficiency", _ENGINE, "choosing samples and tokens"),

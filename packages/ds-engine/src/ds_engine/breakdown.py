@@ -1,0 +1,85 @@
+"""`wall_clock_breakdown` and `memory_breakdown`: where the time of a step goes, and what its parts leave in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+FORWARD, BACKWARD, STEP = "forward", "backward", "step"
+PARTS = (FORWARD, BACKWARD, STEP)
+
+
+class Breakdown:
+    """Measures the parts of a step. Turned off it does nothing and waits for nothing.
+
+    With time on, an accelerator is waited for at both ends of each part: parts then add up, and overlap between
+    them is lost, so the sum is above what a step takes otherwise.
+    """
+
+    def __init__(
+        self,
+        *,
+        time_on: bool,
+        memory_on: bool,
+        device: torch.device,
+        every: int,
+        write: Callable[[str], None],
+    ) -> None:
+        self.time_on, self.memory_on = time_on, memory_on
+        self._device, self._every, self._write = device, max(every, 1), write
+        self._step_ms = dict.fromkeys(PARTS, 0.0)
+        self._sums_ms = dict.fromkeys(PARTS, 0.0)
+        self._steps = 0
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """One of the parts; several micro-batches of a step add up."""
+        if not self.time_on and not self.memory_on:
+            yield
+            return
+        self._synchronize()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self._step_ms[name] += (time.perf_counter() - start) * 1e3
+            if self.memory_on:
+                self._write(f"memory after {name}: {memory(self._device)}")
+
+    def end_step(self, step: int) -> dict[str, float]:
+        """Milliseconds of each part of the step that has ended; a line with means every so many steps."""
+        if not self.time_on:
+            return {}
+        done, self._step_ms = self._step_ms, dict.fromkeys(PARTS, 0.0)
+        self._steps += 1
+        for name, value in done.items():
+            self._sums_ms[name] += value
+        if step % self._every == 0:
+            means = ", ".join(f"{name} {self._sums_ms[name] / self._steps:.2f}" for name in PARTS)
+            self._write(f"step {step}: milliseconds a step, mean of {self._steps}: {means}")
+            self._sums_ms, self._steps = dict.fromkeys(PARTS, 0.0), 0
+        return done
+
+    def _synchronize(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+
+def memory(device: torch.device) -> str:
+    """What this process holds now and held at most, in MiB: the device's allocator, or the process on a CPU."""
+    if device.type != "cpu":
+        held, most = (
+            torch.accelerator.memory_allocated(device),
+            torch.accelerator.max_memory_allocated(device),
+        )
+        return f"{held / 2**20:.0f} MiB allocated, {most / 2**20:.0f} at most"
+    import resource
+
+    with open("/proc/self/statm") as file:
+        held = int(file.read().split()[1]) * resource.getpagesize()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"{held / 2**20:.0f} MiB resident, {most / 2**20:.0f} at most"
