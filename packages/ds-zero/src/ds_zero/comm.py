@@ -56,19 +56,22 @@ def _nothing() -> None:
     return None
 
 
-def sum_tree(parts: Sequence[Tensor], out: Tensor) -> None:
-    """`out[i] = sum over parts of parts[p][i]` in the order of a fixed binary tree over p, in `out`'s dtype.
+def sum_tree(parts: Sequence[Tensor], out: Tensor, scale: float = 1.0) -> None:
+    """`out[i] = scale * (sum over parts of parts[p][i])` in the order of a fixed binary tree over p, in `out`'s
+    dtype.
 
     `out` may be one of `parts`. All are 1-D and of equal length.
     """
     if len(parts) == 1:
-        out.copy_(parts[0])
+        torch.mul(parts[0], scale, out=out) if scale != 1.0 else out.copy_(parts[0])
         return
     for begin in range(0, out.numel(), SUM_CHUNK_NUMEL):
         chunk = [p[begin : begin + SUM_CHUNK_NUMEL] for p in parts]
         middle = _middle(len(parts))
         target = out[begin : begin + SUM_CHUNK_NUMEL]
         torch.add(_subtree(chunk[:middle], out.dtype), _subtree(chunk[middle:], out.dtype), out=target)
+        if scale != 1.0:
+            target.mul_(scale)  # while it is in the cache
 
 
 def _middle(count: int) -> int:
@@ -174,15 +177,14 @@ def _ordered(
 ) -> Work:
     """Send `parts[p]` to rank p and sum what arrives, [Note: ordered reduction]."""
     rank, size = group.rank(), group.size()
-    received = parts[rank].new_empty(size, parts[rank].numel())
-    works = _exchange(lambda p: parts[p], lambda p: received[p], group, tag)
-    mine = [parts[p] if p == rank else received[p] for p in range(size)]
-    average = bool(op == dist.ReduceOp.AVG)
+    received = parts[rank].new_empty(size - 1, parts[rank].numel())
+    mine = [parts[p] if p == rank else received[p - (p > rank)] for p in range(size)]
+    works = _exchange(lambda p: parts[p], lambda p: mine[p], group, tag)
+    scale = 1.0 / size if op == dist.ReduceOp.AVG else 1.0
 
     def add_up() -> None:
-        sum_tree(mine, out)
-        if average:
-            out.mul_(1.0 / size)
+        sum_tree(mine, out, scale)
+        mine.clear()  # a finished work may be kept; its messages need not be
 
     return Then(works, add_up)
 

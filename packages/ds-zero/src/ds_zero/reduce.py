@@ -246,10 +246,11 @@ class Reducer:
         pending.local = pending.fresh = None
         source.zero_missing()
         with torch.profiler.record_function(f"ds.zero.reduce_scatter/{bucket.layout.name}"), torch.no_grad():
-            self._flights.append(launch(bucket, source.tensor, self._comm, self.policy.wire))
-        # One reduction stays in flight behind the one that starts: memory is bounded by two buckets, whatever
-        # the model's size.
-        while len(self._flights) > (2 if self.policy.overlap else 0):
+            place = self._sums[id(bucket)].place()
+            self._flights.append(launch(bucket, source.tensor, self._comm, self.policy.wire, place))
+        # One reduction is in flight while the next bucket fills: memory is bounded by two buckets, whatever the
+        # model's size.
+        while len(self._flights) > (1 if self.policy.overlap else 0):
             self._land(self._flights.pop(0))
 
     def _land(self, flight: Flight) -> None:

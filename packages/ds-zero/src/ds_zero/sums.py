@@ -56,6 +56,16 @@ class Sums:
             if shard.grad is None and shard.numel():
                 shard.grad = view
 
+    def place(self) -> Tensor | None:
+        """Where the next slice may be put at once, since nothing is there that it has to be added to."""
+        bucket = self._bucket
+        grad = bucket.grad
+        if grad is None or grad.dtype != torch.float32 or grad.device != bucket.device:
+            return None
+        if any(s.grad is not None for s in bucket.shards):
+            return None
+        return self._buffer(0)
+
     def complete(self, comm: Comm) -> None:
         """Make the entries' gradients final: merge what waits; in stage 0, bring in the other ranks' slices."""
         if self._complete:
@@ -83,6 +93,8 @@ class Sums:
         return self._bucket.grad
 
     def _sink(self, part: Tensor, begin: int, *, accumulate: bool) -> None:
+        if not accumulate and part.data_ptr() == self._grad()[self._offset + begin :].data_ptr():
+            return  # it landed there
         key = ShardKey(name=self._bucket.layout.name, kind="grad")
         self._store.sink_grad(key, part, offset=self._offset + begin, accumulate=accumulate).wait()
 

@@ -64,9 +64,14 @@ class Flight:
         return result
 
 
-def launch(bucket: Bucket, source: Tensor, comm: Comm, policy: WirePolicy) -> Flight:
+def launch(
+    bucket: Bucket, source: Tensor, comm: Comm, policy: WirePolicy, place: Tensor | None = None
+) -> Flight:
     """Start to reduce `source`, this rank's gradients of a whole bucket, which must not be used afterwards.
     Collective; all ranks launch the same buckets in the same order.
+
+    Args:
+        place: where this rank's slice of the result may be put when it lands, fp32; else it gets memory of its own.
     """
     ranks = bucket.ranks
     if policy.predivide != 1.0:
@@ -80,7 +85,9 @@ def launch(bucket: Bucket, source: Tensor, comm: Comm, policy: WirePolicy) -> Fl
     op = dist.ReduceOp.AVG if whole_mean else dist.ReduceOp.SUM
     if policy.scatter or bucket.layout.num_owners == 1:
         begin, end = bucket.slice_range
-        arrives = torch.empty(end - begin, dtype=torch.float32, device=bucket.device)
+        if place is None:
+            place = torch.empty(end - begin, dtype=torch.float32, device=bucket.device)
+        arrives = place
         work = comm.reduce(arrives, travels, ranks, op, sizes=bucket.layout.slice_sizes)
     else:
         arrives = travels.float()
