@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
 import ds_zero
+from ds_core.optim import FusedLamb
 from zero.models import batch
 from zero.parity import everywhere, world
 
@@ -28,7 +29,7 @@ FACTORS: Mapping[str, list[Any]] = {
     "ranks": [1, 2, 3, 4],
     "model": ["frozen", "tied", "unused", "uneven"],
     "dtype": ["fp32", "bf16", "fp16"],
-    "optimizer": ["sgd", "adamw"],
+    "optimizer": ["sgd", "adamw", "lamb"],
     "plan": ["local", "sharded"],
     "accumulation": [1, 3],
     "clip": [None, 0.05],
@@ -47,7 +48,15 @@ def adamw(params: Iterable[Tensor]) -> Optimizer:
     return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
 
 
-OPTIMIZERS: Mapping[str, Callable[[Iterable[Tensor]], Optimizer]] = {"sgd": sgd, "adamw": adamw}
+def lamb(params: Iterable[Tensor]) -> Optimizer:
+    return FusedLamb(params, lr=1e-2, weight_decay=0.1)
+
+
+OPTIMIZERS: Mapping[str, Callable[[Iterable[Tensor]], Optimizer]] = {
+    "sgd": sgd,
+    "adamw": adamw,
+    "lamb": lamb,
+}
 
 
 class Layer(nn.Module):

@@ -10,6 +10,7 @@ the same bits. At most log2(k) sums wait besides the new one; the lowest is the 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ds_zero.bucket import Bucket
