@@ -38,6 +38,30 @@ def test_choices_and_reasons() -> None:
     assert rows["schedule"] == ("WarmupLR", "as set")
 
 
+def test_dtypes_of_what_is_held_are_told() -> None:
+    more = {
+        "bf16": {"enabled": True, "bf16_optimizer_states": True},
+        "data_types": {"grad_accum_dtype": "fp16"},
+    }
+    engine = jobs.engine(0, **more)
+    rows = {why: choice for _, choice, why in summary.rows(engine)}
+    numel, owned = (
+        ds_zero.describe(engine.module).trainable_numel,
+        ds_zero.describe(engine.module).owned_numel,
+    )
+    assert rows["reduced gradients, fp16"] == summary.human(2 * owned)
+    assert rows["whole gradients while micro-batches are summed, fp16"] == summary.human(2 * numel)
+    (states,) = [
+        choice for why, choice in rows.items() if why.startswith("optimizer states") and "bf16" in why
+    ]
+    assert states == summary.human(4 * owned)
+    fp16 = table(fp16={"enabled": True, "loss_scale": 128})
+    assert fp16["precision"] == (
+        "fp16, with fp32 masters; gradients summed in fp32; loss scale 128",
+        "as set by fp16",
+    )
+
+
 def test_defaults_are_named_as_such() -> None:
     rows = table(scheduler=None)
     assert rows["clipping"] == ("norm 1", "default; 0 turns it off")

@@ -142,12 +142,12 @@ class Precision:
 
     def __str__(self) -> str:
         if self.param_dtype is not None:
-            told = f"{_name(self.param_dtype)}, with fp32 masters"
+            told = f"{name_of(self.param_dtype)}, with fp32 masters"
         elif self.autocast_dtype is not None:
-            told = f"torch.autocast to {_name(self.autocast_dtype)}"
+            told = f"torch.autocast to {name_of(self.autocast_dtype)}"
         else:
             told = "as the model is, usually fp32"
-        told += f"; gradients summed in {_name(self.grad_dtype)}"
+        told += f"; gradients summed in {name_of(self.grad_dtype)}"
         if isinstance(self.loss_scale, ds_zero.DynamicScale):
             told += f"; loss scale from {self.loss_scale.initial_scale:g}, dynamic"
         elif self.loss_scale is not None and self.loss_scale != 1.0:
@@ -155,7 +155,8 @@ class Precision:
         return told
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """fp16, bf16, fp32; another dtype as torch writes it."""
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
 
 

@@ -6,11 +6,14 @@ import io
 import shutil
 from typing import TYPE_CHECKING
 
+import torch
+
 import ds_zero
 from ds_engine.config import auto
 from ds_engine.config.built import effectless
 from ds_engine.config.model import DsConfig
 from ds_engine.config.zero import STAGES
+from ds_engine.precision import name_of
 
 if TYPE_CHECKING:
     from ds_engine.engine import Engine
@@ -112,19 +115,23 @@ def _full_rates(engine: Engine) -> list[float]:
 
 
 def _memory_rows(engine: Engine, made: ds_zero.Summary, held: ds_zero.MemoryReport) -> list[Row]:
-    """Counted where memory is there already, by formula (fp32 = 4 bytes) where it comes with the first
-    step.
-    """
+    """Counted where memory is there already, by formula where it comes with the first step."""
+    sums = engine.precision.grad_dtype
+    state_dtype = getattr(engine.optimizer, "state_dtype", torch.float32)
     states = getattr(engine.optimizer, "state_names", None)
     masters = "fp32 masters" if held.masters_bytes else "fp32 masters: the parameters are their own"
     table = [
         ("a rank holds", human(held.params_bytes), "parameters it computes with"),
         ("", human(held.masters_bytes), masters),
-        ("", human(held.grads_bytes), "reduced gradients, fp32"),
+        ("", human(held.grads_bytes), f"reduced gradients, {name_of(sums)}"),
     ]
     if made.accumulation == "local":
         table.append(
-            ("", human(4 * made.trainable_numel), "whole gradients while micro-batches are summed, fp32")
+            (
+                "",
+                human(sums.itemsize * made.trainable_numel),
+                f"whole gradients while micro-batches are summed, {name_of(sums)}",
+            )
         )
     if states is None:
         table.append(
@@ -132,7 +139,8 @@ def _memory_rows(engine: Engine, made: ds_zero.Summary, held: ds_zero.MemoryRepo
         )
     else:
         owned = f"for {made.owned_numel:,} of {made.trainable_numel:,} elements"
-        table.append(("", human(4 * len(states) * made.owned_numel), f"optimizer states {owned}, fp32"))
+        size = human(state_dtype.itemsize * len(states) * made.owned_numel)
+        table.append(("", size, f"optimizer states {owned}, {name_of(state_dtype)}"))
     return table
 
 

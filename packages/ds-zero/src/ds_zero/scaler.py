@@ -249,25 +249,25 @@ class LossScaler:
 
 def first_not_finite(state: ZeroState) -> str:
     """Name of the parameter whose gradient is not finite and which backward reached first, as far as the order
-    of registration tells; with the number of others. Collective.
+    of registration tells; with the number of others. Collective, over all ranks that share the norm, whose
+    parameters may differ.
     """
-    found: list[tuple[str, Tensor]] = []
+    order: dict[str, int] = {}
+    bad: set[str] = set()
     for bucket in state.buckets:
         for slot, shard in reversed(list(zip(bucket.layout.slots, bucket.shards, strict=False))):
-            grad = shard.grad
-            device = bucket.device
-            bad = torch.zeros((), dtype=torch.uint8, device=device)
-            if grad is not None and not bool(torch.isfinite(grad).all()):
-                bad.fill_(1)
-            found.append((slot.fqn, bad))
-    if not found:
-        return "no parameter"
-    flags = torch.stack([bad for _, bad in found])
+            order[slot.fqn] = len(order)
+            if shard.grad is not None and not bool(torch.isfinite(shard.grad).all()):
+                bad.add(slot.fqn)
     for ranks in state.norm_groups:
         if ranks.group is not None:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=ranks.group)
-    names = [name for (name, _), flag in zip(found, flags.tolist(), strict=True) if flag]
-    if not names:
+            told: list[Any] = [None] * ranks.size
+            dist.all_gather_object(told, (order, bad), group=ranks.group)
+            for their_order, their_bad in told:
+                order = {**their_order, **order}
+                bad = bad | their_bad
+    if not bad:
         return "a gradient that has changed since"
-    others = f" (and {len(names) - 1} more of {len(found)} parameters)" if len(names) > 1 else ""
-    return f"parameter {names[0]!r}{others}"
+    first = min(bad, key=lambda name: (order[name], name))
+    others = f" (and {len(bad) - 1} more of {len(order)} parameters)" if len(bad) > 1 else ""
+    return f"parameter {first!r}{others}"

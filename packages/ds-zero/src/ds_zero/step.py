@@ -95,11 +95,7 @@ class Stepper:
 
     def _begin_accumulation(self) -> None:
         """A backward begins, after clipping or a step: bring what stays on the shards into its units."""
-        back = self.pending.rejoin()
-        if back != 1.0:
-            with torch.no_grad():
-                for grad in self._grads():
-                    grad.mul_(back)
+        self._multiply(self.pending.rejoin())
         self.pending.reset()
 
     def _grads(self) -> list[Tensor]:
@@ -114,12 +110,14 @@ class Stepper:
 
     def apply_pending(self) -> None:
         """Make the gradients on the shards those that the optimizer shall see, [Note: units of a gradient]."""
-        factor = self.pending.factor()
-        if factor.item() != 1.0:
-            with torch.no_grad():
-                for grad in self._grads():
-                    grad.mul_(factor.to(grad.device))
+        self._multiply(float(self.pending.factor()))
         self.pending.applied()
+
+    def _multiply(self, factor: float) -> None:
+        grads = self._grads() if factor != 1.0 else []
+        if grads:
+            with torch.no_grad():
+                torch._foreach_mul_(grads, factor)
 
     def _prepare_plain(self) -> None:
         """For an optimizer without `step_fused`: true gradients, in the dtype of the shards."""
@@ -181,7 +179,7 @@ class Stepper:
         for shard, grad in self._set_aside:
             shard.grad = grad
         self._set_aside.clear()
-        self.pending.clip = None
+        self.pending.clip = self.pending.norm = None
         self._reducer.stepped()
         if not self._taken:
             return

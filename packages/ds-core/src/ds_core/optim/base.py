@@ -82,6 +82,11 @@ class FusedOptimizer(Optimizer):
         self._places: dict[int, tuple[int, int]] = {}
         super().__init__(params, defaults)
 
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Dtype of the element-wise states."""
+        return self._state_dtype
+
     # -- what a subclass adds
 
     @abstractmethod
