@@ -24,6 +24,7 @@ from ds_engine.config import load as load_config
 from ds_engine.data import Loader
 from ds_engine.engine import Engine, Parts
 from ds_engine.monitor import Monitor
+from ds_engine.pacing import Pacing
 from ds_engine.precision import Precision
 from ds_engine.progress import Progress, to_stderr
 from ds_engine.schedules import LRSchedule
@@ -67,6 +68,7 @@ def initialize(
     settings = load_config(config)
     # Before anything is started or moved: what can be refused is refused at once.
     compat.check(_job(settings, optimizer, lr_scheduler))
+    pacing = Pacing(settings)
     world = ds_comm.start()
     batch = settings.batch(world.world_size)
     precision = Precision.of(settings, world.device.type)
@@ -103,6 +105,7 @@ def initialize(
             progress=progress,
             monitor=Monitor.of(settings, world.rank),
             breakdown=_breakdown(settings, world, progress),
+            pacing=pacing,
             loader=loader,
         )
     )

@@ -23,6 +23,7 @@ from ds_engine.config.model import DsConfig
 from ds_engine.data import Loader
 from ds_engine.monitor import Monitor
 from ds_engine.optimizers import zero_grad
+from ds_engine.pacing import Pacing
 from ds_engine.precision import Precision, Unguarded
 from ds_engine.progress import Progress, StepReport
 from ds_engine.schedules import LRSchedule
@@ -44,6 +45,7 @@ class Parts:
     progress: Progress
     monitor: Monitor
     breakdown: Breakdown
+    pacing: Pacing
     loader: Loader | None = None
 
 
@@ -68,6 +70,7 @@ class Engine:
         self.progress = parts.progress
         self.monitor = parts.monitor
         """Where curves go; `write_events` takes values of your own."""
+        self.pacing = parts.pacing
         self.training_dataloader = parts.loader
         """What `training_data` was made into; its position is part of checkpoints."""
         self.global_steps = 0
@@ -84,6 +87,8 @@ class Engine:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the module; floating-point tensors in the arguments are cast to the compute dtype."""
+        if self.module.training:
+            kwargs |= self.pacing.arguments(self.global_steps)
         forward = self._breakdown.part(breakdown.FORWARD)
         with forward, self.precision.around_forward(self.world.device.type):
             return self.module(*self.precision.cast(args), **self.precision.cast(kwargs))

@@ -32,6 +32,8 @@ WORKING: tuple[Row, ...] = (
     works("csv_monitor", _ENGINE, "ds_engine.monitor"),
     works("wandb", _ENGINE, "ds_engine.monitor"),
     works("comet", _ENGINE, "ds_engine.monitor"),
+    works("curriculum_learning", _ENGINE, "ds_engine.pacing"),
+    works("progressive_layer_drop", _ENGINE, "ds_engine.pacing"),
     works("seed", _ENGINE, "ds_engine.assemble"),
     works("startup_summary", _ENGINE, "ds_engine.summary"),
 )
@@ -119,8 +121,6 @@ NOT_YET: tuple[Row, ...] = (
     later("flops_profiler", "ds-profiler", "FLOPs and time of modules"),
     later("comms_logger", "ds-profiler", "records of collectives"),
     later("data_efficiency", _ENGINE, "choosing samples and tokens"),
-    later("curriculum_learning", _ENGINE, "curriculum learning"),
-    later("progressive_layer_drop", _ENGINE, "skipping layers at random"),
     later(
         "pipeline",
         "ds-pipe",

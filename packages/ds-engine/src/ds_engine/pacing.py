@@ -1,0 +1,130 @@
+"""What forward is told about how far training is: the length of sequences, and how many layers to keep.
+
+Pure functions of the step, so nothing of it has to be in a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ds_engine.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ds_engine.config.curriculum import CurriculumScheduleConfig, LegacyCurriculumConfig
+    from ds_engine.config.model import DsConfig
+
+Difficulty = Callable[[int], int]
+"""Step, counted from 1 -> difficulty."""
+
+
+def keep_share(step: int, theta: float, gamma: float) -> float:
+    """Part of the layers that is kept after `step` optimizer steps: (1 - theta) exp(-gamma step) + theta.
+
+    Source: Zhang and He, Accelerating Training of Transformer-Based Language Models with Progressive Layer
+    Dropping (2020), equation 6.
+    """
+    return (1.0 - theta) * math.exp(-gamma * step) + theta
+
+
+def growing(step: int, *, low: int, high: int, total: int, multiple: int, degree: int = 1) -> int:
+    """From `low` to `high` in `total` steps along a root of `degree`, rounded down to a multiple; `fixed_linear` is
+    degree 1.
+
+    Source: Li et al., The Stability-Efficiency Dilemma (2022), section 4.
+    """
+    reached = math.floor(math.pow(step / total, 1.0 / degree) * (high - low) + low)
+    return min(reached - reached % multiple, high)
+
+
+def discrete(step: int, difficulties: list[int], last_steps: list[int]) -> int:
+    """The difficulty of the first range that `step` has not left."""
+    for difficulty, last in zip(difficulties, last_steps, strict=False):
+        if step <= last:
+            return difficulty
+    return difficulties[-1]
+
+
+def _schedule(section: LegacyCurriculumConfig) -> Difficulty | None:
+    """None for `custom`, which code has to set."""
+    numbers, kind, where = section.schedule_config, section.schedule_type, "curriculum_learning"
+    low, high = section.min_difficulty, section.max_difficulty
+    if low is None or high is None:
+        raise ConfigError(
+            [f"{where}: give min_difficulty and max_difficulty, the shortest and the longest sequence"]
+        )
+    if low > high:
+        raise ConfigError([f"{where}: min_difficulty {low} is above max_difficulty {high}"])
+    if kind == "custom":
+        return None
+    if kind == "fixed_discrete":
+        _need(numbers, kind, "difficulty", "max_step")
+        difficulties, last_steps = [int(d) for d in numbers.difficulty or ()], numbers.max_step or []
+        if len(difficulties) != len(last_steps) + 1:
+            raise ConfigError(
+                [
+                    f"{where}.schedule_config: {len(difficulties)} difficulties need {len(difficulties) - 1} max_step, "
+                    f"the last one has no end; there are {len(last_steps)}"
+                ]
+            )
+        return lambda step: discrete(step, difficulties, last_steps)
+    _need(
+        numbers,
+        kind,
+        "total_curriculum_step",
+        "difficulty_step",
+        *(["root_degree"] if kind == "fixed_root" else []),
+    )
+    total, multiple, degree = (
+        numbers.total_curriculum_step or 1,
+        numbers.difficulty_step or 1,
+        numbers.root_degree or 1,
+    )
+    return lambda step: growing(step, low=low, high=high, total=total, multiple=multiple, degree=degree)
+
+
+def _need(numbers: CurriculumScheduleConfig, kind: str, *names: str) -> None:
+    missing = [name for name in names if getattr(numbers, name) is None]
+    if missing:
+        said = f"curriculum_learning.schedule_config: {kind} needs {' and '.join(missing)}"
+        raise ConfigError([said])
+
+
+class Pacing:
+    """Further keyword arguments of the module's forward, while it is in training mode."""
+
+    def __init__(self, config: DsConfig) -> None:
+        """ConfigError: numbers that a schedule needs are missing or contradict each other."""
+        self._drop = config.progressive_layer_drop if config.progressive_layer_drop.enabled else None
+        self._curriculum = config.curriculum_learning.enabled
+        self._difficulty = _schedule(config.curriculum_learning) if self._curriculum else None
+
+    def set_difficulty(self, difficulty: Difficulty) -> None:
+        """The function of `"schedule_type": "custom"`.
+
+        Raises:
+            ValueError: curriculum_learning is not switched on.
+        """
+        if not self._curriculum:
+            raise ValueError(
+                "curriculum_learning.enabled is false, so a schedule for it would never be asked"
+            )
+        self._difficulty = difficulty
+
+    def arguments(self, steps: int) -> dict[str, Any]:
+        """What forward gets after so many optimizer steps: `curriculum_seqlen`, `progressive_layer_drop` and
+        `pld_theta`, each if switched on.
+        """
+        made: dict[str, Any] = {}
+        if self._drop is not None:
+            made["progressive_layer_drop"] = True
+            made["pld_theta"] = keep_share(steps, self._drop.theta, self._drop.gamma)
+        if self._curriculum:
+            if self._difficulty is None:
+                raise ValueError(
+                    'curriculum_learning.schedule_type is "custom": give the function of it with '
+                    "engine.pacing.set_difficulty(lambda step: ...) before the first forward"
+                )
+            made["curriculum_seqlen"] = self._difficulty(steps + 1)
+        return made
