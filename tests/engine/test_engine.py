@@ -375,3 +375,24 @@ class TestEngine:
 
 def test_world_is_a_value() -> None:
     assert isinstance(jobs.engine().world, ds_comm.World)
+
+
+def test_activation_checkpointing_follows_the_configuration() -> None:
+    section = {"contiguous_memory_optimization": True, "number_checkpoints": 2, "profile": True}
+    config = {"train_batch_size": 2, "startup_summary": False, "activation_checkpointing": section}
+    config |= {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "zero_optimization": {"stage": 3}}
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    engine, *_ = ds_engine.initialize(model=layers, config=config)
+    with engine:
+        checkpointing = engine.activation_checkpointing()
+        assert checkpointing.config.contiguous and checkpointing.config.num_checkpoints == 2
+        h = torch.ones(2, 4, requires_grad=True)
+        for layer in layers:
+            h = checkpointing(layer, h)
+        engine.backward(h.mean())
+        engine.step()
+        assert checkpointing.statistics.recomputations == 2 and checkpointing.statistics.recompute_s > 0
+    config["activation_checkpointing"] = {"partition_activations": True}
+    engine, *_ = ds_engine.initialize(model=nn.Linear(2, 2), config=config)
+    with engine, pytest.raises(ValueError, match="give their group="):
+        engine.activation_checkpointing()

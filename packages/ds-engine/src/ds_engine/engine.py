@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,6 +27,11 @@ from ds_engine.pacing import Pacing
 from ds_engine.precision import Precision, Unguarded
 from ds_engine.progress import Progress, StepReport
 from ds_engine.schedules import LRSchedule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from ds_layers import Checkpointing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +326,30 @@ class Engine:
             counters=not load_module_only,
         )
         return load(self, load_dir, tag, wanted)
+
+    def activation_checkpointing(self, group: ProcessGroup | None = None) -> Checkpointing:
+        """What recomputes layers as the section `activation_checkpointing` says: `h = checkpointing(layer, h)`.
+
+        Args:
+            group: the model-parallel ranks, which hold the same activations; needed for `partition_activations`.
+
+        Raises:
+            ModuleNotFoundError: ds-layers is not installed.
+            ValueError: settings that do not go together.
+        """
+        from ds_layers import Checkpointing, CheckpointingConfig
+
+        section = self.config.activation_checkpointing
+        return Checkpointing(
+            CheckpointingConfig(
+                group=group,
+                partition=section.partition_activations,
+                on_host=section.cpu_checkpointing,
+                contiguous=section.contiguous_memory_optimization,
+                num_checkpoints=section.number_checkpoints,
+                synchronize=section.synchronize_checkpoint_boundary or section.profile,
+            )
+        )
 
     def destroy(self) -> None:
         """Undo the sharding: the module is an ordinary one again, whole on every rank. Safe to call twice."""

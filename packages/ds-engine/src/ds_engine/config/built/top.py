@@ -34,6 +34,23 @@ WORKING: tuple[Row, ...] = (
     works("comet", _ENGINE, "ds_engine.monitor"),
     works("curriculum_learning", _ENGINE, "ds_engine.pacing"),
     works("progressive_layer_drop", _ENGINE, "ds_engine.pacing"),
+    works(
+        "activation_checkpointing",
+        _LAYERS,
+        "Engine.activation_checkpointing and deepspeed.checkpointing.configure",
+        needs="ds_layers",
+        remedy="set it to false, and use torch.utils.checkpoint",
+        switches={
+            f"activation_checkpointing.{name}": (False,)
+            for name in (
+                "partition_activations",
+                "cpu_checkpointing",
+                "contiguous_memory_optimization",
+                "synchronize_checkpoint_boundary",
+                "profile",
+            )
+        },
+    ),
     works("seed", _ENGINE, "ds_engine.assemble"),
     works("startup_summary", _ENGINE, "ds_engine.summary"),
 )
@@ -96,22 +113,6 @@ NOT_YET: tuple[Row, ...] = (
         "writing while training goes on",
         "set it to false",
         switches={"checkpoint.writer.decoupled": (False, None)},
-    ),
-    later(
-        "activation_checkpointing",
-        _LAYERS,
-        "recomputing activations",
-        "set it to false, and use torch.utils.checkpoint",
-        switches={
-            f"activation_checkpointing.{name}": (False,)
-            for name in (
-                "partition_activations",
-                "cpu_checkpointing",
-                "contiguous_memory_optimization",
-                "synchronize_checkpoint_boundary",
-                "profile",
-            )
-        },
     ),
     no_effect(
         "activation_checkpointing.number_checkpoints",
