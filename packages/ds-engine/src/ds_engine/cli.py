@@ -9,6 +9,7 @@ import typer
 
 from ds_engine import __version__
 from ds_engine.checkpoint_cli import app as checkpoint_app
+from ds_engine.config_cli import app as config_app
 
 app = typer.Typer(
     name="ds",
@@ -17,9 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(config_app)
 
 
 def main() -> None:

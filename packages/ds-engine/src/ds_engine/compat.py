@@ -144,15 +144,18 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def check(job: Job) -> None:
+def check(job: Job, *, autos_may_stay: bool = False) -> None:
     """Refuse, or warn about, settings that do not go together, and "auto" where it has to be a value.
+
+    Args:
+        autos_may_stay: something will still fill them in.
 
     Raises:
         ConfigError: with everything that is wrong.
     """
     broken = [rule for rule in RULES if rule.applies(job)]
     refused = [rule for rule in broken if rule.refuse]
-    problems = list(auto.unfilled(job.config))
+    problems = [] if autos_may_stay else list(auto.unfilled(job.config))
     problems += _named(job)
     problems += [f"{r.first} and {r.second} do not go together: {r.reason}; {r.remedy}" for r in refused]
     if problems:

@@ -100,7 +100,7 @@ def _derived(config: DsConfig, ranks: int | None) -> list[Setting]:
     if ranks is not None:
         batch = config.batch(ranks)
         values = {TRAIN: batch.train, MICRO: batch.micro, STEPS: batch.steps}
-        equation = f"{TRAIN} = {MICRO} x {STEPS} x {ranks} ranks"
+        equation = f"train {batch.train} = micro {batch.micro} x steps {batch.steps} x {ranks} ranks"
         found += [
             Setting(path=path, value=value, origin=f"derived: {equation}")
             for path, value in values.items()

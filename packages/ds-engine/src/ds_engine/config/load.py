@@ -17,7 +17,7 @@ from ds_engine.config.combinations import COMBINATIONS
 from ds_engine.config.errors import ConfigError
 from ds_engine.config.model import DsConfig
 from ds_engine.config.origin import Origin
-from ds_engine.config.schema import Key, join, keys_of
+from ds_engine.config.schema import Key, join, keys_of, value_at
 from ds_engine.config.source import Source, open_source
 from ds_engine.config.unknown import unknown
 
@@ -66,7 +66,7 @@ def build(source: Source) -> tuple[DsConfig, list[str]]:
     try:
         config = DsConfig.model_validate(known).with_origin(origin)
     except ValidationError as error:
-        _add_validation(error, found)
+        _add_validation(error, found, modern.raw)
     if config is not None:
         found.problems += [(rule.key, rule.sentence) for rule in COMBINATIONS if rule.broken(config)]
         found.problems += refusals(config)
@@ -125,19 +125,19 @@ def _inside(key: Key, value: Any, found: _Findings) -> Any:
     }
 
 
-def _add_validation(error: ValidationError, found: _Findings) -> None:
+def _add_validation(error: ValidationError, found: _Findings, raw: Mapping[str, Any]) -> None:
     # A misspelt key that is required would be told twice, as unknown and as missing.
     told = " ".join(text for _, text in found.problems)
+    by_path: dict[str, list[Any]] = {}
     for item in error.errors(include_url=False):
-        path = _path_of(item["loc"])
-        text = _explain(path, item)
-        if item["type"] == "missing" and (f'did you mean "{path}"?' in told or path in found.autos):
-            if path in found.autos:
-                found.problems.append((path, f'{path} is "auto", and nothing has filled it in: give a value'))
-            continue
-        if any(path == before for before, _ in found.problems):
-            continue  # one sentence for a key, though each option of a union has its own
-        found.problems.append((path, text))
+        by_path.setdefault(_path_of(item["loc"]), []).append(item)
+    for path, items in by_path.items():
+        if items[0]["type"] != "missing":
+            found.problems.append((path, _explain(path, items, raw)))
+        elif path in found.autos:
+            found.problems.append((path, f'{path} is "auto", and nothing has filled it in: give a value'))
+        elif f'did you mean "{path}"?' not in told:
+            found.problems.append((path, f'"{path}" is missing'))
 
 
 def _path_of(loc: tuple[int | str, ...]) -> str:
@@ -151,16 +151,34 @@ def _path_of(loc: tuple[int | str, ...]) -> str:
 _TYPES = frozenset({"int", "float", "bool", "str", "list", "dict"})
 
 
-def _explain(path: str, item: Any) -> str:
-    """Pydantic's finding in the words of the file: path, value, what is wanted."""
-    shown = _shown(item.get("input"))
-    kind = item["type"]
+def _explain(path: str, items: list[Any], raw: Mapping[str, Any]) -> str:
+    """Pydantic's findings for one key, one for each kind of value that it may have, in the words of the file."""
+    written = value_at(raw, path)  # as in the file, where case may have been changed since
+    shown = _shown(items[0].get("input") if written is None else written)
+    for item in items:
+        if item["type"] == "value_error":
+            return f"{path} is {shown}: {item['ctx']['error']}"
+    wanted = [_wanted(item) for item in items]
+    if None in wanted:
+        return f"{path} is {shown}: {items[wanted.index(None)]['msg']}"
+    return f"{path} is {shown}: it has to be {' or '.join(dict.fromkeys(str(want) for want in wanted))}"
+
+
+def _wanted(item: Any) -> str | None:
     context = item.get("ctx", {})
-    if kind == "missing":
-        return f'"{path}" is missing'
-    if kind == "value_error":
-        return f"{path} is {shown}: {context['error']}"
-    wanted = {
+    bounds = {
+        "greater_than_equal": ("at least", "ge"),
+        "less_than_equal": ("at most", "le"),
+        "greater_than": ("more than", "gt"),
+        "less_than": ("less than", "lt"),
+    }
+    if item["type"] in bounds:
+        words, name = bounds[item["type"]]
+        return f"{words} {context[name]:g}"
+    if item["type"] == "literal_error":
+        options = context["expected"]
+        return f"one of {options}" if " or " in options else str(options)
+    return {
         "bool_type": "true or false",
         "int_type": "a whole number",
         "float_type": "a number",
@@ -170,13 +188,7 @@ def _explain(path: str, item: Any) -> str:
         "list_type": "a list [...]",
         "model_type": "an object {...}",
         "model_attributes_type": "an object {...}",
-        "literal_error": f"one of {context.get('expected', '')}",
-        "greater_than_equal": f"at least {context.get('ge')}",
-        "less_than_equal": f"at most {context.get('le')}",
-        "greater_than": f"more than {context.get('gt')}",
-        "less_than": f"less than {context.get('lt')}",
-    }.get(kind)
-    return f"{path} is {shown}: it has to be {wanted}" if wanted else f"{path} is {shown}: {item['msg']}"
+    }.get(item["type"])
 
 
 def _shown(value: Any) -> str:

@@ -26,11 +26,20 @@ class Origin:
 
     def line(self, path: str) -> int | None:
         """Line on which `path`, or the nearest section around it, was written."""
-        written = {new: old for old, new in self.renamed.items()}.get(path, path)
-        while written:
-            if written in self.lines:
-                return self.lines[written]
-            written = written.rpartition(".")[0]
+        return self._nearest(self._as_written(path))
+
+    def _as_written(self, path: str) -> str:
+        """The path in the names of the file."""
+        for old, new in self.renamed.items():
+            if path == new or path.startswith(f"{new}."):
+                return old + path[len(new) :]
+        return path
+
+    def _nearest(self, path: str) -> int | None:
+        while path:
+            if path in self.lines:
+                return self.lines[path]
+            path = path.rpartition(".")[0]
         return None
 
     def __eq__(self, other: object) -> bool:

@@ -110,9 +110,9 @@ class _Reader:
         where = f"{path}.{key}" if path else key
         if key in found:
             before = self.lines[where]
+            lines = f"lines {before} and {line}" if before != line else f"line {line}"
             self.fail(
-                f'key "{key}" is given twice in one section, on lines {before} and {line}: keep one of them',
-                located=False,
+                f'key "{key}" is given twice in one section, on {lines}: keep one of them', located=False
             )
         self.space()
         if self.peek() != ":":

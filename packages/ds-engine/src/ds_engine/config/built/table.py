@@ -35,7 +35,7 @@ def switches(row: Row) -> Mapping[str, Inert]:
         inner = keys_of(key.section, row.key)
         assert "enabled" in inner, f"{row.key} has no key `enabled`: its row has to name the switches"
         return {f"{row.key}.enabled": (False,)}
-    return {row.key: (default_of(key), None)}
+    return {row.key: (default_of(key),)}
 
 
 def refusals(config: Any) -> Iterator[tuple[str, str]]:
