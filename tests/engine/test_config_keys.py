@@ -28,9 +28,27 @@ TESTED = {
     "optimizer.params": "test_optimizers.py::test_adam_is_our_kernel_with_decoupled_decay",
     "scheduler.type": "test_schedules.py::test_schedules_of_torch_by_name",
     "scheduler.params": "test_schedules.py::test_warmup_linear",
-    "bf16.enabled": "test_precision.py",
+    "fp16.enabled": "test_fp16.py::test_fp16_trains_alike_at_every_stage",
+    "fp16.auto_cast": "test_precision.py::test_fp16_casts_inputs_only_where_it_is_asked_to",
+    "fp16.loss_scale": "test_precision.py::test_what_guards_a_step",
+    "fp16.initial_scale_power": "test_precision.py::test_what_guards_a_step",
+    "fp16.loss_scale_window": "test_precision.py::test_what_guards_a_step",
+    "fp16.hysteresis": "test_precision.py::test_what_guards_a_step",
+    "fp16.consecutive_hysteresis": "test_precision.py::test_what_guards_a_step",
+    "fp16.min_loss_scale": "test_precision.py::test_what_guards_a_step",
+    "bf16.enabled": "test_precision.py::test_bf16_casts_floating_tensors_wherever_they_are",
+    "bf16.check_grad_overflow": "test_fp16.py::test_bf16_without_the_check_takes_every_step",
+    "bf16.bf16_optimizer_states": "test_fp16.py::test_bf16_states_take_half_the_memory",
+    "torch_autocast.enabled": "test_fp16.py::test_autocast_equals_a_plain_loop_bit_by_bit",
+    "torch_autocast.dtype": "test_precision.py::test_what_guards_a_step",
+    "torch_autocast.lower_precision_safe_modules": "test_fp16.py::test_autocast_equals_a_plain_loop_bit_by_bit",
+    "data_types.grad_accum_dtype": "test_fp16.py::test_gradients_are_summed_in_the_dtype_asked_for",
+    "data_types.param_dtype": "test_precision.py::test_what_excludes_each_other_is_refused",
+    "data_types.buffer_dtype": "test_precision.py::test_buffers_take_their_dtypes",
+    "data_types.keep_in_fp32_modules": "test_precision.py::test_buffers_take_their_dtypes",
     "gradient_clipping": "test_engine.py",
     "steps_per_print": "test_engine.py",
+    "zero_optimization.mics_shard_size": "test_config_wiring.py::test_groups_of_ranks_that_hold_replicas",
     "dump_state": "test_config_keys.py::test_dump_state_prints_every_setting",
     "vocabulary_size": "test_config_keys.py::test_a_vocabulary_that_tensor_cores_do_not_like",
     "data_parallel_size": "test_config_keys.py::test_data_parallel_size_is_the_number_of_ranks",
@@ -193,14 +211,15 @@ def test_a_key_reaches_ds_zero(row: Row) -> None:
                     config = load(config_with(row.key, value, stage))
                 except ConfigError:
                     continue
-            seen.add(str(getattr(sharding.options(config, config.batch(1))["config"], field)))
+            made = sharding.options(config, config.batch(2), {})["config"]
+            seen.add(str(getattr(made, field)))
     assert len(seen) > 1, f"{row.key} does not change ZeroConfig.{field}"
 
 
 def test_offload_chooses_the_store() -> None:
     def options(device: str) -> dict[str, Any]:
         config = load(config_with("zero_optimization.offload_optimizer.device", device))
-        return sharding.options(config, config.batch(1))
+        return sharding.options(config, config.batch(1), {})
 
     assert "store" not in options("none")
     assert type(options("cpu")["store"]).__name__ == "HostStore"

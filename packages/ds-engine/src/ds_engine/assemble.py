@@ -85,7 +85,7 @@ def initialize(
             model,
             built,
             stage=settings.zero_optimization.stage,
-            **sharding.options(settings, batch, precision.zero_options(model)),
+            **sharding.options(settings, batch, precision.zero_options(model), world),
         )
     precision.cast_buffers(model)
     schedule = _schedule(settings, lr_scheduler, built)

@@ -1,20 +1,28 @@
-"""The section `zero_optimization` in ds_zero's words."""
+"""The section `zero_optimization`, and what the top level says of gradients, in ds_zero's words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import ds_comm
 import ds_zero
 from ds_core.kernels import squared_norm
-from ds_engine.config import Batch, DsConfig
+from ds_engine.config import Batch, ConfigError, DsConfig
+from ds_engine.precision import DTYPES
 
 
-def options(settings: DsConfig, batch: Batch, dtypes: Mapping[str, Any]) -> dict[str, Any]:
+def options(
+    settings: DsConfig, batch: Batch, dtypes: Mapping[str, Any], world: ds_comm.World | None = None
+) -> dict[str, Any]:
     """Arguments of `ds_zero.shard`, beside the model, the optimizer and the stage.
 
     Args:
         dtypes: fields of `ZeroConfig` that `Precision.zero_options` gives.
+        world: for `mics_shard_size`, whose groups every rank makes alike.
+
+    Raises:
+        ConfigError: `mics_shard_size` does not divide the ranks.
     """
     zero = settings.zero_optimization
     found: dict[str, Any] = {
@@ -23,8 +31,10 @@ def options(settings: DsConfig, batch: Batch, dtypes: Mapping[str, Any]) -> dict
             accumulation=zero.accumulation_plan,
             accumulation_steps=batch.steps,
             **dtypes,
-            reduce_bucket_numel=zero.reduce_bucket_size,
+            **_reduction(settings, batch.ranks),
+            publish_bucket_numel=zero.allgather_bucket_size,
             persistence_threshold_numel=zero.stage3_param_persistence_threshold,
+            model_persistence_numel=zero.stage3_model_persistence_threshold,
             prefetch=zero.stage3_prefetch,
             overlap_publish=zero.overlap_publish and zero.stage in (1, 2),
         ),
@@ -33,4 +43,37 @@ def options(settings: DsConfig, batch: Batch, dtypes: Mapping[str, Any]) -> dict
         import ds_offload
 
         found["store"] = ds_offload.HostStore()
+    if zero.mics_shard_size > 0:
+        found["mesh"] = _groups(zero.mics_shard_size, batch.ranks, world)
     return found
+
+
+def _reduction(settings: DsConfig, ranks: int) -> dict[str, Any]:
+    """How gradients are reduced."""
+    zero, wire = settings.zero_optimization, settings.communication_data_type
+    return {
+        "reduce_bucket_numel": zero.reduce_bucket_size,
+        "overlap_reduce": zero.overlap_comm,
+        "reduce_scatter": zero.reduce_scatter,
+        "ignore_unused": zero.ignore_unused_parameters,
+        "communication_dtype": DTYPES[wire] if wire is not None else None,
+        "reduce_op": settings.gradient_allreduce_op,
+        # To divide before the sum is to predivide by all ranks.
+        "predivide_factor": float(ranks)
+        if settings.prescale_gradients
+        else settings.gradient_predivide_factor,
+    }
+
+
+def _groups(size: int, ranks: int, world: ds_comm.World | None) -> Any:
+    """Neighbouring ranks in groups of `size` that divide the model; the groups hold the same. None: one group."""
+    if ranks % size:
+        raise ConfigError(
+            [
+                f"zero_optimization.mics_shard_size {size} does not divide {ranks} ranks into groups: set it to a "
+                "divisor, or to -1 for one group"
+            ]
+        )
+    if size == ranks or world is None:
+        return None
+    return ds_comm.data_mesh(world, {"replicate": ranks // size, "shard": size})

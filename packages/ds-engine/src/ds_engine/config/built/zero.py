@@ -16,8 +16,12 @@ def _stage3(config: Any) -> bool:
     return bool(config.zero_optimization.stage == 3)
 
 
+def _divides(config: Any) -> bool:
+    return bool(config.zero_optimization.stage > 0)
+
+
 def _publishes(config: Any) -> bool:
-    return config.zero_optimization.stage in (1, 2)
+    return bool(config.zero_optimization.stage in (1, 2))
 
 
 def _on_host(config: Any) -> bool:
@@ -26,11 +30,23 @@ def _on_host(config: Any) -> bool:
 
 _STAGE3 = {"only": _stage3, "otherwise": "parameters are whole on every rank below stage 3"}
 _PUBLISH = {"only": _publishes, "otherwise": "only stages 1 and 2 gather parameters at the end of a step"}
+_DIVIDED = {"only": _divides, "otherwise": "below stage 1 every rank keeps the whole sum"}
 _DISK = "nothing rests on a disk"
 
 ROWS: tuple[Row, ...] = (
     works(f"{_ZERO}.stage", "ds-zero", "ds_zero.shard(stage=...)"),
     works(f"{_ZERO}.reduce_bucket_size", "ds-zero", "ZeroConfig.reduce_bucket_numel"),
+    works(f"{_ZERO}.overlap_comm", "ds-zero", "ZeroConfig.overlap_reduce"),
+    works(f"{_ZERO}.reduce_scatter", "ds-zero", "ZeroConfig.reduce_scatter", **_DIVIDED),
+    works(f"{_ZERO}.ignore_unused_parameters", "ds-zero", "ZeroConfig.ignore_unused"),
+    works(f"{_ZERO}.allgather_bucket_size", "ds-zero", "ZeroConfig.publish_bucket_numel", **_PUBLISH),
+    works(
+        f"{_ZERO}.stage3_model_persistence_threshold",
+        "ds-zero",
+        "ZeroConfig.model_persistence_numel",
+        **_STAGE3,
+    ),
+    works(f"{_ZERO}.mics_shard_size", "ds-zero", "ds_zero.shard(mesh=...)"),
     works(f"{_ZERO}.accumulation_plan", "ds-zero", "ZeroConfig.accumulation"),
     works(f"{_ZERO}.overlap_publish", "ds-zero", "ZeroConfig.overlap_publish", **_PUBLISH),
     works(
@@ -53,21 +69,6 @@ ROWS: tuple[Row, ...] = (
         "ds_engine.compat",
         only=_on_host,
         otherwise="nothing rests in host memory",
-    ),
-    later(
-        f"{_ZERO}.overlap_comm",
-        "ds-zero",
-        "choosing whether reduction overlaps with backward",
-        "leave it out: reduction overlaps where it pays",
-    ),
-    later(f"{_ZERO}.allgather_bucket_size", "ds-zero", "a bucket size for publishing", "leave it out"),
-    later(f"{_ZERO}.reduce_scatter", "ds-zero", "reduction by all-reduce", "leave it out, or set it to true"),
-    later(f"{_ZERO}.ignore_unused_parameters", "ds-zero", "an error for parameters without gradient"),
-    later(
-        f"{_ZERO}.stage3_model_persistence_threshold",
-        "ds-zero",
-        "a limit for what stays whole",
-        "leave it out",
     ),
     later(f"{_ZERO}.stage3_prefetch_bucket_size", "ds-zero", "a limit for gathering ahead", "leave it out"),
     later(
@@ -94,12 +95,6 @@ ROWS: tuple[Row, ...] = (
         "ds-zero",
         "a second copy of the parameters in each node",
         switches={f"{_ZERO}.zero_hpz_partition_size": (0, 1)},
-    ),
-    later(
-        f"{_ZERO}.mics_shard_size",
-        "ds-zero",
-        "groups of ranks that hold replicas",
-        switches={f"{_ZERO}.mics_shard_size": (-1, 0)},
     ),
     later(f"{_ZERO}.mics_hierarchical_params_gather", "ds-zero", "gathering inside nodes first"),
     later(f"{_ZERO}.zero_quantized_weights", "ds-comm", "gathering parameters as int8"),
