@@ -104,3 +104,16 @@ def test_settings_of_speed_change_no_bit(keys: dict[str, Any]) -> None:
     plain, engine = trained(**at(stage))
     engine.destroy()
     assert trained(**keys)[0] == plain
+
+
+@ranks(2)
+@pytest.mark.parametrize("name", ["Muon", "Lamb", "Adafactor"])
+def test_optimizers_of_whole_tensors_train_alike_at_every_stage(name: str) -> None:
+    losses = {}
+    for stage in (0, 1, 3):
+        losses[stage], engine = trained(
+            3, scheduler=None, optimizer={"type": name, "params": {"lr": 0.01}}, **at(stage)
+        )
+        engine.destroy()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[3] == pytest.approx(losses[0], rel=1e-4)

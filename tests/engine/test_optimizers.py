@@ -126,3 +126,25 @@ def test_parameter_groups_are_kept() -> None:
     ]
     made = optimizers.build("AdamW", {"lr": 0.1}, groups, on_host=False)
     assert [g["lr"] for g in made.param_groups] == [0.3, 0.1]
+
+
+def test_muon_leaves_vectors_embeddings_and_heads_to_adam() -> None:
+    model = torch.nn.ModuleDict(
+        {"embed": torch.nn.Embedding(3, 2), "inner": torch.nn.Linear(2, 2), "lm_head": torch.nn.Linear(2, 3)}
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    params = {"lr": 0.1, "muon_lr": 0.5, "momentum": 0.8, "ns_method": "gram"}
+    grouped = [{"params": list(model.parameters()), "weight_decay": 0.3}]
+    made = optimizers.build("muon", params, grouped, on_host=False, names=names)
+    halves = {
+        group["use_muon"]: ([names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"])
+        for group in made.param_groups
+    }
+    assert halves == {
+        True: (["inner.weight"], 0.5, 0.3),
+        False: (["embed.weight", "inner.bias", "lm_head.weight", "lm_head.bias"], 0.1, 0.3),
+    }
+    defaults = optimizers.build("Muon", {}, model.parameters(), on_host=False, names=names)
+    assert {g["use_muon"]: g["lr"] for g in defaults.param_groups} == {True: 0.02, False: 3e-4}
+    with pytest.raises(ConfigError, match="per_head_muon"):
+        optimizers.build("Muon", {"per_head_muon": True}, model.parameters(), on_host=False)

@@ -190,6 +190,7 @@ def _optimizer(
         parameters,
         on_host=on_host,
         bf16_states=settings.bf16.enabled and settings.bf16.bf16_optimizer_states,
+        names={id(p): name for name, p in model.named_parameters()},
     )
 
 

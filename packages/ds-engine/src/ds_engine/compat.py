@@ -55,7 +55,6 @@ class Rule:
     """False: the job runs, but one of the two has no effect, which is said as a warning."""
 
 
-WHOLE_TENSORS = ("adafactor", "muon", "lamb", "fusedlamb")
 HOST_OPTIMIZERS = ("adam", "adamw", "cpuadam")
 
 
@@ -82,14 +81,6 @@ RULES: tuple[Rule, ...] = (
         applies=lambda job: job.optimizer_name == "sparseadam",
         reason="it accepts sparse gradients only, and gradients are reduced in dense buckets",
         remedy="use AdamW, and sparse=False in nn.Embedding",
-    ),
-    Rule(
-        first="an optimizer that needs whole tensors (Adafactor, Muon, Lamb)",
-        second="zero_optimization.stage 1 to 3",
-        applies=lambda job: job.stage >= 1 and job.optimizer_name in WHOLE_TENSORS,
-        reason="it takes norms or products over whole tensors, and from stage 1 on a rank holds pieces of "
-        "them",
-        remedy="use stage 0, or an element-wise optimizer such as AdamW",
     ),
     Rule(
         first="offload_optimizer.device cpu",

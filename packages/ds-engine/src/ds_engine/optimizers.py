@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+import ds_core.optim
 from ds_engine.config.errors import ConfigError
 from ds_engine.config.suggest import did_you_mean
 
@@ -75,6 +76,29 @@ OWN: Mapping[str, Own] = {
         defaults={"lr": 1e-3, "betas": (0.9, 0.999)},
         only={"set_grad_none": _ANY_GRAD, "fp32_optimizer_states": _FP32_STATES},
     ),
+    "Muon": Own(
+        class_name="Muon",
+        accepts=(
+            "lr",
+            "muon_lr",
+            "adam_lr",
+            "weight_decay",
+            "momentum",
+            "betas",
+            "eps",
+            "nesterov",
+            "ns_steps",
+        ),
+        renames={"muon_lr": "lr"},
+        defaults={"weight_decay": 0.0},
+        only={
+            "ns_method": (("gram", "standard"), "remove it"),
+            "adam_w_mode": ((True,), "remove it: vectors decay as in AdamW"),
+            "torch_adam": ((False,), "remove it"),
+            "per_head_muon": ((False,), "remove it: a matrix is made orthogonal as a whole"),
+            "fp32_optimizer_states": _FP32_STATES,
+        },
+    ),
     "SGD": Own(class_name="FusedSGD", accepts=("lr", "momentum", "dampening", "weight_decay", "nesterov")),
 }
 """Names that mean our kernels where ds_core has them, and torch's class of the same name where it does
@@ -112,12 +136,24 @@ def choose(name: str, params: Mapping[str, Any], *, on_host: bool) -> Choice:
     ):
         return _torch_choice(_torch_class(name), values)
     renames = own.host_renames if on_host else own.renames
+    if own.class_name == "Muon":
+        values = _muon_rates(values)
     arguments = {
         renames.get(key, key): value
         for key, value in {**own.defaults, **values}.items()
         if key not in own.only
     }
     return Choice(make=found, accepts=own.accepts, arguments=arguments, only=own.only)
+
+
+def _muon_rates(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`lr` is the rate of both halves that have none of their own; DeepSpeed's defaults without it."""
+    rest = {key: value for key, value in values.items() if key not in ("lr", "muon_lr", "adam_lr")}
+    return {
+        **rest,
+        "muon_lr": values.get("muon_lr", values.get("lr", 0.02)),
+        "adam_lr": values.get("adam_lr", values.get("lr", 3e-4)),
+    }
 
 
 def check(name: str, params: Mapping[str, Any], *, on_host: bool) -> list[str]:
@@ -151,6 +187,7 @@ def build(
     *,
     on_host: bool,
     bf16_states: bool = False,
+    names: Mapping[int, str] | None = None,
 ) -> Optimizer:
     """The optimizer that the config names.
 
@@ -158,6 +195,7 @@ def build(
         parameters: tensors or groups, as for any torch optimizer.
         on_host: use the version that runs in host memory.
         bf16_states: keep its states in bfloat16.
+        names: id of a parameter -> its name, by which Muon leaves embeddings and heads to AdamW.
 
     Raises:
         ConfigError: no such optimizer, an argument it does not have, a value it refuses, or `bf16_states` for
@@ -177,11 +215,26 @@ def build(
                 ]
             )
         arguments["state_dtype"] = torch.bfloat16
+    if choice.make is getattr(ds_core.optim, "Muon", None):
+        parameters = _muon_halves(parameters, names or {})
     try:
         optimizer: Optimizer = choice.make(parameters, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError([f"optimizer.params for {name}: {error}"]) from error
     return optimizer
+
+
+def _muon_halves(parameters: Iterable[Any], names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """Each group in two: its matrices, and what AdamW updates; a group's own settings stay with both."""
+    items = list(parameters)
+    loose = [item for item in items if not isinstance(item, dict)]
+    groups = [item for item in items if isinstance(item, dict)] + ([{"params": loose}] if loose else [])
+    found = []
+    for group in groups:
+        named = [(names.get(id(p), ""), p) for p in group["params"]]
+        more = {key: value for key, value in group.items() if key != "params"}
+        found += [{**half, **more} for half in ds_core.optim.muon_groups(named)]
+    return found
 
 
 def _torch_choice(found: Any, values: Mapping[str, Any]) -> Choice:
@@ -202,8 +255,6 @@ def _own_class(own: Own, on_host: bool) -> Any:
         import ds_offload
 
         return getattr(ds_offload, own.host_class_name)
-    import ds_core.optim
-
     return getattr(ds_core.optim, own.class_name, None)
 
 

@@ -31,7 +31,7 @@ class OptimizerConfig(Section):
     """Which optimizer `initialize` builds when none is passed."""
 
     type: Annotated[str, AfterValidator(_is_there)] = Field(
-        description="Adam, AdamW, Lamb, Lion, Adagrad or SGD (our kernels), or the name of any class in "
+        description="Adam, AdamW, Lamb, Lion, Adagrad, Muon or SGD (our kernels), or the name of any class in "
         "torch.optim; case is ignored. "
         "Adam decays weights decoupled, as AdamW does, unless params.adam_w_mode is false."
     )
