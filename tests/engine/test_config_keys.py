@@ -54,7 +54,7 @@ TESTED = {
     "data_parallel_size": "test_config_keys.py::test_data_parallel_size_is_the_number_of_ranks",
     "dataloader_drop_last": "test_surprises.py::test_training_data_of_less_than_a_micro_batch_is_refused",
     "checkpoint.keep_last": "test_checkpoint_engine.py",
-    "activation_checkpointing": "test_engine.py",
+    "activation_checkpointing": "test_engine.py::test_activation_checkpointing_follows_the_configuration",
     "wall_clock_breakdown": "test_breakdown.py::test_the_engine_measures_its_parts_and_writes_curves",
     "memory_breakdown": "test_breakdown.py::test_memory_is_written_after_each_part",
     "tensorboard": "test_monitor.py::test_tensorboard",
