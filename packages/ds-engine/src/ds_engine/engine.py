@@ -31,6 +31,7 @@ from ds_engine.schedules import LRSchedule
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from ds_engine.checkpoint.background import BackgroundSaver
     from ds_layers import Checkpointing
 
 
@@ -86,6 +87,12 @@ class Engine:
         """Steps that changed nothing because the gradient was not finite."""
         self._applied = False
         self._live = True
+        self.background: BackgroundSaver | None = None
+        """What writes checkpoints beside training; None: `save_checkpoint` writes itself."""
+        if parts.config.checkpoint.writer is not None and parts.config.checkpoint.writer.decoupled:
+            from ds_engine.checkpoint.background import BackgroundSaver
+
+            self.background = BackgroundSaver(parts.progress.write)
         self._breakdown = parts.breakdown
         self._loss: Tensor | None = None
         """Mean over the micro-batches of this step so far, on this rank; kept for the monitor only."""
@@ -289,6 +296,15 @@ class Engine:
         saving = Saving(name_latest=save_latest, frozen=not exclude_frozen_parameters)
         return save(self, save_dir, tag, client_state or {}, saving)
 
+    def wait_for_checkpoint(self) -> None:
+        """Return when no checkpoint is being written (`checkpoint.writer.decoupled`). Every rank calls it.
+
+        Raises:
+            CheckpointError: on every rank, if the last one could not be written; the one before is untouched.
+        """
+        if self.background is not None:
+            self.background.wait()
+
     def load_checkpoint(
         self,
         load_dir: str | os.PathLike[str],
@@ -356,6 +372,8 @@ class Engine:
         if self._live:
             self._live = False
             self.monitor.close()
+            if self.background is not None:
+                self.background.close()
             ds_zero.destroy(self.module)
 
     def __enter__(self) -> Engine:

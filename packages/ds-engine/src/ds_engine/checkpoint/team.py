@@ -15,11 +15,13 @@ from ds_engine.checkpoint.errors import CheckpointError
 class Team:
     """All ranks of the default process group, or this process alone where none stands."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """`group`: all ranks again, over gloo, for a thread of its own; default the default group."""
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.device = torch.device("cpu")
-        if self.size > 1 and "gloo" not in dist.get_backend_config():
+        self._group = group
+        if group is None and self.size > 1 and "gloo" not in dist.get_backend_config():
             accelerator = torch.accelerator.current_accelerator()
             assert accelerator is not None
             self.device = torch.device(accelerator.type, torch.accelerator.current_device_index())
@@ -33,9 +35,9 @@ class Team:
         if self.size == 1:
             return payload
         count = torch.tensor([len(payload)], dtype=torch.int64, device=self.device)
-        dist.broadcast(count, src=0)
+        dist.broadcast(count, src=0, group=self._group)
         content = self._tensor(payload, int(count)) if self.first else self._tensor(b"", int(count))
-        dist.broadcast(content, src=0)
+        dist.broadcast(content, src=0, group=self._group)
         return _bytes(content)
 
     def gather(self, payload: bytes) -> list[bytes]:
@@ -45,7 +47,7 @@ class Team:
         lengths = self._lengths(len(payload))
         content = self._tensor(payload, max(lengths))
         parts = [torch.empty_like(content) for _ in lengths] if self.first else None
-        dist.gather(content, parts, dst=0)
+        dist.gather(content, parts, dst=0, group=self._group)
         return [_bytes(part[:n]) for part, n in zip(parts, lengths, strict=True)] if parts is not None else []
 
     def settle(self, error: Exception | None, doing: str) -> None:
@@ -63,7 +65,7 @@ class Team:
             if not any(lengths):
                 return
             parts = [torch.empty(max(lengths), dtype=torch.uint8, device=self.device) for _ in lengths]
-            dist.all_gather(parts, self._tensor(encoded, max(lengths)))
+            dist.all_gather(parts, self._tensor(encoded, max(lengths)), group=self._group)
             texts = [_bytes(part[:n]).decode() for part, n in zip(parts, lengths, strict=True)]
             failed = {rank: said for rank, said in enumerate(texts) if said}
         if failed:
@@ -71,7 +73,9 @@ class Team:
 
     def _lengths(self, mine: int) -> list[int]:
         counts = [torch.empty(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor([mine], dtype=torch.int64, device=self.device))
+        dist.all_gather(
+            counts, torch.tensor([mine], dtype=torch.int64, device=self.device), group=self._group
+        )
         return [int(count) for count in counts]
 
     def _tensor(self, payload: bytes, length: int) -> Tensor:

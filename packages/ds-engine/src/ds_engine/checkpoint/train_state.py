@@ -72,13 +72,12 @@ def save(
         )
     name = tag if tag is not None else f"global_step{engine.global_steps}"
     keep_last = engine.config.checkpoint.keep_last
-    return write(
-        save_dir,
-        name,
-        lambda: _content(engine, client_state, saving),
-        keep_last=keep_last,
-        name_latest=saving.name_latest,
-    )
+    options: dict[str, Any] = {"keep_last": keep_last, "name_latest": saving.name_latest}
+    if engine.background is not None:
+        return engine.background.save(
+            Path(save_dir), name, lambda: _content(engine, client_state, saving), **options
+        )
+    return write(save_dir, name, lambda: _content(engine, client_state, saving), **options)
 
 
 def _content(engine: Engine, client_state: Mapping[str, Any], saving: Saving) -> Content:
@@ -159,6 +158,8 @@ def load(
     engine: Engine, load_dir: str | os.PathLike[str], tag: str | None, wanted: Wanted
 ) -> tuple[str, dict[str, Any]]:
     """See `Engine.load_checkpoint`."""
+    if engine.background is not None:
+        engine.background.wait()
     team = Team()
     path = _locate(team, Path(load_dir), tag)
     doing = f"loading {path}"

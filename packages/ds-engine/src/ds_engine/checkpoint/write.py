@@ -60,6 +60,7 @@ def write(
     *,
     keep_last: int | None = None,
     name_latest: bool = True,
+    team: Team | None = None,
 ) -> str:
     """Write `<root>/<tag>` and point `latest` to it. Every rank calls it.
 
@@ -67,6 +68,7 @@ def write(
         content: called once on each rank; if it raises, the save fails on every rank.
         keep_last: remove older checkpoints until that many are left.
         name_latest: False leaves `latest` as it is.
+        team: the ranks, and how they talk; default by the default process group.
 
     Returns:
         The path of the checkpoint.
@@ -74,7 +76,7 @@ def write(
     Raises:
         CheckpointError: on every rank, if any could not do its part; nothing has changed then.
     """
-    team = Team()
+    team = team or Team()
     directory = Path(root)
     staging = _begin(team, directory, tag, name_latest)
     try:

@@ -55,6 +55,7 @@ WORKING: tuple[Row, ...] = (
             )
         },
     ),
+    works("checkpoint.writer.decoupled", _ENGINE, "ds_engine.checkpoint.background"),
     works("seed", _ENGINE, "ds_engine.assemble"),
     works("startup_summary", _ENGINE, "ds_engine.summary"),
 )
@@ -106,13 +107,6 @@ NOT_YET: tuple[Row, ...] = (
         "a writer that writes nothing",
         "remove it",
         switches={"checkpoint.writer.type": ("python", "fast", None)},
-    ),
-    later(
-        "checkpoint.writer.decoupled",
-        _ENGINE,
-        "writing while training goes on",
-        "set it to false",
-        switches={"checkpoint.writer.decoupled": (False, None)},
     ),
     no_effect(
         "activation_checkpointing.number_checkpoints",

@@ -1,0 +1,118 @@
+"""Checkpoints that are written while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ds_engine
+from ds_engine.checkpoint import CheckpointError, background, folder, open_checkpoint, write
+from engine.jobs import config, net
+from harness import ranks
+
+
+def job(**more: Any) -> ds_engine.Engine:
+    settings = config(2, startup_summary=False, checkpoint={"writer": {"decoupled": True}} | more)
+    engine, *_ = ds_engine.initialize(model=net(), config=settings)
+    return engine
+
+
+def step(engine: ds_engine.Engine) -> None:
+    for _ in range(2):
+        tokens = torch.randint(0, 11, (4, 3), generator=torch.Generator().manual_seed(engine.micro_steps))
+        engine.backward(engine(tokens).square().mean())
+        engine.step()
+
+
+def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Writing waits for this event."""
+    go = threading.Event()
+
+    def slow(*args: Any, **kwargs: Any) -> str:
+        assert go.wait(30)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(background, "write", slow)
+    return go
+
+
+@ranks(1, 2)
+def test_what_is_written_is_the_state_of_the_call_whatever_training_does_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with job() as engine, job() as other:
+        step(engine)
+        other.background = None
+        other.save_checkpoint(tmp_path / "plain")  # before any step
+        step(other)
+        other.save_checkpoint(tmp_path / "plain")
+        go = held_back(monkeypatch)
+        path = engine.save_checkpoint(tmp_path / "c", client_state={"n": 1})
+        assert not Path(path).exists()
+        step(engine)  # collectives of both threads at once
+        go.set()
+        engine.wait_for_checkpoint()
+        with open_checkpoint(path) as ours, open_checkpoint(tmp_path / "plain") as plain:
+            assert ours.manifest.values["client_state"] == {"n": 1}
+            assert ours.manifest.tensors.keys() == plain.manifest.tensors.keys()
+            for fqn, states in plain.manifest.tensors.items():
+                for state in states:
+                    assert torch.equal(ours.tensor(fqn, state), plain.tensor(fqn, state)), (fqn, state)
+
+
+@ranks(2)
+def test_one_copy_at_a_time_in_the_same_buffers_and_pruned(tmp_path: Path) -> None:
+    with job(keep_last=2) as engine:
+        saver = engine.background
+        assert saver is not None
+        step(engine)
+        engine.save_checkpoint(tmp_path)
+        places = {key: buffer.data_ptr() for key, buffer in saver._buffers.items()}
+        for _ in range(3):
+            step(engine)
+            engine.save_checkpoint(tmp_path)  # waits for the one before
+        assert places == {key: buffer.data_ptr() for key, buffer in saver._buffers.items()} and places
+        engine.wait_for_checkpoint()
+        assert sorted(folder.complete(tmp_path)) == ["global_step3", "global_step4"]
+        step(engine)
+        engine.save_checkpoint(tmp_path, tag="last")
+        engine.load_checkpoint(tmp_path)  # waits, too
+        assert engine.global_steps == 5
+    assert (tmp_path / "latest").read_text() == "last"
+
+
+@ranks(2)
+def test_a_failure_is_told_and_training_goes_on_with_the_last_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    with job() as engine:
+        saver = engine.background
+        assert saver is not None
+        saver._say = said.append
+        step(engine)
+        engine.save_checkpoint(tmp_path)
+        engine.wait_for_checkpoint()
+
+        def full(*args: Any, **kwargs: Any) -> str:
+            raise CheckpointError("no space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(background, "write", full)
+            step(engine)
+            engine.save_checkpoint(tmp_path)
+            with pytest.raises(CheckpointError, match="no space left"):
+                engine.wait_for_checkpoint()
+            engine.wait_for_checkpoint()  # told once
+            engine.save_checkpoint(tmp_path)
+            saver._thread.join()  # type: ignore[union-attr]
+        assert len(said) == (2 if engine.world.rank == 0 else 0)
+        step(engine)
+        with pytest.warns(UserWarning, match="the checkpoint before was not written"):
+            engine.save_checkpoint(tmp_path)
+        engine.wait_for_checkpoint()
+        assert sorted(folder.complete(tmp_path)) == ["global_step1", "global_step3"]
