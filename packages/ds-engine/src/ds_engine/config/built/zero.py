@@ -70,15 +70,32 @@ ROWS: tuple[Row, ...] = (
         only=_on_host,
         otherwise="nothing rests in host memory",
     ),
-    later(f"{_ZERO}.stage3_prefetch_bucket_size", "ds-zero", "a limit for gathering ahead", "leave it out"),
-    later(
-        f"{_ZERO}.stage3_max_live_parameters", "ds-zero", "a limit for gathered parameters", "leave it out"
+    no_effect(
+        f"{_ZERO}.stage3_prefetch_bucket_size",
+        "ds-zero",
+        "the next module is gathered ahead, whatever its size",
     ),
-    later(
-        f"{_ZERO}.stage3_max_reuse_distance", "ds-zero", "keeping parameters that come again", "leave it out"
+    no_effect(
+        f"{_ZERO}.stage3_max_live_parameters",
+        "ds-zero",
+        "at most one module is gathered ahead of the one that computes",
     ),
-    later(f"{_ZERO}.stage3_module_granularity_threshold", "ds-zero", "gathering fine-grained modules whole"),
-    later(f"{_ZERO}.stage3_gather_16bit_weights_on_model_save", "ds-engine", "save_16bit_model()"),
+    no_effect(
+        f"{_ZERO}.stage3_max_reuse_distance",
+        "ds-zero",
+        "a module's parameters are let go when it is done, however soon they come again",
+    ),
+    no_effect(
+        f"{_ZERO}.stage3_module_granularity_threshold",
+        "ds-zero",
+        "each module with parameters of its own is gathered by itself",
+    ),
+    works(
+        f"{_ZERO}.stage3_gather_16bit_weights_on_model_save",
+        "ds-compat",
+        "DeepSpeedEngine.save_16bit_model() and Accelerate",
+        **_STAGE3,
+    ),
     later(
         f"{_ZERO}.leaf_module",
         "ds-zero",
