@@ -200,7 +200,7 @@ def test_every_key_that_works_has_a_test() -> None:
         test = TESTED.get(key.path) or TESTED.get(top)
         if test is None:
             # What reads it, says the table: its tests have to name the key, or the section.
-            file = f"test_{row.why.removeprefix('ds_engine.')}.py"
+            file = f"test_{row.why.removeprefix('ds_engine.').replace('.', '_')}.py"
             assert (HERE / file).exists(), (
                 f"{key.path} works, says the table: which test fails when it is ignored?"
             )
