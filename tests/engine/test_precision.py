@@ -124,6 +124,7 @@ def test_what_cannot_be_is_refused(sections: dict[str, Any], wanted: str) -> Non
         ({"fp16": {"hysteresis": 0}}, "hysteresis is 0: it has to be at least 1"),
         ({"fp16": {"loss_scale": -1}}, "loss_scale is -1"),
         ({"data_types": {"grad_accum_dtype": "int8"}}, "grad_accum_dtype"),
+        ({"torch_autocast": {"enabled": True, "dtype": "fp32"}}, "torch_autocast.dtype is"),
     ],
 )
 def test_what_excludes_each_other_is_refused(sections: dict[str, Any], wanted: str) -> None:

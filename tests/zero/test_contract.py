@@ -354,7 +354,7 @@ def _failing_loss(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor]) -> 
     return loss
 
 
-@ranks(2)
+@ranks(1, 2)
 def test_torchs_grad_scaler_is_refused() -> None:
     model = Tiny()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,7 @@ class Precision:
             return value
         if isinstance(value, Tensor):
             return value.to(self.param_dtype) if value.is_floating_point() else value
-        if isinstance(value, Mapping) and type(value) is dict:
+        if type(value) is dict:
             return {key: self.cast(inner) for key, inner in value.items()}
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*(self.cast(inner) for inner in value))

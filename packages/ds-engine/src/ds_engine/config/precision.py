@@ -27,6 +27,8 @@ def _short(value: object) -> object:
 
 Dtype = Annotated[Literal["fp16", "bf16", "fp32"], BeforeValidator(_short)]
 """A dtype in any of torch's spellings."""
+LowDtype = Annotated[Literal["fp16", "bf16"], BeforeValidator(_short)]
+"""One of the two of 16 bits."""
 
 
 class Fp16Config(Section):
@@ -79,7 +81,7 @@ class TorchAutocastConfig(Section):
     """torch.autocast around forward, with fp32 master parameters."""
 
     enabled: bool = Field(default=False, description="Use it.")
-    dtype: Dtype | None = Field(
+    dtype: LowDtype | None = Field(
         default=None,
         description="In which operations compute. Default: torch's choice, bf16 on a CPU and fp16 on CUDA. With "
         "fp16 losses are scaled as the section fp16 says.",
