@@ -118,6 +118,7 @@ def _adopt(buckets: list[Bucket], writer: int) -> None:
             begin, end = bucket.owned_range
             if bucket.low.data_ptr() != bucket.full[begin:end].data_ptr():
                 bucket.low.copy_(bucket.full[begin:end])
+            bucket.changed()
             if bucket.master is not None and bucket.master is not bucket.low:
                 # Keep what the cast cannot express where the low-precision value did not change.
                 same = bucket.master.to(bucket.low.dtype) == bucket.low

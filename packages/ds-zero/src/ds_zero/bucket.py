@@ -23,8 +23,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ds_zero.comm import Comm
+from ds_zero.interfaces import Work
 from ds_zero.layout import BucketLayout, Piece, piece_of
 from ds_zero.ranks import Ranks
+from ds_zero.secondary import Secondary
 from ds_zero.storage import is_fake
 
 
@@ -70,6 +73,8 @@ class Bucket:
         self.low: Tensor = self.full
         self.master: Tensor | None = None
         self.grad: Tensor | None = None
+        self.secondary: Secondary | None = None
+        """[Note: secondary shards]"""
         self.shards: list[Tensor] = []
         """Optimizer entries, one a slot, views of `master`; empty list for frozen parameters."""
 
@@ -152,9 +157,31 @@ class Bucket:
                     "Write inside `with ds_zero.gathered([param], write=True):`"
                 )
 
+    # --- gathering
+
+    def start_gather(self, comm: Comm, number: int) -> Work:
+        """Ask for the values of `full`, from near if they are there."""
+        near = self.secondary
+        if near is not None and near.fresh:
+            near.put(self.full)
+            return comm.gather(self.full, near.ranks, sizes=near.sizes, number=number)
+        self.slice_of(self.full).copy_(self.low)
+        return comm.gather(self.full, self.ranks, sizes=self.layout.slice_sizes, number=number)
+
+    def gathered(self) -> None:
+        """The values have come."""
+        if self.secondary is not None and not self.secondary.fresh:
+            self.secondary.keep(self.full)
+
+    def changed(self) -> None:
+        """`low` has new values: copies of it are stale."""
+        if self.secondary is not None:
+            self.secondary.fresh = False
+
     # --- values
 
     def refresh_low(self) -> None:
         """Cast the masters into the compute-dtype shard."""
+        self.changed()
         if self.master is not None and self.master is not self.low:
             self.low.copy_(self.master)

@@ -17,6 +17,7 @@ from ds_zero.interfaces import Reservation, ShardKey, ShardStore
 from ds_zero.layout import FROZEN, BucketLayout, Slot
 from ds_zero.parallel import Topology
 from ds_zero.ranks import Ranks
+from ds_zero.secondary import Secondary, secondary_ranks
 
 
 def compute_dtype(fqn: str, param: nn.Parameter, config: ZeroConfig) -> torch.dtype:
@@ -193,3 +194,30 @@ def _cut(value: object, slot: Slot, start: int, numel: int) -> object:
     ):
         return value.reshape(-1)[start : start + numel].clone()
     return value
+
+
+class _NearGroup:
+    """Takes secondary copies away with the hooks of a model, and their process group."""
+
+    def __init__(self, ranks: Ranks, buckets: Sequence[Bucket]) -> None:
+        self._group, self._buckets = ranks.group, list(buckets)
+
+    def remove(self) -> None:
+        for bucket in self._buckets:
+            bucket.secondary = None
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
+
+
+def add_secondary(buckets: Sequence[Bucket], size: int) -> list[_NearGroup]:
+    """Give stage-3 buckets a copy that is divided among groups of `size` ranks, where these are fewer than all."""
+    found = []
+    for ranks in {id(b.ranks): b.ranks for b in buckets if not b.whole}.values():
+        if 1 < size < ranks.size:
+            near = secondary_ranks(ranks, size)
+            mine = [b for b in buckets if b.ranks is ranks and not b.whole]
+            for bucket in mine:
+                bucket.secondary = Secondary(near, bucket.layout.padded_numel, bucket.dtype, bucket.device)
+            found.append(_NearGroup(near, mine))
+    return found

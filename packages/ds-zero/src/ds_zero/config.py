@@ -63,6 +63,11 @@ class ZeroConfig:
     every tensor to one rank, for optimizers that need whole ones. None: what the optimizer needs, in each of
     its groups; [Note: three kinds of optimizer]."""
 
+    secondary_ranks: int = 1
+    """Stage 3: groups of so many neighbouring ranks keep a second copy of the parameters, in compute dtype and
+    divided among them; only the first gather after a step leaves the group. 1: no such copy.
+    [Note: secondary shards]"""
+
     overlap_reduce: bool | None = None
     """Whether backward goes on while a bucket's gradients are reduced. False: it waits for each. None: yes."""
 
@@ -114,6 +119,8 @@ class ZeroConfig:
                 "rank_invariant=True needs the sharded accumulation plan and the ordered reduction: leave "
                 "`accumulation` and `ordered_reduction` at None"
             )
+        if self.secondary_ranks < 1:
+            raise ValueError(f"secondary_ranks={self.secondary_ranks}: give the size of a group, 1 for none")
         if self.layout not in (None, "flat", "whole"):
             raise ValueError(f'layout={self.layout!r}: give "flat", "whole" or None')
         if self.reduce_op not in ("mean", "sum"):

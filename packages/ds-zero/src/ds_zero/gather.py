@@ -30,10 +30,7 @@ class Gatherer:
         bucket.inflate()
         bucket.state = BucketState.GATHERING
         with torch.profiler.record_function(f"ds.zero.all_gather/{bucket.layout.name}"), torch.no_grad():
-            bucket.slice_of(bucket.full).copy_(bucket.low)
-            self._works[id(bucket)] = self._comm.gather(
-                bucket.full, bucket.ranks, sizes=bucket.layout.slice_sizes, number=self._numbers[id(bucket)]
-            )
+            self._works[id(bucket)] = bucket.start_gather(self._comm, self._numbers[id(bucket)])
 
     def finish(self, bucket: Bucket) -> None:
         """Return when the parameters show their values."""
@@ -43,6 +40,8 @@ class Gatherer:
         work = self._works.pop(id(bucket), None)
         if work is not None:
             work.wait()
+        with torch.no_grad():
+            bucket.gathered()
         bucket.show_values()
         bucket.state = BucketState.GATHERED
 
@@ -87,6 +86,8 @@ class Gatherer:
         for bucket in self._buckets:
             self._users[id(bucket)] = 0
             self.drop(bucket)
+            if bucket.trainable:
+                bucket.changed()
 
     def drop_unused(self) -> None:
         """At the end of a backward: what was gathered ahead and not used after all."""

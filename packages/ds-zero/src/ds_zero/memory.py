@@ -18,7 +18,7 @@ class MemoryReport:
     """
 
     params_bytes: int
-    """Parameters in compute dtype: whole buckets, and this rank's shards of the others."""
+    """Parameters in compute dtype: whole buckets, and this rank's shards of the others, secondary ones too."""
     masters_bytes: int
     """fp32 masters that are not the parameters themselves."""
     grads_bytes: int
@@ -84,7 +84,8 @@ def memory(model: nn.Module, optimizer: Optimizer) -> MemoryReport:
             seen.add(bucket.full.untyped_storage().data_ptr())
     return MemoryReport(
         gathered_bytes=gathered,
-        params_bytes=_bytes([b.full if b.whole else b.low for b in buckets], seen),
+        params_bytes=_bytes([b.full if b.whole else b.low for b in buckets], seen)
+        + _bytes([b.secondary.tensor for b in buckets if b.secondary is not None], seen),
         masters_bytes=_bytes([b.master for b in buckets], seen),
         grads_bytes=_bytes([b.grad for b in buckets], seen) + state.reducer.local_bytes(),
         optimizer_bytes=_bytes(

@@ -80,6 +80,7 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     0.
     """
     state = _registry.state_of(model)
+    _refuse_experts(state)
     state.stepper.wait()
     found: list[ShardRecord] = []
     for r in _ranges(state, owned=False):
@@ -92,6 +93,17 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
         for fqn, buffer in _saved_buffers(model).items():
             found.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
     return found
+
+
+def _refuse_experts(state: ZeroState) -> None:
+    """Ranks that hold different experts under one name would write over each other."""
+    apart = [s.fqn for b in state.buckets for s in b.layout.slots if b.layout.axis > 0]
+    if apart:
+        raise ValueError(
+            f"{len(apart)} parameters (first {apart[:3]}) have a mesh of their own (mesh_for), so ranks hold "
+            "different values under one name and records cannot tell them apart: save ds_zero.get_local of them "
+            "on each rank"
+        )
 
 
 def _state_record(r: _Range, name: str, value: object, shard: Tensor) -> list[ShardRecord]:
@@ -147,6 +159,7 @@ def load_records(
         ValueError: a tensor that the source lacks or has in another shape; nothing has been changed then.
     """
     state = _registry.state_of(model)
+    _refuse_experts(state)
     state.stepper.wait()
     _check(state, model, source, keep)
     state.stepper.forget()  # gradients of the values that are replaced, as in the middle of an accumulation

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ds_zero import _registry
 from ds_zero.backward import BackwardWatch
 from ds_zero.bucket import Bucket
-from ds_zero.build import broadcast_buffers, build, compute_dtype, hand_over
+from ds_zero.build import add_secondary, broadcast_buffers, build, compute_dtype, hand_over
 from ds_zero.check import check_model, check_optimizer, check_stage
 from ds_zero.comm import Comm, default_comm
 from ds_zero.config import ZeroConfig
@@ -107,8 +107,10 @@ def shard(
     broadcast_buffers(model, topology.axes[0])
     buckets = build(layouts, params, topology, store, config.grad_dtype, device)
     hand_over(optimizer, buckets)
+    groups = add_secondary(buckets, config.secondary_ranks)
 
     state = _assemble(model, optimizer, buckets, stage, config, topology, comm, store, norms)
+    state.handles += groups
     _registry.put(model, [*params.values(), optimizer], state)
     return model, optimizer
 

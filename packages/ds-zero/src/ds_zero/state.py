@@ -6,12 +6,11 @@ import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ds_zero.bucket import Bucket
 from ds_zero.comm import Comm
@@ -27,6 +26,12 @@ from ds_zero.step import Stepper
 
 if TYPE_CHECKING:
     from ds_zero.scaler import LossScaler
+
+
+class Removable(Protocol):
+    """What `destroy` takes away: a hook, or a group of ranks."""
+
+    def remove(self) -> None: ...
 
 
 @dataclass(eq=False, kw_only=True)
@@ -51,7 +56,7 @@ class ZeroState:
     names: Mapping[str, tuple[str, ...]]
     """First name of every parameter -> all its names (tied parameters have several)."""
     scaler: LossScaler | None = None
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[Removable] = field(default_factory=list)
     open_gathers: list[OpenGather] = field(default_factory=list)
     """`gathered` contexts that are open now, outer ones first."""
 
