@@ -28,6 +28,7 @@ from torch import Tensor
 from ds_zero.backward import BackwardWatch
 from ds_zero.bucket import Bucket
 from ds_zero.comm import Comm
+from ds_zero.dropped import Flag
 from ds_zero.interfaces import ShardStore
 from ds_zero.layout import BucketLayout
 from ds_zero.sums import Sums
@@ -127,6 +128,8 @@ class Reducer:
         self._deferred = False
         """Whether a backward since the last reduction was not reduced: then every rank sends such sums, also
         for buckets whose parameters it did not use itself."""
+        self._flag = Flag()
+        """[Note: gradients that wait]"""
         self._used: set[int] = set()
         self._used_anywhere: set[int] = set()
         """What any rank has used, as far as the last `finish` knew: counts until the step."""
@@ -188,6 +191,7 @@ class Reducer:
     def _begin_backward(self) -> None:
         if self._in_backward:
             return
+        self._notice_drop()
         if not self._touched:
             self._begin_accumulation()
         self._in_backward = self._touched = True
@@ -195,9 +199,18 @@ class Reducer:
         self._next = 0
         self._final = self._is_final()
         self._deferred = self._deferred or not self._final
+        if self._final:
+            self._flag.lower()
+        else:
+            self._flag.raise_on([s for b in self.buckets for s in b.shards], self.policy.grad_dtype)
         for bucket in self.buckets:
             self._pending[id(bucket)].missing = sum(p.requires_grad for p in bucket.params)
         self._watch.arm()
+
+    def _notice_drop(self) -> None:
+        """What waits was dropped by `zero_grad`, like what is on the shards."""
+        if self._touched and not self._in_backward and self._flag.dropped:
+            self._drop()
 
     def _is_final(self) -> bool:
         """Whether the backward that begins now is reduced while it runs."""
@@ -287,16 +300,24 @@ class Reducer:
         while self._flights:
             self._flights.pop(0).wait()
         for bucket in self.buckets:
+            for param in bucket.params:
+                param.grad = None
+        self._in_backward = False
+        self._drop()
+
+    def _drop(self) -> None:
+        """Forget what has accumulated, but not what a backward that runs has put on its parameters."""
+        self._flag.lower()
+        for bucket in self.buckets:
             self._pending[id(bucket)] = _Pending()
             for shard in bucket.shards:
                 shard.grad = None
-            for param in bucket.params:
-                param.grad = None
-        self._in_backward = self._touched = self._deferred = False
+        self._touched = self._deferred = False
         self._backwards = 0
         self._forget_used()
 
     def _flush(self) -> None:
+        self._flag.lower()
         for bucket in self.buckets[self._next :]:
             self._launch(bucket)
         self._next = len(self.buckets)
@@ -312,6 +333,7 @@ class Reducer:
         Returns:
             Whether gradients have arrived since the last call.
         """
+        self._notice_drop()
         if not self._touched:
             return False
         if self._deferred:
@@ -392,7 +414,12 @@ class Reducer:
 
     def has_grad(self, param: Tensor, shard: Tensor) -> bool:
         """Whether this rank has a gradient for `param` that the next step would use."""
+        self._notice_drop()
         return id(param) in self._used if self._touched else shard.grad is not None
+
+    def is_reduced(self, shard: Tensor) -> bool:
+        """Whether an optimizer's entry has a gradient that came from a reduction."""
+        return shard.grad is not None and not self._flag.is_on(shard)
 
     def keep(self, param: Tensor) -> None:
         """A gradient was written from outside: it counts, whether or not a backward has used `param`."""

@@ -147,7 +147,11 @@ def get_local(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tenso
         if kind == PARAM:
             return place.part(bucket.master if bucket.master is not None else bucket.low).float().clone()
         if kind == GRAD:
-            if shard is None or bucket.grad is None or (place.own.numel and shard.grad is None):
+            if (
+                shard is None
+                or bucket.grad is None
+                or (place.own.numel and not place.state.reducer.is_reduced(shard))
+            ):
                 return None
             own = place.part(bucket.grad)
             return own.to(torch.float32, copy=True).mul_(place.state.stepper.pending.factor().to(own.device))
@@ -220,7 +224,7 @@ def _whole_grad(place: Place) -> Tensor | None:
     piece = piece_of(place.slot, *bucket.slice_range)
     mine = slice(piece.offset, piece.offset + piece.numel)
     own = torch.zeros(piece.numel, dtype=torch.float32, device=bucket.device)
-    if shard.grad is not None:
+    if reducer.is_reduced(shard):
         own += reduced[mine].to(bucket.device)
     if arrives is not None:
         own += arrives[mine]
