@@ -57,7 +57,7 @@ def test_two_commands_exist():
 
 
 def test_table_names_every_package():
-    table = re.findall(r"^\| \[(ds-[a-z]+)\]\(packages/\1\)", TEXT, re.MULTILINE)
+    table = re.findall(r"^\| \[(ds-[a-z0-9-]+)\]\(packages/\1\)", TEXT, re.MULTILINE)
     assert sorted(table) == sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 
 

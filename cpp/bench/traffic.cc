@@ -1,4 +1,5 @@
 // The memory traffic of a kernel without its arithmetic: the speed that no implementation can exceed by much.
+#include <algorithm>
 #include <cstdint>
 
 #include "ds/parallel.h"
@@ -44,10 +45,10 @@ extern "C" __attribute__((visibility("default"))) void ds_bench_read4_write3(Wor
                                                                              const Word* d,
                                                                              std::int64_t numel,
                                                                              int threads) {
-  constexpr std::int64_t kChunk = 32 * 1024;
-  ds::parallel_for((numel + kChunk - 1) / kChunk, threads, [&](std::int64_t chunk) {
-    const std::int64_t begin = chunk * kChunk;
-    const std::int64_t length = numel - begin < kChunk ? numel - begin : kChunk;
+  const std::int64_t chunk_numel = std::clamp<std::int64_t>(numel / (32 * threads), 32 * 1024, 256 * 1024);
+  ds::parallel_for((numel + chunk_numel - 1) / chunk_numel, threads, [&](std::int64_t chunk) {
+    const std::int64_t begin = chunk * chunk_numel;
+    const std::int64_t length = numel - begin < chunk_numel ? numel - begin : chunk_numel;
     read4_write3(a + begin, b + begin, c + begin, d + begin, length);
   });
 }

@@ -28,6 +28,21 @@ TEST(blocks_are_aligned_and_do_not_overlap) {
   for (unsigned char* block : blocks) arena_free(block);
 }
 
+TEST(large_blocks_begin_at_different_pages) {
+  std::vector<void*> blocks;
+  std::vector<std::uintptr_t> colours;
+  for (int i = 0; i < 4; ++i) {
+    blocks.push_back(arena_allocate(64 * kMiB));
+    const auto address = reinterpret_cast<std::uintptr_t>(blocks.back());
+    CHECK_EQ(address % 4096, 0u);
+    for (const std::uintptr_t other : colours) CHECK(address % (2 * kMiB) != other);
+    colours.push_back(address % (2 * kMiB));
+    std::memset(blocks.back(), 1, 64 * kMiB);
+  }
+  for (void* block : blocks) arena_free(block);
+  CHECK_EQ(arena_stats().reserved_bytes, 0u);
+}
+
 TEST(everything_goes_back) {
   std::vector<void*> blocks;
   for (int i = 0; i < 200; ++i) blocks.push_back(arena_allocate(static_cast<std::size_t>(i) * 10'000 + 1));

@@ -20,15 +20,24 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = tuple(sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")))
+# Those that only nvcc can build.
+CUDA_PACKAGES = tuple(name for name in PACKAGES if re.search(r"-cu\d+$", name))
+HAS_NVCC = subprocess.run([ROOT / "ci" / "has_nvcc"], check=False).returncode == 0
 # May be used without being declared: the environment is "a machine with torch".
 GIVEN = ("torch", "numpy")
 
 
 def build_wheels(folder: Path) -> dict[str, Path]:
     """The wheels of all packages, made from the tree as it is; made once, also when several processes ask."""
-    digest = hashlib.sha256()
+    names = [name for name in PACKAGES if HAS_NVCC or name not in CUDA_PACKAGES]
+    digest = hashlib.sha256(repr(names).encode())
     for top in ("packages", "cpp", "cmake", "CMakeLists.txt", "VERSION"):
         for path in sorted(p for p in [ROOT / top, *(ROOT / top).rglob("*")] if p.is_file()):
             if "__pycache__" not in path.parts and path.suffix != ".so":
@@ -41,7 +50,7 @@ def build_wheels(folder: Path) -> dict[str, Path]:
             unfinished = folder / "unfinished"
             command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
             command += ["--no-build-isolation", "--wheel-dir", str(unfinished)]
-            run([*command, *(str(ROOT / "packages" / name) for name in PACKAGES)])
+            run([*command, *(str(ROOT / "packages" / name) for name in names)])
             unfinished.rename(target)
     return {wheel.name.split("-")[0].replace("_", "-"): wheel for wheel in target.glob("*.whl")}
 
@@ -63,8 +72,13 @@ def run(command: list[str], **options: object) -> str:
 
 
 def requirements(name: str) -> Iterator[str]:
-    """Normalised names of what the installed distribution `name` needs here, without its extras."""
-    for text in importlib.metadata.requires(name) or []:
+    """Normalised names of what the distribution `name` needs here, without its extras."""
+    if name in PACKAGES:  # from the source: those that only nvcc builds may not be installed here
+        project = tomllib.loads((ROOT / "packages" / name / "pyproject.toml").read_text(encoding="utf-8"))
+        texts = project["project"].get("dependencies", [])
+    else:
+        texts = importlib.metadata.requires(name) or []
+    for text in texts:
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield normalised(requirement.name)

@@ -15,6 +15,8 @@ def wheels():
 @pytest.fixture(scope="module", params=bare.PACKAGES)
 def alone(request, wheels, tmp_path_factory):
     """(name of a package, the environment with it alone)."""
+    if request.param not in wheels:
+        pytest.skip("no nvcc 12.8 or newer on the PATH: this package cannot be built")
     return request.param, bare.make(request.param, wheels, tmp_path_factory.mktemp(request.param) / "env")
 
 
@@ -44,7 +46,9 @@ def test_every_module_imports_with_what_is_declared(alone, tmp_path):
     module = package.replace("-", "_")
     code = f"""
 import importlib, pkgutil, {module}
-names = [m.name for m in pkgutil.walk_packages({module}.__path__, "{module}.") if not m.name.endswith("__main__")]
+names = [m.name for m in pkgutil.walk_packages({module}.__path__, "{module}.")]
+# libds_*: a plain shared library, which pkgutil takes for a module
+names = [name for name in names if not name.endswith("__main__") and ".libds_" not in name]
 for name in names:
     importlib.import_module(name)
 print(len(names))

@@ -16,20 +16,25 @@ namespace {
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kSlab = 16 * kHugePage;
 
+// [Note: colours] Arrays that all begin at a multiple of 2 MiB of physical memory and are walked side by side
+// meet in the same cache sets and banks of memory. So slabs of one large block begin at different pages,
+// which keep the alignment that direct I/O needs; their first and last pages are small ones then.
+constexpr std::size_t kColour = 4096;
+constexpr std::size_t kNumColours = 16;
+
 constexpr std::size_t round_up(std::size_t size, std::size_t unit) { return (size + unit - 1) / unit * unit; }
 
-// Address space aligned to a huge page, or throws.
-std::uintptr_t map_slab(std::size_t size, bool& advised) {
-  void* raw = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE,
+// Address space that begins `colour` bytes after a multiple of a huge page, or throws.
+std::uintptr_t map_slab(std::size_t size, std::size_t colour, bool& advised) {
+  void* raw = mmap(nullptr, size + 2 * kHugePage, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (raw == MAP_FAILED) throw std::bad_alloc();
   const auto begin = reinterpret_cast<std::uintptr_t>(raw);
-  const std::uintptr_t aligned = round_up(begin, kHugePage);
-  if (aligned != begin) munmap(raw, aligned - begin);
-  const std::size_t behind = begin + kHugePage - aligned;
-  if (behind != 0) munmap(reinterpret_cast<void*>(aligned + size), behind);
-  advised = madvise(reinterpret_cast<void*>(aligned), size, MADV_HUGEPAGE) == 0 && advised;
-  return aligned;
+  const std::uintptr_t first = round_up(begin, kHugePage) + colour;
+  if (first != begin) munmap(raw, first - begin);
+  munmap(reinterpret_cast<void*>(first + size), begin + 2 * kHugePage - first);
+  advised = madvise(reinterpret_cast<void*>(first), size, MADV_HUGEPAGE) == 0 && advised;
+  return first;
 }
 
 class Arena {
@@ -80,7 +85,8 @@ class Arena {
 
   void add_slab(std::size_t size) {
     const std::size_t length = round_up(std::max(size, kSlab), kHugePage);
-    const std::uintptr_t begin = map_slab(length, advised_);
+    const std::size_t colour = length > kSlab ? next_colour_++ % kNumColours * kColour : 0;
+    const std::uintptr_t begin = map_slab(length, colour, advised_);
     slabs_.emplace(begin, length);
     free_.emplace(begin, length);
     reserved_bytes_ += length;
@@ -115,6 +121,7 @@ class Arena {
   std::map<std::uintptr_t, std::size_t> slabs_;  // begin -> bytes
   std::map<std::uintptr_t, std::size_t> free_;   // begin -> bytes
   std::unordered_map<std::uintptr_t, std::size_t> blocks_;
+  std::size_t next_colour_ = 0;
   std::size_t reserved_bytes_ = 0;
   std::size_t in_use_bytes_ = 0;
   bool advised_ = true;

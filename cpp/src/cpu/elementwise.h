@@ -1,6 +1,7 @@
 // Running an element-wise kernel over a list of tensors.
 #pragma once
 
+#include <algorithm>
 #include <span>
 #include <vector>
 
@@ -11,16 +12,25 @@
 
 namespace ds {
 
-// Small enough that the last chunks of the threads end together, large enough that taking one costs nothing.
-inline constexpr std::int64_t kElementwiseChunk = 32 * 1024;
+// Small enough that the last chunks of the threads end together, large enough that taking one costs nothing
+// and, for tensors in memory, that the hardware's prefetchers seldom start anew. A multiple of 64.
+inline std::int64_t elementwise_chunk(std::int64_t numel, int num_threads) {
+  constexpr std::int64_t kSmallest = 32 * 1024;
+  constexpr std::int64_t kLargest = 256 * 1024;
+  return std::clamp(numel / (32 * std::max(num_threads, 1)) / 64 * 64, kSmallest, kLargest);
+}
 
 // Calls range(tensor, begin, numel) for pieces that cover every element once.
 template <class Tensor, class Range>
 void for_each_piece(std::span<const Tensor> tensors, int num_threads, Range range) {
   std::vector<std::int64_t> numels;
   numels.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) numels.push_back(tensor.numel);
-  const ChunkPlan plan(numels, kElementwiseChunk);
+  std::int64_t total = 0;
+  for (const Tensor& tensor : tensors) {
+    numels.push_back(tensor.numel);
+    total += tensor.numel;
+  }
+  const ChunkPlan plan(numels, elementwise_chunk(total, num_threads));
   parallel_for(plan.num_chunks(), num_threads, [&](std::int64_t chunk) {
     plan.pieces(chunk, [&](std::size_t index, std::int64_t begin, std::int64_t numel) {
       range(tensors[index], begin, numel);

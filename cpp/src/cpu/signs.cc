@@ -25,10 +25,11 @@ double pack_signs(const void* x, DType dtype, std::int64_t numel, std::uint8_t* 
 void unpack_signs(const std::uint8_t* bits, float scale, void* out, DType dtype, std::int64_t numel,
                   int num_threads) {
   const UnpackSignsFn fn = kernels().unpack_signs[static_cast<int>(dtype)];
-  const std::int64_t chunks = (numel + kElementwiseChunk - 1) / kElementwiseChunk;
+  const std::int64_t chunk_numel = elementwise_chunk(numel, num_threads);
+  const std::int64_t chunks = (numel + chunk_numel - 1) / chunk_numel;
   parallel_for(chunks, num_threads, [&](std::int64_t chunk) {
-    const std::int64_t begin = chunk * kElementwiseChunk;
-    fn(bits + begin / 8, scale, at(out, dtype, begin), std::min(kElementwiseChunk, numel - begin));
+    const std::int64_t begin = chunk * chunk_numel;
+    fn(bits + begin / 8, scale, at(out, dtype, begin), std::min(chunk_numel, numel - begin));
   });
 }
 

@@ -46,7 +46,10 @@ def library() -> GpuLibrary:
     if not _native.has_native():
         return GpuLibrary(None, str(_native.MISSING))
     if torch.version.cuda is None and "DS_CUDA_LIBRARY" not in os.environ:
-        return GpuLibrary(None, "this torch is built without CUDA")
+        idle = [path for path in _candidates() if path.is_file()]
+        return GpuLibrary(
+            None, "this torch is built without CUDA" + "".join(f"; {p} stays closed" for p in idle)
+        )
     candidates = _candidates()
     for path in candidates:
         if path.is_file():
