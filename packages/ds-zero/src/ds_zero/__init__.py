@@ -5,11 +5,14 @@ states.
 from ds_zero.access import full_state_dict, gathered
 from ds_zero.comm import Comm
 from ds_zero.config import ZeroConfig
+from ds_zero.counted import counted_memory
 from ds_zero.deferred import deferred_init
+from ds_zero.forecast import PhaseMemory, Plan, Remedy
 from ds_zero.memory import MemoryReport, Summary, describe, memory
 from ds_zero.norms import squared_norm, total_norm
 from ds_zero.parallel import MeshFor, ModelParallel
 from ds_zero.pending import GradNorm
+from ds_zero.plan import plan
 from ds_zero.presence import Presence, presence
 from ds_zero.records import ShardRecord, group_names, load_records, records
 from ds_zero.scaler import DynamicScale, LossScaleError, LossScaler
@@ -28,14 +31,21 @@ __all__ = [
     "LossScaleError",
     "LossScaler",
     "MemoryReport",
+<<<<<<< HEAD
     "MeshFor",
     "ModelParallel",
     "Presence",
+=======
+    "PhaseMemory",
+    "Plan",
+    "Remedy",
+>>>>>>> 94f0254 (ds-zero: plan, the executor run on tensors without memory; counted memory)
     "ResidentStore",
     "ShardRecord",
     "Summary",
     "ZeroConfig",
     "clip_grad_norm_",
+    "counted_memory",
     "deferred_init",
     "describe",
     "destroy",
@@ -50,7 +60,11 @@ __all__ = [
     "local_range",
     "memory",
     "no_sync",
+<<<<<<< HEAD
     "presence",
+=======
+    "plan",
+>>>>>>> 94f0254 (ds-zero: plan, the executor run on tensors without memory; counted memory)
     "records",
     "set_full",
     "set_local",

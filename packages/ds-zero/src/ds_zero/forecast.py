@@ -1,0 +1,173 @@
+"""What a plan says, as values, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseMemory:
+    """The fullest moment of one phase on one rank, in bytes."""
+
+    phase: str
+    """"load", "forward", "backward", "step" or "save"; "rest" is between steps."""
+    device_bytes: int
+    """On the device that computes; on a CPU this is everything, what is "offloaded" included."""
+    host_bytes: int
+    """In host memory beside an accelerator; on a CPU, the part of `device_bytes` that an offload store holds."""
+    parts: Mapping[str, int]
+    """Purpose -> bytes at the fullest moment of the device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remedy:
+    """Settings that fit where the planned ones do not."""
+
+    changes: Mapping[str, object]
+    """Argument of `plan` -> new value."""
+    text: str
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Memory and messages of one rank, computed without either. `print` it, or take `to_json`."""
+
+    model: str
+    params_numel: int
+    trainable_numel: int
+    stage: int
+    ranks: int
+    compute_dtype: str
+    optimizer: str
+    accumulation_steps: int
+    accumulation_plan: str
+    checkpointing: bool
+    offload: tuple[str, ...]
+    """Kinds of shards that rest on the host."""
+    device: str
+    phases: tuple[PhaseMemory, ...]
+    sent_bytes: Mapping[str, int]
+    """Sent by one rank in one optimizer step, by phase; empty where no micro-batch was given."""
+    reserve_bytes: int
+    """Part of every phase's `device_bytes` that stands for what kernels take for themselves while they run."""
+    notes: tuple[str, ...] = ()
+    budget_bytes: int | None = None
+    host_budget_bytes: int | None = None
+    remedies: tuple[Remedy, ...] = ()
+    """Nearest settings that fit, where these do not; empty as well if none do."""
+
+    @property
+    def device_bytes(self) -> int:
+        """The peak on the device."""
+        return max(p.device_bytes for p in self.phases)
+
+    @property
+    def host_bytes(self) -> int:
+        """The peak in host memory; on a CPU, of what an offload store holds."""
+        return max(p.host_bytes for p in self.phases)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peaks are within the budgets; None without a budget."""
+        if self.budget_bytes is None and self.host_budget_bytes is None:
+            return None
+        return within(self.device_bytes, self.budget_bytes) and within(self.host_bytes, self.host_budget_bytes)
+
+    def phase(self, name: str) -> PhaseMemory:
+        """One phase by name."""
+        return next(p for p in self.phases if p.phase == name)
+
+    def to_json(self) -> str:
+        """All fields, and `device_bytes`, `host_bytes`, `fits`."""
+        whole = asdict(self) | {
+            "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
+            "fits": self.fits,
+        }
+        return json.dumps(whole, indent=2)
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the table: purposes down, phases across."""
+        purposes = [n for n in self.phases[0].parts if any(p.parts.get(n) for p in self.phases)]
+        header = ["bytes per rank", *(p.phase for p in self.phases)]
+        table = [[name, *(_cell(p.parts.get(name, 0)) for p in self.phases)] for name in purposes]
+        table.append(["reserve", *(_cell(self.reserve_bytes) for _ in self.phases)])
+        place = "in all" if self.device == "cpu" else f"on {self.device}"
+        table.append([place, *(human_bytes(p.device_bytes) for p in self.phases)])
+        if self.offload:
+            table.append(["on the host", *(human_bytes(p.host_bytes) for p in self.phases)])
+        if self.sent_bytes:
+            table.append(["sent a step", *(_cell(self.sent_bytes.get(p.phase, 0)) for p in self.phases)])
+        return header, table
+
+    def title(self) -> str:
+        """One line that names what is planned."""
+        parts = [
+            f"{self.model}: {self.params_numel:,} parameters",
+            f"stage {self.stage}",
+            f"{self.ranks} rank{'s' if self.ranks > 1 else ''} ({self.device})",
+            self.compute_dtype.removeprefix("torch."),
+            self.optimizer + (" on the host" if self.offload else ""),
+        ]
+        if self.accumulation_steps > 1:
+            parts.append(f"{self.accumulation_steps} micro-batches, {self.accumulation_plan} plan")
+        if self.checkpointing:
+            parts.append("activations recomputed")
+        return ", ".join(parts)
+
+    def verdict(self) -> list[str]:
+        """Lines below the table: the peak, whether it fits, what would, and the notes."""
+        lines = [f"peak {human_bytes(self.device_bytes)} a rank"]
+        if self.offload and self.device != "cpu":
+            lines[0] += f", and {human_bytes(self.host_bytes)} of host memory"
+        if self.fits is not None:
+            lines[0] += f": {'fits' if self.fits else 'does not fit'} in {self._budgets()}"
+        if self.fits is False:
+            lines += ["nearest settings that fit:"] if self.remedies else ["no settings were found that fit"]
+            for remedy in self.remedies:
+                host = f", host {human_bytes(remedy.host_bytes)}" if remedy.host_bytes else ""
+                lines.append(f"  {remedy.text}: {human_bytes(remedy.device_bytes)}{host}")
+        return lines + [f"note: {note}" for note in self.notes]
+
+    def _budgets(self) -> str:
+        found = [human_bytes(self.budget_bytes)] if self.budget_bytes is not None else []
+        if self.host_budget_bytes is not None:
+            found.append(f"{human_bytes(self.host_budget_bytes)} of host memory")
+        return " and ".join(found)
+
+    def __str__(self) -> str:
+        header, rows = self.rows()
+        return "\n".join([self.title(), *text_table(header, rows), *self.verdict()])
+
+
+def within(num_bytes: int, budget_bytes: int | None) -> bool:
+    """Whether a peak is at most a budget, if there is one."""
+    return budget_bytes is None or num_bytes <= budget_bytes
+
+
+def human_bytes(num_bytes: float) -> str:
+    """"12.3 MiB"; powers of 1024, as memory is sold and as budgets are given."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def _cell(num_bytes: int) -> str:
+    return human_bytes(num_bytes) if num_bytes else "-"
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of aligned columns, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        return "  ".join(cells)
+
+    return [line(header), "  ".join("-" * w for w in widths), *map(line, rows)]

@@ -1,0 +1,81 @@
+"""An optimizer over other tensors than its own: over a small one, to see which states it makes, and over ones
+without memory.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+def reproduce(optimizer: Optimizer, groups: list[list[Any]]) -> Optimizer:
+    """An optimizer of the same class and options over other tensors, without state or hooks."""
+    made: Optimizer = object.__new__(type(optimizer))
+    for name, value in vars(optimizer).items():
+        made.__dict__[name] = OrderedDict() if isinstance(value, OrderedDict) else value
+    made.state = defaultdict(dict)
+    made.param_groups = [
+        {**group, "params": params} for group, params in zip(optimizer.param_groups, groups, strict=True)
+    ]
+    return made
+
+
+_PROBE_NUMEL = 512
+
+
+def probe_states(optimizer: Optimizer) -> dict[str, torch.dtype]:
+    """Name -> dtype of the element-wise states that one step makes, found by a step on a small tensor."""
+    param = nn.Parameter(torch.ones(_PROBE_NUMEL))
+    param.grad = torch.ones(_PROBE_NUMEL)
+    groups: list[list[Any]] = [[] for _ in optimizer.param_groups]
+    groups[0].append(param)
+    trial = reproduce(optimizer, groups)
+    with torch.enable_grad():
+        trial.step()
+    return {
+        name: value.dtype
+        for name, value in trial.state[param].items()
+        if isinstance(value, Tensor) and value.numel() == _PROBE_NUMEL
+    }
+
+
+class _StandInFused(Optimizer):
+    """An optimizer with `step_fused` that has only the memory of one: native kernels cannot run on tensors without
+    elements, and use none of torch's memory.
+    """
+
+    states: dict[str, torch.dtype]
+    elementwise = True
+
+    def _touch(self, params: Sequence[Tensor]) -> None:
+        for param in params:
+            state = self.state[param]
+            if not state and param.numel():
+                state["step"] = torch.zeros(())
+                for name, dtype in self.states.items():
+                    state[name] = torch.zeros_like(param, dtype=dtype)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self._touch([p for group in self.param_groups for p in group["params"] if p.grad is not None])
+
+    def step_fused(
+        self, params: Sequence[Tensor], *, grad_scale: Tensor, out: Sequence[Tensor | None]
+    ) -> None:
+        self._touch(params)
+
+
+def stand_in(optimizer: Optimizer, groups: list[list[Any]], states: dict[str, torch.dtype]) -> Optimizer:
+    """`optimizer` over fake parameters: itself where its arithmetic is torch's, else one with the same `states`."""
+    if not hasattr(type(optimizer), "step_fused"):
+        return reproduce(optimizer, groups)
+    # Under the same name, by which `shard` knows optimizers.
+    kind = type(type(optimizer).__name__, (_StandInFused,), {"states": states})
+    made: Optimizer = kind(
+        [{**g, "params": p} for g, p in zip(optimizer.param_groups, groups, strict=True)],
+        dict(optimizer.defaults),
+    )
+    return made

@@ -1,0 +1,105 @@
+"""What takes the place of ranks and stores when `plan` runs `shard` and a training step without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ds_zero.interfaces import Reservation
+from ds_zero.store import ResidentStore
+
+
+class _Arrived(dist.Work):
+    def wait(self, timeout: object = None) -> bool:
+        return True
+
+
+class StandInGroup(dist.ProcessGroup):
+    """A process group of `size` ranks seen from `rank`, whose messages go nowhere and are counted."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, size)
+        self.sent_bytes = 0.0
+        """Bytes this rank would have sent: by messages of its own, or by a ring inside the backend."""
+
+    def _sends(self, tensors: Sequence[Tensor], times: float) -> dist.Work:
+        self.sent_bytes += times * sum(t.numel() * t.element_size() for t in tensors)
+        return _Arrived()
+
+    def broadcast(self, tensors: Any, opts: Any = None) -> Any:
+        return self._sends(tensors, 1.0)
+
+    def allreduce(self, tensors: Any, opts: Any = None) -> Any:
+        return self._sends(tensors, 2 * (self.size() - 1) / self.size())
+
+    def send(self, tensors: Any, dstRank: int, tag: int) -> Any:  # noqa: N803 -- torch's names
+        return self._sends(tensors, 1.0)
+
+    def recv(self, tensors: Any, srcRank: int, tag: int) -> Any:  # noqa: N803
+        return _Arrived()
+
+    def all_gather_single(self, output: Any, input: Any, opts: Any = None) -> Any:
+        return self._sends([input], self.size() - 1)
+
+    def reduce_scatter_single(self, output: Any, input: Any, opts: Any = None) -> Any:
+        return self._sends([input], (self.size() - 1) / self.size())
+
+    def all_to_all_single(self, output: Any, input: Any, *others: Any) -> Any:
+        return self._sends([input], (self.size() - 1) / self.size())
+
+    # the names before torch 2.13
+    _allgather_base, _reduce_scatter_base, alltoall_base = (
+        all_gather_single,
+        reduce_scatter_single,
+        all_to_all_single,
+    )
+
+    def barrier(self, opts: Any = None) -> Any:
+        return _Arrived()
+
+
+class _StandInMesh:
+    """As much of a one-dimensional `DeviceMesh` as `shard` looks at."""
+
+    ndim = 1
+    mesh_dim_names = ("data",)
+
+    def __init__(self, group: StandInGroup) -> None:
+        self._group = group
+
+    def get_group(self, mesh_dim: object = None) -> StandInGroup:
+        return self._group
+
+    def size(self, mesh_dim: object = None) -> int:
+        return self._group.size()
+
+
+def mesh_over(group: StandInGroup) -> DeviceMesh:
+    """The mesh to give to `shard`."""
+    return cast(DeviceMesh, _StandInMesh(group))
+
+
+class StandInStore(ResidentStore):
+    """A `ShardStore` that rests the given kinds in host memory, as ds_offload's `HostStore` does."""
+
+    def __init__(self, kinds: Collection[str], on_host: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._kinds, self._on_host = frozenset(kinds), on_host
+        self._to_host = False
+
+    def reserve(self, plan: Sequence[Reservation]) -> Any:
+        self._to_host = True
+        reserved = dict(super().reserve([r for r in plan if r.key.kind in self._kinds]))
+        self._to_host = False
+        return reserved | dict(super().reserve([r for r in plan if r.key.kind not in self._kinds]))
+
+    def _allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        made = super()._allocate(numel, dtype, device)
+        if self._to_host:
+            self._on_host(made)
+        return made
