@@ -81,7 +81,6 @@ class Job:
         with torch.device("meta"):
             model = Gpt(**self.model)
         return ds_zero.plan(
-            # as the counted job loads it: the whole model, then shards
             model,
             self.inputs(),
             stage=self.stage,
@@ -92,10 +91,10 @@ class Job:
             offload=self.host,
             clip=self.clip,
             device="cpu",
-            **options,
+            **{"deferred": False} | options,
         )
 
-    def count(self, steps: int = 3) -> counted_memory:
+    def count(self, steps: int = 2) -> counted_memory:
         """Train for real; every phase under its name."""
         inputs = self.inputs()
         with counted_memory(lambda: arena.stats().in_use_bytes) as counted:

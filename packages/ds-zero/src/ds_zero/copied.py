@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 
-def fake_copy(model: nn.Module) -> tuple[nn.Module, dict[int, nn.Parameter]]:
+def fake_copy(model: nn.Module, *, hollow: bool) -> tuple[nn.Module, dict[int, nn.Parameter]]:
     """A copy of `model` without memory, inside an active `FakeTensorMode`; and id of each parameter ->
     its copy. Values are not looked at, so models on the meta device are as good as real ones.
+
+    With `hollow`, parameters take no memory until `shard` gives them some, as those of `deferred_init`.
     """
 
     def empty(t: Tensor) -> Tensor:
@@ -22,7 +24,8 @@ def fake_copy(model: nn.Module) -> tuple[nn.Module, dict[int, nn.Parameter]]:
     memo: dict[int, Any] = {}
     keep: list[object] = []  # ids in the memo stay taken
     for param in model.parameters():
-        copies[id(param)] = memo[id(param)] = nn.Parameter(empty(param.data), requires_grad=param.requires_grad)
+        data = torch.empty(1, dtype=param.dtype).expand(param.shape) if hollow else empty(param.data)
+        copies[id(param)] = memo[id(param)] = nn.Parameter(data, requires_grad=param.requires_grad)
     for module in model.modules():
         for value in torch.utils._pytree.tree_leaves(
             [v for n, v in vars(module).items() if n not in ("_parameters", "_modules")]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ds_zero.place import is_fake
+from ds_zero.storage import is_fake
 
 _MARK = "ds.counted/"
 

@@ -68,6 +68,12 @@ class PhasePeaks:
     def __init__(self) -> None:
         self.device, self.host, self.both = Peak(), Peak(), Peak()
 
+    def add(self, purpose: str, num_bytes: int) -> None:
+        """More bytes of the device than were seen."""
+        for peak in (self.device, self.both):
+            peak.num_bytes += num_bytes
+            peak.parts[purpose] += num_bytes
+
 
 class Ledger(TorchDispatchMode):
     """Inside `FakeTensorMode`, follows every storage from the operation that makes it to its last reference.
@@ -89,6 +95,8 @@ class Ledger(TorchDispatchMode):
         self._host: dict[str, int] = dict.fromkeys(PURPOSES, 0)
         self._device_sum = self._host_sum = 0
         self._watched: dict[int, torch.UntypedStorage] = {}
+        self._filled: set[int] = set()
+        """The watched ones that were not empty when they were last looked at."""
         self.phases: dict[str, PhasePeaks] = {}
         self._now = PhasePeaks()
         self._any_on_host = False
@@ -109,8 +117,9 @@ class Ledger(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._watched[storage._cdata] = storage
+            self._filled.add(storage._cdata)
         self.classify(tensors, GATHERED)
-        self._look_at_watched()
+        self._look_at_watched(())
 
     def classify(self, tensors: Sequence[Tensor | None], purpose: str, *, on_host: bool | None = None) -> None:
         """Say what these tensors' storages are for, and, where it is not their device that tells, that they lie on
@@ -141,6 +150,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls, and there is nothing to see
+            return args[0].fake_device
         try:
             result = func(*args, **(kwargs or {}))
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -149,7 +160,7 @@ class Ledger(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self._see(value, args, kwargs)
         if self._watched:
-            self._look_at_watched()
+            self._look_at_watched(args)
         self._note()
         return result
 
@@ -199,9 +210,18 @@ class Ledger(TorchDispatchMode):
         self._add(key, -self._of[key][2])
         del self._of[key], self._alive[key]
 
-    def _look_at_watched(self) -> None:
-        for key, storage in self._watched.items():
-            self._resize(key, storage.nbytes())
+    def _look_at_watched(self, args: tuple[Any, ...]) -> None:
+        """Those that had memory, which may have lost it, and those that are used, which have got some."""
+        for value in args:
+            if isinstance(value, Tensor):
+                key = value.untyped_storage()._cdata
+                if key in self._watched:
+                    self._filled.add(key)
+        for key in list(self._filled):
+            num_bytes = self._watched[key].nbytes()
+            self._resize(key, num_bytes)
+            if not num_bytes:
+                self._filled.discard(key)
 
     def _note(self) -> None:
         now, device, host = self._now, self._device_sum, self._host_sum

@@ -37,6 +37,7 @@ def plan(
     offload: bool | Collection[str] = False,
     checkpointing: bool = False,
     clip: bool = True,
+    deferred: bool | None = None,
     device: torch.device | str | None = None,
     budget_bytes: int | None = None,
     host_budget_bytes: int | None = None,
@@ -60,6 +61,8 @@ def plan(
         checkpointing: recompute the activations of every block in backward, as `torch.utils.checkpoint` does. A
             model that does so by itself needs no word.
         clip: whether gradients are clipped, or their norm is asked for.
+        deferred: whether the model is constructed under `deferred_init`, which matters for loading alone; default:
+            whether it is on the meta device.
         device: where the model computes; default the accelerator if there is one, else "cpu".
         budget_bytes: memory of the device for one rank; where it does not suffice, `Plan.remedies` says what would.
         host_budget_bytes: the same for host memory.
@@ -89,6 +92,7 @@ def plan(
         offload=frozenset(OFFLOADED if offload is True else offload or ()),
         checkpointing=checkpointing,
         clip=clip,
+        deferred=all(p.is_meta for p in built.parameters()) if deferred is None else deferred,
         states=optimizer_states(built, optimizer),
     )
     planner = _Planner(built, budget_bytes, host_budget_bytes)

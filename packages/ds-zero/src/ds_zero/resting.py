@@ -10,9 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ds_zero import ledger as book
+from ds_zero.build import _dtype_of, _reservations
 from ds_zero.layout import FROZEN, piece_of
 from ds_zero.ranks import Ranks
-from ds_zero.shard import _compute_dtype, _plan, _reservations
+from ds_zero.shard import _plan
 from ds_zero.simulate import Job
 
 _PURPOSE_OF_KIND = {"param": book.PARAMETERS, "master": book.MASTERS, "grad": book.GRADIENTS}
@@ -30,18 +31,21 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     """Parameters, masters, gradients, states and buffers of rank 0 between steps, paddings included."""
     given = job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(model))
     params = dict(model.named_parameters())
-    layouts = _plan(model, given, params, job.stage, job.config, Ranks(None, 0, job.num_ranks))
-    wanted = job.config.param_dtype
+    ranks = Ranks(None, 0, job.num_ranks)
+    layouts = _plan(model, given, params, job.stage, job.config, ranks)
+    in_fp32 = {x.name for x in layouts if x.unit is not None and _dtype_of(x) == torch.float32}
     device: dict[str, int] = {book.BUFFERS: sum(b.numel() * b.element_size() for b in model.buffers())}
     host: dict[str, int] = {}
-    for item in _reservations(layouts, params, wanted, torch.device("cpu")):
+    for item in _reservations(layouts, [ranks], job.config.grad_dtype, torch.device("cpu")):
         place = host if item.key.kind in job.offload else device
         purpose = _PURPOSE_OF_KIND[item.key.kind]
+        if item.key.kind == "master" and item.key.name in in_fp32:
+            purpose = book.PARAMETERS  # shards of stage 3 that are both
         place[purpose] = place.get(purpose, 0) + item.numel * item.dtype.itemsize
     per_element = sum(dtype.itemsize for dtype in job.states.values())
     states = 0
     for layout in layouts:
-        dtype = _compute_dtype(params[layout.slots[0].fqn], wanted)
+        dtype = _dtype_of(layout)
         if layout.unit is None:
             device[book.PARAMETERS] = device.get(book.PARAMETERS, 0) + layout.padded_numel * dtype.itemsize
         if layout.group != FROZEN:
@@ -49,11 +53,6 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
             states += sum(piece_of(slot, *owned).numel for slot in layout.slots) * per_element
     place = host if "master" in job.offload else device
     place[book.STATES] = states
-    # fp32 shards of stage 3 are masters and parameters in one, and reserved as masters.
-    if job.stage == 3 and wanted in (None, torch.float32):
-        for where in (device, host):
-            moved = where.pop(book.MASTERS, 0)
-            where[book.PARAMETERS] = where.get(book.PARAMETERS, 0) + moved
     return Resting(device, host)
 
 

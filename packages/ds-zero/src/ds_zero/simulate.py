@@ -67,6 +67,8 @@ class Job:
     """Kinds of shards that rest on the host."""
     checkpointing: bool = False
     clip: bool = True
+    deferred: bool = False
+    """Whether the model is constructed under `deferred_init`: no rank ever holds all of it."""
     states: Mapping[str, torch.dtype] = field(default_factory=dict)
     """Of an optimizer with native kernels, as `probe_states` found them."""
 
@@ -103,7 +105,7 @@ class _Run:
     def __init__(self, model: nn.Module, job: Job, ledger: Ledger) -> None:
         self.job, self.ledger = job, ledger
         ledger.phase(LOAD, book.PARAMETERS)
-        self.model, copies = fake_copy(model)
+        self.model, copies = fake_copy(model, hollow=job.deferred)
         self.model.train(model.training)
         if job.checkpointing:
             checkpoint_units(self.model)
@@ -130,6 +132,8 @@ class _Run:
             norms=_norms,
         )
         self.state: ZeroState = _registry.state_of(self.model)
+        if job.deferred:  # the values of one bucket at a time are replayed
+            ledger.phases[LOAD].add(book.PARAMETERS, max(b.layout.padded_numel for b in self.state.buckets) * 4)
         self._classify()
 
     def _rest_on_host(self, tensor: Tensor) -> None:
@@ -213,12 +217,12 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _norms(tensors: Collection[Tensor]) -> tuple[float, bool]:
-    """The memory of `norms.squared_norm`, which takes a block at a time: of many blocks, one."""
+    """The memory of `norms.squared_norm`, which takes a block at a time: of many blocks, three."""
     for tensor in tensors:
-        if tensor.numel():
-            block = tensor.reshape(-1)[:BLOCK_NUMEL].double()
+        flat = tensor.reshape(-1)
+        for begin in range(0, min(flat.numel(), 3 * BLOCK_NUMEL), BLOCK_NUMEL):
+            block = flat[begin : begin + BLOCK_NUMEL].double()
             torch.dot(block, block)
-            del block
     return 1.0, True
 
 
