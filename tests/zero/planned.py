@@ -29,14 +29,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, t, d = x.shape
         q, k, v = (h.view(b, t, 4, d // 4).transpose(1, 2) for h in self.qkv(self.first(x)).chunk(3, -1))
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d))
+        x = x + self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d)
+        )
         return x + self.down(F.gelu(self.up(self.second(x))))
 
 
 class Gpt(nn.Module):
     """A transformer of about a million parameters; activations weigh as much as states."""
 
-    def __init__(self, dim: int = 128, layers: int = 4, *, tied: bool = False, recompute: bool = False) -> None:
+    def __init__(
+        self, dim: int = 128, layers: int = 4, *, tied: bool = False, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(VOCABULARY, dim), nn.Embedding(TOKENS, dim)
         self.blocks = nn.ModuleList(Block(dim) for _ in range(layers))
@@ -80,19 +84,18 @@ class Job:
     def plan(self, ranks: int, **options: Any) -> ds_zero.Plan:
         with torch.device("meta"):
             model = Gpt(**self.model)
-        return ds_zero.plan(
-            model,
-            self.inputs(),
-            stage=self.stage,
-            ranks=ranks,
-            optimizer=self.optimizer,
-            config=self.zero_config(),
-            accumulation_steps=self.steps,
-            offload=self.host,
-            clip=self.clip,
-            device="cpu",
-            **{"deferred": False} | options,
-        )
+        given: dict[str, Any] = {
+            "stage": self.stage,
+            "ranks": ranks,
+            "optimizer": self.optimizer,
+            "config": self.zero_config(),
+            "accumulation_steps": self.steps,
+            "offload": self.host,
+            "clip": self.clip,
+            "device": "cpu",
+            "deferred": False,
+        }
+        return ds_zero.plan(model, self.inputs(), **given | options)
 
     def count(self, steps: int = 2) -> counted_memory:
         """Train for real; every phase under its name."""

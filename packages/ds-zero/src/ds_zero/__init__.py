@@ -31,15 +31,12 @@ __all__ = [
     "LossScaleError",
     "LossScaler",
     "MemoryReport",
-<<<<<<< HEAD
     "MeshFor",
     "ModelParallel",
     "Presence",
-=======
     "PhaseMemory",
     "Plan",
     "Remedy",
->>>>>>> 94f0254 (ds-zero: plan, the executor run on tensors without memory; counted memory)
     "ResidentStore",
     "ShardRecord",
     "Summary",
@@ -60,11 +57,8 @@ __all__ = [
     "local_range",
     "memory",
     "no_sync",
-<<<<<<< HEAD
     "presence",
-=======
     "plan",
->>>>>>> 94f0254 (ds-zero: plan, the executor run on tensors without memory; counted memory)
     "records",
     "set_full",
     "set_local",

@@ -28,7 +28,7 @@ def _nothing() -> int:
     return 0
 
 
-class counted_memory:  # noqa: N801 -- used as a context manager
+class counted_memory:
     """A context that counts torch's allocations inside, from zero at its start. What was allocated before is not
     seen, so enter before the model is constructed.
 
@@ -42,7 +42,9 @@ class counted_memory:  # noqa: N801 -- used as a context manager
             off.
     """
 
-    def __init__(self, native_bytes: Callable[[], int] = _nothing, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, native_bytes: Callable[[], int] = _nothing, device: torch.device | str = "cpu"
+    ) -> None:
         self._native, self._device = native_bytes, torch.device(device)
         self._names: list[str] = []
         self._held: list[int] = []

@@ -75,7 +75,9 @@ class Plan:
         """Whether the peaks are within the budgets; None without a budget."""
         if self.budget_bytes is None and self.host_budget_bytes is None:
             return None
-        return within(self.device_bytes, self.budget_bytes) and within(self.host_bytes, self.host_budget_bytes)
+        return within(self.device_bytes, self.budget_bytes) and within(
+            self.host_bytes, self.host_budget_bytes
+        )
 
     def phase(self, name: str) -> PhaseMemory:
         """One phase by name."""
@@ -150,7 +152,7 @@ def within(num_bytes: int, budget_bytes: int | None) -> bool:
 
 
 def human_bytes(num_bytes: float) -> str:
-    """"12.3 MiB"; powers of 1024, as memory is sold and as budgets are given."""
+    """Like 12.3 MiB; powers of 1024, as memory is sold and as budgets are given."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(num_bytes) < 1024:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -167,7 +169,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
         return "  ".join(cells)
 
     return [line(header), "  ".join("-" * w for w in widths), *map(line, rows)]

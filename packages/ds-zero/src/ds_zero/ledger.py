@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -38,7 +38,7 @@ PURPOSES = (
 _TRANSPARENT = frozenset(["ds_zero.ledger", "ds_zero.outside"])
 """Modules whose frames stand between a tensor and the code that asked for it."""
 
-_MADE_BY = {
+_MADE_BY: Mapping[str, str] = {
     "ds_zero.bucket": PARAMETERS,
     "ds_zero.copied": PARAMETERS,
     "ds_zero.norms": WORKSPACE,
@@ -113,7 +113,9 @@ class Ledger(TorchDispatchMode):
         self._note()
 
     def watch(self, tensors: Sequence[Tensor]) -> None:
-        """Ask for the sizes of these tensors' storages after every operation from now on: gathered parameters."""
+        """From now on follow the sizes of these tensors' storages alone: gathered parameters."""
+        self._watched.clear()
+        self._filled.clear()
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._watched[storage._cdata] = storage
@@ -121,7 +123,9 @@ class Ledger(TorchDispatchMode):
         self.classify(tensors, GATHERED)
         self._look_at_watched(())
 
-    def classify(self, tensors: Sequence[Tensor | None], purpose: str, *, on_host: bool | None = None) -> None:
+    def classify(
+        self, tensors: Sequence[Tensor | None], purpose: str, *, on_host: bool | None = None
+    ) -> None:
         """Say what these tensors' storages are for, and, where it is not their device that tells, that they lie on
         the host.
         """
@@ -176,19 +180,24 @@ class Ledger(TorchDispatchMode):
             for t in tree_iter((args, kwargs))
             if isinstance(t, Tensor)
         )
-        self._of[key] = (self._purpose_of(frame), on_host, 0)
+        made_by, purpose = self._purpose_of(frame)
+        self._of[key] = (purpose, on_host, 0)
+        if made_by == "ds_zero.bucket":  # which resizes what it makes
+            self._watched[key] = storage
+            self._filled.add(key)
         self._alive[key] = weakref.ref(storage, lambda _: self._forget(key))
         self._resize(key, storage.nbytes())
 
-    def _purpose_of(self, frame: FrameType | None) -> str:
+    def _purpose_of(self, frame: FrameType | None) -> tuple[str, str]:
+        """The module that asked, where it is this package's, and what it wants the memory for."""
         while frame is not None:
             name: str = frame.f_globals.get("__name__", "")
             if name.startswith("ds_zero.") and name not in _TRANSPARENT:
-                return _MADE_BY.get(name, BUCKETS) or self._fresh
+                return name, _MADE_BY.get(name, BUCKETS) or self._fresh
             if name.startswith("torch.optim"):
-                return STATES if frame.f_code.co_name == "_init_group" else WORKSPACE
+                return "", STATES if frame.f_code.co_name == "_init_group" else WORKSPACE
             frame = frame.f_back
-        return self._fresh
+        return "", self._fresh
 
     def _resize(self, key: int, num_bytes: int) -> None:
         purpose, on_host, old = self._of[key]
@@ -227,9 +236,7 @@ class Ledger(TorchDispatchMode):
         now, device, host = self._now, self._device_sum, self._host_sum
         now.device.offer(device, lambda: dict(self._device))
         now.host.offer(host, lambda: dict(self._host))
-        now.both.offer(
-            device + host, lambda: {p: self._device[p] + self._host[p] for p in PURPOSES}
-        )
+        now.both.offer(device + host, lambda: {p: self._device[p] + self._host[p] for p in PURPOSES})
 
     # --- values that nobody has
 

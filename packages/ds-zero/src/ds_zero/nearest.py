@@ -171,6 +171,7 @@ def with_batch_size(micro_batch: Any, size: int) -> Any:
         )
     flat, spec = tree_flatten(micro_batch)
     resized = [
-        t.detach().new_empty((size, *t.shape[1:]), device="meta") if isinstance(t, Tensor) else t for t in flat
+        t.detach().new_empty((size, *t.shape[1:]), device="meta") if isinstance(t, Tensor) else t
+        for t in flat
     ]
     return tree_unflatten(resized, spec)

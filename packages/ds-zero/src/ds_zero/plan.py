@@ -75,7 +75,9 @@ def plan(
         raise ValueError(f"ranks={ranks}, accumulation_steps={accumulation_steps}: give 1 or more")
     built = _build(model)
     if _registry.find(built) is not None:
-        raise ValueError("this model is sharded already: plan before ds_zero.shard; ds_zero.memory counts after it")
+        raise ValueError(
+            "this model is sharded already: plan before ds_zero.shard; ds_zero.memory counts after it"
+        )
     config = config or ZeroConfig()
     if precision is not None:
         config = replace(config, param_dtype=precision)
@@ -127,9 +129,13 @@ class _Planner:
         states_only = job.micro_batch is None
         outcome = None if states_only else simulate(self.model, job)
         reserve = 0 if outcome is None else _reserve(outcome, job.device)
-        given = job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(self.model))
+        given = (
+            job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(self.model))
+        )
         params = dict(self.model.named_parameters())
-        dtypes = sorted({str(job.config.param_dtype or p.dtype) for p in params.values() if p.is_floating_point()})
+        dtypes = sorted(
+            {str(job.config.param_dtype or p.dtype) for p in params.values() if p.is_floating_point()}
+        )
         local = job.config.accumulation == "local" if job.config.accumulation else job.stage < 2
         return Plan(
             model=type(self.model).__name__,
@@ -156,9 +162,7 @@ class _Planner:
         rest = resting_bytes(self.model, job)
         device, host = self.at_least(job)
         together = job.on_cpu
-        parts = {
-            p: rest.device.get(p, 0) + (rest.host.get(p, 0) if together else 0) for p in book.PURPOSES
-        }
+        parts = {p: rest.device.get(p, 0) + (rest.host.get(p, 0) if together else 0) for p in book.PURPOSES}
         return PhaseMemory(phase="rest", device_bytes=device, host_bytes=host, parts=parts)
 
 
@@ -216,4 +220,6 @@ def default_loss(output: Any) -> Tensor:
         return default_loss(found)
     if isinstance(output, (tuple, list)) and output:
         return default_loss(output[0])
-    raise ValueError(f"the model returns {type(output).__name__}: pass loss=, a function from it to a scalar tensor")
+    raise ValueError(
+        f"the model returns {type(output).__name__}: pass loss=, a function from it to a scalar tensor"
+    )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+
 def reproduce(optimizer: Optimizer, groups: list[list[Any]]) -> Optimizer:
     """An optimizer of the same class and options over other tensors, without state or hooks."""
     made: Optimizer = object.__new__(type(optimizer))

@@ -11,12 +11,18 @@ from torch.optim import Optimizer
 
 from ds_zero import ledger as book
 from ds_zero.build import _dtype_of, _reservations
+from ds_zero.divide import undivided_groups
 from ds_zero.layout import FROZEN, piece_of
+from ds_zero.parallel import Topology
 from ds_zero.ranks import Ranks
 from ds_zero.shard import _plan
 from ds_zero.simulate import Job
 
-_PURPOSE_OF_KIND = {"param": book.PARAMETERS, "master": book.MASTERS, "grad": book.GRADIENTS}
+_PURPOSE_OF_KIND: Mapping[str, str] = {
+    "param": book.PARAMETERS,
+    "master": book.MASTERS,
+    "grad": book.GRADIENTS,
+}
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,13 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     given = job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(model))
     params = dict(model.named_parameters())
     ranks = Ranks(None, 0, job.num_ranks)
-    layouts = _plan(model, given, params, job.stage, job.config, ranks)
+    alone = Topology((ranks,), {}, (ranks,), frozenset())
+    undivided = undivided_groups(given, job.config.layout, job.stage)
+    layouts = _plan(model, given, params, job.stage, job.config, alone, undivided)
     in_fp32 = {x.name for x in layouts if x.unit is not None and _dtype_of(x) == torch.float32}
     device: dict[str, int] = {book.BUFFERS: sum(b.numel() * b.element_size() for b in model.buffers())}
     host: dict[str, int] = {}
-    for item in _reservations(layouts, [ranks], job.config.grad_dtype, torch.device("cpu")):
+    for item in _reservations(layouts, alone.axes, job.config.grad_dtype, torch.device("cpu")):
         place = host if item.key.kind in job.offload else device
         purpose = _PURPOSE_OF_KIND[item.key.kind]
         if item.key.kind == "master" and item.key.name in in_fp32:

@@ -32,7 +32,7 @@ from ds_zero.norms import BLOCK_NUMEL
 from ds_zero.probe import probe_states, stand_in
 from ds_zero.records import records
 from ds_zero.shard import shard
-from ds_zero.standins import StandInGroup, StandInStore, mesh_over
+from ds_zero.standins import StandInGroup, StandInStore
 from ds_zero.state import ZeroState
 from ds_zero.train import clip_grad_norm_
 from ds_zero.units import choose_units
@@ -93,10 +93,9 @@ class Outcome:
 def simulate(model: nn.Module, job: Job) -> Outcome:
     """Load, three steps and a save of `job` on rank 0, on a copy of `model` without memory."""
     # Real tensors that closures of the model hold, and the given inputs, take part by shape.
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        ledger = Ledger(1 if job.on_cpu else 512)
-        with ledger, torch.random.fork_rng(devices=[]):
-            return _Run(model, job, ledger).outcome()
+    ledger = Ledger(1 if job.on_cpu else 512)
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+        return _Run(model, job, ledger).outcome()
 
 
 class _Run:
@@ -125,7 +124,7 @@ class _Run:
             self.model,
             self.optimizer,
             job.stage,
-            mesh=mesh_over(self.group),
+            mesh=self.group,
             config=replace(job.config, accumulation_steps=micro),
             store=StandInStore(job.offload, partial(self._rest_on_host)),
             comm=None if job.on_cpu else Comm(TorchAllGather(), TorchReduceScatter()),
@@ -133,7 +132,9 @@ class _Run:
         )
         self.state: ZeroState = _registry.state_of(self.model)
         if job.deferred:  # the values of one bucket at a time are replayed
-            ledger.phases[LOAD].add(book.PARAMETERS, max(b.layout.padded_numel for b in self.state.buckets) * 4)
+            ledger.phases[LOAD].add(
+                book.PARAMETERS, max(b.layout.padded_numel for b in self.state.buckets) * 4
+            )
         self._classify()
 
     def _rest_on_host(self, tensor: Tensor) -> None:
@@ -205,7 +206,7 @@ class _Run:
         ledger.classify([b.grad for b in buckets], book.GRADIENTS)
         ledger.classify([b.master for b in buckets], book.MASTERS)
         ledger.classify([b.full if b.whole else b.low for b in buckets], book.PARAMETERS)
-        ledger.classify([b for b in self.model.buffers()], book.BUFFERS)
+        ledger.classify(list(self.model.buffers()), book.BUFFERS)
         for shard_, held in self.optimizer.state.items():
             where = ledger.purpose(shard_)
             tensors = [v for v in held.values() if isinstance(v, Tensor)]

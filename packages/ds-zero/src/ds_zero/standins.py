@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
 from ds_zero.interfaces import Reservation
 from ds_zero.store import ResidentStore
@@ -23,7 +22,7 @@ class StandInGroup(dist.ProcessGroup):
     """A process group of `size` ranks seen from `rank`, whose messages go nowhere and are counted."""
 
     def __init__(self, rank: int, size: int) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]
         self.sent_bytes = 0.0
         """Bytes this rank would have sent: by messages of its own, or by a ring inside the backend."""
 
@@ -31,16 +30,16 @@ class StandInGroup(dist.ProcessGroup):
         self.sent_bytes += times * sum(t.numel() * t.element_size() for t in tensors)
         return _Arrived()
 
-    def broadcast(self, tensors: Any, opts: Any = None) -> Any:
+    def broadcast(self, tensors: Any, *opts: Any, **more: Any) -> Any:  # type: ignore[override]
         return self._sends(tensors, 1.0)
 
-    def allreduce(self, tensors: Any, opts: Any = None) -> Any:
+    def allreduce(self, tensors: Any, *opts: Any, **more: Any) -> Any:  # type: ignore[override]
         return self._sends(tensors, 2 * (self.size() - 1) / self.size())
 
-    def send(self, tensors: Any, dstRank: int, tag: int) -> Any:  # noqa: N803 -- torch's names
+    def send(self, tensors: Any, dstRank: int, tag: int) -> Any:
         return self._sends(tensors, 1.0)
 
-    def recv(self, tensors: Any, srcRank: int, tag: int) -> Any:  # noqa: N803
+    def recv(self, tensors: Any, srcRank: int, tag: int) -> Any:
         return _Arrived()
 
     def all_gather_single(self, output: Any, input: Any, opts: Any = None) -> Any:
@@ -53,35 +52,17 @@ class StandInGroup(dist.ProcessGroup):
         return self._sends([input], (self.size() - 1) / self.size())
 
     # the names before torch 2.13
-    _allgather_base, _reduce_scatter_base, alltoall_base = (
-        all_gather_single,
-        reduce_scatter_single,
-        all_to_all_single,
-    )
+    def _allgather_base(self, output: Any, input: Any, opts: Any = None) -> Any:
+        return self.all_gather_single(output, input)
+
+    def _reduce_scatter_base(self, outputTensor: Any, inputTensor: Any, opts: Any = None) -> Any:
+        return self.reduce_scatter_single(outputTensor, inputTensor)
+
+    def alltoall_base(self, output: Any, input: Any, *others: Any, **more: Any) -> Any:  # type: ignore[override]
+        return self.all_to_all_single(output, input)
 
     def barrier(self, opts: Any = None) -> Any:
         return _Arrived()
-
-
-class _StandInMesh:
-    """As much of a one-dimensional `DeviceMesh` as `shard` looks at."""
-
-    ndim = 1
-    mesh_dim_names = ("data",)
-
-    def __init__(self, group: StandInGroup) -> None:
-        self._group = group
-
-    def get_group(self, mesh_dim: object = None) -> StandInGroup:
-        return self._group
-
-    def size(self, mesh_dim: object = None) -> int:
-        return self._group.size()
-
-
-def mesh_over(group: StandInGroup) -> DeviceMesh:
-    """The mesh to give to `shard`."""
-    return cast(DeviceMesh, _StandInMesh(group))
 
 
 class StandInStore(ResidentStore):
