@@ -17,6 +17,7 @@ from ds_zero.bucket import Bucket
 from ds_zero.comm import Comm
 from ds_zero.interfaces import Reservation, ShardKey, ShardStore
 from ds_zero.layout import piece_of
+from ds_zero.storage import same_place
 
 
 class Sums:
@@ -94,7 +95,7 @@ class Sums:
         return self._bucket.grad
 
     def _sink(self, part: Tensor, begin: int, *, accumulate: bool) -> None:
-        if not accumulate and part.data_ptr() == self._grad()[self._offset + begin :].data_ptr():
+        if not accumulate and same_place(part, self._grad()[self._offset + begin :]):
             return  # it landed there
         key = ShardKey(name=self._bucket.layout.name, kind="grad")
         self._store.sink_grad(key, part, offset=self._offset + begin, accumulate=accumulate).wait()
