@@ -80,6 +80,19 @@ def test_a_misspelt_key_is_not_missing_too() -> None:
     )
 
 
+def test_a_misspelling_under_a_name_of_the_user_shows_that_name() -> None:
+    said = message(
+        nested(
+            "data_efficiency.data_sampling.curriculum_learning.curriculum_metrics.length",
+            {"min_dificulty": 1},
+        )
+    )
+    assert (
+        "curriculum_metrics.length.min_dificulty" in said
+        and "curriculum_metrics.length.min_difficulty" in said
+    )
+
+
 def test_numbers_of_other_libraries_are_numbers() -> None:
     numpy = pytest.importorskip("numpy")
     raw = {"train_batch_size": numpy.int64(8), "gradient_clipping": numpy.float32(0.5)}

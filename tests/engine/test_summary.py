@@ -69,6 +69,17 @@ def test_defaults_are_named_as_such() -> None:
     assert rows["schedule"] == ("constant rate", "default")
 
 
+def test_what_changes_nothing_is_said_in_one_line() -> None:
+    rows = table(
+        zero_optimization={"stage": 1, "contiguous_gradients": True, "stage3_prefetch": True},
+        aio={"block_size": 4096},
+        gradient_clipping="auto",
+    )
+    assert rows["without effect"][0] == "contiguous_gradients, stage3_prefetch, block_size"
+    assert rows['"auto"'] == ("gradient_clipping", "nothing has filled it in: the default")
+    assert "without effect" not in table()
+
+
 def test_states_are_predicted_before_they_exist() -> None:
     engine = jobs.engine(1)
     rows = [choice for _, choice, why in summary.rows(engine) if "optimizer states for" in why]

@@ -11,6 +11,7 @@ from typing import Any
 
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu")
 _MUST: dict[str, str] = {
+    "zero_optimization": "give an object {...}, or remove it",
     "zero_optimization.stage": "give 0, 1, 2 or 3",
     "scheduler.params.total_num_steps": "give the number of optimizer steps of the run",
     "scheduler.params.cycle_min_lr": "give the lowest rate",

@@ -17,7 +17,7 @@ from ds_engine.config.combinations import COMBINATIONS
 from ds_engine.config.errors import ConfigError
 from ds_engine.config.model import DsConfig
 from ds_engine.config.origin import Origin
-from ds_engine.config.schema import Key, join, keys_of, value_at
+from ds_engine.config.schema import ANY, Key, join, keys_of, value_at
 from ds_engine.config.source import Source, open_source
 from ds_engine.config.unknown import unknown
 
@@ -117,12 +117,20 @@ def _inside(key: Key, value: Any, found: _Findings) -> Any:
         return value
     if not key.named:
         return _known_part(value, key.section, key.path, found)
-    return {
-        name: _known_part(inner, key.section, join(key.path, "*"), found)
-        if isinstance(inner, dict)
-        else inner
-        for name, inner in value.items()
-    }
+    return {name: _named(key, str(name), inner, found) for name, inner in value.items()}
+
+
+def _named(key: Key, name: str, value: Any, found: _Findings) -> Any:
+    """A section under a name that the user chose; problems show that name."""
+    if key.section is None or not isinstance(value, dict):
+        return value
+    anonymous, before = join(key.path, ANY), len(found.problems)
+    kept = _known_part(value, key.section, anonymous, found)
+    found.problems[before:] = [
+        (path.replace(anonymous, join(key.path, name)), text.replace(anonymous, join(key.path, name)))
+        for path, text in found.problems[before:]
+    ]
+    return kept
 
 
 def _add_validation(error: ValidationError, found: _Findings, raw: Mapping[str, Any]) -> None:
