@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -65,3 +68,18 @@ class Thing:
 def test_what_cannot_be_kept_is_named(value: Any, wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
         codec.encode(value, "client_state", {}, "client")
+
+
+def test_what_training_scripts_keep_besides_plain_values() -> None:
+    value = {
+        "args": argparse.Namespace(lr=0.1, names=("a", "b")),
+        "seen": {3, 1},
+        "raw": b"\x00\xff",
+        "where": Path("a") / "b",
+        "dtype": torch.bfloat16,
+        "loss": np.float32(0.5),
+    }
+    back = round_trip(value)
+    assert back == value and type(back["args"]) is argparse.Namespace and type(back["loss"]) is float
+    grid = round_trip({"grid": np.arange(6).reshape(2, 3)})["grid"]
+    assert isinstance(grid, np.ndarray) and (grid == np.arange(6).reshape(2, 3)).all()

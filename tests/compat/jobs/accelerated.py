@@ -30,7 +30,8 @@ if args.bf16:
     config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 # The backend by name: without a GPU Accelerate counts one process otherwise.
 accelerator = Accelerator(
-    deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config), kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
+    deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+    kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
 )
 model = common.model(args.model)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)

@@ -6,8 +6,9 @@ import argparse
 import json
 
 import common
-import deepspeed
 import torch
+
+import deepspeed
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--local_rank", type=int, default=-1)
@@ -34,7 +35,9 @@ config = {
 }
 if args.bf16:
     config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-engine, _, _, schedule = deepspeed.initialize(args=args, model=model, model_parameters=model.parameters(), config=config)
+engine, _, _, schedule = deepspeed.initialize(
+    args=args, model=model, model_parameters=model.parameters(), config=config
+)
 data = common.samples(2 * ranks * args.accumulation * args.steps)
 losses = []
 for micro_step in range(args.steps * args.accumulation):
@@ -46,6 +49,9 @@ for micro_step in range(args.steps * args.accumulation):
     losses.append(loss.item())
 if rank == 0:
     with open(args.out, "w") as file:
-        json.dump({"losses": losses, "lr": engine.get_lr()[0], "norm": float(engine.get_global_grad_norm() or 0)}, file)
+        json.dump(
+            {"losses": losses, "lr": engine.get_lr()[0], "norm": float(engine.get_global_grad_norm() or 0)},
+            file,
+        )
 engine.destroy()
 torch.distributed.destroy_process_group()

@@ -19,7 +19,7 @@ parser.add_argument("--bf16", action="store_true")
 parser.add_argument("--out", required=True)
 parser.add_argument("--optimizer", choices=("config", "trainer"), default="config")
 parser.add_argument("--save-at", type=int, default=0)
-parser.add_argument("--resume", action="store_true")
+parser.add_argument("--resume", help="a checkpoint of the Trainer's to go on from")
 parser.add_argument("--pretrained", help="a folder to load the model from, under ZeRO-3")
 args = parser.parse_args()
 
@@ -78,18 +78,18 @@ class Listen(TrainerCallback):
             losses[state.global_step] = float(logs["loss"])
             norms[state.global_step] = float(logs.get("grad_norm") or 0)
 
-    def on_step_end(self, arguments, state, control, **_):
-        if args.save_at and not args.resume and state.global_step == args.save_at:
-            control.should_training_stop = args.steps > args.save_at and bool(os.environ.get("STOP_AFTER_SAVE"))
-
 
 model = AutoModelForCausalLM.from_pretrained(args.pretrained) if args.pretrained else common.model(args.model)
 data = common.samples(256)
-trainer = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:8], callbacks=[Listen()])
-trainer.train(resume_from_checkpoint=True if args.resume else None)
+trainer = Trainer(
+    model=model, args=arguments, train_dataset=data, eval_dataset=data[:8], callbacks=[Listen()]
+)
+trainer.train(resume_from_checkpoint=args.resume)
 evaluated = trainer.evaluate()["eval_loss"]
 if arguments.process_index == 0:
     with open(args.out, "w") as file:
-        json.dump({"losses": list(losses.values()), "norms": list(norms.values()), "eval": float(evaluated)}, file)
+        json.dump(
+            {"losses": list(losses.values()), "norms": list(norms.values()), "eval": float(evaluated)}, file
+        )
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()

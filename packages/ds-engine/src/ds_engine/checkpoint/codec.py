@@ -6,14 +6,29 @@ JSON has fewer types than Python; the others are written as an object with one k
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 Scalar = (bool, int, str, float)
+
+_OTHERS: Mapping[str, Callable[[Any], Any]] = {
+    "$namespace": lambda values: argparse.Namespace(**values),
+    "$set": set,
+    "$bytes": bytes.fromhex,
+    "$path": Path,
+    "$dtype": lambda name: getattr(torch, name),
+    "$ndarray": lambda tensor: tensor.numpy(),
+}
+"""What becomes of values that JSON has no word for."""
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor], prefix: str) -> Any:
@@ -36,15 +51,41 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor], prefix: str) -> A
         return float(value) if math.isfinite(value) else {"$float": repr(float(value))}
     if isinstance(value, list):
         return [encode(v, f"{where}[{i}]", tensors, prefix) for i, v in enumerate(value)]
-    if type(value) is tuple:
+    if isinstance(value, tuple):
         return {"$tuple": [encode(v, f"{where}[{i}]", tensors, prefix) for i, v in enumerate(value)]}
     if isinstance(value, dict):
         return _encode_dict(value, where, tensors, prefix)
+    other = _encode_other(value, where, tensors, prefix)
+    if other is not None:
+        return other
     raise ValueError(
         f"{where} is a {type(value).__module__}.{type(value).__qualname__}: a checkpoint holds None, bool, "
-        "int, float, str, list, tuple, "
-        "dict and torch.Tensor, and no pickle; convert it to one of those"
+        "int, float, str, bytes, list, tuple, set, dict, argparse.Namespace, paths, dtypes, numpy arrays and "
+        "torch.Tensor, and no pickle; convert it to one of those"
     )
+
+
+def _encode_other(value: Any, where: str, tensors: dict[str, Tensor], prefix: str) -> Any:
+    """What training scripts keep besides plain values; None for a type that is none of these."""
+    if isinstance(value, (bool, int, str)):  # subclasses, such as an IntEnum: the value counts
+        return (
+            value.value if isinstance(value, Enum) else str(value) if isinstance(value, str) else int(value)
+        )
+    if isinstance(value, argparse.Namespace):
+        return {"$namespace": _encode_dict(vars(value), where, tensors, prefix)}
+    if isinstance(value, (set, frozenset)):
+        return {"$set": [encode(v, where, tensors, prefix) for v in sorted(value, key=repr)]}
+    if isinstance(value, bytes):
+        return {"$bytes": value.hex()}
+    if isinstance(value, PurePath):
+        return {"$path": str(value)}
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, np.generic):
+        return encode(value.item(), where, tensors, prefix)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return {"$ndarray": encode(torch.from_numpy(value.copy()), where, tensors, prefix)}
+    return None
 
 
 def _encode_dict(value: dict[Any, Any], where: str, tensors: dict[str, Tensor], prefix: str) -> Any:
@@ -77,6 +118,8 @@ def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
             return float(inner)
         if kind == "$tuple":
             return tuple(decode(v, tensor) for v in inner)
+        if kind in _OTHERS:
+            return _OTHERS[kind](decode(inner, tensor))
         if kind in ("$items", "$counter"):
             pairs = {decode(k, tensor): decode(v, tensor) for k, v in inner}
             return Counter(pairs) if kind == "$counter" else pairs
