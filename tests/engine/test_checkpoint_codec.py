@@ -61,7 +61,7 @@ class Thing:
     [
         ({"a": [{"b": Thing()}]}, r"client_state\['a'\]\[0\]\['b'\] is a .*Thing: a checkpoint holds None"),
         ({"f": len}, r"client_state\['f'\] is a builtins.builtin_function_or_method"),
-        ({"s": {1, 2}}, r"client_state\['s'\] is a builtins.set"),
+        ({"c": 1j}, r"client_state\['c'\] is a builtins.complex"),
         ({(1, 2): 3}, r"client_state has a key of type tuple, \(1, 2\)"),
     ],
 )
