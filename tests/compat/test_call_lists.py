@@ -46,7 +46,7 @@ def config(stage: int, **more: Any) -> dict[str, Any]:
     }
 
 
-@ranks(2)
+@ranks(2, timeout_s=240)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_lightning(stage: int, tmp_path: Path) -> None:
     """`lightning.pytorch.strategies.DeepSpeedStrategy`."""
@@ -118,7 +118,7 @@ def test_lightning(stage: int, tmp_path: Path) -> None:
     engine.destroy()
 
 
-@ranks(2)
+@ranks(2, timeout_s=240)
 def test_composer(tmp_path: Path) -> None:
     """MosaicML Composer: keyword arguments, its own tag, parts of a checkpoint."""
     model = net()
@@ -138,7 +138,7 @@ def test_composer(tmp_path: Path) -> None:
     engine.destroy()
 
 
-@ranks(2)
+@ranks(2, timeout_s=240)
 def test_determined(tmp_path: Path) -> None:
     """Determined's DeepSpeedTrial: sizes from the engine, its loader, several engines."""
     from deepspeed.runtime import config_utils
@@ -176,7 +176,7 @@ def test_determined(tmp_path: Path) -> None:
         engine.destroy()
 
 
-@ranks(2)
+@ranks(2, timeout_s=240)
 def test_mmengine(tmp_path: Path) -> None:
     """MMEngine's DeepSpeedStrategy: no model_parameters, client state, save_latest=False."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
@@ -203,7 +203,7 @@ def test_mmengine(tmp_path: Path) -> None:
     engine.destroy()
 
 
-@ranks(2)
+@ranks(2, timeout_s=240)
 def test_trl_style_reading_of_parameters() -> None:
     """The `maybe_zero_3` that LLaVA, FastChat and others carry."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus

@@ -98,3 +98,12 @@ print(sorted(loaded - {"deepspeed", "ds_compat"} - set(sys.stdlib_module_names))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]", "False"]
+
+
+def test_model_parallel_units_are_refused_by_name() -> None:
+    class Unit:
+        def get_model_parallel_world_size(self) -> int:
+            return 2
+
+    with pytest.raises(refused.NotThereError, match="2 model-parallel ranks"):
+        deepspeed.initialize(model=object(), config={}, mpu=Unit())

@@ -17,6 +17,7 @@ from ds_compat import comm, groups, params, zero
 from ds_compat import config as configs
 from ds_compat.engine import DeepSpeedEngine
 from ds_compat.logs import logger
+from ds_compat.refused import NotThereError
 
 
 def initialize(
@@ -43,6 +44,7 @@ def initialize(
         ds_engine.ConfigError (a ValueError): a mistake in the configuration.
     """
     assert model is not None, "deepspeed.initialize requires a model"
+    _refuse_parallel(mpu)
     _rank_from_arguments(args)
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     given = configs.read(_the_config(args, config, config_params))
@@ -64,6 +66,17 @@ def initialize(
     made = DeepSpeedEngine(engine, resolved, has_optimizer=has_optimizer, mpu=mpu)
     made.training_dataloader, made.collate_fn, made.client_lr_scheduler = loader, collate_fn, lr_scheduler
     return made, made.optimizer, loader, schedule
+
+
+def _refuse_parallel(mpu: Any) -> None:
+    """Norms and overflow would be those of the data-parallel ranks alone, in silence."""
+    for kind in ("model", "pipe", "sequence"):
+        ask = getattr(mpu, f"get_{kind}_parallel_world_size", None)
+        if callable(ask) and ask() > 1:
+            raise NotThereError(
+                f"deepspeed.initialize(mpu=...) with {ask()} {kind}-parallel ranks is not there yet: use "
+                "ds_zero.shard(..., model_parallel=...), or an mpu of data-parallel ranks"
+            )
 
 
 def _is_divided(param: nn.Parameter) -> bool:
