@@ -96,6 +96,7 @@ def test_unused_parameters_are_an_error_where_that_is_asked_for() -> None:
         at(2, reduce_scatter=False),
         at(2, overlap_comm=False),
         at(3, overlap_comm=True),
+        at(3, zero_hpz_partition_size=2),
         at(3, stage3_param_persistence_threshold=1000, stage3_model_persistence_threshold=50),
     ],
 )

@@ -59,6 +59,7 @@ def initialize(
         # The configuration's schedule wins, as in the original.
         lr_scheduler=lr_scheduler if resolved.typed.scheduler is None else None,
         collate_fn=collate_fn,
+        mpu=mpu,
     )
     resolved.raw = given
     groups.set_mpu(mpu)

@@ -24,6 +24,7 @@ from ds_engine.config import load as load_config
 from ds_engine.data import Loader
 from ds_engine.engine import Engine, Parts
 from ds_engine.monitor import Monitor
+from ds_engine.mpu import DataAxis, data_axis
 from ds_engine.pacing import Pacing
 from ds_engine.precision import Precision
 from ds_engine.progress import Progress, to_stderr
@@ -40,6 +41,7 @@ def initialize(
     training_data: Dataset[Any] | None = None,
     lr_scheduler: LRSchedule | Callable[[Optimizer], LRSchedule] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
+    mpu: Any = None,
 ) -> tuple[Engine, Optimizer, Loader | None, LRSchedule | None]:
     """Make an engine for `model`. Starts the process group if none stands; every rank calls it alike.
 
@@ -54,6 +56,8 @@ def initialize(
         lr_scheduler: a schedule over the optimizer, or a function that makes one; default: the config's,
             else a constant rate.
         collate_fn: makes a micro-batch from a list of samples.
+        mpu: an object with Megatron's methods (`get_data_parallel_group`, `get_model_parallel_group`, ...) where the
+            model itself is cut among ranks.
 
     Returns:
         Engine, optimizer, loader (None without `training_data`), schedule (None without one).
@@ -70,7 +74,8 @@ def initialize(
     compat.check(_job(settings, optimizer, lr_scheduler))
     pacing = Pacing(settings)
     world = ds_comm.start()
-    batch = settings.batch(world.world_size)
+    axis = data_axis(mpu, world, settings)
+    batch = settings.batch(axis.size)
     precision = Precision.of(settings, world.device.type)
     _seed(settings.seed, world.rank)
     deferred = any(p.is_meta for p in model.parameters())
@@ -85,12 +90,12 @@ def initialize(
             model,
             built,
             stage=settings.zero_optimization.stage,
-            **sharding.options(settings, batch, precision.zero_options(model), world),
+            **{**sharding.options(settings, batch, precision.zero_options(model), world), **axis.options},
         )
     precision.cast_buffers(model)
     schedule = _schedule(settings, lr_scheduler, built)
     progress = Progress(settings.steps_per_print or 0, world.rank)
-    loader = _loader(settings, training_data, batch, world, collate_fn)
+    loader = _loader(settings, training_data, batch, world, axis, collate_fn)
     engine = Engine(
         Parts(
             module=model,
@@ -107,6 +112,7 @@ def initialize(
             breakdown=_breakdown(settings, world, progress),
             pacing=pacing,
             loader=loader,
+            model_parallel_size=axis.model_parallel_size,
         )
     )
     if world.rank == 0:
@@ -221,6 +227,7 @@ def _loader(
     dataset: Dataset[Any] | None,
     batch: Batch,
     world: ds_comm.World,
+    axis: DataAxis,
     collate_fn: Callable[[list[Any]], Any] | None,
 ) -> Loader | None:
     if dataset is None:
@@ -228,8 +235,8 @@ def _loader(
     return Loader(
         dataset,
         micro_batch=batch.micro,
-        rank=world.rank,
-        ranks=world.world_size,
+        rank=axis.rank,
+        ranks=axis.size,
         seed=settings.seed or 0,
         collate_fn=collate_fn,
         pin_memory=world.device.type != "cpu",

@@ -53,6 +53,7 @@ class Parts:
     breakdown: Breakdown
     pacing: Pacing
     loader: Loader | None = None
+    model_parallel_size: int = 1
 
 
 class Engine:
@@ -71,6 +72,8 @@ class Engine:
         self.world = parts.world
         self.batch = parts.batch
         self.precision = parts.precision
+        self.model_parallel_size = parts.model_parallel_size
+        """Ranks among which the model itself is cut."""
         self.scaler = parts.scaler
         self.accumulation = parts.accumulation
         self.progress = parts.progress

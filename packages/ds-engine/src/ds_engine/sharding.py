@@ -29,6 +29,8 @@ def options(
         "norms": squared_norm,
         "config": ds_zero.ZeroConfig(
             accumulation=zero.accumulation_plan,
+            rank_invariant=zero.rank_invariant,
+            secondary_ranks=max(1, zero.zero_hpz_partition_size),
             accumulation_steps=batch.steps,
             **dtypes,
             **_reduction(settings, batch.ranks),

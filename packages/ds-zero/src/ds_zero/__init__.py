@@ -10,7 +10,7 @@ from ds_zero.deferred import deferred_init
 from ds_zero.forecast import PhaseMemory, Plan, Remedy
 from ds_zero.memory import MemoryReport, Summary, describe, memory
 from ds_zero.norms import squared_norm, total_norm
-from ds_zero.parallel import MeshFor, ModelParallel
+from ds_zero.parallel import MeshFor, ModelParallel, cut_by_model_parallelism
 from ds_zero.pending import GradNorm
 from ds_zero.plan import plan
 from ds_zero.presence import Presence, presence
@@ -43,6 +43,7 @@ __all__ = [
     "ZeroConfig",
     "clip_grad_norm_",
     "counted_memory",
+    "cut_by_model_parallelism",
     "deferred_init",
     "describe",
     "destroy",

@@ -53,6 +53,15 @@ class Saving:
     """Parameters that do not require a gradient, too."""
 
 
+def _refuse_model_parallel(engine: Engine) -> None:
+    if engine.model_parallel_size > 1:
+        raise ValueError(
+            f"{engine.model_parallel_size} model-parallel ranks hold different values under the same names, which "
+            "checkpoints cannot tell apart yet: save ds_zero.full_state_dict(engine.module) of each model-parallel "
+            "rank in a file of its own"
+        )
+
+
 def save(
     engine: Engine,
     save_dir: str | os.PathLike[str],
@@ -61,6 +70,7 @@ def save(
     saving: Saving,
 ) -> str:
     """See `Engine.save_checkpoint`."""
+    _refuse_model_parallel(engine)
     pending = engine.micro_steps % engine.batch.steps
     if pending and engine.world.rank == 0:
         warnings.warn(
@@ -158,6 +168,7 @@ def load(
     engine: Engine, load_dir: str | os.PathLike[str], tag: str | None, wanted: Wanted
 ) -> tuple[str, dict[str, Any]]:
     """See `Engine.load_checkpoint`."""
+    _refuse_model_parallel(engine)
     if engine.background is not None:
         engine.background.wait()
     team = Team()

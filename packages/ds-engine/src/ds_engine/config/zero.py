@@ -177,3 +177,8 @@ class ZeroOptimizationConfig(Section):
         'boundary. "sharded": reduced every micro-batch, shards are summed. Default: local in stages 0 and '
         "1, sharded in 2 and 3.",
     )
+    rank_invariant: bool = Field(
+        default=False,
+        description="The same micro-batches give the same bits on 1, 2, 4, 8, ... ranks, with a power of two of "
+        "them: sharded plan, ordered reduction, one tree of sums.",
+    )

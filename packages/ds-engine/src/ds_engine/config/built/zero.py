@@ -48,6 +48,8 @@ ROWS: tuple[Row, ...] = (
     ),
     works(f"{_ZERO}.mics_shard_size", "ds-zero", "ds_zero.shard(mesh=...)"),
     works(f"{_ZERO}.accumulation_plan", "ds-zero", "ZeroConfig.accumulation"),
+    works(f"{_ZERO}.rank_invariant", "ds-zero", "ZeroConfig.rank_invariant"),
+    works(f"{_ZERO}.zero_hpz_partition_size", "ds-zero", "ZeroConfig.secondary_ranks"),
     works(f"{_ZERO}.overlap_publish", "ds-zero", "ZeroConfig.overlap_publish", **_PUBLISH),
     works(
         f"{_ZERO}.stage3_param_persistence_threshold",
@@ -106,12 +108,6 @@ ROWS: tuple[Row, ...] = (
             f"{_ZERO}.leaf_module.names": ([],),
             f"{_ZERO}.leaf_module.name_suffixes": ([],),
         },
-    ),
-    later(
-        f"{_ZERO}.zero_hpz_partition_size",
-        "ds-zero",
-        "a second copy of the parameters in each node",
-        switches={f"{_ZERO}.zero_hpz_partition_size": (0, 1)},
     ),
     later(f"{_ZERO}.mics_hierarchical_params_gather", "ds-zero", "gathering inside nodes first"),
     later(f"{_ZERO}.zero_quantized_weights", "ds-comm", "gathering parameters as int8"),
