@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -76,7 +78,19 @@ def build(
             become_real(param, device)
         _fill(bucket, initial, reserved)
         buckets.append(bucket)
+    if device.type == "cpu":
+        _return_freed_memory()
     return buckets
+
+
+def _return_freed_memory() -> None:
+    """Give the pages of the model's first values back. glibc keeps freed memory that lies below something alive: 51 of
+    77 MB of a model of 19 M parameters stayed resident beside its shards.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def _reservations(
