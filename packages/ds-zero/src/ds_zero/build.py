@@ -84,8 +84,8 @@ def build(
 
 
 def _return_freed_memory() -> None:
-    """Give the pages of the model's first values back. glibc keeps freed memory that lies below something alive: 51 of
-    77 MB of a model of 19 M parameters stayed resident beside its shards.
+    """Give the pages of the model's first values back. glibc keeps freed memory that lies below something alive: after
+    sharding 19 M parameters at stage 3 the process was 127 MB above its size with the model, with this 6 MB.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
