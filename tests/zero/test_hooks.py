@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -173,7 +174,7 @@ def test_the_next_unit_is_fetched_before_its_module_runs() -> None:
 
 
 @ranks(2)
-def test_a_changed_order_is_followed() -> None:
+def test_a_changed_order_is_followed_and_said_once() -> None:
     class Switch(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -193,7 +194,12 @@ def test_a_changed_order_is_followed() -> None:
         ds_zero.shard(model, optimizer, stage, config=ds_zero.ZeroConfig(persistence_threshold_numel=0))
         for step, order in enumerate([[0, 1, 2, 3], [3, 1, 0, 2], [0, 1], [1, 1, 2, 3], [0, 1, 2, 3]]):
             model.order = order
-            model(data(step)).square().mean().backward()
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                model(data(step)).square().mean().backward()
+            texts = [str(w.message) for w in said]
+            assert len(texts) == (stage == 3 and step == 1), texts
+            assert all("'blocks.3' where 'blocks.0' was expected" in text for text in texts)
             optimizer.step()
             optimizer.zero_grad()
         results.append(ds_zero.full_state_dict(model))

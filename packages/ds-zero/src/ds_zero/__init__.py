@@ -10,6 +10,7 @@ from ds_zero.deferred import deferred_init
 from ds_zero.forecast import PhaseMemory, Plan, Remedy
 from ds_zero.memory import MemoryReport, Summary, describe, memory
 from ds_zero.norms import squared_norm, total_norm
+from ds_zero.order import RankOrderError
 from ds_zero.parallel import MeshFor, ModelParallel, cut_by_model_parallelism
 from ds_zero.pending import GradNorm
 from ds_zero.plan import plan
@@ -20,6 +21,7 @@ from ds_zero.shard import shard
 from ds_zero.state_dicts import load_full_state_dict
 from ds_zero.store import ResidentStore
 from ds_zero.train import clip_grad_norm_, destroy, grad_norm, no_sync
+from ds_zero.units import set_leaf_modules
 from ds_zero.values import get_full, get_local, local_range, set_full, set_local, update_full_grads
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "Presence",
     "PhaseMemory",
     "Plan",
+    "RankOrderError",
     "Remedy",
     "ResidentStore",
     "ShardRecord",
@@ -62,6 +65,7 @@ __all__ = [
     "plan",
     "records",
     "set_full",
+    "set_leaf_modules",
     "set_local",
     "shard",
     "squared_norm",

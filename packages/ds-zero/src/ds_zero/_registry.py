@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _of_module: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _of_part: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _record_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_leaves: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def put(model: nn.Module, parts: list[nn.Parameter | Optimizer], state: ZeroState) -> None:
@@ -66,3 +67,11 @@ def find_record(tensor: Tensor) -> InitialValues | None:
 
 def drop_record(tensor: Tensor) -> None:
     _record_of.pop(tensor, None)
+
+
+def mark_leaf(module: nn.Module) -> None:
+    _leaves[module] = True
+
+
+def is_leaf(module: nn.Module) -> bool:
+    return module in _leaves

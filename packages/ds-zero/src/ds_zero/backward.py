@@ -6,11 +6,21 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 from torch.autograd.variable import Variable
+from torch.utils.hooks import RemovableHandle
+
+from ds_zero.opaque import opaque
+from ds_zero.outside import tensors_in
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward, where forwards are recomputations."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class BackwardWatch:
-    """Calls its listeners once when the backward pass in which `arm` was called is over."""
+    """Calls its listeners once when the backward pass in which `arm` was called is over, the outermost one."""
 
     def __init__(self) -> None:
         self._listeners: list[weakref.WeakMethod[Callable[[], None]]] = []
@@ -36,9 +46,30 @@ class BackwardWatch:
         """Call where no backward of this model can be running, as before a forward that is no
         recomputation.
         """
-        if self._armed and torch._C._current_graph_task_id() == -1:
+        if self._armed and not in_backward():
             self._armed = False
             _call(self._undoers)
+
+    def install(self, model: nn.Module) -> RemovableHandle:
+        """Arm when the gradient of one of the model's outputs arrives: that is in the outermost backward, where
+        reentrant activation checkpointing runs others inside.
+        """
+        me = weakref.ref(self)
+
+        def arrived(_: Tensor) -> None:
+            watch = me()
+            if watch is not None:
+                watch.arm()
+
+        @opaque
+        def after(_: nn.Module, __: object, output: object) -> None:
+            if torch.is_grad_enabled() and not in_backward():
+                for tensor in tensors_in(output):
+                    # A parameter that is returned as it is outlives the forward, and with it a hook on it.
+                    if tensor.requires_grad and not tensor.is_leaf:
+                        tensor.register_hook(arrived)
+
+        return model.register_forward_hook(after)
 
     def arm(self) -> None:
         """Only valid inside a backward pass."""

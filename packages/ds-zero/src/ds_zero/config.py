@@ -104,6 +104,31 @@ class ZeroConfig:
     """Stage 3: start gathering the next module, in the order of the previous pass, while the present one
     computes."""
 
+    prefetch_numel: int | None = None
+    """Stage 3: modules are fetched ahead while fewer elements than this are on their way. None: the next
+    module. 0: none."""
+
+    max_live_numel: int | None = None
+    """Stage 3: nothing is fetched ahead, and nothing kept for later, beyond so many gathered elements; the
+    module that runs is gathered whatever its size. None: no limit, but little is fetched or kept anyway."""
+
+    max_reuse_distance_numel: int | None = None
+    """Stage 3: a module stays gathered if at most so many elements are used before it is used again. None: 0,
+    which keeps only what the very next module uses again."""
+
+    leaf_modules: tuple[type[nn.Module] | str, ...] = ()
+    """Stage 3: modules (classes, class names or module names) that are gathered with all they contain, because
+    ranks use different parts of them. Mixtures of experts are found without it. [Note: leaf modules]"""
+
+    module_granularity_numel: int = 0
+    """Stage 3: modules with at most so many parameter elements per module inside are gathered whole. 0: blocks
+    are, whatever their size."""
+
+    order_timeout_s: float = 30.0
+    """Seconds without progress after which ranks that wait for each other in different places raise
+    `RankOrderError`; four times as long where they agree on the order so far. 0: never look.
+    [Note: standing still]"""
+
     overlap_publish: bool = False
     """Stages 1 and 2: let `step` return while parameters are still being gathered. Every module of the model
     waits before it computes, and so do `state_dict`, `load_state_dict` and ds_zero's own functions; code that
@@ -127,11 +152,19 @@ class ZeroConfig:
             raise ValueError(f'reduce_op={self.reduce_op!r}: give "mean" or "sum"')
         if not 0 < self.predivide_factor < float("inf"):
             raise ValueError(f"predivide_factor={self.predivide_factor}: give a number above 0")
+        if not 0 <= self.order_timeout_s < float("inf"):
+            raise ValueError(f"order_timeout_s={self.order_timeout_s}: give seconds, or 0 for no watch")
+        if not isinstance(self.leaf_modules, (tuple, list)):
+            raise ValueError(f"leaf_modules={self.leaf_modules!r}: give a tuple of classes or names")
         for name, least in (
             ("reduce_bucket_numel", 1),
             ("publish_bucket_numel", 1),
             ("persistence_threshold_numel", 0),
             ("model_persistence_numel", 0),
+            ("prefetch_numel", 0),
+            ("max_live_numel", 0),
+            ("max_reuse_distance_numel", 0),
+            ("module_granularity_numel", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < least:

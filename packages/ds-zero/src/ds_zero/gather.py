@@ -7,6 +7,7 @@ import torch
 from ds_zero.bucket import Bucket, BucketState
 from ds_zero.comm import Comm
 from ds_zero.interfaces import Work
+from ds_zero.stall import Waiting
 
 
 class Gatherer:
@@ -15,8 +16,8 @@ class Gatherer:
     Every method is collective: all ranks call it in the same order with the same buckets.
     """
 
-    def __init__(self, buckets: list[Bucket], comm: Comm) -> None:
-        self._comm = comm
+    def __init__(self, buckets: list[Bucket], comm: Comm, waiting: Waiting | None = None) -> None:
+        self._comm, self._waiting = comm, waiting or Waiting()
         self._buckets = [b for b in buckets if not b.whole]
         self._users = {id(b): 0 for b in self._buckets}
         self._works: dict[int, Work] = {}
@@ -39,7 +40,7 @@ class Gatherer:
             return
         work = self._works.pop(id(bucket), None)
         if work is not None:
-            work.wait()
+            self._waiting.wait(work, f"the values of bucket {bucket.layout.name}")
         with torch.no_grad():
             bucket.gathered()
         bucket.show_values()

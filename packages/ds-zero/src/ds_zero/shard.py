@@ -33,13 +33,16 @@ from ds_zero.layout import (
     plan_buckets,
 )
 from ds_zero.norms import squared_norm
+from ds_zero.opaque import opaque
 from ds_zero.parallel import MeshFor, ModelParallel, Topology, topology_of
+from ds_zero.prefetch import limits_of
 from ds_zero.ranks import Group
 from ds_zero.reduce import ReducePolicy, Reducer
+from ds_zero.stall import WatchedComm, note_steps, watch_ranks
 from ds_zero.state import ZeroState
 from ds_zero.step import Stepper
 from ds_zero.store import ResidentStore
-from ds_zero.units import choose_units, unit_of_params
+from ds_zero.units import choose_leaves, choose_units, map_units, unit_of_params
 from ds_zero.wire import WirePolicy
 
 M = TypeVar("M", bound=nn.Module)
@@ -128,7 +131,9 @@ def _assemble(
 ) -> ZeroState:
     """Everything that acts on the buckets, and the hooks through which it is called."""
     watch = BackwardWatch()
-    gatherer = Gatherer(buckets, comm)
+    waiting = watch_ranks(topology.axes[0], topology.axes[1:], config.order_timeout_s, buckets[0].device)
+    comm = WatchedComm(comm, waiting)
+    gatherer = Gatherer(buckets, comm, waiting)
     reducer = Reducer(buckets, comm, store, _reduce_policy(config, stage), watch)
     stepper = Stepper(
         buckets,
@@ -139,7 +144,9 @@ def _assemble(
         publish_numel=config.publish_bucket_numel,
     )
     # Listeners of the end of backward run in this order: reductions first, then gathered parameters go.
-    hooks = ModuleHooks(gatherer, _buckets_of_modules(model, buckets), watch, config.prefetch)
+    leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel)
+    units = map_units(model, choose_units(model, leaves), buckets, leaves)
+    hooks = ModuleHooks(gatherer, units, watch, limits_of(config), waiting.log)
     state = ZeroState(
         stage=stage,
         config=config,
@@ -153,10 +160,12 @@ def _assemble(
         reducer=reducer,
         stepper=stepper,
         hooks=hooks,
+        waiting=waiting,
         model=weakref.ref(model),
         optimizer=weakref.ref(optimizer),
         names=_names(model),
     )
+    state.handles.append(note_steps(optimizer, waiting.log))
     state.handles += reducer.install() + stepper.install(optimizer)
     state.handles += guard_state_dicts(model, state)
     if config.overlap_publish:
@@ -166,6 +175,7 @@ def _assemble(
     state.handles.append(
         model.register_forward_pre_hook(_before_forward(weakref.ref(state), watch.check_abort))
     )
+    state.handles.append(watch.install(model))
     return state
 
 
@@ -217,7 +227,8 @@ def _plan(
     stage 3 only.
     """
     group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    unit_of = unit_of_params(model, choose_units(model)) if stage == 3 else {}
+    leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel)
+    unit_of = unit_of_params(model, choose_units(model, leaves)) if stage == 3 else {}
     infos = []
     for fqn, p in params.items():
         group = group_of.get(id(p), FROZEN)
@@ -244,43 +255,10 @@ def _plan(
     return plan_buckets(infos, num_ranks=counts, owners=stage > 0, bucket_numel=bucket_numel)
 
 
-def _buckets_of_modules(model: nn.Module, buckets: list[Bucket]) -> dict[str, list[Bucket]]:
-    """Name -> stage-3 buckets to gather, for every unit and for every module with such parameters of its own.
-
-    A unit also gathers what its modules share with others (a head tied to the embedding).
-    """
-    bucket_of = {id(p): b for b in buckets if not b.whole for p in b.params}
-    if not bucket_of:
-        return {}
-    units = choose_units(model)
-    found: dict[str, list[Bucket]] = {}
-    for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if id(p) in bucket_of]
-        if name in units:
-            inside = [p for n, p in _params_of_unit(name, module, units)]
-            own = [p for p in inside if id(p) in bucket_of]
-        unique = {id(bucket_of[id(p)]): bucket_of[id(p)] for p in own}
-        if unique:
-            found[name] = list(unique.values())
-    return found
-
-
-def _params_of_unit(
-    name: str, module: nn.Module, units: dict[str, nn.Module]
-) -> list[tuple[str, nn.Parameter]]:
-    """Parameters below `module` that no unit further inside has."""
-    prefix = f"{name}." if name else ""
-    inner = [u for u in units if u != name and u.startswith(prefix)]
-    return [
-        (n, p)
-        for n, p in module.named_parameters(remove_duplicate=False)
-        if not any(f"{prefix}{n}".startswith(f"{u}.") for u in inner)
-    ]
-
-
 def _before_forward(state: weakref.ref[ZeroState], check_abort: Callable[[], None]) -> Callable[..., None]:
     """What the model's own pre-hook does: published parameters arrive, and a broken backward is noticed."""
 
+    @opaque
     def before(*_: object) -> None:
         found = state()
         if found is not None:

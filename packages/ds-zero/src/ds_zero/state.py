@@ -22,6 +22,7 @@ from ds_zero.norms import combine
 from ds_zero.opened import OpenGather
 from ds_zero.ranks import Ranks
 from ds_zero.reduce import Reducer
+from ds_zero.stall import Waiting
 from ds_zero.step import Stepper
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class ZeroState:
     reducer: Reducer
     stepper: Stepper
     hooks: ModuleHooks
+    waiting: Waiting
     model: weakref.ref[nn.Module]
     optimizer: weakref.ref[Optimizer] | None
     names: Mapping[str, tuple[str, ...]]

@@ -65,7 +65,8 @@ class Stepper:
         def before(opt: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stepper = me()
             if stepper is not None:
-                stepper._before(opt, args, kwargs)
+                with stepper._comm.guard("optimizer.step()"):
+                    stepper._before(opt, args, kwargs)
 
         def after(opt: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             stepper = me()

@@ -28,9 +28,10 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     Collective. See [Note: norm in fixed blocks] and [Note: units of a gradient].
     """
     state = _registry.state_of(model)
-    state.reducer.finish()
     pending = state.stepper.pending
-    norm = state.measure()
+    with state.comm.guard("clip_grad_norm_"):
+        state.reducer.finish()
+        norm = state.measure()
     factor = clip_factor(norm, max_norm)
     state.stepper.clip(factor)
     before = float(norm) if pending.norm is None else pending.norm.before
@@ -68,6 +69,7 @@ def destroy(model: nn.Module) -> None:
     """
     state = _registry.state_of(model)
     state.stepper.wait()
+    state.waiting.stop()
     for handle in state.handles:
         handle.remove()
     originals: dict[int, nn.Parameter] = {}
