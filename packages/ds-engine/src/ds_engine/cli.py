@@ -10,6 +10,7 @@ import typer
 from ds_engine import __version__
 from ds_engine.checkpoint_cli import app as checkpoint_app
 from ds_engine.config_cli import app as config_app
+from ds_engine.plan_cli import plan
 
 app = typer.Typer(
     name="ds",
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(checkpoint_app, name="checkpoint")
+app.command("plan")(plan)
 app.add_typer(config_app)
 
 
