@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from ds_engine import sharding
 from ds_engine.config import ConfigError, load
@@ -21,6 +22,9 @@ HERE = Path(__file__).parent
 
 # Key that works, or section -> a test that fails when it is ignored.
 TESTED = {
+    "zero_optimization.leaf_module.classes": "test_config_wiring.py::test_leaf_modules_by_class_name_and_suffix",
+    "zero_optimization.leaf_module.names": "test_config_wiring.py::test_leaf_modules_by_class_name_and_suffix",
+    "zero_optimization.leaf_module.name_suffixes": "test_config_wiring.py::test_leaf_modules_by_class_name_and_suffix",
     "train_batch_size": "test_batch.py::test_what_is_left_out_is_computed",
     "train_micro_batch_size_per_gpu": "test_batch.py::test_what_is_left_out_is_computed",
     "gradient_accumulation_steps": "test_batch.py::test_what_is_left_out_is_computed",
@@ -227,7 +231,7 @@ def test_a_key_reaches_ds_zero(row: Row) -> None:
                     config = load(config_with(row.key, value, stage))
                 except ConfigError:
                     continue
-            made = sharding.options(config, config.batch(2), {})["config"]
+            made = sharding.options(config, config.batch(2), {}, torch.nn.Linear(1, 1))["config"]
             seen.add(str(getattr(made, field)))
     assert len(seen) > 1, f"{row.key} does not change ZeroConfig.{field}"
 
@@ -235,7 +239,7 @@ def test_a_key_reaches_ds_zero(row: Row) -> None:
 def test_offload_chooses_the_store() -> None:
     def options(device: str) -> dict[str, Any]:
         config = load(config_with("zero_optimization.offload_optimizer.device", device))
-        return sharding.options(config, config.batch(1), {})
+        return sharding.options(config, config.batch(1), {}, torch.nn.Linear(1, 1))
 
     assert "store" not in options("none")
     assert type(options("cpu")["store"]).__name__ == "HostStore"

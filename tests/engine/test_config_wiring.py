@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 import ds_engine
 import ds_zero
+from ds_engine import sharding
+from ds_engine.config import load
 from engine import jobs
 from harness import ranks
 
@@ -118,3 +120,49 @@ def test_optimizers_of_whole_tensors_train_alike_at_every_stage(name: str) -> No
         engine.destroy()
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[3] == pytest.approx(losses[0], rel=1e-4)
+
+
+def zero_config(model: torch.nn.Module, **keys: Any) -> ds_zero.ZeroConfig:
+    settings = load(jobs.config(3, **at(3, **keys)))
+    found: ds_zero.ZeroConfig = sharding.options(settings, settings.batch(1), {}, model)["config"]
+    return found
+
+
+def test_limits_of_gathering_reach_ds_zero() -> None:
+    keys = {
+        "stage3_prefetch_bucket_size": 11,
+        "stage3_max_live_parameters": 12,
+        "stage3_max_reuse_distance": 13,
+    }
+    made = zero_config(jobs.net(), **keys, stage3_module_granularity_threshold=14)
+    assert (made.prefetch_numel, made.max_live_numel, made.max_reuse_distance_numel) == (11, 12, 13)
+    assert made.module_granularity_numel == 14
+
+
+def test_leaf_modules_by_class_name_and_suffix() -> None:
+    def leaves(**section: Any) -> tuple[Any, ...]:
+        return zero_config(jobs.net(), leaf_module=section).leaf_modules
+
+    assert (
+        leaves(classes=["Sequential"])
+        == leaves(classes=["torch.nn.modules.container.Sequential"])
+        == ("inner",)
+    )
+    assert leaves(names=["inner"]) == leaves(name_suffixes=["ner"]) == ("inner",)
+    assert zero_config(jobs.net()).leaf_modules == ()  # the classes of the default may be absent
+    with pytest.raises(ds_engine.ConfigError, match=r"leaf_module\.names: the model has no 'gone'"):
+        leaves(names=["gone"])
+
+
+@ranks(2)
+def test_limits_and_leaves_change_no_loss() -> None:
+    plain, engine = trained(**at(3))
+    engine.destroy()
+    keys = {
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_live_parameters": 50,
+        "stage3_max_reuse_distance": 0,
+    }
+    other, engine = trained(**at(3, **keys, leaf_module={"names": ["inner"]}))
+    engine.destroy()
+    assert other == plain

@@ -137,12 +137,20 @@ def _run_body(job: Job, body: Callable[..., None], arguments: dict[str, Any]) ->
     _check_leaks(threads, job.groups_may_stay)
 
 
+_MAY_STAY = frozenset(
+    [
+        "ds_zero.stall",  # ends with the model that it watches, at the latest with the process group
+        "tqdm_monitor",  # of torch.compile, for the life of the process
+    ]
+)
+
+
 def _check_leaks(threads_before: set[threading.Thread], groups_may_stay: bool) -> None:
     left: list[str] = []
     deadline = time.monotonic() + _THREADS_END_S
     for thread in set(threading.enumerate()) - threads_before:
-        if thread.name == "ds_zero.stall":
-            continue  # ends with the model that it watches, at the latest with the process group
+        if thread.name in _MAY_STAY:
+            continue
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
             left.append(f"thread {thread.name!r} (stop and join it)")

@@ -207,7 +207,9 @@ def test_no_sync_defers_reduction(stage: int) -> None:
         with ds_zero.no_sync(model):
             for step in range(2):
                 model(*batch(step, dist.get_rank())).backward()
-            assert all(s.grad is None for s in optimizer.param_groups[0]["params"])
+            # Nothing is reduced; one entry shows that something waits, so that zero_grad() can drop it.
+            shown = [s.grad for s in optimizer.param_groups[0]["params"] if s.grad is not None]
+            assert len(shown) == 1 and bool(shown[0].isnan().all())
         model(*batch(2, dist.get_rank())).backward()
         optimizer.step()
         results.append(ds_zero.full_state_dict(model))

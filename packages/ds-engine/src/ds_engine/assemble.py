@@ -84,10 +84,10 @@ def initialize(
     built = _optimizer(settings, optimizer, model, model_parameters)
     # The schedule reads the rates of the groups, which sharding leaves alone; states come later, so nothing
     # is cut in two.
-    options = {**sharding.options(settings, batch, precision.zero_options(model), world), **axis.options}
+    given = sharding.options(settings, batch, precision.zero_options(model), model, world)
     # What ds_zero.deferred_init has put off comes into being here, on the default device.
     with world.device if deferred else contextlib.nullcontext():
-        ds_zero.shard(model, built, stage=settings.zero_optimization.stage, **options)
+        ds_zero.shard(model, built, stage=settings.zero_optimization.stage, **given, **axis.options)
     precision.cast_buffers(model)
     schedule = _schedule(settings, lr_scheduler, built)
     progress = Progress(settings.steps_per_print or 0, world.rank)

@@ -108,7 +108,7 @@ def plan(
     kind = device or _default_device()
     dtypes = Precision.of(settings, kind).zero_options(model)
     on_host = settings.zero_optimization.offload_optimizer.device == "cpu"
-    options = sharding.options(settings, batch, dtypes)
+    options = sharding.options(settings, batch, dtypes, model)
     return ds_zero.plan(
         model,
         inputs,

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from torch import nn
 
 import ds_comm
 import ds_zero
 from ds_core.kernels import squared_norm
 from ds_engine.config import Batch, ConfigError, DsConfig
+from ds_engine.config.leaf_module import DEFAULT_CLASSES, LeafModuleConfig
 from ds_engine.precision import DTYPES
 
 
 def options(
-    settings: DsConfig, batch: Batch, dtypes: Mapping[str, Any], world: ds_comm.World | None = None
+    settings: DsConfig,
+    batch: Batch,
+    dtypes: Mapping[str, Any],
+    model: nn.Module,
+    world: ds_comm.World | None = None,
 ) -> dict[str, Any]:
     """Arguments of `ds_zero.shard`, beside the model, the optimizer and the stage.
 
     Args:
         dtypes: fields of `ZeroConfig` that `Precision.zero_options` gives.
+        model: for `leaf_module`, whose entries are looked up in it.
         world: for `mics_shard_size`, whose groups every rank makes alike.
 
     Raises:
@@ -38,6 +46,11 @@ def options(
             persistence_threshold_numel=zero.stage3_param_persistence_threshold,
             model_persistence_numel=zero.stage3_model_persistence_threshold,
             prefetch=zero.stage3_prefetch,
+            prefetch_numel=zero.stage3_prefetch_bucket_size,
+            max_live_numel=zero.stage3_max_live_parameters,
+            max_reuse_distance_numel=zero.stage3_max_reuse_distance,
+            module_granularity_numel=zero.stage3_module_granularity_threshold or 0,
+            leaf_modules=leaf_modules(zero.leaf_module, model) if zero.stage == 3 else (),
             overlap_publish=zero.overlap_publish and zero.stage in (1, 2),
         ),
     }
@@ -48,6 +61,36 @@ def options(
     if zero.mics_shard_size > 0:
         found["mesh"] = _groups(zero.mics_shard_size, batch.ranks, world)
     return found
+
+
+def leaf_modules(section: LeafModuleConfig, model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules that stage 3 gathers whole.
+
+    Raises:
+        ConfigError: a name, a suffix or a class that no module has, except for the classes of the default, which most
+            models lack.
+    """
+    modules = dict(model.named_modules())
+    found: set[str] = set()
+    missing: list[str] = []
+
+    def take(key: str, wanted: Iterable[str], fits: Callable[[str, str], bool]) -> None:
+        for text in wanted:
+            names = {name for name in modules if fits(text, name)}
+            if not names and not (key == "classes" and text in DEFAULT_CLASSES):
+                missing.append(f"zero_optimization.leaf_module.{key}: the model has no {text!r}")
+            found.update(names)
+
+    take("classes", section.classes, lambda text, name: text in _class_names(type(modules[name])))
+    take("names", section.names, lambda text, name: text == name)
+    take("name_suffixes", section.name_suffixes, lambda text, name: name.endswith(text))
+    if missing:
+        raise ConfigError(missing)
+    return tuple(sorted(found))
+
+
+def _class_names(kind: type) -> tuple[str, str]:
+    return kind.__qualname__, f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _reduction(settings: DsConfig, ranks: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ds_engine.config.built.row import Row, gone, later, no_effect, works
-from ds_engine.config.leaf_module import DEFAULT_CLASSES
 
 _ZERO = "zero_optimization"
 _OFFLOAD = f"{_ZERO}.offload_optimizer"
@@ -72,25 +71,14 @@ ROWS: tuple[Row, ...] = (
         only=_on_host,
         otherwise="nothing rests in host memory",
     ),
-    no_effect(
-        f"{_ZERO}.stage3_prefetch_bucket_size",
-        "ds-zero",
-        "the next module is gathered ahead, whatever its size",
-    ),
-    no_effect(
-        f"{_ZERO}.stage3_max_live_parameters",
-        "ds-zero",
-        "at most one module is gathered ahead of the one that computes",
-    ),
-    no_effect(
-        f"{_ZERO}.stage3_max_reuse_distance",
-        "ds-zero",
-        "a module's parameters are let go when it is done, however soon they come again",
-    ),
-    no_effect(
+    works(f"{_ZERO}.stage3_prefetch_bucket_size", "ds-zero", "ZeroConfig.prefetch_numel", **_STAGE3),
+    works(f"{_ZERO}.stage3_max_live_parameters", "ds-zero", "ZeroConfig.max_live_numel", **_STAGE3),
+    works(f"{_ZERO}.stage3_max_reuse_distance", "ds-zero", "ZeroConfig.max_reuse_distance_numel", **_STAGE3),
+    works(
         f"{_ZERO}.stage3_module_granularity_threshold",
         "ds-zero",
-        "each module with parameters of its own is gathered by itself",
+        "ZeroConfig.module_granularity_numel",
+        **_STAGE3,
     ),
     works(
         f"{_ZERO}.stage3_gather_16bit_weights_on_model_save",
@@ -98,17 +86,7 @@ ROWS: tuple[Row, ...] = (
         "DeepSpeedEngine.save_16bit_model() and Accelerate",
         **_STAGE3,
     ),
-    later(
-        f"{_ZERO}.leaf_module",
-        "ds-zero",
-        "gathering a module whole",
-        "remove it",
-        switches={
-            f"{_ZERO}.leaf_module.classes": (list(DEFAULT_CLASSES), []),
-            f"{_ZERO}.leaf_module.names": ([],),
-            f"{_ZERO}.leaf_module.name_suffixes": ([],),
-        },
-    ),
+    works(f"{_ZERO}.leaf_module", "ds-zero", "ds_engine.sharding.leaf_modules", **_STAGE3),
     later(f"{_ZERO}.mics_hierarchical_params_gather", "ds-zero", "gathering inside nodes first"),
     later(f"{_ZERO}.zero_quantized_weights", "ds-comm", "gathering parameters as int8"),
     later(f"{_ZERO}.zero_quantized_nontrainable_weights", "ds-comm", "frozen parameters as int8"),
