@@ -66,6 +66,8 @@ def train(stage: int, how: str, backend: str, *, tied: bool = False) -> list[flo
 )
 def test_compiled_is_uncompiled(stage: int, how: str, backend: str) -> None:
     """Bitwise with backends that run torch's own kernels, to rounding with generated ones."""
+    tqdm = pytest.importorskip("tqdm", reason="tqdm is not installed")
+    tqdm.tqdm.monitor_interval = 0  # the compiler's progress bars start a thread otherwise
     torch._dynamo.reset()
     expected = train(stage, "", backend)
     found = train(stage, how, backend)

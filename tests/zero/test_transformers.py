@@ -15,6 +15,8 @@ from harness import ranks
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+
 SMALL = {"vocab_size": 64, "attn_implementation": "eager"}
 
 
