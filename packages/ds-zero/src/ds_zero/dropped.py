@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ds_zero.storage import is_fake
+
 
 class Flag:
     """The gradient that one of the optimizer's entries shows while sums wait."""
@@ -54,6 +56,8 @@ class Flag:
         grad = self._shard.grad
         if grad is None:
             return True
+        if is_fake(grad):
+            return False  # has no values that anybody could have cleared
         if self.is_on(self._shard):
             return bool(grad.numel()) and not grad.isnan().any()
         # Zeros alone say nothing: a gradient may be zero. That somebody wrote them does.
