@@ -8,8 +8,13 @@ namespace {
 
 using Word = std::uint32_t;
 
-constexpr std::int64_t kLine = 16;    // words of a cache line
+constexpr std::int64_t kLine = 16;  // words of a cache line
+// Eight words as one value: loaded before anything is stored, whatever the compiler knows of the pointers.
+using Words [[gnu::vector_size(32), gnu::aligned(4), gnu::may_alias]] = Word;
 constexpr std::int64_t kAhead = 256;  // words from a load to the prefetch that precedes it
+
+inline Words* at(Word* p) { return reinterpret_cast<Words*>(p); }
+inline const Words* at(const Word* p) { return reinterpret_cast<const Words*>(p); }
 
 // Reads four arrays and writes three, as Adam does with fp32 everywhere. Bitwise operations: no rounding, no
 // denormals, and nothing that a compiler may leave out. Asks for lines ahead of their use: without that the
@@ -24,11 +29,11 @@ void read4_write3(Word* a, Word* b, Word* c, const Word* d, std::int64_t n) {
     __builtin_prefetch(b + i + kAhead, 1);
     __builtin_prefetch(c + i + kAhead, 1);
     __builtin_prefetch(d + i + kAhead, 0);
-    for (std::int64_t k = i; k < i + kLine; ++k) {
-      const Word x = a[k], y = b[k], z = c[k], w = d[k];
-      a[k] = x ^ w;
-      b[k] = y ^ w;
-      c[k] = z ^ w;
+    for (std::int64_t k = i; k < i + kLine; k += kLine / 2) {
+      const Words x = *at(a + k), y = *at(b + k), z = *at(c + k), w = *at(d + k);
+      *at(a + k) = x ^ w;
+      *at(b + k) = y ^ w;
+      *at(c + k) = z ^ w;
     }
   }
   for (; i < n; ++i) {

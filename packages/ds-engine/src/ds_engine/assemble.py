@@ -7,7 +7,7 @@ import inspect
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,6 +29,9 @@ from ds_engine.pacing import Pacing
 from ds_engine.precision import Precision
 from ds_engine.progress import Progress, to_stderr
 from ds_engine.schedules import LRSchedule
+
+if TYPE_CHECKING:
+    from ds_engine.checkpoint.background import BackgroundSaver
 
 Parameters = Iterable[Any]
 
@@ -91,7 +94,6 @@ def initialize(
     precision.cast_buffers(model)
     schedule = _schedule(settings, lr_scheduler, built)
     progress = Progress(settings.steps_per_print or 0, world.rank)
-    loader = _loader(settings, training_data, batch, world, axis, collate_fn)
     engine = Engine(
         Parts(
             module=model,
@@ -107,13 +109,23 @@ def initialize(
             monitor=Monitor.of(settings, world.rank),
             breakdown=_breakdown(settings, world, progress),
             pacing=pacing,
-            loader=loader,
+            background=_background(settings, progress),
+            loader=_loader(settings, training_data, batch, world, axis, collate_fn),
             model_parallel_size=axis.model_parallel_size,
         )
     )
     if world.rank == 0:
         _announce(engine, settings)
-    return engine, built, loader, schedule
+    return engine, built, engine.training_dataloader, schedule
+
+
+def _background(settings: DsConfig, progress: Progress) -> BackgroundSaver | None:
+    writer = settings.checkpoint.writer
+    if writer is None or not writer.decoupled:
+        return None
+    from ds_engine.checkpoint.background import BackgroundSaver
+
+    return BackgroundSaver(progress.write)
 
 
 def _breakdown(settings: DsConfig, world: ds_comm.World, progress: Progress) -> Breakdown:

@@ -52,6 +52,7 @@ class Parts:
     monitor: Monitor
     breakdown: Breakdown
     pacing: Pacing
+    background: BackgroundSaver | None = None
     loader: Loader | None = None
     model_parallel_size: int = 1
 
@@ -80,6 +81,8 @@ class Engine:
         self.monitor = parts.monitor
         """Where curves go; `write_events` takes values of your own."""
         self.pacing = parts.pacing
+        self.background = parts.background
+        """What writes checkpoints beside training; None: `save_checkpoint` writes itself."""
         self.training_dataloader = parts.loader
         """What `training_data` was made into; its position is part of checkpoints."""
         self.global_steps = 0
@@ -90,12 +93,6 @@ class Engine:
         """Steps that changed nothing because the gradient was not finite."""
         self._applied = False
         self._live = True
-        self.background: BackgroundSaver | None = None
-        """What writes checkpoints beside training; None: `save_checkpoint` writes itself."""
-        if parts.config.checkpoint.writer is not None and parts.config.checkpoint.writer.decoupled:
-            from ds_engine.checkpoint.background import BackgroundSaver
-
-            self.background = BackgroundSaver(parts.progress.write)
         self._breakdown = parts.breakdown
         self._loss: Tensor | None = None
         """Mean over the micro-batches of this step so far, on this rank; kept for the monitor only."""

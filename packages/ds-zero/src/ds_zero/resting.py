@@ -17,6 +17,7 @@ from ds_zero.parallel import Topology
 from ds_zero.ranks import Ranks
 from ds_zero.shard import _plan
 from ds_zero.simulate import Job
+from ds_zero.units import choose_leaves, choose_units, unit_of_params
 
 _PURPOSE_OF_KIND: Mapping[str, str] = {
     "param": book.PARAMETERS,
@@ -40,7 +41,9 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     ranks = Ranks(None, 0, job.num_ranks)
     alone = Topology((ranks,), {}, (ranks,), frozenset())
     undivided = undivided_groups(given, job.config.layout, job.stage)
-    layouts = _plan(model, given, params, job.stage, job.config, alone, undivided)
+    leaves = choose_leaves(model, job.config.leaf_modules, job.config.module_granularity_numel)
+    unit_of = unit_of_params(model, choose_units(model, leaves)) if job.stage == 3 else {}
+    layouts = _plan(given, params, job.stage, job.config, alone, undivided, unit_of)
     in_fp32 = {x.name for x in layouts if x.unit is not None and _dtype_of(x) == torch.float32}
     device: dict[str, int] = {book.BUFFERS: sum(b.numel() * b.element_size() for b in model.buffers())}
     host: dict[str, int] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -42,7 +42,7 @@ from ds_zero.stall import WatchedComm, note_steps, watch_ranks
 from ds_zero.state import ZeroState
 from ds_zero.step import Stepper
 from ds_zero.store import ResidentStore
-from ds_zero.units import choose_leaves, choose_units, map_units, unit_of_params
+from ds_zero.units import UnitMap, choose_leaves, choose_units, map_units, unit_of_params
 from ds_zero.wire import WirePolicy
 
 M = TypeVar("M", bound=nn.Module)
@@ -105,14 +105,18 @@ def shard(
         )
     materialize_buffers(model, device)
     comm = comm or default_comm(device, ordered=True if config.rank_invariant else config.ordered_reduction)
-    layouts = _plan(model, optimizer, params, stage, config, topology, undivided)
+    leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel)
+    roots = choose_units(model, leaves)
+    unit_of = unit_of_params(model, roots) if stage == 3 else {}
+    layouts = _plan(optimizer, params, stage, config, topology, undivided, unit_of)
 
     broadcast_buffers(model, topology.axes[0])
     buckets = build(layouts, params, topology, store, config.grad_dtype, device)
     hand_over(optimizer, buckets)
     groups = add_secondary(buckets, config.secondary_ranks)
 
-    state = _assemble(model, optimizer, buckets, stage, config, topology, comm, store, norms)
+    units = map_units(model, roots, buckets, leaves)
+    state = _assemble(model, optimizer, buckets, units, stage, config, topology, comm, store, norms)
     state.handles += groups
     _registry.put(model, [*params.values(), optimizer], state)
     return model, optimizer
@@ -122,6 +126,7 @@ def _assemble(
     model: nn.Module,
     optimizer: Optimizer,
     buckets: list[Bucket],
+    units: UnitMap,
     stage: int,
     config: ZeroConfig,
     topology: Topology,
@@ -144,8 +149,6 @@ def _assemble(
         publish_numel=config.publish_bucket_numel,
     )
     # Listeners of the end of backward run in this order: reductions first, then gathered parameters go.
-    leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel)
-    units = map_units(model, choose_units(model, leaves), buckets, leaves)
     hooks = ModuleHooks(gatherer, units, watch, limits_of(config), waiting.log)
     state = ZeroState(
         stage=stage,
@@ -215,20 +218,18 @@ def _device(params: dict[str, nn.Parameter]) -> torch.device:
 
 
 def _plan(
-    model: nn.Module,
     optimizer: Optimizer,
     params: dict[str, nn.Parameter],
     stage: int,
     config: ZeroConfig,
     topology: Topology,
     undivided: Sequence[bool],
+    unit_of: Mapping[str, str],
 ) -> tuple[BucketLayout, ...]:
-    """Describe the parameters to the pure planner. Frozen parameters outside the optimizer are divided in
-    stage 3 only.
+    """Describe the parameters to the pure planner; `unit_of` is empty below stage 3. Frozen parameters outside the
+    optimizer are divided in stage 3 only.
     """
     group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel)
-    unit_of = unit_of_params(model, choose_units(model, leaves)) if stage == 3 else {}
     infos = []
     for fqn, p in params.items():
         group = group_of.get(id(p), FROZEN)

@@ -114,17 +114,8 @@ class StallWatch(Waiting):
 
     def wait(self, work: Work, what: str) -> None:
         """Wait for `work`; where it breaks, raise what is known about all ranks."""
-        outer = self.log.waiting
-        self.log.waiting = outer or what
-        try:
+        with self.guard(what):
             work.wait()
-        except RuntimeError as error:
-            explained = self._explained(error)
-            if explained is error:
-                raise
-            raise explained from error
-        finally:
-            self.log.waiting = outer
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:

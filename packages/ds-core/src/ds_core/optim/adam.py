@@ -46,23 +46,28 @@ class FusedAdam(FusedOptimizer):
         super().__init__(params, defaults, state_dtype)
 
     def _apply(self, group: Group, batch: Batch, grad_scale: float) -> None:
-        beta1, beta2 = group["betas"]
-        kernels.adam_step(
-            batch.params,
-            batch.states["exp_avg"],
-            batch.states["exp_avg_sq"],
-            batch.grads,
-            step=batch.step,
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-            grad_scale=grad_scale,
-            out=batch.outs(),
-        )
+        apply_adam(group, batch, grad_scale, decoupled=group["decoupled_weight_decay"])
 
     def _check_groups(self) -> None:
         if any(group.get("amsgrad", False) for group in self.param_groups):
             raise ValueError("FusedAdam has no amsgrad, but the loaded state was made with amsgrad=True")
+
+
+def apply_adam(group: Group, batch: Batch, grad_scale: float, *, decoupled: bool) -> None:
+    """One step of Adam, or AdamW where the weight decay is `decoupled`, over the tensors of `batch`."""
+    beta1, beta2 = group["betas"]
+    kernels.adam_step(
+        batch.params,
+        batch.states["exp_avg"],
+        batch.states["exp_avg_sq"],
+        batch.grads,
+        step=batch.step,
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        decoupled=decoupled,
+        grad_scale=grad_scale,
+        out=batch.outs(),
+    )

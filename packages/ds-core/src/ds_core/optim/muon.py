@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ds_core import kernels
+from ds_core.optim.adam import apply_adam
 from ds_core.optim.base import Batch, FusedOptimizer, Group, check_betas, check_not_negative
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -119,22 +119,7 @@ class Muon(FusedOptimizer):
         if group["use_muon"]:
             self._apply_muon(group, batch, grad_scale)
             return
-        beta1, beta2 = group["betas"]
-        kernels.adam_step(
-            batch.params,
-            batch.states["exp_avg"],
-            batch.states["exp_avg_sq"],
-            batch.grads,
-            step=batch.step,
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=True,
-            grad_scale=grad_scale,
-            out=batch.outs(),
-        )
+        apply_adam(group, batch, grad_scale, decoupled=True)
 
     @torch.no_grad()
     def _apply_muon(self, group: Group, batch: Batch, grad_scale: float) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import ds_zero
 from ds_engine.checkpoint.errors import CheckpointError
 from ds_engine.checkpoint.team import Team
 from ds_engine.checkpoint.write import Content, ShardRecord, write
-
-
-@dataclass(frozen=True)
-class _Copy:
-    fqn: str
-    state: str
-    global_shape: tuple[int, ...]
-    flat_offset: int
-    data: Tensor
 
 
 class BackgroundSaver:
@@ -117,7 +108,9 @@ class BackgroundSaver:
                 pinned = data.device.type != "cpu"
                 buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=pinned)
             copies[key] = buffer.copy_(data, non_blocking=True)
-            records.append(_Copy(record.fqn, record.state, record.global_shape, record.flat_offset, buffer))
+            records.append(
+                ds_zero.ShardRecord(record.fqn, record.state, record.global_shape, record.flat_offset, buffer)
+            )
         if any(record.data.device.type != "cpu" for record in content.records):
             torch.accelerator.synchronize()
         self._buffers = copies  # what this save does not have is not kept

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+import ds_zero
 from ds_engine.checkpoint import datafile, deepspeed, folder
 from ds_engine.checkpoint.datafile import Item
 from ds_engine.checkpoint.errors import CheckpointError
@@ -28,6 +29,21 @@ _STEMS: Mapping[str, tuple[str, str]] = {
 """What Hugging Face's loaders look for."""
 
 
+def locate(root: Path, tag: str | None) -> Path:
+    """The folder of a checkpoint in `root`, of ours or, where there is none of ours, of DeepSpeed's.
+
+    Raises:
+        FileNotFoundError: there is none; says what was looked for and what there is.
+    """
+    foreign = None if folder.complete(root) else deepspeed.locate(root, tag)
+    return foreign if foreign is not None else folder.find(root, tag)
+
+
+def open_at(path: Path, order: Sequence[Sequence[str]] | None = None) -> Checkpoint:
+    """Open the folder that `locate` found; `order` as for `DeepSpeedCheckpoint`."""
+    return Checkpoint(path) if folder.is_complete(path) else deepspeed.DeepSpeedCheckpoint(path, order)
+
+
 def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> Checkpoint:
     """Open a checkpoint for reading, ours or DeepSpeed's (stages 0 to 3, universal). No pickle is executed.
 
@@ -40,13 +56,7 @@ def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> Che
         CheckpointError: it is damaged or not complete.
     """
     root = Path(path)
-    if tag is None and folder.is_complete(root):
-        return Checkpoint(root)
-    if not folder.complete(root):
-        foreign = root if tag is None and deepspeed.is_checkpoint(root) else deepspeed.locate(root, tag)
-        if foreign is not None:
-            return deepspeed.DeepSpeedCheckpoint(foreign)
-    return Checkpoint(folder.find(root, tag))
+    return open_at(root if tag is None and folder.is_complete(root) else locate(root, tag))
 
 
 def names(checkpoint: Checkpoint, *, exclude_frozen: bool = False) -> Iterator[tuple[str, str]]:
@@ -188,7 +198,7 @@ def convert(
     with open_checkpoint(path, tag) as checkpoint:
         manifest = checkpoint.manifest
         found = [
-            _Record(fqn, state, entry.shape, checkpoint.tensor(fqn, state).reshape(-1))
+            ds_zero.ShardRecord(fqn, state, entry.shape, 0, checkpoint.tensor(fqn, state).reshape(-1))
             for fqn, states in manifest.tensors.items()
             for state, entry in states.items()
         ]
@@ -201,15 +211,6 @@ def convert(
             )
         content = Content(records=found, blobs=blobs, values=values)
         return write(out_dir, out_tag or manifest.tag, lambda: content)
-
-
-@dataclass(frozen=True)
-class _Record:
-    fqn: str
-    state: str
-    global_shape: tuple[int, ...]
-    data: Tensor
-    flat_offset: int = 0
 
 
 def _num_bytes(checkpoint: Checkpoint, fqn: str, dtype: torch.dtype | None) -> int:

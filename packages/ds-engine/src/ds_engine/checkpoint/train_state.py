@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import ds_zero
-from ds_engine.checkpoint import codec, deepspeed, folder, rng
+from ds_engine.checkpoint import codec, consolidate, folder, rng
 from ds_engine.checkpoint.errors import CheckpointError
 from ds_engine.checkpoint.read import Checkpoint
 from ds_engine.checkpoint.team import Team
@@ -174,7 +174,8 @@ def load(
     team = Team()
     path = _locate(team, Path(load_dir), tag)
     doing = f"loading {path}"
-    checkpoint = _together(team, doing, lambda: _open(engine, path))
+    order = ds_zero.group_names(engine.module, engine.optimizer)
+    checkpoint = _together(team, doing, lambda: consolidate.open_at(path, order))
     with checkpoint:
         # Each rank looks at some of the files, so that none is opened by all; damage inside shows when it is
         # read.
@@ -206,20 +207,13 @@ def _locate(team: Team, root: Path, tag: str | None) -> Path:
     found, missing = "", ""
     if team.first:
         try:
-            foreign = None if folder.complete(root) else deepspeed.locate(root, tag)
-            found = str(foreign if foreign is not None else folder.find(root, tag))
+            found = str(consolidate.locate(root, tag))
         except FileNotFoundError as error:
             missing = str(error)
     missing = team.share(missing.encode()).decode()
     if missing:
         raise FileNotFoundError(missing)
     return Path(team.share(found.encode()).decode())
-
-
-def _open(engine: Engine, path: Path) -> Checkpoint:
-    if folder.is_complete(path):
-        return Checkpoint(path)
-    return deepspeed.DeepSpeedCheckpoint(path, ds_zero.group_names(engine.module, engine.optimizer))
 
 
 def _together(team: Team, doing: str, action: Callable[[], Any]) -> Any:
