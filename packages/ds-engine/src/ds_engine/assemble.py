@@ -84,7 +84,7 @@ def initialize(
     deferred = any(p.is_meta for p in model.parameters())
     if world.device.type != "cpu" and not deferred:
         model.to(world.device)
-    built = _optimizer(settings, optimizer, model, model_parameters)
+    built = make_optimizer(settings, optimizer, model, model_parameters)
     # The schedule reads the rates of the groups, which sharding leaves alone; states come later, so nothing
     # is cut in two.
     given = sharding.options(settings, batch, precision.zero_options(model), model, world)
@@ -92,7 +92,7 @@ def initialize(
     with world.device if deferred else contextlib.nullcontext():
         ds_zero.shard(model, built, stage=settings.zero_optimization.stage, **given, **axis.options)
     precision.cast_buffers(model)
-    schedule = _schedule(settings, lr_scheduler, built)
+    schedule = make_schedule(settings, lr_scheduler, built)
     progress = Progress(settings.steps_per_print or 0, world.rank)
     engine = Engine(
         Parts(
@@ -175,12 +175,17 @@ def _seed(seed: int | None, rank: int) -> None:
         torch.manual_seed(seed + rank)
 
 
-def _optimizer(
+def make_optimizer(
     settings: DsConfig,
     given: Optimizer | Callable[[Parameters], Optimizer] | None,
     model: nn.Module,
     model_parameters: Parameters | None,
 ) -> Optimizer:
+    """The optimizer of a job: the given one, or the configuration's over `model`.
+
+    Raises:
+        ConfigError: there is none.
+    """
     parameters = (
         list(model_parameters)
         if model_parameters is not None
@@ -208,9 +213,14 @@ def _optimizer(
     )
 
 
-def _schedule(
+def make_schedule(
     settings: DsConfig, given: LRSchedule | Callable[[Optimizer], LRSchedule] | None, optimizer: Optimizer
 ) -> LRSchedule | None:
+    """The learning-rate schedule of a job: the given one, or the configuration's; None for a constant rate.
+
+    Raises:
+        ConfigError: a given one that moves the rates of another optimizer.
+    """
     if given is None:
         section = settings.scheduler
         return schedules.build(section.type, section.params, optimizer) if section is not None else None

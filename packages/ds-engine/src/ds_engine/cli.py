@@ -11,6 +11,7 @@ from ds_engine import __version__
 from ds_engine.checkpoint_cli import app as checkpoint_app
 from ds_engine.config_cli import app as config_app
 from ds_engine.plan_cli import plan
+from ds_engine.verify_cli import verify
 
 app = typer.Typer(
     name="ds",
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(checkpoint_app, name="checkpoint")
 app.command("plan")(plan)
+app.command("verify")(verify)
 app.add_typer(config_app)
 
 

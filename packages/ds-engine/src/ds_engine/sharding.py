@@ -35,24 +35,7 @@ def options(
     zero = settings.zero_optimization
     found: dict[str, Any] = {
         "norms": squared_norm,
-        "config": ds_zero.ZeroConfig(
-            accumulation=zero.accumulation_plan,
-            rank_invariant=zero.rank_invariant,
-            secondary_ranks=max(1, zero.zero_hpz_partition_size),
-            accumulation_steps=batch.steps,
-            **dtypes,
-            **_reduction(settings, batch.ranks),
-            publish_bucket_numel=zero.allgather_bucket_size,
-            persistence_threshold_numel=zero.stage3_param_persistence_threshold,
-            model_persistence_numel=zero.stage3_model_persistence_threshold,
-            prefetch=zero.stage3_prefetch,
-            prefetch_numel=zero.stage3_prefetch_bucket_size,
-            max_live_numel=zero.stage3_max_live_parameters,
-            max_reuse_distance_numel=zero.stage3_max_reuse_distance,
-            module_granularity_numel=zero.stage3_module_granularity_threshold or 0,
-            leaf_modules=leaf_modules(zero.leaf_module, model) if zero.stage == 3 else (),
-            overlap_publish=zero.overlap_publish and zero.stage in (1, 2),
-        ),
+        "config": zero_config(settings, batch, dtypes, model),
     }
     if zero.offload_optimizer.device == "cpu":
         import ds_offload
@@ -61,6 +44,31 @@ def options(
     if zero.mics_shard_size > 0:
         found["mesh"] = _groups(zero.mics_shard_size, batch.ranks, world)
     return found
+
+
+def zero_config(
+    settings: DsConfig, batch: Batch, dtypes: Mapping[str, Any], model: nn.Module
+) -> ds_zero.ZeroConfig:
+    """The policy of `ds_zero.shard`; arguments as for `options`."""
+    zero = settings.zero_optimization
+    return ds_zero.ZeroConfig(
+        accumulation=zero.accumulation_plan,
+        rank_invariant=zero.rank_invariant,
+        secondary_ranks=max(1, zero.zero_hpz_partition_size),
+        accumulation_steps=batch.steps,
+        **dtypes,
+        **_reduction(settings, batch.ranks),
+        publish_bucket_numel=zero.allgather_bucket_size,
+        persistence_threshold_numel=zero.stage3_param_persistence_threshold,
+        model_persistence_numel=zero.stage3_model_persistence_threshold,
+        prefetch=zero.stage3_prefetch,
+        prefetch_numel=zero.stage3_prefetch_bucket_size,
+        max_live_numel=zero.stage3_max_live_parameters,
+        max_reuse_distance_numel=zero.stage3_max_reuse_distance,
+        module_granularity_numel=zero.stage3_module_granularity_threshold or 0,
+        leaf_modules=leaf_modules(zero.leaf_module, model) if zero.stage == 3 else (),
+        overlap_publish=zero.overlap_publish and zero.stage in (1, 2),
+    )
 
 
 def leaf_modules(section: LeafModuleConfig, model: nn.Module) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from ds_zero.comm import Comm
 from ds_zero.config import ZeroConfig
 from ds_zero.counted import counted_memory
 from ds_zero.deferred import deferred_init
+from ds_zero.deviation import Difference, Verification
 from ds_zero.forecast import PhaseMemory, Plan, Remedy
 from ds_zero.memory import MemoryReport, Summary, describe, memory
 from ds_zero.norms import squared_norm, total_norm
@@ -23,11 +24,13 @@ from ds_zero.store import ResidentStore
 from ds_zero.train import clip_grad_norm_, destroy, grad_norm, no_sync
 from ds_zero.units import set_leaf_modules
 from ds_zero.values import get_full, get_local, local_range, set_full, set_local, update_full_grads
+from ds_zero.verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Comm",
+    "Difference",
     "DynamicScale",
     "GradNorm",
     "LossScaleError",
@@ -43,6 +46,7 @@ __all__ = [
     "ResidentStore",
     "ShardRecord",
     "Summary",
+    "Verification",
     "ZeroConfig",
     "clip_grad_norm_",
     "counted_memory",
@@ -71,4 +75,5 @@ __all__ = [
     "squared_norm",
     "total_norm",
     "update_full_grads",
+    "verify",
 ]

@@ -41,6 +41,9 @@ _ANSWER_S = 5.0
 """How long a rank whose connection broke waits for what others have to say about it."""
 _BROKEN = ("Connection", "closed", "pair closure", "Timed out", "timeout", "NCCL", "gloo", "Socket", "abort")
 
+_AT_WORK = ("ds_zero.plain", "ds_zero.deviation")
+"""Modules of this package that compute for long while other ranks wait."""
+
 _log = logging.getLogger("ds_zero")
 
 
@@ -241,7 +244,8 @@ class StallWatch(Waiting):
 
     def _blocked(self) -> bool:
         frame = sys._current_frames().get(self.log.thread_id)
-        inside = frame is not None and _module(frame).startswith(("torch.distributed", "ds_zero"))
+        name = _module(frame) if frame is not None else ""
+        inside = name.startswith(("torch.distributed", "ds_zero")) and name not in _AT_WORK
         return bool(self.log.waiting) or inside
 
     def _wake(self) -> None:

@@ -80,8 +80,9 @@ class Sums:
 
     def so_far(self) -> Tensor:
         """A copy of this rank's slice of what has been added; undefined where an entry has no gradient."""
-        total = self._buffer(0).clone()
-        for index in range(1, len(self._levels)):
+        top = max(len(self._levels) - 1, 0)
+        total = self._buffer(top).clone()
+        for index in reversed(range(top)):  # as `_merge_all` adds them
             total += self._buffer(index)
         return total
 

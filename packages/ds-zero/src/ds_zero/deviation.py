@@ -1,0 +1,280 @@
+"""How far two trainings are apart: tensor by tensor, in units in the last place, and how far they may be.
+
+[Note: measured deviation]
+Where the arithmetic of two trainings differs (another order of a sum, another rounding in a kernel), their tensors
+drift apart, and how fast depends on the model: after three steps of Adam a weight whose gradient nearly cancels may
+have moved by a whole learning rate. So the bound is not a constant. Plain PyTorch is run once more from weights that
+were moved by one unit in the last place, with every gradient of every micro-batch moved likewise, and what that
+changes is what rounding can change. A tensor may deviate `FACTOR` times as far, relative to its own largest element,
+as it did in any step so far, or as half of all tensors did (a tensor of one element may have been lucky), and
+in any case by `FACTOR` units in the last place of its largest element.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+FACTOR = 4.0
+"""How often the measured deviation is allowed."""
+
+LOSS, GRADIENT, NORM, PARAMETER, BUFFER = "loss", "gradient", "gradient norm", "parameter", "buffer"
+
+_BITS: Mapping[int, torch.dtype] = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SHOWN = 8
+
+
+def ulps(a: Tensor, b: Tensor) -> Tensor:
+    """How many representable numbers lie between the elements of two tensors of one floating-point dtype; int64.
+
+    Zeros of either sign are one number, NaN equals NaN, and NaN is as far as can be from everything else.
+    """
+    bits = _BITS[a.element_size()]
+
+    def ordered(x: Tensor) -> Tensor:
+        # Floating-point numbers are ordered like their bits, but for the sign, which is apart.
+        raw = x.detach().contiguous().view(bits).to(torch.int64)
+        lowest = torch.iinfo(bits).min
+        return torch.where(raw < 0, lowest - raw, raw)
+
+    far = torch.iinfo(torch.int64).max
+    x, y = ordered(a), ordered(b)
+    # Between numbers of different signs in 64 bits the difference may not fit.
+    apart = torch.where(((x < 0) != (y < 0)) & (x.abs() > far - y.abs()), far, (x - y).abs())
+    unknown = a.isnan() != b.isnan()
+    return apart.masked_fill(a.isnan() & b.isnan(), 0).masked_fill(unknown, far)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """One tensor (or loss) that is not bitwise that of plain PyTorch."""
+
+    step: int
+    """Optimizer step, from 1; 0 is before the first."""
+    kind: str
+    """"loss", "gradient" (mean over ranks, not clipped), "gradient norm", "parameter" (after the step) or "buffer"."""
+    name: str
+    """Of the tensor in the model; of a loss, which micro-batch and rank."""
+    module: str
+    """The module that holds it, with its class."""
+    max_ulp: int
+    """The most units in the last place that an element is off; 2**63 - 1 where only one side has a number."""
+    max_abs: float
+    """The largest absolute difference."""
+    at: tuple[int, ...]
+    """Where that is."""
+    found: float
+    """What the sharded training has there."""
+    plain: float
+    """What plain PyTorch has there."""
+    differing: int
+    """Elements that differ."""
+    numel: int
+    bound: float | None = None
+    """The largest absolute difference that rounding explains; None before it was measured."""
+
+    @property
+    def within(self) -> bool:
+        """Whether rounding explains it."""
+        return self.bound is not None and self.max_abs <= self.bound
+
+    def __str__(self) -> str:
+        place = f" at {list(self.at)}" if self.at else ""
+        ulp = (
+            "one side is no number" if self.max_ulp == torch.iinfo(torch.int64).max else f"{self.max_ulp} ULP"
+        )
+        said = f"{self.kind} of {self.name}" if self.kind != LOSS else f"loss of {self.name}"
+        if self.module:
+            said += f", module {self.module}"
+        said += f": {self.found:.8g} instead of {self.plain:.8g}{place} (off by {self.max_abs:.3g}, {ulp}"
+        if self.numel > 1:
+            said += f"; {self.differing} of {self.numel} elements differ"
+        return said + ("" if self.bound is None else f"; {self.bound:.3g} is what rounding explains") + ")"
+
+
+def compare(
+    found: Tensor | None, plain: Tensor | None, *, step: int, kind: str, name: str, module: str = ""
+) -> Difference | None:
+    """What differs between two tensors, None if every bit is the same (zeros of either sign count as one).
+
+    A tensor that only one side has is compared with zeros, and is as many ULP off as there are.
+    """
+    one_sided = (found is None) != (plain is None)
+    if found is None and plain is None:
+        return None
+    if found is None or plain is None:
+        there = found if found is not None else plain
+        assert there is not None
+        nothing = torch.full_like(there, math.nan)
+        found, plain = (there, nothing) if plain is None else (nothing, there)
+    found, plain = found.detach(), plain.detach().to(found.device)
+    if not found.is_floating_point() or found.dtype != plain.dtype:
+        found, plain = found.double(), plain.double()
+    if torch.equal(found, plain):
+        return None
+    apart = ulps(found, plain).reshape(-1)
+    if not int(apart.max()):
+        return None  # NaN on both sides
+    gap = (found.double() - plain.double()).abs().reshape(-1)
+    gap = gap.masked_fill(apart == 0, 0.0)
+    worst = int(gap.nan_to_num(nan=math.inf, posinf=math.inf).argmax())
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), found.shape))
+    return Difference(
+        step=step,
+        kind=kind,
+        name=name,
+        module=module,
+        max_ulp=int(apart.max()),
+        max_abs=math.inf if one_sided else float(gap[worst].nan_to_num(nan=math.inf, posinf=math.inf)),
+        at=at,
+        found=float(found.reshape(-1)[worst]),
+        plain=float(plain.reshape(-1)[worst]),
+        differing=int((apart != 0).sum()),
+        numel=found.numel(),
+    )
+
+
+class Drift:
+    """What plain PyTorch deviates from itself when its numbers are moved by one ULP, [Note: measured deviation]."""
+
+    def __init__(self) -> None:
+        self._relative: dict[str, dict[str, float]] = {}
+        self._scale: dict[tuple[int, str, str], float] = {}
+        self._allowed: dict[tuple[int, str, str], float] = {}
+
+    def note(self, step: int, kind: str, pairs: Iterable[tuple[str, Tensor, Tensor]]) -> None:
+        """All tensors of one kind in one step: name, undisturbed, disturbed."""
+        known = self._relative.setdefault(kind, {})
+        scales = {}
+        for name, plain, moved in pairs:
+            scale = float(plain.abs().max()) if plain.numel() else 0.0
+            gap = float((plain.double() - moved.double()).abs().max()) if plain.numel() else 0.0
+            scales[name] = scale
+            if scale > 0 and math.isfinite(scale):
+                known[name] = max(known.get(name, 0.0), gap / scale if math.isfinite(gap) else 0.0)
+        usual = statistics.median(known.values()) if known else 0.0
+        unit = torch.finfo(torch.float32).eps
+        for name, scale in scales.items():
+            share = max(known.get(name, 0.0), usual, unit)
+            self._allowed[step, kind, name] = FACTOR * share * scale if math.isfinite(scale) else 0.0
+
+    def allowed(self, difference: Difference) -> float:
+        """The bound of one difference; 0 for what was never seen."""
+        return self._allowed.get((difference.step, difference.kind, difference.name), 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What `verify` found. `print` it, or ask `ok`."""
+
+    what: str
+    """The configuration that was judged."""
+    ranks: int
+    steps: int
+    """Optimizer steps that were compared."""
+    tensors: int
+    """Tensors that were compared in each of them."""
+    losses: tuple[float, ...]
+    """Mean loss of every step, sharded."""
+    plain_losses: tuple[float, ...]
+    """Mean loss of every step in plain PyTorch."""
+    differences: tuple[Difference, ...] = ()
+    """Everything that is not bitwise equal, in the order of training: losses, gradients from the loss backwards,
+    parameters after the step."""
+    notes: tuple[str, ...] = ()
+    """What has to be known to read the verdict."""
+    bitwise_wanted: bool = field(default=False, repr=False)
+    """Whether only bitwise equality counts."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether every loss, gradient and parameter is bitwise that of plain PyTorch."""
+        return not self.differences
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is, or rounding explains every difference."""
+        return self.exact if self.bitwise_wanted else self.first_beyond is None
+
+    @property
+    def first(self) -> Difference | None:
+        """The first tensor that differs."""
+        return self.differences[0] if self.differences else None
+
+    @property
+    def first_beyond(self) -> Difference | None:
+        """The first one that differs by more than rounding explains."""
+        return next((d for d in self.differences if not d.within), None)
+
+    def to_json(self) -> str:
+        """One JSON object; infinities and NaN as null."""
+        made = {
+            "ok": self.ok,
+            "exact": self.exact,
+            "first": None if self.first is None else _plain(self.first),
+            "first_beyond": None if self.first_beyond is None else _plain(self.first_beyond),
+            **asdict(replace(self, differences=())),
+            "differences": [_plain(d) for d in self.differences[:100]],
+            "num_differences": len(self.differences),
+        }
+        return json.dumps(_finite(made))
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [f"{self.what}, against plain PyTorch", *self._verdict(), *self._curve(), *self.notes]
+        )
+
+    def _verdict(self) -> list[str]:
+        steps = f"{self.steps} step{'s' * (self.steps != 1)} of {self.tensors} tensors"
+        if self.exact:
+            return [f"EXACT: {steps}: every loss, gradient and parameter is bitwise the same"]
+        assert self.first is not None
+        beyond = self.first_beyond
+        if beyond is None:
+            near = max(self.differences, key=lambda d: d.max_abs / d.bound if d.bound else 0.0)
+            head = "NOT EXACT" if self.bitwise_wanted else "WITHIN ROUNDING"
+            return [
+                f"{head}: {steps}: not bitwise the same, but no further apart than rounding makes plain PyTorch itself",
+                f"  first difference, step {self.first.step}: {self.first}",
+                f"  nearest to its bound, step {near.step}: {near}",
+            ]
+        lines = [f"DEVIATES in step {beyond.step}: {beyond}"]
+        if self.first is not beyond:
+            lines.append(f"  first difference at all, step {self.first.step}: {self.first}")
+        same = [d for d in self.differences if d.step == beyond.step and d is not beyond and not d.within]
+        lines += [f"  also in step {d.step}: {d}" for d in same[:_SHOWN]]
+        more = sum(not d.within for d in self.differences) - 1 - len(same[:_SHOWN])
+        return lines + ([f"  and {more} more, in this step and later"] if more > 0 else [])
+
+    def _curve(self) -> list[str]:
+        rows = list(zip(self.losses, self.plain_losses, strict=True))
+        lines = ["step  loss           loss in plain PyTorch"]
+        for i, (found, plain) in enumerate(rows):
+            if i < _SHOWN or i == len(rows) - 1:
+                lines.append(f"{i + 1:4d}  {found:<13.8g}  {plain:.8g}")
+            elif i == _SHOWN:
+                lines.append(" ...")
+        return lines
+
+
+def judged(differences: Sequence[Difference], drift: Drift) -> tuple[Difference, ...]:
+    """The same with their bounds."""
+    return tuple(replace(d, bound=drift.allowed(d)) for d in differences)
+
+
+def _plain(difference: Difference) -> dict[str, object]:
+    return {**asdict(difference), "within": difference.within}
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
