@@ -167,9 +167,13 @@ def test_an_optimizer_whose_rounding_depends_on_the_cut() -> None:
 @pytest.mark.full
 @ranks(2, 3, 4)
 def test_the_backends_own_order_of_sums() -> None:
+    def momentum() -> Made:
+        model = Tiny(layers=2)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
     for dtype in (None, torch.bfloat16):
         config = ds_zero.ZeroConfig(ordered_reduction=False, param_dtype=dtype)
-        found = check(stage=2, steps=5, accumulation_steps=2, config=config)
+        found = check(momentum, stage=2, steps=5, accumulation_steps=2, config=config)
         assert found.ok, str(found)
 
 
