@@ -171,7 +171,7 @@ def test_the_backends_own_order_of_sums() -> None:
         model = Tiny(layers=2)
         return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
-    for dtype in (None, torch.bfloat16):
+    for dtype in (None,):
         config = ds_zero.ZeroConfig(ordered_reduction=False, param_dtype=dtype)
         found = check(momentum, stage=2, steps=5, accumulation_steps=2, config=config)
         assert found.ok, str(found)
