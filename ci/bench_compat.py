@@ -1,99 +1,340 @@
 """The same scripts and configurations under DeepSpeed and under ds-compat: do they train the same?
 
-    ci/bench compat [--steps 20] [--jobs plain,accelerated,trainer] [--models gpt2] [--bf16]
+    ci/bench compat [--jobs plain,accelerated,trainer] [--models gpt2,llama,t5] [--precisions fp32,bf16]
+                    [--stages 0,1,2,3] [--accumulations 1,4] [--steps 20] [--fresh] [--no-checkpoints]
 
-Every job runs on two processes, once with the interpreter of .venv-peer (DeepSpeed, Accelerate, Transformers) and
-once with that of .venv (ours, the same Accelerate and Transformers): the only thing that differs is which package
-answers `import deepspeed`. What is compared are the losses of rank 0 at every micro-batch (of the Trainer: every step).
+Every job in tests/compat/jobs runs on two processes, once with the interpreter of .venv-peer (DeepSpeed, Accelerate,
+Transformers) and once with that of .venv (ours, the same Accelerate and Transformers): the only thing that differs is
+which package answers `import deepspeed`. Compared are the losses of rank 0 at every micro-batch.
+
+fp32: at most 1e-5 relative. bf16: at most twice the largest deviation between the peer's own stages, in the same job,
+model and accumulation of the same run.
+
+Checkpoints: DeepSpeed writes one at stages 1, 2 and 3 (bf16 and fp32) on two processes and trains on; ours loads it on
+one, two and three processes and trains on; and what its own zero_to_fp32 and ours make of it is compared bit by bit.
+
+What the peer says is kept in build/bench-compat by a hash of scripts, options and versions, so that a second run only
+runs ours; --fresh forgets it. Losses do not depend on how busy the machine is.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ROOT / "tests" / "compat" / "jobs"
+GOLDEN = ROOT / "tests" / "golden" / "deepspeed"
+KEPT = ROOT / "build" / "bench-compat"
+EXTENSIONS = ROOT / "build" / "bench-compat-extensions"
+"""What DeepSpeed compiles at the first use."""
+COMPILE = (
+    "from deepspeed.ops.op_builder import FusedAdamBuilder; from deepspeed.ops.op_builder.cpu import "
+    "ShareMemCommBuilder; FusedAdamBuilder().load(); ShareMemCommBuilder().load()"
+)
+FP32_LIMIT = 1e-5
+RANKS = 2
+VERSIONS = (
+    "import importlib.metadata as m; print(*(m.version(n) for n in "
+    "('torch', 'deepspeed', 'transformers', 'accelerate', 'numpy')))"
+)
 
 
-def run(python: str, job: str, out: Path, options: list[str], timeout_s: float) -> dict:
-    """What the job writes."""
-    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment["PATH"] = (
-        f"{Path(python).parent}{os.pathsep}{environment['PATH']}"  # DeepSpeed looks for ninja
+@dataclass(frozen=True)
+class Cell:
+    """One run of a script."""
+
+    job: str
+    model: str
+    precision: str
+    accumulation: int
+    stage: int
+    steps: int
+
+    @property
+    def options(self) -> list[str]:
+        words = [f"--model={self.model}", f"--stage={self.stage}", f"--accumulation={self.accumulation}"]
+        return [*words, f"--steps={self.steps}", *(["--bf16"] if self.precision == "bf16" else [])]
+
+
+@dataclass
+class Side:
+    """One of the two environments."""
+
+    python: str
+    timeout_s: float
+    folder: Path
+    kept: Path | None = None
+    """Where answers are looked up and left; None: neither."""
+    seconds: float = 0.0
+    errors: dict[Cell, str] = field(default_factory=dict)
+
+    def environment(self) -> dict[str, str]:
+        settings = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        path = f"{Path(self.python).parent}{os.pathsep}{os.environ['PATH']}"  # DeepSpeed looks for ninja
+        # Of its own: a compilation that somebody killed elsewhere leaves a lock, at which DeepSpeed waits for ever.
+        return {**os.environ, **settings, "PATH": path, "TORCH_EXTENSIONS_DIR": str(EXTENSIONS)}
+
+    def losses(self, cells: Sequence[Cell]) -> dict[Cell, list[float]]:
+        """Of every cell that ran; the others are in `errors`. One start of Python for each job."""
+        found: dict[Cell, list[float]] = {}
+        missing: list[Cell] = []
+        for cell in cells:
+            name = self._name(cell)
+            if name is not None and name.is_file():
+                found[cell] = json.loads(name.read_text())
+            else:
+                missing.append(cell)
+        for job in dict.fromkeys(cell.job for cell in missing):
+            found |= self._run(job, [cell for cell in missing if cell.job == job])
+        return found
+
+    def _run(self, job: str, cells: Sequence[Cell]) -> dict[Cell, list[float]]:
+        start = time.perf_counter()
+        cases = [{"options": c.options, "out": str(self.folder / f"{i}.json")} for i, c in enumerate(cells)]
+        listed = self.folder / "cases.json"
+        listed.write_text(json.dumps(cases))
+        command = [self.python, str(JOBS / "several.py"), job, str(listed), str(RANKS), str(self.timeout_s)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=self.environment(), check=False)
+        found: dict[Cell, list[float]] = {}
+        for cell, case in zip(cells, cases, strict=True):
+            out, log = Path(case["out"]), Path(case["out"] + ".log")
+            if out.is_file():
+                written = json.loads(out.read_text())
+                found[cell] = written.get("micro_losses") or written["losses"]
+                name = self._name(cell)
+                if name is not None:
+                    name.parent.mkdir(parents=True, exist_ok=True)
+                    name.write_text(json.dumps(found[cell]))
+            else:
+                said = log.read_text(errors="replace") if log.is_file() else f"exit status {done.returncode}"
+                self.errors[cell] = said[-3000:]
+            out.unlink(missing_ok=True)
+            log.unlink(missing_ok=True)
+            shutil.rmtree(out.with_suffix(""), ignore_errors=True)  # the Trainer's folder
+        self.seconds += time.perf_counter() - start
+        return found
+
+    def _name(self, cell: Cell) -> Path | None:
+        if self.kept is None:
+            return None
+        said = [self.python, *self._versions(), *cell.options]
+        said += [(JOBS / file).read_text() for file in (f"{cell.job}.py", "common.py")]
+        return self.kept / f"{cell.job}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:20]}.json"
+
+    def _versions(self) -> list[str]:
+        if not hasattr(self, "_said"):
+            self._said = subprocess.check_output([self.python, "-c", VERSIONS], text=True).split()
+        return self._said
+
+
+def compile_what_the_peer_needs(peer: Side) -> None:
+    """Once, by one process, so that ranks do not wait for each other."""
+    for lock in EXTENSIONS.glob("**/lock"):
+        lock.unlink()
+    subprocess.run(
+        [peer.python, "-c", COMPILE], check=True, stdout=subprocess.DEVNULL, env=peer.environment()
     )
-    done = subprocess.run(
-        [*command, str(JOBS / f"{job}.py"), f"--out={out}", *options],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env=environment,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SystemExit(
-            f"{python} {job} {' '.join(options)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        )
-    return json.loads(out.read_text())
 
 
-def deviation(ours: list[float], theirs: list[float]) -> float:
-    """Largest relative difference; inf for curves of different length."""
-    if len(ours) != len(theirs):
+def deviation(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Largest relative difference; inf for curves of different length or with a NaN."""
+    if len(ours) != len(theirs) or any(x != x for x in (*ours, *theirs)):
         return float("inf")
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
-def main() -> int:
+def grid(args: argparse.Namespace, precision: str) -> list[Cell]:
+    """Stages innermost, so that what is compared among stages stands together."""
+    axes = (args.jobs.split(","), args.models.split(","), map(int, args.accumulations.split(",")))
+    return [
+        Cell(job, model, precision, accumulation, stage, args.steps)
+        for job, model, accumulation in itertools.product(*axes)
+        for stage in map(int, args.stages.split(","))
+    ]
+
+
+def compare(args: argparse.Namespace, precision: str, ours: Side, peer: Side) -> bool:
+    """Prints one table; whether everything is within its limit."""
+    cells = grid(args, precision)
+    theirs = peer.losses(cells)
+    own = ours.losses(cells)
+    stages = [int(s) for s in args.stages.split(",")]
+    among_title = " the peer's stages among each other | ours / that |" if precision == "bf16" else ""
+    print(f"\n{precision}: largest relative difference of a loss, {args.steps} steps, at stage\n")
+    print(f"| job | model | accumulation | {' | '.join(map(str, stages))} |{among_title}")
+    print("|" + "---|" * (3 + len(stages) + (2 if among_title else 0)))
+    good = True
+    for (job, model, accumulation), group in itertools.groupby(
+        cells, lambda c: (c.job, c.model, c.accumulation)
+    ):
+        row: list[str] = [job, model, str(accumulation)]
+        off: list[float] = []
+        members = list(group)
+        for cell in members:
+            if cell in theirs and cell in own:
+                off.append(deviation(own[cell], theirs[cell]))
+                row.append(f"{off[-1]:.1e}")
+            else:
+                row.append("ours fails" if cell in theirs else "fails there")
+                good &= cell in own and precision != "fp32"
+        limit = FP32_LIMIT
+        if precision == "bf16":
+            there = [theirs[cell] for cell in members if cell in theirs]
+            among = max((deviation(a, b) for a in there for b in there), default=0.0)
+            limit = 2 * among
+            worst = max(off, default=0.0)
+            row += [f"{among:.1e}", f"{worst / among:.2f}" if among else "-"]
+        good &= all(value <= limit for value in off)
+        print(f"| {' | '.join(row)} |", flush=True)
+    for side in (ours, peer):
+        for cell, said in side.errors.items():
+            print(f"\n{'ours' if side is ours else 'the peer'}: {cell} failed:\n{said}", file=sys.stderr)
+        side.errors.clear()
+    return good
+
+
+# --- checkpoints
+
+
+def torchrun(side: Side, ranks: int, script: Path, *words: str, cwd: Path) -> str:
+    command = [side.python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run(
+        [*command, str(script), *words], capture_output=True, text=True, timeout=side.timeout_s * 2,
+        env=side.environment(), cwd=cwd, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(
+            f"{script.name} {' '.join(words)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
+    return done.stdout
+
+
+def checkpoints(args: argparse.Namespace, ours: Side, peer: Side) -> bool:
+    """Prints the second table."""
+    print(
+        "\nCheckpoints of the peer (2 processes), gone on with here: largest relative difference of a loss\n"
+    )
+    print("| stage | precision | 1 process | 2 processes | 3 processes | same fp32 weights as zero_to_fp32 |")
+    print("|---|---|---|---|---|---|")
+    good = True
+    for stage, precision in itertools.product((1, 2, 3), ("bf16", "fp32")):
+        name = f"stage{stage}-{precision}"
+        work = Path(tempfile.mkdtemp(dir=ours.folder))
+        options = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+        for file in ("make.py", "job.py"):  # it writes beside itself
+            shutil.copy(GOLDEN / file, work)
+        torchrun(
+            peer, RANKS, work / "make.py", name, str(stage), precision, "2", json.dumps(options), cwd=work
+        )
+        known = json.loads((work / name / "facts.json").read_text())
+        row = [str(stage), precision]
+        limit = FP32_LIMIT if precision == "fp32" else args.bf16_limit
+        for ranks in (1, 2, 3):
+            out = work / f"{ranks}.json"
+            torchrun(ours, ranks, JOBS / "resumed.py", str(work / name), str(out), cwd=work)
+            off = deviation(json.loads(out.read_text()), known["after"])
+            good &= off <= limit
+            row.append(f"{off:.1e}")
+        same, count = exports_agree(ours, peer, work, name)
+        good &= same
+        row.append(f"{'yes' if same else 'NO'} ({count} tensors)")
+        print(f"| {' | '.join(row)} |", flush=True)
+    return good
+
+
+CONVERT = (
+    "import sys; from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict as c; "
+    "c(sys.argv[1], sys.argv[2], safe_serialization=sys.argv[3] == 'safetensors')"
+)
+SAME = """
+import sys, torch
+from pathlib import Path
+def read(folder):
+    files = sorted(Path(folder).glob("*.bin"))
+    if files:
+        return {k: v for f in files for k, v in torch.load(f).items()}
+    from safetensors.torch import load_file
+    return {k: v for f in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(f).items()}
+a, b, c = map(read, sys.argv[1:])
+assert a and a.keys() == b.keys(), (sorted(a), sorted(b))
+wrong = [k for k in a if a[k].dtype != b[k].dtype or not torch.equal(a[k], b[k])]
+assert set(c) <= set(a) and len({v.data_ptr() for v in a.values()}) <= len(c), (sorted(a), sorted(c))
+wrong += [k for k in c if not torch.equal(a[k].to(c[k].dtype), c[k])]
+assert not wrong, wrong
+print(len(a))
+"""
+
+
+def exports_agree(ours: Side, peer: Side, work: Path, name: str) -> tuple[bool, int]:
+    """Whether their zero_to_fp32 and ours (as .bin, and as safetensors) say the same of a checkpoint."""
+    folders = []
+    for side, layout in ((peer, "pt"), (ours, "pt"), (ours, "safetensors")):
+        folders.append(str(work / f"export{len(folders)}"))
+        words = [side.python, "-c", CONVERT, str(work / name), folders[-1], layout]
+        done = subprocess.run(words, capture_output=True, text=True, env=side.environment(), check=False)
+        if done.returncode:
+            print(done.stderr[-3000:], file=sys.stderr)
+            return False, 0
+    done = subprocess.run(
+        [ours.python, "-c", SAME, *folders],
+        capture_output=True,
+        text=True,
+        env=ours.environment(),
+        check=False,
+    )
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
+        return False, 0
+    return True, int(done.stdout)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", default=str(ROOT / ".venv-peer" / "bin" / "python"))
     parser.add_argument("--ours", default=str(ROOT / ".venv" / "bin" / "python"))
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--jobs", default="plain,accelerated,trainer")
-    parser.add_argument("--models", default="gpt2")
+    parser.add_argument("--models", default="gpt2,llama,t5")
+    parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--stages", default="0,1,2,3")
     parser.add_argument("--accumulations", default="1,4")
-    parser.add_argument(
-        "--bf16", action="store_true", help="and the largest deviation between the peer's own stages"
-    )
-    parser.add_argument("--timeout-s", type=float, default=300)
-    args = parser.parse_args()
-    limit = None if args.bf16 else 1e-5
-    print("| job | model | accumulation | stage | largest relative difference of a loss | s here | s there |")
-    print("|---|---|---|---|---|---|---|")
-    worst = 0.0
+    parser.add_argument("--timeout-s", type=float, default=300, help="of one run of a script")
+    parser.add_argument("--fresh", action="store_true", help="run the peer again")
+    parser.add_argument("--no-checkpoints", dest="checkpoints", action="store_false")
+    parser.add_argument("--bf16-limit", type=float, default=2e-2, help="of losses after loading a checkpoint")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = arguments()
+    if args.fresh:
+        shutil.rmtree(KEPT, ignore_errors=True)
+    good = True
     with tempfile.TemporaryDirectory() as folder:
-        for job in args.jobs.split(","):
-            for model in args.models.split(","):
-                for accumulation in args.accumulations.split(","):
-                    peers: list[list[float]] = []
-                    for stage in args.stages.split(","):
-                        options = [f"--model={model}", f"--stage={stage}", f"--accumulation={accumulation}"]
-                        options += [f"--steps={args.steps}", *(["--bf16"] if args.bf16 else [])]
-                        found, seconds = [], []
-                        for python in (args.ours, args.peer):
-                            start = time.perf_counter()
-                            out = Path(folder) / f"{len(list(Path(folder).iterdir()))}.json"
-                            found.append(run(python, job, out, options, args.timeout_s)["losses"])
-                            seconds.append(time.perf_counter() - start)
-                        peers.append(found[1])
-                        off = deviation(*found)
-                        worst = max(worst, off)
-                        row = [job, model, accumulation, stage, f"{off:.1e}", *(f"{s:.0f}" for s in seconds)]
-                        print(f"| {' | '.join(row)} |", flush=True)
-                    if args.bf16:
-                        among = max(deviation(a, b) for a in peers for b in peers)
-                        what = "the peer's stages among each other"
-                        print(f"| {job} | {model} | {accumulation} | {what} | {among:.1e} | | |")
-    print(f"\nlargest: {worst:.1e}" + (f" (wanted: at most {limit:.0e})" if limit else ""))
-    return int(limit is not None and worst > limit)
+        ours, peer = (
+            Side(python, args.timeout_s, Path(folder), kept)
+            for python, kept in ((args.ours, None), (args.peer, KEPT))
+        )
+        compile_what_the_peer_needs(peer)
+        for precision in filter(None, args.precisions.split(",")):
+            good &= compare(args, precision, ours, peer)
+        print(f"\n{ours.seconds:.0f} s here, {peer.seconds:.0f} s there")
+        if args.checkpoints:
+            good &= checkpoints(args, ours, peer)
+    print("\nwithin the limits" if good else "\nNOT within the limits")
+    return int(not good)
 
 
 if __name__ == "__main__":

@@ -171,3 +171,13 @@ def test_versions():
     extra = {**good, "ds-b": {**good["ds-b"], "optional-dependencies": {"all": ["ds-a"]}}}
     assert "has to be" in versions.check("1.2.3", extra)[0]
     assert "differ" in versions.check("1.2.3", {**good, "ds-c": {**good["ds-a"]}})[0]
+
+
+@pytest.mark.parametrize(("lines", "expected"), [(3000, []), (3001, ["package-lines"])])
+def test_packages_that_stay_thin(lines, expected):
+    sizes = [
+        ("packages/ds-compat/src/ds_compat/a.py", lines - 7),
+        ("packages/ds-compat/src/deepspeed/b.py", 7),
+    ]
+    found = budgets.check_packages([*sizes, ("packages/ds-zero/src/ds_zero/c.py", 9000)])
+    assert [f.rule for f in found] == expected

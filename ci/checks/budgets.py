@@ -11,7 +11,8 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ FILE_LINES = 500
 FUNCTION_LINES = 60
 CLASS_MEMBERS = 25
 CONSTRUCTOR_ARGUMENTS = 10
+PACKAGE_LINES: Mapping[str, int] = {"ds-compat": 3000}
+"""Packages that stay thin: lines with something on them, over all their files."""
 
 # Import names of layer 1: no state of the process may live in them, except in a _registry.py.
 LAYER_1 = frozenset({"ds_comm", "ds_zero", "ds_offload", "ds_pipe", "ds_moe", "ds_layers", "ds_profiler"})
@@ -259,6 +262,24 @@ def check_native(source: str, path: str) -> list[Finding]:
     return findings
 
 
+def check_packages(sizes: Iterable[tuple[str, int]]) -> list[Finding]:
+    """Packages over their budget.
+
+    Args:
+        sizes: path of a file relative to the repository, and its lines with something on them.
+    """
+    totals: Counter[str] = Counter()
+    for path, lines in sizes:
+        totals[Path(path).parts[1]] += lines
+    return [
+        Finding(
+            "package-lines", f"packages/{name}", 1, f"{totals[name]} lines that are not empty, at most {most}"
+        )
+        for name, most in PACKAGE_LINES.items()
+        if totals[name] > most
+    ]
+
+
 def load_exceptions(text: str) -> dict[tuple[str, str], str]:
     """(rule, where) -> reason; an entry without a reason is refused."""
     entries = {}
@@ -290,6 +311,14 @@ def main(arguments: list[str]) -> int:
         if not wanted or path in wanted:
             check = check_source if path.suffix == ".py" else check_native
             findings += check(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
+    findings += check_packages(
+        (
+            path.relative_to(ROOT).as_posix(),
+            sum(bool(line.strip()) for line in path.read_text("utf-8").splitlines()),
+        )
+        for path in python
+        if not wanted and "packages" in path.relative_to(ROOT).parts
+    )
     kept, unused = sift(findings, load_exceptions(EXCEPTIONS.read_text(encoding="utf-8")))
     for finding in kept:
         print(finding)

@@ -281,3 +281,23 @@ def test_whole_weights(stage: int, tmp_path) -> None:
     with pytest.raises(ValueError, match="missing"):
         engine.load_module_state_dict({"head.weight": doubled["head.weight"]})
     engine.destroy()
+
+
+def test_arguments_for_the_schedule() -> None:
+    """`engine.step(lr_kwargs)`, as code with ReduceLROnPlateau calls it."""
+    torch.manual_seed(0)
+    model = Net()
+    engine, _, _, schedule = deepspeed.initialize(
+        model=model,
+        config=config(2, accumulation=2),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, patience=0, factor=0.5
+        ),
+    )
+    rates = []
+    for metric in (1.0, 1.0, 2.0, 2.0, 0.5, 0.5):  # each of two micro-batches; the boundary's counts
+        engine.backward(engine(*batch(0)))
+        engine.step({"metrics": metric})
+        rates.append(engine.get_lr()[0])
+    assert rates == [1e-2, 1e-2, 1e-2, 5e-3, 5e-3, 5e-3]
+    assert schedule.num_bad_epochs == 0

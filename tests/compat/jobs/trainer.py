@@ -68,6 +68,7 @@ arguments = TrainingArguments(
 )
 losses: dict[int, float] = {}
 norms: dict[int, float] = {}
+micro_losses: list[float] = []
 
 
 class Listen(TrainerCallback):
@@ -79,17 +80,31 @@ class Listen(TrainerCallback):
             norms[state.global_step] = float(logs.get("grad_norm") or 0)
 
 
+class Exact(Trainer):
+    """Keeps the losses of all micro-batches: the log has four digits."""
+
+    def compute_loss(self, model, *inputs, **kwargs):
+        found = super().compute_loss(model, *inputs, **kwargs)
+        if model.training:
+            micro_losses.append((found[0] if isinstance(found, tuple) else found).item())
+        return found
+
+
 model = AutoModelForCausalLM.from_pretrained(args.pretrained) if args.pretrained else common.model(args.model)
 data = common.samples(256)
-trainer = Trainer(
-    model=model, args=arguments, train_dataset=data, eval_dataset=data[:8], callbacks=[Listen()]
-)
+trainer = Exact(model=model, args=arguments, train_dataset=data, eval_dataset=data[:8], callbacks=[Listen()])
 trainer.train(resume_from_checkpoint=args.resume)
 evaluated = trainer.evaluate()["eval_loss"]
 if arguments.process_index == 0:
     with open(args.out, "w") as file:
         json.dump(
-            {"losses": list(losses.values()), "norms": list(norms.values()), "eval": float(evaluated)}, file
+            {
+                "losses": list(losses.values()),
+                "norms": list(norms.values()),
+                "micro_losses": micro_losses,
+                "eval": float(evaluated),
+            },
+            file,
         )
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ds_engine.config
+from ds_compat.sections import DeepSpeedZeroConfig
 from ds_engine.config import Batch, ConfigError, DsConfig, source
 
 DeepSpeedConfigError = ConfigError
@@ -23,40 +24,14 @@ ROUTE_TRAIN, ROUTE_EVAL, ROUTE_PREDICT = "train", "eval", "predict"
 TORCH_DISTRIBUTED_DEFAULT_PORT = 29500
 
 
-class _Values:
-    """Attributes of the typed section, else what was given, else the default."""
-
-    def __init__(self, typed: Any, raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-        vars(self).update(_typed=typed, _raw=raw, _defaults=defaults)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        for found in (getattr(self._typed, name, None), self._raw.get(name)):
-            if found is not None:
-                return found
-        if name in self._defaults:
-            return self._defaults[name]
-        raise AttributeError(name)
+class _ZeroConfig(DeepSpeedZeroConfig, extra="ignore"):
+    """Keys of ds_engine's beside DeepSpeed's are passed over."""
 
 
-_ZERO_DEFAULTS: Mapping[str, Any] = {
-    "stage": 0,
-    "overlap_comm": None,
-    "reduce_scatter": True,
-    "reduce_bucket_size": int(5e8),
-    "allgather_bucket_size": int(5e8),
-    "allgather_partitions": True,
-    "contiguous_gradients": True,
-    "sub_group_size": int(1e9),
-    "offload_param": None,
-    "offload_optimizer": None,
-    "elastic_checkpoint": False,
-    "load_from_fp32_weights": True,
-    "ignore_unused_parameters": True,
-    "round_robin_gradients": False,
-    "gather_16bit_weights_on_model_save": False,
-    "zero_hpz_partition_size": 1,
+_PATHS: Mapping[str, str] = {
+    "zero_optimization_stage": "zero_optimization.stage",
+    "fp16_enabled": "fp16.enabled",
+    "bfloat16_enabled": "bf16.enabled",
 }
 
 
@@ -82,26 +57,15 @@ class DeepSpeedConfig:
         self.gradient_accumulation_steps = batch.steps
 
     @property
-    def zero_config(self) -> Any:
+    def zero_config(self) -> DeepSpeedZeroConfig:
         given = self.raw.get("zero_optimization")
-        typed = self.typed.zero_optimization
-        return _Values(typed, given if isinstance(given, dict) else {}, _ZERO_DEFAULTS)
-
-    @property
-    def zero_optimization_stage(self) -> int:
-        return self.typed.zero_optimization.stage
+        return _ZeroConfig(
+            **(given if isinstance(given, dict) else {"stage": self.typed.zero_optimization.stage})
+        )
 
     @property
     def zero_enabled(self) -> bool:
-        return self.zero_optimization_stage > 0
-
-    @property
-    def fp16_enabled(self) -> bool:
-        return bool(self._get("fp16.enabled", False))
-
-    @property
-    def bfloat16_enabled(self) -> bool:
-        return bool(self._get("bf16.enabled", False))
+        return self.typed.zero_optimization.stage > 0
 
     @property
     def optimizer_name(self) -> str | None:
@@ -125,15 +89,10 @@ class DeepSpeedConfig:
         from ds_compat.settings import find
 
         marker = object()
-        value = find(self.typed, self.raw, name, marker)
+        value = find(self.typed, self.raw, _PATHS.get(name, name), marker)
         if value is marker:
             raise AttributeError(f"DeepSpeedConfig has no setting {name!r}")
         return value
-
-    def _get(self, path: str, default: Any) -> Any:
-        from ds_compat.settings import find
-
-        return find(self.typed, self.raw, path, default)
 
     def print(self, name: str = "DeepSpeedConfig") -> None:
         from ds_compat.logs import logger

@@ -29,7 +29,12 @@ class DeepSpeedAccelerator:
     _communication_backend_name = "nccl"
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch.get_device_module(self._name), name)
+        home = torch.get_device_module(self._name)
+        return (
+            getattr(home, name)
+            if hasattr(home, name) or not name.endswith("Tensor")
+            else getattr(torch, name)
+        )
 
     # --- which
 
@@ -239,14 +244,6 @@ class CpuAccelerator(DeepSpeedAccelerator):
     def visible_devices_envs(self) -> list[str]:
         return ["CUDA_VISIBLE_DEVICES"]
 
-    FloatTensor = torch.FloatTensor
-    HalfTensor = torch.HalfTensor
-    BFloat16Tensor = torch.BFloat16Tensor
-    DoubleTensor = torch.DoubleTensor
-    IntTensor = torch.IntTensor
-    LongTensor = torch.LongTensor
-    ByteTensor = torch.ByteTensor
-
 
 def _status(key: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -268,22 +265,3 @@ def get_accelerator() -> DeepSpeedAccelerator:
 
 def is_current_accelerator_supported() -> bool:
     return True
-
-
-class OnDevice:
-    """Construct modules in a dtype and on a device inside; "meta" gives parameters without memory."""
-
-    def __init__(self, dtype: torch.dtype, device: str = "meta", enabled: bool = True) -> None:
-        self.dtype, self.device, self.enabled = dtype, device, enabled
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> OnDevice:
-        if self.enabled:
-            before = torch.get_default_dtype()
-            self._stack.enter_context(torch.device(self.device))
-            torch.set_default_dtype(self.dtype)
-            self._stack.callback(torch.set_default_dtype, before)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()

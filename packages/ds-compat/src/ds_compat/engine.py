@@ -22,14 +22,17 @@ from ds_compat import checkpoint, settings
 from ds_compat.config import DeepSpeedConfig
 from ds_compat.logs import log_dist, logger
 from ds_compat.optimizer import wrap
-from ds_compat.settings import answer
+from ds_compat.settings import answer, of_config
 from ds_engine.data import Loader
+from ds_engine.whole import consolidated, save_weights
 
-_OWN = frozenset({"global_steps", "global_samples", "micro_steps", "skipped_steps", "lr_scheduler"})
+_OWN = frozenset(
+    {"global_steps", "global_samples", "micro_steps", "skipped_steps", "lr_scheduler", "generate"}
+)
 """Attributes that are the inner engine's, for reading and writing."""
 
 
-class DeepSpeedEngine(nn.Module):
+class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
     """Made by `deepspeed.initialize`. Attributes that it does not have are looked up in the module."""
 
     _engine: ds_engine.Engine
@@ -87,7 +90,7 @@ class DeepSpeedEngine(nn.Module):
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         assert self.optimizer is not None, "must provide optimizer during init in order to use step"
         assert not self._in_no_sync, "It is illegal to call Engine.step() inside no_sync context manager"
-        self._engine.step()
+        self._engine.step(lr_kwargs)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -206,21 +209,10 @@ class DeepSpeedEngine(nn.Module):
     def get_model_parallel_rank(self) -> int:
         return 0
 
-    def optimizer_name(self) -> str | None:
-        section = self._engine.config.optimizer
-        return section.type.lower() if section is not None else None
-
-    def optimizer_params(self) -> dict[str, Any] | None:
-        section = self._engine.config.optimizer
-        return dict(section.params) if section is not None else None
-
-    def scheduler_name(self) -> str | None:
-        section = self._engine.config.scheduler
-        return section.type if section is not None else None
-
-    def scheduler_params(self) -> dict[str, Any] | None:
-        section = self._engine.config.scheduler
-        return dict(section.params) if section is not None else None
+    optimizer_name = of_config("optimizer_name")
+    optimizer_params = of_config("optimizer_params")
+    scheduler_name = of_config("scheduler_name")
+    scheduler_params = of_config("scheduler_params")
 
     def zero_optimization(self) -> bool:
         return self.zero_optimization_stage() > 0
@@ -233,12 +225,6 @@ class DeepSpeedEngine(nn.Module):
 
     def zero_optimization_partition_weights(self) -> bool:
         return self.zero_optimization_stage() >= 3
-
-    def zero_offload_optimizer(self) -> Any:
-        return self._config.zero_config.offload_optimizer
-
-    def zero_offload_param(self) -> Any:
-        return self._config.zero_config.offload_param
 
     def zero_cpu_offload(self) -> bool:
         return self._engine.config.zero_optimization.offload_optimizer.device == "cpu"
@@ -253,34 +239,6 @@ class DeepSpeedEngine(nn.Module):
         return bool(self.fp16_enabled() and self.loss_scale() == 0)
 
     # One line for each question that the configuration answers: where, and what holds when it does not say.
-    zero_reduce_scatter = answer("zero_optimization.reduce_scatter", True)
-    zero_overlap_comm = answer("zero_optimization.overlap_comm", None)
-    zero_sub_group_size = answer("zero_optimization.sub_group_size", int(1e9))
-    zero_reduce_bucket_size = answer("zero_optimization.reduce_bucket_size", int(5e8))
-    zero_allgather_bucket_size = answer("zero_optimization.allgather_bucket_size", int(5e8))
-    zero_allgather_partitions = answer("zero_optimization.allgather_partitions", True)
-    zero_contiguous_gradients = answer("zero_optimization.contiguous_gradients", True)
-    zero_load_from_fp32_weights = answer("zero_optimization.load_from_fp32_weights", True)
-    zero_elastic_checkpoint = answer("zero_optimization.elastic_checkpoint", False)
-    zero_max_live_parameters = answer("zero_optimization.stage3_max_live_parameters", int(1e9))
-    zero_max_reuse_distance = answer("zero_optimization.stage3_max_reuse_distance", int(1e9))
-    zero_prefetch_bucket_size = answer("zero_optimization.stage3_prefetch_bucket_size", int(5e7))
-    zero_module_granularity_threshold = answer("zero_optimization.stage3_module_granularity_threshold", 0)
-    zero_param_persistence_threshold = answer(
-        "zero_optimization.stage3_param_persistence_threshold", int(1e5)
-    )
-    zero_model_persistence_threshold = answer(
-        "zero_optimization.stage3_model_persistence_threshold", 2**63 - 1
-    )
-    zero_gather_16bit_weights_on_model_save = answer(
-        "zero_optimization.stage3_gather_16bit_weights_on_model_save", False
-    )
-    zero_ignore_unused_parameters = answer("zero_optimization.ignore_unused_parameters", True)
-    zero_legacy_stage1 = answer("zero_optimization.legacy_stage1", False)
-    zero_round_robin_gradients = answer("zero_optimization.round_robin_gradients", False)
-    zero_hpz_partition_size = answer("zero_optimization.zero_hpz_partition_size", 1)
-    zero_quantized_weights = answer("zero_optimization.zero_quantized_weights", False)
-    zero_quantized_gradients = answer("zero_optimization.zero_quantized_gradients", False)
     is_sanity_checks_enabled = answer("zero_optimization.enable_sanity_checks", False)
     zero_allow_untested_optimizer = answer("zero_allow_untested_optimizer", False)
     zero_force_ds_cpu_optimizer = answer("zero_force_ds_cpu_optimizer", True)
@@ -412,7 +370,7 @@ class DeepSpeedEngine(nn.Module):
         """Whole values in the compute dtype, on rank 0; None elsewhere. Collective."""
         if not self.zero_optimization_partition_weights():
             raise ValueError("this function requires ZeRO-3 mode")
-        return checkpoint.consolidated(self, exclude_frozen_parameters)
+        return consolidated(self.module, exclude_frozen=exclude_frozen_parameters)
 
     def save_16bit_model(
         self,
@@ -430,7 +388,7 @@ class DeepSpeedEngine(nn.Module):
                 ranks=[0],
             )
             return False
-        checkpoint.save_weights(path, checkpoint.consolidated(self, exclude_frozen_parameters))
+        save_weights(path, consolidated(self.module, exclude_frozen=exclude_frozen_parameters))
         return True
 
     def save_fp16_model(

@@ -13,6 +13,7 @@ VERSION = "0.19.8+ds"
 
 _CONFIG = "ds_compat.config"
 _SECTIONS = "ds_compat.sections"
+_INFERENCE = "ds_compat.inference"
 _LOGS = "ds_compat.logs"
 _PARAMS = "ds_compat.params"
 _REFUSED = "ds_compat.refused"
@@ -67,15 +68,17 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         "ds_compat.engine": "DeepSpeedEngine",
         "ds_compat.optimizer": "DeepSpeedOptimizer ZeROOptimizer",
         "ds_compat.dataloader": "DeepSpeedDataLoader",
-        "ds_compat.device": "get_accelerator OnDevice",
+        "ds_compat.device": "get_accelerator",
+        "ds_engine.on_device": "OnDevice",
         _CONFIG: "DeepSpeedConfig DeepSpeedConfigError TORCH_DISTRIBUTED_DEFAULT_PORT " + _CONSTANTS,
         _LOGS: "logger log_dist",
         "ds_compat.lr_schedules": "add_tuning_arguments",
         _UTILS: "version git_hash git_branch __git_hash__=git_hash __git_branch__=git_branch HAS_TRITON dist "
         "__version_major__ __version_minor__ __version_patch__",
         "ds_compat": "checkpointing",
-        _REFUSED: "PipelineEngine PipelineModule DeepSpeedHybridEngine init_inference default_inference_config "
-        "tp_model_init set_autotp_mode InferenceEngine DeepSpeedInferenceConfig DeepSpeedTransformerLayer "
+        _INFERENCE: "init_inference default_inference_config DeepSpeedInferenceConfig InferenceEngine",
+        _REFUSED: "PipelineEngine PipelineModule DeepSpeedHybridEngine tp_model_init set_autotp_mode "
+        "DeepSpeedTransformerLayer "
         "DeepSpeedTransformerConfig replace_transformer_layer DualPipeVEngine DualPipeVModule",
     },
     "accelerator": {
@@ -104,9 +107,9 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         _UTILS: "version git_hash git_branch installed_ops compatible_ops",
         "ds_compat.device": "torch_info",
     },
-    "inference": {_REFUSED: "InferenceEngine"},
-    "inference.config": {_REFUSED: "DeepSpeedInferenceConfig"},
-    "inference.engine": {_REFUSED: "InferenceEngine"},
+    "inference": {_INFERENCE: "InferenceEngine"},
+    "inference.config": {_INFERENCE: "DeepSpeedInferenceConfig"},
+    "inference.engine": {_INFERENCE: "InferenceEngine"},
     "launcher": {},
     "launcher.multinode_runner": {
         _REFUSED: "MultiNodeRunner PDSHRunner OpenMPIRunner SlurmRunner MPICHRunner"
@@ -235,12 +238,13 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "runtime.zero.partition_parameters": _PARTITION,
     "runtime.zero.stage3": {
         "ds_compat.optimizer": "DeepSpeedZeroOptimizer_Stage3",
-        _ZERO: "unwrap_model_for_generation estimate_zero3_model_states_mem_needs "
+        _ZERO: "unwrap_model_for_generation",
+        "ds_engine.estimates": "estimate_zero3_model_states_mem_needs "
         "estimate_zero3_model_states_mem_needs_all_live estimate_zero3_model_states_mem_needs_all_cold",
     },
     "runtime.zero.stage_1_and_2": {
         "ds_compat.optimizer": "DeepSpeedZeroOptimizer",
-        _ZERO: "estimate_zero2_model_states_mem_needs estimate_zero2_model_states_mem_needs_all_live "
+        "ds_engine.estimates": "estimate_zero2_model_states_mem_needs estimate_zero2_model_states_mem_needs_all_live "
         "estimate_zero2_model_states_mem_needs_all_cold",
     },
     "runtime.zero.tiling": {_ZERO: "TiledLinear TiledLinearReturnBias"},
@@ -255,7 +259,7 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     },
     "utils": {
         _LOGS: "logger log_dist log_dist_once set_log_level_from_string",
-        "ds_compat.device": "OnDevice",
+        "ds_engine.on_device": "OnDevice",
         "ds_compat.dataloader": "RepeatingLoader",
         _ZERO: _LEAVES,
         "ds_compat.fragments": _FRAGMENTS,
@@ -263,7 +267,7 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         "torch.distributed": "is_initialized",
     },
     "utils.groups": "ds_compat.groups",
-    "utils.init_on_device": {"ds_compat.device": "OnDevice"},
+    "utils.init_on_device": {"ds_engine.on_device": "OnDevice"},
     "utils.logging": "ds_compat.logs",
     "utils.numa": {_UTILS: "parse_range_list"},
     "utils.nvtx": {_UTILS: "instrument_w_nvtx"},

@@ -32,6 +32,35 @@ def answer(path: str, default: Any) -> Callable[[Any], Any]:
     return getter
 
 
+def of_config(name: str) -> Callable[[Any], Any]:
+    """A method that reads one attribute of the engine's `DeepSpeedConfig`."""
+    return lambda self: getattr(self._config, name)
+
+
+class ZeroAnswers:
+    """`zero_<name>()` for each setting of the section zero_optimization that the original has such a method for."""
+
+
+def _zero_answer(name: str) -> Callable[[Any], Any]:
+    def getter(self: Any) -> Any:
+        section = self._config.zero_config
+        return getattr(section, name if hasattr(section, name) else f"zero_{name}")
+
+    getter.__name__ = f"zero_{name}"
+    return getter
+
+
+_ZERO = (
+    "reduce_scatter overlap_comm sub_group_size reduce_bucket_size allgather_bucket_size allgather_partitions "
+    "contiguous_gradients load_from_fp32_weights elastic_checkpoint max_live_parameters max_reuse_distance "
+    "prefetch_bucket_size module_granularity_threshold param_persistence_threshold model_persistence_threshold "
+    "gather_16bit_weights_on_model_save ignore_unused_parameters legacy_stage1 round_robin_gradients "
+    "hpz_partition_size quantized_weights quantized_gradients offload_optimizer offload_param"
+)
+for _name in _ZERO.split():
+    setattr(ZeroAnswers, f"zero_{_name}", _zero_answer(_name))
+
+
 def find(config: Any, raw: Any, path: str, default: Any) -> Any:
     """The value at a dotted path of the typed configuration, else of the dict, else `default`."""
     for root, step in ((config, lambda at, key: getattr(at, key, _ABSENT)), (raw, _item)):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import ds_layers
 import ds_zero
 from ds_compat.params import present
 
@@ -140,55 +141,20 @@ def unwrap_model_for_generation(model: Any) -> Iterator[Any]:
         yield module
 
 
-class TiledLinear(nn.Linear):
-    """A linear layer; the tiles existed to gather parts of it, which ds_zero does for any layer."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        in_splits: int = 1,
-        out_splits: int = 1,
-        input_is_already_split: bool = False,
-        combine_out_splits: bool = True,
-        linear_cls: Any = nn.Linear,
-        init_linear: nn.Linear | None = None,
-        **_: Any,
-    ) -> None:
-        if in_splits < 1 or in_splits > in_features:
-            raise RuntimeError("in splits must be in range [1, in_features].")
-        if out_splits < 1 or out_splits > out_features:
-            raise RuntimeError("out splits must be in range [1, out_features].")
-        super().__init__(in_features, out_features, bias)
-        self.split_input, self.combine_out_splits, self.out_splits = (
-            input_is_already_split,
-            combine_out_splits,
-            out_splits,
-        )
-        if init_linear is not None:
-            self.copy_params_from(init_linear)
-
-    def forward(self, input: Any) -> Any:
-        whole = torch.cat(list(input), dim=-1) if self.split_input else input
-        output = super().forward(whole)
-        return output if self.combine_out_splits else list(output.tensor_split(self.out_splits, dim=-1))
+class TiledLinear(ds_layers.TiledLinear):
+    """See `ds_layers.TiledLinear`; takes values from layers that are divided, too."""
 
     @torch.no_grad()
     def copy_params_from(self, other: nn.Linear) -> None:
-        """Take over the values of a linear layer of the same size."""
         with GatheredParameters([*self.parameters(), *other.parameters()], modifier_rank=0):
-            self.weight.copy_(other.weight)
-            if self.bias is not None and other.bias is not None:
-                self.bias.copy_(other.bias)
+            super().copy_params_from(other)
 
 
 class TiledLinearReturnBias(TiledLinear):
     """As TiledLinear, for layers that return their bias beside the product."""
 
     def forward(self, input: Any) -> Any:
-        whole = torch.cat(list(input), dim=-1) if self.split_input else input
-        return nn.functional.linear(whole, self.weight), self.bias
+        return nn.functional.linear(self.whole(input), self.weight), self.bias
 
 
 # --- leaf modules
@@ -267,113 +233,3 @@ def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
 
 def z3_leaf_parameter(model: nn.Parameter) -> bool:
     return False
-
-
-# --- estimates
-
-
-def _numbers_of(model: nn.Module) -> tuple[int, int]:
-    """(parameters, parameters of the largest layer)."""
-    total = sum(p.numel() for p in model.parameters())
-    layers = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
-    return total, max(layers, default=0)
-
-
-def estimate_zero2_model_states_mem_needs(
-    total_params: int,
-    num_gpus_per_node: int = 1,
-    num_nodes: int = 1,
-    cpu_offload: bool = True,
-    additional_buffer_factor: float = 1.5,
-) -> tuple[int, int]:
-    """(bytes of host memory per node, bytes per GPU) for 16-bit training with Adam; ds_zero: 2 bytes of parameters,
-    and masters, sums and two states of 4 bytes divided among ranks.
-    """
-    ranks = num_gpus_per_node * num_nodes
-    whole, divided = 2 * total_params, 16 * total_params
-    if cpu_offload:
-        return int(divided / num_nodes * additional_buffer_factor), int(whole)
-    return int(4 * total_params * num_gpus_per_node * additional_buffer_factor), int(whole + divided / ranks)
-
-
-def estimate_zero3_model_states_mem_needs(
-    total_params: int,
-    largest_layer_params: int,
-    num_gpus_per_node: int = 1,
-    num_nodes: int = 1,
-    cpu_offload: bool = True,
-    cpu_offload_params: bool = True,
-    zero_init: bool = True,
-    additional_buffer_factor: float = 1.5,
-) -> tuple[int, int, int]:
-    """(bytes of host memory per node, bytes per GPU, bytes of the largest layer while it computes)."""
-    ranks = num_gpus_per_node * num_nodes
-    layer = 2 * 2 * largest_layer_params  # its parameters and gradients, or the next layer's
-    loading = (largest_layer_params if zero_init else total_params) * 4 * num_gpus_per_node
-    on_host = (16 + 2 * cpu_offload_params) * total_params / num_nodes if cpu_offload else 0
-    on_device = (0 if cpu_offload else 16) + (0 if cpu_offload and cpu_offload_params else 2)
-    host = max(on_host, loading) * additional_buffer_factor
-    return int(host), int(layer + on_device * total_params / ranks), layer
-
-
-def estimate_zero2_model_states_mem_needs_all_cold(
-    total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5
-) -> None:
-    """Print the estimates for all ways to offload."""
-    rows = [
-        (*estimate_zero2_model_states_mem_needs(total_params, num_gpus_per_node, num_nodes, offload,
-                                                additional_buffer_factor),
-         f"offload_optimizer={'cpu' if offload else 'none'}")
-        for offload in (True, False)
-    ]  # fmt: skip
-    _show(2, total_params, rows, num_gpus_per_node, num_nodes)
-
-
-def estimate_zero3_model_states_mem_needs_all_cold(
-    total_params: int,
-    largest_layer_params: int,
-    num_gpus_per_node: int = 1,
-    num_nodes: int = 1,
-    additional_buffer_factor: float = 1.5,
-) -> None:
-    """Print the estimates for all ways to offload and to construct."""
-    rows = []
-    for offload, params in ((True, True), (True, False), (False, False)):
-        for early in (True, False):
-            host, device, _ = estimate_zero3_model_states_mem_needs(
-                total_params, largest_layer_params, num_gpus_per_node, num_nodes, offload, params, early,
-                additional_buffer_factor,
-            )  # fmt: skip
-            what = f"offload_param={'cpu' if params else 'none'}, offload_optimizer={'cpu' if offload else 'none'}"
-            rows.append((host, device, f"{what}, zero_init={int(early)}"))
-    _show(3, total_params, rows, num_gpus_per_node, num_nodes)
-
-
-def estimate_zero2_model_states_mem_needs_all_live(
-    model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5
-) -> None:
-    """Print the estimates for a model."""
-    estimate_zero2_model_states_mem_needs_all_cold(
-        _numbers_of(model)[0], num_gpus_per_node, num_nodes, additional_buffer_factor
-    )
-
-
-def estimate_zero3_model_states_mem_needs_all_live(
-    model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5
-) -> None:
-    """Print the estimates for a model."""
-    estimate_zero3_model_states_mem_needs_all_cold(
-        *_numbers_of(model), num_gpus_per_node, num_nodes, additional_buffer_factor
-    )
-
-
-def _show(stage: int, params: int, rows: list[tuple[int, int, str]], gpus: int, nodes: int) -> None:
-    import sys
-
-    lines = [
-        f"Estimated memory for model states (ZeRO-{stage}, {params / 1e6:.0f}M parameters, {nodes} node(s) of {gpus} "
-        "GPU(s)):",
-        "  per CPU  |  per GPU |   Options",
-        *(f"  {host / 2**30:7.2f}GB | {device / 2**30:6.2f}GB | {what}" for host, device, what in rows),
-    ]
-    sys.stdout.write("\n".join(lines) + "\n")

@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from ds_engine.checkpoint import CheckpointError, export, state_dict
-
-_UNITS: Mapping[str, int] = {"GIB": 2**30, "MIB": 2**20, "KIB": 2**10, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+from ds_engine.sizes import parse_bytes
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
@@ -50,7 +49,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         output_dir,
         tag,
         layout="safetensors" if safe_serialization else "pt",
-        max_shard_bytes=_bytes(max_shard_size),
+        max_shard_bytes=sys.maxsize if max_shard_size is None else parse_bytes(str(max_shard_size)),
         exclude_frozen=exclude_frozen_parameters,
     )
 
@@ -66,16 +65,6 @@ def load_state_dict_from_zero_checkpoint(
     model = model.cpu()
     model.load_state_dict(values, strict=False)
     return model
-
-
-def _bytes(size: str | int | None) -> int:
-    if size is None:
-        return sys.maxsize
-    text = str(size).strip().upper()
-    for unit, factor in _UNITS.items():
-        if text.endswith(unit):
-            return int(float(text[: -len(unit)]) * factor)
-    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

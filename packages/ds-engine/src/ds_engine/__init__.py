@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ds_engine.checkpoint.errors import CheckpointError
     from ds_engine.config.errors import ConfigError
     from ds_engine.engine import Engine
+    from ds_engine.inference import InferenceEngine, init_inference
 
 __version__ = "0.1.0"
 
@@ -22,9 +23,11 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Engine",
+    "InferenceEngine",
     "__version__",
     "checkpoint",
     "config",
+    "init_inference",
     "initialize",
     "schedules",
 ]
@@ -33,6 +36,8 @@ _HOMES = {
     "CheckpointError": "ds_engine.checkpoint.errors",
     "ConfigError": "ds_engine.config.errors",
     "Engine": "ds_engine.engine",
+    "InferenceEngine": "ds_engine.inference",
+    "init_inference": "ds_engine.inference",
     "initialize": "ds_engine.assemble",
 }
 _MODULES = frozenset({"checkpoint", "config", "schedules"})

@@ -21,6 +21,7 @@ from ds_engine.breakdown import Breakdown
 from ds_engine.config.batch import Batch
 from ds_engine.config.model import DsConfig
 from ds_engine.data import Loader
+from ds_engine.generation import generate_of
 from ds_engine.monitor import Monitor
 from ds_engine.optimizers import zero_grad
 from ds_engine.pacing import Pacing
@@ -141,9 +142,12 @@ class Engine:
         """
         return self.scaler.scale(loss / self.accumulation.steps)
 
-    def step(self) -> None:
+    def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """End a micro-batch; at the boundary clip, update the parameters, forget the gradients, and move the
         schedule.
+
+        Args:
+            lr_kwargs: arguments for the schedule's `step()`, such as `{"metrics": loss}`.
 
         A gradient that is not finite skips the update on every rank: parameters, optimizer states and
         schedule stay as they are (not with `bf16.check_grad_overflow` false). In fp16 the loss scale follows.
@@ -155,11 +159,11 @@ class Engine:
         self._applied = False
         if self.accumulation.at_boundary():
             with self._breakdown.part(breakdown.STEP):
-                report = self._update()
+                report = self._update(lr_kwargs or {})
             self._tell(report)
         self.accumulation.advance()
 
-    def _update(self) -> StepReport:
+    def _update(self, lr_kwargs: Mapping[str, Any]) -> StepReport:
         clip = self.config.gradient_clipping
         ds_zero.clip_grad_norm_(self.module, clip if clip > 0 else math.inf)
         lr, scale = self.get_lr()[0], self.loss_scale  # of this update; both move below
@@ -169,7 +173,7 @@ class Engine:
         if not self._applied:
             self.skipped_steps += 1
         elif self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+            self.lr_scheduler.step(**lr_kwargs)
         self.global_steps += 1
         self.global_samples += self.batch.train
         return StepReport(
@@ -386,6 +390,8 @@ class Engine:
         if name == "module":  # not set yet: asking it would never end
             raise AttributeError(name)
         try:
+            if name == "generate":
+                return generate_of(self.module)
             return getattr(self.module, name)
         except AttributeError:
             raise AttributeError(

@@ -42,8 +42,9 @@ def plan(
 ) -> None:
     """Say what each rank will hold and send, before anything is started. The exit code is 1 if it does not fit."""
     from ds_engine.config import ConfigError, load
-    from ds_engine.planning import load_factory, parse_bytes
+    from ds_engine.planning import load_factory
     from ds_engine.planning import plan as make
+    from ds_engine.sizes import parse_bytes
 
     try:
         found = make(

@@ -2,7 +2,15 @@
 
 from ds_layers.checkpointing import Checkpointing, CheckpointingConfig, Statistics
 from ds_layers.rng import RngTracker, model_parallel_seed
+from ds_layers.tiled import TiledLinear
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointingConfig", "Checkpointing", "RngTracker", "Statistics", "model_parallel_seed"]
+__all__ = [
+    "CheckpointingConfig",
+    "Checkpointing",
+    "RngTracker",
+    "Statistics",
+    "TiledLinear",
+    "model_parallel_seed",
+]

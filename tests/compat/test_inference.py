@@ -1,0 +1,39 @@
+"""`deepspeed.init_inference` as scripts call it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from deepspeed.inference.config import DeepSpeedInferenceConfig
+from deepspeed.inference.engine import InferenceEngine
+from torch import nn
+
+import deepspeed
+from harness import ranks
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def test_the_original_s_default_is_half_precision() -> None:
+    engine = deepspeed.init_inference(net())
+    assert isinstance(engine, InferenceEngine) and isinstance(engine.module, nn.Sequential)
+    assert {p.dtype for p in engine.parameters()} == {torch.float16}
+    assert deepspeed.default_inference_config()["dtype"] == torch.float16
+    assert DeepSpeedInferenceConfig(tp={"tp_size": 2}).tensor_parallel.tp_size == 2
+    with pytest.raises(ValueError, match="expected string or dictionary"):
+        deepspeed.init_inference(net(), config=3)
+
+
+@ranks(2)
+def test_stage_3_answers_as_a_whole_model() -> None:
+    x = torch.ones(2, 8)
+    with deepspeed.zero.Init():
+        model = net()
+    with pytest.warns(UserWarning, match="replace_with_kernel_inject: no kernels"):
+        engine = deepspeed.init_inference(model, dtype=torch.float32, replace_with_kernel_inject=True)
+    assert torch.equal(engine(x), net()(x))
+    engine = deepspeed.init_inference(net(), {"dtype": torch.float}, mp_size=2)
+    assert torch.equal(engine.forward(x), net()(x)) and not engine(x).requires_grad
