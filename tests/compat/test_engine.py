@@ -301,3 +301,18 @@ def test_arguments_for_the_schedule() -> None:
         rates.append(engine.get_lr()[0])
     assert rates == [1e-2, 1e-2, 1e-2, 5e-3, 5e-3, 5e-3]
     assert schedule.num_bad_epochs == 0
+
+
+@ranks(1, 2)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_masters_begin_as_what_the_model_computes_with(stage: int) -> None:
+    """As in the original, or losses of one script would part at the first update."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    engine = make(stage, bf16={"enabled": True})
+    torch.manual_seed(0)
+    for (name, param), exact in zip(engine.module.named_parameters(), Net().parameters(), strict=True):
+        if name != "frozen":
+            master = safe_get_full_fp32_param(param)
+            assert master.dtype == torch.float32 and torch.equal(master, exact.bfloat16().float())
+            assert not param.ndim > 1 or not torch.equal(master, exact)

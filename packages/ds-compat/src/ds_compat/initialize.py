@@ -61,6 +61,7 @@ def initialize(
         collate_fn=collate_fn,
         mpu=mpu,
     )
+    _round_masters(engine)
     resolved.raw = given
     groups.set_mpu(mpu)
     params.present(p for p in model.parameters() if _is_divided(p))
@@ -78,6 +79,17 @@ def _refuse_parallel(mpu: Any) -> None:
                 f"deepspeed.initialize(mpu=...) with {ask()} {kind}-parallel ranks is not there yet: use "
                 "ds_zero.shard(..., model_parallel=...), or an mpu of data-parallel ranks"
             )
+
+
+@torch.no_grad()
+def _round_masters(engine: ds_engine.Engine) -> None:
+    """fp32 masters begin as what the model computes with, as in the original, which casts the model first. ds_engine
+    keeps the digits that a 16-bit dtype does not show, so that losses would part at once.
+    """
+    half = engine.precision.param_dtype
+    for group in engine.optimizer.param_groups if half is not None else ():
+        for shard in group["params"]:
+            shard.copy_(shard.to(half))
 
 
 def _is_divided(param: nn.Parameter) -> bool:
