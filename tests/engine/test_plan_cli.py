@@ -9,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from ds_engine.cli import app
-from ds_engine.planning import load_factory, parse_bytes
+from ds_engine.planning import load_factory
+from ds_engine.sizes import parse_bytes
 
 FACTORY = """
 import torch
