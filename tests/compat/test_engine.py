@@ -316,3 +316,28 @@ def test_masters_begin_as_what_the_model_computes_with(stage: int) -> None:
             master = safe_get_full_fp32_param(param)
             assert master.dtype == torch.float32 and torch.equal(master, exact.bfloat16().float())
             assert not param.ndim > 1 or not torch.equal(master, exact)
+
+
+@ranks(1, 2)
+def test_states_go_away_and_come_back() -> None:
+    """As DeepSpeed's users call it between the phases of reinforcement learning."""
+    from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
+
+    straight, engine = make(3), make(3)
+    for step in range(4):
+        losses = []
+        for each in (straight, engine):
+            loss = each(*batch(step))
+            each.backward(loss)
+            each.step()
+            losses.append(loss.item())
+        assert losses[0] == losses[1]
+        include = [OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.contiguous_grad_buffer] * (
+            step % 2
+        )
+        engine.offload_states(
+            include=include or None, device=OffloadDeviceEnum.cpu, pin_memory=False, non_blocking=step > 1
+        )
+        with pytest.raises(RuntimeError, match=r"call engine.reload_states\(\) first"):
+            engine.step()
+        engine.reload_states(non_blocking=step > 1)

@@ -18,12 +18,18 @@ from harness.pool import Pool
 
 
 def on_ranks(
-    request: pytest.FixtureRequest, world_size: int, body: Callable[..., None], **arguments: Any
+    request: pytest.FixtureRequest,
+    world_size: int,
+    body: Callable[..., None],
+    groups_may_stay: bool = False,
+    **arguments: Any,
 ) -> None:
     """Run `body` on ranks in the middle of a test, for tests that need several world sizes one after the
-    other."""
+    other. `groups_may_stay` as for `@ranks`."""
     where = Body(body.__module__, inspect.getfile(body), body.__qualname__)
-    result = Pool.of(request.config).run(where, world_size, arguments, timeout_s=60, groups_may_stay=False)
+    result = Pool.of(request.config).run(
+        where, world_size, arguments, timeout_s=60, groups_may_stay=groups_may_stay
+    )
     sys.stdout.write(result.output)
     verdict.announce(result)
 

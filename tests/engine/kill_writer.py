@@ -1,9 +1,10 @@
 """Jobs that save checkpoints without end, for test_checkpoint_kill.py: forked from one process, so that
 torch is imported once.
 
-Each line on standard input, "<rendezvous file> <directory> <number>", starts a job of two ranks; answered by
-"pids <pid> <pid>". Rank 0 writes the number of every save that has returned. The line "reap" waits until
-both ranks are dead; answered by "reaped".
+Each line on standard input, "<how> <rendezvous file> <directory> <number>", starts a job of two ranks; answered
+by "pids <pid> <pid>". `how` is "now" or "background". Rank 0 writes the number of every save that is complete:
+that has returned, or, in the background, that the next one has waited for. The line "reap" waits until both ranks
+are dead; answered by "reaped".
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ds_engine.checkpoint import Content, write
+from ds_engine.checkpoint.background import BackgroundSaver
 
 RANKS = 2
 NUMEL = 3000
@@ -27,11 +29,11 @@ class Record:
 
     state = "param"
 
-    def __init__(self, fqn: str, rank: int, ranks: int, value: int) -> None:
+    def __init__(self, fqn: str, rank: int, ranks: int) -> None:
         self.fqn = fqn
         self.global_shape = (ranks * NUMEL,)
         self.flat_offset = rank * NUMEL
-        self.data = torch.full((NUMEL,), value, dtype=torch.int64)
+        self.data = torch.zeros(NUMEL, dtype=torch.int64)
 
 
 def say(text: str) -> None:
@@ -39,19 +41,26 @@ def say(text: str) -> None:
     os.write(1, f"{text}\n".encode())
 
 
-def save_forever(rank: int, rendezvous: str, root: Path, number: int) -> None:
-    """Save under new tags, over an old one, and with pruning, by turns."""
+def save_forever(rank: int, how: str, rendezvous: str, root: Path, number: int) -> None:
+    """Save under new tags, over an old one, and with pruning, by turns; the tensors change after each call, as in
+    training."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
+    saver = BackgroundSaver(lambda text: None) if how == "background" else None
+    records = [Record(name, rank, RANKS) for name in "abcd"]
     while True:
         number += 1
-        records = [Record(name, rank, RANKS, number) for name in "abcd"]
+        for record in records:
+            record.data.fill_(number)
         content = Content(records=records, values={"number": number} if rank == 0 else {})
         # Most saves replace the very checkpoint that `latest` names: there a save that is not atomic does
         # harm.
         tag = f"step{number}" if number % 3 == 0 else "same"
-        write(root, tag, lambda: content, keep_last=3)  # noqa: B023 - called at once
+        if saver is None:
+            write(root, tag, lambda: content, keep_last=3)  # noqa: B023 - called at once
+        else:
+            saver.save(root, tag, lambda: content, keep_last=3)  # noqa: B023 - called at once
         if rank == 0:
-            say(str(number))
+            say(str(number if saver is None else number - 1))
 
 
 def main() -> None:
@@ -63,14 +72,14 @@ def main() -> None:
                 os.wait()
             say("reaped")
             continue
-        rendezvous, root, number = line.split()
+        how, rendezvous, root, number = line.split()
         pids = []
         for rank in range(RANKS):
             pid = os.fork()
             if pid == 0:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a survivor complains about the dead
                 try:
-                    save_forever(rank, rendezvous, Path(root), int(number))
+                    save_forever(rank, how, rendezvous, Path(root), int(number))
                 finally:
                     os._exit(1)
             pids.append(pid)

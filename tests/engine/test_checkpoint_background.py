@@ -116,3 +116,77 @@ def test_a_failure_is_told_and_training_goes_on_with_the_last_good_one(
             engine.save_checkpoint(tmp_path)
         engine.wait_for_checkpoint()
         assert sorted(folder.complete(tmp_path)) == ["global_step1", "global_step3"]
+
+
+def held_late(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Every tensor that may be is copied late, and not before this event."""
+    go = threading.Event()
+    run = background._LateCopy.run
+
+    def slow(self: Any) -> None:
+        assert go.wait(30)
+        run(self)
+
+    monkeypatch.setattr(background, "LATE_BYTES", 0)
+    monkeypatch.setattr(background._LateCopy, "run", slow)
+    return go
+
+
+def decoupled(stage: int, more: dict[str, Any]) -> ds_engine.Engine:
+    settings = config(stage, checkpoint={"writer": {"decoupled": True}}, **more)
+    engine, *_ = ds_engine.initialize(model=net(), config=settings)
+    return engine
+
+
+@ranks(1, 2)
+@pytest.mark.parametrize("more", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_next_step_waits_for_what_is_copied_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, more: dict[str, Any]
+) -> None:
+    with decoupled(stage, more) as plain:
+        plain.background = None
+        step(plain)
+        step(plain)
+        plain.save_checkpoint(tmp_path / "plain")
+    with decoupled(stage, more) as engine:
+        step(engine)
+        engine.save_checkpoint(tmp_path / "first")  # buffers exist from here on, with the values of this step
+        step(engine)
+        go = held_late(monkeypatch)
+        path = engine.save_checkpoint(tmp_path / "late")
+        assert engine.background is not None and engine.background._late is not None
+        timer = threading.Timer(0.2, go.set)
+        timer.start()
+        step(engine)
+        assert go.is_set(), "the step did not wait"
+        timer.join()
+        engine.wait_for_checkpoint()
+        with open_checkpoint(path) as ours, open_checkpoint(tmp_path / "plain") as wanted:
+            for fqn, states in wanted.manifest.tensors.items():
+                for state in states:
+                    assert torch.equal(ours.tensor(fqn, state), wanted.tensor(fqn, state)), (fqn, state)
+
+
+@ranks(2)
+def test_a_state_that_is_changed_by_hand_meanwhile_fails_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with job() as engine:
+        step(engine)
+        go = held_late(monkeypatch)
+        assert engine.background is not None
+        engine.background._say = lambda text: None
+        engine.save_checkpoint(tmp_path)
+        if engine.world.rank == 0:
+            for states in engine.optimizer.state.values():
+                states["exp_avg"].mul_(0.5)
+        go.set()
+        with pytest.raises(
+            CheckpointError, match=r"rank 0: exp_avg of .* was changed by something else than a step"
+        ):
+            engine.wait_for_checkpoint()
+        step(engine)
+        engine.save_checkpoint(tmp_path)
+        engine.wait_for_checkpoint()
+        assert list(folder.complete(tmp_path)) == ["global_step2"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,23 +173,99 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
+def fill_up(disk: Path, leave_kb: int) -> None:
+    """Leave that much room on a disk, on rank 0 for all."""
+    if dist.get_rank() == 0:
+        ballast = disk / "ballast"
+        ballast.unlink(missing_ok=True)
+        if leave_kb < 256:
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            os.truncate(ballast, ballast.stat().st_size - 1024 * leave_kb)
+    dist.barrier()
+
+
+def checkpoints_in(root: Path) -> list[str]:
+    dist.barrier()
+    return sorted(p.name for p in root.iterdir() if p.name != "ballast")
+
+
+def same_on_all_ranks(text: str) -> bool:
+    texts = [""] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return len(set(texts)) == 1
+
+
 @ranks(2)
-def test_a_full_disk(small_disk: Path) -> None:
-    engine = job()
+@pytest.mark.parametrize("background", [False, True], ids=["now", "background"])
+def test_a_disk_that_is_full_sooner_or_later(small_disk: Path, background: bool) -> None:
+    """From no room at all to enough for everything: each save is complete, or told on every rank and not there."""
+    more = {"checkpoint": {"writer": {"decoupled": True}}} if background else {}
+    engine = jobs.engine(3, **more)
+    engine.progress.write = lambda line: None
     jobs.train(engine, 1)
-    engine.save_checkpoint(small_disk)
-    if dist.get_rank() == 0:
-        with contextlib.suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as ballast:
-            while True:
-                ballast.write(bytes(4096))
-    dist.barrier()
-    expect_failure(engine, small_disk, r"No space left on device")
-    assert checkpoint.latest(small_disk) == "global_step1"
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (small_disk / "ballast").unlink()
-    dist.barrier()
-    goes_on(engine, small_disk)
+    engine.save_checkpoint(small_disk, "good")
+    engine.wait_for_checkpoint()
+    outcomes = []
+    for leave_kb in [*range(0, 88, 8), 256]:
+        fill_up(small_disk, leave_kb)
+        before = checkpoints_in(small_disk)
+        text = ""
+        try:
+            engine.save_checkpoint(small_disk, "next")
+            jobs.train(engine, 1)  # goes on, whatever becomes of the save
+            engine.wait_for_checkpoint()
+        except CheckpointError as error:
+            text = str(error)
+        assert same_on_all_ranks(text)
+        outcomes.append(not text)
+        if text:
+            assert "No space left on device" in text
+            assert checkpoints_in(small_disk) == before and checkpoint.latest(small_disk) == "good"
+            jobs.train(engine, 1)
+        else:
+            assert checkpoints_in(small_disk) == ["good", "latest", "next"]
+            fill_up(small_disk, 256)
+            engine.save_checkpoint(small_disk, "good")
+            engine.wait_for_checkpoint()
+            dist.barrier()
+            if dist.get_rank() == 0:
+                shutil.rmtree(small_disk / "next")
+        dist.barrier()
+        with checkpoint.open_checkpoint(small_disk) as opened:
+            assert list(opened.verify()) == []
+    assert not outcomes[0] and outcomes[-1] and outcomes == sorted(outcomes)
+    engine.destroy()
+
+
+@ranks(2)
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_rank_that_cannot_write_in_the_background(tmp_path: Path, bad_rank: int) -> None:
+    engine = jobs.engine(3, checkpoint={"writer": {"decoupled": True}})
+    said: list[str] = []
+    assert engine.background is not None
+    engine.background._say = said.append
+    jobs.train(engine, 1)
+    engine.save_checkpoint(tmp_path)
+    engine.wait_for_checkpoint()
+    before = checkpoints_in(tmp_path)
+    with file_size_limit(4096) if dist.get_rank() == bad_rank else contextlib.nullcontext():
+        engine.save_checkpoint(tmp_path, "next")
+        jobs.train(engine, 1)
+        with pytest.raises(CheckpointError, match=rf"rank {bad_rank}: OSError: .*File too large") as caught:
+            engine.wait_for_checkpoint()
+    assert same_on_all_ranks(str(caught.value))
+    assert len(said) == (1 if dist.get_rank() == 0 else 0)
+    assert checkpoints_in(tmp_path) == before
+    engine.destroy()
+    goes_on(engine_again(), tmp_path)
+
+
+def engine_again() -> ds_engine.Engine:
+    made = job()
+    jobs.train(made, 1)
+    return made
 
 
 @ranks(2)

@@ -1,8 +1,9 @@
 """kill -9 of one or all ranks at random moments of saving: the newest complete checkpoint loads each time.
 
-10 kills by default, 50 with DS_FULL=1. A job of two ranks saves without pause, under new tags and over the
-newest one, and prunes; so that most of its time is spent inside a save. It is killed after a random number of
-saves plus a random part of the next one; every second kill waits for the moment of a commit.
+A job of two ranks saves without pause, at once or in the background, under new tags and over the newest one, and
+prunes; so that most of its time is spent inside a save. It is killed after a random number of saves plus a random
+part of the next one; every second kill waits for the moment of a commit. 10 kills by default; the marker `full` adds
+1000, in four directories side by side.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ from ds_engine import checkpoint
 from ds_engine.checkpoint import Checkpoint
 from engine.kill_writer import NUMEL, RANKS
 
-KILLS = 50 if os.environ.get("DS_FULL") == "1" else 10
+LANES = 4
+"""Jobs that are killed side by side; their directories are their own."""
 
 
 class Jobs:
@@ -52,9 +54,9 @@ class Jobs:
         assert line, "kill_writer.py has ended"
         return line.strip()
 
-    def start(self, rendezvous: Path, root: Path, number: int) -> list[int]:
-        """Numbers of saves that have returned already."""
-        self.send(f"{rendezvous} {root} {number}")
+    def start(self, how: str, rendezvous: Path, root: Path, number: int) -> list[int]:
+        """Numbers of saves that are complete already."""
+        self.send(f"{how} {rendezvous} {root} {number}")
         early = []
         while not (said := self.receive()).startswith("pids "):
             early.append(int(said))  # the ranks were faster than the process that forked them
@@ -96,22 +98,12 @@ def wait_for_commit(root: Path) -> None:
     raise AssertionError("nothing was saved for 30 s")
 
 
-@pytest.fixture
-def job() -> Iterator[Jobs]:
-    made = Jobs()
-    yield made
-    made.close()
-
-
 def newest_number(root: Path) -> int | None:
     """Load what a restarted job would load, whole and verified; the number of the save that it is from."""
     tag = checkpoint.latest(root)
     if tag is None:
         return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        path = checkpoint.find(root, None)
-    with Checkpoint(path) as opened:
+    with Checkpoint(checkpoint.find(root, None)) as opened:
         assert list(opened.verify()) == []
         number = int(opened.manifest.values["number"])
         for name in "abcd":
@@ -119,28 +111,52 @@ def newest_number(root: Path) -> int | None:
     return number
 
 
-@pytest.mark.slow
-def test_the_newest_complete_checkpoint_loads_after_every_kill(tmp_path: Path, job: Jobs) -> None:
-    chance = random.Random(0)
-    root = tmp_path / "run"
+def kill_again_and_again(folder: Path, how: str, kills: int, seed: int) -> int:
+    """How many of the kills interrupted a save; each time what a restarted job would load is whole, and not older
+    than what was complete."""
+    chance = random.Random(seed)
+    folder.mkdir()
+    root = folder / "run"
     number = 0
     interrupted = 0
-    for attempt in range(KILLS):
-        reported = job.start(tmp_path / f"meet{attempt}", root, number)
-        reported += [int(job.receive()) for _ in range(chance.randrange(1, 6))]
-        if attempt % 2:
-            wait_for_commit(root)
-            time.sleep(chance.random() * 0.002)
-        else:
-            time.sleep(chance.random() * 0.03)
-        reported += job.kill(chance.choice([[0], [1], [0, 1]]))
-        found = newest_number(root)
-        assert found is not None and found >= max(reported), f"save {max(reported)} had returned, {found} is "
-        "what loads"
-        interrupted += any(".tmp-" in p.name or ".old-" in p.name for p in root.iterdir())
-        assert (
-            len(checkpoint.folder.complete(root)) <= 5
-        )  # pruning is not behind by more than the interrupted saves
-        number = found
+    with contextlib.closing(Jobs()) as job:
+        for attempt in range(kills):
+            reported = job.start(how, folder / f"meet{attempt}", root, number)
+            reported += [int(job.receive()) for _ in range(chance.randrange(1, 6))]
+            if attempt % 2:
+                wait_for_commit(root)
+                time.sleep(chance.random() * 0.002)
+            else:
+                time.sleep(chance.random() * 0.03)
+            reported += job.kill(chance.choice([[0], [1], [0, 1]]))
+            found = newest_number(root)
+            if max(reported) > 0:  # in the background the first number says that nothing is complete yet
+                assert found is not None and found >= max(reported), (
+                    f"{max(reported)} was complete, not {found}"
+                )
+            interrupted += any(".tmp-" in p.name or ".old-" in p.name for p in root.iterdir())
+            # Pruning is not behind by more than the interrupted saves.
+            assert len(checkpoint.folder.complete(root)) <= 5
+            number = found or 0
+    return interrupted
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*'latest':UserWarning")  # killed between the two renames
+@pytest.mark.parametrize("how", ["now", "background"])
+def test_the_newest_complete_checkpoint_loads_after_every_kill(tmp_path: Path, how: str) -> None:
     # The moments were well chosen: most kills interrupted a save.
-    assert interrupted >= KILLS // 3
+    assert kill_again_and_again(tmp_path / how, how, 5, seed=0) >= 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["now", "background"])
+def test_five_hundred_kills_several_at_once(tmp_path: Path, how: str) -> None:
+    warnings.simplefilter("ignore")
+    kills = 500 // LANES
+    with ThreadPoolExecutor(LANES) as lanes:
+        runs = [
+            lanes.submit(kill_again_and_again, tmp_path / f"lane{i}", how, kills, seed=i + 1)
+            for i in range(LANES)
+        ]
+        assert sum(run.result() for run in runs) >= LANES * kills // 3

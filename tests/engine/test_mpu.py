@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,7 +69,7 @@ def data(rank: int) -> Tensor:
 
 @ranks(4, groups_may_stay=True)
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_gradients_meet_over_data_and_norms_over_both(stage: int, tmp_path: Path) -> None:
+def test_gradients_meet_over_data_and_norms_over_both(stage: int) -> None:
     mpu = Mpu()
     index = mpu.get_model_parallel_rank()
     config = {**CONFIG, "zero_optimization": {"stage": stage}}
@@ -91,8 +90,6 @@ def test_gradients_meet_over_data_and_norms_over_both(stage: int, tmp_path: Path
             engine.module.parameters(), parts[index].parameters(), grads[index], strict=True
         ):
             torch.testing.assert_close(param.detach(), before.detach() - 0.1 * grad)
-    with pytest.raises(ValueError, match="2 model-parallel ranks hold different values under the same names"):
-        engine.save_checkpoint(tmp_path)
     engine.destroy()
 
 

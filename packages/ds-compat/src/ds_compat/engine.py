@@ -398,6 +398,18 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
 
     # --- the rest
 
+    def offload_states(
+        self,
+        include: Any = None,
+        device: Any = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        self._engine.offload_states(include, device, pin_memory, non_blocking)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        self._engine.reload_states(non_blocking)
+
     def empty_partition_cache(self) -> None:
         """Gathered parameters are given back as soon as nobody uses them."""
 

@@ -109,9 +109,9 @@ def initialize(
             monitor=Monitor.of(settings, world.rank),
             breakdown=_breakdown(settings, world, progress),
             pacing=pacing,
-            background=_background(settings, progress),
+            background=_background(settings, progress, built),
             loader=_loader(settings, training_data, batch, world, axis, collate_fn),
-            model_parallel_size=axis.model_parallel_size,
+            axis=axis,
         )
     )
     if world.rank == 0:
@@ -119,13 +119,13 @@ def initialize(
     return engine, built, engine.training_dataloader, schedule
 
 
-def _background(settings: DsConfig, progress: Progress) -> BackgroundSaver | None:
+def _background(settings: DsConfig, progress: Progress, optimizer: Optimizer) -> BackgroundSaver | None:
     writer = settings.checkpoint.writer
     if writer is None or not writer.decoupled:
         return None
     from ds_engine.checkpoint.background import BackgroundSaver
 
-    return BackgroundSaver(progress.write)
+    return BackgroundSaver(progress.write, optimizer)
 
 
 def _breakdown(settings: DsConfig, world: ds_comm.World, progress: Progress) -> Breakdown:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from ds_engine.config.model import DsConfig
 from ds_engine.data import Loader
 from ds_engine.generation import generate_of
 from ds_engine.monitor import Monitor
+from ds_engine.mpu import DataAxis
 from ds_engine.optimizers import zero_grad
 from ds_engine.pacing import Pacing
 from ds_engine.precision import Precision, Unguarded
@@ -53,9 +54,9 @@ class Parts:
     monitor: Monitor
     breakdown: Breakdown
     pacing: Pacing
+    axis: DataAxis
     background: BackgroundSaver | None = None
     loader: Loader | None = None
-    model_parallel_size: int = 1
 
 
 class Engine:
@@ -74,8 +75,8 @@ class Engine:
         self.world = parts.world
         self.batch = parts.batch
         self.precision = parts.precision
-        self.model_parallel_size = parts.model_parallel_size
-        """Ranks among which the model itself is cut."""
+        self.axis = parts.axis
+        """This rank among those that see different data, and which part of the model it holds."""
         self.scaler = parts.scaler
         self.accumulation = parts.accumulation
         self.progress = parts.progress
@@ -94,12 +95,14 @@ class Engine:
         """Steps that changed nothing because the gradient was not finite."""
         self._applied = False
         self._live = True
+        self._away: ds_zero.Away | None = None
         self._breakdown = parts.breakdown
         self._loss: Tensor | None = None
         """Mean over the micro-batches of this step so far, on this rank; kept for the monitor only."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the module; floating-point tensors in the arguments are cast to the compute dtype."""
+        self._refuse_if_away("forward", ("lp_params",))
         if self.module.training:
             kwargs |= self.pacing.arguments(self.global_steps)
         forward = self._breakdown.part(breakdown.FORWARD)
@@ -120,6 +123,7 @@ class Engine:
         Raises:
             ValueError: `loss` is not one number, or does not depend on a parameter that is trained.
         """
+        self._refuse_if_away("backward")
         if loss.numel() != 1:
             raise ValueError(
                 f"loss has shape {tuple(loss.shape)}: reduce it to one number, for example with loss.mean()"
@@ -156,6 +160,7 @@ class Engine:
             ds_zero.LossScaleError: on every rank, when the loss scale is at its minimum and the gradient still
                 not finite; names a parameter.
         """
+        self._refuse_if_away("step")
         self._applied = False
         if self.accumulation.at_boundary():
             with self._breakdown.part(breakdown.STEP):
@@ -297,6 +302,7 @@ class Engine:
         """
         from ds_engine.checkpoint.train_state import Saving, save
 
+        self._refuse_if_away("save_checkpoint")
         saving = Saving(name_latest=save_latest, frozen=not exclude_frozen_parameters)
         return save(self, save_dir, tag, client_state or {}, saving)
 
@@ -339,6 +345,7 @@ class Engine:
         """
         from ds_engine.checkpoint.train_state import Wanted, load
 
+        self._refuse_if_away("load_checkpoint")
         wanted = Wanted(
             strict=load_module_strict,
             optimizer=load_optimizer_states and not load_module_only,
@@ -346,6 +353,48 @@ class Engine:
             counters=not load_module_only,
         )
         return load(self, load_dir, tag, wanted)
+
+    def offload_states(
+        self,
+        include: Collection[str] | None = None,
+        device: str = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Move sharded state to host memory, so that something else can use the accelerator; `reload_states` brings it
+        back. Until then the engine refuses to train, save and load, and to run forward without its parameters. What
+        rests in host memory already stays there: on a CPU nothing moves.
+
+        Args:
+            include: of "optim_states", "hp_params" (fp32 masters), "lp_params" (parameters in their compute dtype),
+                "lp_grads" (reduced gradients), "contiguous_grad_buffer" (this engine keeps none between steps);
+                default all.
+            device: "cpu"; "none" moves nothing.
+            pin_memory: page-lock the host's copies.
+            non_blocking: return before the copies are complete.
+
+        Raises:
+            ValueError: an unknown state or device.
+        """
+        from ds_engine.resting import send_away
+
+        self.reload_states()
+        if self.background is not None:
+            self.background.hold()
+        self._away = send_away(self.module, include, device, pin_memory=pin_memory, non_blocking=non_blocking)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what `offload_states` moved; nothing happens where nothing was."""
+        if self._away is not None:
+            self._away.back(non_blocking=non_blocking)
+            self._away = None
+
+    def _refuse_if_away(self, doing: str, kinds: Collection[str] = ds_zero.Away.KINDS) -> None:
+        missing = sorted(self._away.kinds.intersection(kinds)) if self._away is not None else []
+        if missing:
+            raise RuntimeError(
+                f"{doing}: {', '.join(missing)} are away since offload_states(): call engine.reload_states() first"
+            )
 
     def activation_checkpointing(self, group: ProcessGroup | None = None) -> Checkpointing:
         """What recomputes layers as the section `activation_checkpointing` says: `h = checkpointing(layer, h)`.
@@ -375,6 +424,7 @@ class Engine:
         """Undo the sharding: the module is an ordinary one again, whole on every rank. Safe to call twice."""
         if self._live:
             self._live = False
+            self.reload_states()
             self.monitor.close()
             if self.background is not None:
                 self.background.close()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 import ds_zero
@@ -21,6 +22,8 @@ class DataAxis:
     size: int
     model_parallel_size: int = 1
     """Ranks that together hold one copy of the model."""
+    model_parallel_rank: int = 0
+    """Which part of the model this rank holds."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of `ds_zero.shard`."""
 
@@ -48,8 +51,10 @@ def data_axis(mpu: Any, world: World, settings: DsConfig) -> DataAxis:
     rank = int(_ask(mpu, "get_data_parallel_rank"))
     parts = int(_ask(mpu, "get_model_parallel_world_size", "get_tensor_model_parallel_world_size"))
     options: dict[str, Any] = {"mesh": group}
+    part = 0
     if parts > 1:
         across = _ask(mpu, "get_model_parallel_group", "get_tensor_model_parallel_group")
+        part = dist.get_rank(across)
         first = (
             int(
                 _ask(
@@ -62,7 +67,9 @@ def data_axis(mpu: Any, world: World, settings: DsConfig) -> DataAxis:
             == 0
         )
         options["model_parallel"] = ds_zero.ModelParallel(group=across, is_cut=_counts(first))
-    return DataAxis(rank=rank, size=size, model_parallel_size=parts, options=options)
+    return DataAxis(
+        rank=rank, size=size, model_parallel_size=parts, model_parallel_rank=part, options=options
+    )
 
 
 def _counts(first: bool) -> Callable[[str, nn.Parameter], bool]:

@@ -3,6 +3,7 @@ states.
 """
 
 from ds_zero.access import full_state_dict, gathered
+from ds_zero.away import Away
 from ds_zero.comm import Comm
 from ds_zero.config import ZeroConfig
 from ds_zero.counted import counted_memory
@@ -29,6 +30,7 @@ from ds_zero.verify import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "Away",
     "Comm",
     "Difference",
     "DynamicScale",

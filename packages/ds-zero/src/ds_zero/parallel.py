@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -86,6 +87,25 @@ def topology_of(
         if across.rank > 0:
             uncounted = frozenset(n for n, p in params.items() if not model_parallel.is_cut(n, p))
     return Topology(tuple(axes), axis_of, tuple(groups), uncounted)
+
+
+def numbered(topology: Topology, device: torch.device) -> Topology:
+    """Count the sets of ranks that divide different experts, by their first ranks. Collective if there are such."""
+    main, others = topology.axes[0], topology.axes[1:]
+    if not others or main.group is None:
+        return topology
+    mine = torch.tensor([_first_rank(ranks) for ranks in others], device=device)
+    found = [torch.empty_like(mine) for _ in range(main.size)]
+    dist.all_gather(found, mine, group=main.group)
+    axes = [main]
+    for ranks, first, column in zip(others, mine.tolist(), torch.stack(found).T.tolist(), strict=True):
+        sets = sorted(set(column))
+        axes.append(replace(ranks, part=(sets.index(first), len(sets))))
+    return replace(topology, axes=tuple(axes))
+
+
+def _first_rank(ranks: Ranks) -> int:
+    return dist.get_rank() if ranks.group is None else min(dist.get_process_group_ranks(ranks.group))
 
 
 def _expert_ranks(mesh: DeviceMesh, main: Ranks, fqn: str) -> Ranks:

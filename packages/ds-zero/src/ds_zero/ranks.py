@@ -22,6 +22,8 @@ class Ranks:
     does."""
     mean_over: int = 0
     """Number of ranks over whose gradients the mean is taken; 0: all of these, replicas included."""
+    part: tuple[int, int] = (0, 1)
+    """Index of these ranks among the sets that hold different values under the same names, and the number of sets."""
 
     @property
     def first(self) -> bool:

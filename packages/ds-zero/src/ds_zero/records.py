@@ -25,6 +25,8 @@ class ShardRecord:
     """Elements [flat_offset, flat_offset + data.numel()) of one flattened logical tensor."""
 
     fqn: str
+    """Name of the parameter or buffer; with "#<i>of<n>" behind it where n sets of ranks hold different values under
+    that name (`mesh_for`)."""
     state: str
     """"param" (the fp32 master, or the frozen parameter itself), "buffer", or the optimizer's name of a
     state."""
@@ -45,6 +47,16 @@ class _Range:
     """That range of the master, or of the frozen parameter's shard."""
     shard_start: int
     """Where the optimizer's shard starts within the parameter."""
+
+    @property
+    def fqn(self) -> str:
+        return _name(self.bucket, self.slot)
+
+
+def _name(bucket: Bucket, slot: Slot) -> str:
+    """`ShardRecord.fqn`."""
+    index, count = bucket.ranks.part
+    return slot.fqn if count == 1 else f"{slot.fqn}#{index}of{count}"
 
 
 def _ranges(state: ZeroState, *, owned: bool) -> Iterator[_Range]:
@@ -80,11 +92,10 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     0.
     """
     state = _registry.state_of(model)
-    _refuse_experts(state)
     state.stepper.wait()
     found: list[ShardRecord] = []
     for r in _ranges(state, owned=False):
-        found.append(ShardRecord(r.slot.fqn, PARAM, r.slot.shape, r.start, r.values))
+        found.append(ShardRecord(r.fqn, PARAM, r.slot.shape, r.start, r.values))
         if r.bucket.shards:
             shard = r.bucket.shards[r.index]
             for name, value in optimizer.state.get(shard, {}).items():
@@ -95,34 +106,23 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     return found
 
 
-def _refuse_experts(state: ZeroState) -> None:
-    """Ranks that hold different experts under one name would write over each other."""
-    apart = [s.fqn for b in state.buckets for s in b.layout.slots if b.layout.axis > 0]
-    if apart:
-        raise ValueError(
-            f"{len(apart)} parameters (first {apart[:3]}) have a mesh of their own (mesh_for), so ranks hold "
-            "different values under one name and records cannot tell them apart: save ds_zero.get_local of them "
-            "on each rank"
-        )
-
-
 def _state_record(r: _Range, name: str, value: object, shard: Tensor) -> list[ShardRecord]:
     if isinstance(value, Tensor) and value.ndim > 0 and value.shape == shard.shape:
         begin = r.start - r.shard_start
         own = value.reshape(-1)[begin : begin + r.values.numel()]
-        return [ShardRecord(r.slot.fqn, name, r.slot.shape or (1,), r.start, own)]
+        return [ShardRecord(r.fqn, name, r.slot.shape or (1,), r.start, own)]
     if r.start != 0:
         return []
     if isinstance(value, Tensor) and value.ndim == 0:
-        return [ShardRecord(r.slot.fqn, name, (), 0, value.detach().reshape(1))]
+        return [ShardRecord(r.fqn, name, (), 0, value.detach().reshape(1))]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return [ShardRecord(r.slot.fqn, name, (), 0, torch.tensor([value], dtype=torch.float64))]
+        return [ShardRecord(r.fqn, name, (), 0, torch.tensor([value], dtype=torch.float64))]
     if isinstance(value, Tensor) and r.bucket.layout.undivided:  # of a form of its own, as Adafactor's
-        return [ShardRecord(r.slot.fqn, name, tuple(value.shape), 0, value.detach().reshape(-1))]
+        return [ShardRecord(r.fqn, name, tuple(value.shape), 0, value.detach().reshape(-1))]
     if value is None:
         return []
     raise ValueError(
-        f"optimizer state {name!r} of parameter {r.slot.fqn!r} is neither element-wise nor a number "
+        f"optimizer state {name!r} of parameter {r.fqn!r} is neither element-wise nor a number "
         f"({type(value).__name__}): "
         "it cannot be saved by logical range"
     )
@@ -159,7 +159,6 @@ def load_records(
         ValueError: a tensor that the source lacks or has in another shape; nothing has been changed then.
     """
     state = _registry.state_of(model)
-    _refuse_experts(state)
     state.stepper.wait()
     _check(state, model, source, keep)
     state.stepper.forget()  # gradients of the values that are replaced, as in the middle of an accumulation
@@ -167,7 +166,7 @@ def load_records(
         for r in _ranges(state, owned=True):
             if r.slot.fqn in keep:
                 continue
-            source.read(r.slot.fqn, PARAM, r.start, r.values)
+            source.read(r.fqn, PARAM, r.start, r.values)
             if r.bucket.shards and optimizer_states:
                 _load_states(r, optimizer, source)
         for bucket in state.buckets:
@@ -197,7 +196,12 @@ def _share_frozen(state: ZeroState) -> None:
 
 
 def _check(state: ZeroState, model: nn.Module, source: RecordSource, keep: AbstractSet[str]) -> None:
-    wanted = {slot.fqn: (PARAM, slot.shape) for bucket in state.buckets for slot in bucket.layout.slots}
+    wanted = {
+        _name(bucket, slot): (PARAM, slot.shape)
+        for bucket in state.buckets
+        for slot in bucket.layout.slots
+        if slot.fqn not in keep
+    }
     wanted |= {fqn: (BUFFER, tuple(b.shape)) for fqn, b in _saved_buffers(model).items()}
     wanted = {fqn: what for fqn, what in wanted.items() if fqn not in keep}
     missing = [fqn for fqn, (kind, _) in wanted.items() if kind not in source.states(fqn)]
@@ -226,7 +230,7 @@ def _new_state(optimizer: Optimizer, shard: Tensor, dtype: torch.dtype) -> Tenso
 def _load_states(r: _Range, optimizer: Optimizer, source: RecordSource) -> None:
     shard = r.bucket.shards[r.index]
     held = optimizer.state[shard]
-    stored = {name: kind for name, kind in source.states(r.slot.fqn).items() if name != PARAM}
+    stored = {name: kind for name, kind in source.states(r.fqn).items() if name != PARAM}
     for name in held.keys() - stored.keys():
         del held[name]  # gathered by this run: not what the checkpoint stands for
     for name, (shape, dtype) in stored.items():
@@ -236,9 +240,9 @@ def _load_states(r: _Range, optimizer: Optimizer, source: RecordSource) -> None:
                 held[name] = _new_state(optimizer, shard, dtype)
             begin = r.start - r.shard_start
             own = held[name].view(-1)[begin : begin + r.values.numel()]
-            source.read(r.slot.fqn, name, r.start, own)
+            source.read(r.fqn, name, r.start, own)
         else:
             # A number, or of a form of its own, which only whole tensors have.
             flat = torch.empty(math.prod(shape), dtype=dtype, device=shard.device if shape else None)
-            source.read(r.slot.fqn, name, 0, flat)
+            source.read(r.fqn, name, 0, flat)
             held[name] = flat.view(tuple(shape))

@@ -34,7 +34,7 @@ from ds_zero.layout import (
 )
 from ds_zero.norms import squared_norm
 from ds_zero.opaque import opaque
-from ds_zero.parallel import MeshFor, ModelParallel, Topology, topology_of
+from ds_zero.parallel import MeshFor, ModelParallel, Topology, numbered, topology_of
 from ds_zero.prefetch import limits_of
 from ds_zero.ranks import Group
 from ds_zero.reduce import ReducePolicy, Reducer
@@ -105,6 +105,7 @@ def shard(
         )
     materialize_buffers(model, device)
     comm = comm or default_comm(device, ordered=True if config.rank_invariant else config.ordered_reduction)
+    topology = numbered(topology, device)
     leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel)
     roots = choose_units(model, leaves)
     unit_of = unit_of_params(model, roots) if stage == 3 else {}

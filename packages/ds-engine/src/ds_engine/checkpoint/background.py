@@ -1,33 +1,144 @@
-"""Saving while training goes on: a copy of the state is taken at once, and a thread writes it.
+"""Saving while training goes on: a thread copies the state aside and writes it.
 
 Memory is bounded: there is one copy, its buffers are used again, and a save waits for the one before. A crash at any
 moment leaves what a crash in an ordinary save leaves: the checkpoint is complete or absent.
+
+[Note: copied late] What only a step of the optimizer changes (its states, masters that the module does not show) need
+not be copied while training waits: the thread copies it during the next forward and backward, and the optimizer's
+next step waits until that is done. Everything that other code can reach, which is what the module shows, is copied in
+the call. Should something else than a step change such a tensor meanwhile, the version that torch counts tells, and
+the save fails rather than write a mixture.
 """
 
 from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 import ds_zero
 from ds_engine.checkpoint.errors import CheckpointError
 from ds_engine.checkpoint.team import Team
 from ds_engine.checkpoint.write import Content, ShardRecord, write
 
+LATE_BYTES = 1 << 12
+"""Smaller tensors are copied in the call: it costs less than to keep them in mind."""
+
+
+class _LateCopy:
+    """Fills buffers from tensors in another thread, and holds back the optimizer's step until they are filled."""
+
+    def __init__(self, optimizer: Optimizer, work: Sequence[tuple[ds_zero.ShardRecord, Tensor]]) -> None:
+        """`work`: what to copy, and the buffer for it. Copies from an accelerator are under way at once."""
+        self._work = [(record, buffer, record.data._version) for record, buffer in work]
+        self._host = [pair for pair in work if pair[0].data.device.type == "cpu"]
+        self._filled = threading.Event()
+        self._checking = threading.Lock()
+        self._changed: str | None = None
+        self._copied = _on_a_stream_of_its_own([pair for pair in work if pair[0].data.device.type != "cpu"])
+        self._hook = _before_each_step_of(optimizer, self._hold_back)
+
+    def _hold_back(self) -> None:
+        """Before a step, in the thread that trains; work on an accelerator waits there and not here."""
+        self._check()
+        if self._copied is not None:
+            torch.accelerator.current_stream().wait_event(self._copied)
+        if self._host:
+            self._filled.wait()
+
+    def _check(self) -> None:
+        """Note, once, what was changed since the call: before the step, or when all is copied if that is earlier."""
+        with self._checking:
+            for record, _, version in self._work:
+                if record.data._version != version and self._changed is None:
+                    self._changed = f"{record.state} of {record.fqn!r}"
+            self._work = []
+
+    def run(self) -> None:
+        """In the thread: return when every buffer is filled.
+
+        Raises:
+            CheckpointError: something changed a tensor meanwhile.
+        """
+        try:
+            for record, buffer in self._host:
+                # One core, without the interpreter's lock: torch's copy would start a team of threads here.
+                np.copyto(_bytes_of(buffer), _bytes_of(record.data))
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._check()
+        finally:
+            self._filled.set()
+            self._host = []
+        if self._changed is not None:
+            raise CheckpointError(
+                f"{self._changed} was changed by something else than a step of the optimizer before it was copied: "
+                "call engine.wait_for_checkpoint() before changing states by hand"
+            )
+
+    def cancel(self) -> None:
+        """Nobody will run it."""
+        self._host = []
+        self._filled.set()
+
+    def end(self) -> None:
+        """In the thread that trains: return when all is copied; nothing is held back any more."""
+        self._hold_back()
+        self._hook.remove()
+
+
+def _before_each_step_of(optimizer: Optimizer, action: Callable[[], None]) -> RemovableHandle:
+    """Not by the optimizer's own hooks: ds_zero's does the whole step, and is before any that comes later."""
+    wanted = weakref.ref(optimizer)
+
+    def before(stepping: Optimizer, *_: object) -> None:
+        if stepping is wanted():
+            action()
+
+    return register_optimizer_step_pre_hook(before)
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    found: np.ndarray[Any, np.dtype[np.uint8]] = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return found
+
+
+def _on_a_stream_of_its_own(work: Sequence[tuple[ds_zero.ShardRecord, Tensor]]) -> torch.Event | None:
+    """Start copies from an accelerator beside what it computes next; the event of their end."""
+    if not work:
+        return None
+    here = torch.accelerator.current_stream()
+    beside = torch.Stream(device=here.device)
+    beside.wait_stream(here)
+    with beside:
+        for record, buffer in work:
+            buffer.copy_(record.data, non_blocking=True)
+    return beside.record_event()
+
 
 class BackgroundSaver:
     """Writes one checkpoint at a time beside training. Every rank calls each method alike."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        """`say`: tells a failure the moment it happens."""
+    def __init__(self, say: Callable[[str], None], optimizer: Optimizer | None = None) -> None:
+        """
+        Args:
+            say: tells a failure the moment it happens.
+            optimizer: its next step waits for what is copied late, [Note: copied late]; without one nothing is.
+        """
         self._say = say
+        self._optimizer = optimizer
+        self._late: _LateCopy | None = None
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._buffers: dict[tuple[str, str, int], Tensor] = {}
@@ -51,26 +162,57 @@ class BackgroundSaver:
             copy = self._copied(content())
         except Exception as error:  # noqa: BLE001 - `settle` raises it on every rank
             failure = error
-        Team().settle(failure, f"saving {root / tag}")
-        taken = copy
-        assert taken is not None
+        try:
+            Team().settle(failure, f"saving {root / tag}")
+        except CheckpointError:
+            if self._late is not None:
+                self._late.cancel()
+            self._let_go()
+            raise
+        assert copy is not None
         # A group of its own: collectives of two threads in one group would meet each other.
         if self._group is None and dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")
-        team = Team(self._group)
-
-        def work() -> None:
-            try:
-                write(root, tag, lambda: taken, team=team, **options)
-            except Exception as error:  # noqa: BLE001 - raised by `wait`
-                self._failure = error
-                if team.first:
-                    self._say(f"saving {root / tag} in the background failed, training goes on: {error}")
-
+        self._thread = threading.Thread(
+            target=self._work,
+            args=(root, tag, copy, Team(self._group), self._late, options),
+            name="ds-checkpoint",
+        )
         # Not a daemon: a process that ends in good order ends after its last checkpoint is complete.
-        self._thread = threading.Thread(target=work, name="ds-checkpoint")
         self._thread.start()
         return str(root / tag)
+
+    def _work(
+        self, root: Path, tag: str, copy: Content, team: Team, late: _LateCopy | None, options: dict[str, Any]
+    ) -> None:
+        """In the thread."""
+        failure: Exception | None = None
+        try:
+            if late is not None:
+                late.run()  # before anything that waits for other ranks: the next step waits for it
+        except Exception as error:  # noqa: BLE001 - `write` raises it on every rank
+            failure = error
+
+        def content() -> Content:
+            if failure is not None:
+                raise failure
+            return copy
+
+        try:
+            write(root, tag, content, team=team, **options)
+        except Exception as error:  # noqa: BLE001 - raised by `wait`
+            self._failure = error
+            if team.first:
+                self._say(f"saving {root / tag} in the background failed, training goes on: {error}")
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is writing."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def hold(self) -> None:
+        """Return when training may change anything: what is being written is copied."""
+        self._let_go()
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -78,9 +220,7 @@ class BackgroundSaver:
         Raises:
             CheckpointError: what was being written is not there, and why.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         failure, self._failure = self._failure, None
         if isinstance(failure, CheckpointError):
             raise failure
@@ -89,17 +229,28 @@ class BackgroundSaver:
 
     def close(self) -> None:
         """Wait, and give buffers and group back; a failure that nobody asked for was told when it happened."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join()
         self._buffers.clear()
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
 
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._late is not None:
+            self._late.end()
+            self._late = None
+
     def _copied(self, content: Content) -> Content:
+        """The content as of now, in host buffers that may be filled late."""
         copies: dict[tuple[str, str, int], Tensor] = {}
         records: list[ShardRecord] = []
+        late: list[tuple[ds_zero.ShardRecord, Tensor]] = []
         for record in content.records:
             key = (record.fqn, record.state, record.flat_offset)
             data = record.data.detach()
@@ -107,12 +258,17 @@ class BackgroundSaver:
             if buffer is None or buffer.shape != data.shape or buffer.dtype != data.dtype:
                 pinned = data.device.type != "cpu"
                 buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=pinned)
-            copies[key] = buffer.copy_(data, non_blocking=True)
-            records.append(
-                ds_zero.ShardRecord(record.fqn, record.state, record.global_shape, record.flat_offset, buffer)
-            )
+            copies[key] = buffer
+            of = (record.fqn, record.state, record.global_shape, record.flat_offset)
+            records.append(ds_zero.ShardRecord(*of, buffer))
+            if self._optimizer is not None and data.nbytes >= LATE_BYTES and content.only_stepped(record):
+                late.append((ds_zero.ShardRecord(*of, data), buffer))
+            else:
+                buffer.copy_(data, non_blocking=True)
         if any(record.data.device.type != "cpu" for record in content.records):
             torch.accelerator.synchronize()
+        if self._optimizer is not None and late:
+            self._late = _LateCopy(self._optimizer, late)
         self._buffers = copies  # what this save does not have is not kept
         blobs = {name: tensor.detach().clone().cpu() for name, tensor in content.blobs.items()}
         return Content(records=records, blobs=blobs, values=content.values)

@@ -18,6 +18,7 @@ import ds_zero
 from ds_engine.checkpoint import datafile, deepspeed, folder
 from ds_engine.checkpoint.datafile import Item
 from ds_engine.checkpoint.errors import CheckpointError
+from ds_engine.checkpoint.model_part import refuse_parts
 from ds_engine.checkpoint.read import Checkpoint
 from ds_engine.checkpoint.write import Content, write
 
@@ -63,6 +64,7 @@ def names(checkpoint: Checkpoint, *, exclude_frozen: bool = False) -> Iterator[t
     """Name in a state dict -> name under which it is stored, for parameters, persistent buffers and every
     further name of a shared parameter.
     """
+    refuse_parts(checkpoint)
     values = checkpoint.manifest.values
     frozen = set(values.get("frozen") or ()) if exclude_frozen else set()
     kept = {

@@ -10,6 +10,7 @@ reads and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ds_engine.checkpoint.crc import crc32c
 from ds_engine.checkpoint.errors import CheckpointError
+from ds_engine.checkpoint.outfile import OutFile
 
 NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -49,6 +51,8 @@ belongs."""
 MAX_BLOCKS = 4096
 """A file larger than that many smallest blocks has larger ones: the manifest must not grow with the model."""
 DATA_ALIGN_BYTES = 64
+AHEAD_BYTES = 8 << 20
+"""So far ahead of what is read, the system is asked to read on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,18 +115,14 @@ def write(path: Path, items: Sequence[Item], *, kind: str = "ds-checkpoint") -> 
     total = len(header) + sum(item.num_bytes for item in ordered)
     block_bytes = block_bytes_for(total)
     sums: dict[str, str] = {}
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        _write_all(descriptor, memoryview(header))
+    with OutFile(path, total) as file:
+        file.write(header)
         for item in ordered:
             digits = []
             for block in _blocks(item.data, block_bytes):
                 digits.append(crc32c(block))
-                _write_all(descriptor, memoryview(block.numpy().data))
+                file.write(block)
             sums[item.key] = "".join(digits)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
     info = FileInfo(
         num_bytes=total, header_bytes=len(header), header_crc32c=crc32c(header), block_bytes=block_bytes
     )
@@ -158,12 +158,6 @@ def _blocks(data: Tensor, block_bytes: int) -> Iterator[Tensor]:
         yield raw[begin : begin + block_bytes].cpu()
 
 
-def _write_all(descriptor: int, content: memoryview) -> None:
-    content = content.cast("B") if content.nbytes else content
-    while content.nbytes:
-        content = content[os.write(descriptor, content) :]
-
-
 @dataclass
 class _Place:
     """Where a tensor lies in a file."""
@@ -197,6 +191,7 @@ class DataFile:
             self.close()
             raise
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._asked = 0
 
     def close(self) -> None:
         """Safe to call twice."""
@@ -241,22 +236,40 @@ class DataFile:
         block_bytes = self.info.block_bytes
         begin, end = first * width, (first + out.numel()) * width
         problem: str | None = None
+        out = out.detach()
+        direct = out.dtype == place.dtype and out.device.type == "cpu" and out.is_contiguous()
         for number in range(begin // block_bytes, -(-end // block_bytes)):
             base = number * block_bytes
             length = min(block_bytes, place.numel * width - base)
-            found = self._block(place, number, base, length, sums[8 * number : 8 * number + 8])
-            problem = problem or found
             low, high = max(begin, base), min(end, base + length)
-            values = self._scratch[low - base : high - base].view(place.dtype)
-            start = (low - begin) // width
-            out[start : start + values.numel()].copy_(values)
+            start, count = (low - begin) // width, (high - low) // width
+            # Into its place at once, or by way of a buffer.
+            whole = high - low == length and direct
+            target = out[start : start + count].view(torch.uint8) if whole else self._room(length)
+            found = self._block(place, number, base, target, sums[8 * number : 8 * number + 8])
+            problem = problem or found
+            if not whole:
+                out[start : start + count].copy_(target[low - base : high - base].view(place.dtype))
         return problem and f"{self.path}: {problem}"
 
-    def _block(self, place: _Place, number: int, base: int, length: int, wanted: str) -> str | None:
-        """Read a block into the scratch buffer; None if it is as it was written."""
+    def _room(self, length: int) -> Tensor:
         if self._scratch.numel() < length:
             self._scratch = torch.empty(self.info.block_bytes, dtype=torch.uint8)
-        view = self._scratch.numpy().data[:length]
+        return self._scratch[:length]
+
+    def _read_ahead(self, begin: int, end: int) -> None:
+        """Ask for what comes after [begin, end), once."""
+        first = max(self._asked, begin)
+        if hasattr(os, "posix_fadvise") and end + AHEAD_BYTES - first >= AHEAD_BYTES // 2:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._descriptor, first, end + AHEAD_BYTES - first, os.POSIX_FADV_WILLNEED)
+            self._asked = end + AHEAD_BYTES
+
+    def _block(self, place: _Place, number: int, base: int, target: Tensor, wanted: str) -> str | None:
+        """Read a block into `target`; None if it is as it was written."""
+        length = target.numel()
+        self._read_ahead(place.begin + base, place.begin + base + length)
+        view = target.numpy().data
         done = 0
         while done < length:
             got = os.preadv(self._descriptor, [view[done:]], place.begin + base + done)
@@ -264,7 +277,7 @@ class DataFile:
                 return f"the file ends at byte {place.begin + base + done}"
             done += got
         if number not in place.verified:
-            found = crc32c(self._scratch[:length])
+            found = crc32c(target)
             if found != wanted:
                 at = place.begin + base
                 return f"bytes {at} to {at + length} are damaged (their checksum is {found}, not {wanted})"

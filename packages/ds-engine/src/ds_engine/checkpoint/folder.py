@@ -128,6 +128,13 @@ def find(root: Path, tag: str | None) -> Path:
     named = named_latest(root)
     if named in there:
         assert named is not None
+        later = _later(there, named)
+        if later is not None:
+            warnings.warn(
+                f"{root}: 'latest' names {named!r}, but {later!r} was saved after it: an interrupted save, an edit by "
+                f"hand, or damage; {named!r} is taken, tag={later!r} takes the other",
+                stacklevel=2,
+            )
         return there[named]
     found = newest(root)
     if found is None:
@@ -137,6 +144,22 @@ def find(root: Path, tag: str | None) -> Path:
         f"{root}: {said}; the newest complete checkpoint, {found!r}, is taken instead", stacklevel=2
     )
     return there[found]
+
+
+def _later(there: dict[str, Path], named: str) -> str | None:
+    """The newest of the checkpoints that became the latest after `named`: the file `latest` has no checksum, and a
+    flipped bit in it can make the name of another checkpoint. Manifests are peeked at: they may be large.
+    """
+    found: dict[str, tuple[float, bool]] = {}
+    for tag, path in there.items():
+        with contextlib.suppress(OSError), (path / manifest.NAME).open("rb") as file:
+            peeked = manifest.peek(file.read(manifest.PEEK_BYTES))
+            if peeked is not None:
+                found[tag] = peeked
+    if named not in found:
+        return None
+    later = {tag: at for tag, (at, became) in found.items() if became and at > found[named][0]}
+    return max(later, key=later.__getitem__) if later else None
 
 
 def _contents(root: Path, there: dict[str, Path]) -> str:
@@ -193,6 +216,7 @@ class Staging:
         self.tag = tag
         self.nonce = secrets.token_hex(4)
         self.path = root / f"{tag}{TEMPORARY}{self.nonce}"
+        self.names_latest = name_latest
         self._pointer = root / f"{LATEST}{TEMPORARY}{self.nonce}" if name_latest else None
         if (root / tag).exists() and not is_complete(root / tag):
             raise FileExistsError(f"{root / tag} exists and is no checkpoint of ours: choose another tag")

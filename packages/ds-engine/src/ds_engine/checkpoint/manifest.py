@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,6 +66,8 @@ class Manifest:
     """Ranks that wrote it."""
     saved_at_s: float
     """Seconds since 1970, by the clock of rank 0."""
+    named_latest: bool = True
+    """Whether the save made `latest` name it."""
     files: Mapping[str, FileInfo]
     tensors: Mapping[str, Mapping[str, Entry]]
     """Name of parameter or buffer -> "param", "buffer" or name of an optimizer state -> tensor."""
@@ -106,6 +109,7 @@ def dump(manifest: Manifest) -> bytes:
         "tag": manifest.tag,
         "world_size": manifest.world_size,
         "saved_at_s": manifest.saved_at_s,
+        "named_latest": manifest.named_latest,
         "values": dict(manifest.values),
         "files": {name: asdict(info) for name, info in manifest.files.items()},
         "tensors": {
@@ -154,6 +158,7 @@ def load(raw: bytes, path: Path) -> Manifest:
         tag=body["tag"],
         world_size=body["world_size"],
         saved_at_s=body["saved_at_s"],
+        named_latest=body.get("named_latest", True),
         values=body["values"],
         files={name: FileInfo(**info) for name, info in body["files"].items()},
         tensors={
@@ -162,6 +167,17 @@ def load(raw: bytes, path: Path) -> Manifest:
         },
         blobs={name: _load_entry(entry, name) for name, entry in body["blobs"].items()},
     )
+
+
+PEEK_BYTES = 2048
+"""Enough of a file's beginning for `peek`: a tag has at most 255 bytes."""
+_PEEK = re.compile(rb'"saved_at_s":([0-9.]+),"named_latest":(true|false)')
+
+
+def peek(raw: bytes) -> tuple[float, bool] | None:
+    """`saved_at_s` and `named_latest` from the beginning of a manifest, not verified; None if they are not there."""
+    found = _PEEK.search(raw)
+    return (float(found[1]), found[2] == b"true") if found else None
 
 
 def _load_entry(entry: dict[str, Any], name: str) -> Entry:

@@ -7,7 +7,9 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,11 @@ class Checkpoint:
         self.problems: list[str] = []
         self._files: dict[str, DataFile] = {}
         self._read: dict[tuple[str, str], list[tuple[int, int]]] = {}
+
+    def show(self, names: Mapping[str, str], values: Mapping[str, Any]) -> None:
+        """From here on have these tensors only (name -> name in the file), and other values."""
+        tensors = {name: self.manifest.tensors[stored] for name, stored in names.items()}
+        self.manifest = replace(self.manifest, tensors=tensors, values=values)
 
     def check_files(self, first: int = 0, stride: int = 1) -> None:
         """Check size and header of every `stride`-th data file, beginning with the `first`.

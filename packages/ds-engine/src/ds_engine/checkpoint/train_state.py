@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import ds_zero
 from ds_engine.checkpoint import codec, consolidate, folder, rng
 from ds_engine.checkpoint.errors import CheckpointError
+from ds_engine.checkpoint.model_part import PARTS, ModelPart
 from ds_engine.checkpoint.read import Checkpoint
 from ds_engine.checkpoint.team import Team
-from ds_engine.checkpoint.write import Content, write
+from ds_engine.checkpoint.write import Content, ShardRecord, write
 
 if TYPE_CHECKING:
     from ds_engine.engine import Engine
@@ -53,13 +54,8 @@ class Saving:
     """Parameters that do not require a gradient, too."""
 
 
-def _refuse_model_parallel(engine: Engine) -> None:
-    if engine.model_parallel_size > 1:
-        raise ValueError(
-            f"{engine.model_parallel_size} model-parallel ranks hold different values under the same names, which "
-            "checkpoints cannot tell apart yet: save ds_zero.full_state_dict(engine.module) of each model-parallel "
-            "rank in a file of its own"
-        )
+def _part(engine: Engine) -> ModelPart:
+    return ModelPart(index=engine.axis.model_parallel_rank, count=engine.axis.model_parallel_size)
 
 
 def save(
@@ -70,7 +66,6 @@ def save(
     saving: Saving,
 ) -> str:
     """See `Engine.save_checkpoint`."""
-    _refuse_model_parallel(engine)
     pending = engine.micro_steps % engine.batch.steps
     if pending and engine.world.rank == 0:
         warnings.warn(
@@ -96,12 +91,24 @@ def _content(engine: Engine, client_state: Mapping[str, Any], saving: Saving) ->
     left_out = (
         set() if saving.frozen else {n for n, p in engine.module.named_parameters() if not p.requires_grad}
     )
+    part = _part(engine)
     values: dict[str, Any] = {f"rng/{rank}": random_values}
     if rank == 0:
         values |= _shared_values(engine, client_state, blobs)
-        values["left_out"] = sorted(left_out)
+        values[PARTS] = part.count
+    if engine.axis.rank == 0:  # one rank of each part
+        own = _values_of_names(engine, left_out, blobs, f"part{part.index}")
+        values |= {part.key: own} if part.count > 1 else own
     records = [r for r in ds_zero.records(engine.module, engine.optimizer) if r.fqn not in left_out]
-    return Content(records=records, blobs=blobs, values=values)
+    return Content(
+        records=part.named(records), blobs=blobs, values=values, only_stepped=_only_stepped(engine.module)
+    )
+
+
+def _only_stepped(module: nn.Module) -> Callable[[ShardRecord], bool]:
+    """False for what can be reached through the module, where a user's own code may change it at any time."""
+    shown = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    return lambda record: record.data.untyped_storage().data_ptr() not in shown
 
 
 def _shared_values(
@@ -119,7 +126,6 @@ def _shared_values(
         },
         "config": engine.config.model_dump(mode="json", exclude_unset=True),
         "versions": {"torch": str(torch.__version__)},
-        "optimizer": {"family": _family(engine.optimizer), "groups": _group_options(engine, tensors)},
         "schedule": None
         if schedule is None
         else {
@@ -129,8 +135,21 @@ def _shared_values(
         "loss_scale": engine.scaler.state_dict(),
         "client_state": codec.encode(dict(client_state), "client_state", tensors, "client"),
         "data": engine.training_dataloader.state_dict() if engine.training_dataloader is not None else None,
+    }
+    blobs.update(tensors)
+    return values
+
+
+def _values_of_names(
+    engine: Engine, left_out: set[str], blobs: dict[str, Tensor], prefix: str
+) -> dict[str, Any]:
+    """What is said of parameters and groups: the same on all ranks that hold the same part of the model."""
+    tensors: dict[str, Tensor] = {}
+    values = {
+        "optimizer": {"family": _family(engine.optimizer), "groups": _group_options(engine, tensors, prefix)},
         "tied": _tied(engine.module),
         "frozen": [name for name, p in engine.module.named_parameters() if not p.requires_grad],
+        "left_out": sorted(left_out),
     }
     blobs.update(tensors)
     return values
@@ -149,7 +168,7 @@ def _family(optimizer: torch.optim.Optimizer) -> str:
     return known or names[0].removeprefix("Fused").lower()
 
 
-def _group_options(engine: Engine, tensors: dict[str, Tensor]) -> list[Any]:
+def _group_options(engine: Engine, tensors: dict[str, Tensor], prefix: str) -> list[Any]:
     return [
         {
             "num_params": len(group["params"]),
@@ -157,7 +176,7 @@ def _group_options(engine: Engine, tensors: dict[str, Tensor]) -> list[Any]:
                 {k: v for k, v in group.items() if k != "params"},
                 f"optimizer.param_groups[{i}]",
                 tensors,
-                "optimizer",
+                f"optimizer/{prefix}",
             ),
         }
         for i, group in enumerate(engine.optimizer.param_groups)
@@ -168,7 +187,6 @@ def load(
     engine: Engine, load_dir: str | os.PathLike[str], tag: str | None, wanted: Wanted
 ) -> tuple[str, dict[str, Any]]:
     """See `Engine.load_checkpoint`."""
-    _refuse_model_parallel(engine)
     if engine.background is not None:
         engine.background.wait()
     team = Team()
@@ -180,6 +198,7 @@ def load(
         # Each rank looks at some of the files, so that none is opened by all; damage inside shows when it is
         # read.
         _together(team, doing, lambda: checkpoint.check_files(team.rank, team.size))
+        _together(team, doing, lambda: _part(engine).narrow(checkpoint))
         _together(team, doing, lambda: _check_fit(engine, checkpoint, wanted))
         if wanted.optimizer and not _has_states(checkpoint):
             engine.optimizer.state.clear()  # saved before the first step: what this run has gathered must not stay

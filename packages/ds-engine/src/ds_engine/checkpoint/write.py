@@ -46,6 +46,8 @@ class Content:
     """Other tensors; names are unique over all ranks."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """JSON; keys are unique over all ranks (rank 0 writes what all share)."""
+    only_stepped: Callable[[ShardRecord], bool] = lambda record: False
+    """Whether nothing but a step of the optimizer changes a record's tensor; it may be copied until then."""
 
 
 def file_name(rank: int, size: int) -> str:
@@ -157,12 +159,14 @@ def _write_file(path: Path, team: Team, content: Content) -> bytes:
 
 def _commit(staging: folder.Staging, fragments: Sequence[bytes], tag: str) -> bytes:
     """Put the manifest beside the data files, and give the folder its name."""
-    content = manifest.dump(_merge([json.loads(fragment) for fragment in fragments], tag))
+    content = manifest.dump(
+        _merge([json.loads(fragment) for fragment in fragments], tag, named_latest=staging.names_latest)
+    )
     folder.write_synced(staging.path / manifest.NAME, content)
     return os.fsencode(staging.commit())
 
 
-def _merge(fragments: Sequence[dict[str, Any]], tag: str) -> Manifest:
+def _merge(fragments: Sequence[dict[str, Any]], tag: str, *, named_latest: bool) -> Manifest:
     """One manifest from what the ranks wrote; CheckpointError if that is not every element exactly once."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     values: dict[str, Any] = {}
@@ -185,6 +189,7 @@ def _merge(fragments: Sequence[dict[str, Any]], tag: str) -> Manifest:
         tag=tag,
         world_size=len(fragments),
         saved_at_s=time.time(),
+        named_latest=named_latest,
         files=files,
         tensors=tensors,
         blobs=blobs,

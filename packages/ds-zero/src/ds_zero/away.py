@@ -1,0 +1,152 @@
+"""Sharded state that is away in host memory for a while, so that something else can use the accelerator.
+
+[Note: storage stays]
+Views of one tensor are in many hands: shards in the optimizer's groups, parameters in the module, partitions in the
+store. So what is moved is the content of storages: it is copied to the host, the storage is resized to nothing, and
+later filled again; all views find their values where they were. Tensors that a user can reach show the host's copy
+meanwhile, so that reading them is right and never a crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ds_zero import _registry
+from ds_zero.state import ZeroState
+
+OPTIM_STATES, HP_PARAMS, LP_PARAMS, LP_GRADS = "optim_states", "hp_params", "lp_params", "lp_grads"
+
+
+@dataclass
+class _Moved:
+    """One storage that is away."""
+
+    storage: torch.UntypedStorage
+    host: Tensor
+    """Its bytes."""
+    shown: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Tensors that show the host's copy, and what they showed before."""
+
+    def show(self, tensor: Tensor) -> None:
+        was = tensor.data
+        self.shown.append((tensor, was))
+        width = was.element_size()
+        begin, end = was.storage_offset() * width, self.host.numel() // width * width
+        values = self.host[begin:end].view(was.dtype)
+        tensor.data = values.as_strided(was.shape, was.stride())
+
+    def bring_back(self, *, non_blocking: bool) -> None:
+        self.storage.resize_(self.host.numel())
+        _bytes_of(self.storage).copy_(self.host, non_blocking=non_blocking)
+        for tensor, was in self.shown:
+            tensor.data = was
+
+
+class Away:
+    """Moves state of a sharded model to the host; `back` brings it home.
+
+    In between the model can be neither trained nor saved, and forward works only while its parameters are not among
+    what is away. What rests in host memory already stays where it is. A storage that serves several kinds (fp32
+    parameters are their own masters) moves if all of them are asked for.
+    """
+
+    KINDS = (OPTIM_STATES, HP_PARAMS, LP_PARAMS, LP_GRADS)
+    """Optimizer states; fp32 masters; parameters in their compute dtype; reduced gradients."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kinds: Collection[str] = KINDS,
+        *,
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """
+        Args:
+            kinds: of `KINDS`.
+            pin_memory: page-lock the host's copies.
+            non_blocking: return before the copies are complete; synchronize before reading them.
+
+        Raises:
+            ValueError: an unknown kind, or a model that is not sharded.
+        """
+        unknown = sorted(set(kinds) - set(self.KINDS))
+        if unknown:
+            raise ValueError(f"unknown kind of state {unknown[0]!r}: there are {', '.join(self.KINDS)}")
+        state = _registry.state_of(model)
+        state.stepper.wait()
+        state.gatherer.drop_all()
+        self.kinds = frozenset(kinds)
+        self._moved: dict[int, _Moved] = {}
+        needed: dict[int, set[str]] = {}
+        found = [(kind, tensor) for kind, tensor in _held(state) if _movable(tensor)]
+        for kind, tensor in found:
+            needed.setdefault(tensor.untyped_storage().data_ptr(), set()).add(kind)
+        for _, tensor in found:
+            storage = tensor.untyped_storage()
+            where = storage.data_ptr()
+            if where not in self._moved and needed[where] <= self.kinds:
+                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pin_memory)
+                self._moved[where] = _Moved(
+                    storage, host.copy_(_bytes_of(storage), non_blocking=non_blocking)
+                )
+        for tensor in _reachable(state):
+            if _movable(tensor) and tensor.untyped_storage().data_ptr() in self._moved:
+                self._moved[tensor.untyped_storage().data_ptr()].show(tensor)
+        for moved in self._moved.values():
+            moved.storage.resize_(0)
+        if self._moved and not non_blocking:
+            torch.accelerator.synchronize()
+        if self._moved:
+            torch.accelerator.empty_cache()  # for other processes, too
+
+    @property
+    def num_bytes(self) -> int:
+        """What the accelerator got back."""
+        return sum(moved.host.numel() for moved in self._moved.values())
+
+    def back(self, *, non_blocking: bool = False) -> None:
+        """Everything is where it was. Safe to call twice."""
+        for moved in self._moved.values():
+            moved.bring_back(non_blocking=non_blocking)
+        if self._moved and not non_blocking:
+            torch.accelerator.synchronize()
+        self._moved.clear()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _movable(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu" and tensor.untyped_storage().nbytes() > 0
+
+
+def _held(state: ZeroState) -> Iterator[tuple[str, Tensor]]:
+    """Everything of the four kinds, under each kind that it serves."""
+    optimizer = state.optimizer() if state.optimizer is not None else None
+    for held in optimizer.state.values() if optimizer is not None else ():
+        yield from ((OPTIM_STATES, v) for v in held.values() if isinstance(v, Tensor) and v.ndim > 0)
+    for bucket in state.buckets:
+        yield from ((LP_PARAMS, tensor) for tensor in (bucket.full, bucket.low))
+        if bucket.secondary is not None:
+            yield LP_PARAMS, bucket.secondary.tensor
+        if bucket.master is not None:
+            yield HP_PARAMS, bucket.master
+        if bucket.grad is not None:
+            yield LP_GRADS, bucket.grad
+        yield from ((LP_GRADS, shard.grad) for shard in bucket.shards if shard.grad is not None)
+
+
+def _reachable(state: ZeroState) -> Iterator[Tensor]:
+    """What others hold and may read: each tensor once."""
+    optimizer = state.optimizer() if state.optimizer is not None else None
+    every: list[Tensor] = [p for bucket in state.buckets for p in (*bucket.params, *bucket.shards)]
+    every += [shard.grad for bucket in state.buckets for shard in bucket.shards if shard.grad is not None]
+    for held in optimizer.state.values() if optimizer is not None else ():
+        every += [value for value in held.values() if isinstance(value, Tensor)]
+    yield from {id(tensor): tensor for tensor in every}.values()
