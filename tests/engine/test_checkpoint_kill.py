@@ -117,6 +117,7 @@ def kill_again_and_again(folder: Path, how: str, kills: int, seed: int) -> int:
     chance = random.Random(seed)
     folder.mkdir()
     root = folder / "run"
+    root.mkdir()
     number = 0
     interrupted = 0
     with contextlib.closing(Jobs()) as job:
