@@ -23,9 +23,10 @@ from ds_engine.config.batch import Batch
 from ds_engine.engine import Engine
 from ds_engine.pacing import Pacing
 from ds_engine.precision import Precision
+from ds_zero.lockstep import Batches
 from ds_zero.nearest import batch_size
 from ds_zero.plain import Recipe, own_randomness, seed_everything
-from ds_zero.verify import Batches, default_model_loss, run
+from ds_zero.verify import default_model_loss, run
 
 Factory = Callable[[], Any]
 

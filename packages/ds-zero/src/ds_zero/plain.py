@@ -143,11 +143,9 @@ class LineSum:
 class PlainTraining:
     """One training by [Note: what plain means]: `gradients`, then `update`, for every step."""
 
-    def __init__(self, recipe: Recipe, disturb: int | None = None) -> None:
-        """`disturb`: seed of the moves by one ULP, [Note: measured deviation]; None: no number is moved."""
+    def __init__(self, recipe: Recipe) -> None:
         seed_everything(recipe.seed)
         self._recipe = recipe
-        self._disturb = torch.Generator().manual_seed(disturb) if disturb is not None else None
         self.keeper, self.optimizer = recipe.make()
         """The model whose parameters are masters, and what steps them."""
         self.config = recipe.config(self.keeper)
@@ -169,12 +167,10 @@ class PlainTraining:
         self.norm = math.nan
         self._grads: dict[str, Tensor] = {}
         self._buffers = [self._copied_buffers() for _ in range(recipe.ranks if self._has_buffers() else 0)]
-        if self._disturb is not None:
-            with torch.no_grad():
-                for param in self.keeper.parameters():
-                    if param.is_floating_point():
-                        param.copy_(self._moved(param))
-            self._publish()
+        self._before = list(self._buffers)
+        """Buffers of the ranks at the beginning of the step."""
+        self._sizes: dict[str, float] = {}
+        """Sum over the step's micro-batches of the largest element of each gradient."""
 
     # --- construction
 
@@ -220,8 +216,52 @@ class PlainTraining:
             losses[k][r], found = self._micro_batch(batches[k][r], first + k * ranks + r, r)
             return found
 
+        self._before, self._sizes = list(self._buffers), {}
         self._grads = total(run, len(batches))
         return losses
+
+    def disturbed(
+        self, batches: Sequence[Sequence[Any]], first: int
+    ) -> tuple[list[list[float]], dict[str, Tensor], dict[str, Tensor]]:
+        """Losses, gradients (as `gradient` gives them) and rank 0's buffers of the same step with every weight moved by
+        one unit in the last place; nothing of it stays.
+        """
+        kept = self._grads, self._before, self._buffers, self._sizes
+        params = [p for p in self.worker.parameters() if p.is_floating_point()]
+        weights = [p.detach().clone() for p in params]
+        generator = torch.Generator().manual_seed(self._recipe.seed + self.steps)
+        self._buffers = list(self._before)
+        with torch.no_grad():
+            for param in params:
+                param.copy_(neighbours(param, generator))
+        losses = self.gradients(batches, first)
+        grads = {n: g for n in self.names if (g := self.gradient(n)) is not None}
+        buffers = dict(self.values("buffer"))
+        with torch.no_grad():
+            for param, weight in zip(params, weights, strict=True):
+                param.copy_(weight)
+        self._grads, self._before, self._buffers, self._sizes = kept
+        return losses, grads, buffers
+
+    def sum_error(self, name: str, *, ordered: bool) -> float:
+        """How far another order of sums may take a gradient; `ordered`: sums over ranks are taken in fp32."""
+        config, recipe = self.config, self._recipe
+        if name not in self._grads:
+            return 0.0
+        added = [torch.float32, config.grad_dtype]
+        if not ordered:
+            computing = self.worker.get_parameter(name).dtype
+            added += [config.communication_dtype or computing]
+        unit = max(torch.finfo(dtype).eps for dtype in added)
+        terms = recipe.ranks + recipe.micro_batches + 2
+        size = (
+            self._sizes.get(name, 0.0) / self.loss_scale / (recipe.ranks if config.reduce_op == "mean" else 1)
+        )
+        return terms * unit * size if math.isfinite(size) else math.inf
+
+    def adopt_gradient(self, name: str, value: Tensor) -> None:
+        """Step with this one, which is as `gradient` gives it."""
+        self._grads[name] = (value.detach() * self.loss_scale).to(self.config.grad_dtype)
 
     def update(self) -> None:
         """Clip and step, unless the gradient is not finite and a loss scale guards the step."""
@@ -254,6 +294,34 @@ class PlainTraining:
         found = self._grads.get(name)
         return None if found is None else found.float() * (1.0 / self.loss_scale)
 
+    def adopt(self, name: str, value: Tensor) -> None:
+        """Go on from another value of a parameter."""
+        with torch.no_grad():
+            for model in (self.keeper, self.worker):
+                param = model.get_parameter(name)
+                param.copy_(value)
+
+    def states(self) -> list[tuple[str, str]]:
+        """Names of parameters and of what the optimizer keeps for them."""
+        params = dict(self.keeper.named_parameters())
+        return [(n, kind) for n in self.names for kind, v in self._held(params[n]).items() if _is_value(v)]
+
+    def state(self, name: str, kind: str) -> Tensor:
+        """One of `states`."""
+        return torch.as_tensor(self._held(self.keeper.get_parameter(name))[kind])
+
+    def adopt_state(self, name: str, kind: str, value: Tensor) -> None:
+        """Go on from another value of an optimizer's state."""
+        held = self._held(self.keeper.get_parameter(name))
+        if isinstance(held[kind], Tensor):
+            held[kind].copy_(value)
+        else:
+            held[kind] = type(held[kind])(value.item())
+
+    def _held(self, param: Tensor) -> dict[str, Any]:
+        found: dict[str, Any] = self.optimizer.state.get(param, {})
+        return found
+
     # --- inside
 
     def _micro_batch(self, batch: Any, number: int, rank: int) -> tuple[float, dict[str, Tensor]]:
@@ -273,7 +341,9 @@ class PlainTraining:
         for name in self.names:
             grad = params[name].grad
             if grad is not None:
-                found[name] = self._moved(grad.to_dense() if grad.is_sparse else grad.detach())
+                found[name] = grad.to_dense() if grad.is_sparse else grad.detach()
+                size = float(found[name].abs().max()) if found[name].numel() else 0.0
+                self._sizes[name] = self._sizes.get(name, 0.0) + size
                 params[name].grad = None
         return loss.item(), found
 
@@ -359,14 +429,15 @@ class PlainTraining:
         if self._buffers:
             self._buffers[rank] = self._copied_buffers()
 
-    def _moved(self, value: Tensor) -> Tensor:
-        """Every element to one of its neighbours; zeros stay, since what makes them is exact."""
-        if self._disturb is None:
-            return value
-        bits = torch.int16 if value.element_size() == 2 else torch.int32
-        if value.element_size() == 8:
-            bits = torch.int64
-        up = torch.rand(value.shape, generator=self._disturb).to(value.device) < 0.5
-        raw = value.detach().contiguous().view(bits)
-        moved = torch.where(up, raw + 1, raw - 1).view(value.dtype)
-        return torch.where((value == 0) | ~value.isfinite() | ~moved.isfinite(), value, moved)
+
+def neighbours(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Every element's neighbour, above or below; zeros stay."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+    up = torch.rand(value.shape, generator=generator).to(value.device) < 0.5
+    raw = value.detach().contiguous().view(bits)
+    moved = torch.where(up, raw + 1, raw - 1).view(value.dtype)
+    return torch.where((value == 0) | ~value.isfinite() | ~moved.isfinite(), value, moved)
+
+
+def _is_value(held: Any) -> bool:
+    return isinstance(held, (Tensor, int, float)) and not isinstance(held, bool)

@@ -2,64 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from ds_zero import _registry
 from ds_zero.check import check_stage
 from ds_zero.comm import Comm
 from ds_zero.config import ZeroConfig
 from ds_zero.deferred import deferred_init
-from ds_zero.deviation import (
-    BUFFER,
-    GRADIENT,
-    LOSS,
-    NORM,
-    PARAMETER,
-    Difference,
-    Drift,
-    Verification,
-    compare,
-    judged,
-)
+from ds_zero.deviation import Verification
 from ds_zero.interfaces import ShardStore
+from ds_zero.lockstep import Batches, Candidate, Lockstep, from_first, world_size
 from ds_zero.plain import Loss, PlainTraining, Recipe, Schedule, own_randomness, seed_everything
 from ds_zero.plan import default_loss
 from ds_zero.scaler import DynamicScale, LossScaler
 from ds_zero.shard import shard
 from ds_zero.train import clip_grad_norm_, destroy, grad_norm
-from ds_zero.values import get_full
-
-T = TypeVar("T")
-Batches = Callable[[int], Any] | Iterable[Any]
-
-
-class Candidate(Protocol):
-    """A sharded training that `run` judges."""
-
-    @property
-    def model(self) -> nn.Module:
-        """What `ds_zero.shard` has taken."""
-
-    def micro_batch(self, batch: Any) -> float:
-        """Forward and backward; the loss."""
-
-    def step(self) -> None:
-        """Clip and step."""
-
-    @property
-    def norm(self) -> float:
-        """Of the last step's gradient before clipping; NaN where it was not measured."""
 
 
 def verify(
@@ -85,13 +48,13 @@ def verify(
     Collective: all ranks of the process group call it alike (or one process without a group), and get the same
     answer. Rank 0 also trains the plain model, on the micro-batches of all ranks, so it needs memory for a whole model
     and optimizer, and the time of all ranks. Gradients are compared before clipping, parameters after the step, all
-    tensors of both in every step. See [Note: what plain means] in `plain.py` and [Note: measured deviation] in
+    tensors of both in every step. See [Note: what plain means] in `plain.py` and [Note: what rounding explains] in
     `deviation.py`. Random generators are seeded alike for every micro-batch on both sides, so dropout does not tell
     them apart; they are put back at the end.
 
     Args:
         make: makes the model and its optimizer, always with the same values from the same random seed. Rank 0 calls it
-            twice (with a difference, a third and a fourth time).
+            twice.
         batches: micro-batches: a function from their number to one, or something to iterate over (a list, a data
             loader), which starts again when it ends. Rank 0's are given to all; number k N + r goes to rank r of N.
         loss: from the model and a micro-batch to a scalar. None: the micro-batch is what the model is called with (a
@@ -118,7 +81,7 @@ def verify(
         loss=loss or default_model_loss,
         config=lambda _: own,
         stage=stage,
-        ranks=_world(),
+        ranks=world_size(),
         micro_batches=accumulation_steps,
         clip=math.inf if clip is None else clip,
         scale=loss_scale,
@@ -197,12 +160,10 @@ def run(
         made: the candidate's model, if the plain one must be another object.
         what: names the configuration; default from the recipe.
     """
-    lockstep = _Lockstep(candidate, recipe, batches, steps)
+    lockstep = Lockstep(candidate, recipe, batches)
     lockstep.begin(made)
     for step in range(1, steps + 1):
         lockstep.step(step)
-    exact = _from_first(lambda: not lockstep.differences)
-    found = () if exact else lockstep.judged()
     plain = lockstep.plain
     result: Verification | None = None
     if plain is not None:
@@ -213,247 +174,13 @@ def run(
             tensors=len(plain.values()),
             losses=tuple(lockstep.losses),
             plain_losses=tuple(lockstep.plain_losses),
-            differences=found,
-            notes=_notes(plain, bool(found)),
+            differences=tuple(lockstep.differences),
+            notes=_notes(plain, bool(lockstep.differences)),
             bitwise_wanted=bitwise,
         )
-    answer = _from_first(lambda: result)
+    answer = from_first(lambda: result)
     assert answer is not None
     return answer
-
-
-class _Lockstep:
-    """Both trainings, one step at a time; the plain one on rank 0 alone."""
-
-    def __init__(self, candidate: Candidate, recipe: Recipe, batches: Batches, steps: int) -> None:
-        self._candidate, self._recipe = candidate, recipe
-        self._first = _rank() == 0
-        self._device = next(iter(candidate.model.parameters())).device
-        self._stream = _numbered(batches) if self._first else iter(())
-        self._kept: list[list[list[Any]]] = []
-        self.plain: PlainTraining | None = None
-        self.differences: list[Difference] = []
-        self.losses: list[float] = []
-        self.plain_losses: list[float] = []
-        self._modules: dict[str, str] = {}
-
-    def begin(self, made: nn.Module | None) -> None:
-        """Construct the plain training, and see that both start from the same values."""
-
-        def construct() -> None:
-            self.plain = PlainTraining(self._recipe)
-            if self.plain.keeper is made:
-                raise ValueError(
-                    "the function that makes the model returned the same object twice: construct a new model in it"
-                )
-            if any(p.is_meta for p in self.plain.keeper.parameters()):
-                raise ValueError(
-                    "the function that makes the model leaves parameters on the meta device: construct it outside of "
-                    "deferred_init, and say deferred=True where it shall be sharded from there"
-                )
-            for name, _ in self.plain.keeper.named_parameters():
-                owner = name.rpartition(".")[0]
-                kind = type(self.plain.keeper.get_submodule(owner)).__name__
-                self._modules[name] = f"{owner} ({kind})" if owner else kind
-
-        _from_first(construct)
-        self._compare_parameters(0)
-        if _from_first(lambda: bool(self.differences)):
-            names = _from_first(lambda: [d.name for d in self.differences]) or []
-            raise ValueError(
-                f"{len(names)} parameters start with other values than in plain PyTorch, first {names[0]!r}: the "
-                "function that makes the model has to give the same values after the same torch.manual_seed"
-            )
-
-    def step(self, step: int) -> None:
-        """One optimizer step of both, compared."""
-        recipe, rank = self._recipe, _rank()
-        first = (step - 1) * recipe.micro_batches * recipe.ranks
-        table = _from_first(self._take)
-        assert table is not None
-        table = _moved(table, self._device)
-        if self._first:
-            self._kept.append(table)
-        own = []
-        for k, row in enumerate(table):
-            seed_everything(recipe.seed, first + k * recipe.ranks + rank)
-            own.append(self._candidate.micro_batch(row[rank]))
-        losses = _everybodys(own)
-        _from_first(lambda: self._plain_gradients(step, table, losses, first))
-        self._compare_gradients(step)
-        self._candidate.step()
-        _from_first(lambda: self._plain_update(step))
-        self._compare_parameters(step)
-
-    def judged(self) -> tuple[Difference, ...]:
-        """The differences with bounds, [Note: measured deviation]."""
-        return _from_first(lambda: judged(self.differences, self._drift()))
-
-    # --- on rank 0
-
-    def _take(self) -> list[list[Any]]:
-        ranks, micros = self._recipe.ranks, self._recipe.micro_batches
-        return _moved(
-            [[next(self._stream) for _ in range(ranks)] for _ in range(micros)], torch.device("cpu")
-        )
-
-    def _plain_gradients(
-        self, step: int, table: Sequence[Sequence[Any]], losses: Sequence[Sequence[float]], first: int
-    ) -> None:
-        assert self.plain is not None
-        expected = self.plain.gradients(table, first)
-        for k, row in enumerate(expected):
-            for r, plain in enumerate(row):
-                name = _loss_name(k, r)
-                self._note(_number(losses[r][k]), _number(plain), step, LOSS, name)
-        flat = [loss for row in expected for loss in row]
-        self.plain_losses.append(math.fsum(flat) / len(flat))
-        mine = [loss for row in losses for loss in row]
-        self.losses.append(math.fsum(mine) / len(mine))
-
-    def _plain_update(self, step: int) -> None:
-        assert self.plain is not None
-        self.plain.update()
-        if not math.isnan(self._candidate.norm):
-            self._note(_number(self._candidate.norm), _number(self.plain.norm), step, NORM, "all parameters")
-
-    def _note(self, found: Tensor | None, plain: Tensor | None, step: int, kind: str, name: str) -> None:
-        difference = compare(
-            found, plain, step=step, kind=kind, name=name, module=self._modules.get(name, "")
-        )
-        if difference is not None:
-            self.differences.append(difference)
-
-    def _drift(self) -> Drift:
-        """Plain PyTorch twice more, once with numbers moved by one ULP."""
-        drift, recipe = Drift(), self._recipe
-        pair = PlainTraining(recipe), PlainTraining(recipe, disturb=recipe.seed + 1)
-        for step, table in enumerate(self._kept, 1):
-            first = (step - 1) * recipe.micro_batches * recipe.ranks
-            one, two = (training.gradients(table, first) for training in pair)
-            drift.note(
-                step,
-                LOSS,
-                [
-                    (_loss_name(k, r), _number(loss), _number(two[k][r]))
-                    for k, row in enumerate(one)
-                    for r, loss in enumerate(row)
-                ],
-            )
-            names = [n for n in pair[0].names if pair[0].gradient(n) is not None]
-            drift.note(step, GRADIENT, _pairs(names, *(t.gradient for t in pair)))
-            for training in pair:
-                training.update()
-            drift.note(step, NORM, [("all parameters", _number(pair[0].norm), _number(pair[1].norm))])
-            for kind in (PARAMETER, BUFFER):
-                values = [training.values(kind) for training in pair]
-                drift.note(step, kind, _pairs(values[0], values[0].get, values[1].get))
-        return drift
-
-    # --- on all ranks
-
-    def _compare_gradients(self, step: int) -> None:
-        """From the loss backwards: what goes wrong in backward goes wrong in everything that comes later in it."""
-        names = _from_first(lambda: self.plain.names if self.plain is not None else [])
-        for name in reversed(names or []):
-            found = get_full(self._candidate.model, name, "grad")
-            if self.plain is not None:
-                self._note(found, self.plain.gradient(name), step, GRADIENT, name)
-
-    def _compare_parameters(self, step: int) -> None:
-        names = _from_first(lambda: list(self.plain.values()) if self.plain is not None else [])
-        plain = self.plain.values() if self.plain is not None else {}
-        for name in names or []:
-            found = get_full(self._candidate.model, name)
-            if self.plain is not None:
-                self._note(found, plain[name], step, PARAMETER, name)
-        if self.plain is not None and step:
-            buffers = dict(self._candidate.model.named_buffers())
-            for name, value in self.plain.values(BUFFER).items():
-                self._note(buffers.get(name), value, step, BUFFER, name)
-
-
-def _pairs(
-    names: Iterable[str], one: Callable[[str], Tensor | None], two: Callable[[str], Tensor | None]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    for name in names:
-        plain, moved = one(name), two(name)
-        if plain is not None and moved is not None:
-            yield name, plain, moved
-
-
-def _moved(table: list[list[Any]], device: torch.device) -> list[list[Any]]:
-    """Micro-batches with their tensors on one device: what another rank sent was on a device of its own."""
-    return tree_map_only(Tensor, lambda t: t.to(device), table)  # type: ignore[no-any-return]
-
-
-def _loss_name(k: int, rank: int) -> str:
-    return f"micro-batch {k + 1} on rank {rank}"
-
-
-def _number(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32)
-
-
-def _numbered(batches: Batches) -> Iterator[Any]:
-    if callable(batches):
-        yield from map(batches, itertools.count())
-        return
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise ValueError("there are no micro-batches: `batches` is empty, or an iterator that has ended")
-
-
-# --- ranks
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _from_first(make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, on all ranks; an error there is raised everywhere."""
-    box: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            box[0] = make()
-        except Exception as error:
-            # The others wait: whatever it is, they have to hear of it.
-            if _world() == 1:
-                raise
-            box[1] = _told(error)
-    if _world() > 1:
-        dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    found: T = box[0]
-    return found
-
-
-def _told(error: Exception) -> Exception:
-    """The error, or one that can be sent in its place."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001  (whatever an exception class does when it is pickled)
-        return ValueError(f"on rank 0: {type(error).__name__}: {error}")
-    return error
-
-
-def _everybodys(own: list[float]) -> list[list[float]]:
-    """Every rank's list."""
-    if _world() == 1:
-        return [own]
-    told: list[Any] = [None] * _world()
-    dist.all_gather_object(told, own)
-    return told
 
 
 # --- words
