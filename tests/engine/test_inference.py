@@ -52,7 +52,7 @@ def own_rank() -> int:
 
 
 @ranks(1, 2, timeout_s=120)
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("t5", marks=pytest.mark.full)])
 def test_a_divided_model_answers_as_a_whole_one_whatever_the_lengths(name: str) -> None:
     rank = own_rank()
     reference, model = build(name).eval(), build(name)
