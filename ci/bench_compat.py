@@ -106,25 +106,33 @@ class Side:
         listed = self.folder / "cases.json"
         listed.write_text(json.dumps(cases))
         command = [self.python, str(JOBS / "several.py"), job, str(listed), str(RANKS), str(self.timeout_s)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=self.environment(), check=False)
         found: dict[Cell, list[float]] = {}
-        for cell, case in zip(cells, cases, strict=True):
-            out, log = Path(case["out"]), Path(case["out"] + ".log")
-            if out.is_file():
-                written = json.loads(out.read_text())
-                found[cell] = written.get("micro_losses") or written["losses"]
-                name = self._name(cell)
-                if name is not None:
-                    name.parent.mkdir(parents=True, exist_ok=True)
-                    name.write_text(json.dumps(found[cell]))
-            else:
-                said = log.read_text(errors="replace") if log.is_file() else f"exit status {done.returncode}"
-                self.errors[cell] = said[-3000:]
-            out.unlink(missing_ok=True)
-            log.unlink(missing_ok=True)
-            shutil.rmtree(out.with_suffix(""), ignore_errors=True)  # the Trainer's folder
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=self.environment()) as process:
+            assert process.stdout is not None
+            # A line for each case, so that what is done is kept where the rest is interrupted.
+            for cell, case, _ in zip(cells, cases, filter(_is_report, process.stdout), strict=False):
+                self._take(cell, Path(case["out"]), found)
+        for cell in cells:
+            if cell not in found and cell not in self.errors:
+                self.errors[cell] = f"exit status {process.returncode}"
         self.seconds += time.perf_counter() - start
         return found
+
+    def _take(self, cell: Cell, out: Path, found: dict[Cell, list[float]]) -> None:
+        """What one case has left."""
+        log = Path(f"{out}.log")
+        if out.is_file():
+            written = json.loads(out.read_text())
+            found[cell] = written.get("micro_losses") or written["losses"]
+            name = self._name(cell)
+            if name is not None:
+                name.parent.mkdir(parents=True, exist_ok=True)
+                name.write_text(json.dumps(found[cell]))
+        elif log.is_file():
+            self.errors[cell] = log.read_text(errors="replace")[-3000:]
+        out.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+        shutil.rmtree(out.with_suffix(""), ignore_errors=True)  # the Trainer's folder
 
     def _name(self, cell: Cell) -> Path | None:
         if self.kept is None:
@@ -137,6 +145,11 @@ class Side:
         if not hasattr(self, "_said"):
             self._said = subprocess.check_output([self.python, "-c", VERSIONS], text=True).split()
         return self._said
+
+
+def _is_report(line: str) -> bool:
+    """Not what an import prints."""
+    return line.startswith('{"out"')
 
 
 def compile_what_the_peer_needs(peer: Side) -> None:

@@ -37,6 +37,7 @@ def test_an_answer_is_kept_for_the_same_script_options_and_versions(
         "for c in cases:\n"
         "    if '--bf16' in c['options']: pathlib.Path(c['out'] + '.log').write_text('no such mix')\n"
         "    else: pathlib.Path(c['out']).write_text(json.dumps({'losses': [1.0], 'micro_losses': [2.0, 3.0]}))\n"
+        "    print('something else', json.dumps({'out': c['out']}), sep='\\n', flush=True)\n"
     )
     monkeypatch.setattr(bench_compat, "JOBS", jobs)
     monkeypatch.setattr(bench_compat.Side, "_versions", lambda self: ["1"])
