@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,9 +27,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 import ds_zero
+from ds_engine.checkpoint import datafile
 from ds_engine.checkpoint.errors import CheckpointError
+from ds_engine.checkpoint.image import Image
 from ds_engine.checkpoint.team import Team
-from ds_engine.checkpoint.write import Content, ShardRecord, write
+from ds_engine.checkpoint.write import Content, ShardRecord, described, write
 
 LATE_BYTES = 1 << 12
 """Smaller tensors are copied in the call: it costs less than to keep them in mind."""
@@ -39,14 +40,18 @@ LATE_BYTES = 1 << 12
 class _LateCopy:
     """Fills buffers from tensors in another thread, and holds back the optimizer's step until they are filled."""
 
-    def __init__(self, optimizer: Optimizer, work: Sequence[tuple[ds_zero.ShardRecord, Tensor]]) -> None:
-        """`work`: what to copy, and the buffer for it. Copies from an accelerator are under way at once."""
-        self._work = [(record, buffer, record.data._version) for record, buffer in work]
+    def __init__(
+        self, optimizer: Optimizer, image: Image, work: Sequence[tuple[ds_zero.ShardRecord, str]]
+    ) -> None:
+        """`work`: what to copy, and its key in the image. Copies from an accelerator are under way at once."""
+        self._image = image
+        self._work = [(record, record.data._version) for record, _ in work]
         self._host = [pair for pair in work if pair[0].data.device.type == "cpu"]
         self._filled = threading.Event()
         self._checking = threading.Lock()
         self._changed: str | None = None
-        self._copied = _on_a_stream_of_its_own([pair for pair in work if pair[0].data.device.type != "cpu"])
+        others = [(r.data, image.place(key, r.data)) for r, key in work if r.data.device.type != "cpu"]
+        self._copied = _on_a_stream_of_its_own(others)
         self._hook = _before_each_step_of(optimizer, self._hold_back)
 
     def _hold_back(self) -> None:
@@ -60,7 +65,7 @@ class _LateCopy:
     def _check(self) -> None:
         """Note, once, what was changed since the call: before the step, or when all is copied if that is earlier."""
         with self._checking:
-            for record, _, version in self._work:
+            for record, version in self._work:
                 if record.data._version != version and self._changed is None:
                     self._changed = f"{record.state} of {record.fqn!r}"
             self._work = []
@@ -72,9 +77,8 @@ class _LateCopy:
             CheckpointError: something changed a tensor meanwhile.
         """
         try:
-            for record, buffer in self._host:
-                # One core, without the interpreter's lock: torch's copy would start a team of threads here.
-                np.copyto(_bytes_of(buffer), _bytes_of(record.data))
+            for record, key in self._host:
+                self._image.fill(key, record.data)
             if self._copied is not None:
                 self._copied.synchronize()
             self._check()
@@ -109,12 +113,7 @@ def _before_each_step_of(optimizer: Optimizer, action: Callable[[], None]) -> Re
     return register_optimizer_step_pre_hook(before)
 
 
-def _bytes_of(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    found: np.ndarray[Any, np.dtype[np.uint8]] = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return found
-
-
-def _on_a_stream_of_its_own(work: Sequence[tuple[ds_zero.ShardRecord, Tensor]]) -> torch.Event | None:
+def _on_a_stream_of_its_own(work: Sequence[tuple[Tensor, Tensor]]) -> torch.Event | None:
     """Start copies from an accelerator beside what it computes next; the event of their end."""
     if not work:
         return None
@@ -122,8 +121,8 @@ def _on_a_stream_of_its_own(work: Sequence[tuple[ds_zero.ShardRecord, Tensor]]) 
     beside = torch.Stream(device=here.device)
     beside.wait_stream(here)
     with beside:
-        for record, buffer in work:
-            buffer.copy_(record.data, non_blocking=True)
+        for data, place in work:
+            place.copy_(data, non_blocking=True)
     return beside.record_event()
 
 
@@ -141,7 +140,7 @@ class BackgroundSaver:
         self._late: _LateCopy | None = None
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
-        self._buffers: dict[tuple[str, str, int], Tensor] = {}
+        self._image: Image | None = None
         self._group: dist.ProcessGroup | None = None
 
     def save(self, root: Path, tag: str, content: Callable[[], Content], **options: Any) -> str:
@@ -230,7 +229,7 @@ class BackgroundSaver:
     def close(self) -> None:
         """Wait, and give buffers and group back; a failure that nobody asked for was told when it happened."""
         self._join()
-        self._buffers.clear()
+        self._image = None
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
@@ -247,28 +246,30 @@ class BackgroundSaver:
             self._late = None
 
     def _copied(self, content: Content) -> Content:
-        """The content as of now, in host buffers that may be filled late."""
-        copies: dict[tuple[str, str, int], Tensor] = {}
+        """The content as of now, in an image of the file that may be filled late."""
+        items, _ = described(content)
+        layout = datafile.layout(items)
+        on_device = any(item.data.device.type != "cpu" for item in items)
+        if self._image is None or self._image.layout != layout:
+            self._image = None  # never two of them
+            self._image = Image(layout, pinned=on_device)
+        image = self._image
+        image.forget_sums()
         records: list[ShardRecord] = []
-        late: list[tuple[ds_zero.ShardRecord, Tensor]] = []
-        for record in content.records:
-            key = (record.fqn, record.state, record.flat_offset)
-            data = record.data.detach()
-            buffer = self._buffers.get(key)
-            if buffer is None or buffer.shape != data.shape or buffer.dtype != data.dtype:
-                pinned = data.device.type != "cpu"
-                buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=pinned)
-            copies[key] = buffer
+        late: list[tuple[ds_zero.ShardRecord, str]] = []
+        for record, item in zip(content.records, items, strict=False):
+            data, place = item.data.detach(), image.place(item.key, item.data)
             of = (record.fqn, record.state, record.global_shape, record.flat_offset)
-            records.append(ds_zero.ShardRecord(*of, buffer))
+            records.append(ds_zero.ShardRecord(*of, place))
             if self._optimizer is not None and data.nbytes >= LATE_BYTES and content.only_stepped(record):
-                late.append((ds_zero.ShardRecord(*of, data), buffer))
+                late.append((ds_zero.ShardRecord(*of, data), item.key))
             else:
-                buffer.copy_(data, non_blocking=True)
-        if any(record.data.device.type != "cpu" for record in content.records):
+                place.copy_(data, non_blocking=True)
+        blobs = {}
+        for (name, blob), item in zip(content.blobs.items(), items[len(records) :], strict=True):
+            blobs[name] = image.place(item.key, item.data).copy_(item.data).view(blob.shape)
+        if on_device:
             torch.accelerator.synchronize()
         if self._optimizer is not None and late:
-            self._late = _LateCopy(self._optimizer, late)
-        self._buffers = copies  # what this save does not have is not kept
-        blobs = {name: tensor.detach().clone().cpu() for name, tensor in content.blobs.items()}
-        return Content(records=records, blobs=blobs, values=content.values)
+            self._late = _LateCopy(self._optimizer, image, late)
+        return Content(records=records, blobs=blobs, values=content.values, image=image)

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from torch import Tensor
 from ds_engine.checkpoint.crc import crc32c
 from ds_engine.checkpoint.errors import CheckpointError
 from ds_engine.checkpoint.outfile import OutFile
+
+if TYPE_CHECKING:
+    from ds_engine.checkpoint.image import Image
 
 NAMES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -99,32 +103,62 @@ def block_bytes_for(total_bytes: int) -> int:
     return block
 
 
-def write(path: Path, items: Sequence[Item], *, kind: str = "ds-checkpoint") -> Written:
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where everything lies in a file that is to be written."""
+
+    header: bytes
+    begins: Mapping[str, int]
+    """Key -> first byte, in the order of the file."""
+    num_bytes: int
+    block_bytes: int
+
+
+def layout(items: Sequence[Item], kind: str = "ds-checkpoint") -> Layout:
+    """Where the items will lie; ValueError for a dtype that safetensors has no name for."""
+    # Wide dtypes first: without gaps, each tensor then still starts at a multiple of its element size.
+    ordered = sorted(items, key=lambda item: -item.data.element_size())
+    header = _header(ordered, kind)
+    begins, at = {}, len(header)
+    for item in ordered:
+        begins[item.key] = at
+        at += item.num_bytes
+    return Layout(header=header, begins=begins, num_bytes=at, block_bytes=block_bytes_for(at))
+
+
+def write(
+    path: Path, items: Sequence[Item], *, kind: str = "ds-checkpoint", image: Image | None = None
+) -> Written:
     """Write a new file and wait until it is on the disk.
 
     Args:
         kind: the "format" among the header's metadata; transformers reads files of "pt" only.
+        image: has the bytes of the whole file already; the items are views of it.
 
     Raises:
         OSError: the disk is full, or whatever else the system says; what is there then is no use.
         ValueError: a dtype that safetensors has no name for.
     """
-    # Wide dtypes first: without gaps, each tensor then still starts at a multiple of its element size.
-    ordered = sorted(items, key=lambda item: -item.data.element_size())
-    header = _header(ordered, kind)
-    total = len(header) + sum(item.num_bytes for item in ordered)
-    block_bytes = block_bytes_for(total)
+    plan = layout(items, kind) if image is None else image.layout
     sums: dict[str, str] = {}
-    with OutFile(path, total) as file:
-        file.write(header)
-        for item in ordered:
-            digits = []
-            for block in _blocks(item.data, block_bytes):
-                digits.append(crc32c(block))
-                file.write(block)
-            sums[item.key] = "".join(digits)
+    with OutFile(path, plan.num_bytes) as file:
+        if image is not None:
+            sums = {item.key: image.sums(item.key, item.data) for item in items}
+            file.write(image.content)
+        else:
+            file.write(plan.header)
+            by_key = {item.key: item.data for item in items}
+            for key in plan.begins:
+                digits = []
+                for block in _blocks(by_key[key], plan.block_bytes):
+                    digits.append(crc32c(block))
+                    file.write(block)
+                sums[key] = "".join(digits)
     info = FileInfo(
-        num_bytes=total, header_bytes=len(header), header_crc32c=crc32c(header), block_bytes=block_bytes
+        num_bytes=plan.num_bytes,
+        header_bytes=len(plan.header),
+        header_crc32c=crc32c(plan.header),
+        block_bytes=plan.block_bytes,
     )
     return Written(info=info, crc32c=sums)
 

@@ -61,11 +61,13 @@ class OutFile:
         if self._past is not None:
             self._past.write(raw)
             return
-        _write_all(self._descriptor, raw)
-        self._written += raw.nbytes
-        if self._written - self._flushed >= FLUSH_BYTES:
-            _start_flush(self._descriptor, self._flushed, self._written - self._flushed)
-            self._flushed = self._written
+        for begin in range(0, raw.nbytes, FLUSH_BYTES):
+            part = raw[begin : begin + FLUSH_BYTES]
+            _write_all(self._descriptor, part)
+            self._written += part.nbytes
+            if self._written - self._flushed >= FLUSH_BYTES:
+                _start_flush(self._descriptor, self._flushed, self._written - self._flushed)
+                self._flushed = self._written
 
 
 class _PastCache:
@@ -82,6 +84,11 @@ class _PastCache:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ds-checkpoint-disk")
 
     def write(self, content: Bytes) -> None:
+        if self._fill == 0 and content.nbytes >= BUFFER_BYTES and _address(content) % mmap.PAGESIZE == 0:
+            self._wait()
+            whole = content.nbytes // mmap.PAGESIZE * mmap.PAGESIZE
+            _write_all(self._descriptor, content[:whole])  # as it is
+            content = content[whole:]
         while content.nbytes:
             taken = min(content.nbytes, BUFFER_BYTES - self._fill)
             np.copyto(self._buffers[0][self._fill : self._fill + taken], content[:taken])
@@ -107,6 +114,10 @@ class _PastCache:
                 _write_all(self._descriptor, self._buffers[0][: self._fill])
         finally:
             self._thread.shutdown()
+
+
+def _address(content: Bytes) -> int:
+    return int(content.__array_interface__["data"][0])
 
 
 def _open(path: Path, *, large: bool) -> tuple[int, bool]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_engine.checkpoint import datafile, folder, manifest
 from ds_engine.checkpoint.datafile import FileInfo, Item
 from ds_engine.checkpoint.errors import CheckpointError
+from ds_engine.checkpoint.image import Image
 from ds_engine.checkpoint.manifest import Entry, Manifest, Piece
 from ds_engine.checkpoint.team import Team
 
@@ -48,6 +49,8 @@ class Content:
     """JSON; keys are unique over all ranks (rank 0 writes what all share)."""
     only_stepped: Callable[[ShardRecord], bool] = lambda record: False
     """Whether nothing but a step of the optimizer changes a record's tensor; it may be copied until then."""
+    image: Image | None = None
+    """The file of this rank, of which all tensors are views."""
 
 
 def file_name(rank: int, size: int) -> str:
@@ -125,13 +128,8 @@ def _begin(team: Team, root: Path, tag: str, name_latest: bool) -> folder.Stagin
     return staging
 
 
-def _write_file(path: Path, team: Team, content: Content) -> bytes:
-    """Write this rank's file; what the manifest has to say about it, as JSON."""
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"rank 0 made {path}, this rank does not see it: save where all ranks share a file system"
-        )
-    name = file_name(team.rank, team.size)
+def described(content: Content) -> tuple[list[Item], list[dict[str, Any]]]:
+    """What goes into this rank's file, records first, and what the manifest says of each."""
     items: list[Item] = []
     tensors: list[dict[str, Any]] = []
     for record in content.records:
@@ -148,7 +146,18 @@ def _write_file(path: Path, team: Team, content: Content) -> bytes:
     for blob_name, tensor in content.blobs.items():
         items.append(Item(key=f"blob/{blob_name}", data=tensor.detach().contiguous().reshape(-1)))
         tensors.append({"blob": blob_name, "shape": list(tensor.shape), "offset": 0})
-    written = datafile.write(path / name, items)
+    return items, tensors
+
+
+def _write_file(path: Path, team: Team, content: Content) -> bytes:
+    """Write this rank's file; what the manifest has to say about it, as JSON."""
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"rank 0 made {path}, this rank does not see it: save where all ranks share a file system"
+        )
+    name = file_name(team.rank, team.size)
+    items, tensors = described(content)
+    written = datafile.write(path / name, items, image=content.image)
     for item, entry in zip(items, tensors, strict=True):
         dtype = str(item.data.dtype).removeprefix("torch.")
         entry.update(key=item.key, numel=item.data.numel(), dtype=dtype, crc=written.crc32c[item.key])
