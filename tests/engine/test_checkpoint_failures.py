@@ -126,7 +126,7 @@ def test_any_error_on_a_rank_is_told_by_all(tmp_path: Path, monkeypatch: pytest.
     engine.save_checkpoint(tmp_path)
     if dist.get_rank() == 1:
 
-        def broken(*_: object) -> None:
+        def broken(*_: object, **__: object) -> None:
             raise ZeroDivisionError("a mistake of ours")
 
         monkeypatch.setattr(datafile, "write", broken)
