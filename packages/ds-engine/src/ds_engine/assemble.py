@@ -23,6 +23,7 @@ from ds_engine.config import Batch, ConfigError, DsConfig
 from ds_engine.config import load as load_config
 from ds_engine.data import Loader
 from ds_engine.engine import Engine, Parts
+from ds_engine.foresight import warn_if_too_large
 from ds_engine.monitor import Monitor
 from ds_engine.mpu import DataAxis, data_axis
 from ds_engine.pacing import Pacing
@@ -88,6 +89,7 @@ def initialize(
     # The schedule reads the rates of the groups, which sharding leaves alone; states come later, so nothing
     # is cut in two.
     given = sharding.options(settings, batch, precision.zero_options(model), model, world)
+    warn_if_too_large(model, built, settings, given["config"], world, axis.size)
     # What ds_zero.deferred_init has put off comes into being here, on the default device.
     with world.device if deferred else contextlib.nullcontext():
         ds_zero.shard(model, built, stage=settings.zero_optimization.stage, **given, **axis.options)

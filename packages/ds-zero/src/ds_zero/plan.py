@@ -16,7 +16,7 @@ from ds_zero.check import check_stage
 from ds_zero.config import ZeroConfig
 from ds_zero.forecast import PhaseMemory, Plan, within
 from ds_zero.nearest import nearest_that_fit
-from ds_zero.resting import resting_bytes
+from ds_zero.resting import Resting, resting_bytes
 from ds_zero.simulate import Job, MakeOptimizer, Outcome, optimizer_states, simulate
 
 OFFLOADED = ("master", "grad")
@@ -114,10 +114,7 @@ class _Planner:
 
     def at_least(self, job: Job) -> tuple[int, int]:
         """Device and host bytes of the states between steps: less is never needed."""
-        rest = resting_bytes(self.model, job)
-        host = sum(rest.host.values())
-        device = sum(rest.device.values())
-        return (device + host, host) if job.on_cpu else (device, host)
+        return _sums(resting_bytes(self.model, job), job)
 
     def could_fit(self, job: Job) -> bool:
         """Whether the states alone leave room."""
@@ -160,10 +157,16 @@ class _Planner:
 
     def _rest(self, job: Job) -> PhaseMemory:
         rest = resting_bytes(self.model, job)
-        device, host = self.at_least(job)
+        device, host = _sums(rest, job)
         together = job.on_cpu
         parts = {p: rest.device.get(p, 0) + (rest.host.get(p, 0) if together else 0) for p in book.PURPOSES}
         return PhaseMemory(phase="rest", device_bytes=device, host_bytes=host, parts=parts)
+
+
+def _sums(rest: Resting, job: Job) -> tuple[int, int]:
+    """Device and host bytes; on a CPU the first has everything."""
+    host, device = sum(rest.host.values()), sum(rest.device.values())
+    return (device + host, host) if job.on_cpu else (device, host)
 
 
 def _phases(outcome: Outcome, device: torch.device, reserve: int) -> tuple[PhaseMemory, ...]:

@@ -36,6 +36,32 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def available_bytes() -> int:
+    """Memory that a process may still take: what the kernel can free at once, and what the cgroup's limits leave."""
+    left = [memory_bytes()]
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable" and value.split()[0].isdigit():
+            left.append(int(value.split()[0]) * 1024)
+    folder = _own_cgroup()
+    while True:
+        limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
+        if limit.isdigit() and used.isdigit():
+            left.append(max(0, int(limit) - int(used) + _droppable_bytes(folder)))
+        if folder == _CGROUP or _CGROUP not in folder.parents:
+            return min(left)
+        folder = folder.parent
+
+
+def _droppable_bytes(cgroup: Path) -> int:
+    """Pages of files that count as used and are given back when memory gets short."""
+    for line in _read(cgroup / "memory.stat").splitlines():
+        name, _, count = line.partition(" ")
+        if name == "inactive_file" and count.isdigit():
+            return int(count)
+    return 0
+
+
 def oom_kills() -> int:
     """How often the kernel has killed a process of this cgroup for want of memory; 0 if unknown."""
     for line in _read(_own_cgroup() / "memory.events").splitlines():

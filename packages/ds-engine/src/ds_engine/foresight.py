@@ -1,0 +1,127 @@
+"""Says at the start whether the model's states will fit, before the job has run for an hour into its limit."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import ds_zero
+from ds_comm import World
+from ds_engine.config import DsConfig
+from ds_engine.launch.machine import available_bytes, format_bytes
+
+_MOST_PER_ELEMENT = 24
+"""Bytes that no stage, precision and usual optimizer exceeds for an element: what fits then needs no plan."""
+
+_log = logging.getLogger("ds_engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What one rank may have, beside what its process holds already."""
+
+    device_bytes: int
+    """On the device that computes."""
+    host_bytes: int
+    """In host memory; the same memory where the host computes."""
+
+    @classmethod
+    def of(cls, world: World) -> Room:
+        """The free memory of the device; of the host (its limits counted) an equal part for every local rank."""
+        host = available_bytes() // world.local_size
+        if world.device.type == "cpu":
+            return cls(device_bytes=host, host_bytes=host)
+        free, _ = torch.get_device_module(world.device).mem_get_info(world.device)
+        return cls(device_bytes=int(free), host_bytes=host)
+
+
+def warn_if_too_large(
+    model: nn.Module,
+    optimizer: Optimizer,
+    settings: DsConfig,
+    config: ds_zero.ZeroConfig,
+    world: World,
+    ranks: int,
+) -> None:
+    """Rank 0 warns where parameters, gradients, masters and optimizer states alone do not fit beside each other.
+
+    Costs nothing worth counting where they obviously do, else the time of a plan without activations, at most about a
+    second. A model that cannot be planned is let pass. `ranks`: those of the data axis.
+    """
+    if world.rank != 0:
+        return
+    room = Room.of(world)
+    params, buffers = list(model.parameters()), list(model.buffers())
+    most = _MOST_PER_ELEMENT * sum(p.numel() for p in params) + sum(b.nbytes for b in buffers)
+    if most <= min(room.device_bytes, room.host_bytes):
+        return
+    # What the process holds already is part of the plan.
+    held = sum(t.nbytes for t in [*params, *buffers] if t.device.type == world.device.type)
+    room = replace(room, device_bytes=room.device_bytes + held)
+    on_host = settings.zero_optimization.offload_optimizer.device == "cpu"
+    group = settings.zero_optimization.mics_shard_size
+    ranks = group if group > 0 else ranks
+    plan = partial(
+        ds_zero.plan, model, ranks=ranks, optimizer=optimizer, config=config, device=world.device.type
+    )
+    wanted = _Choice(stage=settings.zero_optimization.stage, offload=on_host)
+    try:
+        found = plan(**asdict(wanted))
+        if _fits(found, room, world):
+            return
+        others = [(other, plan(**asdict(other))) for other in wanted.further(world.device.type != "cpu")]
+    except ValueError as error:
+        _log.debug("no plan of the memory: %s", error)
+        return
+    good = [(other, found) for other, found in others if _fits(found, room, world)]
+    warnings.warn(_sentence(found, good, room, world), stacklevel=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Choice:
+    """Settings that decide about the states."""
+
+    stage: int
+    offload: bool
+
+    def further(self, offloads: bool) -> list[_Choice]:
+        """Those that hold less on the device, the nearest first."""
+        stages = [replace(self, stage=stage) for stage in range(self.stage + 1, 4)]
+        beside = (
+            [replace(one, offload=True) for one in (self, *stages)] if offloads and not self.offload else []
+        )
+        return stages + beside
+
+    def __str__(self) -> str:
+        return f"stage {self.stage}" + (" with offload_optimizer" if self.offload else "")
+
+
+def _fits(plan: ds_zero.Plan, room: Room, world: World) -> bool:
+    if plan.device_bytes > room.device_bytes:
+        return False
+    return world.device.type == "cpu" or plan.host_bytes <= room.host_bytes
+
+
+def _sentence(plan: ds_zero.Plan, good: list[tuple[_Choice, ds_zero.Plan]], room: Room, world: World) -> str:
+    on_cpu = world.device.type == "cpu"
+    share = f", a {world.local_size}th of this machine's" if on_cpu and world.local_size > 1 else ""
+    text = (
+        f"parameters, gradients, masters and optimizer states of {plan.model} ({plan.params_numel:,} parameters, stage "
+        f"{plan.stage}, {plan.ranks} rank{'s' * (plan.ranks != 1)}, {plan.optimizer}) take "
+        f"{format_bytes(plan.device_bytes)} on every rank, before any activation, and "
+        f"{format_bytes(room.device_bytes)} are there{share}"
+    )
+    if plan.host_bytes and not on_cpu:
+        text += (
+            f"; {format_bytes(plan.host_bytes)} of host memory, and {format_bytes(room.host_bytes)} are there"
+        )
+    if not good:
+        return f"{text}. No stage fits: more machines are needed; `ds plan` shows what takes how much"
+    told = "; ".join(f"{choice}: {format_bytes(found.device_bytes)}" for choice, found in good[:3])
+    return f"{text}. Nearest settings that fit: {told}. `ds plan` counts activations, too"
