@@ -100,8 +100,8 @@ def test_all_reduce_instead_of_reduce_scatter(stage: int) -> None:
         found.append(weights(model))
         sent.append((comm.reduced_bytes, comm.gathered_bytes))
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
-    assert sent[1][0] == sent[0][0]
-    assert sent[1][1] - sent[0][1] == sent[0][0], "slices of the sum come back to everybody"
+    assert sent[1][0] == pytest.approx(sent[0][0], rel=0.03), "but for what aligns slots"
+    assert sent[1][1] - sent[0][1] == sent[1][0], "slices of the sum come back to everybody"
 
 
 class Watched:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -113,17 +114,18 @@ class Bucket:
         begin, end = self.slice_range
         return tensor[begin:end]
 
-    def pieces(self) -> list[Piece]:
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
         """What this rank owns of every slot; offsets count from the beginning of the owned range."""
         begin, end = self.owned_range
-        return [piece_of(slot, begin, end) for slot in self.layout.slots]
+        return tuple(piece_of(slot, begin, end) for slot in self.layout.slots)
 
     def cut(self, tensor: Tensor) -> list[Tensor]:
         """The pieces of a tensor that has the owned range's elements, in the form of optimizer entries: whole
         tensors in their own shape where they are not divided, else flat.
         """
         found = []
-        for slot, piece in zip(self.layout.slots, self.pieces(), strict=True):
+        for slot, piece in zip(self.layout.slots, self.pieces, strict=True):
             part = tensor[piece.offset : piece.offset + piece.numel]
             found.append(part.view(slot.shape) if self.layout.undivided and piece.numel else part)
         return found

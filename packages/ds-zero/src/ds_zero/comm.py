@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -238,6 +239,14 @@ class TorchReduceScatter:
         return None
 
 
+class Pieces(Protocol):
+    """`ds_zero.pieces.PieceReduce`, which is built on this module."""
+
+    sent_numel: int
+
+    def start(self, out: Tensor, grads: Sequence[Tensor], mean: bool) -> Work: ...
+
+
 class Comm:
     """The pair of collectives of one model, and what they have sent."""
 
@@ -289,6 +298,19 @@ class Comm:
         if sizes is not None:
             return reduce_uneven(out, whole, sizes, ranks, op, REDUCE_TAG)
         return self.reduce_scatter(out, whole, ranks.group, op, async_op=True) or Done()
+
+    def takes_pieces(self, ranks: Ranks, device: torch.device) -> bool:
+        """Whether `reduce_pieces` can take the place of `reduce`: where messages go straight from rank to rank."""
+        return ranks.group is None or (
+            type(self.reduce_scatter) is OrderedReduceScatter and device.type == "cpu"
+        )
+
+    def reduce_pieces(
+        self, out: Tensor, grads: Sequence[Tensor], pieces: Pieces, op: dist.ReduceOp.RedOpType
+    ) -> Work:
+        """As `reduce`, of gradients that lie apart: one flat tensor for each slot of the bucket."""
+        self.reduced_bytes += pieces.sent_numel * grads[0].element_size()
+        return pieces.start(out, grads, op == dist.ReduceOp.AVG)
 
     def all_reduce(self, whole: Tensor, ranks: Ranks, op: dist.ReduceOp.RedOpType) -> None:
         """Replace `whole` by the sum over ranks: every rank reduces a slice, then slices are gathered, as in a

@@ -29,52 +29,22 @@ from ds_zero.backward import BackwardWatch
 from ds_zero.bucket import Bucket
 from ds_zero.comm import Comm
 from ds_zero.dropped import Flag
+from ds_zero.gradbuffer import GradBuffer
 from ds_zero.interfaces import ShardStore
-from ds_zero.layout import BucketLayout
+from ds_zero.pieces import FreshGrads, PieceReduce
 from ds_zero.sums import Sums
-from ds_zero.wire import Flight, WirePolicy, launch
+from ds_zero.wire import Flight, WirePolicy, launch, launch_pieces, takes_pieces
 
 
 def _nothing() -> None:
     return None
 
 
-class GradBuffer:
-    """Whole gradients of one bucket; gaps between slots are zero, slots are undefined until first written."""
-
-    def __init__(self, layout: BucketLayout, dtype: torch.dtype, device: torch.device) -> None:
-        self.tensor = torch.empty(layout.padded_numel, dtype=dtype, device=device)
-        for begin, end in layout.gaps():
-            self.tensor[begin:end].zero_()
-        self._layout = layout
-        self._filled: set[int] = set()
-
-    def add(self, index: int, grad: Tensor) -> None:
-        slot = self._layout.slots[index]
-        view = self.tensor[slot.offset : slot.end].view(slot.shape)
-        if index in self._filled:
-            view.add_(grad)
-        else:
-            view.copy_(grad)
-            self._filled.add(index)
-
-    def copy_to(self, whole: Tensor) -> None:
-        """Copy what has been added so far; the rest of `whole` stays."""
-        for index in self._filled:
-            slot = self._layout.slots[index]
-            whole[slot.offset : slot.end].copy_(self.tensor[slot.offset : slot.end])
-
-    def zero_missing(self) -> None:
-        for index, slot in enumerate(self._layout.slots):
-            if index not in self._filled:
-                self.tensor[slot.offset : slot.end].zero_()
-
-
 @dataclass
 class _Pending:
     """One bucket during one accumulation."""
 
-    fresh: GradBuffer | None = None
+    fresh: GradBuffer | FreshGrads | None = None
     """Gradients of the present micro-batch, in their own dtype."""
     local: GradBuffer | None = None
     """Sums of micro-batches that were not reduced, in the dtype of accumulation."""
@@ -120,6 +90,10 @@ class Reducer:
         watch.at_abort(self._forget_all)
         self._pending = {id(b): _Pending(missing=len(b.params)) for b in self.buckets}
         self._sums = {id(b): Sums(b, store, tree=policy.tree) for b in self.buckets}
+        self._pieces = {
+            id(b): PieceReduce(b.layout, b.ranks) for b in self.buckets if takes_pieces(b, comm, policy.wire)
+        }
+        """[Note: gradients where they lie]"""
         self._flights: list[Flight] = []
         self._next = 0
         self._backwards = 0
@@ -176,17 +150,27 @@ class Reducer:
         with torch.no_grad():
             if self._deferred:
                 if pending.local is None:
-                    pending.local = GradBuffer(bucket.layout, self.policy.grad_dtype, bucket.device)
+                    pending.local = self._whole(bucket, self.policy.grad_dtype)
                 pending.local.add(index, grad)
             else:
                 if pending.fresh is None:
-                    pending.fresh = GradBuffer(bucket.layout, bucket.dtype, bucket.device)
+                    pending.fresh = self._fresh(bucket)
                 pending.fresh.add(index, grad)
         param.grad = None
         self._used.add(id(param))
         pending.missing -= 1
         if self._final:
             self._launch_ready()
+
+    def _fresh(self, bucket: Bucket) -> GradBuffer | FreshGrads:
+        """What holds the gradients of one micro-batch until they travel."""
+        if id(bucket) in self._pieces:
+            return FreshGrads(bucket.layout, bucket.dtype, bucket.device)
+        return self._whole(bucket, bucket.dtype)
+
+    @staticmethod
+    def _whole(bucket: Bucket, dtype: torch.dtype) -> GradBuffer:
+        return GradBuffer(bucket.layout, dtype, bucket.device)
 
     def _begin_backward(self) -> None:
         if self._in_backward:
@@ -253,14 +237,21 @@ class Reducer:
     def _launch(self, bucket: Bucket) -> None:
         """Start the reduction of what has accumulated; missing gradients count as zeros."""
         pending = self._pending[id(bucket)]
-        # The same dtype on every rank, whether or not this rank has gradients for the bucket.
-        dtype = self.policy.grad_dtype if self._deferred else bucket.dtype
-        source = pending.local or pending.fresh or GradBuffer(bucket.layout, dtype, bucket.device)
+        sums = self._sums[id(bucket)]
+        source = pending.local or pending.fresh
+        if source is None:  # the same form and dtype as on ranks that have gradients for the bucket
+            deferred = self._deferred
+            source = self._whole(bucket, self.policy.grad_dtype) if deferred else self._fresh(bucket)
         pending.local = pending.fresh = None
-        source.zero_missing()
         with torch.profiler.record_function(f"ds.zero.reduce_scatter/{bucket.layout.name}"), torch.no_grad():
-            place = self._sums[id(bucket)].place()
-            self._flights.append(launch(bucket, source.tensor, self._comm, self.policy.wire, place))
+            if isinstance(source, FreshGrads):
+                pieces = self._pieces[id(bucket)]
+                grads = source.take()
+                flight = launch_pieces(bucket, grads, pieces, self._comm, self.policy.wire, sums.place())
+            else:
+                source.zero_missing()
+                flight = launch(bucket, source.tensor, self._comm, self.policy.wire, sums.place())
+        self._flights.append(flight)
         # One reduction is in flight while the next bucket fills: memory is bounded by two buckets, whatever the
         # model's size.
         while len(self._flights) > (1 if self.policy.overlap else 0):

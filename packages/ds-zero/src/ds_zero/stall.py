@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ds_zero.comm import Comm
+from ds_zero.comm import Comm, Pieces
 from ds_zero.interfaces import Work
 from ds_zero.order import OrderLog, RankOrderError, Standing, judge, lost
 from ds_zero.ranks import Ranks
@@ -389,6 +389,13 @@ class WatchedComm(Comm):
     ) -> Work:
         self._waiting.log.note("reduction", "")
         work = self._inner.reduce(out, whole, ranks, op, sizes=sizes)
+        return Watched(work, self._waiting, "a reduction of gradients")
+
+    def reduce_pieces(
+        self, out: Tensor, grads: Sequence[Tensor], pieces: Pieces, op: dist.ReduceOp.RedOpType
+    ) -> Work:
+        self._waiting.log.note("reduction", "")
+        work = self._inner.reduce_pieces(out, grads, pieces, op)
         return Watched(work, self._waiting, "a reduction of gradients")
 
 

@@ -12,6 +12,7 @@ all-reduces its slice with those that hold the same one. Only 1/size of the buck
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 from ds_zero.bucket import Bucket
 from ds_zero.comm import Comm, Done
 from ds_zero.interfaces import Work
+from ds_zero.pieces import PieceReduce
+from ds_zero.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class Flight:
     """One bucket on its way."""
 
     def __init__(
-        self, bucket: Bucket, work: Work, travels: Tensor, arrives: Tensor, factor: float, comm: Comm
+        self, bucket: Bucket, work: Work, travels: Tensor | None, arrives: Tensor, factor: float, comm: Comm
     ) -> None:
         self.bucket = bucket
         self._work, self._travels, self._arrives = work, travels, arrives
@@ -64,6 +67,44 @@ class Flight:
         return result
 
 
+def takes_pieces(bucket: Bucket, comm: Comm, policy: WirePolicy) -> bool:
+    """Whether the bucket's gradients may stay where autograd puts them until they travel."""
+    narrowed = policy.dtype not in (None, bucket.dtype)
+    scattered = policy.scatter or bucket.layout.num_owners == 1
+    return (
+        scattered
+        and not narrowed
+        and policy.predivide == 1.0
+        and comm.takes_pieces(bucket.ranks, bucket.device)
+    )
+
+
+def launch_pieces(
+    bucket: Bucket,
+    grads: Sequence[Tensor],
+    pieces: PieceReduce,
+    comm: Comm,
+    policy: WirePolicy,
+    place: Tensor | None,
+) -> Flight:
+    """As `launch`, of one flat gradient for each slot; `takes_pieces` says where it may be used."""
+    op, factor = _operation(bucket.ranks, policy)
+    begin, end = bucket.slice_range
+    if place is None:
+        place = torch.empty(end - begin, dtype=torch.float32, device=bucket.device)
+    work = comm.reduce_pieces(place, grads, pieces, op)
+    return Flight(bucket, work, None, place, factor, comm)
+
+
+def _operation(ranks: Ranks, policy: WirePolicy) -> tuple[dist.ReduceOp.RedOpType, float]:
+    """What the backend does with the ranks' values, and what its result is multiplied by: its own mean where it is
+    the one that is wanted.
+    """
+    if policy.mean and policy.predivide == 1.0 and ranks.divisor == ranks.size:
+        return dist.ReduceOp.AVG, 1.0
+    return dist.ReduceOp.SUM, policy.predivide / (ranks.divisor if policy.mean else 1)
+
+
 def launch(
     bucket: Bucket, source: Tensor, comm: Comm, policy: WirePolicy, place: Tensor | None = None
 ) -> Flight:
@@ -77,12 +118,9 @@ def launch(
     if policy.predivide != 1.0:
         source.mul_(1.0 / policy.predivide)
     travels = source if policy.dtype is None else source.to(policy.dtype)
-    # The backend's own mean where it is the one that is wanted.
-    whole_mean = policy.mean and policy.predivide == 1.0 and ranks.divisor == ranks.size
-    factor = 1.0 if whole_mean else policy.predivide / (ranks.divisor if policy.mean else 1)
+    op, factor = _operation(ranks, policy)
     if ranks.group is None:
         return Flight(bucket, Done(), travels, travels.float(), factor, comm)
-    op = dist.ReduceOp.AVG if whole_mean else dist.ReduceOp.SUM
     if policy.scatter or bucket.layout.num_owners == 1:
         begin, end = bucket.slice_range
         if place is None:
