@@ -175,6 +175,8 @@ def forget_pages(folder: Path) -> None:
 def fio(folder: Path, files: int, num_bytes: int, *, write: bool, direct: bool) -> float:
     """Seconds to write (until they are on the disk) or read `files` files of `num_bytes` together."""
     each = num_bytes // files // (1 << 20) << 20
+    for path in folder.iterdir() if write else ():
+        path.unlink()  # a checkpoint is new files, too
     if shutil.which("fio") is None:
         return plain_loop(folder, files, each, write=write)
     command = [
