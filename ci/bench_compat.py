@@ -264,9 +264,9 @@ def checkpoints(args: argparse.Namespace, ours: Side, peer: Side) -> bool:
             off = deviation(json.loads(out.read_text()), known["after"])
             good &= off <= limit
             row.append(f"{off:.1e}")
-        same, count = exports_agree(ours, peer, work, name)
+        same, what = exports_agree(ours, peer, work, name)
         good &= same
-        row.append(f"{'yes' if same else 'NO'} ({count} tensors)")
+        row.append(f"{'yes' if same else 'NO'} ({what})")
         print(f"| {' | '.join(row)} |", flush=True)
     return good
 
@@ -285,17 +285,18 @@ def read(folder):
     from safetensors.torch import load_file
     return {k: v for f in sorted(Path(folder).glob("*.safetensors")) for k, v in load_file(f).items()}
 a, b, c = map(read, sys.argv[1:])
-assert a and a.keys() == b.keys(), (sorted(a), sorted(b))
+assert a and a.keys() <= b.keys(), (sorted(a), sorted(b))
 wrong = [k for k in a if a[k].dtype != b[k].dtype or not torch.equal(a[k], b[k])]
-assert set(c) <= set(a) and len({v.data_ptr() for v in a.values()}) <= len(c), (sorted(a), sorted(c))
-wrong += [k for k in c if not torch.equal(a[k].to(c[k].dtype), c[k])]
+assert set(c) <= set(b) and len({v.data_ptr() for v in b.values()}) <= len(c), (sorted(b), sorted(c))
+wrong += [k for k in c if not torch.equal(b[k], c[k])]
 assert not wrong, wrong
-print(len(a))
+more = sorted(b.keys() - a.keys())
+print(f"{len(a)} tensors" + (f"; theirs lacks {', '.join(more)}" if more else ""))
 """
 
 
-def exports_agree(ours: Side, peer: Side, work: Path, name: str) -> tuple[bool, int]:
-    """Whether their zero_to_fp32 and ours (as .bin, and as safetensors) say the same of a checkpoint."""
+def exports_agree(ours: Side, peer: Side, work: Path, name: str) -> tuple[bool, str]:
+    """Whether our zero_to_fp32 (as .bin, and as safetensors) says of a checkpoint what theirs says, and of how much."""
     folders = []
     for side, layout in ((peer, "pt"), (ours, "pt"), (ours, "safetensors")):
         folders.append(str(work / f"export{len(folders)}"))
@@ -303,7 +304,7 @@ def exports_agree(ours: Side, peer: Side, work: Path, name: str) -> tuple[bool, 
         done = subprocess.run(words, capture_output=True, text=True, env=side.environment(), check=False)
         if done.returncode:
             print(done.stderr[-3000:], file=sys.stderr)
-            return False, 0
+            return False, "fails"
     done = subprocess.run(
         [ours.python, "-c", SAME, *folders],
         capture_output=True,
@@ -313,8 +314,8 @@ def exports_agree(ours: Side, peer: Side, work: Path, name: str) -> tuple[bool, 
     )
     if done.returncode:
         print(done.stderr[-3000:], file=sys.stderr)
-        return False, 0
-    return True, int(done.stdout)
+        return False, "differs"
+    return True, done.stdout.strip()
 
 
 def arguments() -> argparse.Namespace:
@@ -330,7 +331,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--timeout-s", type=float, default=300, help="of one run of a script")
     parser.add_argument("--fresh", action="store_true", help="run the peer again")
     parser.add_argument("--no-checkpoints", dest="checkpoints", action="store_false")
-    parser.add_argument("--bf16-limit", type=float, default=2e-2, help="of losses after loading a checkpoint")
+    parser.add_argument("--bf16-limit", type=float, default=1e-4, help="of losses after loading a checkpoint")
     return parser.parse_args()
 
 
