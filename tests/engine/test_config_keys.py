@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 
 # Key that works, or section -> a test that fails when it is ignored.
 TESTED = {
+    "sparse_gradients": "test_accumulation.py::test_sparse_gradients_send_less_and_train_the_same",
     "zero_optimization.leaf_module.classes": "test_config_wiring.py::test_leaf_modules_by_class_name_and_suffix",
     "zero_optimization.leaf_module.names": "test_config_wiring.py::test_leaf_modules_by_class_name_and_suffix",
     "zero_optimization.leaf_module.name_suffixes": "test_config_wiring.py::test_leaf_modules_by_class_name_and_suffix",

@@ -109,7 +109,9 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
         return self._engine.is_gradient_accumulation_boundary()
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
-        self._engine.accumulation.forced = is_boundary
+        accumulation = self._engine.accumulation
+        assert accumulation.managed, "managed_gradient_accumulation is false: every step() is a boundary"
+        accumulation.forced = is_boundary
 
     def was_step_applied(self) -> bool:
         return self._engine.was_step_applied()
@@ -415,7 +417,7 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
 
     def set_data_post_process_func(self, post_process_func: Callable[..., Any]) -> None:
         if self.training_dataloader is not None:
-            self.training_dataloader.post_process_func = post_process_func  # type: ignore[attr-defined]
+            self.training_dataloader.post_process_func = post_process_func
 
     def __getattr__(self, name: str) -> Any:
         if name in _OWN and "_engine" in vars(self):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -10,18 +12,42 @@ class Accumulation:
     """Counts micro-batches; the last one of every `steps` is the boundary, where the optimizer runs."""
 
     steps: int
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step; where the caller decides, only what losses are divided by."""
     micro_steps: int = 0
     """Micro-batches completed since the beginning of training."""
     forced: bool | None = None
     """What the caller says about the present micro-batch, and the following ones until it says something else;
     None counts."""
+    managed: bool = True
+    """False: every `step()` is a boundary, after as many micro-batches as the caller likes."""
+    arrived: int = 0
+    """Losses that went backward since the last boundary."""
+    _in_step: bool = False
 
     def at_boundary(self) -> bool:
-        """Whether the micro-batch that is being worked on completes a batch."""
+        """Whether the micro-batch that is being worked on completes a batch; where the caller decides, that is known
+        inside `step()` only.
+        """
+        if not self.managed:
+            return self._in_step
         if self.forced is not None:
             return self.forced
         return (self.micro_steps + 1) % self.steps == 0
 
-    def advance(self) -> None:
-        self.micro_steps += 1
+    @property
+    def pending(self) -> int:
+        """Micro-batches whose gradients wait for the next boundary."""
+        return self.micro_steps % self.steps if self.managed else self.arrived
+
+    @contextmanager
+    def ending(self) -> Iterator[bool]:
+        """Around a `step()`: gives whether it is a boundary, and counts when it has succeeded."""
+        self._in_step = True
+        try:
+            boundary = self.at_boundary()
+            yield boundary
+        finally:
+            self._in_step = False
+        self.micro_steps += 1 if self.managed else self.arrived
+        if boundary:
+            self.arrived = 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 import ds_comm
 import ds_zero
@@ -29,6 +29,8 @@ from ds_engine.mpu import DataAxis, data_axis
 from ds_engine.pacing import Pacing
 from ds_engine.precision import Precision
 from ds_engine.progress import Progress, to_stderr
+from ds_engine.sampling.build import order_of, sampling_of
+from ds_engine.sampling.tokens import Scaling, TokenBatches
 from ds_engine.schedules import LRSchedule
 
 if TYPE_CHECKING:
@@ -106,7 +108,7 @@ def initialize(
             batch=batch,
             precision=precision,
             scaler=precision.scaler(model),
-            accumulation=Accumulation(steps=batch.steps),
+            accumulation=Accumulation(steps=batch.steps, managed=settings.managed_gradient_accumulation),
             progress=progress,
             monitor=Monitor.of(settings, world.rank),
             breakdown=_breakdown(settings, world, progress),
@@ -114,6 +116,7 @@ def initialize(
             background=_background(settings, progress, built),
             loader=_loader(settings, training_data, batch, world, axis, collate_fn),
             axis=axis,
+            lr_scaling=_lr_scaling(settings),
         )
     )
     if world.rank == 0:
@@ -250,8 +253,15 @@ def _loader(
     axis: DataAxis,
     collate_fn: Callable[[list[Any]], Any] | None,
 ) -> Loader | None:
+    indexed = dataset is not None and not isinstance(dataset, IterableDataset)
+    num_samples = None if dataset is None else len(dataset) if indexed else 0  # type: ignore[arg-type]
+    order = order_of(settings, batch, axis.rank, num_samples, indexed)
     if dataset is None:
         return None
+    if isinstance(order, TokenBatches) and world.rank == 0:
+        if settings.data_efficiency.data_sampling.dynamic_batching.verbose:
+            to_stderr(order.describe())
+    sampling = sampling_of(settings)
     return Loader(
         dataset,
         micro_batch=batch.micro,
@@ -259,6 +269,15 @@ def _loader(
         ranks=axis.size,
         seed=settings.seed or 0,
         collate_fn=collate_fn,
-        pin_memory=world.device.type != "cpu",
+        pin_memory=world.device.type != "cpu" or (sampling is not None and sampling.pin_memory),
         drop_last=settings.dataloader_drop_last,
+        order=order,
+        num_workers=sampling.num_workers if sampling is not None else 0,
     )
+
+
+def _lr_scaling(settings: DsConfig) -> Scaling:
+    sampling = sampling_of(settings)
+    if sampling is None or not sampling.dynamic_batching.enabled:
+        return "none"
+    return sampling.dynamic_batching.lr_scaling_method

@@ -28,6 +28,7 @@ from ds_engine.optimizers import zero_grad
 from ds_engine.pacing import Pacing
 from ds_engine.precision import Precision, Unguarded
 from ds_engine.progress import Progress, StepReport
+from ds_engine.sampling.tokens import Scaling, rate_factor, scaled_rates
 from ds_engine.schedules import LRSchedule
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class Parts:
     axis: DataAxis
     background: BackgroundSaver | None = None
     loader: Loader | None = None
+    lr_scaling: Scaling = "none"
+    """How rates follow the number of samples of a step, where the loader's batches differ in it."""
 
 
 class Engine:
@@ -87,6 +90,7 @@ class Engine:
         """What writes checkpoints beside training; None: `save_checkpoint` writes itself."""
         self.training_dataloader = parts.loader
         """What `training_data` was made into; its position is part of checkpoints."""
+        self._lr_scaling: Scaling = parts.lr_scaling
         self.global_steps = 0
         """Optimizer steps since the beginning of training, skipped ones included."""
         self.global_samples = 0
@@ -134,6 +138,7 @@ class Engine:
                 "frozen parameters only"
             )
         part = loss / self.accumulation.steps if scale_wrt_gas else loss
+        self.accumulation.arrived += 1
         with self._breakdown.part(breakdown.BACKWARD):
             self.scaler.scale(part).backward(retain_graph=retain_graph)
         if self.monitor.enabled:
@@ -144,11 +149,12 @@ class Engine:
         """What `backward` propagates: `loss / gradient_accumulation_steps` times the loss scale, for code that
         calls `engine.scale(loss).backward()` itself.
         """
+        self.accumulation.arrived += 1
         return self.scaler.scale(loss / self.accumulation.steps)
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """End a micro-batch; at the boundary clip, update the parameters, forget the gradients, and move the
-        schedule.
+        schedule. With `managed_gradient_accumulation` false every call is a boundary.
 
         Args:
             lr_kwargs: arguments for the schedule's `step()`, such as `{"metrics": loss}`.
@@ -162,17 +168,18 @@ class Engine:
         """
         self._refuse_if_away("step")
         self._applied = False
-        if self.accumulation.at_boundary():
-            with self._breakdown.part(breakdown.STEP):
-                report = self._update(lr_kwargs or {})
-            self._tell(report)
-        self.accumulation.advance()
+        with self.accumulation.ending() as boundary:
+            if boundary:
+                with self._breakdown.part(breakdown.STEP):
+                    report = self._update(lr_kwargs or {})
+                self._tell(report)
 
     def _update(self, lr_kwargs: Mapping[str, Any]) -> StepReport:
         clip = self.config.gradient_clipping
         ds_zero.clip_grad_norm_(self.module, clip if clip > 0 else math.inf)
         lr, scale = self.get_lr()[0], self.loss_scale  # of this update; both move below
-        self.optimizer.step()  # asks the scaler, which may leave it out
+        with scaled_rates(self.optimizer, self._rate_factor()):
+            self.optimizer.step()  # asks the scaler, which may leave it out
         self._applied = not self.scaler.step_was_skipped
         zero_grad(self.optimizer)
         if not self._applied:
@@ -180,7 +187,7 @@ class Engine:
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step(**lr_kwargs)
         self.global_steps += 1
-        self.global_samples += self.batch.train
+        self.global_samples += self._samples()
         return StepReport(
             step=self.global_steps,
             samples=self.global_samples,
@@ -192,6 +199,18 @@ class Engine:
             culprit=None if self._applied else self.scaler.culprit,
         )
 
+    def _samples(self) -> int:
+        """Of the step that ends, over all ranks."""
+        found = self.training_dataloader.samples() if self.training_dataloader is not None else None
+        if found is not None:
+            return found
+        if self.accumulation.managed:
+            return self.batch.train
+        return self.batch.micro * self.batch.ranks * self.accumulation.arrived
+
+    def _rate_factor(self) -> float:
+        return rate_factor(self._samples(), self.batch.train, self._lr_scaling)
+
     def _tell(self, report: StepReport) -> None:
         self.progress.report(report)
         loss, self._loss = self._loss, None
@@ -202,7 +221,9 @@ class Engine:
         return float(getattr(ds_zero.grad_norm(self.module), which, math.nan))
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the next `step()` updates the parameters."""
+        """Whether the next `step()` updates the parameters; with `managed_gradient_accumulation` false, whether one
+        runs.
+        """
         return self.accumulation.at_boundary()
 
     def get_global_grad_norm(self, clipped: bool = False) -> float | None:
@@ -222,8 +243,11 @@ class Engine:
         return self.scaler.loss_scale
 
     def get_lr(self) -> list[float]:
-        """Learning rate of each parameter group, as the next step will use it."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+        """Learning rate of each parameter group, as the next step will use it; where rates follow the size of batches,
+        for the batch that was begun last.
+        """
+        factor = self._rate_factor()
+        return [float(group["lr"]) * factor for group in self.optimizer.param_groups]
 
     @property
     def micro_steps(self) -> int:
@@ -263,6 +287,11 @@ class Engine:
         self._set_batch(replace(self.batch, micro=micro, train=micro * self.batch.steps * self.batch.ranks))
 
     def _set_batch(self, batch: Batch) -> None:
+        if self.training_dataloader is not None and self.training_dataloader.fixed:
+            raise ValueError(
+                "the batch sizes are those with which data_efficiency.data_sampling has made its batches: change them "
+                "in the configuration"
+            )
         self.batch = batch
         self.accumulation.steps = batch.steps
 

@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 from ds_engine.config.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ds_engine.config.curriculum import CurriculumScheduleConfig, LegacyCurriculumConfig
+    from ds_engine.config.curriculum import (
+        CurriculumMetricConfig,
+        CurriculumScheduleConfig,
+        LegacyCurriculumConfig,
+    )
     from ds_engine.config.model import DsConfig
 
-Difficulty = Callable[[int], int]
+Difficulty = Callable[[int], float]
 """Step, counted from 1 -> difficulty."""
 
 
@@ -28,17 +32,18 @@ def keep_share(step: int, theta: float, gamma: float) -> float:
     return (1.0 - theta) * math.exp(-gamma * step) + theta
 
 
-def growing(step: int, *, low: int, high: int, total: int, multiple: int, degree: int = 1) -> int:
-    """From `low` to `high` in `total` steps along a root of `degree`, rounded down to a multiple; `fixed_linear` is
-    degree 1.
+def growing(step: int, *, low: float, high: float, total: int, multiple: int, degree: int = 1) -> int | float:
+    """From `low` to `high` in `total` steps along a root of `degree`, rounded down to a multiple, but not below the
+    first one from `low` on; `fixed_linear` is degree 1.
 
     Source: Li et al., The Stability-Efficiency Dilemma (2022), section 4.
     """
     reached = math.floor(math.pow(step / total, 1.0 / degree) * (high - low) + low)
-    return min(reached - reached % multiple, high)
+    least = -(-low // multiple) * multiple  # a step of 16 from 8 on would begin with sequences of no token
+    return min(max(reached - reached % multiple, least), high)
 
 
-def discrete(step: int, difficulties: list[int], last_steps: list[int]) -> int:
+def discrete(step: int, difficulties: list[float], last_steps: list[int]) -> float:
     """The difficulty of the first range that `step` has not left."""
     for difficulty, last in zip(difficulties, last_steps, strict=False):
         if step <= last:
@@ -46,21 +51,30 @@ def discrete(step: int, difficulties: list[int], last_steps: list[int]) -> int:
     return difficulties[-1]
 
 
-def _schedule(section: LegacyCurriculumConfig) -> Difficulty | None:
-    """None for `custom`, which code has to set."""
-    numbers, kind, where = section.schedule_config, section.schedule_type, "curriculum_learning"
+def schedule(
+    section: LegacyCurriculumConfig | CurriculumMetricConfig, where: str = "curriculum_learning"
+) -> Difficulty | None:
+    """How the difficulty of a section grows; None for `custom`, which code has to set.
+
+    Args:
+        where: path of the section, for errors.
+
+    Raises:
+        ConfigError: numbers that a schedule needs are missing or contradict each other.
+    """
+    numbers, kind = section.schedule_config, section.schedule_type
     low, high = section.min_difficulty, section.max_difficulty
     if low is None or high is None:
         raise ConfigError(
-            [f"{where}: give min_difficulty and max_difficulty, the shortest and the longest sequence"]
+            [f"{where}: give min_difficulty and max_difficulty, those at the beginning and at the end"]
         )
     if low > high:
         raise ConfigError([f"{where}: min_difficulty {low} is above max_difficulty {high}"])
     if kind == "custom":
         return None
     if kind == "fixed_discrete":
-        _need(numbers, kind, "difficulty", "max_step")
-        difficulties, last_steps = [int(d) for d in numbers.difficulty or ()], numbers.max_step or []
+        _need(numbers, kind, where, "difficulty", "max_step")
+        difficulties, last_steps = [_plain(d) for d in numbers.difficulty or ()], numbers.max_step or []
         if len(difficulties) != len(last_steps) + 1:
             raise ConfigError(
                 [
@@ -72,6 +86,7 @@ def _schedule(section: LegacyCurriculumConfig) -> Difficulty | None:
     _need(
         numbers,
         kind,
+        where,
         "total_curriculum_step",
         "difficulty_step",
         *(["root_degree"] if kind == "fixed_root" else []),
@@ -81,13 +96,19 @@ def _schedule(section: LegacyCurriculumConfig) -> Difficulty | None:
         numbers.difficulty_step or 1,
         numbers.root_degree or 1,
     )
+    low, high = _plain(low), _plain(high)
     return lambda step: growing(step, low=low, high=high, total=total, multiple=multiple, degree=degree)
 
 
-def _need(numbers: CurriculumScheduleConfig, kind: str, *names: str) -> None:
+def _plain(number: float) -> float:
+    """A whole number as one: lengths are used as indices."""
+    return int(number) if float(number).is_integer() else number
+
+
+def _need(numbers: CurriculumScheduleConfig, kind: str, where: str, *names: str) -> None:
     missing = [name for name in names if getattr(numbers, name) is None]
     if missing:
-        said = f"curriculum_learning.schedule_config: {kind} needs {' and '.join(missing)}"
+        said = f"{where}.schedule_config: {kind} needs {' and '.join(missing)}"
         raise ConfigError([said])
 
 
@@ -98,7 +119,7 @@ class Pacing:
         """ConfigError: numbers that a schedule needs are missing or contradict each other."""
         self._drop = config.progressive_layer_drop if config.progressive_layer_drop.enabled else None
         self._curriculum = config.curriculum_learning.enabled
-        self._difficulty = _schedule(config.curriculum_learning) if self._curriculum else None
+        self._difficulty = schedule(config.curriculum_learning) if self._curriculum else None
 
     def set_difficulty(self, difficulty: Difficulty) -> None:
         """The function of `"schedule_type": "custom"`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -55,7 +56,9 @@ def zero_config(
         accumulation=zero.accumulation_plan,
         rank_invariant=zero.rank_invariant,
         secondary_ranks=max(1, zero.zero_hpz_partition_size),
-        accumulation_steps=batch.steps,
+        # Where the caller decides, no backward is known to be the last one: sums wait for step().
+        accumulation_steps=batch.steps if settings.managed_gradient_accumulation else sys.maxsize,
+        sparse_gradients=settings.sparse_gradients,
         **dtypes,
         **_reduction(settings, batch.ranks),
         publish_bucket_numel=zero.allgather_bucket_size,

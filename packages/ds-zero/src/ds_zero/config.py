@@ -26,7 +26,7 @@ class ZeroConfig:
     accumulation_steps: int | None = None
     """Backwards per optimizer step, for the local plan: the last one overlaps with its reduction. None: what
     the previous step had (the first step reduces inside `step`). A wrong number costs overlap, never a
-    gradient."""
+    gradient; one that is never reached leaves every reduction to the step."""
 
     param_dtype: torch.dtype | None = None
     """Dtype in which floating-point parameters compute; the fp32 masters keep the values from before the
@@ -91,6 +91,10 @@ class ZeroConfig:
 
     reduce_op: Literal["mean", "sum"] = "mean"
     """What becomes of the ranks' gradients."""
+
+    sparse_gradients: bool = False
+    """Stage 0: gradients of `nn.Embedding` and `nn.EmbeddingBag` travel as the rows that are not zero, where that is
+    less than the whole; the same bits come out. Optimizers see dense gradients. [Note: gradients by rows]"""
 
     predivide_factor: float = 1.0
     """Gradients are divided by it before they travel, and sums multiplied by it after: keeps narrow dtypes

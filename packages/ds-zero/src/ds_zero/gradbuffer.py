@@ -21,11 +21,15 @@ class GradBuffer:
     def add(self, index: int, grad: Tensor) -> None:
         slot = self._layout.slots[index]
         view = self.tensor[slot.offset : slot.end].view(slot.shape)
-        if index in self._filled:
+        if grad.is_sparse:
+            if index not in self._filled:
+                view.zero_()
+            view.add_(grad)  # only the rows that it has
+        elif index in self._filled:
             view.add_(grad)
         else:
             view.copy_(grad)
-            self._filled.add(index)
+        self._filled.add(index)
 
     def copy_to(self, whole: Tensor) -> None:
         """Copy what has been added so far; the rest of `whole` stays."""

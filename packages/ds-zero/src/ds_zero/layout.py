@@ -42,6 +42,8 @@ class ParamInfo:
     """Whether one rank owns all of it, for optimizers that work on whole tensors."""
     axis: int = 0
     """Index of the set of ranks that divide it; experts have another one than the rest of the model."""
+    by_rows: bool = False
+    """Whether its gradient travels as the rows that are not zero; such a parameter has a bucket of its own."""
 
     @property
     def numel(self) -> int:
@@ -98,6 +100,8 @@ class BucketLayout:
     """Where slices begin and end (`num_ranks` + 1 edges); None: equal slices."""
     axis: int = 0
     """Index of the set of ranks that exchange it."""
+    by_rows: bool = False
+    """[Note: gradients by rows]"""
 
     @cached_property
     def padded_numel(self) -> int:
@@ -241,9 +245,10 @@ def plan_buckets(
         owners: whether states are divided; stage 0 divides nothing.
     """
     counts = [num_ranks] if isinstance(num_ranks, int) else list(num_ranks)
-    classes: dict[tuple[int, str, str | None, bool, int], list[ParamInfo]] = {}
+    classes: dict[tuple[int, str, str | None, bool, int, str], list[ParamInfo]] = {}
     for info in reversed(params):
-        key = (info.group, info.dtype, info.unit, info.undivided, info.axis)
+        own = info.fqn if info.by_rows else ""
+        key = (info.group, info.dtype, info.unit, info.undivided, info.axis, own)
         classes.setdefault(key, []).append(info)
     order = {info.fqn: i for i, info in enumerate(params)}
     runs: list[list[ParamInfo]] = []
@@ -293,4 +298,5 @@ def _bucket(
         undivided=first.undivided,
         cuts=cuts,
         axis=first.axis,
+        by_rows=first.by_rows,
     )

@@ -32,6 +32,7 @@ from ds_zero.dropped import Flag
 from ds_zero.gradbuffer import GradBuffer
 from ds_zero.interfaces import ShardStore
 from ds_zero.pieces import FreshGrads, PieceReduce
+from ds_zero.rows import launch_rows
 from ds_zero.sums import Sums
 from ds_zero.wire import Flight, WirePolicy, launch, launch_pieces, takes_pieces
 
@@ -144,7 +145,7 @@ class Reducer:
         self._begin_backward()
         grad = param.grad
         assert grad is not None
-        if grad.is_sparse:
+        if grad.is_sparse and not bucket.layout.by_rows:
             grad = grad.to_dense()
         pending = self._pending[id(bucket)]
         with torch.no_grad():
@@ -250,7 +251,8 @@ class Reducer:
                 flight = launch_pieces(bucket, grads, pieces, self._comm, self.policy.wire, sums.place())
             else:
                 source.zero_missing()
-                flight = launch(bucket, source.tensor, self._comm, self.policy.wire, sums.place())
+                send = launch_rows if bucket.layout.by_rows else launch
+                flight = send(bucket, source.tensor, self._comm, self.policy.wire, sums.place())
         self._flights.append(flight)
         # One reduction is in flight while the next bucket fills: memory is bounded by two buckets, whatever the
         # model's size.

@@ -38,6 +38,7 @@ from ds_zero.parallel import MeshFor, ModelParallel, Topology, numbered, topolog
 from ds_zero.prefetch import limits_of
 from ds_zero.ranks import Group
 from ds_zero.reduce import ReducePolicy, Reducer
+from ds_zero.rows import row_parameters
 from ds_zero.stall import WatchedComm, note_steps, watch_ranks
 from ds_zero.state import ZeroState
 from ds_zero.step import Stepper
@@ -109,7 +110,8 @@ def shard(
     leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel)
     roots = choose_units(model, leaves)
     unit_of = unit_of_params(model, roots) if stage == 3 else {}
-    layouts = _plan(optimizer, params, stage, config, topology, undivided, unit_of)
+    rows = row_parameters(model, stage, topology) if config.sparse_gradients else frozenset()
+    layouts = _plan(optimizer, params, stage, config, topology, undivided, unit_of, rows)
 
     broadcast_buffers(model, topology.axes[0])
     buckets = build(layouts, params, topology, store, config.grad_dtype, device)
@@ -226,8 +228,10 @@ def _plan(
     topology: Topology,
     undivided: Sequence[bool],
     unit_of: Mapping[str, str],
+    rows: frozenset[int],
 ) -> tuple[BucketLayout, ...]:
-    """Describe the parameters to the pure planner; `unit_of` is empty below stage 3. Frozen parameters outside the
+    """Describe the parameters to the pure planner; `unit_of` is empty below stage 3, `rows` without
+    `sparse_gradients`. Frozen parameters outside the
     optimizer are divided in stage 3 only.
     """
     group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
@@ -243,6 +247,7 @@ def _plan(
                 unit=unit_of.get(fqn),
                 undivided=group != FROZEN and undivided[group],
                 axis=topology.axis_of.get(fqn, 0),
+                by_rows=group != FROZEN and id(p) in rows,
             )
         )
     if stage == 3:

@@ -29,14 +29,16 @@ class Sums:
         """Height of the tree in each buffer that holds a sum; buffer 0 is `bucket.grad`."""
         self._buffers: list[Tensor] = []
         """Buffers 1, 2, ...; reserved when first needed, then kept."""
-        begin, end = bucket.slice_range
+        self._whole = bucket.layout.by_rows
+        """Whether reductions land on every rank as the whole bucket, [Note: gradients by rows]."""
+        begin, end = bucket.owned_range if self._whole else bucket.slice_range
         self._offset = begin - bucket.owned_range[0]
         self._numel = end - begin
         self._complete = True
 
     def add(self, part: Tensor) -> None:
-        """Take in this rank's slice of one reduction; entries whose gradient is None start a new
-        accumulation.
+        """Take in this rank's slice of one reduction, or the whole of it [Note: gradients by rows]; entries whose
+        gradient is None start a new accumulation.
         """
         bucket = self._bucket
         live = [s for s in bucket.shards if s.numel()]
@@ -53,7 +55,7 @@ class Sums:
             self._sink(part, 0, accumulate=True)
         else:
             self._push(part)
-        self._complete = len(self._levels) == 1 and bucket.layout.num_owners == bucket.ranks.size
+        self._complete = len(self._levels) == 1 and not self._apart
         for shard, view in zip(bucket.shards, bucket.cut(self._grad()), strict=True):
             if shard.grad is None and shard.numel():
                 shard.grad = view
@@ -74,7 +76,7 @@ class Sums:
             return
         bucket = self._bucket
         self._merge_all()
-        if bucket.layout.num_owners != bucket.ranks.size:
+        if self._apart:
             comm.gather(self._grad(), bucket.ranks).wait()
         self._complete = True
 
@@ -84,11 +86,16 @@ class Sums:
         total = self._buffer(top).clone()
         for index in reversed(range(top)):  # as `_merge_all` adds them
             total += self._buffer(index)
-        return total
+        return self._bucket.slice_of(total) if self._whole else total
 
     def waiting(self) -> list[Tensor]:
         """Memory that is held besides `bucket.grad`."""
         return self._buffers
+
+    @property
+    def _apart(self) -> bool:
+        """Whether ranks have summed different slices of what all of them own."""
+        return self._bucket.layout.num_owners != self._bucket.ranks.size and not self._whole
 
     def _grad(self) -> Tensor:
         if self._bucket.grad is None:
@@ -103,7 +110,7 @@ class Sums:
 
     def _sink_apart(self, part: Tensor) -> None:
         """Some entries accumulate and others start anew."""
-        first = self._bucket.slice_range[0]
+        first = self._bucket.owned_range[0] + self._offset
         for shard, slot in zip(self._bucket.shards, self._bucket.layout.slots, strict=True):
             piece = piece_of(slot, first, first + self._numel)
             if piece.numel:

@@ -74,6 +74,7 @@ def takes_pieces(bucket: Bucket, comm: Comm, policy: WirePolicy) -> bool:
     return (
         scattered
         and not narrowed
+        and not bucket.layout.by_rows
         and policy.predivide == 1.0
         and comm.takes_pieces(bucket.ranks, bucket.device)
     )
@@ -88,7 +89,7 @@ def launch_pieces(
     place: Tensor | None,
 ) -> Flight:
     """As `launch`, of one flat gradient for each slot; `takes_pieces` says where it may be used."""
-    op, factor = _operation(bucket.ranks, policy)
+    op, factor = operation(bucket.ranks, policy)
     begin, end = bucket.slice_range
     if place is None:
         place = torch.empty(end - begin, dtype=torch.float32, device=bucket.device)
@@ -96,7 +97,7 @@ def launch_pieces(
     return Flight(bucket, work, None, place, factor, comm)
 
 
-def _operation(ranks: Ranks, policy: WirePolicy) -> tuple[dist.ReduceOp.RedOpType, float]:
+def operation(ranks: Ranks, policy: WirePolicy) -> tuple[dist.ReduceOp.RedOpType, float]:
     """What the backend does with the ranks' values, and what its result is multiplied by: its own mean where it is
     the one that is wanted.
     """
@@ -118,7 +119,7 @@ def launch(
     if policy.predivide != 1.0:
         source.mul_(1.0 / policy.predivide)
     travels = source if policy.dtype is None else source.to(policy.dtype)
-    op, factor = _operation(ranks, policy)
+    op, factor = operation(ranks, policy)
     if ranks.group is None:
         return Flight(bucket, Done(), travels, travels.float(), factor, comm)
     if policy.scatter or bucket.layout.num_owners == 1:

@@ -66,10 +66,10 @@ def save(
     saving: Saving,
 ) -> str:
     """See `Engine.save_checkpoint`."""
-    pending = engine.micro_steps % engine.batch.steps
+    pending = engine.accumulation.pending
     if pending and engine.world.rank == 0:
         warnings.warn(
-            f"this checkpoint is saved after {pending} of {engine.batch.steps} micro-batches: their "
+            f"this checkpoint is saved after {pending} of {_wanted(engine)} micro-batches: their "
             "gradients are "
             "not in it, and a run that continues from it begins with the first of them; save after a "
             "boundary",
@@ -83,6 +83,10 @@ def save(
             Path(save_dir), name, lambda: _content(engine, client_state, saving), **options
         )
     return write(save_dir, name, lambda: _content(engine, client_state, saving), **options)
+
+
+def _wanted(engine: Engine) -> str:
+    return str(engine.batch.steps) if engine.accumulation.managed else "some"
 
 
 def _content(engine: Engine, client_state: Mapping[str, Any], saving: Saving) -> Content:

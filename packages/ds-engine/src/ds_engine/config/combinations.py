@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ds_engine.config.curriculum import CurriculumConfig
+from ds_engine.config.data_efficiency import DataSamplingConfig, DynamicBatchingConfig
 from ds_engine.config.model import DsConfig
 
 
@@ -26,6 +28,80 @@ def _param_dtype(config: DsConfig) -> str:
     return "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
 
 
+def _sampling(config: DsConfig) -> DataSamplingConfig | None:
+    """`data_sampling`, where it is switched on."""
+    section = config.data_efficiency
+    return section.data_sampling if section.enabled and section.data_sampling.enabled else None
+
+
+def _tokens(config: DsConfig) -> DynamicBatchingConfig | None:
+    found = _sampling(config)
+    return found.dynamic_batching if found is not None and found.dynamic_batching.enabled else None
+
+
+def _curriculum(config: DsConfig) -> CurriculumConfig | None:
+    found = _sampling(config)
+    return found.curriculum_learning if found is not None and found.curriculum_learning.enabled else None
+
+
+_SAMPLING = "data_efficiency.data_sampling"
+_TOKENS = f"{_SAMPLING}.dynamic_batching"
+_CURRICULUM = f"{_SAMPLING}.curriculum_learning"
+
+_DATA: tuple[Combination, ...] = (
+    Combination(
+        key=f"{_TOKENS}.enabled",
+        broken=lambda c: _tokens(c) is not None and _curriculum(c) is not None,
+        sentence=f"{_TOKENS}.enabled and curriculum_learning.enabled exclude each other: both decide which samples "
+        "make a batch; set one of them to false",
+    ),
+    Combination(
+        key=f"{_SAMPLING}.enabled",
+        broken=lambda c: (
+            not c.managed_gradient_accumulation and (_tokens(c) is not None or _curriculum(c) is not None)
+        ),
+        sentence=f"{_SAMPLING} and managed_gradient_accumulation false exclude each other: it makes batches of "
+        "train_batch_size; remove one of them",
+    ),
+    Combination(
+        key=f"{_TOKENS}.max_tokens",
+        broken=lambda c: (s := _tokens(c)) is not None and s.max_tokens is None,
+        sentence=f"{_TOKENS} needs max_tokens, the tokens that samples are packed into",
+    ),
+    Combination(
+        key=f"{_TOKENS}.metrics_path",
+        broken=lambda c: (s := _tokens(c)) is not None and not s.metrics_path,
+        sentence=f"{_TOKENS} needs metrics_path, a folder in which ds_engine.sampling.Analyzer has written the measure "
+        '"seqlen"',
+    ),
+    Combination(
+        key=f"{_TOKENS}.max_batch_size",
+        broken=lambda c: (
+            (s := _tokens(c)) is not None
+            and s.max_batch_size is not None
+            and s.max_batch_size < s.min_batch_size
+        ),
+        sentence=f"{_TOKENS}.max_batch_size is below min_batch_size: no samples would do",
+    ),
+    Combination(
+        key=f"{_CURRICULUM}.curriculum_metrics",
+        broken=lambda c: (s := _curriculum(c)) is not None and not s.curriculum_metrics,
+        sentence=f"{_CURRICULUM} needs curriculum_metrics, at least one measure of difficulty",
+    ),
+    Combination(
+        key=f"{_CURRICULUM}.curriculum_metrics",
+        broken=lambda c: (
+            (s := _curriculum(c)) is not None
+            and any(
+                m.clustering_type == "schedule_based" and not m.index_to_sample_path
+                for m in s.curriculum_metrics.values()
+            )
+        ),
+        sentence=f"{_CURRICULUM}.curriculum_metrics: a measure needs index_to_sample_path, a folder that "
+        'ds_engine.sampling.Analyzer has written; or clustering_type "single_cluster", which restricts nothing',
+    ),
+)
+
 COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         key="fp16.enabled",
@@ -38,6 +114,12 @@ COMBINATIONS: tuple[Combination, ...] = (
         broken=lambda c: 2.0**c.fp16.initial_scale_power < c.fp16.min_loss_scale,
         sentence="fp16.initial_scale_power: 2 to this power is below fp16.min_loss_scale; raise the first or lower the "
         "second",
+    ),
+    Combination(
+        key="sparse_gradients",
+        broken=lambda c: c.sparse_gradients and c.zero_optimization.stage > 0,
+        sentence="sparse_gradients needs zero_optimization.stage 0: above it, each rank receives only its part of "
+        "every gradient, and rows are cut; set it to false, or stage to 0",
     ),
     Combination(
         key="data_types.param_dtype",
@@ -127,4 +209,5 @@ COMBINATIONS: tuple[Combination, ...] = (
         broken=lambda c: c.optimizer is not None and "max_grad_norm" in c.optimizer.params,
         sentence='optimizer.params.max_grad_norm has no effect there: the key is "gradient_clipping", at the top level',
     ),
+    *_DATA,
 )

@@ -43,13 +43,21 @@ class LegacyCurriculumConfig(Section):
 class CurriculumMetricConfig(Section):
     """One measure of difficulty."""
 
-    index_to_sample_path: str | None = Field(default=None, description="File: difficulty to samples.")
-    index_to_metric_path: str | None = Field(default=None, description="File: index to difficulty.")
+    index_to_sample_path: str | None = Field(
+        default=None,
+        description="Folder that ds_engine.sampling.Analyzer has written for this measure; or DeepSpeed's file.",
+    )
+    index_to_metric_path: str | None = Field(
+        default=None,
+        description="The second of DeepSpeed's files; not needed for a folder of ours, nor for percentiles.",
+    )
     difficulty_type: Literal["value", "percentile"] = Field(
         default="value", description="What the bounds are given in."
     )
     clustering_type: Literal["single_cluster", "schedule_based"] = Field(
-        default="schedule_based", description="Draw from all samples, or from those that are easy enough."
+        default="schedule_based",
+        description="schedule_based: draw from samples that are easy enough; single_cluster: from all, and only tell "
+        "the difficulty.",
     )
     min_difficulty: Number | None = Field(default=None, description="At the beginning.")
     max_difficulty: Number | None = Field(default=None, description="At the end.")

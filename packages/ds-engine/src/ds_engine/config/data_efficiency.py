@@ -14,19 +14,27 @@ class DynamicBatchingConfig(Section):
     """Batches of about equal numbers of tokens, and a rate that follows their size."""
 
     enabled: bool = Field(default=False, description="Vary the batch.")
-    metrics_path: str | None = Field(default=None, description="Directory with the lengths of samples.")
+    metrics_path: str | None = Field(
+        default=None,
+        description="Folder in which the analyzer has written the measure seqlen, the lengths of samples.",
+    )
     lr_scaling_method: Literal["linear", "sqrt", "none"] = Field(
         default="linear", description="How the rate follows the size of the batch."
     )
-    min_batch_size: Positive = Field(default=1, description="Samples at least.")
-    max_batch_size: Positive | None = Field(default=None, description="Samples at most.")
+    min_batch_size: Positive = Field(
+        default=1, description="Samples that are packed together at least; fewer are left out."
+    )
+    max_batch_size: Positive | None = Field(
+        default=None, description="Samples that are packed together at most."
+    )
     sequence_picking_order: Literal["dataloader", "random", "seqlen"] = Field(
         default="dataloader", description="Order of samples."
     )
     max_tokens: Positive | None = Field(
-        default=None, description="Tokens of a batch at most; has to be given."
+        default=None,
+        description="Tokens that samples are packed into; train_batch_size such lists make a step. Has to be given.",
     )
-    verbose: bool = Field(default=False, description="Print the batches.")
+    verbose: bool = Field(default=False, description="Print how many batches there are, and their sizes.")
 
 
 class DataSamplingConfig(Section):

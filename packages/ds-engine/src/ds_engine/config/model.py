@@ -106,7 +106,7 @@ class DsConfig(Section):
         default="fp32", description="Dtype of sums over sequence-parallel ranks."
     )
     sparse_gradients: bool = Field(
-        default=False, description="Send only the rows of embeddings that have a gradient."
+        default=False, description="Stage 0: send only the rows of embeddings that have a gradient."
     )
     disable_allgather: bool = Field(default=False, description="Publish parameters by broadcasts.")
     zero_allow_untested_optimizer: bool = Field(

@@ -11,6 +11,8 @@ WORKING: tuple[Row, ...] = (
     works("train_batch_size", _ENGINE, "ds_engine.config.batch"),
     works("train_micro_batch_size_per_gpu", _ENGINE, "ds_engine.config.batch"),
     works("gradient_accumulation_steps", _ENGINE, "ds_engine.config.batch"),
+    works("managed_gradient_accumulation", _ENGINE, "ds_engine.accumulation"),
+    works("sparse_gradients", "ds-zero", "ds_zero.rows"),
     works("optimizer", _ENGINE, "ds_engine.optimizers"),
     works("scheduler", _ENGINE, "ds_engine.schedules"),
     works("fp16", "ds-zero", "ds_zero.LossScaler and ZeroConfig.param_dtype"),
@@ -56,6 +58,7 @@ WORKING: tuple[Row, ...] = (
         },
     ),
     works("checkpoint.writer.decoupled", _ENGINE, "ds_engine.checkpoint.background"),
+    works("data_efficiency", _ENGINE, "ds_engine.sampling"),
     works("seed", _ENGINE, "ds_engine.assemble"),
     works("startup_summary", _ENGINE, "ds_engine.summary"),
 )
@@ -89,9 +92,7 @@ EFFECTLESS: tuple[Row, ...] = (
 )
 
 NOT_YET: tuple[Row, ...] = (
-    later("managed_gradient_accumulation", _ENGINE, "counting micro-batches by hand", "set it to true"),
     no_effect("bf16.immediate_grad_update", "ds-zero", "gradients are always summed as they come"),
-    later("sparse_gradients", _ENGINE, "sending only rows that have a gradient"),
     later("disable_python_gc", _ENGINE, "garbage collection between steps", "call gc.disable() yourself"),
     later("sequence_parallel_size", _LAYERS, "sequence parallelism", "set it to 1"),
     later("use_data_before_expert_parallelism", "ds-moe", "expert parallelism"),
@@ -115,7 +116,17 @@ NOT_YET: tuple[Row, ...] = (
     ),
     later("flops_profiler", "ds-profiler", "FLOPs and time of modules"),
     later("comms_logger", "ds-profiler", "records of collectives"),
-    later("data_efficiency", _ENGINE, "choosing samples and tokens"),
+    no_effect(
+        "data_efficiency.data_sampling.curriculum_learning.data_cluster_path",
+        _ENGINE,
+        "lists of samples are computed from the index and the seed, and not written",
+    ),
+    later(
+        "data_efficiency.data_routing",
+        _LAYERS,
+        "dropping of tokens at random",
+        switches={"data_efficiency.data_routing.enabled": (False,)},
+    ),
     later(
         "pipeline",
         "ds-pipe",

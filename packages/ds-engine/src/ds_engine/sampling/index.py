@@ -1,0 +1,173 @@
+"""One measure of all samples, on disk: who has which value, and the samples in ascending order of it.
+
+A folder with `manifest.json` and three arrays that are mapped into memory, not read: `values.npy` (sample -> value),
+`order.npy` (samples by ascending value; equal ones in the order of the data set) and `sorted.npy` (their values). It
+appears whole or not at all. DeepSpeed's files of the same purpose (`*_index_to_sample`, `*_index_to_metric`,
+`*_sample_to_metric`, each `.bin` and `.idx`) are read, too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_ARRAYS = ("values", "order", "sorted")
+_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPES = dict(
+    enumerate((np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16, np.uint32, np.uint64), start=1)
+)
+"""Code in an index file -> what the numbers are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricIndex:
+    """A measure of every sample."""
+
+    path: str
+    order: Array
+    """Samples by ascending value."""
+    sorted: Array | None
+    """Their values; None where the files have none, which is enough for percentiles."""
+    given: Array | None = None
+    """Sample -> value, where the files have it."""
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @cached_property
+    def values(self) -> Array:
+        """Sample -> value."""
+        if self.given is not None:
+            return self.given
+        found = np.empty(len(self.order), dtype=self._ascending.dtype)
+        found[self.order] = self._ascending
+        return found
+
+    def below(self, value: float) -> int:
+        """Samples whose value is at most `value`: so many first ones of `order`."""
+        return int(np.searchsorted(self._ascending, value, side="right"))
+
+    @property
+    def least(self) -> float:
+        return float(self._ascending[0])
+
+    @property
+    def _ascending(self) -> Array:
+        if self.sorted is None:
+            raise ValueError(
+                f"{self.path}: the file of values is missing, and difficulties are values: give index_to_metric_path, "
+                'or difficulty_type "percentile"'
+            )
+        return self.sorted
+
+
+def write_index(folder: Path, values: Array) -> None:
+    """Write the index of one measure; one that is there already is replaced.
+
+    Raises:
+        ValueError: no samples, more than one number each, or a value that is NaN.
+    """
+    if values.ndim != 1 or not values.size:
+        raise ValueError(
+            f"{folder}: a measure is one number for each sample, here is an array {values.shape}"
+        )
+    if np.isnan(values).any():
+        raise ValueError(
+            f"{folder}: sample {int(np.isnan(values).argmax())} has the value NaN, which has no place in an order"
+        )
+    order = np.argsort(values, kind="stable").astype(
+        np.uint32 if values.size <= np.iinfo(np.uint32).max else np.int64
+    )
+    made = folder.with_name(f".{folder.name}.{os.getpid()}")
+    made.mkdir(parents=True)
+    checksums = {}
+    for name, array in zip(_ARRAYS, (values, order, values[order]), strict=True):
+        np.save(made / f"{name}.npy", array)
+        checksums[name] = zlib.crc32(np.ascontiguousarray(array).data)
+    text = json.dumps({"format": FORMAT, "num_samples": int(values.size), "crc32": checksums})
+    (made / MANIFEST).write_text(text, encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(made, folder)
+
+
+def open_index(to_sample: str, to_metric: str | None = None) -> MetricIndex:
+    """The index in the folder `to_sample`; or DeepSpeed's, of which both files are named, with or without ending.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: another format, or files that do not belong together.
+    """
+    if (Path(to_sample) / MANIFEST).exists():
+        return _own(Path(to_sample))
+    rows = _Foreign.open(to_sample)
+    values = None if to_metric is None else _Foreign.open(to_metric)
+    if values is not None and len(values.sizes) != len(rows.sizes):
+        raise ValueError(f"{to_sample} has {len(rows.sizes)} rows, {to_metric} has {len(values.sizes)}")
+    ascending = None if values is None else np.repeat(values.flat, rows.sizes)
+    return MetricIndex(path=to_sample, order=rows.flat, sorted=ascending)
+
+
+def open_values(folder: str, metric: str) -> Array:
+    """Sample -> value of `<folder>/<metric>`, ours or DeepSpeed's.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    own = Path(folder) / metric
+    if (own / MANIFEST).exists():
+        return _own(own).values
+    return _Foreign.open(str(own / f"{metric}_sample_to_metric")).flat
+
+
+def _own(folder: Path) -> MetricIndex:
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{folder} has format {manifest['format']}, this version reads {FORMAT}")
+    values, order, ascending = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+    for name, array in zip(_ARRAYS, (values, order, ascending), strict=True):
+        if len(array) != manifest["num_samples"]:
+            raise ValueError(f"{folder / name}.npy has {len(array)} entries, not {manifest['num_samples']}")
+    return MetricIndex(path=str(folder), order=order, sorted=ascending, given=values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Foreign:
+    """Rows of numbers in DeepSpeed's form: lengths in one file, and what they hold, one after the other, in another."""
+
+    sizes: Array
+    flat: Array
+
+    @classmethod
+    def open(cls, path: str) -> _Foreign:
+        base = path.removesuffix(".idx").removesuffix(".bin")
+        for ending in (".idx", ".bin"):
+            if not Path(base + ending).exists():
+                raise FileNotFoundError(
+                    f"{path}: there is neither a folder with {MANIFEST} nor a file {base}{ending}; make the index with "
+                    "ds_engine.sampling.Analyzer"
+                )
+        head = struct.calcsize("<9sQBQQ")
+        with Path(base + ".idx").open("rb") as file:
+            magic, version, code, rows, _ = struct.unpack("<9sQBQQ", file.read(head))
+        if magic != _MAGIC or version != 1 or code not in _DTYPES:
+            raise ValueError(f"{base}.idx is no index of DeepSpeed's, or of a version that is not known")
+        sizes = np.memmap(base + ".idx", dtype=np.int32, mode="r", offset=head, shape=(rows,))
+        flat = np.memmap(base + ".bin", dtype=_DTYPES[code], mode="r")
+        if int(sizes.sum(dtype=np.int64)) != len(flat):
+            raise ValueError(f"{base}.bin has {len(flat)} numbers, its index says {int(sizes.sum())}")
+        return cls(sizes=sizes, flat=flat)

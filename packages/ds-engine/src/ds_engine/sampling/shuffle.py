@@ -1,0 +1,64 @@
+"""Random orders that are computed, not kept: any part of one, at any time, the same on every machine.
+
+[Note: computed order]
+A shuffled list of n samples is n indices on every rank, and going on in the middle of one means to make it anew. Here
+the i-th sample of an order is a function of (key, i, n): a Feistel network permutes the numbers below 4^k >= n, and
+what falls outside of n is permuted again until it does not ("cycle walking"; Black and Rogaway, Ciphers with Arbitrary
+Finite Domains, 2002). Integers only, so that no library's generator or rounding has a say.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.uint64]
+
+_ROUNDS = 6
+_ODD = np.uint64(0x9E3779B97F4A7C15)
+
+
+def mix(words: Words) -> Words:
+    """A bijection of 64-bit words whose every output bit depends on every input bit.
+
+    Source: Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators (2014), figure 14.
+    """
+    found: Words = words + _ODD
+    found = (found ^ (found >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    found = (found ^ (found >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    found = found ^ (found >> np.uint64(31))
+    return found
+
+
+def key_of(*numbers: int) -> Words:
+    """One word, as an array of one element, from any whole numbers."""
+    found = np.zeros(1, dtype=np.uint64)
+    for number in numbers:
+        found = mix(found ^ mix(np.array([number & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)))
+    return found
+
+
+def draws(key: Words, count: int, below: int) -> NDArray[np.int64]:
+    """`count` random whole numbers from 0 to `below` - 1."""
+    numbers: Words = np.arange(count, dtype=np.uint64)
+    found: NDArray[np.int64] = (mix(key + numbers) % np.uint64(below)).astype(np.int64)
+    return found
+
+
+def shuffled(places: NDArray[np.int64], count: int, key: Words) -> NDArray[np.int64]:
+    """What stands at `places` of a random order of 0 to `count` - 1, [Note: computed order]."""
+    half = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = [mix(key + np.uint64(turn)) for turn in range(_ROUNDS)]
+
+    def permute(words: Words) -> Words:
+        left, right = words >> half, words & mask
+        for key_of_round in keys:
+            left, right = right, left ^ (mix(right ^ key_of_round) & mask)
+        both: Words = (left << half) | right
+        return both
+
+    found = permute(places.astype(np.uint64))
+    while (outside := found >= np.uint64(count)).any():
+        found[outside] = permute(found[outside])
+    return found.astype(np.int64)
