@@ -188,7 +188,7 @@ def test_files_of_deepspeed(tmp_path: Path) -> None:
     index = open_index(samples, values + ".bin")
     assert index.order.tolist() == [4, 0, 1, 3, 2, 5]
     assert index.values.tolist() == [10, 300, 1000, 1000, 10, 1000]
-    assert index.below(300) == 3 and index.least == 10
+    assert [index.below(bound) for bound in (-1, 9.5, 10, 300, 1e9)] == [0, 0, 2, 3, 6] and index.least == 10
     with pytest.raises(ValueError, match="give index_to_metric_path"):
         open_index(samples).below(1)
     (tmp_path / "seqlen").mkdir()

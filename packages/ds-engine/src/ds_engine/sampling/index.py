@@ -9,6 +9,7 @@ appears whole or not at all. DeepSpeed's files of the same purpose (`*_index_to_
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -59,7 +60,14 @@ class MetricIndex:
 
     def below(self, value: float) -> int:
         """Samples whose value is at most `value`: so many first ones of `order`."""
-        return int(np.searchsorted(self._ascending, value, side="right"))
+        ascending = self._ascending
+        if np.issubdtype(ascending.dtype, np.integer):
+            # In the array's own type, or numpy would convert all of it, each time.
+            limits = np.iinfo(ascending.dtype)
+            if value < limits.min:
+                return 0
+            value = ascending.dtype.type(math.floor(min(value, limits.max)))
+        return int(np.searchsorted(ascending, value, side="right"))
 
     @property
     def least(self) -> float:

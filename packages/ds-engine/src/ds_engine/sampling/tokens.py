@@ -93,7 +93,7 @@ class TokenBatches:
         Raises:
             ValueError: not enough samples for one batch.
         """
-        self.lengths, self.packing = np.asarray(lengths).reshape(-1), packing
+        self.lengths, self.packing = np.asarray(lengths).reshape(-1).astype(np.int64), packing
         self.batch, self.micro_batch, self.rank, self.ranks, self.seed = batch, micro_batch, rank, ranks, seed
         self.num_samples = len(self.lengths)
         self.start = 0
