@@ -263,7 +263,6 @@ def test_single_cluster_only_tells_and_custom_comes_from_code(tmp_path: Path) ->
 
 TOKENS = {"enabled": True, "max_tokens": 9, "metrics_path": "x"}
 TOLD = {"enabled": True, "curriculum_metrics": {"a": {"clustering_type": "single_cluster"}}}
-ROUTING = {"data_efficiency": {"enabled": True, "data_routing": {"enabled": True}}}
 BY_HAND = {"managed_gradient_accumulation": False}
 
 
@@ -289,7 +288,6 @@ BY_HAND = {"managed_gradient_accumulation": False}
             sampling(dynamic_batching=TOKENS) | BY_HAND,
             "managed_gradient_accumulation false exclude each other",
         ),
-        (ROUTING, "data_routing.enabled is true: ds-layers"),
     ],
 )
 def test_settings_that_contradict_each_other(section: dict[str, Any], message: str) -> None:

@@ -97,3 +97,69 @@ def test_custom_schedules_come_from_code() -> None:
 def test_numbers_that_are_missing_or_contradict(more: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         pacing(**more)
+
+
+# --- data_efficiency.data_routing
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.seen = nn.Linear(4, 4), list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x.shape[1])
+        return x + self.linear(x)
+
+
+def routing(**more: Any) -> dict[str, Any]:
+    schedule = {"min_value": 2, "max_value": 8, "schedule_config": {"require_steps": 3, "seq_per_step": 2}}
+    section = {"enabled": True, "random_ltd_layer_id": [1, 2], "random_ltd_schedule": schedule} | more
+    return {"data_efficiency": {"enabled": True, "data_routing": {"enabled": True, "random_ltd": section}}}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_middle_layers_see_a_growing_number_of_tokens(stage: int) -> None:
+    config = {"train_batch_size": 4, "startup_summary": False, "zero_optimization": {"stage": stage}}
+    config |= {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}} | routing(total_layer_num=4)
+    model = nn.Sequential(*[Block() for _ in range(4)])
+    engine, *_ = ds_engine.initialize(model=model, config=config)
+    with engine:
+        with pytest.raises(ValueError, match="nothing says which layers drop tokens"):
+            engine(torch.ones(4, 8, 4))
+        engine.pacing.drop_tokens(engine.module, Block)
+        for _ in range(5):
+            engine.backward(engine(torch.randn(4, 8, 4)).square().mean())
+            engine.step()
+        engine.eval()
+        engine(torch.ones(4, 8, 4))
+    model.train()
+    model(torch.ones(4, 8, 4))  # of no engine any more
+    assert [block.seen for block in model] == [[8] * 7, *[[2, 4, 6, 8, 8, 8, 8]] * 2, [8] * 7]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"random_ltd_layer_id": []}, "needs random_ltd_layer_id"),
+        ({"random_ltd_layer_num": 3}, "is not the number of layers in random_ltd_layer_id"),
+        ({"random_ltd_schedule": {"min_value": 3}}, "needs min_value, max_value"),
+        ({"layer_token_lr_schedule": {"enabled": True}}, "rates that follow the tokens that layers see"),
+    ],
+)
+def test_what_random_ltd_needs(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load({"train_batch_size": 4} | routing(**more))
+
+
+def test_layers_that_are_not_those_of_the_configuration() -> None:
+    model = nn.Sequential(Block(), Block())
+    with pytest.raises(ValueError, match=r"2 layers Block; .* counts from 0"):
+        Pacing(load({"train_batch_size": 4} | routing())).drop_tokens(model, Block)
+    with pytest.raises(ValueError, match="random_ltd is not switched on"):
+        Pacing(load({"train_batch_size": 4})).drop_tokens(model, Block)
+
+
+def test_multiples_do_not_begin_below_the_minimum() -> None:
+    assert [growing(step, low=8, high=64, total=10, multiple=16) for step in (1, 3, 10)] == [16, 16, 64]
+    assert growing(1, low=10, high=12, total=10, multiple=16) == 12

@@ -455,6 +455,7 @@ class Engine:
             self._live = False
             self.reload_states()
             self.monitor.close()
+            self.pacing.close()
             if self.background is not None:
                 self.background.close()
             ds_zero.destroy(self.module)

@@ -6,18 +6,22 @@ Pure functions of the step, so nothing of it has to be in a checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ds_engine.config.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ds_engine.config.curriculum import (
         CurriculumMetricConfig,
         CurriculumScheduleConfig,
         LegacyCurriculumConfig,
     )
     from ds_engine.config.model import DsConfig
+    from ds_layers import TokenDropping
 
 Difficulty = Callable[[int], float]
 """Step, counted from 1 -> difficulty."""
@@ -120,6 +124,11 @@ class Pacing:
         self._drop = config.progressive_layer_drop if config.progressive_layer_drop.enabled else None
         self._curriculum = config.curriculum_learning.enabled
         self._difficulty = schedule(config.curriculum_learning) if self._curriculum else None
+        routing = config.data_efficiency.data_routing
+        on = config.data_efficiency.enabled and routing.enabled and routing.random_ltd.enabled
+        self._ltd = routing.random_ltd if on else None
+        self.dropping: TokenDropping | None = None
+        """What drops tokens, once `drop_tokens` has said around which layers."""
 
     def set_difficulty(self, difficulty: Difficulty) -> None:
         """The function of `"schedule_type": "custom"`.
@@ -133,11 +142,73 @@ class Pacing:
             )
         self._difficulty = difficulty
 
+    def drop_tokens(
+        self, model: nn.Module, kind: type[nn.Module], along: Sequence[str] | None = None
+    ) -> TokenDropping:
+        """Say which layers `data_efficiency.data_routing.random_ltd` is about: those of class `kind` in `model`, of
+        which `random_ltd_layer_id` counts, from 0, the ones that drop tokens.
+
+        Args:
+            along: names of arguments of a layer's forward that belong to tokens, beside the mask; default
+                `position_ids` and `position_embeddings`.
+
+        Raises:
+            ValueError: random_ltd is not switched on, or the layers are not those of the configuration.
+        """
+        from ds_layers import DroppingConfig, TokenDropping
+
+        section = self._ltd
+        if section is None:
+            raise ValueError("data_efficiency.data_routing.random_ltd is not switched on")
+        layers = [module for module in model.modules() if isinstance(module, kind)]
+        chosen, total = section.random_ltd_layer_id or [], section.total_layer_num
+        if total not in (None, len(layers)) or max(chosen) >= len(layers):
+            raise ValueError(
+                f"the model has {len(layers)} layers {kind.__name__}; random_ltd has total_layer_num {total} and "
+                f"random_ltd_layer_id {chosen}, which counts from 0"
+            )
+        config = DroppingConfig(
+            batch_first=section.hidden_state_order != "seq_batch_dim", mask=section.model_mask_name
+        )
+        if along is not None:
+            config = replace(config, along=tuple(along))
+        self.close()
+        self.dropping = TokenDropping([layers[i] for i in chosen], config)
+        return self.dropping
+
+    def close(self) -> None:
+        """Layers see all tokens again."""
+        if self.dropping is not None:
+            self.dropping.remove()
+            self.dropping = None
+
+    def kept_tokens(self, steps: int) -> int:
+        """Tokens that layers get after so many optimizer steps."""
+        assert self._ltd is not None
+        growth = self._ltd.random_ltd_schedule
+        numbers = growth.schedule_config
+        return int(
+            growing(
+                steps,
+                low=growth.min_value or 1,
+                high=growth.max_value or 1,
+                total=numbers.require_steps or 1,
+                multiple=numbers.seq_per_step or 1,
+            )
+        )
+
     def arguments(self, steps: int) -> dict[str, Any]:
         """What forward gets after so many optimizer steps: `curriculum_seqlen`, `progressive_layer_drop` and
         `pld_theta`, each if switched on.
         """
         made: dict[str, Any] = {}
+        if self._ltd is not None:
+            if self.dropping is None:
+                raise ValueError(
+                    "data_efficiency.data_routing.random_ltd is on, and nothing says which layers drop tokens: call "
+                    "engine.pacing.drop_tokens(engine.module, ClassOfLayers) before the first forward"
+                )
+            self.dropping.kept = self.kept_tokens(steps)
         if self._drop is not None:
             made["progressive_layer_drop"] = True
             made["pld_theta"] = keep_share(steps, self._drop.theta, self._drop.gamma)

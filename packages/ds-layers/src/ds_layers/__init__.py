@@ -1,16 +1,21 @@
-"""What changes inside a layer: activation checkpointing and the random generators that model parallelism needs."""
+"""What changes inside a layer: activation checkpointing, tokens that pass by layers, and the random generators that
+model parallelism needs.
+"""
 
 from ds_layers.checkpointing import Checkpointing, CheckpointingConfig, Statistics
+from ds_layers.dropping import DroppingConfig, TokenDropping
 from ds_layers.rng import RngTracker, model_parallel_seed
 from ds_layers.tiled import TiledLinear
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CheckpointingConfig",
     "Checkpointing",
+    "CheckpointingConfig",
+    "DroppingConfig",
     "RngTracker",
     "Statistics",
     "TiledLinear",
+    "TokenDropping",
     "model_parallel_seed",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ds_engine.config.curriculum import CurriculumConfig
-from ds_engine.config.data_efficiency import DataSamplingConfig, DynamicBatchingConfig
+from ds_engine.config.data_efficiency import DataSamplingConfig, DynamicBatchingConfig, RandomLtdConfig
 from ds_engine.config.model import DsConfig
 
 
@@ -44,11 +44,52 @@ def _curriculum(config: DsConfig) -> CurriculumConfig | None:
     return found.curriculum_learning if found is not None and found.curriculum_learning.enabled else None
 
 
+def _dropping(config: DsConfig) -> RandomLtdConfig | None:
+    section = config.data_efficiency
+    ltd = section.data_routing.random_ltd
+    return ltd if section.enabled and section.data_routing.enabled and ltd.enabled else None
+
+
+def _grows(section: RandomLtdConfig) -> bool:
+    """Whether the schedule is complete."""
+    growth = section.random_ltd_schedule
+    low, high, numbers = growth.min_value, growth.max_value, growth.schedule_config
+    return (
+        low is not None
+        and high is not None
+        and low <= high
+        and numbers.require_steps is not None
+        and numbers.seq_per_step is not None
+    )
+
+
 _SAMPLING = "data_efficiency.data_sampling"
 _TOKENS = f"{_SAMPLING}.dynamic_batching"
 _CURRICULUM = f"{_SAMPLING}.curriculum_learning"
+_LTD = "data_efficiency.data_routing.random_ltd"
 
 _DATA: tuple[Combination, ...] = (
+    Combination(
+        key=f"{_LTD}.random_ltd_layer_id",
+        broken=lambda c: (s := _dropping(c)) is not None and not s.random_ltd_layer_id,
+        sentence=f"{_LTD} needs random_ltd_layer_id, the numbers of the layers that drop tokens, from 0",
+    ),
+    Combination(
+        key=f"{_LTD}.random_ltd_layer_num",
+        broken=lambda c: (
+            (s := _dropping(c)) is not None
+            and s.random_ltd_layer_num is not None
+            and s.random_ltd_layer_num != len(s.random_ltd_layer_id or ())
+        ),
+        sentence=f"{_LTD}.random_ltd_layer_num is not the number of layers in random_ltd_layer_id: remove it, or "
+        "correct one of them",
+    ),
+    Combination(
+        key=f"{_LTD}.random_ltd_schedule",
+        broken=lambda c: (s := _dropping(c)) is not None and not _grows(s),
+        sentence=f"{_LTD}.random_ltd_schedule needs min_value, max_value (not less), schedule_config.require_steps and "
+        "schedule_config.seq_per_step",
+    ),
     Combination(
         key=f"{_TOKENS}.enabled",
         broken=lambda c: _tokens(c) is not None and _curriculum(c) is not None,

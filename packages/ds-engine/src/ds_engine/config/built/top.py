@@ -5,6 +5,7 @@ from __future__ import annotations
 from ds_engine.config.built.row import Row, gone, later, no_effect, works
 
 _LAYERS = "ds-layers"
+_LTD = "data_efficiency.data_routing.random_ltd"
 _ENGINE = "ds-engine"
 
 WORKING: tuple[Row, ...] = (
@@ -59,6 +60,14 @@ WORKING: tuple[Row, ...] = (
     ),
     works("checkpoint.writer.decoupled", _ENGINE, "ds_engine.checkpoint.background"),
     works("data_efficiency", _ENGINE, "ds_engine.sampling"),
+    works(
+        "data_efficiency.data_routing",
+        _LAYERS,
+        "ds_engine.pacing",
+        needs="ds_layers",
+        remedy="set it to false",
+        switches={"data_efficiency.data_routing.enabled": (False,)},
+    ),
     works("seed", _ENGINE, "ds_engine.assemble"),
     works("startup_summary", _ENGINE, "ds_engine.summary"),
 )
@@ -121,12 +130,9 @@ NOT_YET: tuple[Row, ...] = (
         _ENGINE,
         "lists of samples are computed from the index and the seed, and not written",
     ),
-    later(
-        "data_efficiency.data_routing",
-        _LAYERS,
-        "dropping of tokens at random",
-        switches={"data_efficiency.data_routing.enabled": (False,)},
-    ),
+    no_effect(f"{_LTD}.micro_batch_size", _ENGINE, "any batch will do"),
+    no_effect(f"{_LTD}.global_batch_size", _ENGINE, "any batch will do"),
+    later(f"{_LTD}.layer_token_lr_schedule", _ENGINE, "rates that follow the tokens that layers see"),
     later(
         "pipeline",
         "ds-pipe",
