@@ -176,3 +176,23 @@ def test_it_is_for_stage_0(stage: int) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=rf"sparse_gradients=True with stage={stage}: .* use stage 0"):
         ds_zero.shard(net, optimizer, stage, config=ds_zero.ZeroConfig(sparse_gradients=True))
+
+
+@pytest.mark.full
+def test_a_plan_tells_the_most_that_may_travel_and_what_fits_instead() -> None:
+    sample = torch.zeros(2, 3, dtype=torch.long)
+    plans = [
+        ds_zero.plan(
+            Words(),
+            sample,
+            stage=0,
+            ranks=4,
+            config=ds_zero.ZeroConfig(sparse_gradients=by_rows),
+            device="cpu",
+            budget_bytes=300_000,
+        )
+        for by_rows in (False, True)
+    ]
+    whole, rows = (sum(plan.sent_bytes.values()) for plan in plans)
+    assert whole <= rows <= whole * 1.05
+    assert [r.text for r in plans[0].remedies] == [r.text for r in plans[1].remedies] != []

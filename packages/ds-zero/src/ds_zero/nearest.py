@@ -129,7 +129,10 @@ def _settings(job: Job) -> list[list[_Change]]:
 
 
 def _stage(stage: int) -> _Change:
-    return _Change("stage", stage, f"stage {stage}", lambda job: replace(job, stage=stage))
+    def changed(job: Job) -> Job:
+        return replace(job, stage=stage, config=replace(job.config, sparse_gradients=False))  # stage 0 only
+
+    return _Change("stage", stage, f"stage {stage}", changed)
 
 
 def _micro_batch(size: int, before: int) -> _Change:

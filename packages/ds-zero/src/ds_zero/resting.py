@@ -15,6 +15,7 @@ from ds_zero.divide import undivided_groups
 from ds_zero.layout import FROZEN, piece_of
 from ds_zero.parallel import Topology
 from ds_zero.ranks import Ranks
+from ds_zero.rows import row_parameters
 from ds_zero.shard import _plan
 from ds_zero.simulate import Job
 from ds_zero.units import choose_leaves, choose_units, unit_of_params
@@ -43,7 +44,8 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     undivided = undivided_groups(given, job.config.layout, job.stage)
     leaves = choose_leaves(model, job.config.leaf_modules, job.config.module_granularity_numel)
     unit_of = unit_of_params(model, choose_units(model, leaves)) if job.stage == 3 else {}
-    layouts = _plan(given, params, job.stage, job.config, alone, undivided, unit_of)
+    rows = row_parameters(model, job.stage, alone) if job.config.sparse_gradients else frozenset()
+    layouts = _plan(given, params, job.stage, job.config, alone, undivided, unit_of, rows)
     in_fp32 = {x.name for x in layouts if x.unit is not None and _dtype_of(x) == torch.float32}
     device: dict[str, int] = {book.BUFFERS: sum(b.numel() * b.element_size() for b in model.buffers())}
     host: dict[str, int] = {}
