@@ -30,7 +30,7 @@ from ds_engine.pacing import Pacing
 from ds_engine.precision import Precision
 from ds_engine.progress import Progress, to_stderr
 from ds_engine.sampling.build import order_of, sampling_of
-from ds_engine.sampling.tokens import Scaling, TokenBatches
+from ds_engine.sampling.tokens import TokenBatches
 from ds_engine.schedules import LRSchedule
 
 if TYPE_CHECKING:
@@ -116,7 +116,6 @@ def initialize(
             background=_background(settings, progress, built),
             loader=_loader(settings, training_data, batch, world, axis, collate_fn),
             axis=axis,
-            lr_scaling=_lr_scaling(settings),
         )
     )
     if world.rank == 0:
@@ -274,10 +273,3 @@ def _loader(
         order=order,
         num_workers=sampling.num_workers if sampling is not None else 0,
     )
-
-
-def _lr_scaling(settings: DsConfig) -> Scaling:
-    sampling = sampling_of(settings)
-    if sampling is None or not sampling.dynamic_batching.enabled:
-        return "none"
-    return sampling.dynamic_batching.lr_scaling_method

@@ -28,7 +28,8 @@ from ds_engine.optimizers import zero_grad
 from ds_engine.pacing import Pacing
 from ds_engine.precision import Precision, Unguarded
 from ds_engine.progress import Progress, StepReport
-from ds_engine.sampling.tokens import Scaling, rate_factor, scaled_rates
+from ds_engine.sampling.build import lr_scaling_of
+from ds_engine.sampling.tokens import rate_factor, scaled_rates
 from ds_engine.schedules import LRSchedule
 
 if TYPE_CHECKING:
@@ -58,8 +59,6 @@ class Parts:
     axis: DataAxis
     background: BackgroundSaver | None = None
     loader: Loader | None = None
-    lr_scaling: Scaling = "none"
-    """How rates follow the number of samples of a step, where the loader's batches differ in it."""
 
 
 class Engine:
@@ -90,7 +89,7 @@ class Engine:
         """What writes checkpoints beside training; None: `save_checkpoint` writes itself."""
         self.training_dataloader = parts.loader
         """What `training_data` was made into; its position is part of checkpoints."""
-        self._lr_scaling: Scaling = parts.lr_scaling
+        self._lr_scaling = lr_scaling_of(parts.config)
         self.global_steps = 0
         """Optimizer steps since the beginning of training, skipped ones included."""
         self.global_samples = 0

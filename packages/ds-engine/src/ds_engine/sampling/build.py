@@ -12,7 +12,7 @@ from ds_engine.pacing import schedule
 from ds_engine.sampling.curriculum import Criterion, CurriculumOrder
 from ds_engine.sampling.index import open_index, open_values
 from ds_engine.sampling.order import Order
-from ds_engine.sampling.tokens import Packing, TokenBatches
+from ds_engine.sampling.tokens import Packing, Scaling, TokenBatches
 
 _WHERE = "data_efficiency.data_sampling"
 
@@ -21,6 +21,16 @@ def sampling_of(config: DsConfig) -> DataSamplingConfig | None:
     """The section, where it is switched on."""
     section = config.data_efficiency
     return section.data_sampling if section.enabled and section.data_sampling.enabled else None
+
+
+def lr_scaling_of(config: DsConfig) -> Scaling:
+    """How rates follow the number of samples of a step, where batches differ in it."""
+    sampling = sampling_of(config)
+    return (
+        sampling.dynamic_batching.lr_scaling_method
+        if sampling and sampling.dynamic_batching.enabled
+        else "none"
+    )
 
 
 def order_of(
