@@ -1,4 +1,4 @@
-"""`RepeatingLoader`; the loader of `training_data` and `deepspeed_io` is the engine's."""
+"""`RepeatingLoader` and random-LTD; the loader of `training_data` and `deepspeed_io` is the engine's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Any
 
 from ds_engine.data import Loader as DeepSpeedDataLoader
 
-__all__ = ["DeepSpeedDataLoader", "RepeatingLoader"]
+__all__ = ["DeepSpeedDataLoader", "RepeatingLoader", "convert_to_random_ltd"]
+
+
+def convert_to_random_ltd(model: Any, convert_type: type[Any]) -> Any:
+    """Drop tokens around the layers of a class; the engine `model` itself stays as it is."""
+    model._engine.pacing.drop_tokens(model.module, convert_type)
+    return model
 
 
 class RepeatingLoader:

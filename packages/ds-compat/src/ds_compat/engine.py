@@ -419,6 +419,10 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
         if self.training_dataloader is not None:
             self.training_dataloader.post_process_func = post_process_func
 
+    def set_custom_curriculum_learning_schedule(self, schedule_func_dict: Mapping[str, Any]) -> None:
+        if self.training_dataloader is not None and self.curriculum_learning_enabled():
+            self.training_dataloader.set_difficulties(schedule_func_dict)
+
     def __getattr__(self, name: str) -> Any:
         if name in _OWN and "_engine" in vars(self):
             return getattr(self._engine, name)

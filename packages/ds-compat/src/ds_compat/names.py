@@ -178,6 +178,8 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         "ROUTE_PREDICT TRAIN_BATCH_SIZE TRAIN_MICRO_BATCH_SIZE_PER_GPU GRADIENT_ACCUMULATION_STEPS",
     },
     "runtime.data_pipeline": {},
+    "runtime.data_pipeline.data_routing": {},
+    "runtime.data_pipeline.data_routing.helper": {"ds_compat.dataloader": "convert_to_random_ltd"},
     "runtime.data_pipeline.data_sampling": {},
     "runtime.data_pipeline.data_sampling.data_analyzer": {_REFUSED: "DataAnalyzer"},
     "runtime.data_pipeline.data_sampling.data_sampler": {_REFUSED: "DeepSpeedDataSampler"},

@@ -44,6 +44,11 @@ OWNERS: Mapping[str, str] = {
     for name in names.split()
 }
 
+INSTEAD: Mapping[str, str] = {
+    "DataAnalyzer": "ds_engine.sampling.Analyzer",
+    "DeepSpeedDataSampler": "ds_engine.sampling.CurriculumOrder, or the section data_efficiency",
+}
+
 
 class NotThereError(NotImplementedError):
     """A part of DeepSpeed that the installed ds packages do not have; says which package will own it."""
@@ -52,6 +57,8 @@ class NotThereError(NotImplementedError):
 def why(name: str) -> str:
     """What is said when `name` is used."""
     owner = OWNERS[name]
+    if name in INSTEAD:
+        return f"deepspeed's {name} has other arguments here: use {INSTEAD[name]} (docs/guide/data.md)"
     if owner:
         return f"deepspeed's {name} belongs to {owner}, which this version does not have yet"
     return f"deepspeed's {name} is not part of the ds packages, and there is no plan for it"

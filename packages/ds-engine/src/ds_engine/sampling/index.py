@@ -114,14 +114,16 @@ def write_index(folder: Path, values: Array) -> None:
 
 
 def open_index(to_sample: str, to_metric: str | None = None) -> MetricIndex:
-    """The index in the folder `to_sample`; or DeepSpeed's, of which both files are named, with or without ending.
+    """The index in the folder `to_sample`, or around a file of that name; or DeepSpeed's, of which both files are
+    named, with or without ending.
 
     Raises:
         FileNotFoundError: there is neither.
         ValueError: another format, or files that do not belong together.
     """
-    if (Path(to_sample) / MANIFEST).exists():
-        return _own(Path(to_sample))
+    for folder in (Path(to_sample), Path(to_sample).parent):  # the second: DeepSpeed's name of a file in it
+        if (folder / MANIFEST).exists():
+            return _own(folder)
     rows = _Foreign.open(to_sample)
     values = None if to_metric is None else _Foreign.open(to_metric)
     if values is not None and len(values.sizes) != len(rows.sizes):
