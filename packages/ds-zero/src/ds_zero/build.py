@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,7 +15,6 @@ from torch.optim import Optimizer
 from ds_zero.bucket import Bucket, BucketState
 from ds_zero.config import ZeroConfig
 from ds_zero.deferred import become_real, recorded_values
-from ds_zero.heap import keep_freed_memory, return_freed_memory
 from ds_zero.interfaces import Reservation, ShardKey, ShardStore
 from ds_zero.layout import FROZEN, BucketLayout, Slot
 from ds_zero.parallel import Topology
@@ -78,9 +79,18 @@ def build(
         _fill(bucket, initial, reserved)
         buckets.append(bucket)
     if device.type == "cpu":
-        return_freed_memory()
-        keep_freed_memory(max((x.padded_numel * _dtype_of(x).itemsize for x in layouts), default=0))
+        _return_freed_memory()
     return buckets
+
+
+def _return_freed_memory() -> None:
+    """Give the pages of the model's first values back. glibc keeps freed memory that lies below something alive: after
+    sharding 19 M parameters at stage 3 the process was 127 MB above its size with the model, with this 6 MB.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def _reservations(
