@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 
 JOBS = {"stage 1": {"stage": 1}, "stage 3": {"stage": 3}}
