@@ -28,6 +28,7 @@ from ds_zero.ranks import Ranks
 from ds_zero.storage import same_place
 
 REDUCE_TAG, GATHER_TAG = 0x6A, 0x1000
+MOST_RANKS_OF_PIECES = 8
 SUM_CHUNK_NUMEL = 1 << 18
 """Elements summed at a time: the intermediate sums of a chunk stay in the second-level cache."""
 
@@ -300,10 +301,13 @@ class Comm:
         return self.reduce_scatter(out, whole, ranks.group, op, async_op=True) or Done()
 
     def takes_pieces(self, ranks: Ranks, device: torch.device) -> bool:
-        """Whether `reduce_pieces` can take the place of `reduce`: where messages go straight from rank to rank."""
-        return ranks.group is None or (
-            type(self.reduce_scatter) is OrderedReduceScatter and device.type == "cpu"
-        )
+        """Whether `reduce_pieces` shall take the place of `reduce`: where messages go straight from rank to rank, and
+        these are so few that their parts of a gradient are worth a message.
+        """
+        if ranks.group is None:
+            return True
+        direct = type(self.reduce_scatter) is OrderedReduceScatter and device.type == "cpu"
+        return direct and ranks.size <= MOST_RANKS_OF_PIECES
 
     def reduce_pieces(
         self, out: Tensor, grads: Sequence[Tensor], pieces: Pieces, op: dist.ReduceOp.RedOpType

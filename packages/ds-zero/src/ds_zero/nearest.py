@@ -51,7 +51,8 @@ def nearest_that_fit(
         if found:
             break
     if len(found) < MAX_REMEDIES:
-        more = judge.more_ranks(job, ()) or judge.more_ranks(job, [setting[-1] for setting in settings])
+        more = judge.more_ranks(job, ()) if job.stage > 0 else None  # stage 0 divides nothing among them
+        more = more or judge.more_ranks(job, [setting[-1] for setting in settings])
         found += [more] if more is not None else []
     return tuple(found[:MAX_REMEDIES])
 
