@@ -404,7 +404,7 @@ class Engine:
         Raises:
             ValueError: an unknown state or device.
         """
-        from ds_engine.resting import send_away
+        from ds_engine.away import send_away
 
         self.reload_states()
         if self.background is not None:

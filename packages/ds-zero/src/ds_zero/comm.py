@@ -29,6 +29,7 @@ from ds_zero.storage import same_place
 
 REDUCE_TAG, GATHER_TAG = 0x6A, 0x1000
 MOST_RANKS_OF_PIECES = 8
+"""Ranks up to which gradients travel in pieces: with more of them, pieces are small and messages many."""
 SUM_CHUNK_NUMEL = 1 << 18
 """Elements summed at a time: the intermediate sums of a chunk stay in the second-level cache."""
 
@@ -95,26 +96,30 @@ def _allocate(size: Sequence[int], *, dtype: torch.dtype, device: torch.device) 
     return torch.empty(*size, dtype=dtype, device=device)
 
 
-def _exchange(
-    sends: Callable[[int], Tensor], receives: Callable[[int], Tensor], group: dist.ProcessGroup, tag: int
+def exchange(
+    sends: Callable[[int], Sequence[Tensor]],
+    receives: Callable[[int], Sequence[Tensor]],
+    group: dist.ProcessGroup,
+    tag: int,
 ) -> list[Work]:
-    """Send `sends(p)` to and receive `receives(p)` from every other rank p; all ranks start with a different
-    peer.
+    """Send all of `sends(p)` to and receive all of `receives(p)` from every other rank p; all ranks start with a
+    different peer.
     """
     rank, size = group.rank(), group.size()
     works: list[Work] = []
     for step in range(1, size):
         to, origin = (rank + step) % size, (rank - step) % size
-        coming, going = receives(origin), sends(to)
         # Slices may be empty, and then nobody sends them.
-        if coming.numel():
-            work = dist.irecv(coming, group=group, group_src=origin, tag=tag)
-            assert work is not None
-            works.append(work)
-        if going.numel():
-            work = dist.isend(going, group=group, group_dst=to, tag=tag)
-            assert work is not None
-            works.append(work)
+        for coming in receives(origin):
+            if coming.numel():
+                work = dist.irecv(coming, group=group, group_src=origin, tag=tag)
+                assert work is not None
+                works.append(work)
+        for going in sends(to):
+            if going.numel():
+                work = dist.isend(going, group=group, group_dst=to, tag=tag)
+                assert work is not None
+                works.append(work)
     return works
 
 
@@ -142,7 +147,7 @@ class DirectAllGather:
         own = slices[group.rank()]
         if not same_place(own, input):
             own.copy_(input)
-        work = Then(_exchange(lambda _: own, lambda p: slices[p], group, self._tag), _nothing)
+        work = Then(exchange(lambda _: [own], lambda p: [slices[p]], group, self._tag), _nothing)
         if async_op:
             return work
         work.wait()
@@ -182,7 +187,7 @@ def _ordered(
     rank, size = group.rank(), group.size()
     received = parts[rank].new_empty(size - 1, parts[rank].numel())
     mine = [parts[p] if p == rank else received[p - (p > rank)] for p in range(size)]
-    works = _exchange(lambda p: parts[p], lambda p: mine[p], group, tag)
+    works = exchange(lambda p: [parts[p]], lambda p: [mine[p]], group, tag)
     scale = 1.0 / size if op == dist.ReduceOp.AVG else 1.0
 
     def add_up() -> None:
@@ -358,7 +363,7 @@ def gather_uneven(whole: Tensor, sizes: Sequence[int], ranks: Ranks, tag: int) -
     parts = list(torch.split(whole, list(sizes)))
     own = parts[ranks.rank]
     if whole.device.type == "cpu":
-        return Then(_exchange(lambda _: own, lambda p: parts[p], ranks.group, tag), _nothing)
+        return Then(exchange(lambda _: [own], lambda p: [parts[p]], ranks.group, tag), _nothing)
     return dist.all_gather(parts, own, group=ranks.group, async_op=True) or Done()
 
 

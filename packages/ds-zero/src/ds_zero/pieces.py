@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ds_zero.comm import REDUCE_TAG, Then, sum_tree
+from ds_zero.comm import REDUCE_TAG, Then, exchange, sum_tree
 from ds_zero.interfaces import Work
 from ds_zero.layout import BucketLayout, Piece, piece_of
 from ds_zero.ranks import Ranks
@@ -102,19 +101,14 @@ class PieceReduce:
         mine = self._shares[rank]
         received = grads[0].new_empty(size - 1, sum(mine.sizes))
         rows = [list(row.split(mine.sizes)) if mine.sizes else [] for row in received]
-        works: list[Work] = []
         sent: list[Tensor] = []  # must live until it has gone, whatever the backend keeps
-        for step in range(1, size):
-            to, origin = (rank + step) % size, (rank - step) % size
-            for coming in rows[origin - (origin > rank)]:
-                work = dist.irecv(coming, group=group, group_src=origin, tag=REDUCE_TAG)
-                assert work is not None
-                works.append(work)
-            for going in self._shares[to].messages(grads):
-                sent.append(going)
-                work = dist.isend(going, group=group, group_dst=to, tag=REDUCE_TAG)
-                assert work is not None
-                works.append(work)
+
+        def to(peer: int) -> list[Tensor]:
+            messages = self._shares[peer].messages(grads)
+            sent.extend(messages)
+            return messages
+
+        works = [] if group is None else exchange(to, lambda p: rows[p - (p > rank)], group, REDUCE_TAG)
         scale = 1.0 / size if mean else 1.0
         rows.insert(rank, mine.messages(grads))
 

@@ -90,11 +90,15 @@ def launch_pieces(
 ) -> Flight:
     """As `launch`, of one flat gradient for each slot; `takes_pieces` says where it may be used."""
     op, factor = operation(bucket.ranks, policy)
+    arrives = _landing(bucket, place)
+    work = comm.reduce_pieces(arrives, grads, pieces, op)
+    return Flight(bucket, work, None, arrives, factor, comm)
+
+
+def _landing(bucket: Bucket, place: Tensor | None) -> Tensor:
+    """`place`, or new memory for this rank's slice of a result."""
     begin, end = bucket.slice_range
-    if place is None:
-        place = torch.empty(end - begin, dtype=torch.float32, device=bucket.device)
-    work = comm.reduce_pieces(place, grads, pieces, op)
-    return Flight(bucket, work, None, place, factor, comm)
+    return place if place is not None else torch.empty(end - begin, dtype=torch.float32, device=bucket.device)
 
 
 def operation(ranks: Ranks, policy: WirePolicy) -> tuple[dist.ReduceOp.RedOpType, float]:
@@ -123,10 +127,7 @@ def launch(
     if ranks.group is None:
         return Flight(bucket, Done(), travels, travels.float(), factor, comm)
     if policy.scatter or bucket.layout.num_owners == 1:
-        begin, end = bucket.slice_range
-        if place is None:
-            place = torch.empty(end - begin, dtype=torch.float32, device=bucket.device)
-        arrives = place
+        arrives = _landing(bucket, place)
         work = comm.reduce(arrives, travels, ranks, op, sizes=bucket.layout.slice_sizes)
     else:
         arrives = travels.float()
