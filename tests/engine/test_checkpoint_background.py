@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ds_engine
-from ds_engine.checkpoint import CheckpointError, background, folder, open_checkpoint, outfile, write
+from ds_engine.checkpoint import CheckpointError, background, buffers, folder, open_checkpoint, outfile, write
 from engine.jobs import config, net
 from harness import ranks
 
@@ -157,7 +157,7 @@ def test_the_next_step_waits_for_what_is_copied_late(
         go = held_late(monkeypatch)
         if stage == 3:  # as a large file: past the page cache, from where the copy lies
             monkeypatch.setattr(outfile, "LARGE_BYTES", 1)
-            monkeypatch.setattr(outfile, "BUFFER_BYTES", 4096)
+            monkeypatch.setattr(buffers, "BUFFER_BYTES", 4096)
         path = engine.save_checkpoint(tmp_path / "late")
         assert engine.background is not None and engine.background._late is not None
         timer = threading.Timer(0.2, go.set)

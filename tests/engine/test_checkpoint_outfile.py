@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_engine.checkpoint import outfile
+from ds_engine.checkpoint import buffers, outfile
 from ds_engine.checkpoint.outfile import OutFile
 
 LARGE = outfile.LARGE_BYTES
@@ -18,7 +18,7 @@ LARGE = outfile.LARGE_BYTES
 
 @pytest.fixture(autouse=True)
 def _small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outfile, "BUFFER_BYTES", 8192)
+    monkeypatch.setattr(buffers, "BUFFER_BYTES", 8192)
     monkeypatch.setattr(outfile, "FLUSH_BYTES", 5000)
 
 
@@ -68,7 +68,7 @@ def test_a_file_system_that_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return write(descriptor, content[:3000])
 
     monkeypatch.setattr(os, "write", unaligned)
-    monkeypatch.setattr(outfile, "BUFFER_BYTES", 8192)
+    monkeypatch.setattr(buffers, "BUFFER_BYTES", 8192)
     assert written(tmp_path / "g", LARGE, [20000]) == (tmp_path / "g").read_bytes()
 
 

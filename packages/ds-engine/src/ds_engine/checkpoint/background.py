@@ -4,20 +4,25 @@ Memory is bounded: there is one copy, its buffers are used again, and a save wai
 moment leaves what a crash in an ordinary save leaves: the checkpoint is complete or absent.
 
 [Note: copied late] What only a step of the optimizer changes (its states, masters that the module does not show) need
-not be copied while training waits: the thread copies it during the next forward and backward, and the optimizer's
-next step waits until that is done. Everything that other code can reach, which is what the module shows, is copied in
-the call. Should something else than a step change such a tensor meanwhile, the version that torch counts tells, and
-the save fails rather than write a mixture.
+not be copied while training waits: the thread copies it during the next forward and backward, with little claim to a
+core, and before the optimizer's next step the training thread copies what is left. Everything that other code can
+reach, which is what the module shows, is copied in the call, on two cores. Should something else than a step change
+such a tensor meanwhile, the version that torch counts tells, and the save fails rather than write a mixture.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +40,11 @@ from ds_engine.checkpoint.write import Content, ShardRecord, described, write
 
 LATE_BYTES = 1 << 12
 """Smaller tensors are copied in the call: it costs less than to keep them in mind."""
+HELPED_BYTES = 4 << 20
+"""Copies of less are not worth a second thread."""
+NICENESS = 10
+"""Of the thread: about a tenth of a core that a training thread wants too. Not the least that the system has: the
+thread holds the interpreter's lock now and then."""
 
 
 class _LateCopy:
@@ -46,7 +56,8 @@ class _LateCopy:
         """`work`: what to copy, and its key in the image. Copies from an accelerator are under way at once."""
         self._image = image
         self._work = [(record, record.data._version) for record, _ in work]
-        self._host = [pair for pair in work if pair[0].data.device.type == "cpu"]
+        self._host = deque(pair for pair in work if pair[0].data.device.type == "cpu")
+        self._on_host = bool(self._host)
         self._filled = threading.Event()
         self._checking = threading.Lock()
         self._changed: str | None = None
@@ -59,7 +70,8 @@ class _LateCopy:
         self._check()
         if self._copied is not None:
             torch.accelerator.current_stream().wait_event(self._copied)
-        if self._host:
+        if self._on_host:
+            self._fill()
             self._filled.wait()
 
     def _check(self) -> None:
@@ -70,6 +82,11 @@ class _LateCopy:
                     self._changed = f"{record.state} of {record.fqn!r}"
             self._work = []
 
+    def _fill(self) -> None:
+        """Copy what nobody has begun with; several threads may be at it."""
+        for record, key in _taken(self._host):
+            self._image.fill(key, record.data)
+
     def run(self) -> None:
         """In the thread: return when every buffer is filled.
 
@@ -77,14 +94,12 @@ class _LateCopy:
             CheckpointError: something changed a tensor meanwhile.
         """
         try:
-            for record, key in self._host:
-                self._image.fill(key, record.data)
+            self._fill()
             if self._copied is not None:
                 self._copied.synchronize()
             self._check()
         finally:
             self._filled.set()
-            self._host = []
         if self._changed is not None:
             raise CheckpointError(
                 f"{self._changed} was changed by something else than a step of the optimizer before it was copied: "
@@ -93,13 +108,47 @@ class _LateCopy:
 
     def cancel(self) -> None:
         """Nobody will run it."""
-        self._host = []
+        self._host.clear()
         self._filled.set()
 
     def end(self) -> None:
         """In the thread that trains: return when all is copied; nothing is held back any more."""
         self._hold_back()
         self._hook.remove()
+
+
+T = TypeVar("T")
+
+
+def _taken(work: deque[T]) -> Iterator[T]:
+    """What is left, each item to one of the threads that ask."""
+    with suppress(IndexError):
+        while True:
+            yield work.popleft()
+
+
+def _copy_on_two_cores(image: Image, work: Sequence[tuple[Tensor, str]]) -> None:
+    """Copy tensors of the CPU to their places."""
+    left = deque(work)
+
+    def copy() -> None:
+        for data, key in _taken(left):
+            image.copy(key, data)
+
+    if sum(data.nbytes for data, _ in work) < HELPED_BYTES:
+        copy()
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="ds-checkpoint-copy") as other:
+        helped = other.submit(copy)
+        copy()
+        helped.result()
+
+
+def _yield_to_training() -> None:
+    """Let this thread have little of a core that the training wants, too."""
+    if sys.platform == "linux":  # elsewhere that would be the whole process
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _before_each_step_of(optimizer: Optimizer, action: Callable[[], None]) -> RemovableHandle:
@@ -185,6 +234,7 @@ class BackgroundSaver:
         self, root: Path, tag: str, copy: Content, team: Team, late: _LateCopy | None, options: dict[str, Any]
     ) -> None:
         """In the thread."""
+        _yield_to_training()
         failure: Exception | None = None
         try:
             if late is not None:
@@ -257,14 +307,18 @@ class BackgroundSaver:
         image.forget_sums()
         records: list[ShardRecord] = []
         late: list[tuple[ds_zero.ShardRecord, str]] = []
+        now: list[tuple[Tensor, str]] = []
         for record, item in zip(content.records, items, strict=False):
             data, place = item.data.detach(), image.place(item.key, item.data)
             of = (record.fqn, record.state, record.global_shape, record.flat_offset)
             records.append(ds_zero.ShardRecord(*of, place))
             if self._optimizer is not None and data.nbytes >= LATE_BYTES and content.only_stepped(record):
                 late.append((ds_zero.ShardRecord(*of, data), item.key))
+            elif data.device.type == "cpu":
+                now.append((data, item.key))
             else:
                 place.copy_(data, non_blocking=True)
+        _copy_on_two_cores(image, now)
         blobs = {}
         for (name, blob), item in zip(content.blobs.items(), items[len(records) :], strict=True):
             blobs[name] = image.place(item.key, item.data).copy_(item.data).view(blob.shape)

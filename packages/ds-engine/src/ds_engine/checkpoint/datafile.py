@@ -10,20 +10,22 @@ reads and nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ds_core import kernels
+from ds_engine.checkpoint.buffers import Bytes
 from ds_engine.checkpoint.crc import crc32c
 from ds_engine.checkpoint.errors import CheckpointError
+from ds_engine.checkpoint.infile import InFile, ReadAhead
 from ds_engine.checkpoint.outfile import OutFile
 
 if TYPE_CHECKING:
@@ -55,8 +57,6 @@ belongs."""
 MAX_BLOCKS = 4096
 """A file larger than that many smallest blocks has larger ones: the manifest must not grow with the model."""
 DATA_ALIGN_BYTES = 64
-AHEAD_BYTES = 8 << 20
-"""So far ahead of what is read, the system is asked to read on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,18 +203,24 @@ class _Place:
     verified: set[int] = field(default_factory=set)
     """Blocks whose checksum was right."""
 
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
 
 class DataFile:
     """Reads ranges of tensors, and verifies each block that it touches once."""
 
-    def __init__(self, path: Path, info: FileInfo) -> None:
-        """Open the file and check its size and header; CheckpointError if they are not as the manifest
-        says.
+    def __init__(self, path: Path, info: FileInfo, ahead: ReadAhead | None = None) -> None:
+        """Open the file and check its size and header; CheckpointError if they are not as the manifest says.
+
+        Args:
+            ahead: shared by files that are read in turn; by default it has one of its own.
         """
         self.path = path
         self.info = info
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._file = InFile(path)
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be opened ({error.strerror}): the checkpoint is not complete"
@@ -222,25 +228,25 @@ class DataFile:
         try:
             self._places = self._read_header()
         except BaseException:
-            self.close()
+            self._file.close()
             raise
+        self._ahead = ahead or ReadAhead()
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._asked = 0
 
     def close(self) -> None:
-        """Safe to call twice."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Safe to call twice. Nothing is read ahead any more, of other files neither."""
+        self._ahead.close()
+        self._file.close()
 
     def _read_header(self) -> dict[str, _Place]:
-        size = os.fstat(self._descriptor).st_size
+        size = self._file.num_bytes
         if size != self.info.num_bytes:
             raise CheckpointError(
                 f"{self.path} has {size} bytes, the manifest says {self.info.num_bytes}: it was cut off or "
                 "changed"
             )
-        raw = os.pread(self._descriptor, self.info.header_bytes, 0)
+        room = np.empty(self.info.header_bytes, dtype=np.uint8)
+        raw = room[: self._file.read(0, room)].tobytes()
         if crc32c(raw) != self.info.header_crc32c:
             raise CheckpointError(
                 f"{self.path}: the header is damaged (its checksum is {crc32c(raw)}, not "
@@ -262,58 +268,72 @@ class DataFile:
 
         Returns:
             None, or what is wrong with the bytes that were read; `out` then holds whatever was there.
+
+        Raises:
+            OSError: the system cannot read the file.
         """
         place = self._places.get(key)
         if place is None or first + out.numel() > place.numel:
             return f"{self.path} has no elements {first} to {first + out.numel()} of {key!r}"
-        width = place.dtype.itemsize
-        block_bytes = self.info.block_bytes
+        width, block_bytes = place.dtype.itemsize, self.info.block_bytes
         begin, end = first * width, (first + out.numel()) * width
+        if begin == end:
+            return None
+        # Whole blocks, since only those have checksums.
+        at, stop = (
+            begin // block_bytes * block_bytes,
+            min(-(-end // block_bytes) * block_bytes, place.num_bytes),
+        )
+        take = self._taker(out.detach(), place.dtype, begin, stop)
         problem: str | None = None
-        out = out.detach()
-        direct = out.dtype == place.dtype and out.device.type == "cpu" and out.is_contiguous()
-        for number in range(begin // block_bytes, -(-end // block_bytes)):
-            base = number * block_bytes
-            length = min(block_bytes, place.numel * width - base)
-            low, high = max(begin, base), min(end, base + length)
-            start, count = (low - begin) // width, (high - low) // width
-            # Into its place at once, or by way of a buffer.
-            whole = high - low == length and direct
-            target = out[start : start + count].view(torch.uint8) if whole else self._room(length)
-            found = self._block(place, number, base, target, sums[8 * number : 8 * number + 8])
-            problem = problem or found
-            if not whole:
-                out[start : start + count].copy_(target[low - base : high - base].view(place.dtype))
+        crc = 0
+        for view in self._ahead.views(self._file, place.begin + at, place.begin + stop):
+            while view.nbytes:
+                number = at // block_bytes
+                block_end = min((number + 1) * block_bytes, stop)
+                part, view = view[: block_end - at], view[block_end - at :]
+                known = number in place.verified
+                crc = 0 if known else kernels.crc32c(part.data, crc)
+                take(at, part)  # while the cache has it
+                at += part.nbytes
+                if at == block_end and not known:
+                    found, wanted, crc = f"{crc:08x}", sums[8 * number : 8 * number + 8], 0
+                    if found == wanted:
+                        place.verified.add(number)
+                    elif problem is None:
+                        low, high = place.begin + number * block_bytes, place.begin + block_end
+                        problem = (
+                            f"bytes {low} to {high} are damaged (their checksum is {found}, not {wanted})"
+                        )
+        if at < stop:
+            problem = problem or f"the file ends at byte {place.begin + at}"
         return problem and f"{self.path}: {problem}"
 
-    def _room(self, length: int) -> Tensor:
-        if self._scratch.numel() < length:
-            self._scratch = torch.empty(self.info.block_bytes, dtype=torch.uint8)
-        return self._scratch[:length]
+    def _taker(self, out: Tensor, dtype: torch.dtype, begin: int, stop: int) -> Callable[[int, Bytes], None]:
+        """What copies bytes of a tensor in the file, from the byte `at` on, to where `out` has them, which begins with
+        the byte `begin`.
+        """
+        end = begin + out.numel() * dtype.itemsize
+        if out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
+            target = out.view(torch.uint8).numpy()
 
-    def _read_ahead(self, begin: int, end: int) -> None:
-        """Ask for what comes after [begin, end), once."""
-        first = max(self._asked, begin)
-        if hasattr(os, "posix_fadvise") and end + AHEAD_BYTES - first >= AHEAD_BYTES // 2:
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self._descriptor, first, end + AHEAD_BYTES - first, os.POSIX_FADV_WILLNEED)
-            self._asked = end + AHEAD_BYTES
+            def take(at: int, part: Bytes) -> None:
+                low, high = max(at, begin), min(at + part.nbytes, end)
+                if low < high:
+                    np.copyto(target[low - begin : high - begin], part[low - at : high - at])
 
-    def _block(self, place: _Place, number: int, base: int, target: Tensor, wanted: str) -> str | None:
-        """Read a block into `target`; None if it is as it was written."""
-        length = target.numel()
-        self._read_ahead(place.begin + base, place.begin + base + length)
-        view = target.numpy().data
-        done = 0
-        while done < length:
-            got = os.preadv(self._descriptor, [view[done:]], place.begin + base + done)
-            if got == 0:
-                return f"the file ends at byte {place.begin + base + done}"
-            done += got
-        if number not in place.verified:
-            found = crc32c(target)
-            if found != wanted:
-                at = place.begin + base
-                return f"bytes {at} to {at + length} are damaged (their checksum is {found}, not {wanted})"
-            place.verified.add(number)
-        return None
+            return take
+        block_bytes = self.info.block_bytes
+        if not self._scratch.numel():
+            self._scratch = torch.empty(block_bytes, dtype=torch.uint8)
+        scratch = self._scratch
+
+        def cast(at: int, part: Bytes) -> None:
+            base = at // block_bytes * block_bytes
+            scratch.numpy()[at - base : at - base + part.nbytes] = part
+            if at + part.nbytes == min(base + block_bytes, stop):  # elements may lie across two parts
+                low, high = max(base, begin), min(at + part.nbytes, end)
+                first, last = (low - begin) // dtype.itemsize, (high - begin) // dtype.itemsize
+                out[first:last].copy_(scratch[low - base : high - base].view(dtype))
+
+        return cast

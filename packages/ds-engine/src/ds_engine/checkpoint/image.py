@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
-
 import torch
 from torch import Tensor
 
+from ds_engine.checkpoint.buffers import aligned
 from ds_engine.checkpoint.crc import crc32c
 from ds_engine.checkpoint.datafile import Layout
 
@@ -17,9 +16,9 @@ class Image:
     def __init__(self, layout: Layout, *, pinned: bool) -> None:
         """`pinned`: page-locked, for copies from an accelerator."""
         self.layout = layout
-        room = torch.empty(layout.num_bytes + mmap.PAGESIZE, dtype=torch.uint8, pin_memory=pinned)
-        first = -room.data_ptr() % mmap.PAGESIZE
-        self.content = room[first : first + layout.num_bytes]
+        size = layout.num_bytes
+        # What is page-locked begins at a page.
+        self.content = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else aligned(size)
         """1-D uint8."""
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
         self.content[: len(header)].copy_(header)
@@ -29,6 +28,10 @@ class Image:
         """Where the tensor `key` lies: 1-D, with the dtype and number of elements of `like`."""
         begin = self.layout.begins[key]
         return self.content[begin : begin + like.nbytes].view(like.dtype)
+
+    def copy(self, key: str, data: Tensor) -> None:
+        """Copy a tensor of the CPU to its place, without the interpreter's lock."""
+        self.place(key, data).view(torch.uint8).numpy()[:] = data.detach().view(torch.uint8).numpy()
 
     def fill(self, key: str, data: Tensor) -> None:
         """Copy a tensor of the CPU to its place, and take the checksums of what was copied, block by block while it is

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def dump(manifest: Manifest) -> bytes:
         "saved_at_s": manifest.saved_at_s,
         "named_latest": manifest.named_latest,
         "values": dict(manifest.values),
-        "files": {name: asdict(info) for name, info in manifest.files.items()},
+        "files": {name: vars(info) for name, info in manifest.files.items()},
         "tensors": {
             fqn: {state: _dump_entry(entry) for state, entry in states.items()}
             for fqn, states in manifest.tensors.items()
@@ -133,7 +133,7 @@ def _dump_entry(entry: Entry) -> dict[str, Any]:
     return {
         "dtype": str(entry.dtype).removeprefix("torch."),
         "shape": list(entry.shape),
-        "pieces": [asdict(piece) for piece in entry.pieces],
+        "pieces": [vars(piece) for piece in entry.pieces],
     }
 
 

@@ -2,8 +2,8 @@
 
 [Note: past the cache] Large files are written past the page cache where the file system can (O_DIRECT): the cache
 would be filled with what nobody reads, and a disk that waits for `fsync` stands idle. That needs aligned memory, so
-bytes go through two buffers, one of which is written by a thread while the other is filled. What is left at the end
-is less than a page and goes through the cache. Elsewhere the cache is used, and handed to the disk bit by bit.
+bytes go through a few buffers (`buffers.py`), which a thread writes while another one is filled. What is left at the
+end is less than a page and goes through the cache. Elsewhere the cache is used, and handed to the disk bit by bit.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import errno
 import fcntl
 import mmap
 import os
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-BUFFER_BYTES = 4 << 20
+from ds_engine.checkpoint import buffers
+from ds_engine.checkpoint.buffers import Bytes
+
 LARGE_BYTES = 16 << 20
 """Smaller files are not worth a thread."""
 FLUSH_BYTES = 8 << 20
 """So much is handed to the disk at a time where the page cache is used."""
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class OutFile:
@@ -75,35 +75,39 @@ class _PastCache:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        # Anonymous mappings begin at a page, which is all the alignment that is ever asked for.
-        self._buffers: list[Bytes] = [
-            np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), dtype=np.uint8) for _ in range(2)
-        ]
+        self._buffers = buffers.take()
+        self._free = list(self._buffers)
+        self._busy: deque[tuple[Bytes, Future[None]]] = deque()
+        self._current = self._free.pop()
         self._fill = 0
-        self._busy: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ds-checkpoint-disk")
 
     def write(self, content: Bytes) -> None:
-        if self._fill == 0 and content.nbytes >= BUFFER_BYTES and _address(content) % mmap.PAGESIZE == 0:
+        size = self._current.nbytes
+        if self._fill == 0 and content.nbytes >= size and _address(content) % mmap.PAGESIZE == 0:
             self._wait()
             whole = content.nbytes // mmap.PAGESIZE * mmap.PAGESIZE
             _write_all(self._descriptor, content[:whole])  # as it is
             content = content[whole:]
         while content.nbytes:
-            taken = min(content.nbytes, BUFFER_BYTES - self._fill)
-            np.copyto(self._buffers[0][self._fill : self._fill + taken], content[:taken])
+            taken = min(content.nbytes, size - self._fill)
+            np.copyto(self._current[self._fill : self._fill + taken], content[:taken])
             self._fill += taken
             content = content[taken:]
-            if self._fill == BUFFER_BYTES:
-                self._wait()
-                self._busy = self._thread.submit(_write_all, self._descriptor, self._buffers[0])
-                self._buffers.reverse()
+            if self._fill == size:
+                full = self._current
+                self._busy.append((full, self._thread.submit(_write_all, self._descriptor, full)))
+                if not self._free:
+                    self._wait(all_but=len(self._busy) - 1)
+                self._current = self._free.pop()
                 self._fill = 0
 
-    def _wait(self) -> None:
-        busy, self._busy = self._busy, None
-        if busy is not None:
-            busy.result()
+    def _wait(self, all_but: int = 0) -> None:
+        """Until no more than so many buffers are being written."""
+        while len(self._busy) > all_but:
+            buffer, done = self._busy.popleft()
+            self._free.append(buffer)
+            done.result()
 
     def end(self, *, complete: bool) -> None:
         """Write what is left, if the file is to be `complete`; the thread has ended when this returns or raises."""
@@ -111,9 +115,10 @@ class _PastCache:
             if complete:
                 self._wait()
                 _use_cache(self._descriptor)
-                _write_all(self._descriptor, self._buffers[0][: self._fill])
+                _write_all(self._descriptor, self._current[: self._fill])
         finally:
-            self._thread.shutdown()
+            self._thread.shutdown(cancel_futures=True)
+            buffers.give(self._buffers)
 
 
 def _address(content: Bytes) -> int:

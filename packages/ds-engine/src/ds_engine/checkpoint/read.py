@@ -17,6 +17,7 @@ from torch import Tensor
 from ds_engine.checkpoint import folder
 from ds_engine.checkpoint.datafile import DataFile
 from ds_engine.checkpoint.errors import CheckpointError
+from ds_engine.checkpoint.infile import ReadAhead
 from ds_engine.checkpoint.manifest import Entry, Manifest, Piece
 
 MAX_PROBLEMS = 10
@@ -40,6 +41,7 @@ class Checkpoint:
         self.manifest: Manifest = folder.read_manifest(self.path)
         self.problems: list[str] = []
         self._files: dict[str, DataFile] = {}
+        self._ahead = ReadAhead()
         self._read: dict[tuple[str, str], list[tuple[int, int]]] = {}
 
     def show(self, names: Mapping[str, str], values: Mapping[str, Any]) -> None:
@@ -58,7 +60,7 @@ class Checkpoint:
 
     def _file(self, name: str) -> DataFile:
         if name not in self._files:
-            self._files[name] = DataFile(self.path / name, self.manifest.files[name])
+            self._files[name] = DataFile(self.path / name, self.manifest.files[name], self._ahead)
         return self._files[name]
 
     def close(self) -> None:
