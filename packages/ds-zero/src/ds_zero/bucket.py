@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ds_zero.comm import Comm
 from ds_zero.interfaces import Work
 from ds_zero.layout import BucketLayout, Piece, piece_of
+from ds_zero.pages import in_large_pages
 from ds_zero.ranks import Ranks
 from ds_zero.secondary import Secondary
 from ds_zero.storage import is_fake
@@ -143,6 +144,7 @@ class Bucket:
     def inflate(self) -> None:
         """Give `full` its memory; the contents are undefined."""
         self.full.untyped_storage().resize_(self.layout.padded_numel * self.full.element_size())
+        in_large_pages(self.full)
 
     def deflate(self) -> None:
         self.full.untyped_storage().resize_(0)

@@ -17,6 +17,7 @@ from ds_zero.config import ZeroConfig
 from ds_zero.deferred import become_real, recorded_values
 from ds_zero.interfaces import Reservation, ShardKey, ShardStore
 from ds_zero.layout import FROZEN, BucketLayout, Slot
+from ds_zero.neighbours import Alarm
 from ds_zero.parallel import Topology
 from ds_zero.ranks import Ranks
 from ds_zero.secondary import Secondary, secondary_ranks
@@ -224,12 +225,12 @@ class _NearGroup:
         self._group = None
 
 
-def add_secondary(buckets: Sequence[Bucket], size: int) -> list[_NearGroup]:
+def add_secondary(buckets: Sequence[Bucket], size: int, alarm: Alarm | None) -> list[_NearGroup]:
     """Give stage-3 buckets a copy that is divided among groups of `size` ranks, where these are fewer than all."""
     found = []
     for ranks in {id(b.ranks): b.ranks for b in buckets if not b.whole}.values():
         if 1 < size < ranks.size:
-            near = secondary_ranks(ranks, size)
+            near = secondary_ranks(ranks, size, buckets[0].device, alarm)
             mine = [b for b in buckets if b.ranks is ranks and not b.whole]
             for bucket in mine:
                 bucket.secondary = Secondary(near, bucket.layout.padded_numel, bucket.dtype, bucket.device)

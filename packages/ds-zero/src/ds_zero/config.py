@@ -79,6 +79,10 @@ class ZeroConfig:
     """Sum over ranks in the order of a fixed binary tree, [Note: ordered reduction]. False: in the backend's
     own order. None: ordered on the CPU, where it is also faster. Without effect where `comm` is given."""
 
+    read_neighbours: bool = True
+    """On the CPU ranks of one machine copy slices out of each other's memory where the system lets them; what they
+    would have sent is counted all the same. False: everything is sent. [Note: neighbours]"""
+
     rank_invariant: bool = False
     """The same micro-batches give bitwise the same training on 1, 2, 4, 8, ... ranks, [Note: tree over
     micro-batches]: ordered reduction, the sharded plan, and up to log2(micro-batches per rank) - 1 more shards

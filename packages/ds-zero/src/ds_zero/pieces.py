@@ -19,6 +19,7 @@ from torch import Tensor
 from ds_zero.comm import REDUCE_TAG, Then, exchange, sum_tree
 from ds_zero.interfaces import Work
 from ds_zero.layout import BucketLayout, Piece, piece_of
+from ds_zero.pages import in_large_pages
 from ds_zero.ranks import Ranks
 
 LARGE_NUMEL = 1 << 16
@@ -99,7 +100,7 @@ class PieceReduce:
         """
         rank, size, group = self._ranks.rank, self._ranks.size, self._ranks.group
         mine = self._shares[rank]
-        received = grads[0].new_empty(size - 1, sum(mine.sizes))
+        received = in_large_pages(grads[0].new_empty(size - 1, sum(mine.sizes)))
         rows = [list(row.split(mine.sizes)) if mine.sizes else [] for row in received]
         sent: list[Tensor] = []  # must live until it has gone, whatever the backend keeps
 
@@ -108,7 +109,8 @@ class PieceReduce:
             sent.extend(messages)
             return messages
 
-        works = [] if group is None else exchange(to, lambda p: rows[p - (p > rank)], group, REDUCE_TAG)
+        near = self._ranks.neighbours
+        works = [] if group is None else exchange(to, lambda p: rows[p - (p > rank)], group, REDUCE_TAG, near)
         scale = 1.0 / size if mean else 1.0
         rows.insert(rank, mine.messages(grads))
 

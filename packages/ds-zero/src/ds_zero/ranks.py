@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from ds_zero.neighbours import Alarm, Neighbours, meet
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Ranks:
     """Number of ranks over whose gradients the mean is taken; 0: all of these, replicas included."""
     part: tuple[int, int] = (0, 1)
     """Index of these ranks among the sets that hold different values under the same names, and the number of sets."""
+    neighbours: Neighbours | None = field(default=None, compare=False, repr=False)
+    """Those whose memory can be read, where somebody has tried that out."""
 
     @property
     def first(self) -> bool:
@@ -44,6 +49,14 @@ class Ranks:
     def axes(self) -> tuple[Ranks, ...]:
         """The groups over which one after the other something is told to everybody."""
         return (self,) if self.replicas is None else (self, self.replicas)
+
+
+def acquainted(ranks: Ranks, device: torch.device, alarm: Alarm) -> Ranks:
+    """The same ranks, and which of them are neighbours. Collective."""
+    replicas = acquainted(ranks.replicas, device, alarm) if ranks.replicas is not None else None
+    if ranks.group is None:
+        return replace(ranks, replicas=replicas)
+    return replace(ranks, replicas=replicas, neighbours=meet(ranks.group, device, alarm))
 
 
 ALONE = Ranks(None, 0, 1)

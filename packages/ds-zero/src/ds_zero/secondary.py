@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_zero.ranks import Ranks
+from ds_zero.neighbours import Alarm
+from ds_zero.ranks import Ranks, acquainted
 
 
 class Secondary:
@@ -52,9 +53,9 @@ class Secondary:
         return whole[self._begin : self._begin + len(self._part)]
 
 
-def secondary_ranks(ranks: Ranks, size: int) -> Ranks:
+def secondary_ranks(ranks: Ranks, size: int, device: torch.device, alarm: Alarm | None) -> Ranks:
     """Groups of `size` neighbouring ranks, as this rank sees its own. Collective over `ranks`; makes a process
-    group.
+    group. With `alarm` they find out whether they can read each other's memory.
 
     Raises:
         ValueError: a size that does not divide the number of ranks.
@@ -69,4 +70,5 @@ def secondary_ranks(ranks: Ranks, size: int) -> Ranks:
     first = ranks.rank - ranks.rank % size
     group = dist.new_group(members[first : first + size], use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
-    return Ranks(group, ranks.rank - first, size)
+    near = Ranks(group, ranks.rank - first, size)
+    return near if alarm is None else acquainted(near, device, alarm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -32,11 +33,12 @@ from ds_zero.layout import (
     keep_small_whole,
     plan_buckets,
 )
+from ds_zero.neighbours import Alarm
 from ds_zero.norms import squared_norm
 from ds_zero.opaque import opaque
 from ds_zero.parallel import MeshFor, ModelParallel, Topology, numbered, topology_of
 from ds_zero.prefetch import limits_of
-from ds_zero.ranks import Group
+from ds_zero.ranks import Group, acquainted
 from ds_zero.reduce import ReducePolicy, Reducer
 from ds_zero.rows import row_parameters
 from ds_zero.stall import WatchedComm, note_steps, watch_ranks
@@ -107,6 +109,9 @@ def shard(
     materialize_buffers(model, device)
     comm = comm or default_comm(device, ordered=True if config.rank_invariant else config.ordered_reduction)
     topology = numbered(topology, device)
+    alarm = Alarm()
+    if config.read_neighbours:
+        topology = replace(topology, axes=tuple(acquainted(a, device, alarm) for a in topology.axes))
     leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel)
     roots = choose_units(model, leaves)
     unit_of = unit_of_params(model, roots) if stage == 3 else {}
@@ -116,10 +121,10 @@ def shard(
     broadcast_buffers(model, topology.axes[0])
     buckets = build(layouts, params, topology, store, config.grad_dtype, device)
     hand_over(optimizer, buckets)
-    groups = add_secondary(buckets, config.secondary_ranks)
+    groups = add_secondary(buckets, config.secondary_ranks, alarm if config.read_neighbours else None)
 
     units = map_units(model, roots, buckets, leaves)
-    state = _assemble(model, optimizer, buckets, units, stage, config, topology, comm, store, norms)
+    state = _assemble(model, optimizer, buckets, units, stage, config, topology, comm, store, norms, alarm)
     state.handles += groups
     _registry.put(model, [*params.values(), optimizer], state)
     return model, optimizer
@@ -136,10 +141,13 @@ def _assemble(
     comm: Comm,
     store: ShardStore,
     norms: Norms,
+    alarm: Alarm,
 ) -> ZeroState:
     """Everything that acts on the buckets, and the hooks through which it is called."""
     watch = BackwardWatch()
-    waiting = watch_ranks(topology.axes[0], topology.axes[1:], config.order_timeout_s, buckets[0].device)
+    waiting = watch_ranks(
+        topology.axes[0], topology.axes[1:], config.order_timeout_s, alarm, buckets[0].device
+    )
     comm = WatchedComm(comm, waiting)
     gatherer = Gatherer(buckets, comm, waiting)
     reducer = Reducer(buckets, comm, store, _reduce_policy(config, stage), watch)

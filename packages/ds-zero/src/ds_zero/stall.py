@@ -30,6 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ds_zero.comm import Comm, Pieces
 from ds_zero.interfaces import Work
+from ds_zero.neighbours import Alarm
 from ds_zero.order import OrderLog, RankOrderError, Standing, judge, lost
 from ds_zero.ranks import Ranks
 
@@ -81,11 +82,15 @@ class StallWatch(Waiting):
         token: str,
         place: tuple[int, int],
         groups: Sequence[dist.ProcessGroup],
+        alarm: Alarm,
         timeout_s: float,
     ) -> None:
-        """`place`: which one of how many ranks this is. `groups`: what is closed to wake the others."""
+        """`place`: which one of how many ranks this is. `groups`, `alarm`: what is closed and raised to wake those who
+        wait.
+        """
         super().__init__()
         self._board, self._token, self._groups, self._timeout_s = board, token, groups, timeout_s
+        self._alarm = alarm
         self._index, self._size = place
         self._global_rank = dist.get_rank()
         self._verdict: str | None = None
@@ -250,6 +255,7 @@ class StallWatch(Waiting):
 
     def _wake(self) -> None:
         """Close the connections, so that whoever is blocked in them raises."""
+        self._alarm.raised = True
         for group in self._groups:
             if "gloo" not in dist.get_backend(group):
                 group.abort()
@@ -296,7 +302,9 @@ def _where(thread_id: int) -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def watch_ranks(ranks: Ranks, others: Sequence[Ranks], timeout_s: float, device: torch.device) -> Waiting:
+def watch_ranks(
+    ranks: Ranks, others: Sequence[Ranks], timeout_s: float, alarm: Alarm, device: torch.device
+) -> Waiting:
     """A watch over all ranks of one model. Collective: the ranks agree on a name in the store.
 
     Args:
@@ -314,7 +322,7 @@ def watch_ranks(ranks: Ranks, others: Sequence[Ranks], timeout_s: float, device:
             dist.broadcast(token, group=axis.group, group_src=0)
     across = ranks.replicas.rank if ranks.replicas is not None else 0
     place = across * ranks.size + ranks.rank, ranks.total
-    return StallWatch(store, f"{int(token.item()):x}", place, list(groups.values()), timeout_s)
+    return StallWatch(store, f"{int(token.item()):x}", place, list(groups.values()), alarm, timeout_s)
 
 
 def _is_watched(group: dist.ProcessGroup) -> bool:
