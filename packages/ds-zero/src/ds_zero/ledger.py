@@ -49,6 +49,16 @@ _MADE_BY: Mapping[str, str] = {
 """What tensors are for that these modules make; "" for what the phase says, and all others make buckets."""
 
 
+_ITEM = torch.ops.aten._local_scalar_dense.default
+
+Operations = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def torchs_own(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Leaves all operations to torch."""
+    return NotImplemented
+
+
 class Peak:
     """The largest sum so far, and what it was made of."""
 
@@ -83,11 +93,17 @@ class Ledger(TorchDispatchMode):
 
     Args:
         granule_bytes: the device's allocator rounds up to this (512 on accelerators, 1 on the CPU).
+        operations: runs what it knows; NotImplemented leaves an operation to torch.
+        resizes: whether buckets come and go, so that those that are made have to be watched.
     """
 
-    def __init__(self, granule_bytes: int) -> None:
+    def __init__(
+        self, granule_bytes: int, operations: Operations = torchs_own, *, resizes: bool = True
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._granule = granule_bytes
+        self._operations = operations
+        self._resizes = resizes
         self._of: dict[int, tuple[str, bool, int]] = {}
         """Storage -> purpose, whether on the host, bytes."""
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -97,12 +113,18 @@ class Ledger(TorchDispatchMode):
         self._watched: dict[int, torch.UntypedStorage] = {}
         self._filled: set[int] = set()
         """The watched ones that were not empty when they were last looked at."""
+        self._sizes: dict[int, int] = {}
+        """Bytes of the watched ones when they were last looked at."""
         self.phases: dict[str, PhasePeaks] = {}
         self._now = PhasePeaks()
         self._any_on_host = False
         self._fresh = ACTIVATIONS
         self.guesses: list[str] = []
         """Where the program asked for values that nobody has, and what it was told."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the wrapper costs as much as a lean operation
 
     # --- what the simulation says
 
@@ -119,6 +141,7 @@ class Ledger(TorchDispatchMode):
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._watched[storage._cdata] = storage
+            self._sizes.pop(storage._cdata, None)
             self._filled.add(storage._cdata)
         self.classify(tensors, GATHERED)
         self._look_at_watched(())
@@ -156,13 +179,21 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls, and there is nothing to see
             return args[0].fake_device
-        try:
-            result = func(*args, **(kwargs or {}))
-        except (DataDependentOutputException, DynamicOutputShapeException):
+        if func is _ITEM and getattr(args[0], "constant", None) is None:
             result = self._guess(func, args)
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self._see(value, args, kwargs)
+        else:
+            result = self._operations(func, args, kwargs or {})
+        if result is NotImplemented:
+            try:
+                result = func(*args, **(kwargs or {}))
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                result = self._guess(func, args)
+        if isinstance(result, Tensor):
+            self._see(result, args, kwargs)
+        elif isinstance(result, (tuple, list)):
+            for value in tree_iter(result):
+                if isinstance(value, Tensor):
+                    self._see(value, args, kwargs)
         if self._watched:
             self._look_at_watched(args)
         self._note()
@@ -182,8 +213,9 @@ class Ledger(TorchDispatchMode):
         )
         made_by, purpose = self._purpose_of(frame)
         self._of[key] = (purpose, on_host, 0)
-        if made_by == "ds_zero.bucket":  # which resizes what it makes
+        if self._resizes and made_by == "ds_zero.bucket" and tensor.numel() > 1:  # a hole keeps its size
             self._watched[key] = storage
+            self._sizes.pop(key, None)
             self._filled.add(key)
         self._alive[key] = weakref.ref(storage, lambda _: self._forget(key))
         self._resize(key, storage.nbytes())
@@ -228,7 +260,9 @@ class Ledger(TorchDispatchMode):
                     self._filled.add(key)
         for key in list(self._filled):
             num_bytes = self._watched[key].nbytes()
-            self._resize(key, num_bytes)
+            if num_bytes != self._sizes.get(key):
+                self._sizes[key] = num_bytes
+                self._resize(key, num_bytes)
             if not num_bytes:
                 self._filled.discard(key)
 
@@ -243,7 +277,7 @@ class Ledger(TorchDispatchMode):
     def _guess(self, func: Any, args: tuple[Any, ...]) -> Any:
         """An answer that lets the program go on: all elements, where it asks which; no, where it asks whether."""
         where = _asked_by()
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is _ITEM:
             dtype = args[0].dtype
             answer: Any = False if dtype == torch.bool else math.nan if dtype.is_floating_point else 1
             if where:

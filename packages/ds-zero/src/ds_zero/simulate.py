@@ -27,7 +27,8 @@ from ds_zero import ledger as book
 from ds_zero.comm import Comm, TorchAllGather, TorchReduceScatter
 from ds_zero.config import ZeroConfig
 from ds_zero.copied import fake_copy
-from ds_zero.ledger import Ledger, PhasePeaks
+from ds_zero.lean import LeanOperations
+from ds_zero.ledger import Ledger, PhasePeaks, torchs_own
 from ds_zero.norms import BLOCK_NUMEL
 from ds_zero.probe import probe_states, stand_in
 from ds_zero.records import records
@@ -90,11 +91,17 @@ class Outcome:
     guesses: tuple[str, ...]
 
 
-def simulate(model: nn.Module, job: Job) -> Outcome:
-    """Load, three steps and a save of `job` on rank 0, on a copy of `model` without memory."""
+def simulate(model: nn.Module, job: Job, *, lean: bool = True) -> Outcome:
+    """Load, two steps and a save of `job` on rank 0, on a copy of `model` without memory.
+
+    Args:
+        lean: take [Note: lean operations]; without, all is left to torch's own fake tensors.
+    """
     # Real tensors that closures of the model hold, and the given inputs, take part by shape.
-    ledger = Ledger(1 if job.on_cpu else 512)
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    operations = LeanOperations(mode) if lean else torchs_own
+    ledger = Ledger(1 if job.on_cpu else 512, operations, resizes=job.stage == 3)
+    with torch.random.fork_rng(devices=[]), mode, ledger:
         return _Run(model, job, ledger).outcome()
 
 
