@@ -29,8 +29,9 @@ def step(engine: ds_engine.Engine) -> None:
 
 
 def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Writing waits for this event."""
+    """Writing waits for this event; two threads take the copy, however small it is."""
     go = threading.Event()
+    monkeypatch.setattr(background, "HELPED_BYTES", 0)
 
     def slow(*args: Any, **kwargs: Any) -> str:
         assert go.wait(30)

@@ -127,21 +127,31 @@ def _taken(work: deque[T]) -> Iterator[T]:
             yield work.popleft()
 
 
-def _copy_on_two_cores(image: Image, work: Sequence[tuple[Tensor, str]]) -> None:
-    """Copy tensors of the CPU to their places."""
-    left = deque(work)
+class _TwoCores:
+    """Copies with a second thread, which is there already when it is needed: to start one takes as long as to copy
+    some megabytes.
+    """
 
-    def copy() -> None:
-        for data, key in _taken(left):
-            image.copy(key, data)
+    def __init__(self) -> None:
+        self._other = ThreadPoolExecutor(1, thread_name_prefix="ds-checkpoint-copy")
 
-    if sum(data.nbytes for data, _ in work) < HELPED_BYTES:
-        copy()
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="ds-checkpoint-copy") as other:
-        helped = other.submit(copy)
-        copy()
-        helped.result()
+    def copy(self, image: Image, work: Sequence[tuple[Tensor, str]]) -> None:
+        """Copy tensors of the CPU to their places."""
+        left = deque(work)
+
+        def some() -> None:
+            for data, key in _taken(left):
+                image.copy(key, data)
+
+        helped = None
+        if sum(data.nbytes for data, _ in work) >= HELPED_BYTES:
+            helped = self._other.submit(some)
+        some()
+        if helped is not None and not helped.cancel():
+            helped.result()
+
+    def close(self) -> None:
+        self._other.shutdown()
 
 
 def _yield_to_training() -> None:
@@ -190,6 +200,7 @@ class BackgroundSaver:
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._image: Image | None = None
+        self._cores: _TwoCores | None = None
         self._group: dist.ProcessGroup | None = None
 
     def save(self, root: Path, tag: str, content: Callable[[], Content], **options: Any) -> str:
@@ -280,6 +291,9 @@ class BackgroundSaver:
         """Wait, and give buffers and group back; a failure that nobody asked for was told when it happened."""
         self._join()
         self._image = None
+        if self._cores is not None:
+            self._cores.close()
+            self._cores = None
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
@@ -318,7 +332,9 @@ class BackgroundSaver:
                 now.append((data, item.key))
             else:
                 place.copy_(data, non_blocking=True)
-        _copy_on_two_cores(image, now)
+        if self._cores is None:
+            self._cores = _TwoCores()
+        self._cores.copy(image, now)
         blobs = {}
         for (name, blob), item in zip(content.blobs.items(), items[len(records) :], strict=True):
             blobs[name] = image.place(item.key, item.data).copy_(item.data).view(blob.shape)

@@ -23,11 +23,14 @@ class Image:
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
         self.content[: len(header)].copy_(header)
         self._sums: dict[str, str] = {}
+        self._places: dict[str, Tensor] = {}
 
     def place(self, key: str, like: Tensor) -> Tensor:
         """Where the tensor `key` lies: 1-D, with the dtype and number of elements of `like`."""
-        begin = self.layout.begins[key]
-        return self.content[begin : begin + like.nbytes].view(like.dtype)
+        if key not in self._places:
+            begin = self.layout.begins[key]
+            self._places[key] = self.content[begin : begin + like.nbytes].view(like.dtype)
+        return self._places[key]
 
     def copy(self, key: str, data: Tensor) -> None:
         """Copy a tensor of the CPU to its place, without the interpreter's lock."""
