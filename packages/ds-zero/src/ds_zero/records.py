@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -146,6 +146,7 @@ def load_records(
     *,
     optimizer_states: bool = True,
     keep: AbstractSet[str] = frozenset(),
+    expect: Callable[[Sequence[tuple[str, str, int, int]]], None] | None = None,
 ) -> None:
     """Read this rank's ranges of every parameter, buffer and state from `source`, then publish. Collective.
 
@@ -154,6 +155,8 @@ def load_records(
     Args:
         optimizer_states: read those too.
         keep: names of tensors that stay as they are, with their states.
+        expect: told before the first read what will be read of parameters and states, in order: name, state, first
+            element, number of elements. For sources that read ahead.
 
     Raises:
         ValueError: a tensor that the source lacks or has in another shape; nothing has been changed then.
@@ -162,6 +165,8 @@ def load_records(
     state.stepper.wait()
     _check(state, model, source, keep)
     state.stepper.forget()  # gradients of the values that are replaced, as in the middle of an accumulation
+    if expect is not None:
+        expect(list(_to_be_read(state, source, optimizer_states, keep)))
     with torch.no_grad():
         for r in _ranges(state, owned=True):
             if r.slot.fqn in keep:
@@ -180,6 +185,29 @@ def load_records(
     _share_frozen(state)
     state.refresh()
     state.gatherer.drop_all()
+
+
+def _to_be_read(
+    state: ZeroState, source: RecordSource, optimizer_states: bool, keep: AbstractSet[str]
+) -> Iterator[tuple[str, str, int, int]]:
+    """What `load_records` will ask for: name, state, first element, number of elements."""
+    for r in _ranges(state, owned=True):
+        if r.slot.fqn in keep:
+            continue
+        yield r.fqn, PARAM, r.start, r.values.numel()
+        if not (r.bucket.shards and optimizer_states):
+            continue
+        for name, (shape, _) in source.states(r.fqn).items():
+            if name != PARAM:
+                ranged = _is_ranged(r, shape)
+                yield r.fqn, name, r.start if ranged else 0, r.values.numel() if ranged else math.prod(shape)
+
+
+def _is_ranged(r: _Range, shape: Sequence[int]) -> bool:
+    """Whether a state has an element for each of the parameter's; otherwise it is a number, or of a form of its own,
+    which only whole tensors have. (1,) is a state of a 0-dim parameter, told apart from a number.
+    """
+    return tuple(shape) == (r.slot.shape or (1,))
 
 
 def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -234,15 +262,13 @@ def _load_states(r: _Range, optimizer: Optimizer, source: RecordSource) -> None:
     for name in held.keys() - stored.keys():
         del held[name]  # gathered by this run: not what the checkpoint stands for
     for name, (shape, dtype) in stored.items():
-        # (1,): a state of a 0-dim parameter, told apart from a number
-        if tuple(shape) == (r.slot.shape or (1,)):
+        if _is_ranged(r, shape):
             if name not in held:
                 held[name] = _new_state(optimizer, shard, dtype)
             begin = r.start - r.shard_start
             own = held[name].view(-1)[begin : begin + r.values.numel()]
             source.read(r.fqn, name, r.start, own)
         else:
-            # A number, or of a form of its own, which only whole tensors have.
             flat = torch.empty(math.prod(shape), dtype=dtype, device=shard.device if shape else None)
             source.read(r.fqn, name, 0, flat)
             held[name] = flat.view(tuple(shape))

@@ -259,6 +259,20 @@ class DataFile:
                 places[key] = _Place(dtype=DTYPES[entry["dtype"]], numel=int(entry["shape"][0]), begin=begin)
         return places
 
+    def span(self, key: str, first: int, numel: int) -> tuple[InFile, int, int] | None:
+        """The bytes of the file that `read` looks at for these elements; None if there are no such elements."""
+        place = self._places.get(key)
+        if place is None or first + numel > place.numel:
+            return None
+        begin, end = self._blocks_around(place, first, numel)
+        return self._file, place.begin + begin, place.begin + end
+
+    def _blocks_around(self, place: _Place, first: int, numel: int) -> tuple[int, int]:
+        """Bytes of a tensor: whole blocks, since only those have checksums."""
+        size, width = self.info.block_bytes, place.dtype.itemsize
+        end = -(-(first + numel) * width // size) * size
+        return first * width // size * size, min(end, place.num_bytes)
+
     def read(self, key: str, first: int, out: Tensor, sums: str) -> str | None:
         """Fill `out` with elements [first, first + out.numel()) of the tensor `key`, cast to its dtype.
 

@@ -1,9 +1,9 @@
-"""Reading files from their beginning to their end, ahead of who asks.
+"""Reading files ahead of who asks.
 
 [Note: read ahead] A thread reads pieces into a few buffers, past the page cache where the file system can (O_DIRECT)
 and the cache does not have them already: the disk then writes to where the checksum is taken, while the piece before
-is checked and copied to its place. How far the thread is ahead grows with every request that begins where the last one
-ended, as files are mostly read; a request elsewhere reads what it asked for and no more.
+is checked and copied to its place. Who reads says before what it will read, and in which order: a rank's part of the
+files of other ranks is many ranges, and what is read beyond them is lost.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import errno
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from ds_engine.checkpoint import buffers
 from ds_engine.checkpoint.buffers import Bytes
 
 LITTLE_BYTES = 1 << 17
-"""A request elsewhere that is not larger leaves what was read ahead alone: numbers lie apart from the tensors."""
+"""What lies alone and is not larger is read when it is asked for: numbers are not worth a buffer."""
 
 
 class InFile:
@@ -76,10 +77,15 @@ class InFile:
         return done
 
 
+_Span = tuple[InFile, int, int]
+"""Bytes [begin, end) of a file."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """Bytes [begin, end) of the file, once they are there."""
+    """Bytes [begin, end) of a file, once they are there."""
 
+    file: InFile
     begin: int
     end: int
     room: Bytes
@@ -87,27 +93,34 @@ class _Piece:
 
 
 class ReadAhead:
-    """Reads from one file at a time, and goes on where it was when another was read in between."""
+    """Reads files in the order in which they will be asked for."""
 
     def __init__(self) -> None:
-        self._file: InFile | None = None
+        self._plan: deque[_Span] = deque()
+        """What is not being read yet."""
         self._queue: deque[_Piece] = deque()
         self._buffers: list[Bytes] = []
         self._free: list[Bytes] = []
         self._thread: ThreadPoolExecutor | None = None
-        self._expected = -1
-        """Where the next request begins if files are read in order."""
-        self._streak = 0
-        """Requests in a row that did."""
 
     def close(self) -> None:
         """The thread has ended, and no file of others is in use; safe to call twice."""
-        self._turn_to(None)
+        self._drop()
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
             buffers.give(self._buffers)
             self._buffers = self._free = []
+
+    def expect(self, spans: Iterable[_Span]) -> None:
+        """Bytes [begin, end) of these files will be asked for, in this order, by one request or several."""
+        self._drop()
+        for file, begin, end in spans:
+            last = self._plan[-1] if self._plan else None
+            if last is not None and last[0] is file and last[1] <= begin <= last[2]:
+                self._plan[-1] = (file, last[1], max(end, last[2]))
+            elif end - begin > LITTLE_BYTES:
+                self._plan.append((file, begin, end))
 
     def views(self, file: InFile, begin: int, end: int) -> Iterator[Bytes]:
         """Bytes [begin, end) of a file, in order; each view is good until the next is asked for. They end early where
@@ -116,18 +129,16 @@ class ReadAhead:
         Raises:
             OSError: the system cannot read it.
         """
-        here = file is self._file and begin == self._expected
-        if not here and end - begin <= LITTLE_BYTES and not self._has(file, begin):
-            room = np.empty(end - begin, dtype=np.uint8)
-            yield room[: file.read(begin, room)]
-            return
-        if file is not self._file:
-            self._turn_to(file)
-        self._streak = self._streak + 1 if here else 0
-        self._expected = end
-        limit = min(end + min(self._streak, buffers.NUM_BUFFERS - 1) * buffers.BUFFER_BYTES, file.num_bytes)
+        if not self._is_coming(file, begin):
+            if self._plan or end - begin <= LITTLE_BYTES:
+                yield from _at_once(file, begin, end)
+                return
+            self.expect([(file, begin, end)])
         while begin < end:
-            piece = self._piece(file, begin, limit)
+            piece = self._piece(file, begin)
+            if piece is None:  # less was expected
+                yield from _at_once(file, begin, end)
+                return
             try:
                 there = piece.begin + piece.done.result()
             except OSError:
@@ -139,31 +150,37 @@ class ReadAhead:
             yield piece.room[begin - piece.begin : last - piece.begin]
             begin = last
 
-    def _has(self, file: InFile, at: int) -> bool:
+    def _is_coming(self, file: InFile, at: int) -> bool:
         """Whether that byte is read already, or will be."""
-        return file is self._file and bool(self._queue) and self._queue[0].begin <= at < self._queue[-1].end
+        pieces = ((piece.file, piece.begin, piece.end) for piece in self._queue)
+        return any(other is file and low <= at < high for other, low, high in chain(pieces, self._plan))
 
-    def _piece(self, file: InFile, at: int, limit: int) -> _Piece:
-        """The one that holds the byte `at`; up to `limit` others are on their way."""
-        if not self._has(file, at):
-            self._drop()
-        while self._queue and self._queue[0].end <= at:
+    def _piece(self, file: InFile, at: int) -> _Piece | None:
+        """The one that holds a byte, while others are on their way; None if there is none, nor will be."""
+        if not self._is_coming(file, at):
+            return None
+        while True:
+            while self._plan and len(self._queue) < buffers.NUM_BUFFERS:
+                self._start()
+            piece = self._queue[0]
+            if piece.file is file and piece.begin <= at < piece.end:
+                return piece
             self._retire()
-        following = self._queue[-1].end if self._queue else at // mmap.PAGESIZE * mmap.PAGESIZE
-        while following < limit and len(self._queue) < buffers.NUM_BUFFERS:
-            size = min(buffers.BUFFER_BYTES, -(-(limit - following) // mmap.PAGESIZE) * mmap.PAGESIZE)
-            self._start(file, following, size)
-            following += size
-        return self._queue[0]
 
-    def _start(self, file: InFile, begin: int, size: int) -> None:
+    def _start(self) -> None:
+        """Begin to read the next piece of the plan."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="ds-checkpoint-disk")
             self._buffers = buffers.take()
             self._free = list(self._buffers)
+        file, begin, end = self._plan.popleft()
+        begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        size = min(buffers.BUFFER_BYTES, -(-(end - begin) // mmap.PAGESIZE) * mmap.PAGESIZE)
+        if begin + size < end:
+            self._plan.appendleft((file, begin + size, end))
         room = self._free.pop()
         done = self._thread.submit(file.read, begin, room[:size], past_cache=True)
-        self._queue.append(_Piece(begin=begin, end=begin + size, room=room, done=done))
+        self._queue.append(_Piece(file=file, begin=begin, end=begin + size, room=room, done=done))
 
     def _retire(self) -> None:
         """The first piece's room can be used again."""
@@ -172,16 +189,24 @@ class ReadAhead:
             with suppress(OSError):  # of bytes that nobody has asked for
                 piece.done.result()
         self._free.append(piece.room)
-
-    def _turn_to(self, file: InFile | None) -> None:
-        self._drop()
-        if self._file is not None:
-            self._file.rest()
-        self._file = file
+        if not any(other.file is piece.file for other in self._queue):
+            piece.file.rest()
 
     def _drop(self) -> None:
+        self._plan.clear()
         while self._queue:
             self._retire()
+
+
+def _at_once(file: InFile, begin: int, end: int) -> Iterator[Bytes]:
+    """`ReadAhead.views`, of what was not expected."""
+    room = np.empty(min(end - begin, buffers.BUFFER_BYTES), dtype=np.uint8)
+    while begin < end:
+        found = file.read(begin, room[: end - begin])
+        if found == 0:
+            return
+        yield room[:found]
+        begin += found
 
 
 def _is_cached(descriptor: int, begin: int, size: int) -> bool:

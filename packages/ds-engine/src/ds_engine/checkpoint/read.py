@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,22 @@ class Checkpoint:
             state: (entry.shape, entry.dtype) for state, entry in self.manifest.tensors.get(fqn, {}).items()
         }
 
+    def expect(self, ranges: Sequence[tuple[str, str, int, int]]) -> None:
+        """`read` will be asked for these, in this order: name, state, first element, number of elements."""
+        self._expect(
+            part
+            for fqn, state, first, numel in ranges
+            for part in _parts(self.manifest.tensors[fqn][state], first, first + numel)
+        )
+
+    def _expect(self, parts: Iterable[tuple[Piece, int, int]]) -> None:
+        spans = []
+        for piece, low, high in parts:
+            with suppress(CheckpointError):  # the read will say so
+                first = low - piece.flat_offset
+                spans.append(self._file(piece.file).span(piece.key, first, high - low))
+        self._ahead.expect(span for span in spans if span is not None)
+
     def read(self, fqn: str, state: str, flat_offset: int, out: Tensor) -> None:
         """Fill the 1-D `out` with elements [flat_offset, flat_offset + out.numel()), cast to its dtype."""
         entry = self.manifest.tensors[fqn][state]
@@ -125,6 +142,8 @@ class Checkpoint:
                 self._file(name)
             except CheckpointError as error:
                 yield str(error)
+        entries = [entry for states in self.manifest.tensors.values() for entry in states.values()]
+        self._expect((piece, piece.flat_offset, piece.end) for entry in entries for piece in entry.pieces)
         for fqn, states in self.manifest.tensors.items():
             for state, entry in states.items():
                 yield from self._check(entry, f"{state} of {fqn!r}")
@@ -140,13 +159,7 @@ class Checkpoint:
     def _fill(self, entry: Entry, name: str, first: int, out: Tensor) -> None:
         end = first + out.numel()
         assert end <= entry.numel, f"{name} has {entry.numel} elements, {first} to {end} were asked for"
-        index = max(0, bisect.bisect_right(entry.pieces, first, key=lambda piece: piece.flat_offset) - 1)
-        for piece in entry.pieces[index:]:
-            low, high = max(first, piece.flat_offset), min(end, piece.end)
-            if piece.flat_offset >= end:
-                break
-            if high <= low:
-                continue
+        for piece, low, high in _parts(entry, first, end):
             problem = self._read_piece(piece, low - piece.flat_offset, out[low - first : high - first])
             if problem and len(self.problems) < MAX_PROBLEMS:
                 self.problems.append(f"{problem}, in {name}")
@@ -159,3 +172,14 @@ class Checkpoint:
             return str(error)
         except OSError as error:
             return f"{self.path / piece.file} cannot be read ({error.strerror})"
+
+
+def _parts(entry: Entry, first: int, end: int) -> Iterator[tuple[Piece, int, int]]:
+    """The pieces that hold elements [first, end) of a tensor, and which of these elements each one holds."""
+    index = max(0, bisect.bisect_right(entry.pieces, first, key=lambda piece: piece.flat_offset) - 1)
+    for piece in entry.pieces[index:]:
+        low, high = max(first, piece.flat_offset), min(end, piece.end)
+        if piece.flat_offset >= end:
+            break
+        if high > low:
+            yield piece, low, high

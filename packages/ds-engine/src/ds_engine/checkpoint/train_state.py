@@ -215,6 +215,7 @@ def load(
                 checkpoint,
                 optimizer_states=wanted.optimizer,
                 keep=_names(engine) - set(checkpoint.manifest.tensors),
+                expect=checkpoint.expect,
             ),
         )
         # Blobs too are read before anything is believed, so that damage anywhere is told by all ranks at
