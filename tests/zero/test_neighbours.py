@@ -73,11 +73,23 @@ def send(origin: Neighbours, to: int, tag: int, *values: float) -> Exchange:
     return exchange
 
 
+def receive(own: Neighbours, origin: int, tag: int, *tensors: Tensor) -> Exchange:
+    exchange = Exchange(own, tag)
+    exchange.receive(origin, tensors)
+    return exchange
+
+
+def fetch(own: Neighbours, origin: int, tag: int) -> float:
+    got = torch.zeros(1)
+    receive(own, origin, tag, got).wait()
+    return float(got)
+
+
 def test_what_is_offered_arrives() -> None:
     first, second = pair()
     going = send(first, 1, REDUCE, 1.0, 2.0)
     got = [torch.zeros(1), torch.zeros(1)]
-    second.fetch(0, REDUCE, got)
+    receive(second, 0, REDUCE, *got).wait()
     going.wait()
     assert [float(t) for t in got] == [1.0, 2.0]
 
@@ -85,13 +97,20 @@ def test_what_is_offered_arrives() -> None:
 def test_tags_are_fetched_in_any_order() -> None:
     first, second = pair()
     sent = [send(first, 1, GATHER + n, float(n)) for n in range(5)]
-    got = {}
-    for n in (3, 0, 4, 2, 1):
-        got[n] = torch.zeros(1)
-        second.fetch(0, GATHER + n, [got[n]])
+    assert [fetch(second, 0, GATHER + n) for n in (3, 0, 4, 2, 1)] == [3, 0, 4, 2, 1]
     for exchange in reversed(sent):
         exchange.wait()
-    assert [float(got[n]) for n in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_under_one_tag_the_order_of_starting_counts() -> None:
+    first, second = pair()
+    for n in (1, 2):
+        send(first, 1, REDUCE, float(n))
+    got = [torch.zeros(1), torch.zeros(1)]
+    started = [receive(second, 0, REDUCE, t) for t in got]
+    for exchange in reversed(started):
+        exchange.wait()
+    assert [float(t) for t in got] == [1, 2]
 
 
 def test_an_offer_that_nobody_fetches_holds_up_no_other() -> None:
@@ -99,9 +118,9 @@ def test_an_offer_that_nobody_fetches_holds_up_no_other() -> None:
     unused = send(first, 1, GATHER, 1.0)
     for n in range(1, 2 * neighbours._RING):
         wanted = send(first, 1, GATHER + n, 2.0)
-        second.fetch(0, GATHER + n, [torch.zeros(1)])
+        fetch(second, 0, GATHER + n)
         wanted.wait()
-    second.fetch(0, GATHER, [torch.zeros(1)])
+    fetch(second, 0, GATHER)
     unused.wait()
 
 
@@ -109,14 +128,9 @@ def test_more_offers_than_the_board_has_room_for() -> None:
     first, second = pair()
     sent = [send(first, 1, GATHER + n, float(n)) for n in range(3 * neighbours._RING)]
     box: list[float] = []
-
-    def fetch_all() -> None:
-        for n in range(len(sent)):
-            got = torch.zeros(1)
-            second.fetch(0, GATHER + n, [got])
-            box.append(float(got))
-
-    reader = threading.Thread(target=fetch_all)
+    reader = threading.Thread(
+        target=lambda: box.extend(fetch(second, 0, GATHER + n) for n in range(len(sent)))
+    )
     reader.start()
     for exchange in sent:
         exchange.wait()
@@ -131,18 +145,16 @@ def test_the_sender_waits_until_its_memory_was_read() -> None:
     waiter = threading.Thread(target=lambda: (going.wait(), over.set()))
     waiter.start()
     assert not over.wait(0.3)
-    got = torch.zeros(1)
-    second.fetch(0, REDUCE, [got])
+    assert fetch(second, 0, REDUCE) == 7.0
     waiter.join()
     assert over.is_set()
-    assert float(got) == 7.0
 
 
 def test_different_sizes_are_refused() -> None:
     first, second = pair()
     going = send(first, 1, REDUCE, 1.0)
     with pytest.raises(RuntimeError, match=r"rank 0 .* of \[4\] bytes where tensors of \[8\] bytes"):
-        second.fetch(0, REDUCE, [torch.zeros(2)])
+        receive(second, 0, REDUCE, torch.zeros(2)).wait()
     del going
 
 
@@ -151,14 +163,14 @@ def test_a_rank_that_has_ended_is_named() -> None:
     first, _ = pair(other.process.pid)
     other.close()
     with pytest.raises(RuntimeError, match=rf"rank 1 .* process {other.process.pid} has ended"):
-        first.fetch(1, REDUCE, [torch.zeros(1)])
+        fetch(first, 1, REDUCE)
 
 
 def test_an_alarm_wakes_who_waits() -> None:
     first, _ = pair()
     threading.Timer(0.2, lambda: setattr(first.alarm, "raised", True)).start()
     with pytest.raises(RuntimeError, match="closed while waiting for rank 1"):
-        first.fetch(1, REDUCE, [torch.zeros(1)])
+        fetch(first, 1, REDUCE)
 
 
 def test_many_parts_are_copied() -> None:

@@ -24,7 +24,7 @@ import os
 import select
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -183,8 +183,13 @@ class _Peer:
     """Its pidfd."""
     taken: int = 0
     """Offers read from its board."""
-    open: dict[int, deque[tuple[int, int]]] = field(default_factory=dict)
-    """Tag -> offers that were read and not fetched: (address of the card, number of tensors)."""
+    open: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    """Offers that were read and not fetched, by tag and number under that tag: (address of the card, number of
+    tensors)."""
+    found: Counter[int] = field(default_factory=Counter)
+    """Tag -> offers read."""
+    expected: Counter[int] = field(default_factory=Counter)
+    """Tag -> offers that somebody waits for, or has fetched."""
     made: int = 0
     """Offers that this rank's board has shown it."""
     later: deque[tuple[int, int, int]] = field(default_factory=deque)
@@ -206,32 +211,42 @@ class Neighbours:
         self._rank, self._board = rank, board
         self._peers = {p.rank: p for p in peers}
         self._lock = threading.Lock()
+        self._lent: dict[int, tuple[Tensor, ...]] = {}
+        """What others may read: cards, by their addresses, and what they name."""
 
     def knows(self, rank: int) -> bool:
         return rank in self._peers
 
     def offer(self, rank: int, tag: int, tensors: Sequence[Tensor]) -> Tensor:
-        """Let `rank` fetch contiguous `tensors`; returns the card, which must live as long as they, and until
-        `wait_fetched`.
+        """Let `rank` fetch contiguous `tensors`; returns the card. Both stay until `wait_fetched`, whatever the caller
+        does.
         """
         peer = self._peers[rank]
         pairs = [w for t in tensors for w in (t.data_ptr(), t.numel() * t.element_size())]
         card = torch.tensor([*pairs, 0], dtype=torch.int64)
         with self._lock:
+            self._lent[card.data_ptr()] = card, *tensors
             peer.later.append((tag, card.data_ptr(), len(tensors)))
             self._publish(peer)
         return card
 
-    def fetch(self, rank: int, tag: int, tensors: Sequence[Tensor]) -> None:
-        """Fill `tensors` with the oldest offer of `rank` under this tag, when it comes.
+    def expect(self, rank: int, tag: int) -> int:
+        """The number under this tag of the next offer of `rank` that nobody expects yet."""
+        peer = self._peers[rank]
+        with self._lock:
+            peer.expected[tag] += 1
+            return peer.expected[tag] - 1
+
+    def fetch(self, rank: int, tag: int, number: int, tensors: Sequence[Tensor]) -> None:
+        """Fill `tensors` with an offer of `rank`, when it comes.
 
         Raises:
             RuntimeError: the rank has ended, offers something else, or an alarm was raised.
         """
         peer = self._peers[rank]
-        self._until(peer, lambda: bool(peer.open.get(tag)))
+        self._until(peer, lambda: (tag, number) in peer.open)
         with self._lock:
-            address, count = peer.open[tag].popleft()
+            address, count = peer.open.pop((tag, number))
         card = torch.empty(2 * count + 1, dtype=torch.int64)
         expected = [t.numel() * t.element_size() for t in tensors]
         try:
@@ -262,6 +277,8 @@ class Neighbours:
         """Return when `rank` has fetched an offer of this rank, and what was offered may change."""
         end = memoryview((ctypes.c_int64 * len(card)).from_address(card.data_ptr())).cast("B").cast("q")
         self._until(self._peers[rank], lambda: end[-1] != 0)
+        with self._lock:
+            del self._lent[card.data_ptr()]
 
     def _publish(self, peer: _Peer) -> None:
         """Put what waits on the board, as far as there is room; the lock is held."""
@@ -280,7 +297,8 @@ class Neighbours:
         while peer.taken < words[block + _OFFERED]:
             slot = block + _HEAD + peer.taken % _RING * _SLOT
             tag, address, count = words[slot : slot + _SLOT].tolist()
-            peer.open.setdefault(tag, deque()).append((address, count))
+            peer.open[tag, peer.found[tag]] = address, count
+            peer.found[tag] += 1
             peer.taken += 1
         if peer.taken != before:
             self._board.words[peer.rank * _BLOCK + _TAKEN] = peer.taken
@@ -324,10 +342,8 @@ class Exchange:
 
     def __init__(self, neighbours: Neighbours, tag: int) -> None:
         self._neighbours, self._tag = neighbours, tag
-        self._coming: list[tuple[int, Sequence[Tensor]]] = []
+        self._coming: list[tuple[int, int, Sequence[Tensor]]] = []
         self._going: list[tuple[int, Tensor]] = []
-        self._held: list[Tensor] = []
-        """What others read: stays until they have."""
 
     def reaches(self, rank: int) -> bool:
         """Whether nothing needs to be sent to or from `rank`."""
@@ -336,22 +352,20 @@ class Exchange:
     def receive(self, rank: int, tensors: Sequence[Tensor]) -> None:
         """Expect `tensors` from `rank`."""
         if tensors:
-            self._coming.append((rank, tensors))
+            self._coming.append((rank, self._neighbours.expect(rank, self._tag), tensors))
 
     def send(self, rank: int, tensors: Sequence[Tensor]) -> None:
         """Let `rank` fetch `tensors`, which must not change until the work is over."""
         if tensors:
             self._going.append((rank, self._neighbours.offer(rank, self._tag, tensors)))
-            self._held += tensors
 
     def wait(self) -> None:
         while self._coming:
-            rank, tensors = self._coming.pop(0)
-            self._neighbours.fetch(rank, self._tag, tensors)
+            rank, number, tensors = self._coming.pop(0)
+            self._neighbours.fetch(rank, self._tag, number, tensors)
         while self._going:
             rank, card = self._going.pop(0)
             self._neighbours.wait_fetched(rank, card)
-        self._held.clear()
 
 
 def meet(group: dist.ProcessGroup, device: torch.device, alarm: Alarm) -> Neighbours | None:
