@@ -331,10 +331,16 @@ class Neighbours:
             raise RuntimeError(f"Connection closed while waiting for rank {peer.rank} of the group")
         if time.monotonic() - begun > _LIMIT_S:
             raise RuntimeError(f"Timed out waiting {_LIMIT_S:.0f} s for rank {peer.rank} of the group")
-        if select.select([peer.alive], [], [], 0)[0]:
+        if _has_ended(peer.alive):
             raise RuntimeError(
                 f"Connection to rank {peer.rank} of the group is lost: its process {peer.pid} has ended"
             )
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()  # select.select takes no descriptor above 1023
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class Exchange:
