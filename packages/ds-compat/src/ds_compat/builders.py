@@ -88,3 +88,4 @@ _KINDS: dict[str, Any] = {
 }
 globals().update(_KINDS)
 ALL_OPS = {kind.NAME: kind() for kind in _KINDS.values()}
+COMPATIBLE = {name: op.is_compatible() for name, op in ALL_OPS.items()}

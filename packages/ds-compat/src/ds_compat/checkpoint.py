@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 _SCRIPT = '''#!/usr/bin/env python
 """Whole fp32 weights from the checkpoints in this folder: python zero_to_fp32.py . output_folder"""
@@ -25,17 +24,6 @@ def leave_script(folder: str | os.PathLike[str]) -> None:
         part = target.with_name(f"{target.name}.{secrets.token_hex(4)}")
         part.write_text(_SCRIPT, encoding="utf-8")
         part.rename(target)
-
-
-def clone_tensors_for_torch_save(item: Any, device: Any = "cpu") -> Any:
-    """A copy of nested lists, tuples and dicts whose tensors have memory of their own, on `device`."""
-    if isinstance(item, Tensor):
-        return item.detach().to(device, copy=True)
-    if isinstance(item, (list, tuple)):
-        return type(item)(clone_tensors_for_torch_save(v, device) for v in item)
-    if isinstance(item, dict):
-        return type(item)((k, clone_tensors_for_torch_save(v, device)) for k, v in item.items())
-    return item
 
 
 def get_model_ckpt_name_for_rank(base_folder: str, mp_rank_str: str) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ds_engine.config
 from ds_compat.sections import DeepSpeedZeroConfig
-from ds_engine.config import Batch, ConfigError, DsConfig, source
-
-DeepSpeedConfigError = ConfigError
+from ds_engine.config import Batch, ConfigError, DsConfig, batch, source
 
 ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LAMB_OPTIMIZER = "adam", "adamw", "lamb"
 ADAGRAD_OPTIMIZER, LION_OPTIMIZER, SGD_OPTIMIZER, MUON_OPTIMIZER = "adagrad", "lion", "sgd", "muon"
@@ -22,6 +21,27 @@ TRAIN_MICRO_BATCH_SIZE_PER_GPU = "train_micro_batch_size_per_gpu"
 GRADIENT_ACCUMULATION_STEPS = "gradient_accumulation_steps"
 ROUTE_TRAIN, ROUTE_EVAL, ROUTE_PREDICT = "train", "eval", "predict"
 TORCH_DISTRIBUTED_DEFAULT_PORT = 29500
+
+
+class ZeRORuntimeException(Exception):
+    """What the original raises for settings of ZeRO that do not go together."""
+
+
+class DeepSpeedConfigError(ConfigError, AssertionError, ZeRORuntimeException):
+    """A mistake in the configuration: whichever of these the original raises for it, code that expects it finds it."""
+
+    def __init__(self, error: ConfigError) -> None:
+        self.problems = error.problems
+        Exception.__init__(self, *error.args)
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Mistakes in the configuration are DeepSpeedConfigError inside."""
+    try:
+        yield
+    except ConfigError as error:
+        raise DeepSpeedConfigError(error) from error
 
 
 class _ZeroConfig(DeepSpeedZeroConfig, extra="ignore"):
@@ -44,17 +64,30 @@ class DeepSpeedConfig:
     """
 
     def __init__(self, config: Any, mpu: Any = None, mesh_device: Any = None) -> None:
-        self.raw = read(config)
-        self._param_dict = self.raw
-        self.typed: DsConfig = ds_engine.config.load(self.raw)
         self.world_size = _world_size(mpu)
-        self.take_batch(self.typed.batch(self.world_size))
+        with told():
+            self.raw = read(config)
+            self._param_dict = self.raw
+            self.typed: DsConfig = ds_engine.config.load(self.raw)
+            self.take_batch(self.typed.batch(self.world_size))
 
-    def take_batch(self, batch: Batch) -> None:
+    def take_batch(self, sizes: Batch) -> None:
         """The three sizes."""
-        self.train_batch_size = batch.train
-        self.train_micro_batch_size_per_gpu = batch.micro
-        self.gradient_accumulation_steps = batch.steps
+        self.train_batch_size: int | None = sizes.train
+        self.train_micro_batch_size_per_gpu: int | None = sizes.micro
+        self.gradient_accumulation_steps: int | None = sizes.steps
+
+    def _configure_train_batch_size(self) -> None:
+        """Fill in the sizes that are None."""
+        with told():
+            self.take_batch(
+                batch.resolve(
+                    self.train_batch_size,
+                    self.train_micro_batch_size_per_gpu,
+                    self.gradient_accumulation_steps,
+                    self.world_size,
+                )
+            )
 
     @property
     def zero_config(self) -> DeepSpeedZeroConfig:

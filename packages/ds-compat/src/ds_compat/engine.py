@@ -23,7 +23,9 @@ from ds_compat.config import DeepSpeedConfig
 from ds_compat.logs import log_dist, logger
 from ds_compat.optimizer import wrap
 from ds_compat.settings import answer, of_config
+from ds_engine.by_hand import scale_gradients, take_gradients
 from ds_engine.data import Loader
+from ds_engine.optimizers import zero_grad
 from ds_engine.whole import consolidated, save_weights
 
 _OWN = frozenset(
@@ -67,7 +69,7 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         output = self._engine(*inputs, **kwargs)
         if torch.is_grad_enabled() and self.gradient_accumulation_steps() > 1:
-            settings.scale_gradients(output, self._factor_of_plain_backward)
+            scale_gradients(output, self._factor_of_plain_backward)
         return output
 
     def _factor_of_plain_backward(self) -> float:
@@ -90,6 +92,8 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         assert self.optimizer is not None, "must provide optimizer during init in order to use step"
         assert not self._in_no_sync, "It is illegal to call Engine.step() inside no_sync context manager"
+        if self.zero_optimization_stage() == 0:
+            take_gradients(self.module, self._engine.loss_scale)
         self._engine.step(lr_kwargs)
 
     @contextlib.contextmanager
@@ -117,7 +121,8 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
         return self._engine.was_step_applied()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do for sharded gradients: they are consumed by every step."""
+        """Drops what has accumulated since the last step."""
+        zero_grad(self._engine.optimizer)
         for param in self.module.parameters():
             param.grad = None
 
@@ -398,7 +403,18 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
     ) -> bool:
         return self.save_16bit_model(save_dir, save_filename)
 
+    def _get_optimizer_ckpt_name(self, checkpoints_path: str, tag: str, expp_rank: int = 0) -> str:
+        return checkpoint.get_zero_ckpt_name_for_rank(
+            os.path.join(checkpoints_path, tag), self.global_rank, 0
+        )
+
     # --- the rest
+
+    @property
+    def sparse_tensor_module_names(self) -> set[str]:
+        """Weights whose gradients travel as rows."""
+        kinds = (nn.Embedding, nn.EmbeddingBag) if self.sparse_gradients_enabled() else ()
+        return {f"{name}.weight" for name, module in self.module.named_modules() if isinstance(module, kinds)}
 
     def offload_states(
         self,

@@ -12,12 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ds_engine
-import ds_zero
-from ds_compat import comm, groups, params, zero
+from ds_compat import comm, groups, params
 from ds_compat import config as configs
 from ds_compat.engine import DeepSpeedEngine
 from ds_compat.logs import logger
 from ds_compat.refused import NotThereError
+from ds_engine.leaves import z3_leaf_module
 
 
 def initialize(
@@ -41,30 +41,34 @@ def initialize(
         (engine, optimizer, loader of `training_data` or None, schedule or None).
 
     Raises:
-        ds_engine.ConfigError (a ValueError): a mistake in the configuration.
+        DeepSpeedConfigError (a ds_engine.ConfigError): a mistake in the configuration.
+        NotImplementedError: a dtype of gradient sums that the original does not have at stage 0.
     """
     assert model is not None, "deepspeed.initialize requires a model"
     _refuse_parallel(mpu)
     _rank_from_arguments(args)
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     given = configs.read(_the_config(args, config, config_params))
-    resolved = configs.DeepSpeedConfig(_effective(given, model, optimizer), mpu)
+    passed = {"optimizer": optimizer, "scheduler": lr_scheduler}
+    resolved = configs.DeepSpeedConfig(_effective(given, model, passed), mpu)
     has_optimizer = optimizer is not None or resolved.typed.optimizer is not None
-    engine, _, loader, schedule = ds_engine.initialize(
-        model=model,
-        config=resolved.typed,
-        optimizer=optimizer if has_optimizer else _no_optimizer,
-        model_parameters=model_parameters,
-        training_data=training_data,
-        # The configuration's schedule wins, as in the original.
-        lr_scheduler=lr_scheduler if resolved.typed.scheduler is None else None,
-        collate_fn=collate_fn,
-        mpu=mpu,
-    )
+    if has_optimizer:
+        _refuse_mixture(resolved.typed)
+    with configs.told():
+        engine, _, loader, schedule = ds_engine.initialize(
+            model=model,
+            config=resolved.typed,
+            optimizer=optimizer if has_optimizer else _no_optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=_whatever_it_moves(lr_scheduler, optimizer),
+            collate_fn=collate_fn,
+            mpu=mpu,
+        )
     _round_masters(engine)
     resolved.raw = given
     groups.set_mpu(mpu)
-    params.present(p for p in model.parameters() if _is_divided(p))
+    params.present(p for p in model.parameters() if params.known(p))
     made = DeepSpeedEngine(engine, resolved, has_optimizer=has_optimizer, mpu=mpu)
     made.training_dataloader, made.collate_fn, made.client_lr_scheduler = loader, collate_fn, lr_scheduler
     return made, made.optimizer, loader, schedule
@@ -92,9 +96,15 @@ def _round_masters(engine: ds_engine.Engine) -> None:
             shard.copy_(shard.to(half))
 
 
-def _is_divided(param: nn.Parameter) -> bool:
-    found = ds_zero.presence(param)
-    return found is not None and found.divided
+def _refuse_mixture(config: ds_engine.DsConfig) -> None:
+    """At stage 0 the original sums gradients in the dtype of the model or not at all; code relies on the refusal."""
+    own = "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
+    sums = config.data_types.grad_accum_dtype or own
+    if config.zero_optimization.stage == 0 and sums != own:
+        raise NotImplementedError(
+            f"data_types.grad_accum_dtype {sums!r} for a model in {own} needs stage 1 or more in DeepSpeed: remove it, "
+            "set zero_optimization.stage, or call ds_engine.initialize, which has no such limit"
+        )
 
 
 def _no_optimizer(_: Any) -> Optimizer:
@@ -125,14 +135,25 @@ def _the_config(args: Any, config: Any, config_params: Any) -> Any:
     return found
 
 
-def _effective(given: Mapping[str, Any], model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """The configuration as the engine gets it: without its optimizer where one was passed, which wins in the
-    original, and with the leaf modules that were marked on the model.
+def _whatever_it_moves(schedule: Any, optimizer: Any) -> Any:
+    """ds_engine refuses a schedule that was made for another optimizer; the original steps it."""
+    if getattr(schedule, "optimizer", optimizer) is optimizer:
+        return schedule
+    logger.warning(
+        f"{type(schedule).__name__} moves the rates of another optimizer than the engine's: no effect here"
+    )
+    return lambda _: schedule
+
+
+def _effective(given: Mapping[str, Any], model: nn.Module, passed: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as the engine gets it: without the optimizer and the schedule where one was passed, which
+    wins in the original, and with the leaf modules that were marked on the model.
     """
     config = dict(given)
-    if optimizer is not None and config.pop("optimizer", None) is not None:
-        logger.warning("the optimizer passed to deepspeed.initialize is used, not the section optimizer")
-    leaves = [name for name, module in model.named_modules() if zero.z3_leaf_module(module)]
+    for name, value in passed.items():
+        if value is not None and config.pop(name, None) is not None:
+            logger.warning(f"the {name} passed to deepspeed.initialize is used, not the section {name}")
+    leaves = [name for name, module in model.named_modules() if z3_leaf_module(module)]
     section = config.get("zero_optimization")
     if leaves and isinstance(section, dict) and section.get("stage") == 3:
         marked = dict(section.get("leaf_module") or {})

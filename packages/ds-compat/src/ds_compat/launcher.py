@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ds_engine.launch.hosts import Pool, fetch_hostfile, parse_resource_filter
+from ds_engine.launch.hosts import Pool, fetch_hostfile, parse_resource_filter, read_env_files
 from ds_engine.launch.plan import LOCAL_RANK, LaunchError
 
 DLTS_HOSTFILE = "/job/hostfile"
@@ -135,7 +135,7 @@ def _place(options: argparse.Namespace) -> tuple[int, dict[str, str]]:
     slots = next(iter(pool.values()))
     if options.num_gpus > 0:
         slots = list(range(options.num_gpus))
-    environ = {**os.environ, **_from_files()}
+    environ = {**os.environ, **read_env_files(DEEPSPEED_ENVIRONMENT_NAME)}
     environ["LOCAL_SIZE"] = str(len(slots))
     if filtered:
         environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
@@ -152,19 +152,6 @@ def _devices(options: argparse.Namespace) -> int:
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     on_cpu = int(os.environ.get("LOCAL_SIZE", "0")) or max([1, nodes, *(n + 1 for n in named)])
     return count_accelerators() or on_cpu
-
-
-def _from_files() -> dict[str, str]:
-    """KEY=VALUE lines of `.deepspeed_env` in the home folder and here."""
-    found: dict[str, str] = {}
-    for folder in (Path.home(), Path.cwd()):
-        file = folder / DEEPSPEED_ENVIRONMENT_NAME
-        if file.is_file():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                key, equals, value = line.strip().partition("=")
-                if equals and not key.startswith("#"):
-                    found[key] = value
-    return found
 
 
 def _say(line: str) -> None:

@@ -15,6 +15,7 @@ _CONFIG = "ds_compat.config"
 _SECTIONS = "ds_compat.sections"
 _INFERENCE = "ds_compat.inference"
 _LOGS = "ds_compat.logs"
+_NESTED = "ds_engine.nested"
 _PARAMS = "ds_compat.params"
 _REFUSED = "ds_compat.refused"
 _UTILS = "ds_compat.utils"
@@ -50,7 +51,7 @@ _PARTITION = {
 _OFFLOAD = "DeepSpeedZeroOffloadParamConfig DeepSpeedZeroOffloadOptimizerConfig OffloadDeviceEnum OffloadStateTypeEnum"
 _RUNTIME_UTILS = (
     "set_random_seed ensure_directory_exists noop_decorator call_to_str partition_uniform get_only_unique_item "
-    "clip_grad_norm_ get_global_norm has_inf_or_nan move_to_device empty_cache"
+    "clip_grad_norm_ get_global_norm has_inf_or_nan empty_cache"
 )
 _GATES = (
     "top1gating top2gating topkgating _route_slots _sparse_decode _sparse_encode TopKGate MOELayer Experts"
@@ -90,12 +91,12 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "autotuning": {_REFUSED: "Autotuner"},
     "autotuning.autotuner": {_REFUSED: "Autotuner"},
     "autotuning.scheduler": {_REFUSED: "ResourceManager"},
-    "autotuning.utils": {_UTILS: "get_val_by_key set_val_by_key"},
+    "autotuning.utils": {_NESTED: "get_val_by_key set_val_by_key"},
     "checkpoint": {"ds_compat.checkpoint": "get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank"},
     "checkpoint.ds_to_universal": {_REFUSED: "main=ds_to_universal"},
     "checkpoint.utils": {
-        "ds_compat.checkpoint": "clone_tensors_for_torch_save get_model_ckpt_name_for_rank "
-        "get_zero_ckpt_name_for_rank",
+        "ds_compat.checkpoint": "get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank",
+        _NESTED: "clone_tensors_for_torch_save",
     },
     "comm": "ds_compat.comm",
     "comm.comm": "ds_compat.comm",
@@ -132,11 +133,11 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "moe.layer": {_REFUSED: "MoE"},
     "moe.sharded_moe": {_REFUSED: _GATES},
     "moe.utils": {
-        _UTILS: "is_moe_param has_moe_layers",
-        _REFUSED: "split_params_into_different_moe_groups_for_optimizer configure_moe_param_groups",
+        _UTILS: "is_moe_param has_moe_layers split_params_into_different_moe_groups_for_optimizer",
+        _REFUSED: "configure_moe_param_groups",
     },
     "monitor": {},
-    "ops": {},
+    "ops": {"ds_compat.builders": "__compatible_ops__=COMPATIBLE"},
     "ops.adagrad": _OPTIMIZERS["adagrad"],
     "ops.adagrad.cpu_adagrad": _OPTIMIZERS["adagrad"],
     "ops.adam": _OPTIMIZERS["adam"],
@@ -221,6 +222,7 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         _LOGS: "see_memory_usage",
         "ds_compat.checkpoint": "is_model_parallel_parameter",
         _UTILS: _RUNTIME_UTILS,
+        _NESTED: "move_to_device",
     },
     "runtime.zenflow": {},
     "runtime.zenflow.zenflow_config": {_REFUSED: "ZenFlowConfig"},
@@ -251,7 +253,7 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     },
     "runtime.zero.tiling": {_ZERO: "TiledLinear TiledLinearReturnBias"},
     "runtime.zero.utils": {
-        "ds_compat.optimizer": "ZeRORuntimeException",
+        _CONFIG: "ZeRORuntimeException",
         _UTILS: "is_zero_supported_optimizer",
     },
     "sequence": {},
@@ -263,9 +265,10 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         _LOGS: "logger log_dist log_dist_once set_log_level_from_string",
         "ds_engine.on_device": "OnDevice",
         "ds_compat.dataloader": "RepeatingLoader",
-        _ZERO: _LEAVES,
+        "ds_engine.leaves": _LEAVES,
         "ds_compat.fragments": _FRAGMENTS,
-        _UTILS: "instrument_w_nvtx get_caller_func recursive_getattr recursive_setattr",
+        _UTILS: "instrument_w_nvtx get_caller_func",
+        _NESTED: "recursive_getattr recursive_setattr",
         "torch.distributed": "is_initialized",
     },
     "utils.groups": "ds_compat.groups",
@@ -276,7 +279,7 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "utils.tensor_fragment": {"ds_compat.fragments": _FRAGMENTS},
     "utils.torch": {_UTILS: "required_torch_version"},
     "utils.types": {},
-    "utils.z3_leaf_module": {_ZERO: _LEAVES},
+    "utils.z3_leaf_module": {"ds_engine.leaves": _LEAVES},
     "utils.zero_to_fp32": "ds_compat.zero_to_fp32",
     "zero": {
         _ZERO: "Init GatheredParameters register_external_parameter unregister_external_parameter TiledLinear "

@@ -6,6 +6,7 @@ The engine steps the torch optimizer inside; this object is what code looks at: 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch.optim import Optimizer
 
 import ds_engine
 from ds_compat.config import DeepSpeedConfig
+
+_COUNTERS = frozenset({"cur_iter", "scale_window", "min_loss_scale", "last_overflow_iter", "scale_factor"})
 
 
 class DeepSpeedOptimizer(Optimizer):
@@ -31,6 +34,8 @@ class DeepSpeedOptimizer(Optimizer):
     def __getattr__(self, name: str) -> Any:
         if name in ("optimizer", "_engine"):
             raise AttributeError(name)
+        if name in _COUNTERS:  # where older versions have them
+            return getattr(self.loss_scale_config, name)
         return getattr(self.optimizer, name)
 
     param_groups = property(
@@ -62,6 +67,38 @@ class DeepSpeedOptimizer(Optimizer):
     def overflow(self) -> bool:
         """Whether the last update was skipped because a gradient was not finite."""
         return bool(self._engine.scaler.step_was_skipped)
+
+    @property
+    def loss_scale_config(self) -> SimpleNamespace:
+        """The loss scale and what it has counted."""
+        section, scaler = self._engine.config.fp16, self._engine.scaler.state_dict()
+        return SimpleNamespace(
+            use_grad_scaling=section.enabled,
+            dynamic_loss_scale=self.dynamic_loss_scale,
+            cur_scale=self.loss_scale,
+            cur_iter=scaler.get("steps", 0),
+            cur_hysteresis=scaler.get("hysteresis_left", 1),
+            last_overflow_iter=scaler.get("last_overflow"),
+            scale_factor=2.0,
+            scale_window=section.loss_scale_window,
+            min_loss_scale=section.min_loss_scale,
+        )
+
+    @property
+    def low_precision_dtype(self) -> torch.dtype | None:
+        return self._engine.precision.param_dtype
+
+    @property
+    def fp32_groups(self) -> list[list[Tensor]]:
+        """This rank's part of the masters, by group."""
+        return [list(group["params"]) for group in self.optimizer.param_groups]
+
+    @property
+    def fp32_partitioned_groups_flat(self) -> list[Tensor]:
+        """The same in one list, 1-D each; keys of `optimizer.state`."""
+        return [part for group in self.fp32_groups for part in group]
+
+    fp32_groups_flat = single_partition_of_fp32_groups = fp32_partitioned_groups_flat
 
     @property
     def loss_scale(self) -> float:
@@ -110,10 +147,6 @@ class FP16_UnfusedOptimizer(DeepSpeedOptimizer):
 
 class BF16_Optimizer(ZeROOptimizer):
     """A name of the original's that no configuration leads to here."""
-
-
-class ZeRORuntimeException(Exception):
-    """A name to catch; ds_zero and ds_engine raise ValueError."""
 
 
 def wrap(engine: ds_engine.Engine, config: DeepSpeedConfig) -> Optimizer:

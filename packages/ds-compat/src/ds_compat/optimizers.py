@@ -8,7 +8,14 @@ import ds_core.optim
 import ds_offload
 
 
-class FusedAdam(ds_core.optim.FusedAdam):
+class _OrBase(type):
+    """`isinstance` holds for what the configuration's name builds, which is the class of ours below these."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.__mro__[1])
+
+
+class FusedAdam(ds_core.optim.FusedAdam, metaclass=_OrBase):
     """Adam and AdamW in one pass."""
 
     def __init__(
@@ -29,7 +36,7 @@ class FusedAdam(ds_core.optim.FusedAdam):
         )
 
 
-class DeepSpeedCPUAdam(ds_offload.CPUAdam):
+class DeepSpeedCPUAdam(ds_offload.CPUAdam, metaclass=_OrBase):
     """Adam and AdamW whose states rest on the host."""
 
     def __init__(
@@ -50,7 +57,7 @@ class DeepSpeedCPUAdam(ds_offload.CPUAdam):
         )
 
 
-class FusedLamb(ds_core.optim.FusedLamb):
+class FusedLamb(ds_core.optim.FusedLamb, metaclass=_OrBase):
     """LAMB."""
 
     def __init__(
@@ -79,7 +86,7 @@ class FusedLamb(ds_core.optim.FusedLamb):
         )
 
 
-class FusedLion(ds_core.optim.FusedLion):
+class FusedLion(ds_core.optim.FusedLion, metaclass=_OrBase):
     """Lion."""
 
     def __init__(
@@ -97,7 +104,7 @@ class DeepSpeedCPULion(FusedLion):
     """Lion on the host."""
 
 
-class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad):
+class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad, metaclass=_OrBase):
     """Adagrad on the host."""
 
     def __init__(

@@ -46,10 +46,9 @@ class Divided:
     """The properties. AttributeError, as for any missing name, while the parameter is an ordinary one."""
 
     def _look(self) -> ds_zero.Presence:
-        found = ds_zero.presence(self)  # type: ignore[arg-type]
-        if found is None or not found.divided:
-            raise AttributeError("this parameter is not divided by ZeRO stage 3")
-        return found
+        if not known(self):
+            raise AttributeError("this parameter is not one of ZeRO stage 3")
+        return ds_zero.presence(self)  # type: ignore[arg-type, return-value]
 
     @property
     def ds_id(self) -> int:
@@ -79,7 +78,7 @@ class Divided:
 
     @property
     def ds_persist(self) -> bool:
-        return not self._look().divided
+        return self._look().kept
 
     @property
     def ds_param_type(self) -> ZeroParamType:
@@ -107,6 +106,12 @@ class Divided:
             stack = _open.pop(param, None)
             if stack is not None:
                 stack.close()
+
+
+def known(param: Any) -> bool:
+    """Whether stage 3 divides it, or keeps it because it is small."""
+    found = ds_zero.presence(param)
+    return found is not None and (found.divided or found.kept)
 
 
 def _all(param: Any, others: Iterable[nn.Parameter] | None) -> list[nn.Parameter]:

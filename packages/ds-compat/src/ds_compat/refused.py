@@ -24,7 +24,7 @@ OWNERS: Mapping[str, str] = {
         "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology PipelineParallelGrid "
         "_prime_factors PipelineError TrainSchedule InferenceSchedule DataParallelSchedule",
         MOE: "MoE Experts TopKGate MOELayer top1gating top2gating topkgating _route_slots _sparse_decode "
-        "_sparse_encode split_params_into_different_moe_groups_for_optimizer configure_moe_param_groups",
+        "_sparse_encode configure_moe_param_groups",
         LAYERS: "tp_model_init set_autotp_mode get_shard_size_list get_shard_size LinearAllreduce LinearLayer "
         "LmHeadLinearAllreduce DistributedAttention _SeqAllToAll _rotate_half _torchembed_available "
         "apply_rotary_pos_emb FPDT_InputConstruct _FPDTGPUOffloadingAttentionImpl_ UlyssesSPAttentionHF "

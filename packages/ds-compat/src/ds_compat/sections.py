@@ -5,6 +5,7 @@ Training goes by ds_engine's configuration; these only hold, check and default v
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ds_compat.logs import logger
 from ds_engine.config.leaf_module import DEFAULT_CLASSES
 
 DEFAULT_LEAF_MODULE_CLASSES = list(DEFAULT_CLASSES)
@@ -41,11 +43,31 @@ class DeepSpeedConfigModel(BaseModel):
     """Base of sections: unknown keys are refused, "auto" values left to their defaults."""
 
     model_config = ConfigDict(
-        extra="forbid", validate_default=True, populate_by_name=True, use_enum_values=True
+        extra="forbid",
+        validate_default=True,
+        validate_assignment=True,
+        populate_by_name=True,
+        use_enum_values=True,
+        arbitrary_types_allowed=True,
     )
 
     def __init__(self, strict: bool = False, **data: Any) -> None:
         super().__init__(**(data if strict else {k: v for k, v in data.items() if v != "auto"}))
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if name in self.model_fields_set and isinstance(extra, dict) and extra.get("deprecated"):
+                self._take_the_place(name, extra)
+
+    def _take_the_place(self, old: str, extra: Mapping[str, Any]) -> None:
+        """A field declared with `json_schema_extra={"deprecated": True, "new_param": ...}` was given."""
+        *path, new = str(extra.get("new_param", "")).split(".")
+        logger.warning(f"Config parameter {old} is deprecated{f', use {new} instead' if new else ''}")
+        if new and extra.get("set_new_param", True):
+            home = functools.reduce(getattr, path, self)
+            assert new not in home.model_fields_set, (
+                f"{old} and {new}, which replaces it, cannot both be given"
+            )
+            setattr(home, new, extra.get("new_param_fn", lambda value: value)(getattr(self, old)))
 
 
 class DeepSpeedFP16Config(DeepSpeedConfigModel):
@@ -53,7 +75,7 @@ class DeepSpeedFP16Config(DeepSpeedConfigModel):
 
     enabled: bool = False
     auto_cast: bool = False
-    loss_scale: float = 0
+    loss_scale: float = Field(0, ge=0, allow_inf_nan=False)
     initial_scale_power: int = 16
     loss_scale_window: float = 1000
     hysteresis: float = 2

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -83,18 +81,6 @@ def write(engine: ds_engine.Engine, name: str, value: Any) -> None:
         engine.accumulation.micro_steps = value
     else:
         setattr(engine, name, value)
-
-
-def scale_gradients(output: Any, factor: Callable[[], float]) -> None:
-    """Multiply gradients that come into `output`'s tensors by `factor()`, asked when they come."""
-
-    def hook(grad: Tensor) -> Tensor:
-        by = factor()
-        return grad if by == 1.0 else grad * by
-
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
-            leaf.register_hook(hook)
 
 
 def loader(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import random
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_compat.names import VERSION
+from ds_compat.refused import NotThereError
 
 version = VERSION
 git_hash, git_branch = "ds-compat", "none"
@@ -72,16 +72,6 @@ def get_caller_func(frame: int = 3) -> str:
     return inspect.stack()[frame].function
 
 
-def recursive_getattr(model: Any, module_name: str) -> Any:
-    """The attribute at a dotted name."""
-    return functools.reduce(getattr, module_name.split("."), model)
-
-
-def recursive_setattr(model: Any, module_name: str, module: Any) -> None:
-    parent, _, leaf = module_name.rpartition(".")
-    setattr(recursive_getattr(model, parent) if parent else model, leaf, module)
-
-
 def parse_range_list(range_str: str) -> list[int]:
     """Numbers from a text such as "0-3,8"; ValueError unless they rise."""
     found: list[int] = []
@@ -91,23 +81,6 @@ def parse_range_list(range_str: str) -> list[int]:
             raise ValueError("Bad format in range string: Numbers must be in ascending order without overlap")
         found += range(ends[0], ends[-1] + 1)
     return found
-
-
-def get_val_by_key(d: dict[str, Any], k: str) -> Any:
-    """The value of a key at any depth; None if there is none."""
-    if k in d:
-        return d[k]
-    inner = (get_val_by_key(v, k) for v in d.values() if isinstance(v, dict))
-    return next((v for v in inner if v is not None), None)
-
-
-def set_val_by_key(d: dict[str, Any], k: str, vv: Any) -> None:
-    """Replace the value of a key at every depth where it is."""
-    if k in d:
-        d[k] = vv
-    for inner in d.values():
-        if isinstance(inner, dict):
-            set_val_by_key(inner, k, vv)
 
 
 def is_autotp_training_mode() -> bool:
@@ -122,6 +95,16 @@ def is_moe_param(param: Tensor) -> bool:
 def has_moe_layers(m: nn.Module) -> tuple[bool, int]:
     """(False, 0): no layer of ours is one yet."""
     return False, 0
+
+
+def split_params_into_different_moe_groups_for_optimizer(
+    param_groups: dict[str, Any] | Sequence[dict[str, Any]], max_group_size: float | None = None
+) -> list[dict[str, Any]]:
+    """The groups as they are; NotThereError where one holds parameters of experts."""
+    found = [param_groups] if isinstance(param_groups, dict) else list(param_groups)
+    if any(is_moe_param(param) for group in found for param in group["params"]):
+        raise NotThereError("groups of experts belong to ds-moe, which this version does not have yet")
+    return found
 
 
 def is_zero_supported_optimizer(optimizer: Optimizer) -> bool:
@@ -176,17 +159,6 @@ def clip_grad_norm_(
 ) -> Tensor:
     """torch's, for models without an engine."""
     return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
-
-
-def move_to_device(item: Any, device: Any, criterion_func: Callable[[Any], bool] | None = None) -> Any:
-    """Tensors inside lists, tuples and dicts on `device`."""
-    if isinstance(item, Tensor):
-        return item.to(device) if criterion_func is None or criterion_func(item) else item
-    if isinstance(item, (list, tuple)):
-        return type(item)(move_to_device(v, device, criterion_func) for v in item)
-    if isinstance(item, dict):
-        return {k: move_to_device(v, device, criterion_func) for k, v in item.items()}
-    return item
 
 
 def empty_cache() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -225,3 +225,25 @@ class Loader:
         assert self.sampler is not None
         self.sampler.start = self._seen
         return len(self.sampler)
+
+
+class RepeatingLoader:
+    """An iterator over a loader that begins again at its end."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+        self.data_iter: Iterator[Any] = iter(loader)
+
+    def __iter__(self) -> RepeatingLoader:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self.data_iter)
+        except StopIteration:
+            self.data_iter = iter(self.loader)
+            return next(self.data_iter)
+
+    def __len__(self) -> int:
+        """Of one pass."""
+        return len(self.loader)  # type: ignore[arg-type]

@@ -16,6 +16,8 @@ class Presence:
 
     divided: bool
     """Ranks hold slices of it (stage 3); otherwise every rank holds all of it."""
+    kept: bool
+    """Stage 3 would divide it, but keeps it on every rank because it is small."""
     here: bool
     """Its values can be read now."""
     own: Tensor | None
@@ -25,7 +27,7 @@ class Presence:
 def presence(param: nn.Parameter) -> Presence | None:
     """What is where; None for a parameter that has nothing to do with ds_zero."""
     if _registry.find_record(param) is not None:
-        return Presence(divided=True, here=not param.is_meta, own=None)
+        return Presence(divided=True, kept=False, here=not param.is_meta, own=None)
     state = _registry.find(param)
     if state is None:
         return None
@@ -37,6 +39,7 @@ def presence(param: nn.Parameter) -> Presence | None:
     high = max(min(slot.end, end) - first, low)
     return Presence(
         divided=not bucket.whole,
+        kept=bucket.whole and state.stage == 3,
         here=bucket.state in (BucketState.WHOLE, BucketState.GATHERED),
         own=bucket.low.detach()[low:high],
     )

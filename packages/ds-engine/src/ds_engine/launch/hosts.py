@@ -44,6 +44,19 @@ def parse_hostfile(lines: Sequence[str]) -> Pool:
     return pool
 
 
+def read_env_files(name: str) -> dict[str, str]:
+    """KEY=VALUE lines of the files of this name in the home folder and here; the latter wins."""
+    found: dict[str, str] = {}
+    for folder in (Path.home(), Path.cwd()):
+        file = folder / name
+        if file.is_file():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                key, equals, value = line.strip().partition("=")
+                if equals and not key.startswith("#"):
+                    found[key] = value
+    return found
+
+
 def parse_resource_filter(
     host_info: Mapping[str, list[int]], include_str: str = "", exclude_str: str = ""
 ) -> Pool:

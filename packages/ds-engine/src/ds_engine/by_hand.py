@@ -1,0 +1,40 @@
+"""For loops that do a part of the engine's work themselves: a plain `loss.backward()`, gradients put on parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import ds_zero
+
+
+def scale_gradients(output: Any, factor: Callable[[], float]) -> None:
+    """Multiply gradients that come into `output`'s tensors by `factor()`, asked when they come."""
+
+    def hook(grad: Tensor) -> Tensor:
+        by = factor()
+        return grad if by == 1.0 else grad * by
+
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.grad_fn is not None:
+            leaf.register_hook(hook)
+
+
+@torch.no_grad()
+def take_gradients(module: nn.Module, scale: float) -> None:
+    """Make gradients that somebody has put on the parameters of a stage-0 model those of the step that follows.
+
+    Backward leaves no gradients on parameters, so what is there was put there. Rank 0's values count; collective
+    where there are some, so every rank has to put them on the same parameters.
+
+    Args:
+        scale: the loss scale that they carry.
+    """
+    for param in module.parameters():
+        if param.grad is not None and param.requires_grad:
+            grad, param.grad = param.grad.float() / scale, None
+            ds_zero.set_full(None, param, "grad", grad)

@@ -1,0 +1,92 @@
+"""Marks on modules whose parameters stage 3 gathers as one, with all inside: by class, by name, by suffix.
+
+The mark is an attribute of the user's own module, set by the user's call and read before the model is sharded; the
+section `leaf_module` of the configuration says the same without touching the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+
+def _matching(model: nn.Module, matches: Callable[[str, nn.Module], bool]) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if matches(name, module)]
+
+
+def _mark(found: list[nn.Module], wanted: Any, flag: bool, raise_if_not_found: bool) -> list[nn.Module]:
+    if not found and raise_if_not_found:
+        raise ValueError(f"No modules of {wanted} found in the model.")
+    for module in found:
+        module._z3_leaf = flag  # type: ignore[assignment]
+    return found
+
+
+def _is_of(module: nn.Module, classes: Iterable[Any]) -> bool:
+    for kind in classes:
+        if isinstance(kind, str):
+            own = type(module)
+            if kind in (own.__name__, f"{own.__module__}.{own.__qualname__}"):
+                return True
+        elif isinstance(module, kind):
+            return True
+    return False
+
+
+def set_z3_leaf_modules(
+    model: nn.Module, leaf_module_classes: Iterable[Any], raise_if_not_found: bool = True
+) -> list[nn.Module]:
+    """Modules whose parameters are gathered as one, with all inside, in a model that is not sharded yet."""
+    classes = list(leaf_module_classes)
+    return _mark(_matching(model, lambda _, m: _is_of(m, classes)), classes, True, raise_if_not_found)
+
+
+def unset_z3_leaf_modules(
+    model: nn.Module, leaf_module_classes: Iterable[Any], raise_if_not_found: bool = True
+) -> list[nn.Module]:
+    """Take the mark away."""
+    classes = list(leaf_module_classes)
+    return _mark(_matching(model, lambda _, m: _is_of(m, classes)), classes, False, raise_if_not_found)
+
+
+def set_z3_leaf_modules_by_name(
+    model: nn.Module, module_names: Iterable[str], raise_if_not_found: bool = True
+) -> tuple[list[nn.Module], list[str]]:
+    """By full names; returns the modules, and the names that were not found."""
+    wanted = list(module_names)
+    named = dict(model.named_modules())
+    found = _mark([named[n] for n in wanted if n in named], wanted, True, raise_if_not_found)
+    return found, [n for n in wanted if n not in named]
+
+
+def set_z3_leaf_modules_by_suffix(
+    model: nn.Module, module_name_suffixes: Iterable[str], raise_if_not_found: bool = True
+) -> tuple[list[nn.Module], list[str]]:
+    """By the last part of their names."""
+    wanted = list(module_name_suffixes)
+    named = [(name, module) for name, module in model.named_modules()]
+    found = [m for name, m in named if any(name == s or name.endswith("." + s) for s in wanted)]
+    missing = [s for s in wanted if not any(name == s or name.endswith("." + s) for name, _ in named)]
+    return _mark(found, wanted, True, raise_if_not_found), missing
+
+
+def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
+    """Mark one module, or take the mark away."""
+    _mark([model], model, flag, True)
+
+
+def z3_leaf_module(model: nn.Module) -> bool:
+    """Whether it is marked."""
+    return bool(getattr(model, "_z3_leaf", False))
+
+
+def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
+    """All that are marked."""
+    return _matching(model, lambda _, module: z3_leaf_module(module))
+
+
+def z3_leaf_parameter(model: nn.Parameter) -> bool:
+    """Parameters are not marked, modules are."""
+    return False
