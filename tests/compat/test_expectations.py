@@ -173,14 +173,14 @@ def test_small_parameters_of_stage_3_are_known_too() -> None:
     assert (
         bias.ds_persist and bias.ds_status is deepspeed.zero.ZeroParamStatus.AVAILABLE and bias.ds_numel == 8
     )
-    assert not weight.ds_persist and bias.ds_id != weight.ds_id
+    assert not weight.ds_persist and hasattr(weight, "ds_id") and not hasattr(bias, "ds_id")
     with deepspeed.zero.GatheredParameters([weight, bias]):
         assert torch.isfinite(weight).all() and torch.isfinite(bias).all()
     with pytest.raises(RuntimeError, match="in-place modification"):
         with deepspeed.zero.GatheredParameters(weight), torch.no_grad():
             weight.add_(1.0)
     engine.destroy()
-    assert not hasattr(bias, "ds_id")
+    assert not hasattr(bias, "ds_numel")
 
 
 def test_groups_without_experts_stay_as_they_are() -> None:

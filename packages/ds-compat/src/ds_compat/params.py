@@ -52,7 +52,8 @@ class Divided:
 
     @property
     def ds_id(self) -> int:
-        self._look()
+        if not self._look().divided:  # code takes it for "has to be gathered"
+            raise AttributeError("this parameter is small, and kept by every rank")
         return int(vars(self)["_ds_number"])
 
     @property

@@ -242,8 +242,8 @@ class Engine:
         return self.scaler.loss_scale
 
     def get_lr(self) -> list[float]:
-        """Learning rate of each parameter group, as the next step will use it, 0 for one without; where rates follow the size
-        of batches, for the batch that was begun last.
+        """Learning rate of each parameter group, as the next step will use it; 0 for a group without. Where rates
+        follow the size of batches, for the batch that was begun last.
         """
         factor = self._rate_factor()
         return [float(group.get("lr", 0.0)) * factor for group in self.optimizer.param_groups]
