@@ -80,14 +80,12 @@ class DeepSpeedConfig:
     def _configure_train_batch_size(self) -> None:
         """Fill in the sizes that are None."""
         with told():
-            self.take_batch(
-                batch.resolve(
-                    self.train_batch_size,
-                    self.train_micro_batch_size_per_gpu,
-                    self.gradient_accumulation_steps,
-                    self.world_size,
-                )
+            sizes = (
+                self.train_batch_size,
+                self.train_micro_batch_size_per_gpu,
+                self.gradient_accumulation_steps,
             )
+            self.take_batch(batch.resolve(*sizes, self.world_size))
 
     @property
     def zero_config(self) -> DeepSpeedZeroConfig:

@@ -61,17 +61,12 @@ class DeepSpeedAccelerator:
     def use_host_timers(self) -> bool:
         return self.is_synchronized_device()
 
-    def resolves_data_dependency(self) -> bool:
-        return self.is_synchronized_device()
-
-    def handles_memory_backpressure(self) -> bool:
-        return self.is_synchronized_device()
+    resolves_data_dependency = handles_memory_backpressure = use_host_timers
 
     def is_bf16_supported(self) -> bool:
         return True
 
-    def is_fp16_supported(self) -> bool:
-        return True
+    is_fp16_supported = is_bf16_supported
 
     def is_triton_supported(self) -> bool:
         return not self.is_synchronized_device()
