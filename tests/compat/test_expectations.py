@@ -183,6 +183,44 @@ def test_small_parameters_of_stage_3_are_known_too() -> None:
     assert not hasattr(bias, "ds_numel")
 
 
+@ranks(1)
+def test_the_level_of_the_logger_and_clipping_are_the_configurations() -> None:
+    from types import SimpleNamespace
+
+    from deepspeed.utils import logging
+
+    before = logging.logger.level
+    try:
+        engine = start({**ADAM, "log_level": "ERROR"})[0]
+        assert engine.log_level() == "ERROR" and logging.logger.level == 40
+    finally:
+        logging.logger.setLevel(before)
+    assert start(ADAM)[0].log_level() is None and logging.logger.level == before
+    seen = SimpleNamespace(_config=SimpleNamespace(gradient_clipping=0.5))
+    assert deepspeed.DeepSpeedEngine.gradient_clipping(seen) == 0.5
+
+
+@ranks(2)
+def test_two_backwards_by_hand_through_one_graph() -> None:
+    engine, *_ = start({**ADAM, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
+    out = engine(torch.ones(1, 4))
+    found = []
+    for again in (True, False):
+        engine.zero_grad()
+        engine.scale(out.sum(), retain_graph=again).backward(retain_graph=again)
+        found.append(deepspeed.utils.safe_get_full_grad(engine.module.weight))
+    assert torch.equal(found[0], torch.ones(4, 4)) and torch.equal(found[1], found[0])
+    engine.destroy()
+
+
+def test_the_launcher_called_from_code_raises() -> None:
+    from deepspeed.launcher import runner
+
+    for line in ("--num_gpus 1 -i localhost x.py", "--num_nodes 1 -e localhost x.py"):
+        with pytest.raises(ValueError, match="include/exclude"):
+            runner.main(line.split())
+
+
 def test_groups_without_experts_stay_as_they_are() -> None:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 

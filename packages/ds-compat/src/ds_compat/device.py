@@ -142,8 +142,10 @@ class CpuAccelerator(DeepSpeedAccelerator):
     def device(self, device_index: int | None = None) -> Any:
         return contextlib.nullcontext()
 
-    def set_device(self, device_index: int) -> None:
+    def set_device(self, device_index: int | None = None) -> None:
         return None
+
+    synchronize = empty_cache = reset_max_memory_allocated = set_device
 
     def current_device(self) -> int:
         return int(os.environ.get("LOCAL_RANK", "0"))
@@ -160,9 +162,6 @@ class CpuAccelerator(DeepSpeedAccelerator):
     def is_synchronized_device(self) -> bool:
         return True
 
-    def synchronize(self, device_index: int | None = None) -> None:
-        return None
-
     def get_rng_state(self, device_index: int | None = None) -> torch.Tensor:
         return torch.get_rng_state()
 
@@ -172,8 +171,7 @@ class CpuAccelerator(DeepSpeedAccelerator):
     def manual_seed(self, seed: int) -> Any:
         return torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> Any:
-        return torch.manual_seed(seed)
+    manual_seed_all = manual_seed
 
     def initial_seed(self) -> int:
         return torch.initial_seed()
@@ -191,14 +189,10 @@ class CpuAccelerator(DeepSpeedAccelerator):
     def current_stream(self, device_index: int | None = None) -> Any:
         return None
 
-    def default_stream(self, device_index: int | None = None) -> Any:
-        return None
+    default_stream = current_stream
 
     @property
     def Event(self) -> Any:
-        return None
-
-    def empty_cache(self) -> None:
         return None
 
     def memory_allocated(self, device_index: int | None = None) -> int:
@@ -207,9 +201,6 @@ class CpuAccelerator(DeepSpeedAccelerator):
 
     def max_memory_allocated(self, device_index: int | None = None) -> int:
         return _status("VmHWM")
-
-    def reset_max_memory_allocated(self, device_index: int | None = None) -> None:
-        return None
 
     memory_cached = memory_reserved = memory_allocated
     max_memory_cached = max_memory_reserved = max_memory_allocated

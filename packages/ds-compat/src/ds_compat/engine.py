@@ -85,8 +85,8 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
         finally:
             self._backward_depth -= 1
 
-    def scale(self, loss: Tensor) -> Tensor:
-        """What to call `.backward()` on by hand: the loss times the loss scale."""
+    def scale(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
+        """What to call `.backward()` on by hand, several times if you like: the loss times the loss scale."""
         return self._engine.scaler.scale(loss)
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -245,6 +245,9 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
     def dynamic_loss_scale(self) -> bool:
         return bool(self.fp16_enabled() and self.loss_scale() == 0)
 
+    def log_level(self) -> str | None:
+        return getattr(self._config, "log_level", None)
+
     # One line for each question that the configuration answers: where, and what holds when it does not say.
     is_sanity_checks_enabled = answer("zero_optimization.enable_sanity_checks", False)
     zero_allow_untested_optimizer = answer("zero_allow_untested_optimizer", False)
@@ -256,7 +259,7 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
     torch_autocast_enabled = answer("torch_autocast.enabled", False)
     torch_autocast_dtype = answer("torch_autocast.dtype", None)
     communication_data_type = answer("communication_data_type", None)
-    gradient_clipping = answer("gradient_clipping", 1.0)
+    gradient_clipping = of_config("gradient_clipping")
     gradient_predivide_factor = answer("gradient_predivide_factor", 1.0)
     managed_gradient_accumulation = answer("managed_gradient_accumulation", True)
     steps_per_print = answer("steps_per_print", None)

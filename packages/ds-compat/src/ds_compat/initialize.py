@@ -15,7 +15,7 @@ import ds_engine
 from ds_compat import comm, groups, params
 from ds_compat import config as configs
 from ds_compat.engine import DeepSpeedEngine
-from ds_compat.logs import logger
+from ds_compat.logs import logger, set_log_level_from_string
 from ds_compat.refused import NotThereError
 from ds_engine.leaves import z3_leaf_module
 
@@ -49,6 +49,8 @@ def initialize(
     _rank_from_arguments(args)
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     given = configs.read(_the_config(args, config, config_params))
+    if given.get("log_level") is not None:
+        set_log_level_from_string(given["log_level"])
     passed = {"optimizer": optimizer, "scheduler": lr_scheduler}
     resolved = configs.DeepSpeedConfig(_effective(given, model, passed), mpu)
     has_optimizer = optimizer is not None or resolved.typed.optimizer is not None

@@ -71,7 +71,10 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The console script; ends with the exit code of the rank that failed first, or 2."""
-    sys.exit(launch(parse_args(args)))
+    options = parse_args(args)
+    if args is not None:
+        _place(options)  # code that calls this gets the ValueError, a shell its text
+    sys.exit(launch(options))
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -119,8 +122,8 @@ def _refuse_what_is_not_here(options: argparse.Namespace) -> None:
 def _place(options: argparse.Namespace) -> tuple[int, dict[str, str]]:
     """(number of ranks, their environment)."""
     filtered = bool(options.include or options.exclude)
-    if filtered and options.num_gpus > 0:
-        raise ValueError("Cannot specify num_gpus with include/exclude")
+    if filtered and (options.num_gpus > 0 or options.num_nodes > 0):
+        raise ValueError("Cannot specify num_nodes/num_gpus with include/exclude")
     if options.module and options.no_python:
         raise ValueError("--no_python and --module are mutually exclusive")
     pool = fetch_hostfile(options.hostfile) or {"localhost": list(range(_devices(options)))}

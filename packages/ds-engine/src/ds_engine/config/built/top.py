@@ -94,7 +94,7 @@ EFFECTLESS: tuple[Row, ...] = (
         "timers", _ENGINE, "speed is part of the line that steps_per_print asks for, and costs no waiting"
     ),
     no_effect("aio", "ds-offload", "nothing rests on a disk"),
-    no_effect("checkpoint.tag_validation", _ENGINE, "rank 0's tag is used by all ranks"),
+    no_effect("checkpoint.tag_validation", _ENGINE, "ranks that pass different tags are refused, always"),
     no_effect("checkpoint.parallel_write", _ENGINE, "every rank always writes its own share"),
     no_effect("checkpoint.checkpoint_serialization", _ENGINE, "nothing is pickled"),
     no_effect("checkpoint.writer", _ENGINE, "there is one writer, and it writes in blocks"),
