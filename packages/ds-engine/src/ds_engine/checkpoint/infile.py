@@ -38,6 +38,8 @@ class InFile:
         self._cached = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._direct = -1
         self._has_direct = hasattr(os, "O_DIRECT")
+        self._in_cache = True
+        """As far as it was looked at: to look takes time, too."""
         self.num_bytes = os.fstat(self._cached).st_size
 
     def rest(self) -> None:
@@ -60,7 +62,9 @@ class InFile:
             past_cache: begin, room and its size are multiples of a page.
         """
         done = 0
-        if past_cache and self._has_direct and not _is_cached(self._cached, begin, room.nbytes):
+        if past_cache and self._in_cache:
+            self._in_cache = _is_cached(self._cached, begin, room.nbytes)
+        if past_cache and self._has_direct and not self._in_cache:
             try:
                 if self._direct < 0:
                     self._direct = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
