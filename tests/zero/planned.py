@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 import ds_zero
@@ -56,6 +57,11 @@ class Gpt(nn.Module):
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1).float(), targets.flatten())
 
 
+def is_expert(name: str) -> bool:
+    """Whether a parameter of `Gpt` is of the part that takes the place of experts."""
+    return ".up." in name or ".down." in name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     stage: int
@@ -68,6 +74,11 @@ class Job:
     clip: bool = True
     batch: int = 4
     config: Mapping[str, Any] = field(default_factory=dict)
+    scaled: bool = False
+    shard_ranks: int | None = None
+    """On 4 ranks."""
+    expert_ranks: int | None = None
+    """On 4 ranks: how many hold the same feed-forward layers."""
 
     def zero_config(self) -> ds_zero.ZeroConfig:
         return ds_zero.ZeroConfig(
@@ -92,26 +103,44 @@ class Job:
             "accumulation_steps": self.steps,
             "offload": self.host,
             "clip": self.clip,
+            "loss_scale": self.scaled,
+            "shard_ranks": self.shard_ranks,
+            "ranks_for": (lambda name, _: self.expert_ranks if is_expert(name) else None)
+            if self.expert_ranks
+            else None,
             "device": "cpu",
             "deferred": False,
         }
         return ds_zero.plan(model, self.inputs(), **given | options)
 
+    def meshes(self) -> dict[str, Any]:
+        """Arguments of `shard`."""
+        if self.shard_ranks is not None:
+            return {"mesh": init_device_mesh("cpu", (4 // self.shard_ranks, self.shard_ranks))}
+        if self.expert_ranks is not None:
+            names = ("experts", "data")
+            mesh = init_device_mesh("cpu", (4 // self.expert_ranks, self.expert_ranks), mesh_dim_names=names)
+            return {"mesh_for": lambda name, _: mesh["data"] if is_expert(name) else None}
+        return {}
+
     def count(self, steps: int = 2) -> counted_memory:
         """Train for real; every phase under its name."""
         inputs = self.inputs()
+        meshes = self.meshes()
         with counted_memory(lambda: arena.stats().in_use_bytes) as counted:
             model = Gpt(**self.model)
             optimizer = self.optimizer(model.parameters())
             counted.mark("load")
             store = HostStore() if self.host else None
-            ds_zero.shard(model, optimizer, self.stage, config=self.zero_config(), store=store)
+            config = self.zero_config()
+            ds_zero.shard(model, optimizer, self.stage, config=config, store=store, **meshes)
+            scaler = ds_zero.LossScaler(model) if self.scaled else None
             for _ in range(steps):
                 for _ in range(self.steps):
                     counted.mark("forward")
                     loss = model(*inputs) / self.steps
                     counted.mark("backward")
-                    loss.backward()
+                    (loss if scaler is None else scaler.scale(loss)).backward()
                     del loss
                 counted.mark("step")
                 if self.clip:

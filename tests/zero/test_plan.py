@@ -54,6 +54,18 @@ OTHERS = [
 ]
 
 
+FP16 = Job(stage=2, precision=torch.float16, steps=2, scaled=True, optimizer=optim.FusedAdam)
+TOPOLOGIES = [
+    Job(stage=3, precision=BF16, config={"secondary_ranks": 2}),
+    Job(stage=2, precision=BF16, shard_ranks=2),
+    Job(stage=3, shard_ranks=2, steps=2),
+    Job(stage=3, precision=BF16, shard_ranks=1),
+    Job(stage=2, expert_ranks=2),
+    Job(stage=3, precision=BF16, expert_ranks=1),
+    Job(stage=3, precision=torch.float16, scaled=True),
+]
+
+
 def check(job: Job) -> None:
     """The peak is within 3% of what is counted and never below it; phases are near theirs."""
     counted = job.count()
@@ -74,6 +86,24 @@ def check(job: Job) -> None:
 @ranks(2)
 @pytest.mark.parametrize("job", COMMON)
 def test_the_plan_is_the_counted_peak(job: Job) -> None:
+    check(job)
+
+
+@ranks(2)
+def test_the_plan_is_the_counted_peak_with_a_loss_scaler() -> None:
+    check(FP16)
+
+
+@ranks(4, groups_may_stay=True)
+@pytest.mark.parametrize("job", [TOPOLOGIES[0], pytest.param(TOPOLOGIES[1], marks=pytest.mark.full)])
+def test_the_plan_is_the_counted_peak_on_nearer_and_on_equal_ranks(job: Job) -> None:
+    check(job)
+
+
+@pytest.mark.full
+@ranks(4, groups_may_stay=True)
+@pytest.mark.parametrize("job", TOPOLOGIES[2:])
+def test_the_plan_is_the_counted_peak_on_other_topologies(job: Job) -> None:
     check(job)
 
 
@@ -240,6 +270,10 @@ def test_refusals() -> None:
         ds_zero.plan(model, ranks=0)
     with pytest.raises(ValueError, match="pass loss="):
         ds_zero.plan(Strange(), torch.empty(2, 4), device="cpu")
+    with pytest.raises(ValueError, match="shard_ranks=3 does not divide ranks=4"):
+        ds_zero.plan(model, ranks=4, shard_ranks=3)
+    with pytest.raises(ValueError, match="give a divisor of 4"):
+        ds_zero.plan(model, ranks=4, ranks_for=lambda name, _: 3)
     ds_zero.shard(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
     with pytest.raises(ValueError, match="sharded already"):
         ds_zero.plan(model)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 import ds_zero
@@ -107,6 +108,18 @@ def dropout() -> Made:
 def squares(model: Any, x: Tensor) -> Tensor:
     found: Tensor = model(x).square().mean()
     return found
+
+
+@ranks(4, groups_may_stay=True)
+def test_replicas_and_secondary_copies() -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    report = check(stage=3, mesh=mesh, accumulation_steps=2, clip=0.3, steps=1)
+    assert report.exact, str(report)
+    near = ds_zero.ZeroConfig(secondary_ranks=2, persistence_threshold_numel=0, param_dtype=torch.bfloat16)
+    report = check(stage=3, config=near, steps=1)
+    assert report.exact, str(report)
+    with pytest.raises(ValueError, match="mesh has 2 ranks, the process group 4"):
+        check(mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("x", "y"))["y"])
 
 
 @ranks(2)

@@ -86,9 +86,9 @@ def plan(
     if inputs is not None:
         inputs = with_batch_size(inputs, micro_batch or batch.micro)
     kind = device or _default_device()
-    dtypes = Precision.of(settings, kind).zero_options(model)
+    precision = Precision.of(settings, kind)
     on_host = settings.zero_optimization.offload_optimizer.device == "cpu"
-    options = sharding.options(settings, batch, dtypes, model)
+    group = settings.zero_optimization.mics_shard_size
     return ds_zero.plan(
         model,
         inputs,
@@ -96,7 +96,9 @@ def plan(
         ranks=ranks,
         optimizer=_optimizer(settings, on_host),
         accumulation_steps=batch.steps,
-        config=options["config"],
+        config=sharding.zero_config(settings, batch, precision.zero_options(model), model),
+        shard_ranks=group if group > 0 else None,
+        loss_scale=precision.loss_scale is not None,
         offload=on_host,
         checkpointing=checkpointing,
         clip=math.isfinite(settings.gradient_clipping) and settings.gradient_clipping > 0,

@@ -43,6 +43,7 @@ _MADE_BY: Mapping[str, str] = {
     "ds_zero.copied": PARAMETERS,
     "ds_zero.norms": WORKSPACE,
     "ds_zero.probe": STATES,
+    "ds_zero.secondary": PARAMETERS,
     "ds_zero.simulate": "",
     "ds_zero.store": MASTERS,
 }
@@ -279,7 +280,9 @@ class Ledger(TorchDispatchMode):
         where = _asked_by()
         if func is _ITEM:
             dtype = args[0].dtype
-            answer: Any = False if dtype == torch.bool else math.nan if dtype.is_floating_point else 1
+            answer: Any = False if dtype == torch.bool else 1
+            if dtype.is_floating_point:  # this package asks whether sums are finite
+                answer = math.nan if where else 1.0
             if where:
                 self.guesses.append(f"{where} reads a value; it was told {answer}")
             return answer

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ds_zero.ranks import Group, Ranks, ranks_of
 
-MeshFor = Callable[[str, nn.Parameter], DeviceMesh | None]
+MeshFor = Callable[[str, nn.Parameter], DeviceMesh | Ranks | None]
 """From a parameter's name to the mesh that divides it; None: the model's."""
 
 
@@ -57,7 +57,7 @@ class Topology:
 
 def topology_of(
     params: Mapping[str, nn.Parameter],
-    mesh: DeviceMesh | dist.ProcessGroup | None,
+    mesh: Group | Ranks | None,
     mesh_for: MeshFor | None,
     model_parallel: ModelParallel | Group | None,
 ) -> Topology:
@@ -68,7 +68,7 @@ def topology_of(
     """
     main = ranks_of(mesh)
     axes, axis_of = [main], {}
-    known: dict[DeviceMesh, int] = {}
+    known: dict[DeviceMesh | Ranks, int] = {}
     for fqn, param in params.items() if mesh_for is not None else ():
         assert mesh_for is not None
         own = mesh_for(fqn, param)
@@ -92,7 +92,7 @@ def topology_of(
 def numbered(topology: Topology, device: torch.device) -> Topology:
     """Count the sets of ranks that divide different experts, by their first ranks. Collective if there are such."""
     main, others = topology.axes[0], topology.axes[1:]
-    if not others or main.group is None:
+    if not others or main.group is None or any(ranks.part[1] > 1 for ranks in others):
         return topology
     mine = torch.tensor([_first_rank(ranks) for ranks in others], device=device)
     found = [torch.empty_like(mine) for _ in range(main.size)]
@@ -108,7 +108,7 @@ def _first_rank(ranks: Ranks) -> int:
     return dist.get_rank() if ranks.group is None else min(dist.get_process_group_ranks(ranks.group))
 
 
-def _expert_ranks(mesh: DeviceMesh, main: Ranks, fqn: str) -> Ranks:
+def _expert_ranks(mesh: DeviceMesh | Ranks, main: Ranks, fqn: str) -> Ranks:
     """Experts see the tokens of all data-parallel ranks, so the mean is taken over all of these."""
     if main.replicas is not None:
         raise ValueError(
@@ -117,7 +117,7 @@ def _expert_ranks(mesh: DeviceMesh, main: Ranks, fqn: str) -> Ranks:
     found = ranks_of(mesh)
     if found.replicas is not None or main.total % found.size:
         raise ValueError(
-            f"mesh_for gives {fqn!r} a mesh of {found.total} ranks in {mesh.ndim} axes: give one axis, whose size "
+            f"mesh_for gives {fqn!r} a mesh of {found.total} ranks: give one of one axis, whose size "
             f"divides the {main.total} ranks of the model's mesh"
         )
     return replace(found, mean_over=main.total)

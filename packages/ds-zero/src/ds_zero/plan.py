@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from ds_zero import ledger as book
 from ds_zero.check import check_stage
 from ds_zero.config import ZeroConfig
 from ds_zero.forecast import PhaseMemory, Plan, within
-from ds_zero.nearest import nearest_that_fit
+from ds_zero.nearest import batch_size, nearest_that_fit
 from ds_zero.resting import Resting, resting_bytes
-from ds_zero.simulate import Job, MakeOptimizer, Outcome, optimizer_states, simulate
+from ds_zero.simulate import FORWARD, Job, MakeOptimizer, Outcome, RanksFor, optimizer_states, simulate
 
 OFFLOADED = ("master", "grad")
 """Kinds of shards that ds_offload's HostStore takes to the host."""
@@ -37,6 +37,9 @@ def plan(
     offload: bool | Collection[str] = False,
     checkpointing: bool = False,
     clip: bool = True,
+    shard_ranks: int | None = None,
+    ranks_for: RanksFor | None = None,
+    loss_scale: bool = False,
     deferred: bool | None = None,
     device: torch.device | str | None = None,
     budget_bytes: int | None = None,
@@ -61,6 +64,11 @@ def plan(
         checkpointing: recompute the activations of every block in backward, as `torch.utils.checkpoint` does. A
             model that does so by itself needs no word.
         clip: whether gradients are clipped, or their norm is asked for.
+        shard_ranks: how many of the ranks divide the model among themselves; the others hold the same (a mesh of two
+            axes, replicate and shard). None: all.
+        ranks_for: from a parameter's name and the parameter to the number of ranks that divide it: experts, which
+            `mesh_for` gives ranks of their own; None: the model's. The model has its own experts alone.
+        loss_scale: whether a `LossScaler` guards the steps (fp16).
         deferred: whether the model is constructed under `deferred_init`, which matters for loading alone; default:
             whether it is on the meta device.
         device: where the model computes; default the accelerator if there is one, else "cpu".
@@ -94,6 +102,9 @@ def plan(
         offload=frozenset(OFFLOADED if offload is True else offload or ()),
         checkpointing=checkpointing,
         clip=clip,
+        shard_ranks=shard_ranks,
+        ranks_for=ranks_for,
+        scaled=loss_scale,
         deferred=all(p.is_meta for p in built.parameters()) if deferred is None else deferred,
         states=optimizer_states(built, optimizer),
     )
@@ -111,13 +122,19 @@ class _Planner:
     model: nn.Module
     budget_bytes: int | None
     host_budget_bytes: int | None
+    activations: dict[tuple[bool, int], int] = field(default_factory=dict)
+    """Of the jobs that were run, by checkpointing and size of the micro-batch: stages, ranks and offload leave them
+    as they are."""
 
     def at_least(self, job: Job) -> tuple[int, int]:
-        """Device and host bytes of the states between steps: less is never needed."""
-        return _sums(resting_bytes(self.model, job), job)
+        """Device and host bytes of the states between steps, with activations where they are known: less is never
+        needed.
+        """
+        device, host = _sums(resting_bytes(self.model, job), job)
+        return device + self.activations.get(_activity(job), 0), host
 
     def could_fit(self, job: Job) -> bool:
-        """Whether the states alone leave room."""
+        """Whether states and known activations leave room."""
         device, host = self.at_least(job)
         return within(device, self.budget_bytes) and within(host, self.host_budget_bytes)
 
@@ -126,6 +143,9 @@ class _Planner:
         states_only = job.micro_batch is None
         outcome = None if states_only else simulate(self.model, job)
         reserve = 0 if outcome is None else _reserve(outcome, job.device)
+        if outcome is not None:
+            peak = outcome.phases[FORWARD].both if job.on_cpu else outcome.phases[FORWARD].device
+            self.activations[_activity(job)] = peak.parts[book.ACTIVATIONS]
         given = (
             job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(self.model))
         )
@@ -161,6 +181,10 @@ class _Planner:
         together = job.on_cpu
         parts = {p: rest.device.get(p, 0) + (rest.host.get(p, 0) if together else 0) for p in book.PURPOSES}
         return PhaseMemory(phase="rest", device_bytes=device, host_bytes=host, parts=parts)
+
+
+def _activity(job: Job) -> tuple[bool, int]:
+    return job.checkpointing, batch_size(job.micro_batch)
 
 
 def _sums(rest: Resting, job: Job) -> tuple[int, int]:

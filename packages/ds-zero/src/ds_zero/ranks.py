@@ -77,11 +77,11 @@ Group = DeviceMesh | dist.ProcessGroup
 """Some ranks in torch's words: a mesh, or a process group."""
 
 
-def ranks_of(mesh: Group | None) -> Ranks:
+def ranks_of(mesh: Group | Ranks | None) -> Ranks:
     """The ranks of a mesh or group; without one all ranks of the default process group, or this process alone.
 
     A mesh of one axis shards over it. With two axes the first replicates and the second shards, as in FSDP2:
-    buckets are divided inside a row, and rows hold the same.
+    buckets are divided inside a row, and rows hold the same. `Ranks` stay as they are: those of a plan.
 
     Raises:
         ValueError: a mesh of more axes, or one with an axis whose ranks do not see different data: pass the
@@ -89,6 +89,8 @@ def ranks_of(mesh: Group | None) -> Ranks:
     """
     if mesh is None:
         return _of_group(dist.group.WORLD) if dist.is_initialized() else ALONE
+    if isinstance(mesh, Ranks):
+        return mesh
     if not isinstance(mesh, DeviceMesh):
         return _of_group(mesh)
     if mesh.get_coordinate() is None:

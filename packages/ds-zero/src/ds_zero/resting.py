@@ -13,8 +13,6 @@ from ds_zero import ledger as book
 from ds_zero.build import _dtype_of, _reservations
 from ds_zero.divide import undivided_groups
 from ds_zero.layout import FROZEN, piece_of
-from ds_zero.parallel import Topology
-from ds_zero.ranks import Ranks
 from ds_zero.rows import row_parameters
 from ds_zero.shard import _plan
 from ds_zero.simulate import Job
@@ -39,17 +37,16 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     """Parameters, masters, gradients, states and buffers of rank 0 between steps, paddings included."""
     given = job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(model))
     params = dict(model.named_parameters())
-    ranks = Ranks(None, 0, job.num_ranks)
-    alone = Topology((ranks,), {}, (ranks,), frozenset())
+    _, topology = job.topology(params)
     undivided = undivided_groups(given, job.config.layout, job.stage)
     leaves = choose_leaves(model, job.config.leaf_modules, job.config.module_granularity_numel)
     unit_of = unit_of_params(model, choose_units(model, leaves)) if job.stage == 3 else {}
-    rows = row_parameters(model, job.stage, alone) if job.config.sparse_gradients else frozenset()
-    layouts = _plan(given, params, job.stage, job.config, alone, undivided, unit_of, rows)
+    rows = row_parameters(model, job.stage, topology) if job.config.sparse_gradients else frozenset()
+    layouts = _plan(given, params, job.stage, job.config, topology, undivided, unit_of, rows)
     in_fp32 = {x.name for x in layouts if x.unit is not None and _dtype_of(x) == torch.float32}
     device: dict[str, int] = {book.BUFFERS: sum(b.numel() * b.element_size() for b in model.buffers())}
     host: dict[str, int] = {}
-    for item in _reservations(layouts, alone.axes, job.config.grad_dtype, torch.device("cpu")):
+    for item in _reservations(layouts, topology.axes, job.config.grad_dtype, torch.device("cpu")):
         place = host if item.key.kind in job.offload else device
         purpose = _PURPOSE_OF_KIND[item.key.kind]
         if item.key.kind == "master" and item.key.name in in_fp32:
@@ -61,6 +58,9 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
         dtype = _dtype_of(layout)
         if layout.unit is None:
             device[book.PARAMETERS] = device.get(book.PARAMETERS, 0) + layout.padded_numel * dtype.itemsize
+        elif 1 < job.config.secondary_ranks < topology.axes[layout.axis].size:
+            kept = -(-layout.padded_numel // job.config.secondary_ranks) * dtype.itemsize
+            device[book.PARAMETERS] = device.get(book.PARAMETERS, 0) + kept
         if layout.group != FROZEN:
             owned = layout.owned_range(0)
             states += sum(piece_of(slot, *owned).numel for slot in layout.slots) * per_element

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ds_zero.neighbours import Alarm
 from ds_zero.ranks import Ranks, acquainted
+from ds_zero.standins import StandInGroup
 
 
 class Secondary:
@@ -61,6 +62,8 @@ def secondary_ranks(ranks: Ranks, size: int, device: torch.device, alarm: Alarm 
         ValueError: a size that does not divide the number of ranks.
     """
     assert ranks.group is not None
+    if isinstance(ranks.group, StandInGroup) and ranks.size % size == 0:
+        return Ranks(ranks.group.part(size), ranks.rank % size, size)
     if ranks.size % size:
         raise ValueError(
             f"secondary_ranks={size} does not divide the {ranks.size} ranks that share parameters: give a divisor, "

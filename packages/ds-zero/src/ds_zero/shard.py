@@ -38,7 +38,7 @@ from ds_zero.norms import squared_norm
 from ds_zero.opaque import opaque
 from ds_zero.parallel import MeshFor, ModelParallel, Topology, numbered, topology_of
 from ds_zero.prefetch import limits_of
-from ds_zero.ranks import Group, acquainted
+from ds_zero.ranks import Group, Ranks, acquainted
 from ds_zero.reduce import ReducePolicy, Reducer
 from ds_zero.rows import row_parameters
 from ds_zero.stall import WatchedComm, note_steps, watch_ranks
@@ -56,7 +56,7 @@ def shard(
     model: M,
     optimizer: O,
     stage: int = 2,
-    mesh: Group | None = None,
+    mesh: Group | Ranks | None = None,
     config: ZeroConfig | None = None,
     store: ShardStore | None = None,
     comm: Comm | None = None,

@@ -30,8 +30,11 @@ from ds_zero.copied import fake_copy
 from ds_zero.lean import LeanOperations
 from ds_zero.ledger import Ledger, PhasePeaks, torchs_own
 from ds_zero.norms import BLOCK_NUMEL
+from ds_zero.parallel import MeshFor, Topology, topology_of
 from ds_zero.probe import probe_states, stand_in
+from ds_zero.ranks import Ranks
 from ds_zero.records import records
+from ds_zero.scaler import LossScaler
 from ds_zero.shard import shard
 from ds_zero.standins import StandInGroup, StandInStore
 from ds_zero.state import ZeroState
@@ -39,6 +42,8 @@ from ds_zero.train import clip_grad_norm_
 from ds_zero.units import choose_units
 
 MakeOptimizer = Callable[[Any], Optimizer]
+RanksFor = Callable[[str, nn.Parameter], int | None]
+"""How many ranks divide a parameter: experts; None: those of the model."""
 LOAD, FORWARD, BACKWARD, STEP, SAVE = "load", "forward", "backward", "step", "save"
 PHASES = (LOAD, FORWARD, BACKWARD, STEP, SAVE)
 
@@ -68,10 +73,41 @@ class Job:
     """Kinds of shards that rest on the host."""
     checkpointing: bool = False
     clip: bool = True
+    shard_ranks: int | None = None
+    """Ranks that divide the model among themselves, where others hold the same; None: all."""
+    ranks_for: RanksFor | None = None
+    scaled: bool = False
+    """Whether a `LossScaler` guards the steps."""
     deferred: bool = False
     """Whether the model is constructed under `deferred_init`: no rank ever holds all of it."""
     states: Mapping[str, torch.dtype] = field(default_factory=dict)
     """Of an optimizer with native kernels, as `probe_states` found them."""
+
+    def topology(self, params: Mapping[str, nn.Parameter]) -> tuple[StandInGroup, Topology]:
+        """Stand-ins for the ranks, seen from the first; all count what they send on one."""
+        group = StandInGroup(0, self.num_ranks)
+        main = ranks_in(group, self.num_ranks, self.shard_ranks)
+        return group, topology_of(params, main, self.mesh_for(group), None)
+
+    def mesh_for(self, group: StandInGroup) -> MeshFor | None:
+        """What `shard` is told of parameters with ranks of their own."""
+        if self.ranks_for is None:
+            return None
+        known: dict[int, Ranks] = {}
+
+        def found(fqn: str, param: nn.Parameter) -> Ranks | None:
+            assert self.ranks_for is not None
+            size = self.ranks_for(fqn, param)
+            if size is None or size == self.num_ranks:
+                return None
+            if not 0 < size < self.num_ranks or self.num_ranks % size:
+                raise ValueError(f"ranks_for gives {fqn!r} {size} ranks: give a divisor of {self.num_ranks}")
+            if size not in known:
+                own = group.part(size) if size > 1 else None
+                known[size] = Ranks(own, 0, size, part=(0, self.num_ranks // size))
+            return known[size]
+
+        return found
 
     @property
     def on_cpu(self) -> bool:
@@ -123,6 +159,7 @@ class _Run:
                 if group.get("foreach", True) is None and not group.get("fused"):
                     group["foreach"] = True  # what torch does there
         self.group = StandInGroup(0, job.num_ranks)
+        ranks = ranks_in(self.group, job.num_ranks, job.shard_ranks)
         micro = min(job.accumulation_steps, MAX_MICRO_BATCHES)
         self.steps = micro
         self.sent: dict[str, float] = {}
@@ -131,7 +168,8 @@ class _Run:
             self.model,
             self.optimizer,
             job.stage,
-            mesh=self.group,
+            mesh=ranks,
+            mesh_for=job.mesh_for(self.group),
             config=replace(job.config, accumulation_steps=micro),
             store=StandInStore(job.offload, partial(self._rest_on_host)),
             comm=None if job.on_cpu else Comm(TorchAllGather(), TorchReduceScatter()),
@@ -142,6 +180,7 @@ class _Run:
             ledger.phases[LOAD].add(
                 book.PARAMETERS, max(b.layout.padded_numel for b in self.state.buckets) * 4
             )
+        self.scaler = LossScaler(self.model) if job.scaled else None
         self._classify()
 
     def _rest_on_host(self, tensor: Tensor) -> None:
@@ -171,7 +210,7 @@ class _Run:
             if self.steps > 1:
                 loss = loss / self.steps
             self._phase(BACKWARD, book.ACTIVATIONS)
-            loss.backward()
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             del loss
             self._classify()
         self._phase(STEP, book.WORKSPACE)
@@ -218,6 +257,22 @@ class _Run:
             where = ledger.purpose(shard_)
             tensors = [v for v in held.values() if isinstance(v, Tensor)]
             ledger.classify(tensors, book.STATES, on_host=where is not None and where[1])
+
+
+def ranks_in(group: StandInGroup, num_ranks: int, shard_ranks: int | None) -> Ranks:
+    """The first of `num_ranks` ranks, of which `shard_ranks` divide the model and the others hold the same.
+
+    Raises:
+        ValueError: a size that does not divide the number of ranks.
+    """
+    size = num_ranks if shard_ranks is None else shard_ranks
+    if size < 1 or num_ranks % size:
+        raise ValueError(f"shard_ranks={size} does not divide ranks={num_ranks}: give a divisor")
+
+    def some(count: int, replicas: Ranks | None = None) -> Ranks:
+        return Ranks(group.part(count) if count > 1 else None, 0, count, replicas)
+
+    return some(size, some(num_ranks // size) if size < num_ranks else None)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -23,11 +23,25 @@ class StandInGroup(dist.ProcessGroup):
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
-        self.sent_bytes = 0.0
+        self._sent = [0.0]
+
+    @property
+    def sent_bytes(self) -> float:
         """Bytes this rank would have sent: by messages of its own, or by a ring inside the backend."""
+        return self._sent[0]
+
+    @sent_bytes.setter
+    def sent_bytes(self, value: float) -> None:
+        self._sent[0] = value
+
+    def part(self, size: int) -> StandInGroup:
+        """This rank among `size` others, for another purpose; what is sent there is counted here, too."""
+        made = StandInGroup(self.rank() % size, size)
+        made._sent = self._sent
+        return made
 
     def _sends(self, tensors: Sequence[Tensor], times: float) -> dist.Work:
-        self.sent_bytes += times * sum(t.numel() * t.element_size() for t in tensors)
+        self._sent[0] += times * sum(t.numel() * t.element_size() for t in tensors)
         return _Arrived()
 
     def broadcast(self, tensors: Any, *opts: Any, **more: Any) -> Any:  # type: ignore[override]

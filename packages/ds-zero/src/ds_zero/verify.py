@@ -17,9 +17,10 @@ from ds_zero.config import ZeroConfig
 from ds_zero.deferred import deferred_init
 from ds_zero.deviation import Verification
 from ds_zero.interfaces import ShardStore
-from ds_zero.lockstep import Batches, Candidate, Lockstep, from_first, world_size
+from ds_zero.lockstep import Batches, Candidate, Lockstep, from_first, own_rank, world_size
 from ds_zero.plain import Loss, PlainTraining, Recipe, Schedule, own_randomness, seed_everything
 from ds_zero.plan import default_loss
+from ds_zero.ranks import Group, ranks_of
 from ds_zero.scaler import DynamicScale, LossScaler
 from ds_zero.shard import shard
 from ds_zero.train import clip_grad_norm_, destroy, grad_norm
@@ -31,6 +32,7 @@ def verify(
     loss: Loss | None = None,
     *,
     stage: int = 2,
+    mesh: Group | None = None,
     config: ZeroConfig | None = None,
     steps: int = 3,
     accumulation_steps: int = 1,
@@ -61,6 +63,9 @@ def verify(
             tensor, a tuple of arguments, or a mapping of keywords), and the loss is the output, its `loss` or its first
             element.
         stage, config, store, comm: as for `shard`.
+        mesh: as for `shard`: one axis, or two (replicate, shard), with all ranks of the process group in their order.
+            Experts with ranks of their own (`mesh_for`) and models that are cut (`model_parallel`) are no one model
+            that rank 0 could train alone, so they are not taken here.
         accumulation_steps: micro-batches of a rank per step.
         clip: largest norm of the gradient; None: it is not clipped.
         loss_scale: as for `LossScaler`; None: none.
@@ -75,6 +80,7 @@ def verify(
     check_stage(stage)
     if steps < 1 or accumulation_steps < 1:
         raise ValueError(f"steps={steps}, accumulation_steps={accumulation_steps}: give 1 or more")
+    _check_mesh(mesh)
     own = replace(config or ZeroConfig(), accumulation_steps=accumulation_steps)
     recipe = Recipe(
         make=make,
@@ -95,12 +101,23 @@ def verify(
                 made = make()
         else:
             made = make()
-        shard(*made, stage, config=own, store=store, comm=comm)
+        shard(*made, stage, mesh, config=own, store=store, comm=comm)
         candidate = _Loop(recipe, *made)
         try:
             return run(candidate, recipe, batches, steps=steps, bitwise=bitwise, made=made[0])
         finally:
             candidate.close()
+
+
+def _check_mesh(mesh: Group | None) -> None:
+    """Micro-batch number k N + r has to be that of rank r, and all ranks have to see data."""
+    found = ranks_of(mesh)
+    across = found.replicas.rank if found.replicas is not None else 0
+    if (found.total, across * found.size + found.rank) != (world_size(), own_rank()):
+        raise ValueError(
+            f"mesh has {found.total} ranks, the process group {world_size()}: verify takes a mesh of all ranks, in "
+            'their order, as init_device_mesh("cpu", (replicas, shards)) makes it'
+        )
 
 
 class _Loop:
