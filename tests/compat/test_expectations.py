@@ -221,6 +221,26 @@ def test_the_launcher_called_from_code_raises() -> None:
             runner.main(line.split())
 
 
+@ranks(2)
+def test_frozen_parameters_have_no_master_and_empty_slices_are_slices() -> None:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_get_local_grad
+
+    model = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 1))
+    model[0].requires_grad_(False)
+    section = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    engine, *_ = start({**ADAM, "zero_optimization": section}, model)
+    assert (
+        safe_get_full_fp32_param(model[0].weight) is None
+        and safe_get_local_fp32_param(model[0].weight) is None
+    )
+    engine.backward(engine(torch.ones(1, 4)).sum())
+    sizes = [safe_get_local_grad(model[1].bias).numel(), safe_get_local_fp32_param(model[1].bias).numel()]
+    whole = torch.tensor(sizes)
+    torch.distributed.all_reduce(whole)
+    assert whole.tolist() == [1, 1]  # one number on two ranks
+    engine.destroy()
+
+
 def test_groups_without_experts_stay_as_they_are() -> None:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
 

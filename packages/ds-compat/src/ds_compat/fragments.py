@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import ds_zero
@@ -16,9 +17,18 @@ def _known(param: nn.Parameter) -> bool:
     return ds_zero.presence(param) is not None
 
 
+def _own(param: nn.Parameter, kind: str) -> Tensor | None:
+    """This rank's slice, 1-D; of size 0 where it owns nothing of a parameter that is trained."""
+    found = ds_zero.presence(param)
+    if found is None or not param.requires_grad:
+        return None
+    value = get_local(None, param, kind)
+    return torch.zeros(0) if value is None and found.own is not None and not found.own.numel() else value
+
+
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
-    """The fp32 master, whole. Collective."""
-    return get_full(None, param, "param") if _known(param) else None
+    """The fp32 master, whole; None for a frozen parameter, which has none. Collective."""
+    return get_full(None, param, "param") if _known(param) and param.requires_grad else None
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
@@ -48,15 +58,15 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
 
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
     """This rank's slice of the master, 1-D."""
-    return get_local(None, param, "param") if _known(param) else None
+    return _own(param, "param")
 
 
 def safe_get_local_grad(param: nn.Parameter) -> Tensor | None:
-    return get_local(None, param, "grad") if _known(param) else None
+    return _own(param, "grad")
 
 
 def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
-    return get_local(None, param, optim_state_key) if _known(param) else None
+    return _own(param, optim_state_key)
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:

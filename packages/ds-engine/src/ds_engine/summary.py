@@ -109,7 +109,7 @@ def _optimizer(engine: Engine) -> str:
 def _full_rates(engine: Engine) -> list[float]:
     """The rates that were asked for; a schedule has already lowered those in the groups."""
     return [
-        float(g.get("initial_lr", engine.optimizer.defaults.get("lr", g["lr"])))
+        float(g.get("initial_lr", engine.optimizer.defaults.get("lr", g.get("lr", 0.0))))
         for g in engine.optimizer.param_groups
     ]
 
