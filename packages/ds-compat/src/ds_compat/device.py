@@ -218,17 +218,11 @@ class CpuAccelerator(DeepSpeedAccelerator):
     def available_memory(self, device_index: int | None = None) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
-    def is_bf16_supported(self) -> bool:
-        return True
-
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         return True
 
     def pin_memory(self, tensor: torch.Tensor, make_copy: bool = True, **_: Any) -> torch.Tensor:
         return tensor
-
-    def visible_devices_envs(self) -> list[str]:
-        return ["CUDA_VISIBLE_DEVICES"]
 
 
 def _status(key: str) -> int:
