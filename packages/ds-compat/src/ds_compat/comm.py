@@ -118,16 +118,14 @@ def has_all_gather_into_tensor() -> bool:
     return True
 
 
-def has_reduce_scatter_tensor() -> bool:
-    return True
+has_reduce_scatter_tensor = has_all_gather_into_tensor
 
 
 def has_all_reduce_coalesced() -> bool:
     return False
 
 
-def has_coalescing_manager() -> bool:
-    return False
+has_coalescing_manager = has_all_reduce_coalesced
 
 
 def allgather_fn(output: torch.Tensor, input: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
