@@ -5,12 +5,13 @@ Two processes of one machine that send each other a slice over TCP have it copie
 of the backend that compete with the training for its cores. Linux lets a process copy out of the memory of another
 one that it may trace (`process_vm_readv`), which MPI libraries call cross memory attach. So between such ranks nothing
 is sent: the sender writes into its board, a page that the others map, where its slice lies; the receiver copies when
-it needs the values, and writes into its own board that it has. Whoever waits sleeps on a word of the other's board (a
-futex). The order of operations, and what ranks that do different things run into, are the same as with messages.
+it needs the values, and tells the sender that it has. Whoever waits sleeps on a word of the other's board (a futex). The
+order of operations, and what ranks that do different things run into, are the same as with messages. Nothing moves in
+the background: a slice is copied, at the speed of memory, by the thread that waits for it.
 
 Which pairs of ranks can do this is tried out when they meet: each reads a random number out of the memory of every
-other. Other machines, containers that hide each other, systems other than Linux, and kernels that refuse (Yama's
-`ptrace_scope` above 0) keep to messages.
+other. Other machines, containers that hide each other, systems other than Linux on x86-64, and kernels that refuse
+(Yama's `ptrace_scope` above 0) keep to messages.
 
 Source: Vienne, Benefits of Cross Memory Attach for MPI libraries on HPC clusters (XSEDE 2014).
 """
@@ -46,7 +47,10 @@ _LOOK_S = 0.1
 """How often a rank that waits looks whether the other one still lives."""
 _LIMIT_S = 1800.0
 """The longest wait: that of torch's process groups, where nothing else says that ranks stand still."""
-_SYS_FUTEX: Mapping[str, int] = {"x86_64": 202, "aarch64": 98}
+_SYS_FUTEX: Mapping[str, int] = {"x86_64": 202}
+"""Number of the system call. Only processors that show stores to others in the order in which they were made: an offer
+must be complete when it is counted.
+"""
 _FUTEX_WAIT, _FUTEX_WAKE = 0, 1
 
 
@@ -160,7 +164,7 @@ class _Board:
         assert system is not None
         where = self._address + (block * _BLOCK + _BELL) * 8
         limit = _Time(int(seconds), int(seconds % 1 * 1e9))
-        low = heard & 0xFFFFFFFF  # a futex is the low half of the word: both machines are little-endian
+        low = heard & 0xFFFFFFFF  # a futex is the low half of the word: x86 is little-endian
         system.call(
             system.futex,
             ctypes.c_void_p(where),
