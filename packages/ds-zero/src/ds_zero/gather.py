@@ -7,6 +7,7 @@ import torch
 from ds_zero.bucket import Bucket, BucketState
 from ds_zero.comm import Comm
 from ds_zero.interfaces import Work
+from ds_zero.spans import span
 from ds_zero.stall import Waiting
 
 
@@ -30,7 +31,7 @@ class Gatherer:
         bucket.check_holes()
         bucket.inflate()
         bucket.state = BucketState.GATHERING
-        with torch.profiler.record_function(f"ds.zero.all_gather/{bucket.layout.name}"), torch.no_grad():
+        with span(f"ds.zero.all_gather/{bucket.layout.name}"), torch.no_grad():
             self._works[id(bucket)] = bucket.start_gather(self._comm, self._numbers[id(bucket)])
 
     def finish(self, bucket: Bucket) -> None:

@@ -5,9 +5,9 @@ Two processes of one machine that send each other a slice over TCP have it copie
 of the backend that compete with the training for its cores. Linux lets a process copy out of the memory of another
 one that it may trace (`process_vm_readv`), which MPI libraries call cross memory attach. So between such ranks nothing
 is sent: the sender writes into its board, a page that the others map, where its slice lies; the receiver copies when
-it needs the values, and tells the sender that it has. Whoever waits sleeps on a word of the other's board (a futex). The
-order of operations, and what ranks that do different things run into, are the same as with messages. Nothing moves in
-the background: a slice is copied, at the speed of memory, by the thread that waits for it.
+it needs the values, and tells the sender that it has. Whoever waits sleeps on a word of the other's board (a futex).
+The order of operations, and what ranks that do different things run into, are the same as with messages. Nothing moves
+in the background: a slice is copied, at the speed of memory, by the thread that waits for it.
 
 Which pairs of ranks can do this is tried out when they meet: each reads a random number out of the memory of every
 other. Other machines, containers that hide each other, systems other than Linux on x86-64, and kernels that refuse
@@ -37,9 +37,9 @@ _RING = 64
 """Offers from one rank to another that stand on the board at once."""
 _SLOT, _HEAD = 3, 8
 """Words of an offer (tag, address of its card, number of tensors), and of what stands before the offers."""
-_OFFERED, _TAKEN, _BELL, _TOKEN = 0, 1, 2, 3
-"""Words of the head: offers made, offers of the other one read, how often anything has changed, what proves that this
-is the board."""
+_OFFERED, _TAKEN, _BELL, _ASLEEP, _TOKEN = 0, 1, 2, 3, 4
+"""Words of the head: offers made, offers of the other one read, how often anything has changed, how many threads sleep
+until the other one changes something, what proves that this is the board."""
 _BLOCK = _HEAD + _RING * _SLOT
 _MOST_PARTS = 512
 """Tensors copied in one system call; Linux takes 1024."""
@@ -51,7 +51,7 @@ _SYS_FUTEX: Mapping[str, int] = {"x86_64": 202}
 """Number of the system call. Only processors that show stores to others in the order in which they were made: an offer
 must be complete when it is counted.
 """
-_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+_FUTEX_WAIT, _FUTEX_WAKE, _EVERYBODY = 0, 1, 1 << 30
 
 
 class _Range(ctypes.Structure):
@@ -108,24 +108,38 @@ def copy_from(pid: int, addresses: Sequence[int], tensors: Sequence[Tensor]) -> 
     system = _system()
     if system is None:
         raise OSError("this system has no process_vm_readv")
-    _copy(system.read, pid, addresses, tensors)
+    _move(system.read, pid, _parts(addresses, tensors))
 
 
-def _copy(call: Callable[..., int], pid: int, addresses: Sequence[int], tensors: Sequence[Tensor]) -> None:
-    todo = [(t.data_ptr(), a, t.numel() * t.element_size()) for t, a in zip(tensors, addresses, strict=True)]
+_Part = tuple[int, int, int]
+"""Address here, address there, bytes."""
+Card = ctypes.Array[ctypes.c_int64]
+"""For every tensor of an offer its address and its bytes, then a zero, which the receiver overwrites when it has read
+them."""
+
+
+def _parts(addresses: Sequence[int], tensors: Sequence[Tensor]) -> list[_Part]:
+    return [(t.data_ptr(), a, t.nbytes) for t, a in zip(tensors, addresses, strict=True)]
+
+
+def _move(call: Callable[..., int], pid: int, todo: list[_Part]) -> None:
+    """Have the kernel copy between this process and another one."""
     while todo:
         now = todo[:_MOST_PARTS]
-        here = (_Range * len(now))(*(_Range(own, length) for own, _, length in now))
-        there = (_Range * len(now))(*(_Range(other, length) for _, other, length in now))
+        here = (_Range * len(now))(*[_Range(own, length) for own, _, length in now])
+        there = (_Range * len(now))(*[_Range(other, length) for _, other, length in now])
         copied = call(pid, here, len(now), there, len(now), 0)
+        if copied == sum(length for _, _, length in now):
+            todo = todo[_MOST_PARTS:]
+            continue
         if copied <= 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
         todo = [*_rest(now, copied), *todo[_MOST_PARTS:]]
 
 
-def _rest(parts: Sequence[tuple[int, int, int]], copied: int) -> list[tuple[int, int, int]]:
-    """What of (here, there, length) is left after so many bytes: the kernel may stop anywhere."""
+def _rest(parts: Sequence[_Part], copied: int) -> list[_Part]:
+    """What is left after so many bytes: the kernel may stop anywhere."""
     left = []
     for own, other, length in parts:
         done = min(length, copied)
@@ -133,6 +147,14 @@ def _rest(parts: Sequence[tuple[int, int, int]], copied: int) -> list[tuple[int,
         if done < length:
             left.append((own + done, other + done, length - done))
     return left
+
+
+def _new_card(count: int) -> Card:
+    return (ctypes.c_int64 * (2 * count + 1))()
+
+
+_FETCHED = ctypes.c_int64(1)
+"""What is written to the end of a card."""
 
 
 class Alarm:
@@ -150,30 +172,21 @@ class _Board:
         self.words = memoryview(self._map).cast("q")
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
-    def ring_bell(self, block: int) -> None:
-        """Something in a block has changed: wake who waits for it."""
+    def wake(self, block: int) -> None:
+        """Wake who sleeps on a block's bell."""
         system = _system()
         assert system is not None
-        where = block * _BLOCK + _BELL
-        self.words[where] += 1
-        system.call(system.futex, ctypes.c_void_p(self._address + where * 8), _FUTEX_WAKE, 1, None, None, 0)
+        where = self._address + (block * _BLOCK + _BELL) * 8
+        system.call(system.futex, ctypes.c_void_p(where), _FUTEX_WAKE, _EVERYBODY, None, None, 0)
 
     def sleep(self, block: int, heard: int, seconds: float) -> None:
         """Return when the bell has been rung more often than `heard`, or after some time."""
         system = _system()
         assert system is not None
-        where = self._address + (block * _BLOCK + _BELL) * 8
-        limit = _Time(int(seconds), int(seconds % 1 * 1e9))
-        low = heard & 0xFFFFFFFF  # a futex is the low half of the word: x86 is little-endian
-        system.call(
-            system.futex,
-            ctypes.c_void_p(where),
-            _FUTEX_WAIT,
-            ctypes.c_uint32(low),
-            ctypes.byref(limit),
-            None,
-            0,
-        )
+        where = ctypes.c_void_p(self._address + (block * _BLOCK + _BELL) * 8)
+        limit = ctypes.byref(_Time(int(seconds), int(seconds % 1 * 1e9)))
+        low = ctypes.c_uint32(heard & 0xFFFFFFFF)  # a futex is the low half of the word: x86 is little-endian
+        system.call(system.futex, where, _FUTEX_WAIT, low, limit, None, 0)
 
 
 @dataclass
@@ -206,8 +219,7 @@ class _Peer:
 class Neighbours:
     """The ranks of one group whose memory this rank can read, and that can read its own.
 
-    An offer is a word on the board that points to a card in the sender's memory: for every tensor its address and its
-    bytes, then a zero, which the receiver overwrites when it has read them.
+    An offer on the board points to a `Card` in the sender's memory.
     """
 
     def __init__(self, rank: int, board: _Board, peers: Sequence[_Peer], alarm: Alarm) -> None:
@@ -215,22 +227,23 @@ class Neighbours:
         self._rank, self._board = rank, board
         self._peers = {p.rank: p for p in peers}
         self._lock = threading.Lock()
-        self._lent: dict[int, tuple[Tensor, ...]] = {}
+        self._lent: dict[int, tuple[Card, Sequence[Tensor]]] = {}
         """What others may read: cards, by their addresses, and what they name."""
 
     def knows(self, rank: int) -> bool:
         return rank in self._peers
 
-    def offer(self, rank: int, tag: int, tensors: Sequence[Tensor]) -> Tensor:
+    def offer(self, rank: int, tag: int, tensors: Sequence[Tensor]) -> Card:
         """Let `rank` fetch contiguous `tensors`; returns the card. Both stay until `wait_fetched`, whatever the caller
         does.
         """
         peer = self._peers[rank]
-        pairs = [w for t in tensors for w in (t.data_ptr(), t.numel() * t.element_size())]
-        card = torch.tensor([*pairs, 0], dtype=torch.int64)
+        card = _new_card(len(tensors))
+        card[:-1] = [w for t in tensors for w in (t.data_ptr(), t.nbytes)]
+        address = ctypes.addressof(card)
         with self._lock:
-            self._lent[card.data_ptr()] = card, *tensors
-            peer.later.append((tag, card.data_ptr(), len(tensors)))
+            self._lent[address] = card, tensors
+            peer.later.append((tag, address, len(tensors)))
             self._publish(peer)
         return card
 
@@ -251,38 +264,43 @@ class Neighbours:
         self._until(peer, lambda: (tag, number) in peer.open)
         with self._lock:
             address, count = peer.open.pop((tag, number))
-        card = torch.empty(2 * count + 1, dtype=torch.int64)
-        expected = [t.numel() * t.element_size() for t in tensors]
+        system = _system()
+        assert system is not None
+        card = _new_card(count)
         try:
-            copy_from(peer.pid, [address], [card])
-            addresses, sizes = card[:-1:2].tolist(), card[1:-1:2].tolist()
-            if sizes != expected:
+            _move(system.read, peer.pid, [(ctypes.addressof(card), address, ctypes.sizeof(card))])
+            expected = [t.nbytes for t in tensors]
+            if card[1:-1:2] != expected:
                 raise RuntimeError(
-                    f"rank {rank} of the group offers tensors of {sizes} bytes where tensors of {expected} bytes are "
-                    "expected: the ranks run different models or configurations"
+                    f"rank {rank} of the group offers tensors of {card[1:-1:2]} bytes where tensors of {expected} "
+                    "bytes are expected: the ranks run different models or configurations"
                 )
-            copy_from(peer.pid, addresses, tensors)
-            self._answer(peer, address + 8 * (len(card) - 1))
+            _move(system.read, peer.pid, _parts(card[:-1:2], tensors))
+            end = address + ctypes.sizeof(card) - ctypes.sizeof(_FETCHED)
+            _move(system.write, peer.pid, [(ctypes.addressof(_FETCHED), end, ctypes.sizeof(_FETCHED))])
         except OSError as error:
             raise RuntimeError(
                 f"Connection to rank {rank} of the group is lost: the memory of its process {peer.pid} cannot be read "
                 f"({error})"
             ) from error
-
-    def _answer(self, peer: _Peer, address: int) -> None:
-        """Say that an offer was fetched."""
-        system = _system()
-        assert system is not None
-        _copy(system.write, peer.pid, [address], [torch.ones(1, dtype=torch.int64)])
         with self._lock:
-            self._board.ring_bell(peer.rank)
+            self._ring_bell(peer)
 
-    def wait_fetched(self, rank: int, card: Tensor) -> None:
+    def wait_fetched(self, rank: int, card: Card) -> None:
         """Return when `rank` has fetched an offer of this rank, and what was offered may change."""
-        end = memoryview((ctypes.c_int64 * len(card)).from_address(card.data_ptr())).cast("B").cast("q")
-        self._until(self._peers[rank], lambda: end[-1] != 0)
+        self._until(self._peers[rank], lambda: card[-1] != 0)
         with self._lock:
-            del self._lent[card.data_ptr()]
+            del self._lent[ctypes.addressof(card)]
+
+    def _ring_bell(self, peer: _Peer) -> None:
+        """Something on the board has changed for it; the lock is held.
+
+        It says that it sleeps before it hears the bell for the last time, and here the bell comes before the look at
+        whether it sleeps. Should a processor turn these round after all, it wakes by itself a little later.
+        """
+        self._board.words[peer.rank * _BLOCK + _BELL] += 1
+        if peer.board.words[self._rank * _BLOCK + _ASLEEP]:
+            self._board.wake(peer.rank)
 
     def _publish(self, peer: _Peer) -> None:
         """Put what waits on the board, as far as there is room; the lock is held."""
@@ -292,7 +310,7 @@ class Neighbours:
             words[slot], words[slot + 1], words[slot + 2] = peer.later.popleft()
             peer.made += 1
             words[block + _OFFERED] = peer.made
-            self._board.ring_bell(peer.rank)
+            self._ring_bell(peer)
 
     def _take(self, peer: _Peer) -> None:
         """Read new offers, which makes room for others; the lock is held."""
@@ -327,8 +345,14 @@ class Neighbours:
             if begun:
                 self._look_after(peer, begun)
             begun = begun or time.monotonic()
+            self._doze(peer, 1)
             # Room on a board appears without a bell that is listened to here.
             peer.board.sleep(self._rank, heard, _LOOK_S / 100 if crowded else _LOOK_S)
+            self._doze(peer, -1)
+
+    def _doze(self, peer: _Peer, by: int) -> None:
+        with self._lock:
+            self._board.words[peer.rank * _BLOCK + _ASLEEP] += by
 
     def _look_after(self, peer: _Peer, begun: float) -> None:
         if self.alarm.raised:
@@ -353,7 +377,7 @@ class Exchange:
     def __init__(self, neighbours: Neighbours, tag: int) -> None:
         self._neighbours, self._tag = neighbours, tag
         self._coming: list[tuple[int, int, Sequence[Tensor]]] = []
-        self._going: list[tuple[int, Tensor]] = []
+        self._going: list[tuple[int, Card]] = []
 
     def reaches(self, rank: int) -> bool:
         """Whether nothing needs to be sent to or from `rank`."""

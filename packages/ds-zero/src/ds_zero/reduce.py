@@ -33,6 +33,7 @@ from ds_zero.gradbuffer import GradBuffer
 from ds_zero.interfaces import ShardStore
 from ds_zero.pieces import FreshGrads, PieceReduce
 from ds_zero.rows import launch_rows
+from ds_zero.spans import span
 from ds_zero.sums import Sums
 from ds_zero.wire import Flight, WirePolicy, launch, launch_pieces, takes_pieces
 
@@ -244,7 +245,7 @@ class Reducer:
             deferred = self._deferred
             source = self._whole(bucket, self.policy.grad_dtype) if deferred else self._fresh(bucket)
         pending.local = pending.fresh = None
-        with torch.profiler.record_function(f"ds.zero.reduce_scatter/{bucket.layout.name}"), torch.no_grad():
+        with span(f"ds.zero.reduce_scatter/{bucket.layout.name}"), torch.no_grad():
             if isinstance(source, FreshGrads):
                 pieces = self._pieces[id(bucket)]
                 grads = source.take()

@@ -20,6 +20,7 @@ from ds_zero.pending import Pending
 from ds_zero.ranks import Ranks
 from ds_zero.reduce import Reducer
 from ds_zero.segments import whole_sums
+from ds_zero.spans import span
 
 
 class Stepper:
@@ -207,7 +208,7 @@ class Stepper:
         if not self._is_published(bucket):
             return
         layout, numel = bucket.layout, self._publish_numel
-        with torch.profiler.record_function(f"ds.zero.publish/{layout.name}"):
+        with span(f"ds.zero.publish/{layout.name}"):
             if numel is None or numel >= layout.padded_numel or layout.undivided:
                 self._works.append(self._comm.gather(bucket.full, bucket.ranks, sizes=layout.slice_sizes))
                 return
