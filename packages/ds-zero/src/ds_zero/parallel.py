@@ -117,7 +117,7 @@ def _expert_ranks(mesh: DeviceMesh | Ranks, main: Ranks, fqn: str) -> Ranks:
     found = ranks_of(mesh)
     if found.replicas is not None or main.total % found.size:
         raise ValueError(
-            f"mesh_for gives {fqn!r} a mesh of {found.total} ranks: give one of one axis, whose size "
-            f"divides the {main.total} ranks of the model's mesh"
+            f"mesh_for gives {fqn!r} a mesh of {found.total} ranks in {len(found.axes)} axes: give one axis, whose "
+            f"size divides the {main.total} ranks of the model's mesh"
         )
     return replace(found, mean_over=main.total)
