@@ -133,6 +133,17 @@ def test_at_the_minimum_training_ends_with_a_name_and_an_advice() -> None:
         train_with_overflow(engine, 1, first=1, at=1)
 
 
+@ranks(1)
+@pytest.mark.filterwarnings("ignore:the loss scale is")
+def test_at_the_minimum_stage_0_goes_on() -> None:
+    engine = jobs.engine(0, fp16={"enabled": True, "initial_scale_power": 1, "hysteresis": 1})
+    with pytest.warns(UserWarning, match=r"its minimum.*parameter '.*left out"):
+        for number in range(3):
+            train_with_overflow(engine, 1, first=number, at=number)
+    assert engine.loss_scale == 1.0
+    assert engine.skipped_steps == 3
+
+
 @ranks(2)
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_checkpoint_goes_on_with_the_scale_bit_by_bit(stage: int, tmp_path: Path) -> None:

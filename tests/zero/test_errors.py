@@ -44,6 +44,30 @@ def test_parameters_of_another_model() -> None:
         ds_zero.shard(Tiny(), sgd(Tiny()), 1)
 
 
+class Both(torch.optim.Optimizer):
+    """Steps through an optimizer of its own."""
+
+    def __init__(self, model: nn.Module, *, shared: bool) -> None:
+        self.inner = sgd(model)
+        super().__init__(self.inner.param_groups if shared else list(model.parameters()), {})
+        if shared:
+            self.param_groups = self.inner.param_groups
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+def test_an_optimizer_that_steps_through_another() -> None:
+    model = Tiny()
+    with pytest.raises(ValueError, match=r"Both\.inner is another optimizer \(SGD\).*'embed\.weight'"):
+        ds_zero.shard(model, Both(model, shared=False), 0)
+
+
+def test_one_that_shares_its_groups_is_taken() -> None:
+    model = Tiny()
+    ds_zero.shard(model, Both(model, shared=True), 0)
+
+
 def test_two_parameters_that_share_memory() -> None:
     model = Tiny()
     model.head.weight = nn.Parameter(model.embed.weight.data)

@@ -170,6 +170,7 @@ def _loss_scale(config: DsConfig) -> float | ds_zero.DynamicScale:
         hysteresis=section.hysteresis,
         consecutive_hysteresis=section.consecutive_hysteresis,
         min_scale=float(section.min_loss_scale),
+        raise_at_min=config.zero_optimization.stage > 0,  # as DeepSpeed: its fp16 without ZeRO goes on
     )
 
 

@@ -74,6 +74,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
     """Raise unless `optimizer` holds parameters of `model` only, of dtypes that can be trained."""
     names = {id(p): fqn for fqn, p in model.named_parameters()}
+    _check_inner(optimizer, names)
     for g, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
             if id(param) not in names:
@@ -87,3 +88,21 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
                     f"parameter {names[id(param)]!r} has dtype {param.dtype}, but masters are fp32: convert the "
                     f"model to one of {[str(d) for d in TRAINABLE]}, or leave the parameter out of the optimizer"
                 )
+
+
+def _check_inner(optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    """Raise if `optimizer` steps through others, which would go on with parameters that get no gradients."""
+    own = {id(group) for group in optimizer.param_groups}
+    for attribute, value in vars(optimizer).items():
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        for inner in held:
+            if not isinstance(inner, Optimizer):
+                continue
+            for group in inner.param_groups:
+                found = [names[id(p)] for p in group["params"] if id(p) in names]
+                if found and id(group) not in own:
+                    raise ValueError(
+                        f"{type(optimizer).__name__}.{attribute} is another optimizer ({type(inner).__name__}) with groups "
+                        f"of its own, which hold {found[0]!r}: only entries of the outer optimizer's param_groups become "
+                        "shards. Put the inner groups themselves (the same dicts) into it, or pass one optimizer"
+                    )

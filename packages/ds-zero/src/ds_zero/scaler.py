@@ -13,6 +13,7 @@ DeepSpeed's `DynamicLossScaler`, so that a configuration means the same.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,7 +51,11 @@ class DynamicScale:
     """Fill the count of `hysteresis` again after every finite step."""
 
     min_scale: float = 1.0
-    """The scale is never lower; where it already is, a step that is not finite raises `LossScaleError`."""
+    """The scale is never lower."""
+
+    raise_at_min: bool = True
+    """Where the scale cannot be lowered any more, a step that is not finite raises `LossScaleError`; else it is left out
+    like others, and the first one is warned of."""
 
     def __post_init__(self) -> None:
         if not self.min_scale > 0 or not self.initial_scale >= self.min_scale:
@@ -92,7 +97,7 @@ class ScaleState:
         return self.policy is not None and self.left == 1 and self.scale == self.policy.min_scale
 
     def update(self, overflow: bool) -> None:
-        """Count one step. Not to be called for an overflow `at_minimum`."""
+        """Count one step."""
         policy = self.policy
         if policy is not None and overflow:
             if self.left == 1:
@@ -142,7 +147,7 @@ class LossScaler:
             raise ValueError("this model has a LossScaler already: use that one")
         self._counting = ScaleState.of(DynamicScale() if scale is None else scale)
         self._state = weakref.ref(state)
-        self._scaled = False
+        self._scaled = self._warned = False
         self.step_was_skipped = False
         """Whether the last `optimizer.step()` changed nothing because the gradient was not finite."""
         self.skipped_steps = 0
@@ -225,11 +230,19 @@ class LossScaler:
         if overflow:
             self.culprit = first_not_finite(state)
             if self._counting.at_minimum:
-                state.stepper.forget()
-                raise LossScaleError(self._advice())
+                self._at_minimum(state)
             self.skipped_steps += 1
         self._counting.update(overflow)
         return not overflow
+
+    def _at_minimum(self, state: ZeroState) -> None:
+        policy = self._counting.policy
+        if policy is None or policy.raise_at_min:
+            state.stepper.forget()
+            raise LossScaleError(self._advice())
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"{self._advice()}. Such steps are left out (said once)", stacklevel=4)
 
     def _live(self) -> ZeroState:
         state = self._state()
