@@ -94,7 +94,13 @@ def _check_inner(optimizer: Optimizer, names: Mapping[int, str]) -> None:
     """Raise if `optimizer` steps through others, which would go on with parameters that get no gradients."""
     own = {id(group) for group in optimizer.param_groups}
     for attribute, value in vars(optimizer).items():
-        held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        held = (
+            value.values()
+            if isinstance(value, dict)
+            else value
+            if isinstance(value, list | tuple)
+            else [value]
+        )
         for inner in held:
             if not isinstance(inner, Optimizer):
                 continue
@@ -102,7 +108,8 @@ def _check_inner(optimizer: Optimizer, names: Mapping[int, str]) -> None:
                 found = [names[id(p)] for p in group["params"] if id(p) in names]
                 if found and id(group) not in own:
                     raise ValueError(
-                        f"{type(optimizer).__name__}.{attribute} is another optimizer ({type(inner).__name__}) with groups "
-                        f"of its own, which hold {found[0]!r}: only entries of the outer optimizer's param_groups become "
-                        "shards. Put the inner groups themselves (the same dicts) into it, or pass one optimizer"
+                        f"{type(optimizer).__name__}.{attribute} is another optimizer ({type(inner).__name__}) with "
+                        f"groups of its own, which hold {found[0]!r}: only entries of the outer optimizer's "
+                        "param_groups become shards. Put the inner groups themselves (the same dicts) into it, or pass "
+                        "one optimizer"
                     )

@@ -44,19 +44,46 @@ class Done:
         return None
 
 
+def arrive(work: Work) -> None:
+    """Wait until what comes is there. `settle` must follow before what was sent may change or go."""
+    getattr(work, "arrive", work.wait)()
+
+
+def settle(work: Work) -> None:
+    """After `arrive`: wait until nobody needs what was sent any more.
+
+    [Note: arriving and settling]
+    Neighbours copy when they need the values, so what was sent has to stay until the slowest has come as far as this
+    rank. Who waits for that at once goes from operation to operation in step with everybody: the delays of all ranks
+    add up. So the two waits are apart, and the second comes one bucket or one unit later, when it is usually over.
+    """
+    late = getattr(work, "settle", None)
+    if late is not None:
+        late()
+
+
 class Then:
-    """Several works, and what has to happen once after them."""
+    """Several works, and what has to happen once after what comes has come."""
 
     def __init__(self, works: Sequence[Work], then: Callable[[], None]) -> None:
-        self._works, self._then, self._finished = list(works), then, False
+        self._works, self._then, self._arrived = list(works), then, False
 
-    def wait(self) -> None:
-        if self._finished:
+    def arrive(self) -> None:
+        if self._arrived:
             return
         for work in self._works:
-            work.wait()
-        self._finished = True
+            arrive(work)
+        self._arrived = True
         self._then()
+
+    def settle(self) -> None:
+        works, self._works = self._works, []
+        for work in works:
+            settle(work)
+
+    def wait(self) -> None:
+        self.arrive()
+        self.settle()
 
 
 def _nothing() -> None:

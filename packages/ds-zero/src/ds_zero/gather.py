@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ds_zero.bucket import Bucket, BucketState
-from ds_zero.comm import Comm
+from ds_zero.comm import Comm, arrive, settle
 from ds_zero.interfaces import Work
 from ds_zero.spans import span
 from ds_zero.stall import Waiting
@@ -34,26 +34,37 @@ class Gatherer:
         with span(f"ds.zero.all_gather/{bucket.layout.name}"), torch.no_grad():
             self._works[id(bucket)] = bucket.start_gather(self._comm, self._numbers[id(bucket)])
 
-    def finish(self, bucket: Bucket) -> None:
-        """Return when the parameters show their values."""
+    def finish(self, bucket: Bucket, *, late: bool = False) -> None:
+        """Return when the parameters show their values. With `late` they must not be written until the bucket is
+        dropped: other ranks may not have taken this rank's part yet, [Note: arriving and settling].
+        """
         self.start(bucket)
-        if bucket.state is not BucketState.GATHERING:
-            return
+        if bucket.state is BucketState.GATHERING:
+            work = self._works.pop(id(bucket), None)  # None: it failed before
+            if work is not None:
+                with self._waiting.guard(f"the values of bucket {bucket.layout.name}"):
+                    arrive(work)
+                self._works[id(bucket)] = work
+            with torch.no_grad():
+                bucket.gathered()
+            bucket.show_values()
+            bucket.state = BucketState.GATHERED
+        if not late:
+            self._settle(bucket)
+
+    def _settle(self, bucket: Bucket) -> None:
         work = self._works.pop(id(bucket), None)
         if work is not None:
-            self._waiting.wait(work, f"the values of bucket {bucket.layout.name}")
-        with torch.no_grad():
-            bucket.gathered()
-        bucket.show_values()
-        bucket.state = BucketState.GATHERED
+            with self._waiting.guard(f"other ranks to take the values of bucket {bucket.layout.name}"):
+                settle(work)
 
-    def acquire(self, buckets: list[Bucket]) -> None:
-        """Gather and hold until `release`."""
+    def acquire(self, buckets: list[Bucket], *, late: bool = False) -> None:
+        """Gather and hold until `release`; `late` as in `finish`."""
         for bucket in buckets:
             self.start(bucket)
         for bucket in buckets:
             if not bucket.whole:
-                self.finish(bucket)
+                self.finish(bucket, late=late)
                 self._users[id(bucket)] += 1
 
     def holds(self, buckets: list[Bucket]) -> bool:
@@ -79,6 +90,7 @@ class Gatherer:
         if bucket.state is BucketState.GATHERING:
             self.finish(bucket)  # messages still arrive in the buffer
         if bucket.state is BucketState.GATHERED:
+            self._settle(bucket)
             bucket.show_holes()
             bucket.deflate()
             bucket.state = BucketState.SHARDED

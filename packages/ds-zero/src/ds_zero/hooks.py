@@ -118,7 +118,7 @@ class ModuleHooks:
             self._log.note("recompute" if backward else "forward", unit)
             advice = self._order.enter(unit)
             call.keep = advice.keep
-            self._gatherer.acquire(buckets)
+            self._gatherer.acquire(buckets, late=True)
             self._fetch_ahead(advice.fetch)
         self.telling = True
         return call
@@ -250,7 +250,7 @@ class ModuleHooks:
             self._log.note("backward", call.unit)
             advice = self._order.enter(call.unit)
             call.keep = advice.keep
-            self._gatherer.acquire(call.buckets)
+            self._gatherer.acquire(call.buckets, late=True)
             self._fetch_ahead(advice.fetch)
 
     def _end_backward(self) -> None:

@@ -393,13 +393,21 @@ class Exchange:
         if tensors:
             self._going.append((rank, self._neighbours.offer(rank, self._tag, tensors)))
 
-    def wait(self) -> None:
+    def arrive(self) -> None:
+        """Fetch what comes."""
         while self._coming:
             rank, number, tensors = self._coming.pop(0)
             self._neighbours.fetch(rank, self._tag, number, tensors)
+
+    def settle(self) -> None:
+        """Return when others have fetched what went."""
         while self._going:
             rank, card = self._going.pop(0)
             self._neighbours.wait_fetched(rank, card)
+
+    def wait(self) -> None:
+        self.arrive()
+        self.settle()
 
 
 def meet(group: dist.ProcessGroup, device: torch.device, alarm: Alarm) -> Neighbours | None:

@@ -97,6 +97,8 @@ class Reducer:
         }
         """[Note: gradients where they lie]"""
         self._flights: list[Flight] = []
+        self._landed: Flight | None = None
+        """The last one that landed, [Note: arriving and settling]."""
         self._next = 0
         self._backwards = 0
         self._in_backward = False
@@ -238,6 +240,7 @@ class Reducer:
 
     def _launch(self, bucket: Bucket) -> None:
         """Start the reduction of what has accumulated; missing gradients count as zeros."""
+        self._settle()
         pending = self._pending[id(bucket)]
         sums = self._sums[id(bucket)]
         source = pending.local or pending.fresh
@@ -255,17 +258,27 @@ class Reducer:
                 send = launch_rows if bucket.layout.by_rows else launch
                 flight = send(bucket, source.tensor, self._comm, self.policy.wire, sums.place())
         self._flights.append(flight)
-        # One reduction is in flight while the next bucket fills: memory is bounded by two buckets, whatever the
-        # model's size.
+        # One reduction is in flight and one settles while the next bucket fills: memory is bounded by three buckets,
+        # whatever the model's size.
         while len(self._flights) > (1 if self.policy.overlap else 0):
             self._land(self._flights.pop(0))
 
     def _land(self, flight: Flight) -> None:
+        self._settle()
+        self._landed = flight
         sums = self._sums[id(flight.bucket)]
         with torch.no_grad():
             sums.add(flight.land())
             if self._is_last():
                 sums.complete(self._comm)
+        if not self.policy.overlap:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Let the gradients of the flight that landed last go."""
+        landed, self._landed = self._landed, None
+        if landed is not None:
+            landed.settle()
 
     def _is_last(self) -> bool:
         """Whether nothing more is known to come before the step. A number of backwards that was only learnt
@@ -291,6 +304,7 @@ class Reducer:
 
     def forget(self) -> None:
         """Drop every gradient since the last step, of values that are no longer there."""
+        self._settle()
         while self._flights:
             self._flights.pop(0).wait()
         for bucket in self.buckets:
@@ -318,6 +332,7 @@ class Reducer:
         self._deferred = False
         while self._flights:
             self._land(self._flights.pop(0))
+        self._settle()
 
     # --- boundary
 

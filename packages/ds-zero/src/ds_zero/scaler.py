@@ -54,8 +54,8 @@ class DynamicScale:
     """The scale is never lower."""
 
     raise_at_min: bool = True
-    """Where the scale cannot be lowered any more, a step that is not finite raises `LossScaleError`; else it is left out
-    like others, and the first one is warned of."""
+    """Where the scale cannot be lowered any more, a step that is not finite raises `LossScaleError`; else it is left
+    out like others, and the first one is warned of."""
 
     def __post_init__(self) -> None:
         if not self.min_scale > 0 or not self.initial_scale >= self.min_scale:

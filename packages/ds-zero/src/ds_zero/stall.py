@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ds_zero.comm import Comm, Pieces
+from ds_zero.comm import Comm, Pieces, arrive, settle
 from ds_zero.interfaces import Work
 from ds_zero.neighbours import Alarm
 from ds_zero.order import OrderLog, RankOrderError, Standing, judge, lost
@@ -349,6 +349,14 @@ class Watched:
 
     def __init__(self, work: Work, waiting: Waiting, what: str) -> None:
         self._work, self._waiting, self._what = work, waiting, what
+
+    def arrive(self) -> None:
+        with self._waiting.guard(self._what):
+            arrive(self._work)
+
+    def settle(self) -> None:
+        with self._waiting.guard(self._what):
+            settle(self._work)
 
     def wait(self) -> None:
         self._waiting.wait(self._work, self._what)

@@ -257,7 +257,7 @@ def _settle_grads(state: ZeroState) -> None:
 
 def _write_param(place: Place, whole: Tensor) -> None:
     bucket, slot = place.bucket, place.slot
-    if bucket.state is BucketState.GATHERING:
+    if bucket.state in (BucketState.GATHERING, BucketState.GATHERED):
         place.state.gatherer.finish(bucket)
     own = _own(place, whole)
     if bucket.master is not None:

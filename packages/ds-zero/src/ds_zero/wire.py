@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_zero.bucket import Bucket
-from ds_zero.comm import Comm, Done
+from ds_zero.comm import Comm, Done, arrive, settle
 from ds_zero.interfaces import Work
 from ds_zero.pieces import PieceReduce
 from ds_zero.ranks import Ranks
@@ -44,8 +44,15 @@ class Flight:
     """One bucket on its way."""
 
     def __init__(
-        self, bucket: Bucket, work: Work, travels: Tensor | None, arrives: Tensor, factor: float, comm: Comm
+        self,
+        bucket: Bucket,
+        work: Work,
+        travels: Tensor | Sequence[Tensor],
+        arrives: Tensor,
+        factor: float,
+        comm: Comm,
     ) -> None:
+        """`travels` is held until the flight has settled."""
         self.bucket = bucket
         self._work, self._travels, self._arrives = work, travels, arrives
         self._factor, self._comm = factor, comm
@@ -55,8 +62,8 @@ class Flight:
         self._work.wait()
 
     def land(self) -> Tensor:
-        """This rank's slice of the result, fp32."""
-        self._work.wait()
+        """This rank's slice of the result, fp32. `settle` must follow."""
+        arrive(self._work)
         bucket, result = self.bucket, self._arrives
         if result.numel() == bucket.layout.padded_numel and bucket.ranks.size > 1:
             result = bucket.slice_of(result).clone()
@@ -65,6 +72,11 @@ class Flight:
         if self._factor != 1.0:
             result.mul_(self._factor)
         return result
+
+    def settle(self) -> None:
+        """Return when nobody needs this rank's gradients any more, [Note: arriving and settling]."""
+        settle(self._work)
+        self._travels = ()
 
 
 def takes_pieces(bucket: Bucket, comm: Comm, policy: WirePolicy) -> bool:
@@ -92,7 +104,7 @@ def launch_pieces(
     op, factor = operation(bucket.ranks, policy)
     arrives = _landing(bucket, place)
     work = comm.reduce_pieces(arrives, grads, pieces, op)
-    return Flight(bucket, work, None, arrives, factor, comm)
+    return Flight(bucket, work, grads, arrives, factor, comm)
 
 
 def _landing(bucket: Bucket, place: Tensor | None) -> Tensor:

@@ -29,7 +29,7 @@ from ds_engine.config.profiling import CommsLoggerConfig, FlopsProfilerConfig, T
 from ds_engine.config.progressive_layer_drop import ProgressiveLayerDropConfig
 from ds_engine.config.removed import AmpConfig, EigenvalueConfig, NebulaConfig, QuantizeTrainingConfig
 from ds_engine.config.scheduler import SchedulerConfig
-from ds_engine.config.section import Count, NotNegative, Positive, Section, lowered
+from ds_engine.config.section import Count, Flag, NotNegative, Positive, Section, lowered
 from ds_engine.config.sparse_attention import SparseAttentionConfig
 from ds_engine.config.tensor_parallel import TensorParallelConfig
 from ds_engine.config.weight_quantization import InferenceWeightsConfig
@@ -109,7 +109,7 @@ class DsConfig(Section):
         default=False, description="Stage 0: send only the rows of embeddings that have a gradient."
     )
     disable_allgather: bool = Field(default=False, description="Publish parameters by broadcasts.")
-    zero_allow_untested_optimizer: bool = Field(
+    zero_allow_untested_optimizer: Flag = Field(
         default=False, description="Accept optimizers that DeepSpeed has not been tried with."
     )
     zero_force_ds_cpu_optimizer: bool = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -18,15 +18,6 @@ class Section(BaseModel):
         protected_namespaces=(),
         arbitrary_types_allowed=True,
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _flags(cls, data: Any) -> Any:
-        """0 and 1 stand for false and true where nothing else can be meant, as files written for DeepSpeed have them."""
-        if not isinstance(data, dict):
-            return data
-        flags = {f.alias or name for name, f in cls.model_fields.items() if f.annotation is bool}
-        return {k: bool(v) if k in flags and type(v) is int and v in (0, 1) else v for k, v in data.items()}
 
 
 def _whole_number(value: Any) -> Any:
@@ -46,6 +37,12 @@ def listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _flag(value: Any) -> Any:
+    return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+Flag = Annotated[bool, BeforeValidator(_flag)]
+"""true or false, or 1 or 0 for a key that DeepSpeed reads without looking at its type."""
 Whole = Annotated[int, BeforeValidator(_whole_number)]
 """A whole number of either sign."""
 Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
