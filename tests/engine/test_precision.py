@@ -54,7 +54,8 @@ def test_fp16_casts_inputs_only_where_it_is_asked_to() -> None:
         ({"bf16": {"check_grad_overflow": False}}, 1.0),
         ({"fp16": {"enabled": True, "loss_scale": 128}}, 128.0),
         ({"fp16": {"loss_scale": 128}}, 1.0),
-        ({"fp16": {"enabled": True}}, ds_zero.DynamicScale()),
+        ({"fp16": {"enabled": True}}, ds_zero.DynamicScale(raise_at_min=False)),
+        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}, ds_zero.DynamicScale()),
         (
             {
                 "fp16": {
@@ -67,10 +68,15 @@ def test_fp16_casts_inputs_only_where_it_is_asked_to() -> None:
                 }
             },
             ds_zero.DynamicScale(
-                initial_scale=1024.0, window=7, hysteresis=3, consecutive_hysteresis=True, min_scale=4.0
+                initial_scale=1024.0,
+                window=7,
+                hysteresis=3,
+                consecutive_hysteresis=True,
+                min_scale=4.0,
+                raise_at_min=False,
             ),
         ),
-        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, ds_zero.DynamicScale()),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, ds_zero.DynamicScale(raise_at_min=False)),
         ({"torch_autocast": {"enabled": True}}, 1.0),
     ],
 )

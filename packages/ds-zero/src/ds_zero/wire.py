@@ -64,6 +64,8 @@ class Flight:
     def land(self) -> Tensor:
         """This rank's slice of the result, fp32. `settle` must follow."""
         arrive(self._work)
+        if self.bucket.device.type != "cpu":
+            self._travels = ()  # nobody copies it from there
         bucket, result = self.bucket, self._arrives
         if result.numel() == bucket.layout.padded_numel and bucket.ranks.size > 1:
             result = bucket.slice_of(result).clone()

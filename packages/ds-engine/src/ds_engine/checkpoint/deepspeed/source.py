@@ -122,6 +122,9 @@ class DeepSpeedCheckpoint(Checkpoint):
         checked = check_pieces(f"{state} of {fqn!r} in {self.path}", size, pieces)
         self._entries.setdefault(fqn, {})[state] = Entry(dtype=dtype, shape=size, pieces=checked)
 
+    def _expect(self, parts: Iterable[tuple[Piece, int, int]]) -> None:
+        """Nothing is read ahead: its files are mapped."""
+
     def _read_piece(self, piece: Piece, first: int, out: Tensor) -> str | None:
         out.copy_(self._tensors[piece.file, piece.key][first : first + out.numel()])
         return None
