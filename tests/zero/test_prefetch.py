@@ -113,9 +113,9 @@ def live_units(**options: int | bool) -> tuple[int, int, int]:
         counts["live"] -= bucket.state is BucketState.GATHERED
         drop(bucket)
 
-    def spy_acquire(buckets: list[Bucket]) -> None:
+    def spy_acquire(buckets: list[Bucket], *, late: bool = False) -> None:
         entered[:] = [str(b.layout.unit) for b in buckets]
-        acquire(buckets)
+        acquire(buckets, late=late)
 
     gatherer.start, gatherer.drop, gatherer.acquire = spy_start, spy_drop, spy_acquire  # type: ignore[method-assign]
     for _ in range(3):
