@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -93,23 +93,22 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
 def _check_inner(optimizer: Optimizer, names: Mapping[int, str]) -> None:
     """Raise if `optimizer` steps through others, which would go on with parameters that get no gradients."""
     own = {id(group) for group in optimizer.param_groups}
+    for attribute, inner in _inner(optimizer):
+        for group in inner.param_groups:
+            found = [names[id(p)] for p in group["params"] if id(p) in names]
+            if found and id(group) not in own:
+                raise ValueError(
+                    f"{type(optimizer).__name__}.{attribute} is another optimizer ({type(inner).__name__}) with "
+                    f"groups of its own, which hold {found[0]!r}: only entries of the outer optimizer's "
+                    "param_groups become shards. Put the inner groups themselves (the same dicts) into it, or pass "
+                    "one optimizer"
+                )
+
+
+def _inner(optimizer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
+    """Optimizers that it holds, with the attribute: by themselves, in lists or in dicts."""
     for attribute, value in vars(optimizer).items():
-        held = (
-            value.values()
-            if isinstance(value, dict)
-            else value
-            if isinstance(value, list | tuple)
-            else [value]
-        )
-        for inner in held:
-            if not isinstance(inner, Optimizer):
-                continue
-            for group in inner.param_groups:
-                found = [names[id(p)] for p in group["params"] if id(p) in names]
-                if found and id(group) not in own:
-                    raise ValueError(
-                        f"{type(optimizer).__name__}.{attribute} is another optimizer ({type(inner).__name__}) with "
-                        f"groups of its own, which hold {found[0]!r}: only entries of the outer optimizer's "
-                        "param_groups become shards. Put the inner groups themselves (the same dicts) into it, or pass "
-                        "one optimizer"
-                    )
+        values = value.values() if isinstance(value, dict) else value
+        for inner in values if isinstance(values, Iterable) else [values]:
+            if isinstance(inner, Optimizer):
+                yield attribute, inner

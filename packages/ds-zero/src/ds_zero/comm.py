@@ -10,8 +10,8 @@ and the result depends on nothing but the inputs.
 On gloo, `all_gather_into_tensor` and `reduce_scatter_tensor` move each byte several times: for 32 MB of fp32
 on 2 ranks they took 2.8 and 9 times as long as sending each slice straight to the rank that needs it.
 Messages carry a tag of their own for gathering and for reducing, so the two never wait for each other's
-order. Between processes of one machine large slices do not travel at all: [Note: neighbours] in
-`ds_zero/neighbours.py`.
+order. Between processes of one machine that can read each other's memory nothing travels at all: [Note:
+neighbours] in `ds_zero/neighbours.py`.
 """
 
 from __future__ import annotations
@@ -190,6 +190,13 @@ class DirectAllGather:
 class OrderedReduceScatter:
     """[Note: ordered reduction] over [Note: direct exchange]."""
 
+    def __init__(self, neighbours: Neighbours | None = None) -> None:
+        self._neighbours = neighbours
+
+    def among(self, neighbours: Neighbours | None) -> OrderedReduceScatter:
+        """One that knows which ranks of the group are neighbours."""
+        return OrderedReduceScatter(neighbours)
+
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return _allocate(size, dtype=dtype, device=device)
 
@@ -202,7 +209,7 @@ class OrderedReduceScatter:
         async_op: bool = False,
     ) -> Work | None:
         parts = list(input.view(group.size(), -1))
-        work = _ordered(output, parts, group, op, REDUCE_TAG)
+        work = _ordered(output, parts, group, op, REDUCE_TAG, self._neighbours)
         if async_op:
             return work
         work.wait()
@@ -337,10 +344,10 @@ class Comm:
         self.reduced_bytes += (whole.numel() - out.numel()) * whole.element_size()
         if sizes is not None:
             return reduce_uneven(out, whole, sizes, ranks, op, REDUCE_TAG)
-        if type(self.reduce_scatter) is OrderedReduceScatter:
-            parts = list(whole.view(ranks.size, -1))
-            return _ordered(out, parts, ranks.group, op, REDUCE_TAG, ranks.neighbours)
-        return self.reduce_scatter(out, whole, ranks.group, op, async_op=True) or Done()
+        collective = self.reduce_scatter
+        if type(collective) is OrderedReduceScatter:  # what derives from it may do something else
+            collective = collective.among(ranks.neighbours)
+        return collective(out, whole, ranks.group, op, async_op=True) or Done()
 
     def takes_pieces(self, ranks: Ranks, device: torch.device) -> bool:
         """Whether `reduce_pieces` shall take the place of `reduce`: where messages go straight from rank to rank, and
