@@ -143,17 +143,27 @@ class StallWatch(Waiting):
     def _explained(self, error: RuntimeError) -> RuntimeError:
         if isinstance(error, RankOrderError) or not any(word in str(error) for word in _BROKEN):
             return error
+        said = str(error).splitlines()[0][:200]
+        try:
+            return RankOrderError(self._ask_around(said))
+        except (
+            RuntimeError
+        ):  # the process that had the store has ended meanwhile: what is known already has to do
+            return RankOrderError(lost({}, self._size, said))
+
+    def _ask_around(self, error: str) -> str:
+        """What all ranks together know about a connection that broke."""
         deadline = time.monotonic() + min(_ANSWER_S, self._timeout_s)
         self._say(blocked=True)
-        while self._verdict is None and self._read_verdict() is None:
+        while (verdict := self._read_verdict()) is None:
             found = self._heard()
             message = judge(found, self._size, patient=True)
             if message is not None:
-                return RankOrderError(message)
+                return message
             if time.monotonic() > deadline:
-                return RankOrderError(lost(found, self._size, str(error).splitlines()[0][:200]))
+                return lost(found, self._size, error)
             time.sleep(0.05)
-        return RankOrderError(self._verdict)
+        return verdict
 
     # --- the watching thread
 
