@@ -9,7 +9,7 @@ import torch
 
 from ds_offload import HostStore
 from ds_zero.interfaces import Reservation, ShardKey, ShardStore
-from ds_zero.store import ResidentStore
+from ds_zero.params.stores import ResidentStore
 
 STORES: list[Callable[[], ShardStore]] = [ResidentStore, HostStore]  # type: ignore[list-item]
 CPU = torch.device("cpu")

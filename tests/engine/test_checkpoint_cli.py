@@ -8,7 +8,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from ds_engine.cli import app
+from ds_engine.cli.main import app
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "deepspeed" / "stage3-bf16"
 

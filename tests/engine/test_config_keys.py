@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from ds_engine import sharding
+from ds_engine.build import zero as zero_section
 from ds_engine.config import ConfigError, load
 from ds_engine.config.built import BUILT, State, effectless, row_of
 from ds_engine.config.built.row import Row
@@ -22,35 +22,35 @@ HERE = Path(__file__).parent
 
 # Key that works, or section -> a test that fails when it is ignored.
 TESTED = {
-    "sparse_gradients": "test_accumulation.py::test_sparse_gradients_send_less_and_train_the_same",
+    "sparse_gradients": "training/test_accumulation.py::test_sparse_gradients_send_less_and_train_the_same",
     "zero_optimization.leaf_module.classes": "test_config_wiring.py::test_leaf_modules_by_class_name_and_suffix",
     "zero_optimization.leaf_module.names": "test_config_wiring.py::test_leaf_modules_by_class_name_and_suffix",
     "zero_optimization.leaf_module.name_suffixes": "test_config_wiring.py::test_leaf_modules_by_class_name_and_suffix",
     "train_batch_size": "test_batch.py::test_what_is_left_out_is_computed",
     "train_micro_batch_size_per_gpu": "test_batch.py::test_what_is_left_out_is_computed",
     "gradient_accumulation_steps": "test_batch.py::test_what_is_left_out_is_computed",
-    "optimizer.type": "test_optimizers.py::test_other_names",
-    "optimizer.params": "test_optimizers.py::test_adam_is_our_kernel_with_decoupled_decay",
-    "scheduler.type": "test_schedules.py::test_schedules_of_torch_by_name",
-    "scheduler.params": "test_schedules.py::test_warmup_linear",
+    "optimizer.type": "build/test_optimizer.py::test_other_names",
+    "optimizer.params": "build/test_optimizer.py::test_adam_is_our_kernel_with_decoupled_decay",
+    "scheduler.type": "schedules/test_schedules.py::test_schedules_of_torch_by_name",
+    "scheduler.params": "schedules/test_schedules.py::test_warmup_linear",
     "fp16.enabled": "test_fp16.py::test_fp16_trains_alike_at_every_stage",
-    "fp16.auto_cast": "test_precision.py::test_fp16_casts_inputs_only_where_it_is_asked_to",
-    "fp16.loss_scale": "test_precision.py::test_what_guards_a_step",
-    "fp16.initial_scale_power": "test_precision.py::test_what_guards_a_step",
-    "fp16.loss_scale_window": "test_precision.py::test_what_guards_a_step",
-    "fp16.hysteresis": "test_precision.py::test_what_guards_a_step",
-    "fp16.consecutive_hysteresis": "test_precision.py::test_what_guards_a_step",
-    "fp16.min_loss_scale": "test_precision.py::test_what_guards_a_step",
-    "bf16.enabled": "test_precision.py::test_bf16_casts_floating_tensors_wherever_they_are",
+    "fp16.auto_cast": "build/test_precision.py::test_fp16_casts_inputs_only_where_it_is_asked_to",
+    "fp16.loss_scale": "build/test_precision.py::test_what_guards_a_step",
+    "fp16.initial_scale_power": "build/test_precision.py::test_what_guards_a_step",
+    "fp16.loss_scale_window": "build/test_precision.py::test_what_guards_a_step",
+    "fp16.hysteresis": "build/test_precision.py::test_what_guards_a_step",
+    "fp16.consecutive_hysteresis": "build/test_precision.py::test_what_guards_a_step",
+    "fp16.min_loss_scale": "build/test_precision.py::test_what_guards_a_step",
+    "bf16.enabled": "build/test_precision.py::test_bf16_casts_floating_tensors_wherever_they_are",
     "bf16.check_grad_overflow": "test_fp16.py::test_bf16_without_the_check_takes_every_step",
     "bf16.bf16_optimizer_states": "test_fp16.py::test_bf16_states_take_half_the_memory",
     "torch_autocast.enabled": "test_fp16.py::test_autocast_equals_a_plain_loop_bit_by_bit",
-    "torch_autocast.dtype": "test_precision.py::test_what_guards_a_step",
+    "torch_autocast.dtype": "build/test_precision.py::test_what_guards_a_step",
     "torch_autocast.lower_precision_safe_modules": "test_fp16.py::test_autocast_equals_a_plain_loop_bit_by_bit",
     "data_types.grad_accum_dtype": "test_fp16.py::test_gradients_are_summed_in_the_dtype_asked_for",
-    "data_types.param_dtype": "test_precision.py::test_what_excludes_each_other_is_refused",
-    "data_types.buffer_dtype": "test_precision.py::test_buffers_take_their_dtypes",
-    "data_types.keep_in_fp32_modules": "test_precision.py::test_buffers_take_their_dtypes",
+    "data_types.param_dtype": "build/test_precision.py::test_what_excludes_each_other_is_refused",
+    "data_types.buffer_dtype": "build/test_precision.py::test_buffers_take_their_dtypes",
+    "data_types.keep_in_fp32_modules": "build/test_precision.py::test_buffers_take_their_dtypes",
     "gradient_clipping": "test_engine.py",
     "steps_per_print": "test_engine.py",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "../compat/test_engine.py::test_whole_weights",
@@ -58,20 +58,20 @@ TESTED = {
     "dump_state": "test_config_keys.py::test_dump_state_prints_every_setting",
     "vocabulary_size": "test_config_keys.py::test_a_vocabulary_that_tensor_cores_do_not_like",
     "data_parallel_size": "test_config_keys.py::test_data_parallel_size_is_the_number_of_ranks",
-    "dataloader_drop_last": "test_surprises.py::test_training_data_of_less_than_a_micro_batch_is_refused",
+    "dataloader_drop_last": "test_unexpected_use.py::test_training_data_of_less_than_a_micro_batch_is_refused",
     "checkpoint.keep_last": "test_checkpoint_engine.py",
     "activation_checkpointing": "test_engine.py::test_activation_checkpointing_follows_the_configuration",
-    "wall_clock_breakdown": "test_breakdown.py::test_the_engine_measures_its_parts_and_writes_curves",
-    "memory_breakdown": "test_breakdown.py::test_memory_is_written_after_each_part",
-    "tensorboard": "test_monitor.py::test_tensorboard",
-    "csv_monitor": "test_monitor.py::test_csv_has_a_file_for_each_name_and_goes_on_in_it",
-    "wandb": "test_monitor.py::test_wandb",
-    "comet": "test_monitor.py::test_comet_writes_every_so_many_samples",
+    "wall_clock_breakdown": "training/test_timing.py::test_the_engine_measures_its_parts_and_writes_curves",
+    "memory_breakdown": "training/test_timing.py::test_memory_is_written_after_each_part",
+    "tensorboard": "training/test_monitor.py::test_tensorboard",
+    "csv_monitor": "training/test_monitor.py::test_csv_has_a_file_for_each_name_and_goes_on_in_it",
+    "wandb": "training/test_monitor.py::test_wandb",
+    "comet": "training/test_monitor.py::test_comet_writes_every_so_many_samples",
     "seed": "test_engine.py",
-    "startup_summary": "test_summary.py::test_it_is_printed_once_and_can_be_silenced",
+    "startup_summary": "training/test_startup_summary.py::test_it_is_printed_once_and_can_be_silenced",
     "zero_optimization.stage": "test_config_keys.py::test_a_key_reaches_ds_zero",
     "zero_optimization.offload_optimizer.device": "test_config_keys.py::test_offload_chooses_the_store",
-    "zero_optimization.offload_optimizer.pin_memory": "test_compat.py::test_each_rule_refuses_its_job_and_says_why",
+    "zero_optimization.offload_optimizer.pin_memory": "test_rules.py::test_each_rule_refuses_its_job_and_says_why",
 }
 
 
@@ -232,7 +232,7 @@ def test_a_key_reaches_ds_zero(row: Row) -> None:
                     config = load(config_with(row.key, value, stage))
                 except ConfigError:
                     continue
-            made = sharding.options(config, config.batch(2), {}, torch.nn.Linear(1, 1))["config"]
+            made = zero_section.options(config, config.batch(2), {}, torch.nn.Linear(1, 1))["config"]
             seen.add(str(getattr(made, field)))
     assert len(seen) > 1, f"{row.key} does not change ZeroConfig.{field}"
 
@@ -240,7 +240,7 @@ def test_a_key_reaches_ds_zero(row: Row) -> None:
 def test_offload_chooses_the_store() -> None:
     def options(device: str) -> dict[str, Any]:
         config = load(config_with("zero_optimization.offload_optimizer.device", device))
-        return sharding.options(config, config.batch(1), {}, torch.nn.Linear(1, 1))
+        return zero_section.options(config, config.batch(1), {}, torch.nn.Linear(1, 1))
 
     assert "store" not in options("none")
     assert type(options("cpu")["store"]).__name__ == "HostStore"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ds_engine.compat import Job, check
 from ds_engine.config import load
 from ds_engine.config.auto import defaults
+from ds_engine.rules import Job, check
 
 TRAINER: dict[str, Any] = {
     "fp16": {

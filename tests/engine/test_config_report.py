@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from ds_engine.cli import app
+from ds_engine.cli.main import app
 from ds_engine.config import ConfigError, load
 from ds_engine.config.diff import diff
 from ds_engine.config.explain import explain

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 import ds_engine
 import ds_zero
-from ds_engine import sharding
+from ds_engine.build import zero as zero_section
 from ds_engine.config import load
 from engine import jobs
 from harness import ranks
@@ -124,7 +124,7 @@ def test_optimizers_of_whole_tensors_train_alike_at_every_stage(name: str) -> No
 
 def zero_config(model: torch.nn.Module, **keys: Any) -> ds_zero.ZeroConfig:
     settings = load(jobs.config(3, **at(3, **keys)))
-    found: ds_zero.ZeroConfig = sharding.options(settings, settings.batch(1), {}, model)["config"]
+    found: ds_zero.ZeroConfig = zero_section.options(settings, settings.batch(1), {}, model)["config"]
     return found
 
 

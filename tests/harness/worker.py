@@ -139,7 +139,7 @@ def _run_body(job: Job, body: Callable[..., None], arguments: dict[str, Any]) ->
 
 _MAY_STAY = frozenset(
     [
-        "ds_zero.stall",  # ends with the model that it watches, at the latest with the process group
+        "ds_zero.comm.watchdog",  # ends with the model that it watches, at the latest with the process group
         "tqdm_monitor",  # of torch.compile, for the life of the process
     ]
 )

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import ds_zero
 from ds_core import arena
 from ds_offload import HostStore
-from ds_zero.counted import counted_memory
+from ds_zero.predict.measured_memory import counted_memory
 
 VOCABULARY, TOKENS = 512, 64
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ds_zero
 from ds_core.optim import FusedAdam
 from ds_offload import CPUAdam, HostStore
-from ds_zero.comm import OrderedReduceScatter, TorchAllGather
+from ds_zero.comm.collectives import OrderedReduceScatter, TorchAllGather
 from harness import ranks
 from zero.models import Tiny, batch
 from zero.parity import Job, assert_same, sharded

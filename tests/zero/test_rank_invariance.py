@@ -14,8 +14,8 @@ from ds_offload import CPUAdam, HostStore
 from engine.jobs import on_ranks
 from harness import ranks
 from zero.models import Tiny, batch
+from zero.params.test_records import Memory, everyones
 from zero.parity import everywhere, world
-from zero.test_records import Memory, everyones
 
 MICRO_BATCHES = 8
 STEPS = 20

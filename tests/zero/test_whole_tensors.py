@@ -14,8 +14,8 @@ import ds_zero
 from ds_core.optim import FusedAdam, FusedLamb, Muon, muon_groups
 from harness import ranks
 from zero.models import Tiny, batch
+from zero.params.test_records import Memory, everyones
 from zero.parity import everywhere
-from zero.test_records import Memory, everyones
 
 STAGES = [0, 1, 2, 3]
 

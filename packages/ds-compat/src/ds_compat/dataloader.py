@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_engine.data import Loader as DeepSpeedDataLoader
-from ds_engine.data import RepeatingLoader
+from ds_engine.build.data import Loader as DeepSpeedDataLoader
+from ds_engine.build.data import RepeatingLoader
 
 __all__ = ["DeepSpeedDataLoader", "RepeatingLoader", "convert_to_random_ltd"]
 

@@ -23,9 +23,9 @@ from ds_compat.config import DeepSpeedConfig
 from ds_compat.logs import log_dist, logger
 from ds_compat.optimizer import wrap
 from ds_compat.settings import answer, of_config
+from ds_engine.build.data import Loader
+from ds_engine.build.optimizer import zero_grad
 from ds_engine.by_hand import scale_gradients, take_gradients
-from ds_engine.data import Loader
-from ds_engine.optimizers import zero_grad
 from ds_engine.whole import consolidated, save_weights
 
 _OWN = frozenset(

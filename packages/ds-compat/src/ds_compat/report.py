@@ -13,7 +13,7 @@ def main(hide_operator_status: bool = False, hide_errors_and_warnings: bool = Fa
     from ds_compat.builders import ALL_OPS
     from ds_compat.device import get_accelerator
     from ds_compat.names import VERSION
-    from ds_engine import doctor
+    from ds_engine.cli import doctor
 
     out = sys.stdout.write
     out(f"DeepSpeed names of {VERSION}, provided by ds-compat {ds_compat.__version__}\n")

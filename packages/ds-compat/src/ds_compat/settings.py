@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 import ds_engine
-from ds_engine.data import Loader
+from ds_engine.build.data import Loader
 
 if TYPE_CHECKING:
     from ds_compat.engine import DeepSpeedEngine

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ds_engine.checkpoint import CheckpointError, export, state_dict
-from ds_engine.sizes import parse_bytes
+from ds_engine.cli.sizes import parse_bytes
 
 
 def get_fp32_state_dict_from_zero_checkpoint(

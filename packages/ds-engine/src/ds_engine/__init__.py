@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ds_engine.checkpoint.errors import CheckpointError
     from ds_engine.config.errors import ConfigError
     from ds_engine.engine import Engine
-    from ds_engine.inference import InferenceEngine, init_inference
+    from ds_engine.inference.engine import InferenceEngine, init_inference
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,6 @@
 """`python -m ds_engine` is the command `ds`, for an interpreter whose scripts are not on PATH."""
 
-from ds_engine.cli import main
+from ds_engine.cli.main import main
 
 if __name__ == "__main__":
     main()

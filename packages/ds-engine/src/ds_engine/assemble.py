@@ -16,22 +16,24 @@ from torch.utils.data import Dataset, IterableDataset
 
 import ds_comm
 import ds_zero
-from ds_engine import compat, optimizers, schedules, sharding
-from ds_engine.accumulation import Accumulation
-from ds_engine.breakdown import Breakdown
+from ds_engine import rules, schedules
+from ds_engine.build import optimizer as optimizer_section
+from ds_engine.build import zero as zero_section
+from ds_engine.build.data import Loader
+from ds_engine.build.memory_check import warn_if_too_large
+from ds_engine.build.model_parallel import DataAxis, data_axis
+from ds_engine.build.precision import Precision
 from ds_engine.config import Batch, ConfigError, DsConfig
 from ds_engine.config import load as load_config
-from ds_engine.data import Loader
 from ds_engine.engine import Engine, Parts
-from ds_engine.foresight import warn_if_too_large
-from ds_engine.monitor import Monitor
-from ds_engine.mpu import DataAxis, data_axis
-from ds_engine.pacing import Pacing
-from ds_engine.precision import Precision
-from ds_engine.progress import Progress, to_stderr
 from ds_engine.sampling.build import order_of, sampling_of
 from ds_engine.sampling.tokens import TokenBatches
 from ds_engine.schedules import LRSchedule
+from ds_engine.training.accumulation import Accumulation
+from ds_engine.training.monitor import Monitor
+from ds_engine.training.pacing import Pacing
+from ds_engine.training.progress import Progress, to_stderr
+from ds_engine.training.timing import Breakdown
 
 if TYPE_CHECKING:
     from ds_engine.checkpoint.background import BackgroundSaver
@@ -77,7 +79,7 @@ def initialize(
         raise ConfigError(["there is none: pass config=, the path of a JSON file or a dict"])
     settings = load_config(config)
     # Before anything is started or moved: what can be refused is refused at once.
-    compat.check(_job(settings, optimizer, lr_scheduler))
+    rules.check(_job(settings, optimizer, lr_scheduler))
     pacing = Pacing(settings)
     world = ds_comm.start()
     axis = data_axis(mpu, world, settings)
@@ -90,7 +92,7 @@ def initialize(
     built = make_optimizer(settings, optimizer, model, model_parameters)
     # The schedule reads the rates of the groups, which sharding leaves alone; states come later, so nothing
     # is cut in two.
-    given = sharding.options(settings, batch, precision.zero_options(model), model, world)
+    given = zero_section.options(settings, batch, precision.zero_options(model), model, world)
     warn_if_too_large(model, built, settings, given["config"], world, axis.size)
     # What ds_zero.deferred_init has put off comes into being here, on the default device.
     with world.device if deferred else contextlib.nullcontext():
@@ -149,12 +151,12 @@ def _announce(engine: Engine, settings: DsConfig) -> None:
 
         to_stderr(table(explain(settings, ranks=engine.world.world_size)))
     if settings.startup_summary:
-        from ds_engine.summary import render
+        from ds_engine.training.startup_summary import render
 
         to_stderr(render(engine))
 
 
-def _job(settings: DsConfig, optimizer: object, lr_scheduler: object) -> compat.Job:
+def _job(settings: DsConfig, optimizer: object, lr_scheduler: object) -> rules.Job:
     passed: type | None = None
     if isinstance(optimizer, Optimizer):
         passed = type(optimizer)
@@ -162,7 +164,7 @@ def _job(settings: DsConfig, optimizer: object, lr_scheduler: object) -> compat.
         passed = optimizer if inspect.isclass(optimizer) else None
     name = passed.__name__ if passed is not None else None if optimizer is None else "function"
     homes = {base.__module__.split(".")[0] for base in passed.__mro__} if passed is not None else set()
-    return compat.Job(
+    return rules.Job(
         config=settings,
         optimizer=name,
         host_optimizer="ds_offload" in homes,
@@ -207,7 +209,7 @@ def make_optimizer(
             ]
         )
     on_host = settings.zero_optimization.offload_optimizer.device == "cpu"
-    return optimizers.build(
+    return optimizer_section.build(
         settings.optimizer.type,
         settings.optimizer.params,
         parameters,

@@ -15,22 +15,22 @@ from torch.optim import Optimizer
 
 import ds_zero
 from ds_comm import World
-from ds_engine import breakdown
-from ds_engine.accumulation import Accumulation
-from ds_engine.breakdown import Breakdown
+from ds_engine.build.data import Loader
+from ds_engine.build.model_parallel import DataAxis
+from ds_engine.build.optimizer import zero_grad
+from ds_engine.build.precision import Precision, Unguarded
 from ds_engine.config.batch import Batch
 from ds_engine.config.model import DsConfig
-from ds_engine.data import Loader
-from ds_engine.generation import generate_of
-from ds_engine.monitor import Monitor
-from ds_engine.mpu import DataAxis
-from ds_engine.optimizers import zero_grad
-from ds_engine.pacing import Pacing
-from ds_engine.precision import Precision, Unguarded
-from ds_engine.progress import Progress, StepReport
+from ds_engine.inference.generation import generate_of
 from ds_engine.sampling.build import lr_scaling_of
 from ds_engine.sampling.tokens import rate_factor, scaled_rates
 from ds_engine.schedules import LRSchedule
+from ds_engine.training import timing
+from ds_engine.training.accumulation import Accumulation
+from ds_engine.training.monitor import Monitor
+from ds_engine.training.pacing import Pacing
+from ds_engine.training.progress import Progress, StepReport
+from ds_engine.training.timing import Breakdown
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -108,7 +108,7 @@ class Engine:
         self._refuse_if_away("forward", ("lp_params",))
         if self.module.training:
             kwargs |= self.pacing.arguments(self.global_steps)
-        forward = self._breakdown.part(breakdown.FORWARD)
+        forward = self._breakdown.part(timing.FORWARD)
         with forward, self.precision.around_forward(self.world.device.type):
             return self.module(*self.precision.cast(args), **self.precision.cast(kwargs))
 
@@ -138,7 +138,7 @@ class Engine:
             )
         part = loss / self.accumulation.steps if scale_wrt_gas else loss
         self.accumulation.arrived += 1
-        with self._breakdown.part(breakdown.BACKWARD):
+        with self._breakdown.part(timing.BACKWARD):
             self.scaler.scale(part).backward(retain_graph=retain_graph)
         if self.monitor.enabled:
             self._loss = part.detach() if self._loss is None else self._loss + part.detach()
@@ -169,7 +169,7 @@ class Engine:
         self._applied = False
         with self.accumulation.ending() as boundary:
             if boundary:
-                with self._breakdown.part(breakdown.STEP):
+                with self._breakdown.part(timing.STEP):
                     report = self._update(lr_kwargs or {})
                 self._tell(report)
 
@@ -404,7 +404,7 @@ class Engine:
         Raises:
             ValueError: an unknown state or device.
         """
-        from ds_engine.away import send_away
+        from ds_engine.build.offload_states import send_away
 
         self.reload_states()
         if self.background is not None:

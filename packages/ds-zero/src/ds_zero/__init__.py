@@ -2,30 +2,30 @@
 states.
 """
 
-from ds_zero.access import full_state_dict, gathered
-from ds_zero.away import Away
-from ds_zero.comm import Comm
+from ds_zero.api.loop import clip_grad_norm_, destroy, grad_norm, no_sync
+from ds_zero.api.memory import MemoryReport, Summary, describe, memory
+from ds_zero.api.shard import shard
+from ds_zero.comm.collectives import Comm
+from ds_zero.comm.order import RankOrderError
+from ds_zero.comm.topology import MeshFor, ModelParallel, cut_by_model_parallelism
 from ds_zero.config import ZeroConfig
-from ds_zero.counted import counted_memory
-from ds_zero.deferred import deferred_init
-from ds_zero.deviation import Difference, Verification
-from ds_zero.forecast import PhaseMemory, Plan, Remedy
-from ds_zero.memory import MemoryReport, Summary, describe, memory
-from ds_zero.norms import squared_norm, total_norm
-from ds_zero.order import RankOrderError
-from ds_zero.parallel import MeshFor, ModelParallel, cut_by_model_parallelism
-from ds_zero.pending import GradNorm
-from ds_zero.plan import plan
-from ds_zero.presence import Presence, presence
-from ds_zero.records import ShardRecord, group_names, load_records, records
-from ds_zero.scaler import DynamicScale, LossScaleError, LossScaler
-from ds_zero.shard import shard
-from ds_zero.state_dicts import load_full_state_dict
-from ds_zero.store import ResidentStore
-from ds_zero.train import clip_grad_norm_, destroy, grad_norm, no_sync
-from ds_zero.units import set_leaf_modules
-from ds_zero.values import get_full, get_local, local_range, set_full, set_local, update_full_grads
-from ds_zero.verify import verify
+from ds_zero.layout.units import set_leaf_modules
+from ds_zero.params.access import get_full, get_local, local_range, set_full, set_local, update_full_grads
+from ds_zero.params.deferred import deferred_init
+from ds_zero.params.gathered import full_state_dict, gathered
+from ds_zero.params.offload_states import Away
+from ds_zero.params.records import ShardRecord, group_names, load_records, records
+from ds_zero.params.state_dict import load_full_state_dict
+from ds_zero.params.status import Presence, presence
+from ds_zero.params.stores import ResidentStore
+from ds_zero.predict.measured_memory import counted_memory
+from ds_zero.predict.plan import plan
+from ds_zero.predict.report import PhaseMemory, Plan, Remedy
+from ds_zero.prove.deviation import Difference, Verification
+from ds_zero.prove.verify import verify
+from ds_zero.runtime.gradients.grad_scale import GradNorm
+from ds_zero.runtime.gradients.loss_scaler import DynamicScale, LossScaleError, LossScaler
+from ds_zero.runtime.gradients.norms import squared_norm, total_norm
 
 __version__ = "0.1.0"
 

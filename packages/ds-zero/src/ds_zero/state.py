@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ds_zero.bucket import Bucket
-from ds_zero.comm import Comm
+from ds_zero.comm.collectives import Comm
+from ds_zero.comm.ranks import Ranks
+from ds_zero.comm.watchdog import Waiting
 from ds_zero.config import ZeroConfig
-from ds_zero.gather import Gatherer
-from ds_zero.hooks import ModuleHooks
 from ds_zero.interfaces import Norms, ShardStore
-from ds_zero.norms import combine
-from ds_zero.opened import OpenGather
-from ds_zero.ranks import Ranks
-from ds_zero.reduce import Reducer
-from ds_zero.stall import Waiting
-from ds_zero.step import Stepper
+from ds_zero.params.gathered_context import OpenGather
+from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.gathering.gather import Gatherer
+from ds_zero.runtime.gathering.module_hooks import ModuleHooks
+from ds_zero.runtime.gradients.norms import combine
+from ds_zero.runtime.gradients.reduce import Reducer
+from ds_zero.runtime.step import Stepper
 
 if TYPE_CHECKING:
-    from ds_zero.scaler import LossScaler
+    from ds_zero.runtime.gradients.loss_scaler import LossScaler
 
 
 class Removable(Protocol):

@@ -1,4 +1,4 @@
-"""Settings of one file that exclude each other, whatever the job; `ds_engine.compat` has those that depend on it."""
+"""Settings of one file that exclude each other, whatever the job; `ds_engine.rules` has those that depend on it."""
 
 from __future__ import annotations
 

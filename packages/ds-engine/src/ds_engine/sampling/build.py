@@ -8,11 +8,11 @@ from ds_engine.config.batch import Batch
 from ds_engine.config.data_efficiency import DataSamplingConfig
 from ds_engine.config.errors import ConfigError
 from ds_engine.config.model import DsConfig
-from ds_engine.pacing import schedule
 from ds_engine.sampling.curriculum import Criterion, CurriculumOrder
 from ds_engine.sampling.index import open_index, open_values
 from ds_engine.sampling.order import Order
 from ds_engine.sampling.tokens import Packing, Scaling, TokenBatches
+from ds_engine.training.pacing import schedule
 
 _WHERE = "data_efficiency.data_sampling"
 

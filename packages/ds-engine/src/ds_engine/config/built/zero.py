@@ -67,7 +67,7 @@ ROWS: tuple[Row, ...] = (
     works(
         f"{_OFFLOAD}.pin_memory",
         "ds-offload",
-        "ds_engine.compat",
+        "ds_engine.rules",
         only=_on_host,
         otherwise="nothing rests in host memory",
     ),
@@ -86,7 +86,7 @@ ROWS: tuple[Row, ...] = (
         "DeepSpeedEngine.save_16bit_model() and Accelerate",
         **_STAGE3,
     ),
-    works(f"{_ZERO}.leaf_module", "ds-zero", "ds_engine.sharding.leaf_modules", **_STAGE3),
+    works(f"{_ZERO}.leaf_module", "ds-zero", "ds_engine.build.zero.leaf_modules", **_STAGE3),
     later(f"{_ZERO}.mics_hierarchical_params_gather", "ds-zero", "gathering inside nodes first"),
     later(f"{_ZERO}.zero_quantized_weights", "ds-comm", "gathering parameters as int8"),
     later(f"{_ZERO}.zero_quantized_nontrainable_weights", "ds-comm", "frozen parameters as int8"),

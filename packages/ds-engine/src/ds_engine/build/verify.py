@@ -1,0 +1,223 @@
+"""`verify`: a configuration trained by the engine and by plain PyTorch, step by step beside each other."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset
+
+import ds_comm
+import ds_zero
+from ds_core.kernels import squared_norm
+from ds_engine.build import zero as zero_section
+from ds_engine.assemble import initialize, make_optimizer, make_schedule
+from ds_engine.config import DsConfig
+from ds_engine.config.batch import Batch
+from ds_engine.engine import Engine
+from ds_engine.training.pacing import Pacing
+from ds_engine.build.precision import Precision
+from ds_zero.prove.lockstep import Batches
+from ds_zero.predict.remedies import batch_size
+from ds_zero.prove.reference_training import Recipe, own_randomness, seed_everything
+from ds_zero.prove.verify import default_model_loss, run
+
+Factory = Callable[[], Any]
+
+
+def verify(
+    settings: DsConfig,
+    factory: Factory,
+    batches: Batches | Dataset[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    steps: int = 3,
+    optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+    lr_scheduler: Callable[[Optimizer], Any] | None = None,
+    bitwise: bool = False,
+    seed: int = 0,
+) -> ds_zero.Verification:
+    """Train `steps` steps with an engine and in plain PyTorch; where do they first differ? Collective, as
+    `ds_zero.verify`, which explains what is compared and what is allowed.
+
+    Args:
+        factory: makes the model, or the model and example inputs of one forward (as for `ds plan`); always the same
+            values after the same `torch.manual_seed`.
+        batches: micro-batches, as for `ds_zero.verify`; or a data set, whose samples are collated. None: made from the
+            example inputs: normal numbers where those are floating-point, else their own elements, shuffled.
+        loss: from the engine and a micro-batch to a scalar; default: the micro-batch is what the model is called with.
+        optimizer: makes the optimizer, where the configuration has none.
+        lr_scheduler: makes the schedule, where the configuration has none.
+        bitwise: whether only bitwise equality is `ok`.
+        seed: of weights and random numbers.
+
+    Raises:
+        ConfigError: a mistake in the configuration.
+        ValueError: a factory, micro-batches or settings that cannot work.
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: give 1 or more")
+    with own_randomness():
+        world = ds_comm.start()
+        batch = settings.batch(world.world_size)
+        precision = Precision.of(settings, world.device.type)
+        seed_everything(seed)
+        model, inputs = _made(factory)
+        stream = _batches(batches, inputs, batch)
+
+        def make() -> tuple[nn.Module, Optimizer]:
+            plain, _ = _made(factory)
+            plain.to(world.device)
+            return plain, make_optimizer(settings, optimizer, plain, None)
+
+        recipe = Recipe(
+            make=make,
+            loss=loss or default_model_loss,
+            config=lambda module: zero_section.zero_config(
+                settings, batch, precision.zero_options(module), module
+            ),
+            stage=settings.zero_optimization.stage,
+            ranks=world.world_size,
+            micro_batches=batch.steps,
+            clip=settings.gradient_clipping if settings.gradient_clipping > 0 else math.inf,
+            scale=precision.loss_scale,
+            schedule=lambda built: make_schedule(settings, lr_scheduler, built),
+            norms=squared_norm,
+            dress=lambda module, done: _Plain(module, precision, Pacing(settings), world.device.type, done),
+            finish=precision.cast_buffers,
+            masters=torch.device("cpu") if _on_host(settings) and world.device.type != "cpu" else None,
+            seed=seed,
+        )
+        engine, *_ = initialize(model, _quiet(settings), optimizer=optimizer, lr_scheduler=lr_scheduler)
+        with engine:
+            what = f"{type(model).__name__} by this configuration ({_words(settings, precision, batch)})"
+            return run(
+                _Trained(engine, recipe),
+                recipe,
+                stream,
+                steps=steps,
+                bitwise=bitwise,
+                made=model,
+                what=what,
+            )
+
+
+class _Trained:
+    """An engine as a candidate."""
+
+    def __init__(self, engine: Engine, recipe: Recipe) -> None:
+        self._engine, self._recipe = engine, recipe
+        self.model = engine.module
+        self.norm = math.nan
+
+    def micro_batch(self, batch: Any) -> float:
+        loss = self._recipe.loss(self._engine, batch)
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+        return loss.item()
+
+    def step(self) -> None:
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        self.norm = math.nan if norm is None else norm
+
+
+class _Plain:
+    """What a loss function is given in the plain training: a model that casts as the engine does."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        precision: Precision,
+        pacing: Pacing,
+        device_type: str,
+        steps: Callable[[], int],
+    ) -> None:
+        self.module = module
+        self._precision, self._pacing, self._device_type, self._steps = precision, pacing, device_type, steps
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.module.training:
+            kwargs |= self._pacing.arguments(self._steps())
+        with self._precision.around_forward(self._device_type):
+            return self.module(*self._precision.cast(args), **self._precision.cast(kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["module"], name)
+
+
+def _made(factory: Factory) -> tuple[nn.Module, Any]:
+    """What the factory makes.
+
+    Raises:
+        ValueError: it makes no model.
+    """
+    made = factory()
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"the factory returned a {type(model).__name__}: it has to return a model, or (model, inputs)"
+        )
+    return model, inputs
+
+
+def _batches(given: Batches | Dataset[Any] | None, inputs: Any, batch: Batch) -> Batches:
+    if isinstance(given, Dataset):
+        return DataLoader(given, batch_size=batch.micro, drop_last=True)
+    if given is not None:
+        return given
+    if inputs is None:
+        raise ValueError(
+            "there are no micro-batches: give a function that makes them (--batches), or let the factory return "
+            "(model, inputs)"
+        )
+    size = batch_size(inputs)
+    if size == 0:
+        raise ValueError(
+            "the example inputs have no first dimension in common, so micro-batches cannot be made from them: give a "
+            "function that makes them (--batches)"
+        )
+    return (_like(inputs, batch.micro, number) for number in itertools.count())
+
+
+def _like(inputs: Any, size: int, number: int) -> Any:
+    """Inputs of the same shapes and another first dimension."""
+    generator = torch.Generator().manual_seed(number)
+
+    def one(example: Tensor) -> Tensor:
+        shape = (size, *example.shape[1:])
+        if example.is_floating_point():
+            return torch.randn(shape, generator=generator).to(example.dtype)
+        flat = example.detach().cpu().reshape(-1)
+        chosen = torch.randint(flat.numel(), (math.prod(shape),), generator=generator)
+        return flat[chosen].view(shape)
+
+    return tree_map_only(Tensor, one, inputs)
+
+
+def _quiet(settings: DsConfig) -> DsConfig:
+    """The same training without its records: it is a trial, not a run."""
+    nothing = {
+        name: type(getattr(settings, name))() for name in ("csv_monitor", "tensorboard", "wandb", "comet")
+    }
+    off = dict.fromkeys(("startup_summary", "wall_clock_breakdown", "memory_breakdown", "dump_state"), False)
+    return settings.model_copy(update={**nothing, **off, "steps_per_print": None})
+
+
+def _on_host(settings: DsConfig) -> bool:
+    return settings.zero_optimization.offload_optimizer.device == "cpu"
+
+
+def _words(settings: DsConfig, precision: Precision, batch: Batch) -> str:
+    ranks = f"{batch.ranks} rank{'s' * (batch.ranks != 1)}"
+    return (
+        f"stage {settings.zero_optimization.stage}, {ranks}, micro-batches of {batch.micro} x {batch.steps} a step; "
+        f"{precision}{'; optimizer on the host' if _on_host(settings) else ''}"
+    )

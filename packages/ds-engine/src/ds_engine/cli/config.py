@@ -1,0 +1,100 @@
+"""`ds config`: check, explain and compare configurations without starting anything."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ds_engine.config.model import DsConfig
+
+app = typer.Typer(
+    name="config",
+    help="Check, explain and compare ds_config.json files.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+File = Annotated[str, typer.Argument(help="A ds_config.json.")]
+Ranks = Annotated[
+    int | None, typer.Option("--ranks", "-n", min=1, help="Data-parallel ranks, for the batch sizes.")
+]
+
+
+@app.command()
+def check(file: File, ranks: Ranks = None) -> None:
+    """Find every mistake; the exit code is 0 where there is none, 1 otherwise."""
+    from ds_engine.config.built import effectless
+
+    config = _load(file, ranks)
+    for path, why in effectless(config).items():
+        print(f"note: {path} has no effect: {why}")
+    for path in config.origin.autos:
+        print(f'note: {path} is "auto": an integration has to fill it in, or its default is taken')
+    print(f"{file} is fine")
+
+
+@app.command()
+def explain(
+    file: File,
+    ranks: Ranks = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also what was left to defaults.")] = False,
+) -> None:
+    """Show every value, and who set it: a line of the file, a default, an equation, or nothing yet ("auto")."""
+    from ds_engine.config.explain import explain as settings
+    from ds_engine.config.explain import table
+
+    print(table(settings(_load(file, ranks), ranks=ranks, defaults=everything)))
+
+
+@app.command()
+def diff(first: File, second: File, ranks: Ranks = None) -> None:
+    """Show what two files do differently; the exit code is 0 where they mean the same, 1 otherwise."""
+    from ds_engine.config.diff import diff as differences
+
+    found = differences(_load(first, ranks), _load(second, ranks), ranks=ranks)
+    for item in found:
+        print(f"{item.path}: {json.dumps(item.first, default=str)} -> {json.dumps(item.second, default=str)}")
+    if not found:
+        print("they mean the same")
+    raise typer.Exit(1 if found else 0)
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The reference page instead.")] = False,
+) -> None:
+    """Print a JSON schema of all keys, for editors."""
+    if markdown:
+        from ds_engine.config.reference import reference
+
+        print(reference(), end="")
+    else:
+        from ds_engine.config.json_schema import json_schema
+
+        print(json.dumps(json_schema(), indent=2))
+
+
+def _load(file: str, ranks: int | None) -> DsConfig:
+    """The configuration with its warnings printed; ends the program where there are mistakes."""
+    from ds_engine import rules
+    from ds_engine.config import ConfigError, load
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            config = load(file)
+            # What integrations fill in may still be "auto" in a file.
+            rules.check(rules.Job(config=config), autos_may_stay=True)
+            if ranks is not None:
+                config.batch(ranks)
+        except (ConfigError, FileNotFoundError) as error:
+            print(error, file=sys.stderr)
+            raise typer.Exit(1) from None
+    for warning in said:
+        print(f"warning: {warning.message}", file=sys.stderr)
+    return config

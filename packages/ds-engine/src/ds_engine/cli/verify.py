@@ -1,0 +1,152 @@
+"""`ds verify`: the verdict, or what is wrong in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_PLACED = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+"""What launchers leave in the environment: then this process is a rank already."""
+
+
+Config = Annotated[str, typer.Option("--config", help="A ds_config.json.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="package.module:function or file.py:function that makes the model, or (model, inputs).",
+    ),
+]
+Batches = Annotated[
+    str | None,
+    typer.Option(
+        "--batches",
+        help="The same for micro-batches: a list, a data set or a data loader. Default: made from the inputs.",
+    ),
+]
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        "--loss", help="A function from (model, micro-batch) to the loss. Default: what the model returns."
+    ),
+]
+Ranks = Annotated[
+    int | None,
+    typer.Option(
+        "--ranks", "-n", min=1, help="Processes to start here. Default: as `ds run`, or those of a launcher."
+    ),
+]
+Steps = Annotated[int, typer.Option("--steps", "-k", min=1, help="Optimizer steps.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of weights and random numbers.")]
+Bitwise = Annotated[
+    bool, typer.Option("--bitwise", help="Let only bitwise equality pass, not also what rounding explains.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")]
+
+
+def verify(
+    config: Config,
+    model: Model,
+    batches: Batches = None,
+    loss: Loss = None,
+    ranks: Ranks = None,
+    steps: Steps = 3,
+    seed: Seed = 0,
+    bitwise: Bitwise = False,
+    as_json: Json = False,
+    out: Annotated[str | None, typer.Option("--out", hidden=True)] = None,
+) -> None:
+    """Train a few steps with this configuration and in plain PyTorch, and say where they first differ.
+
+    The exit code is 0 where they are the same, bitwise or to what rounding explains; 1 where they are not; 2 where it
+    could not be found out.
+    """
+    wanted = {
+        "config": config,
+        "model": model,
+        "batches": batches,
+        "loss": loss,
+        "steps": steps,
+        "seed": seed,
+    }
+    if ranks == 1 or "RANK" in os.environ or (ranks is None and any(name in os.environ for name in _PLACED)):
+        told = _judge(wanted, bitwise, ranks)
+    else:
+        told = _start(wanted, bitwise, ranks)
+    if out is not None:
+        _leave(Path(out), told)
+    elif "error" in told:
+        typer.echo(f"ds verify: {told['error']}", err=True)
+    elif told["rank"] == 0:
+        typer.echo(told["json"] if as_json else told["text"])
+    raise typer.Exit(0 if out is not None and "error" not in told else told["code"])
+
+
+def _judge(wanted: Mapping[str, Any], bitwise: bool, ranks: int | None) -> dict[str, Any]:
+    """What this rank finds, ready to be told."""
+    from ds_engine.build.plan import load_factory
+    from ds_engine.build.verify import verify as judge
+    from ds_engine.config import ConfigError, load
+
+    try:
+        there = int(os.environ.get("WORLD_SIZE", "1"))
+        if ranks is not None and ranks != there:
+            raise ValueError(f"--ranks {ranks}, but the launcher has started {there}: leave --ranks out")
+        settings = load(wanted["config"])
+        made = load_factory(wanted["batches"]) if wanted["batches"] is not None else None
+        loss: Any = load_factory(wanted["loss"]) if wanted["loss"] is not None else None
+        found = judge(
+            settings,
+            load_factory(wanted["model"]),
+            None if made is None else made(),
+            loss,
+            steps=wanted["steps"],
+            bitwise=bitwise,
+            seed=wanted["seed"],
+        )
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        return {"error": str(error), "code": 2}
+    except Exception as error:  # noqa: BLE001  (the exit code 1 of an exception would say that trainings differ)
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error} (see above)", "code": 2}
+    rank = int(os.environ.get("RANK", "0"))
+    return {"text": str(found), "json": found.to_json(), "code": 0 if found.ok else 1, "rank": rank}
+
+
+def _start(wanted: Mapping[str, Any], bitwise: bool, ranks: int | None) -> dict[str, Any]:
+    """What ranks of our own find."""
+    from ds_engine.launch.local import launch
+    from ds_engine.launch.plan import LaunchError
+
+    said: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="ds-verify-") as folder:
+        out = Path(folder) / "found.json"
+        arguments = ["verify", "--out", str(out), *(["--bitwise"] if bitwise else [])]
+        for name, value in wanted.items():
+            arguments += [f"--{name}", str(value)] if value is not None else []
+        try:
+            code = launch("ds_engine", arguments, nproc=ranks, module=True, say=said.append)
+        except LaunchError as error:
+            return {"error": str(error), "code": 2}
+        if out.is_file():
+            found: dict[str, Any] = json.loads(out.read_text())
+            return found
+    return {"error": "\n".join(["no rank came to an end", *said]), "code": code if code > 1 else 2}
+
+
+def _leave(out: Path, told: Mapping[str, Any]) -> None:
+    """For the process that started the ranks: rank 0's verdict, or the first error."""
+    if "error" not in told and told["rank"] != 0:
+        return
+    partial = out.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(told))
+    with contextlib.suppress(FileExistsError):
+        os.link(partial, out)

@@ -1,0 +1,5 @@
+"""Models that only answer: `init_inference` and generation."""
+
+from ds_engine.inference.engine import InferenceEngine, init_inference
+
+__all__ = ["InferenceEngine", "init_inference"]

@@ -1,0 +1,148 @@
+"""`init_inference`: a model that only answers, whole on every rank or divided among them."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import ds_comm
+import ds_zero
+from ds_engine import rules
+from ds_engine.build import zero as zero_section
+from ds_engine.checkpoint import weights
+from ds_engine.config import ConfigError
+from ds_engine.config import load as load_config
+from ds_engine.config.inference import InferenceConfig, read_inference
+from ds_engine.inference.generation import generate_of
+
+
+def init_inference(
+    model: nn.Module,
+    config: str | os.PathLike[str] | Mapping[str, Any] | InferenceConfig | None = None,
+    **settings: Any,
+) -> InferenceEngine:
+    """An engine that runs `model` without gradients. Starts the process group if none stands; every rank
+    calls it alike.
+
+    With `zero={"stage": 3}`, with `tensor_parallel={"tp_size": N}`, or where the model was constructed under
+    `deferred_init(stage=3)`, the parameters are divided, and gathered module by module while it runs: a model that no
+    rank can hold needs 1/N of its memory on each of N ranks. Layers themselves are not cut.
+
+    Args:
+        config: path of a JSON file, or a dict; see `InferenceConfig`.
+        settings: the same keys, as arguments.
+
+    Raises:
+        ConfigError: a mistake in the configuration, or a key whose loss would change results.
+        CheckpointError, FileNotFoundError: weights that are damaged, do not fit, or are not there.
+    """
+    found = config if isinstance(config, InferenceConfig) else read_inference(merged(config, settings))
+    world = ds_comm.start()
+    waiting = any(p.is_meta and ds_zero.presence(p) is not None for p in model.parameters())
+    if not waiting and any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "the model has parameters on the meta device that have no values: construct it under "
+            "ds_zero.deferred_init(stage=3), or deepspeed.zero.Init() in code for DeepSpeed"
+        )
+    model.eval().requires_grad_(False)
+    if found.dtype is not None and not waiting:
+        model.to(found.dtype)
+    if world.device.type != "cpu" and not waiting and not found.keep_module_on_host:
+        model.to(world.device)
+    sharded = _divide(model, found, world, waiting)
+    if found.checkpoint is not None:
+        with weights.open_weights(found.checkpoint, found.base_dir) as stored:
+            weights.fill(model, stored)
+    return InferenceEngine(model, found, sharded=sharded)
+
+
+def merged(
+    config: str | os.PathLike[str] | Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One dict of both.
+
+    Raises:
+        ValueError: a key with two values.
+    """
+    given: dict[str, Any] = {}
+    if isinstance(config, (str, os.PathLike)):
+        given |= json.loads(Path(config).read_text(encoding="utf-8"))
+    elif config is not None:
+        given |= config
+    for key, value in settings.items():
+        if key in given and given[key] != value:
+            raise ValueError(f"Conflicting argument '{key}' in 'config':{given[key]} and kwargs:{value}")
+    return given | dict(settings)
+
+
+def _divide(model: nn.Module, found: InferenceConfig, world: ds_comm.World, waiting: bool) -> bool:
+    """Shard the parameters where that is wanted; whether it was."""
+    section = dict(found.zero)
+    stage, copy = section.get("stage", 0), found.copy_ranks
+    if world.world_size % copy:
+        raise ConfigError([f"tensor_parallel.tp_size {copy} does not divide {world.world_size} ranks"])
+    if stage in (1, 2):
+        warnings.warn(
+            f"init_inference: zero.stage {stage} divides nothing that inference has: 3 would", stacklevel=3
+        )
+    if not waiting and stage != 3 and copy == 1:
+        return False
+    section["stage"] = 3
+    if copy > 1:
+        section.setdefault("mics_shard_size", copy)
+    settings = load_config({"train_micro_batch_size_per_gpu": 1, "zero_optimization": section})
+    rules.check(rules.Job(config=settings, optimizer="SGD"))
+    dtypes = {"param_dtype": found.dtype}
+    options = zero_section.options(settings, settings.batch(world.world_size), dtypes, model, world)
+    with world.device:
+        ds_zero.shard(model, torch.optim.SGD([{"params": []}], lr=0.0), 3, **options)
+    if found.dtype is not None:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.to(found.dtype)
+    return True
+
+
+class InferenceEngine(nn.Module):
+    """Runs a module without gradients. Attributes that it does not have are looked up in the module."""
+
+    module: nn.Module
+
+    def __init__(self, module: nn.Module, config: InferenceConfig, *, sharded: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.inference_config = config
+        self.sharded = sharded
+        """Whether the parameters are divided among ranks: then all of them run it at the same time."""
+        self.training = False  # as the module is
+
+    @torch.no_grad()
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward."""
+        return self.module(*args, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own `generate`; ranks may finish at different lengths."""
+        return generate_of(self.module)(*args, **kwargs)
+
+    def destroy(self) -> None:
+        """Undo the sharding: the module is an ordinary one again, whole on every rank. Safe to call twice."""
+        if self.sharded:
+            self.sharded = False
+            ds_zero.destroy(self.module)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+        return getattr(self.module, name)

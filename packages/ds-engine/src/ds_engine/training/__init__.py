@@ -1,0 +1,1 @@
+"""What runs in the engine's loop beside the optimizer: accumulation, pacing, progress, curves, timing."""

@@ -1,0 +1,176 @@
+"""Where curves go: CSV files, TensorBoard, Weights & Biases, Comet."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ds_engine.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ds_engine.config.model import DsConfig
+    from ds_engine.training.progress import StepReport
+
+Event = tuple[str, float, int]
+"""Name, value, and where on the x axis: samples seen, for what the engine writes."""
+
+LOSS = "Train/Samples/train_loss"
+LR = "Train/Samples/lr"
+LOSS_SCALE = "Train/Samples/loss_scale"
+GRAD_NORM = "Train/Samples/grad_norm"
+TIME = "Train/Samples/elapsed_time_ms_"
+
+
+class Writer(Protocol):
+    """One place for curves."""
+
+    def write(self, events: Sequence[Event]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class CsvWriter:
+    """One file for each name, `<folder>/<name with _ for />.csv`, with a header and a line for each value."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+
+    def write(self, events: Sequence[Event]) -> None:
+        for name, value, at in events:
+            plain = name.replace("/", "_")
+            path = self.folder / f"{plain}.csv"
+            # Opened for each line: what was written is there when the job is killed, and others may look at it.
+            with path.open("a", newline="") as file:
+                writer = csv.writer(file)
+                if file.tell() == 0:
+                    writer.writerow(["step", plain])
+                writer.writerow([at, value])
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class TensorBoardWriter:
+    """Event files in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        module = _import("torch.utils.tensorboard", "tensorboard", "tensorboard")
+        self._writer = module.SummaryWriter(log_dir=str(folder))
+
+    def write(self, events: Sequence[Event]) -> None:
+        for name, value, at in events:
+            self._writer.add_scalar(name, value, at)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbWriter:
+    """A run of Weights & Biases."""
+
+    def __init__(self, *, project: str, group: str | None, team: str | None) -> None:
+        self._module = _import("wandb", "wandb", "wandb")
+        self._run = self._module.init(project=project, group=group, entity=team)
+
+    def write(self, events: Sequence[Event]) -> None:
+        # One call for each x: a later one with a smaller x would be dropped.
+        for at in sorted({at for _, _, at in events}):
+            self._run.log({name: value for name, value, x in events if x == at}, step=at)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class CometWriter:
+    """An experiment of Comet's."""
+
+    def __init__(self, *, every: int, options: dict[str, Any]) -> None:
+        module = _import("comet_ml", "comet", "comet_ml")
+        name = options.pop("experiment_name", None)
+        self._experiment = module.start(**{k: v for k, v in options.items() if v is not None})
+        if name is not None:
+            self._experiment.set_name(name)
+        self._every, self._last = every, -math.inf
+
+    def write(self, events: Sequence[Event]) -> None:
+        newest = max(at for _, _, at in events)
+        if newest - self._last < self._every:
+            return
+        self._last = newest
+        for name, value, at in events:
+            self._experiment.log_metric(name, value, step=at)
+
+    def close(self) -> None:
+        self._experiment.end()
+
+
+def _import(module: str, section: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        said = f"{section}.enabled is true, and the package {package} is not installed"
+        raise ConfigError([f"{said}: pip install {package}, or set it to false"]) from error
+
+
+class Monitor:
+    """Gives events to every writer; without one nothing is computed for it. Only rank 0 has writers."""
+
+    def __init__(self, writers: Iterable[Writer] = ()) -> None:
+        self.writers = list(writers)
+
+    @classmethod
+    def of(cls, config: DsConfig, rank: int) -> Monitor:
+        """The writers that a configuration asks for.
+
+        Raises:
+            ConfigError: one of them needs a package that is not installed.
+        """
+        if rank != 0:
+            return cls()
+        writers: list[Writer] = []
+        if config.csv_monitor.enabled:
+            section = config.csv_monitor
+            writers.append(CsvWriter(Path(section.output_path or "csv_monitor") / section.job_name))
+        if config.tensorboard.enabled:
+            board = config.tensorboard
+            writers.append(TensorBoardWriter(Path(board.output_path or "runs") / board.job_name))
+        if config.wandb.enabled:
+            wandb = config.wandb
+            writers.append(WandbWriter(project=wandb.project, group=wandb.group, team=wandb.team))
+        if config.comet.enabled:
+            options = config.comet.model_dump(exclude={"enabled", "samples_log_interval"})
+            writers.append(CometWriter(every=config.comet.samples_log_interval, options=options))
+        return cls(writers)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is written."""
+        return bool(self.writers)
+
+    def write_events(self, events: Sequence[Event]) -> None:
+        """Write values of your own beside the engine's."""
+        if events:
+            for writer in self.writers:
+                writer.write(events)
+
+    def step(self, report: StepReport, loss: float | None, times_ms: dict[str, float]) -> None:
+        """What the engine writes after a step."""
+        if not self.enabled:
+            return
+        values = {LOSS: loss, LR: report.lr, GRAD_NORM: report.grad_norm, LOSS_SCALE: report.loss_scale}
+        values |= {TIME + name: value for name, value in times_ms.items()}
+        self.write_events(
+            [(name, value, report.samples) for name, value in values.items() if value is not None]
+        )
+
+    def close(self) -> None:
+        """End runs and close files; safe to call twice."""
+        writers, self.writers = self.writers, []
+        for writer in writers:
+            writer.close()

@@ -1,0 +1,92 @@
+"""What a training loop calls besides `optimizer.step()`: clipping, `no_sync`, and taking everything apart
+again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ds_zero import _registry
+from ds_zero.runtime.bucket import BucketState
+from ds_zero.runtime.gradients.grad_scale import GradNorm
+from ds_zero.runtime.gradients.norms import clip_factor
+
+
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that their global 2-norm is at most `max_norm`; the norm from before, a 0-dim
+    fp32 CPU tensor.
+
+    Takes the place of `torch.nn.utils.clip_grad_norm_`, which would see one rank's shards only. `max_norm` 0
+    or inf measures and leaves gradients alone. The norm is that of true gradients, whatever the loss scale;
+    `grad_norm(model)` gives it again, together with the one after clipping. With an optimizer that has
+    `step_fused` the factor is applied inside the next `step()` instead of in a pass of its own, so
+    `shard.grad` still shows unclipped values. A backward after clipping adds to the clipped gradients.
+    Collective. See [Note: norm in fixed blocks] and [Note: units of a gradient].
+    """
+    state = _registry.state_of(model)
+    pending = state.stepper.pending
+    with state.comm.guard("clip_grad_norm_"):
+        state.reducer.finish()
+        norm = state.measure()
+    factor = clip_factor(norm, max_norm)
+    state.stepper.clip(factor)
+    before = float(norm) if pending.norm is None else pending.norm.before
+    pending.found(GradNorm(before=before, after=float(norm * factor)))
+    return norm
+
+
+def grad_norm(model: nn.Module) -> GradNorm | None:
+    """Norms of the gradient that was measured last, before and after clipping, of true (unscaled) values.
+
+    Measured by `clip_grad_norm_`, and by every step of a model that has a `LossScaler`; None before. The same
+    on every rank; no communication.
+    """
+    return _registry.state_of(model).stepper.pending.last_norm
+
+
+@contextlib.contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Backwards inside add whole gradients locally, in fp32; the first one outside, or the next step, reduces
+    them. Any stage.
+    """
+    state = _registry.state_of(model)
+    state.reducer.sync_depth += 1
+    try:
+        yield
+    finally:
+        state.reducer.sync_depth -= 1
+
+
+def destroy(model: nn.Module) -> None:
+    """Undo `shard`: hooks go, every rank's parameters are whole again with the masters' values, the optimizer
+    holds them again.
+
+    Optimizer states of stage 1 and above are dropped, since no rank has them whole. Collective.
+    """
+    state = _registry.state_of(model)
+    state.stepper.wait()
+    state.waiting.stop()
+    for handle in state.handles:
+        handle.remove()
+    originals: dict[int, nn.Parameter] = {}
+    for bucket in state.buckets:
+        state.gatherer.finish(bucket)
+        for index, param in enumerate(bucket.params):
+            param.data = bucket.views[index].clone()
+            if bucket.shards:
+                originals[id(bucket.shards[index])] = param
+        bucket.state = BucketState.WHOLE
+    optimizer = state.optimizer() if state.optimizer is not None else None
+    parts: list[nn.Parameter | torch.optim.Optimizer] = [p for b in state.buckets for p in b.params]
+    if optimizer is not None:
+        parts.append(optimizer)
+        for group in optimizer.param_groups:
+            group["params"] = [originals[id(entry)] for entry in group["params"]]
+        optimizer.state.clear()
+    _registry.drop(model, parts)
+    state.scaler = None
+    state.store.close()

@@ -1,0 +1,114 @@
+"""What `shard` refuses, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ds_zero import _registry
+from ds_zero.tensors.storage import memory_key
+
+STAGES: Mapping[int, str] = {
+    0: "nothing",
+    1: "optimizer states",
+    2: "optimizer states and gradients",
+    3: "optimizer states, gradients and parameters",
+}
+
+TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_stage(stage: int) -> None:
+    """Raise unless `stage` is 0, 1, 2 or 3."""
+    if stage not in STAGES or isinstance(stage, bool):
+        meaning = "; ".join(f"{s} shards {what}" for s, what in STAGES.items())
+        raise ValueError(f"stage={stage!r}: there are stages 0 to 3 ({meaning})")
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise for parameters that cannot be moved into buckets without changing what the model computes."""
+    if _registry.find(model) is not None:
+        raise ValueError(
+            "this model is sharded already: call ds_zero.destroy(model) before sharding it again"
+        )
+    if not any(True for _ in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to shard")
+    seen: dict[int, tuple[str, nn.Parameter]] = {}
+    for fqn, param in model.named_parameters():
+        if param.layout is not torch.strided:
+            raise ValueError(
+                f"parameter {fqn!r} has layout {param.layout}: only dense parameters can be sharded"
+            )
+        if param.device.type == "meta" or param.numel() == 0:
+            continue
+        pointer = memory_key(param)
+        other = seen.setdefault(pointer, (fqn, param))
+        if other[1] is not param and _overlap(other[1], param):
+            raise ValueError(
+                f"parameters {other[0]!r} and {fqn!r} share memory but are two Parameter objects, so "
+                "sharding would untie them: "
+                "assign the same Parameter object to both modules"
+            )
+        hooks = getattr(param, "_post_accumulate_grad_hooks", None)
+        if hooks:
+            raise ValueError(
+                f"parameter {fqn!r} has a post-accumulate-grad hook (an optimizer in backward?): gradients "
+                "are reduced after "
+                "that hook would have used them. Remove it and call optimizer.step() after backward"
+            )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    def span(t: Tensor) -> tuple[int, int]:
+        begin = int(t.storage_offset()) * t.element_size()
+        extent = sum((n - 1) * abs(int(s)) for n, s in zip(t.shape, t.stride(), strict=True)) + 1
+        return begin, begin + extent * t.element_size()
+
+    (a0, a1), (b0, b1) = span(a), span(b)
+    return a0 < b1 and b0 < a1
+
+
+def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raise unless `optimizer` holds parameters of `model` only, of dtypes that can be trained."""
+    names = {id(p): fqn for fqn, p in model.named_parameters()}
+    _check_inner(optimizer, names)
+    for g, group in enumerate(optimizer.param_groups):
+        for i, param in enumerate(group["params"]):
+            if id(param) not in names:
+                raise ValueError(
+                    f"param_groups[{g}]['params'][{i}] of shape {tuple(param.shape)} is no parameter of the "
+                    "model: construct the "
+                    "optimizer from model.parameters() of the model you pass"
+                )
+            if param.dtype not in TRAINABLE:
+                raise ValueError(
+                    f"parameter {names[id(param)]!r} has dtype {param.dtype}, but masters are fp32: convert the "
+                    f"model to one of {[str(d) for d in TRAINABLE]}, or leave the parameter out of the optimizer"
+                )
+
+
+def _check_inner(optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    """Raise if `optimizer` steps through others, which would go on with parameters that get no gradients."""
+    own = {id(group) for group in optimizer.param_groups}
+    for attribute, inner in _inner(optimizer):
+        for group in inner.param_groups:
+            found = [names[id(p)] for p in group["params"] if id(p) in names]
+            if found and id(group) not in own:
+                raise ValueError(
+                    f"{type(optimizer).__name__}.{attribute} is another optimizer ({type(inner).__name__}) with "
+                    f"groups of its own, which hold {found[0]!r}: only entries of the outer optimizer's "
+                    "param_groups become shards. Put the inner groups themselves (the same dicts) into it, or pass "
+                    "one optimizer"
+                )
+
+
+def _inner(optimizer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
+    """Optimizers that it holds, with the attribute: by themselves, in lists or in dicts."""
+    for attribute, value in vars(optimizer).items():
+        values = value.values() if isinstance(value, dict) else value
+        for inner in values if isinstance(values, Iterable) else [values]:
+            if isinstance(inner, Optimizer):
+                yield attribute, inner

@@ -1,0 +1,1 @@
+"""Ranks and their messages: topology, collectives, peer memory, and the watch over ranks that stand still."""

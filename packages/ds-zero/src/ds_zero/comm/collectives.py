@@ -1,0 +1,439 @@
+"""The collectives that ds_zero uses, behind FSDP2's `Comm` signature.
+
+[Note: ordered reduction]
+A ring or tree inside a library adds in an order that depends on the number of ranks and on the message size.
+Here every rank sends slice r to rank r, and rank r adds what it received in the order of a fixed binary tree
+over rank indices, in fp32. The bytes on the wire are those of a ring reduce-scatter, (N-1)/N of the buffer,
+and the result depends on nothing but the inputs.
+
+[Note: direct exchange]
+On gloo, `all_gather_into_tensor` and `reduce_scatter_tensor` move each byte several times: for 32 MB of fp32
+on 2 ranks they took 2.8 and 9 times as long as sending each slice straight to the rank that needs it.
+Messages carry a tag of their own for gathering and for reducing, so the two never wait for each other's
+order. Between processes of one machine that can read each other's memory nothing travels at all: [Note:
+neighbours] in `ds_zero/neighbours.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_zero.comm.peer_memory import Exchange, Neighbours
+from ds_zero.comm.ranks import Ranks
+from ds_zero.interfaces import AllGather, ReduceScatter, Work
+from ds_zero.tensors.large_pages import in_large_pages
+from ds_zero.tensors.storage import same_place
+
+REDUCE_TAG, GATHER_TAG = 0x6A, 0x1000
+MOST_RANKS_OF_PIECES = 8
+"""Ranks up to which gradients travel in pieces: with more of them, pieces are small and messages many."""
+SUM_CHUNK_NUMEL = 1 << 18
+"""Elements summed at a time: the intermediate sums of a chunk stay in the second-level cache."""
+
+
+class Done:
+    """A work that is already finished."""
+
+    def wait(self) -> None:
+        return None
+
+
+def arrive(work: Work) -> None:
+    """Wait until what comes is there. `settle` must follow before what was sent may change or go."""
+    getattr(work, "arrive", work.wait)()
+
+
+def settle(work: Work) -> None:
+    """After `arrive`: wait until nobody needs what was sent any more.
+
+    [Note: arriving and settling]
+    Neighbours copy when they need the values, so what was sent has to stay until the slowest has come as far as this
+    rank. Who waits for that at once goes from operation to operation in step with everybody: the delays of all ranks
+    add up. So the two waits are apart, and the second comes one bucket or one unit later, when it is usually over.
+    """
+    late = getattr(work, "settle", None)
+    if late is not None:
+        late()
+
+
+class Then:
+    """Several works, and what has to happen once after what comes has come."""
+
+    def __init__(self, works: Sequence[Work], then: Callable[[], None]) -> None:
+        self._works, self._then, self._arrived = list(works), then, False
+
+    def arrive(self) -> None:
+        if self._arrived:
+            return
+        for work in self._works:
+            arrive(work)
+        self._arrived = True
+        self._then()
+
+    def settle(self) -> None:
+        works, self._works = self._works, []
+        for work in works:
+            settle(work)
+
+    def wait(self) -> None:
+        self.arrive()
+        self.settle()
+
+
+def _nothing() -> None:
+    return None
+
+
+def sum_tree(parts: Sequence[Tensor], out: Tensor, scale: float = 1.0) -> None:
+    """`out[i] = scale * (sum over parts of parts[p][i])` in the order of a fixed binary tree over p, in `out`'s
+    dtype.
+
+    `out` may be one of `parts`. All are 1-D and of equal length.
+    """
+    if len(parts) == 1:
+        torch.mul(parts[0], scale, out=out) if scale != 1.0 else out.copy_(parts[0])
+        return
+    for begin in range(0, out.numel(), SUM_CHUNK_NUMEL):
+        chunk = [p[begin : begin + SUM_CHUNK_NUMEL] for p in parts]
+        middle = _middle(len(parts))
+        target = out[begin : begin + SUM_CHUNK_NUMEL]
+        torch.add(_subtree(chunk[:middle], out.dtype), _subtree(chunk[middle:], out.dtype), out=target)
+        if scale != 1.0:
+            target.mul_(scale)  # while it is in the cache
+
+
+def _middle(count: int) -> int:
+    """The largest power of two below `count`: where the tree splits."""
+    return 1 << ((count - 1).bit_length() - 1)
+
+
+# A function of its own, not a closure: a closure that calls itself is a reference cycle, which kept every
+# received buffer alive until the garbage collector came by.
+def _subtree(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].to(dtype)
+    middle = _middle(len(parts))
+    return torch.add(_subtree(parts[:middle], dtype), _subtree(parts[middle:], dtype))
+
+
+def _allocate(size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(*size, dtype=dtype, device=device)
+
+
+def exchange(
+    sends: Callable[[int], Sequence[Tensor]],
+    receives: Callable[[int], Sequence[Tensor]],
+    group: dist.ProcessGroup,
+    tag: int,
+    neighbours: Neighbours | None = None,
+) -> list[Work]:
+    """Send all of `sends(p)` to and receive all of `receives(p)` from every other rank p; all ranks start with a
+    different peer. What is sent must not change before the works are over.
+    """
+    rank, size = group.rank(), group.size()
+    works: list[Work] = []
+    near = Exchange(neighbours, tag) if neighbours is not None else None
+    for step in range(1, size):
+        to, origin = (rank + step) % size, (rank - step) % size
+        # Slices may be empty, and then nobody sends them.
+        coming = [t for t in receives(origin) if t.numel()]
+        going = [t for t in sends(to) if t.numel()]
+        if near is not None and near.reaches(origin):
+            near.receive(origin, coming)
+        else:
+            works += [group.recv([t], origin, tag) for t in coming]
+        if near is not None and near.reaches(to):
+            near.send(to, going)
+        else:
+            works += [group.send([t], to, tag) for t in going]
+    return [near, *works] if near is not None else works
+
+
+class DirectAllGather:
+    """[Note: direct exchange]; `input` should be the rank's own slice of `output`, else it is copied
+    there.
+    """
+
+    def __init__(self, number: int = 0, neighbours: Neighbours | None = None) -> None:
+        self._tag, self._neighbours = GATHER_TAG + number, neighbours
+
+    def numbered(self, number: int, neighbours: Neighbours | None) -> DirectAllGather:
+        """One whose messages meet only those of the same number: ranks that gather different things wait for
+        each other, and never take one for the other.
+        """
+        return DirectAllGather(number, neighbours)
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return _allocate(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Work | None:
+        slices = output.view(group.size(), -1)
+        own = slices[group.rank()]
+        if not same_place(own, input):
+            own.copy_(input)
+        works = exchange(lambda _: [own], lambda p: [slices[p]], group, self._tag, self._neighbours)
+        work = Then(works, _nothing)
+        if async_op:
+            return work
+        work.wait()
+        return None
+
+
+class OrderedReduceScatter:
+    """[Note: ordered reduction] over [Note: direct exchange]."""
+
+    def __init__(self, neighbours: Neighbours | None = None) -> None:
+        self._neighbours = neighbours
+
+    def among(self, neighbours: Neighbours | None) -> OrderedReduceScatter:
+        """One that knows which ranks of the group are neighbours."""
+        return OrderedReduceScatter(neighbours)
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return _allocate(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output: Tensor,
+        input: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> Work | None:
+        parts = list(input.view(group.size(), -1))
+        work = _ordered(output, parts, group, op, REDUCE_TAG, self._neighbours)
+        if async_op:
+            return work
+        work.wait()
+        return None
+
+
+def _ordered(
+    out: Tensor,
+    parts: Sequence[Tensor],
+    group: dist.ProcessGroup,
+    op: dist.ReduceOp.RedOpType,
+    tag: int,
+    neighbours: Neighbours | None = None,
+) -> Work:
+    """Send `parts[p]` to rank p and sum what arrives, [Note: ordered reduction]."""
+    rank, size = group.rank(), group.size()
+    received = in_large_pages(parts[rank].new_empty(size - 1, parts[rank].numel()))
+    mine = [parts[p] if p == rank else received[p - (p > rank)] for p in range(size)]
+    works = exchange(lambda p: [parts[p]], lambda p: [mine[p]], group, tag, neighbours)
+    scale = 1.0 / size if op == dist.ReduceOp.AVG else 1.0
+
+    def add_up() -> None:
+        sum_tree(mine, out, scale)
+        mine.clear()  # a finished work may be kept; its messages need not be
+
+    return Then(works, add_up)
+
+
+# torch 2.13 renamed the two collectives and warns about the old names; 2.11 has only those.
+_gather_collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class TorchAllGather:
+    """The backend's own collective."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return _allocate(size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Work | None:
+        work: Work | None = _gather_collective(output, input, group=group, async_op=async_op)
+        return work
+
+
+class TorchReduceScatter:
+    """The backend's own collective; it sums in `input`'s dtype, in an order of its own."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return _allocate(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output: Tensor,
+        input: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> Work | None:
+        same = output.dtype == input.dtype
+        result = output if same else torch.empty_like(output, dtype=input.dtype)
+        work: Work | None = _reduce_collective(result, input, op=op, group=group, async_op=async_op)
+        if same:
+            return work
+
+        def widen() -> None:
+            output.copy_(result)
+
+        then = Then([work] if work is not None else [], widen)
+        if async_op:
+            return then
+        then.wait()
+        return None
+
+
+class Pieces(Protocol):
+    """`ds_zero.comm.piece_exchange.PieceReduce`, which is built on this module."""
+
+    sent_numel: int
+
+    def start(self, out: Tensor, grads: Sequence[Tensor], mean: bool) -> Work: ...
+
+
+class Comm:
+    """The pair of collectives of one model, and what they have sent."""
+
+    def __init__(self, all_gather: AllGather, reduce_scatter: ReduceScatter) -> None:
+        self.all_gather, self.reduce_scatter = all_gather, reduce_scatter
+        self.gathered_bytes = 0
+        """Bytes that this rank has sent in gathers since this object was made."""
+        self.reduced_bytes = 0
+        """Bytes that this rank has sent in reductions."""
+
+    def guard(self, what: str) -> AbstractContextManager[None]:
+        """A context for collectives that do not go through here; `what` is what ranks meet for."""
+        return nullcontext()
+
+    def gather(
+        self, whole: Tensor, ranks: Ranks, *, sizes: Sequence[int] | None = None, number: int = 0
+    ) -> Work:
+        """Start to fill `whole` (1-D) with every rank's slice; this rank's is there already.
+
+        Args:
+            sizes: elements of each rank's slice, where they are not equal.
+            number: gathers of different numbers never take each other's messages.
+        """
+        if ranks.group is None:
+            return Done()
+        own = whole[slice(*_range(whole.numel(), ranks, sizes))]
+        self.gathered_bytes += (ranks.size - 1) * own.numel() * own.element_size()
+        if sizes is not None:
+            return gather_uneven(whole, sizes, ranks, GATHER_TAG + number)
+        collective = self.all_gather
+        if isinstance(collective, DirectAllGather):
+            collective = collective.numbered(number, ranks.neighbours)
+        return collective(whole, own, ranks.group, async_op=True) or Done()
+
+    def reduce(
+        self,
+        out: Tensor,
+        whole: Tensor,
+        ranks: Ranks,
+        op: dist.ReduceOp.RedOpType,
+        *,
+        sizes: Sequence[int] | None = None,
+    ) -> Work:
+        """Start to sum (or average) the ranks' `whole`; `out` becomes this rank's slice of the result."""
+        if ranks.group is None:
+            out.copy_(whole)
+            return Done()
+        self.reduced_bytes += (whole.numel() - out.numel()) * whole.element_size()
+        if sizes is not None:
+            return reduce_uneven(out, whole, sizes, ranks, op, REDUCE_TAG)
+        collective = self.reduce_scatter
+        if type(collective) is OrderedReduceScatter:  # what derives from it may do something else
+            collective = collective.among(ranks.neighbours)
+        return collective(out, whole, ranks.group, op, async_op=True) or Done()
+
+    def takes_pieces(self, ranks: Ranks, device: torch.device) -> bool:
+        """Whether `reduce_pieces` shall take the place of `reduce`: where messages go straight from rank to rank, and
+        these are so few that their parts of a gradient are worth a message.
+        """
+        if ranks.group is None:
+            return True
+        direct = type(self.reduce_scatter) is OrderedReduceScatter and device.type == "cpu"
+        return direct and ranks.size <= MOST_RANKS_OF_PIECES
+
+    def reduce_pieces(
+        self, out: Tensor, grads: Sequence[Tensor], pieces: Pieces, op: dist.ReduceOp.RedOpType
+    ) -> Work:
+        """As `reduce`, of gradients that lie apart: one flat tensor for each slot of the bucket."""
+        self.reduced_bytes += pieces.sent_numel * grads[0].element_size()
+        return pieces.start(out, grads, op == dist.ReduceOp.AVG)
+
+    def all_reduce(self, whole: Tensor, ranks: Ranks, op: dist.ReduceOp.RedOpType) -> None:
+        """Replace `whole` by the sum over ranks: every rank reduces a slice, then slices are gathered, as in a
+        ring. The order of additions is that of `reduce`.
+        """
+        if ranks.group is None:
+            return
+        even = whole.numel() % ranks.size == 0
+        sizes = None if even else [len(part) for part in torch.tensor_split(whole, ranks.size)]
+        begin, end = _range(whole.numel(), ranks, sizes)
+        reduced = torch.empty_like(whole[begin:end])
+        self.reduce(reduced, whole, ranks, op, sizes=sizes).wait()
+        whole[begin:end].copy_(reduced)
+        self.gather(whole, ranks, sizes=sizes).wait()
+
+    def gather_slices(
+        self, own: Tensor, ranks: Ranks, device: torch.device, sizes: Sequence[int] | None = None
+    ) -> Tensor:
+        """All ranks' slices side by side in a new tensor on `device`; `own` is this rank's."""
+        numel = ranks.size * own.numel() if sizes is None else sum(sizes)
+        whole = torch.empty(numel, dtype=own.dtype, device=device)
+        whole[slice(*_range(numel, ranks, sizes))].copy_(own)
+        self.gather(whole, ranks, sizes=sizes).wait()
+        return whole
+
+
+def _range(numel: int, ranks: Ranks, sizes: Sequence[int] | None) -> tuple[int, int]:
+    """Where this rank's slice of `numel` elements lies."""
+    if sizes is None:
+        each = numel // ranks.size
+        return ranks.rank * each, (ranks.rank + 1) * each
+    begin = sum(sizes[: ranks.rank])
+    return begin, begin + sizes[ranks.rank]
+
+
+def gather_uneven(whole: Tensor, sizes: Sequence[int], ranks: Ranks, tag: int) -> Work:
+    """As `Comm.gather` with slices of `sizes` elements: straight from rank to rank on the CPU, by the backend
+    elsewhere.
+    """
+    assert ranks.group is not None
+    parts = list(torch.split(whole, list(sizes)))
+    own = parts[ranks.rank]
+    if whole.device.type == "cpu":
+        works = exchange(lambda _: [own], lambda p: [parts[p]], ranks.group, tag, ranks.neighbours)
+        return Then(works, _nothing)
+    return dist.all_gather(parts, own, group=ranks.group, async_op=True) or Done()
+
+
+def reduce_uneven(
+    out: Tensor, whole: Tensor, sizes: Sequence[int], ranks: Ranks, op: dist.ReduceOp.RedOpType, tag: int
+) -> Work:
+    """As `Comm.reduce` with slices of `sizes` elements."""
+    assert ranks.group is not None
+    parts = list(torch.split(whole, list(sizes)))
+    if whole.device.type == "cpu":
+        return _ordered(out, parts, ranks.group, op, tag, ranks.neighbours)
+    result = out if out.dtype == whole.dtype else torch.empty_like(out, dtype=whole.dtype)
+    work: Work | None = dist.reduce_scatter(result, parts, op=op, group=ranks.group, async_op=True)
+    return Then([work] if work is not None else [], lambda: _widen(result, out))
+
+
+def _widen(result: Tensor, out: Tensor) -> None:
+    if result is not out:
+        out.copy_(result)
+
+
+def default_comm(device: torch.device, *, ordered: bool | None = None) -> Comm:
+    """Direct and ordered on the CPU, the backend's collectives elsewhere; `ordered` decides itself where it is
+    given.
+    """
+    if ordered if ordered is not None else device.type == "cpu":
+        return Comm(DirectAllGather(), OrderedReduceScatter())
+    return Comm(TorchAllGather(), TorchReduceScatter())

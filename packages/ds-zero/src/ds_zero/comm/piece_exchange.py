@@ -1,0 +1,136 @@
+"""Reduces a bucket straight from the gradients that autograd made.
+
+[Note: gradients where they lie]
+Putting gradients side by side costs a read and a write of the whole model every step, into memory that is new each
+time. Here the parts of a gradient that belong to other ranks' slices are sent from where autograd put them: large
+ones as messages of their own, the small ones of a slice together. What arrives is added to the own parts in the
+order of [Note: ordered reduction], so the result has the bits that one flat message would give, and as many bytes
+travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_zero.comm.collectives import REDUCE_TAG, Then, exchange, sum_tree
+from ds_zero.comm.ranks import Ranks
+from ds_zero.interfaces import Work
+from ds_zero.layout.buckets import BucketLayout, Piece, piece_of
+from ds_zero.tensors.large_pages import in_large_pages
+
+LARGE_NUMEL = 1 << 16
+"""Elements from which copying a part costs more than a message of its own."""
+
+
+class FreshGrads:
+    """Gradients of one bucket and one micro-batch, as autograd made them."""
+
+    def __init__(self, layout: BucketLayout, dtype: torch.dtype, device: torch.device) -> None:
+        self._layout, self._dtype, self._device = layout, dtype, device
+        self._grads: dict[int, Tensor] = {}
+
+    def add(self, index: int, grad: Tensor) -> None:
+        held = self._grads.get(index)
+        if held is None:
+            self._grads[index] = grad.to(self._dtype).reshape(-1)
+        else:
+            held.add_(grad.reshape(-1))
+
+    def take(self) -> list[Tensor]:
+        """One flat tensor a slot; zeros where nothing came. Nothing is held afterwards."""
+        grads, self._grads = self._grads, {}
+        return [
+            grads[i] if i in grads else torch.zeros(slot.numel, dtype=self._dtype, device=self._device)
+            for i, slot in enumerate(self._layout.slots)
+        ]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank's slice holds of every slot."""
+
+    large: tuple[tuple[int, Piece], ...]
+    """(slot, piece) of those that travel alone."""
+    small: tuple[tuple[int, Piece], ...]
+    sizes: tuple[int, ...]
+    """Elements of each message; the last one has all small pieces."""
+    gaps: tuple[tuple[int, int], ...]
+    """Ranges of the slice that belong to no slot."""
+
+    def messages(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """What is sent of `grads` to the rank whose share this is."""
+        found = [_part(grads, i, p) for i, p in self.large]
+        if self.small:
+            found.append(torch.cat([_part(grads, i, p) for i, p in self.small]))
+        return found
+
+
+def _part(grads: Sequence[Tensor], index: int, piece: Piece) -> Tensor:
+    return grads[index][piece.start : piece.start + piece.numel]
+
+
+def _share(layout: BucketLayout, rank: int) -> _Share:
+    begin, end = layout.slice_range(rank)
+    pieces = [(i, piece_of(slot, begin, end)) for i, slot in enumerate(layout.slots)]
+    large = tuple((i, p) for i, p in pieces if p.numel >= LARGE_NUMEL)
+    small = tuple((i, p) for i, p in pieces if 0 < p.numel < LARGE_NUMEL)
+    sizes = [p.numel for _, p in large]
+    if small:
+        sizes.append(sum(p.numel for _, p in small))
+    cut = [(max(a, begin) - begin, min(b, end) - begin) for a, b in layout.gaps()]
+    return _Share(large, small, tuple(sizes), tuple((a, b) for a, b in cut if a < b))
+
+
+class PieceReduce:
+    """The messages of one bucket's reduction, [Note: gradients where they lie]."""
+
+    def __init__(self, layout: BucketLayout, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._shares = [_share(layout, r) for r in range(ranks.size)]
+        self.sent_numel = sum(sum(s.sizes) for r, s in enumerate(self._shares) if r != ranks.rank)
+        """Elements that this rank sends in one reduction."""
+
+    def start(self, out: Tensor, grads: Sequence[Tensor], mean: bool) -> Work:
+        """Begin to sum or average `grads`, one flat tensor a slot, over ranks; `out` becomes this rank's slice of the
+        result. `grads` must not be changed until the work is over.
+        """
+        rank, size, group = self._ranks.rank, self._ranks.size, self._ranks.group
+        mine = self._shares[rank]
+        received = in_large_pages(grads[0].new_empty(size - 1, sum(mine.sizes)))
+        rows = [list(row.split(mine.sizes)) if mine.sizes else [] for row in received]
+        sent: list[Tensor] = []  # must live until it has gone, whatever the backend keeps
+
+        def to(peer: int) -> list[Tensor]:
+            messages = self._shares[peer].messages(grads)
+            sent.extend(messages)
+            return messages
+
+        near = self._ranks.neighbours
+        works = [] if group is None else exchange(to, lambda p: rows[p - (p > rank)], group, REDUCE_TAG, near)
+        scale = 1.0 / size if mean else 1.0
+        rows.insert(rank, mine.messages(grads))
+
+        def add_up() -> None:
+            _add_up(mine, rows, out, scale)
+            rows.clear()  # a finished work may be kept; its messages need not be
+            sent.clear()
+
+        return Then(works, add_up)
+
+
+def _add_up(share: _Share, rows: list[list[Tensor]], out: Tensor, scale: float) -> None:
+    """Sum the messages of all ranks, `rows`, into this rank's slice."""
+    for number, (_, piece) in enumerate(share.large):
+        target = out[piece.offset : piece.offset + piece.numel]
+        sum_tree([row[number] for row in rows], target, scale)
+    if share.small:
+        total = out.new_empty(share.sizes[-1])
+        sum_tree([row[-1] for row in rows], total, scale)
+        targets = [out[p.offset : p.offset + p.numel] for _, p in share.small]
+        torch._foreach_copy_(targets, list(total.split([p.numel for _, p in share.small])))
+    for begin, end in share.gaps:
+        out[begin:end].zero_()

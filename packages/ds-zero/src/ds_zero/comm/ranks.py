@@ -1,0 +1,109 @@
+"""The ranks among which something is sharded, as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ds_zero.comm.peer_memory import Alarm, Neighbours, meet
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that divide buckets among themselves, seen from one of them; `group` is None for a single
+    rank, which never communicates.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    replicas: Ranks | None = None
+    """The ranks that hold the same slices as this one, in other groups of the same form; None: nobody else
+    does."""
+    mean_over: int = 0
+    """Number of ranks over whose gradients the mean is taken; 0: all of these, replicas included."""
+    part: tuple[int, int] = (0, 1)
+    """Index of these ranks among the sets that hold different values under the same names, and the number of sets."""
+    neighbours: Neighbours | None = field(default=None, compare=False, repr=False)
+    """Those whose memory can be read, where somebody has tried that out."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one rank that speaks for all of them."""
+        return self.rank == 0 and (self.replicas is None or self.replicas.rank == 0)
+
+    @property
+    def total(self) -> int:
+        """Ranks in all replicas together."""
+        return self.size * (self.replicas.size if self.replicas is not None else 1)
+
+    @property
+    def divisor(self) -> int:
+        """What a sum of gradients is divided by to be their mean."""
+        return self.mean_over or self.total
+
+    @property
+    def axes(self) -> tuple[Ranks, ...]:
+        """The groups over which one after the other something is told to everybody."""
+        return (self,) if self.replicas is None else (self, self.replicas)
+
+
+def acquainted(ranks: Ranks, device: torch.device, alarm: Alarm) -> Ranks:
+    """The same ranks, and which of them are neighbours. Collective."""
+    replicas = acquainted(ranks.replicas, device, alarm) if ranks.replicas is not None else None
+    if ranks.group is None:
+        return replace(ranks, replicas=replicas)
+    return replace(ranks, replicas=replicas, neighbours=meet(ranks.group, device, alarm))
+
+
+ALONE = Ranks(None, 0, 1)
+
+_NOT_DATA = frozenset(
+    "tensor tp model mp pipe pipeline pp expert ep sequence seq sp context cp".split()  # noqa: SIM905
+)
+"""Names of mesh axes along which a model is cut: their ranks hold different parameters or see the same data."""
+
+
+def _of_group(group: dist.ProcessGroup | None, replicas: Ranks | None = None) -> Ranks:
+    assert group is not None
+    size = group.size()
+    return Ranks(group if size > 1 else None, group.rank(), size, replicas)
+
+
+Group = DeviceMesh | dist.ProcessGroup
+"""Some ranks in torch's words: a mesh, or a process group."""
+
+
+def ranks_of(mesh: Group | Ranks | None) -> Ranks:
+    """The ranks of a mesh or group; without one all ranks of the default process group, or this process alone.
+
+    A mesh of one axis shards over it. With two axes the first replicates and the second shards, as in FSDP2:
+    buckets are divided inside a row, and rows hold the same. `Ranks` stay as they are: those of a plan.
+
+    Raises:
+        ValueError: a mesh of more axes, or one with an axis whose ranks do not see different data: pass the
+            slice whose ranks do.
+    """
+    if mesh is None:
+        return _of_group(dist.group.WORLD) if dist.is_initialized() else ALONE
+    if isinstance(mesh, Ranks):
+        return mesh
+    if not isinstance(mesh, DeviceMesh):
+        return _of_group(mesh)
+    if mesh.get_coordinate() is None:
+        raise ValueError("this process is not in the mesh: every rank passes the slice of the mesh it is in")
+    if mesh.ndim == 1:
+        return _of_group(mesh.get_group())
+    names = mesh.mesh_dim_names
+    others = [n for n in names or () if n.lower() in _NOT_DATA]
+    if mesh.ndim == 2 and not others:
+        across = _of_group(mesh.get_group(0))
+        return _of_group(mesh.get_group(1), across if across.size > 1 else None)
+    data = next((n for n in names or ("data",) if n not in others), "data")
+    raise ValueError(
+        f"mesh has {mesh.ndim} axes {names or ''}: pass the data axis alone, for example mesh[{data!r}], or two "
+        "axes (replicate, shard)"
+    )

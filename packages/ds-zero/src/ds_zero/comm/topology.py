@@ -1,0 +1,123 @@
+"""Which ranks divide which parameter, and with whom a norm is shared: the topology of one model.
+
+[Note: who counts a gradient]
+The squares of all gradients are added over the ranks that hold different parts of them. Over the data axis
+slices are disjoint, so all count. Replicas hold the same, so sums stay inside one of them. Over a
+model-parallel group a parameter that is cut counts on every member, one that members hold alike counts on the
+first. Experts are divided by another mesh, whose ranks together with the other experts' are those of the data
+axis: their slices are disjoint there, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ds_zero.comm.ranks import Group, Ranks, ranks_of
+
+MeshFor = Callable[[str, nn.Parameter], DeviceMesh | Ranks | None]
+"""From a parameter's name to the mesh that divides it; None: the model's."""
+
+
+def cut_by_model_parallelism(fqn: str, param: nn.Parameter) -> bool:
+    """Whether a parameter carries Megatron's or DeepSpeed's mark of one that is cut over model-parallel ranks."""
+    return any(bool(getattr(param, mark, False)) for mark in ("tensor_model_parallel", "model_parallel"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelParallel:
+    """The other axis of a model that is also cut along something else than data."""
+
+    group: Group
+    """Ranks that together hold one copy of the model: all tensor- and pipeline-parallel ranks of one data-parallel
+    index. A mesh of one axis, or a process group."""
+    is_cut: Callable[[str, nn.Parameter], bool] = cut_by_model_parallelism
+    """Whether the members of the group hold different parts of a parameter, or different parameters under one
+    name; what they hold alike counts once in norms."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What `shard` was told about ranks."""
+
+    axes: tuple[Ranks, ...]
+    """Sets of ranks that divide parameters; the first is the model's own."""
+    axis_of: Mapping[str, int]
+    """Parameters of other axes than the first."""
+    norm_groups: tuple[Ranks, ...]
+    """[Note: who counts a gradient]"""
+    uncounted: frozenset[str]
+    """Parameters that another rank counts."""
+
+
+def topology_of(
+    params: Mapping[str, nn.Parameter],
+    mesh: Group | Ranks | None,
+    mesh_for: MeshFor | None,
+    model_parallel: ModelParallel | Group | None,
+) -> Topology:
+    """Assemble the topology of a model's parameters.
+
+    Raises:
+        ValueError: meshes that do not go together.
+    """
+    main = ranks_of(mesh)
+    axes, axis_of = [main], {}
+    known: dict[DeviceMesh | Ranks, int] = {}
+    for fqn, param in params.items() if mesh_for is not None else ():
+        assert mesh_for is not None
+        own = mesh_for(fqn, param)
+        if own is None:
+            continue
+        if own not in known:
+            known[own] = len(axes)
+            axes.append(_expert_ranks(own, main, fqn))
+        axis_of[fqn] = known[own]
+    groups, uncounted = [main], frozenset[str]()
+    if model_parallel is not None:
+        if not isinstance(model_parallel, ModelParallel):
+            model_parallel = ModelParallel(group=model_parallel)
+        across = ranks_of(model_parallel.group)
+        groups.append(across)
+        if across.rank > 0:
+            uncounted = frozenset(n for n, p in params.items() if not model_parallel.is_cut(n, p))
+    return Topology(tuple(axes), axis_of, tuple(groups), uncounted)
+
+
+def numbered(topology: Topology, device: torch.device) -> Topology:
+    """Count the sets of ranks that divide different experts, by their first ranks. Collective if there are such."""
+    main, others = topology.axes[0], topology.axes[1:]
+    if not others or main.group is None or any(ranks.part[1] > 1 for ranks in others):
+        return topology
+    mine = torch.tensor([_first_rank(ranks) for ranks in others], device=device)
+    found = [torch.empty_like(mine) for _ in range(main.size)]
+    dist.all_gather(found, mine, group=main.group)
+    axes = [main]
+    for ranks, first, column in zip(others, mine.tolist(), torch.stack(found).T.tolist(), strict=True):
+        sets = sorted(set(column))
+        axes.append(replace(ranks, part=(sets.index(first), len(sets))))
+    return replace(topology, axes=tuple(axes))
+
+
+def _first_rank(ranks: Ranks) -> int:
+    return dist.get_rank() if ranks.group is None else min(dist.get_process_group_ranks(ranks.group))
+
+
+def _expert_ranks(mesh: DeviceMesh | Ranks, main: Ranks, fqn: str) -> Ranks:
+    """Experts see the tokens of all data-parallel ranks, so the mean is taken over all of these."""
+    if main.replicas is not None:
+        raise ValueError(
+            f"mesh_for gives {fqn!r} a mesh of its own: the model's mesh must have one axis then"
+        )
+    found = ranks_of(mesh)
+    if found.replicas is not None or main.total % found.size:
+        raise ValueError(
+            f"mesh_for gives {fqn!r} a mesh of {found.total} ranks in {len(found.axes)} axes: give one axis, whose "
+            f"size divides the {main.total} ranks of the model's mesh"
+        )
+    return replace(found, mean_over=main.total)

@@ -1,0 +1,445 @@
+"""Finds out why ranks stand still, and makes every one of them raise instead of waiting for ever.
+
+[Note: standing still]
+A thread per model looks a few times per `order_timeout_s` whether its rank has made progress. Nothing is sent
+while there is some. A rank that stands still for half the time puts its `Standing` into the process group's
+store, and renews it at every look; once all ranks stand there twice, `order.judge` decides, the same on every
+rank. Who decides writes the verdict into the store and closes this rank's connections, which is what wakes a
+thread that is blocked inside a collective, here and on the other ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import types
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from ds_zero.comm.collectives import Comm, Pieces, arrive, settle
+from ds_zero.comm.order import OrderLog, RankOrderError, Standing, judge, lost
+from ds_zero.comm.peer_memory import Alarm
+from ds_zero.comm.ranks import Ranks
+from ds_zero.interfaces import Work
+
+_LOOKS = 8
+"""Looks per `order_timeout_s`."""
+_PATIENCE = 4
+"""Times `order_timeout_s` after which ranks that agree on the order so far count as stuck."""
+_ANSWER_S = 5.0
+"""How long a rank whose connection broke waits for what others have to say about it."""
+_BROKEN = ("Connection", "closed", "pair closure", "Timed out", "timeout", "NCCL", "gloo", "Socket", "abort")
+
+_AT_WORK = ("ds_zero.prove.reference_training", "ds_zero.prove.deviation")
+"""Modules of this package that compute for long while other ranks wait."""
+
+_log = logging.getLogger("ds_zero")
+
+
+class Board(Protocol):
+    """What a store does for us: `torch.distributed.Store`."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def check(self, keys: list[str]) -> bool: ...
+
+
+class Waiting:
+    """Waits, and says nothing: for a rank that is alone, and where `order_timeout_s` is 0."""
+
+    def __init__(self) -> None:
+        self.log = OrderLog()
+
+    def wait(self, work: Work, what: str) -> None:
+        work.wait()
+
+    @contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        return None
+
+
+class StallWatch(Waiting):
+    """One rank's view of all ranks of a model. See [Note: standing still]."""
+
+    def __init__(
+        self,
+        board: Board,
+        token: str,
+        place: tuple[int, int],
+        groups: Sequence[dist.ProcessGroup],
+        alarm: Alarm,
+        timeout_s: float,
+    ) -> None:
+        """`place`: which one of how many ranks this is. `groups`, `alarm`: what is closed and raised to wake those who
+        wait.
+        """
+        super().__init__()
+        self._board, self._token, self._groups, self._timeout_s = board, token, groups, timeout_s
+        self._alarm = alarm
+        self._index, self._size = place
+        self._global_rank = dist.get_rank()
+        self._verdict: str | None = None
+        self._seen = -1
+        self._still_since = time.monotonic()
+        self._said = ""
+        self._beat = 0
+        self._first: Mapping[int, Standing] = {}
+        self._warned = False
+        self._ends = threading.Event()
+        self.looks = 0
+        weakref.finalize(self, self._ends.set)
+        tick_s = max(timeout_s / _LOOKS, 0.02)
+        self._watcher = threading.Thread(
+            target=_look_now_and_then,
+            args=(weakref.ref(self), self._ends, tick_s),
+            name="ds_zero.comm.watchdog",
+            daemon=True,
+        )
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._ends.set()
+        if threading.current_thread() is not self._watcher:
+            self._watcher.join()
+
+    # --- the training thread
+
+    def wait(self, work: Work, what: str) -> None:
+        """Wait for `work`; where it breaks, raise what is known about all ranks."""
+        with self.guard(what):
+            work.wait()
+
+    @contextmanager
+    def guard(self, what: str) -> Iterator[None]:
+        """The same for collectives inside."""
+        outer = self.log.waiting
+        self.log.waiting = outer or what
+        try:
+            yield
+        except RuntimeError as error:
+            explained = self._explained(error)
+            if explained is error:
+                raise
+            raise explained from error
+        finally:
+            self.log.waiting = outer
+
+    def _explained(self, error: RuntimeError) -> RuntimeError:
+        if isinstance(error, RankOrderError) or not any(word in str(error) for word in _BROKEN):
+            return error
+        said = str(error).splitlines()[0][:200]
+        try:
+            return RankOrderError(self._ask_around(said))
+        except (
+            RuntimeError
+        ):  # the process that had the store has ended meanwhile: what is known already has to do
+            return RankOrderError(lost({}, self._size, said))
+
+    def _ask_around(self, error: str) -> str:
+        """What all ranks together know about a connection that broke."""
+        deadline = time.monotonic() + min(_ANSWER_S, self._timeout_s)
+        self._say(blocked=True)
+        while (verdict := self._read_verdict()) is None:
+            found = self._heard()
+            message = judge(found, self._size, patient=True)
+            if message is not None:
+                return message
+            if time.monotonic() > deadline:
+                return lost(found, self._size, error)
+            time.sleep(0.05)
+        return verdict
+
+    # --- the watching thread
+
+    def look(self) -> None:
+        """What the thread does now and then."""
+        self.looks += 1
+        now = time.monotonic()
+        if self.log.count != self._seen:
+            self._seen, self._still_since, self._warned = self.log.count, now, False
+            if self._said:
+                self._said = ""
+                self._board.set(self._key(self._index), "")
+            return
+        still_s = now - self._still_since
+        if still_s < self._timeout_s / 2:
+            return
+        if self._verdict is None:
+            self._stand(still_s)
+        elif self.log.waiting:
+            self._wake()
+
+    def _stand(self, still_s: float) -> None:
+        blocked = self._blocked()
+        self._say(blocked=blocked)
+        if not blocked:
+            self._first = {}
+            return
+        verdict = self._read_verdict() or self._decide(still_s)
+        if verdict:
+            if not self.log.waiting:
+                _log.error("%s", verdict)
+            self._wake()
+
+    def _decide(self, still_s: float) -> str | None:
+        """Judge once every rank has said twice that it stands where it stood."""
+        found = self._heard()
+        same = {r: s for r, s in found.items() if (old := self._first.get(r)) and old.count == s.count}
+        confirmed = {r: s for r, s in same.items() if s.beat > self._first[r].beat}
+        for rank, standing in found.items():
+            if rank not in same:
+                self._first = {**self._first, rank: standing}
+        verdict = judge(confirmed, self._size, patient=still_s >= _PATIENCE * self._timeout_s)
+        if verdict is not None:
+            self._verdict = verdict
+            self._board.set(self._key("verdict"), verdict)
+        elif still_s >= self._timeout_s and not self._warned:
+            self._warned = True
+            self._warn(found, still_s)
+        return verdict
+
+    def _warn(self, found: Mapping[int, Standing], still_s: float) -> None:
+        elsewhere = [f"rank {s.rank} is at {s.where}" for s in found.values() if not s.blocked]
+        silent = [str(r) for r in range(self._size) if r not in found]
+        if silent:
+            elsewhere.append(f"ranks {', '.join(silent)} (of this model's {self._size}) are at work")
+        if elsewhere:
+            what = "; ".join(elsewhere)
+            _log.warning("rank %d has waited %.0f s for other ranks: %s", self._global_rank, still_s, what)
+
+    def _say(self, *, blocked: bool) -> None:
+        recent = self.log.recent()
+        where = _where(self.log.thread_id)
+        self._beat += 1
+        standing = Standing(
+            rank=self._global_rank,
+            count=self.log.count,
+            recent=recent,
+            waiting=self.log.waiting,
+            blocked=blocked,
+            where=where,
+            beat=self._beat,
+        )
+        self._said = standing.to_json()
+        self._board.set(self._key(self._index), self._said)
+
+    def _heard(self) -> dict[int, Standing]:
+        found: dict[int, Standing] = {}
+        for rank in range(self._size):
+            text = self._get(self._key(rank))
+            if text:
+                found[rank] = Standing.from_json(text)
+        return found
+
+    def _read_verdict(self) -> str | None:
+        self._verdict = self._verdict or self._get(self._key("verdict")) or None
+        return self._verdict
+
+    def _get(self, key: str) -> str:
+        return self._board.get(key).decode() if self._board.check([key]) else ""
+
+    def _key(self, name: int | str) -> str:
+        return f"ds_zero/{self._token}/{name}"
+
+    def _blocked(self) -> bool:
+        frame = sys._current_frames().get(self.log.thread_id)
+        name = _module(frame) if frame is not None else ""
+        inside = name.startswith(("torch.distributed", "ds_zero")) and name not in _AT_WORK
+        return bool(self.log.waiting) or inside
+
+    def _wake(self) -> None:
+        """Close the connections, so that whoever is blocked in them raises."""
+        self._alarm.raised = True
+        for group in self._groups:
+            if "gloo" not in dist.get_backend(group):
+                group.abort()
+                continue
+            # A wait that runs out closes every connection of the group; one that is closed already refuses at
+            # once, and the next rank is tried.
+            for step in range(1, group.size()):
+                try:
+                    other = (group.rank() + step) % group.size()
+                    nothing = dist.irecv(torch.zeros(1), group=group, group_src=other, tag=0x5A11)
+                    assert nothing is not None
+                    nothing.wait(timedelta(milliseconds=1))
+                except RuntimeError:  # that is how closing shows
+                    continue
+
+
+def _look_now_and_then(pointer: weakref.ref[StallWatch], ends: threading.Event, tick_s: float) -> None:
+    while not ends.wait(tick_s):
+        watch = pointer()
+        if watch is None or not dist.is_initialized():
+            return
+        try:
+            watch.look()
+        except (RuntimeError, ValueError) as error:
+            # The store is gone: its process has ended, and connections break by themselves.
+            _log.debug("ds_zero stops watching for ranks that stand still: %s", error)
+            return
+        del watch
+
+
+def _module(frame: types.FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
+
+
+def _where(thread_id: int) -> str:
+    """The user's line that a thread is at."""
+    frame = sys._current_frames().get(thread_id)
+    inner = frame
+    while frame is not None and _module(frame).split(".")[0] in ("torch", "ds_zero", "threading"):
+        frame = frame.f_back
+    frame = frame or inner
+    if frame is None:
+        return "an unknown place"
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def watch_ranks(
+    ranks: Ranks, others: Sequence[Ranks], timeout_s: float, alarm: Alarm, device: torch.device
+) -> Waiting:
+    """A watch over all ranks of one model. Collective: the ranks agree on a name in the store.
+
+    Args:
+        others: those among which single buckets are divided; their connections are closed, too.
+    """
+    groups = {id(a.group): a.group for r in (ranks, *others) for a in r.axes if a.group is not None}
+    if not groups or timeout_s == 0 or not all(_is_watched(g) for g in groups.values()):
+        return Waiting()
+    store = _store()
+    if store is None:
+        return Waiting()
+    token = torch.tensor([int.from_bytes(os.urandom(7), "big")], device=device)
+    for axis in ranks.axes:
+        if axis.group is not None:
+            dist.broadcast(token, group=axis.group, group_src=0)
+    across = ranks.replicas.rank if ranks.replicas is not None else 0
+    place = across * ranks.size + ranks.rank, ranks.total
+    return StallWatch(store, f"{int(token.item()):x}", place, list(groups.values()), alarm, timeout_s)
+
+
+def _is_watched(group: dist.ProcessGroup) -> bool:
+    """Whether it connects processes that can wait for each other for ever; stand-ins and fakes do not."""
+    try:
+        backend = dist.get_backend(group)
+    except ValueError:  # torch does not know the group
+        return False
+    return any(known in backend for known in ("gloo", "nccl", "xccl", "hccl"))
+
+
+def note_steps(optimizer: Optimizer, log: OrderLog) -> RemovableHandle:
+    """Write down when the optimizer steps."""
+
+    def before(*_: object) -> None:
+        log.note("step", "")
+
+    handle: RemovableHandle = optimizer.register_step_pre_hook(before)
+    return handle
+
+
+class Watched:
+    """A work whose `wait` goes through the watch."""
+
+    def __init__(self, work: Work, waiting: Waiting, what: str) -> None:
+        self._work, self._waiting, self._what = work, waiting, what
+
+    def arrive(self) -> None:
+        with self._waiting.guard(self._what):
+            arrive(self._work)
+
+    def settle(self) -> None:
+        with self._waiting.guard(self._what):
+            settle(self._work)
+
+    def wait(self) -> None:
+        self._waiting.wait(self._work, self._what)
+
+
+class WatchedComm(Comm):
+    """Another `Comm`, whose works are waited for through the watch."""
+
+    def __init__(self, inner: Comm, waiting: Waiting) -> None:
+        self._inner, self._waiting = inner, waiting
+        super().__init__(inner.all_gather, inner.reduce_scatter)
+
+    @property
+    def gathered_bytes(self) -> int:
+        return self._inner.gathered_bytes
+
+    @gathered_bytes.setter
+    def gathered_bytes(self, value: int) -> None:
+        self._inner.gathered_bytes += value  # the base class begins with zero
+
+    @property
+    def reduced_bytes(self) -> int:
+        return self._inner.reduced_bytes
+
+    @reduced_bytes.setter
+    def reduced_bytes(self, value: int) -> None:
+        self._inner.reduced_bytes += value
+
+    def guard(self, what: str) -> AbstractContextManager[None]:
+        return self._waiting.guard(what)
+
+    def gather(
+        self, whole: Tensor, ranks: Ranks, *, sizes: Sequence[int] | None = None, number: int = 0
+    ) -> Work:
+        work = self._inner.gather(whole, ranks, sizes=sizes, number=number)
+        return Watched(work, self._waiting, "what other ranks hold")
+
+    def reduce(
+        self,
+        out: Tensor,
+        whole: Tensor,
+        ranks: Ranks,
+        op: dist.ReduceOp.RedOpType,
+        *,
+        sizes: Sequence[int] | None = None,
+    ) -> Work:
+        self._waiting.log.note("reduction", "")
+        work = self._inner.reduce(out, whole, ranks, op, sizes=sizes)
+        return Watched(work, self._waiting, "a reduction of gradients")
+
+    def reduce_pieces(
+        self, out: Tensor, grads: Sequence[Tensor], pieces: Pieces, op: dist.ReduceOp.RedOpType
+    ) -> Work:
+        self._waiting.log.note("reduction", "")
+        work = self._inner.reduce_pieces(out, grads, pieces, op)
+        return Watched(work, self._waiting, "a reduction of gradients")
+
+
+def _store() -> Board | None:
+    """The store with which the processes found each other, by a connection of our own where that is
+    possible: the training thread may be blocked in the other one.
+    """
+    if not dist.is_initialized():
+        return None
+    try:
+        store = dist.distributed_c10d._get_default_store()
+    except (RuntimeError, ValueError):
+        return None
+    clone = getattr(store, "clone", None)
+    if clone is not None:
+        try:
+            own: Board = clone()
+        except (RuntimeError, NotImplementedError):
+            return store
+        return own
+    return store

@@ -1,0 +1,1 @@
+"""Pure arithmetic: which parameter lies in which bucket, and which rank owns which element."""

@@ -1,0 +1,208 @@
+"""Which module gathers which parameter in stage 3."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ds_zero import _registry
+from ds_zero.runtime.bucket import Bucket
+
+Leaf = type[nn.Module] | str
+"""A module class, or the name of a class or of a module."""
+
+_REPEATED = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_EXPERTS = re.compile(r"experts?(_list)?$")
+_MIXTURES = re.compile(r"(SparseMoe|Moe|MoE)(Block|MLP|Mlp|MoE|Layer|FFN)?$|SparseMLP$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitMap:
+    """What the hooks need to know of the units."""
+
+    buckets: Mapping[str, list[Bucket]]
+    """Name -> buckets to gather, for every unit and for every module with sharded parameters of its own."""
+    units: frozenset[str]
+    """Names of the units; the other names are modules inside of them."""
+    leaves: frozenset[str] = frozenset()
+    """Names of the units that are leaf modules."""
+
+    def is_leaf(self, name: str) -> bool:
+        return name in self.leaves
+
+
+def set_leaf_modules(model: nn.Module, leaves: Sequence[Leaf]) -> list[nn.Module]:
+    """Mark modules whose whole subtree stage 3 gathers at once, before `shard`; the modules found.
+
+    For modules that call different children on different ranks, such as a mixture of experts:
+    [Note: leaf modules]. The usual ones are found without this. As `ZeroConfig.leaf_modules`.
+
+    Raises:
+        ValueError: an entry that matches no module.
+    """
+    names = leaf_names(model, tuple(leaves))
+    found = [module for name, module in model.named_modules() if name in names]
+    for module in found:
+        _registry.mark_leaf(module)
+    return found
+
+
+def leaf_names(model: nn.Module, leaves: Sequence[Leaf]) -> set[str]:
+    """Names of the modules that match an entry; every entry has to match one."""
+    found: set[str] = set()
+    for leaf in leaves:
+        names = {name for name, module in model.named_modules() if _matches(name, module, leaf)}
+        if not names:
+            classes = sorted({type(m).__name__ for m in model.modules()})
+            raise ValueError(
+                f"leaf module {leaf!r} is no class and no module of this {type(model).__name__}: give a class, its "
+                f"name, or a module's name; the classes are {', '.join(classes)}"
+            )
+        found |= names
+    return found
+
+
+def _matches(name: str, module: nn.Module, leaf: Leaf) -> bool:
+    if isinstance(leaf, str):
+        kind = type(module)
+        return leaf in (name, kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
+    return isinstance(module, leaf)
+
+
+def choose_leaves(model: nn.Module, leaves: Sequence[Leaf] = (), granularity_numel: int = 0) -> set[str]:
+    """Names of the modules to gather whole: those named or marked, known mixtures of experts, and those whose
+    parameters are at most `granularity_numel` elements a module inside.
+    """
+    found = leaf_names(model, leaves)
+    for name, module in model.named_modules():
+        if _registry.is_leaf(module) or (name and _is_mixture(module)) or _is_fine(module, granularity_numel):
+            found.add(name)
+    return {name for name in found if not _inside(name, found)}
+
+
+def _is_mixture(module: nn.Module) -> bool:
+    """Whether it chooses among experts of its own."""
+    for name, child in module.named_children():
+        if _EXPERTS.search(name) and (
+            (isinstance(child, _REPEATED) and len(child) > 1) or _MIXTURES.search(type(module).__name__)
+        ):
+            return True
+    return False
+
+
+def _is_fine(module: nn.Module, granularity_numel: int) -> bool:
+    if granularity_numel <= 0:
+        return False
+    inside = sum(1 for _ in module.modules()) - 1
+    return inside > 0 and sum(p.numel() for p in module.parameters()) <= granularity_numel * inside
+
+
+def choose_units(model: nn.Module, leaves: set[str] | None = None) -> dict[str, nn.Module]:
+    """Name -> module of the units: the modules whose forward gathers their parameters as one.
+
+    Leaf modules and the children of a ModuleList, ModuleDict or Sequential are units (the blocks of a
+    transformer). Outside of them, the largest subtrees below the model without a unit inside are units (an
+    embedding, a head). Parameters of modules that contain units belong to the module itself, which is then a
+    unit too.
+    """
+    leaves = choose_leaves(model) if leaves is None else leaves
+    modules = dict(model.named_modules())
+    blocks = {
+        f"{name}.{child_name}" if name else child_name: child
+        for name, module in modules.items()
+        if isinstance(module, _REPEATED)
+        for child_name, child in module.named_children()
+        if not _uncalled(child) and any(True for _ in child.parameters())
+    }
+    blocks |= {name: modules[name] for name in leaves}
+    # A Sequential inside a block is part of the block: gathering a layer's two matrices one by one gains
+    # nothing.
+    blocks = {n: m for n, m in blocks.items() if not _inside(n, blocks)}
+    units: dict[str, nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> None:
+        if name in blocks or (name and not _uncalled(module) and not _contains(name, blocks)):
+            if any(True for _ in module.parameters()):
+                units[name] = module
+            return
+        if not _uncalled(module) and _reads_own(module):
+            units[name] = module
+        for child_name, child in module.named_children():
+            visit(f"{name}.{child_name}" if name else child_name, child)
+
+    visit("", model)
+    return units
+
+
+def _uncalled(module: nn.Module) -> bool:
+    """Whether it only holds others (ModuleList, ParameterList, a bare Module): what it holds is read by the
+    module around it, and its hooks never run.
+    """
+    return type(module).forward is nn.Module.forward
+
+
+def _reads_own(module: nn.Module) -> bool:
+    """Whether it has parameters that no forward but its own reads: its own, and those in uncalled
+    children.
+    """
+    return any(True for _ in module.parameters(recurse=False)) or any(
+        _uncalled(child) and _reads_own(child) for child in module.children()
+    )
+
+
+def _inside(name: str, others: set[str] | Mapping[str, nn.Module]) -> bool:
+    if not name:
+        return False
+    parts = name.split(".")
+    return any(".".join(parts[:i]) in others for i in range(len(parts)))
+
+
+def _contains(name: str, others: Mapping[str, nn.Module]) -> bool:
+    prefix = f"{name}." if name else ""
+    return any(other.startswith(prefix) for other in others)
+
+
+def unit_of_params(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Parameter name -> name of the innermost unit that contains it."""
+    owner: dict[str, str] = {}
+    for fqn, _ in model.named_parameters(remove_duplicate=False):
+        parts = fqn.split(".")
+        for i in range(len(parts) - 1, -1, -1):
+            name = ".".join(parts[:i])
+            if name in units:
+                owner[fqn] = name
+                break
+    return owner
+
+
+def map_units(
+    model: nn.Module, units: Mapping[str, nn.Module], buckets: Sequence[Bucket], leaves: set[str]
+) -> UnitMap:
+    """Buckets of every unit and every module with stage-3 parameters of its own.
+
+    A unit also gathers what its modules share with others (a head tied to the embedding).
+    """
+    bucket_of = {id(p): b for b in buckets if not b.whole for p in b.params}
+    found: dict[str, list[Bucket]] = {}
+    for name, module in model.named_modules() if bucket_of else ():
+        own = [p for p in module.parameters(recurse=False) if id(p) in bucket_of]
+        if name in units:
+            own = [p for p in _params_of_unit(name, module, units) if id(p) in bucket_of]
+        unique = {id(bucket_of[id(p)]): bucket_of[id(p)] for p in own}
+        if unique:
+            found[name] = list(unique.values())
+    return UnitMap(buckets=found, units=frozenset(units), leaves=frozenset(leaves & set(units)))
+
+
+def _params_of_unit(name: str, module: nn.Module, units: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    """Parameters below `module` that no unit further inside has."""
+    prefix = f"{name}." if name else ""
+    inner = [u for u in units if u != name and u.startswith(prefix)]
+    return [
+        p
+        for n, p in module.named_parameters(remove_duplicate=False)
+        if not any(f"{prefix}{n}".startswith(f"{u}.") for u in inner)
+    ]

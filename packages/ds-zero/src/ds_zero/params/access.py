@@ -1,0 +1,301 @@
+"""Parameters, gradients and optimizer states by name: whole values and this rank's part, to read and to write.
+
+[Note: reading does not disturb]
+`get_full` of a gradient in the middle of an accumulation shows what would be stepped with if the accumulation ended
+now, and changes nothing: under the local plan a copy of the rank's sums is reduced, and the sums stay. So a training
+that looks at its gradients has the same bits as one that does not. Writing a gradient has to end that: what waits is
+reduced first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ds_zero import _registry
+from ds_zero.layout.buckets import piece_of
+from ds_zero.params.handle import (
+    Place,
+    StateKind,
+    Where,
+    any_rank,
+    assemble,
+    find,
+    from_first,
+    kind_of_state,
+    whole_state,
+)
+from ds_zero.runtime.bucket import BucketState
+from ds_zero.runtime.materialize import tell_everybody
+from ds_zero.state import ZeroState
+
+PARAM, GRAD = "param", "grad"
+
+
+# --- whole values
+
+
+def get_full(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tensor | None:
+    """The whole value on every rank, in the parameter's shape: a copy, fp32 unless the state has another dtype.
+
+    Collective: all ranks that divide the parameter call it alike. [Note: reading does not disturb]
+
+    Args:
+        model: the sharded model; None where `where` is the parameter itself.
+        where: the parameter, or any of its names.
+        kind: "param" (the fp32 master, or the frozen parameter), "grad" (mean over ranks of what has accumulated,
+            without the loss scale, after clipping if it was clipped), or the optimizer's name of
+            a state such as "exp_avg". A state that is one number a parameter comes as a 0-dim tensor.
+
+    Returns:
+        None where no rank has a value: a frozen or unused parameter's gradient, a state before the first step.
+
+    Raises:
+        ValueError: a model that is not sharded, or a name that it does not have.
+    """
+    place = find(model, where)
+    with torch.no_grad():
+        place.state.stepper.wait()
+        if kind == PARAM:
+            return _whole_param(place)
+        if place.shard is None:
+            return None
+        return _whole_grad(place) if kind == GRAD else whole_state(place, kind)
+
+
+def set_full(model: nn.Module | None, where: Where, kind: str, value: Tensor | float | None) -> None:
+    """Replace the whole value on every rank by rank 0's `value`, in the parameter's shape. Collective.
+
+    Other ranks' `value` may be None. A new parameter is seen by the next forward, at every stage and precision. A new
+    gradient takes the place of all that has accumulated since the last step and is used as it is: clipping that was
+    done before does not touch it.
+
+    Raises:
+        ValueError: another shape; a gradient or state of a frozen parameter; a state that the optimizer does not have.
+    """
+    place = find(model, where)
+    with torch.no_grad():
+        _prepare_write(place, kind)
+        if kind == PARAM:
+            _write_param(place, from_first(place, value))
+        elif kind == GRAD:
+            _write_grad(place, _own(place, from_first(place, value)))
+        else:
+            found = kind_of_state(place, kind)[0]
+            if found is StateKind.ELEMENTS:
+                _write_state(place, kind, _own(place, from_first(place, value)))
+            else:
+                _write_as_it_is(place, kind, value)
+
+
+def update_full_grads(
+    model: nn.Module | None, params: Iterable[Where], update: Callable[[Tensor, nn.Parameter], Tensor]
+) -> None:
+    """`grad = update(grad, param)` on whole gradients of many parameters, gathered one bucket at a time. Collective.
+
+    `update` runs on every rank on the same values and has to give the same result there; each rank keeps its part.
+    Parameters without a gradient are left out. `model` is None where `params` are parameters of one model.
+    """
+    wanted: dict[int, list[Place]] = {}
+    state = _registry.state_of(model) if model is not None else None
+    for where in params:
+        place = find(model, where)
+        state = state or place.state
+        if place.shard is not None:
+            wanted.setdefault(id(place.bucket), []).append(place)
+    if state is None:
+        return
+    with torch.no_grad():
+        _settle_grads(state)
+        for bucket in state.buckets:
+            places = wanted.get(id(bucket), [])
+            has = any_rank(
+                bucket.ranks,
+                [p.shard is not None and p.shard.grad is not None for p in places],
+                bucket.device,
+            )
+            places = [p for p, found in zip(places, has, strict=True) if found]
+            if not places or bucket.grad is None:
+                continue
+            whole = bucket.grad.to(bucket.device)
+            if places[0].divided:
+                sizes = bucket.layout.slice_sizes
+                whole = state.comm.gather_slices(bucket.grad, bucket.ranks, bucket.device, sizes)
+            for place in places:
+                old = whole[place.slot.offset : place.slot.end].clone().view(place.slot.shape)
+                new = place.checked(update(old, bucket.params[place.index]))
+                _write_grad(place, _own(place, new))
+
+
+# --- this rank's part
+
+
+def get_local(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tensor | None:
+    """What this rank owns of a value: a 1-D copy, of no elements where it owns nothing. Not collective.
+
+    A gradient is complete after `clip_grad_norm_`, and not while micro-batches accumulate. See `local_range` for the
+    place within the parameter.
+
+    Returns:
+        None where this rank has no such value.
+    """
+    place = find(model, where)
+    bucket, shard = place.bucket, place.shard
+    with torch.no_grad():
+        if kind == PARAM:
+            return place.part(bucket.master if bucket.master is not None else bucket.low).float().clone()
+        if kind == GRAD:
+            if (
+                shard is None
+                or bucket.grad is None
+                or (place.own.numel and not place.state.reducer.is_reduced(shard))
+            ):
+                return None
+            own = place.part(bucket.grad)
+            return own.to(torch.float32, copy=True).mul_(place.state.stepper.pending.factor().to(own.device))
+        held = place.held().get(kind)
+        if isinstance(held, (int, float)):
+            return torch.tensor(held)
+        if not isinstance(held, Tensor):
+            return None
+        flat = shard is not None and held.shape == shard.shape and held.ndim
+        return (held.detach().reshape(-1) if flat else held.detach()).clone()
+
+
+def set_local(model: nn.Module | None, where: Where, kind: str, value: Tensor) -> None:
+    """Replace this rank's part. Collective: all ranks call it, with no elements where they own nothing.
+
+    In stage 0 every rank owns everything, and rank 0's value counts.
+
+    Raises:
+        ValueError: another number of elements; a gradient or state of a frozen parameter; a state that the optimizer
+            does not have.
+    """
+    place = find(model, where)
+    own, bucket = place.own, place.bucket
+    if value.numel() != own.numel:
+        raise ValueError(
+            f"{place.fqn!r}: rank {place.ranks.rank} owns {own.numel} elements from {own.start} on, and was given "
+            f"{value.numel()}: see ds_zero.local_range"
+        )
+    dtype = torch.float32 if bucket.trainable else bucket.dtype
+    part = value.detach().reshape(-1).to(bucket.device, dtype, copy=True)
+    with torch.no_grad():
+        _prepare_write(place, kind)
+        if not place.divided:
+            tell_everybody(part, place.ranks)
+        if kind == GRAD:
+            _write_grad(place, part)
+        elif kind == PARAM:
+            _write_param(place, assemble(place, part))
+        elif kind_of_state(place, kind)[0] is StateKind.ELEMENTS:
+            _write_state(place, kind, part)
+        else:
+            raise ValueError(f"state {kind!r} of {place.fqn!r} is not element-wise: use ds_zero.set_full")
+
+
+def local_range(model: nn.Module | None, where: Where) -> tuple[int, int]:
+    """(first element, number of elements) of the flattened parameter that this rank owns."""
+    own = find(model, where).own
+    return own.start, own.numel
+
+
+# --- reading
+
+
+def _whole_param(place: Place) -> Tensor:
+    bucket, slot = place.bucket, place.slot
+    if not bucket.trainable and bucket.whole:  # whole everywhere, though ranks own slices for saving
+        return bucket.full[slot.offset : slot.end].clone().view(slot.shape).float()
+    source = bucket.master if bucket.master is not None else bucket.low
+    return assemble(place, place.part(source).to(bucket.device)).float()
+
+
+def _whole_grad(place: Place) -> Tensor | None:
+    shard, bucket, reducer = place.shard, place.bucket, place.state.reducer
+    if shard is None:
+        return None
+    [has] = any_rank(place.ranks, [reducer.has_grad(bucket.params[place.index], shard)], bucket.device)
+    if not has:
+        return None
+    arrives, reduced = reducer.preview(bucket)
+    piece = piece_of(place.slot, *bucket.slice_range)
+    mine = slice(piece.offset, piece.offset + piece.numel)
+    own = torch.zeros(piece.numel, dtype=torch.float32, device=bucket.device)
+    if reducer.is_reduced(shard):
+        own += reduced[mine].to(bucket.device)
+    if arrives is not None:
+        own += arrives[mine]
+    whole = assemble(place, own, slices=True)
+    return whole.mul_(place.state.stepper.pending.factor().to(whole.device))
+
+
+# --- writing
+
+
+def _own(place: Place, whole: Tensor) -> Tensor:
+    own = place.own
+    return whole.reshape(-1)[own.start : own.start + own.numel]
+
+
+def _prepare_write(place: Place, kind: str) -> None:
+    place.state.stepper.wait()
+    if kind != PARAM and place.shard is None:
+        raise ValueError(f"{place.fqn!r} is frozen: no optimizer group holds it, so it has no {kind!r}")
+    if kind == GRAD:
+        _settle_grads(place.state)
+
+
+def _settle_grads(state: ZeroState) -> None:
+    """Reduce what waits, and apply clipping and loss scale: from here on gradients are as they show."""
+    state.reducer.finish()
+    state.stepper.apply_pending()
+    state.stepper.pending.norm = None  # found for gradients that change now
+
+
+def _write_param(place: Place, whole: Tensor) -> None:
+    bucket, slot = place.bucket, place.slot
+    if bucket.state in (BucketState.GATHERING, BucketState.GATHERED):
+        place.state.gatherer.finish(bucket)
+    own = _own(place, whole)
+    if bucket.master is not None:
+        place.part(bucket.master).copy_(own)
+    place.part(bucket.low).copy_(own)
+    if bucket.state in (BucketState.WHOLE, BucketState.GATHERED):
+        bucket.full[slot.offset : slot.end].copy_(whole.reshape(-1))
+
+
+def _write_grad(place: Place, own: Tensor) -> None:
+    bucket, shard = place.bucket, place.shard
+    assert bucket.grad is not None and shard is not None
+    place.part(bucket.grad).copy_(own)
+    if place.own.numel:
+        shard.grad = bucket.cut(bucket.grad)[place.index]
+    place.state.reducer.keep(bucket.params[place.index])
+
+
+def _write_state(place: Place, kind: str, own: Tensor) -> None:
+    held = place.held().get(kind)
+    if isinstance(held, Tensor) and held.numel():
+        held.copy_(own.view_as(held))
+
+
+def _write_as_it_is(place: Place, kind: str, value: Tensor | float | None) -> None:
+    """A number, or a tensor of a shape of its own; rank 0's value."""
+    old = whole_state(place, kind)
+    assert old is not None
+    if place.ranks.first and (value is None or (isinstance(value, Tensor) and value.shape != old.shape)):
+        raise ValueError(
+            f"state {kind!r} of {place.fqn!r} has shape {tuple(old.shape)}: rank 0 was given {value!r}"
+        )
+    if place.ranks.first:
+        old = torch.as_tensor(value).to(old)
+    tell_everybody(old, place.ranks)
+    held = place.held()
+    mine = held.get(kind)  # nothing on a rank that owns nothing of this parameter
+    if isinstance(mine, Tensor):
+        mine.copy_(old.view_as(mine))
+    elif isinstance(mine, (int, float)):
+        held[kind] = type(mine)(old.item())

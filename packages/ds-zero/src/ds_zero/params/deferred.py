@@ -1,0 +1,307 @@
+"""Construct a model without holding it: record initialisation on the meta device, replay it tensor by tensor
+in `shard`.
+
+[Note: deferred construction]
+Inside `deferred_init` every new tensor is a meta tensor, and every operation that writes one is written down.
+A random operation is also run once on a scratch tensor of the same shape, which advances the generator
+exactly as ordinary construction would, and the generator's state from before is kept. So the values of any
+tensor can be made later, in any order and any number of times, bitwise as ordinary construction makes them:
+walk the record backwards for what the tensor depends on, then run that forwards. Views need no
+record: a tensor is (storage, geometry), and the replay rebuilds storages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from ds_zero import _registry
+from ds_zero.params.deferred_values import swap
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """A recorded tensor: which storage, and how it looks into it."""
+
+    storage: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Node:
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reads: frozenset[int]
+    writes: frozenset[int]
+    """Storages changed in place."""
+    makes: tuple[int | None, ...]
+    """Storage of each tensor output if it is new, in the order of the flattened outputs."""
+    rng_state: Tensor | None
+
+
+class Record(TorchDispatchMode):
+    """What happened to every tensor constructed under `deferred_init`."""
+
+    def __init__(self, stage: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.stage = stage
+        self._nodes: list[_Node] = []
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    # --- recording
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.ops.aten._local_scalar_dense.default and self._knows(args[0]):
+            return self.values(args[0]).item()
+        if (
+            "device" in kwargs and (kwargs["device"] is None or torch.device(kwargs["device"]).type != "meta")
+        ) or (
+            "device" in {a.name for a in func._schema.arguments}
+            and not any(self._knows(a) for a in tree_flatten(args)[0])
+        ):
+            kwargs["device"] = torch.device("meta")
+        flat = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+        touches = any(self._knows(t) for t in flat) or kwargs.get("device") == torch.device("meta")
+        if not touches:
+            return func(*args, **kwargs)
+        rng_state = (
+            self._advance(func, args, kwargs) if torch.Tag.nondeterministic_seeded in func.tags else None
+        )
+        # Real tensors (made from Python data) take part by shape only; their values are kept for the replay.
+        result = func(*_on_meta(args), **_on_meta(kwargs))
+        self._write_down(func, args, kwargs, result, rng_state)
+        return result
+
+    def _knows(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.device.type == "meta" and _key(value) in self._storages
+
+    def _advance(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run a random operation on scratch, for its effect on the generator alone."""
+        state = torch.get_rng_state()
+
+        def scratch(t: Tensor) -> Tensor:
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu")
+
+        real_kwargs = {k: (torch.device("cpu") if k == "device" else v) for k, v in kwargs.items()}
+        func(*tree_map_only(Tensor, scratch, args), **tree_map_only(Tensor, scratch, real_kwargs))
+        return state
+
+    def _write_down(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, rng_state: Tensor | None
+    ) -> None:
+        outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+        makes: list[int | None] = []
+        for tensor in outputs:
+            new = _key(tensor) not in self._storages
+            if new:
+                self._storages[_key(tensor)] = tensor.untyped_storage()
+            makes.append(_key(tensor) if new else None)
+        writes = frozenset(_key(t) for t in _mutated(func, args, kwargs) if self._knows(t))
+        if not writes and not any(m is not None for m in makes):
+            return  # a view
+        reads = frozenset(_key(t) for t in tree_flatten((args, kwargs))[0] if self._knows(t))
+        self._nodes.append(
+            _Node(func, self._freeze(args), self._freeze(kwargs), reads, writes, tuple(makes), rng_state)
+        )
+
+    def _freeze(self, tree: Any) -> Any:
+        def one(t: Tensor) -> Any:
+            if self._knows(t):
+                return _Ref(_key(t), t.dtype, tuple(t.shape), tuple(t.stride()), int(t.storage_offset()))
+            return t.detach().clone()  # it might be written later
+
+        return tree_map_only(Tensor, one, tree)
+
+    # --- replay
+
+    def place(self, tensor: Tensor) -> int:
+        """Of the tensor's storage in the order of construction."""
+        key = _key(tensor)
+        return next((i for i, storage in enumerate(self._storages) if storage == key), -1)
+
+    def values(self, tensor: Tensor) -> Tensor:
+        """The values that ordinary construction would have given `tensor`; a new CPU tensor."""
+        target = _Ref(
+            _key(tensor),
+            tensor.dtype,
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+            int(tensor.storage_offset()),
+        )
+        if target.storage not in self._storages:
+            raise ValueError(
+                "a meta tensor that was not constructed under ds_zero.deferred_init has no values: construct "
+                "the whole model there"
+            )
+        needed, wanted = [], {target.storage}
+        for node in reversed(self._nodes):
+            if wanted & (node.writes | {m for m in node.makes if m is not None}):
+                needed.append(node)
+                wanted |= node.reads
+        real: dict[int, torch.UntypedStorage] = {}
+        before = torch.get_rng_state()
+        with torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+            for node in reversed(needed):
+                self._run(node, real)
+            torch.set_rng_state(before)
+            return _look(target, real).clone()
+
+    def _run(self, node: _Node, real: dict[int, torch.UntypedStorage]) -> None:
+        if node.rng_state is not None:
+            torch.set_rng_state(node.rng_state)
+        args, kwargs = tree_map_only(_Ref, lambda r: _look(r, real), (node.args, node.kwargs))
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        result = node.func(*args, **kwargs)
+        outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+        for made, tensor in zip(node.makes, outputs, strict=True):
+            if made is not None:
+                real[made] = tensor.untyped_storage()
+
+
+class _Ordinary(TorchFunctionMode):
+    """Recorded tensors claim to be ordinary: several functions of `torch.nn.init` return at once for meta
+    tensors.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == _is_meta:  # a method-wrapper is a new object each time
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+_is_meta = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _look(ref: _Ref, real: dict[int, torch.UntypedStorage]) -> Tensor:
+    return torch.empty(0, dtype=ref.dtype).set_(real[ref.storage], ref.offset, ref.size, ref.stride)
+
+
+def _on_meta(tree: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t if t.device.type == "meta" else t.to("meta"), tree)
+
+
+def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            found += [t for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
+    return found
+
+
+@contextlib.contextmanager
+def deferred_init(stage: int | None = None, *, defer_buffers: bool = True) -> Iterator[None]:
+    """Construct modules inside without memory for their values; `shard` then makes each rank's values one
+    bucket at a time.
+
+    The weights are bitwise those of ordinary construction from the same seed, whichever way modules
+    initialise themselves, and the random generator is left in the same state. Construction takes about as
+    long as without this context, `shard` once more as long.
+
+    Args:
+        stage: the stage that `shard` will be called with; given, `shard` insists on it.
+        defer_buffers: False: buffers have their values when the context ends, for code that writes them before
+            `shard`.
+
+    Raises:
+        ValueError: in `shard`, for meta tensors that were constructed elsewhere.
+    """
+    record = Record(stage)
+    owners: dict[int, nn.Module] = {}
+
+    def note(module: nn.Module, _: str, value: Any) -> None:
+        if isinstance(value, Tensor) and value.device.type == "meta":
+            _registry.put_record(value, record)
+            if not defer_buffers and not isinstance(value, nn.Parameter):
+                owners[id(module)] = module
+
+    handles = [
+        nn_module.register_module_parameter_registration_hook(note),
+        nn_module.register_module_buffer_registration_hook(note),
+    ]
+    try:
+        with record, _Ordinary():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module in owners.values():
+        _materialize_own(module, torch.get_default_device())
+
+
+def materialize_buffers(model: nn.Module, device: torch.device) -> None:
+    """Give every deferred buffer its values."""
+    for module in model.modules():
+        _materialize_own(module, device)
+
+
+def _materialize_own(module: nn.Module, device: torch.device) -> None:
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.device.type == "meta":
+            persistent = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, _values_of(name, buffer).to(device), persistent=persistent)
+
+
+def recorded_values(params: Mapping[str, nn.Parameter]) -> Callable[[str, nn.Parameter], Tensor]:
+    """A function from a parameter to its initial values: its own, or the replayed ones of a deferred
+    parameter.
+    """
+
+    def values(fqn: str, param: nn.Parameter) -> Tensor:
+        return param.data if param.device.type != "meta" else _values_of(fqn, param)
+
+    return values
+
+
+def become_real(param: nn.Parameter, device: torch.device) -> None:
+    """Turn a meta parameter into one on `device` that has no memory of its own yet; the same object, name and
+    shape.
+    """
+    if param.device.type != "meta":
+        return
+    _registry.drop_record(param)  # tensors that something points to weakly cannot be swapped
+    stand_in = torch.empty(1, dtype=param.dtype, device=device).expand(param.shape)
+    swap(param, nn.Parameter(stand_in, requires_grad=param.requires_grad))
+
+
+def stage_expected(params: Mapping[str, nn.Parameter]) -> int | None:
+    """The stage given to `deferred_init`, if these parameters come from one."""
+    for param in params.values():
+        record = _registry.find_record(param)
+        if record is not None:
+            return record.stage
+    return None
+
+
+def _values_of(name: str, tensor: Tensor) -> Tensor:
+    record = _registry.find_record(tensor)
+    if record is None:
+        raise ValueError(
+            f"{name!r} is a meta tensor without recorded values: construct the model inside `with "
+            "ds_zero.deferred_init():`, or "
+            "give it values with model.to_empty(...) and a checkpoint"
+        )
+    return record.values(tensor)

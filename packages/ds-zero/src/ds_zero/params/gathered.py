@@ -1,0 +1,156 @@
+"""Whole values of sharded parameters, for reading and writing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ds_zero import _registry
+from ds_zero.params.deferred_values import whole_for_a_while
+from ds_zero.params.gathered_context import OpenGather
+from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.materialize import tell_everybody
+from ds_zero.state import ZeroState
+
+
+@contextlib.contextmanager
+def gathered(
+    params: nn.Module | nn.Parameter | Iterable[nn.Parameter], write: bool = False, *, writer_rank: int = 0
+) -> Iterator[None]:
+    """Whole parameters inside the context, at every stage. Collective: all ranks enter and leave with the same
+    parameters; those of one module, or of several sharded models.
+
+    With `write`, the values that `writer_rank` has at the end become everybody's, masters included; digits that the
+    compute dtype does not show are kept where it was not written. No change is lost in silence: one that was made
+    without `write`, or by another rank alone, raises on every rank, also when it was made through `.data`. Contexts
+    nest; a change inside an inner one that does not write counts for an outer one that does. A context that is left
+    by an exception adopts nothing. Parameters that were constructed under `deferred_init` and wait for `shard` are
+    made for the while, see [Note: waiting parameters].
+
+    Raises:
+        ValueError: parameters that are not sharded; a change that would be lost; an optimizer step inside.
+    """
+    named = params.parameters() if isinstance(params, nn.Module) else params
+    wanted = [named] if isinstance(named, nn.Parameter) else list(named)
+    waiting = [p for p in wanted if _registry.find_record(p) is not None]
+    found: dict[int, tuple[ZeroState, dict[int, Bucket]]] = {}
+    for param in wanted:
+        if any(param is w for w in waiting):
+            continue
+        state = _registry.state_of(param)
+        bucket, _ = state.bucket_of(param)
+        found.setdefault(id(state), (state, {}))[1][id(bucket)] = bucket
+    with contextlib.ExitStack() as stack:
+        if waiting:
+            stack.enter_context(whole_for_a_while(waiting, writer_rank if write else None))
+        for state, asked in found.values():
+            buckets = [
+                b for b in state.buckets if id(b) in asked
+            ]  # one order on all ranks, whatever was asked
+            stack.enter_context(_gathered(state, buckets, writer_rank if write else None))
+        yield
+
+
+@contextlib.contextmanager
+def _gathered(state: ZeroState, buckets: list[Bucket], writer: int | None) -> Iterator[None]:
+    """The part of one model; `writer` is None for a context that does not write."""
+    smallest = min(b.ranks.size for b in buckets)
+    if writer is not None and not 0 <= writer < smallest:
+        raise ValueError(f"writer_rank={writer}: the model is sharded among ranks 0 to {smallest - 1}")
+    state.stepper.wait()
+    state.gatherer.acquire(buckets)
+    opened = OpenGather(buckets, writes=writer is not None)
+    state.open_gathers.append(opened)
+    try:
+        yield
+        if not state.gatherer.holds(buckets):
+            raise ValueError(
+                "optimizer.step() or a failed backward inside ds_zero.gathered has dropped the gathered values: leave "
+                "the context first"
+            )
+        _settle(state, opened, writer)
+    finally:
+        state.open_gathers.remove(opened)
+        if state.gatherer.holds(buckets):
+            state.gatherer.release(buckets)
+
+
+def _settle(state: ZeroState, opened: OpenGather, writer: int | None) -> None:
+    """Adopt what the writer changed; raise for what would be lost."""
+    if writer is None and all(state.is_written(bucket) for bucket in opened.buckets):
+        return  # an outer context adopts it
+    changed = opened.changed()
+    # The same on all ranks of a bucket; ranks of other experts may have changed others.
+    touched = [bucket for bucket in opened.buckets if changed[id(bucket)].any()]
+    if writer is not None and touched:
+        opened.put_back(touched)
+        _adopt(touched, writer)
+        for other in state.open_gathers:
+            other.refresh(touched)
+    lost: list[str] = []
+    who: set[int] = set()
+    for bucket in touched:
+        by_rank = changed[id(bucket)]  # (replicas, ranks, parameters)
+        bad = by_rank.any(0).any(0)
+        if writer is not None:
+            bad &= ~by_rank[0, writer]
+        lost += [slot.fqn for slot, is_bad in zip(bucket.layout.slots, bad.tolist(), strict=True) if is_bad]
+        who |= set(by_rank[:, :, bad].any(2).any(0).nonzero().reshape(-1).tolist())
+    if lost and writer is None:
+        raise ValueError(
+            f"{lost} were written inside gathered(..., write=False): the change would be lost; pass write=True"
+        )
+    if lost:
+        raise ValueError(
+            f"{lost} were written by ranks {sorted(who)} and not by rank {writer}, whose values count: the change "
+            "would be lost; write on every rank, or pass writer_rank="
+        )
+
+
+def _adopt(buckets: list[Bucket], writer: int) -> None:
+    """The writer's whole values into everybody's shards."""
+    with torch.no_grad():
+        for bucket in buckets:
+            tell_everybody(bucket.full, bucket.ranks, writer)
+            begin, end = bucket.owned_range
+            if bucket.low.data_ptr() != bucket.full[begin:end].data_ptr():
+                bucket.low.copy_(bucket.full[begin:end])
+            bucket.changed()
+            if bucket.master is not None and bucket.master is not bucket.low:
+                # Keep what the cast cannot express where the low-precision value did not change.
+                same = bucket.master.to(bucket.low.dtype) == bucket.low
+                bucket.master.copy_(torch.where(same, bucket.master, bucket.low.float()))
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Names -> whole values on the CPU, on rank 0 (elsewhere empty). Collective.
+
+    Parameters come from the fp32 masters, frozen ones in their own dtype; tied parameters appear under each
+    of their names, as one tensor; persistent buffers are included. Rank 0 holds one bucket beyond what it
+    returns.
+    """
+    state = _registry.state_of(model)
+    state.stepper.wait()
+    found: dict[str, Tensor] = {}
+    for bucket in state.buckets:
+        whole = _whole(state, bucket)
+        if state.ranks.first:
+            for slot in bucket.layout.slots:
+                value = whole[slot.offset : slot.end].view(slot.shape).cpu().clone()
+                for name in state.names[slot.fqn]:
+                    found[name] = value
+    if not state.ranks.first:
+        return {}
+    found |= {n: b.detach().cpu().clone() for n, b in model.named_buffers()}
+    return {name: found[name] for name in model.state_dict(keep_vars=True)}
+
+
+def _whole(state: ZeroState, bucket: Bucket) -> Tensor:
+    """All of a bucket in the best precision there is."""
+    own = bucket.master if bucket.master is not None else bucket.low
+    if bucket.layout.num_owners == 1 or bucket.ranks.group is None:
+        return own.detach()
+    return state.comm.gather_slices(own.detach(), bucket.ranks, bucket.device, bucket.layout.slice_sizes)

@@ -1,0 +1,223 @@
+"""One parameter of a sharded model, seen from one rank, and what the ranks that divide it tell each other."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_zero import _registry
+from ds_zero.comm.ranks import Ranks
+from ds_zero.layout.buckets import Piece, Slot, piece_of
+from ds_zero.params.gathered_context import exchange_flags
+from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.materialize import NUMBERS, tell_everybody
+from ds_zero.state import ZeroState
+
+Where = nn.Parameter | str
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+_MAX_DIMS = 8
+
+
+class StateKind(enum.IntEnum):
+    """What an optimizer keeps for a parameter under one name."""
+
+    NOTHING = 0
+    NUMBER = 1
+    """One number, the same on all ranks that have it."""
+    ELEMENTS = 2
+    """One value for every element."""
+    OTHER = 3
+    """A tensor of another shape, held by the one rank that owns all of the parameter."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One parameter, and its bucket on this rank."""
+
+    state: ZeroState
+    bucket: Bucket
+    index: int
+
+    @property
+    def slot(self) -> Slot:
+        return self.bucket.layout.slots[self.index]
+
+    @property
+    def fqn(self) -> str:
+        return self.slot.fqn
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.bucket.ranks
+
+    @property
+    def shard(self) -> Tensor | None:
+        """The optimizer's entry; None for a frozen parameter."""
+        return self.bucket.shards[self.index] if self.bucket.shards else None
+
+    @property
+    def own(self) -> Piece:
+        """What this rank owns; the offset counts from the beginning of its owned range."""
+        return piece_of(self.slot, *self.bucket.owned_range)
+
+    @property
+    def divided(self) -> bool:
+        """Whether ranks own different parts."""
+        return self.bucket.layout.num_owners > 1 and self.ranks.group is not None
+
+    def part(self, owned: Tensor) -> Tensor:
+        """This parameter's elements of a tensor over the owned range, 1-D."""
+        own = self.own
+        return owned[own.offset : own.offset + own.numel]
+
+    def held(self) -> dict[str, object]:
+        """The optimizer's states of this rank's shard."""
+        optimizer = self.state.optimizer() if self.state.optimizer is not None else None
+        shard = self.shard
+        if optimizer is None or shard is None or shard not in optimizer.state:
+            return {}
+        found: dict[str, object] = optimizer.state[shard]
+        return found
+
+    def checked(self, value: Tensor) -> Tensor:
+        """`value`, if it has the parameter's shape.
+
+        Raises:
+            ValueError: it has another one.
+        """
+        if tuple(value.shape) != self.slot.shape:
+            raise ValueError(
+                f"{self.fqn!r} has shape {self.slot.shape} and was given a value of shape {tuple(value.shape)}"
+            )
+        return value
+
+
+def find(model: nn.Module | None, where: Where) -> Place:
+    """Where a parameter lies, by itself or by any of its names.
+
+    Raises:
+        ValueError: a model that is not sharded, or has no such parameter.
+    """
+    if isinstance(where, str) and model is None:
+        raise ValueError(f"a name ({where!r}) needs the model that has it: pass the model, or the parameter")
+    state = _registry.state_of(model if model is not None else where)  # type: ignore[arg-type]
+    if not isinstance(where, str):
+        return Place(state, *state.bucket_of(where))
+    first = next((f for f, names in state.names.items() if where in names), None)
+    for bucket in state.buckets:
+        for index, slot in enumerate(bucket.layout.slots):
+            if slot.fqn == first:
+                return Place(state, bucket, index)
+    raise ValueError(f"the model has no parameter {where!r}; its first ones are {list(state.names)[:5]}")
+
+
+def assemble(place: Place, own: Tensor, *, slices: bool = False) -> Tensor:
+    """Every rank's part side by side, in the parameter's shape; `own` is this rank's, on the model's device: of what
+    it owns, or of the slice that it reduces, which differs in stage 0. Collective.
+    """
+    slot, ranks, layout = place.slot, place.ranks, place.bucket.layout
+    if not place.divided and not (slices and ranks.group is not None):
+        return own.clone().view(slot.shape)
+    whole = torch.empty(slot.numel, dtype=own.dtype, device=own.device)
+    for rank in range(ranks.size):
+        piece = piece_of(slot, *(layout.slice_range(rank) if slices else layout.owned_range(rank)))
+        if piece.numel:
+            part = whole[piece.start : piece.start + piece.numel]
+            if rank == ranks.rank:
+                part.copy_(own)
+            dist.broadcast(part, group=ranks.group, group_src=rank)
+    return whole.view(slot.shape)
+
+
+def any_rank(ranks: Ranks, flags: list[bool], device: torch.device) -> list[bool]:
+    """For every flag whether some rank has it. Collective."""
+    if not flags or ranks.total == 1:
+        return flags
+    found: list[bool] = exchange_flags(flags, ranks, device).any(0).any(0).tolist()
+    return found
+
+
+def from_first(place: Place, value: Tensor | float | None) -> Tensor:
+    """Rank 0's value on all ranks, fp32 (a frozen parameter's in its own dtype). Collective."""
+    bucket = place.bucket
+    dtype = torch.float32 if bucket.trainable else bucket.dtype
+    if isinstance(value, Tensor):
+        whole = place.checked(value).detach().to(bucket.device, dtype, copy=True).contiguous()
+    elif place.ranks.first:
+        raise ValueError(f"{place.fqn!r}: rank 0 needs a tensor of shape {place.slot.shape}, not {value!r}")
+    else:
+        whole = torch.empty(place.slot.shape, dtype=dtype, device=bucket.device)
+    tell_everybody(whole, place.ranks)
+    return whole
+
+
+# --- optimizer states
+
+
+def kind_of_state(place: Place, name: str, *, required: bool = True) -> tuple[StateKind, torch.dtype]:
+    """What the ranks together have under this name; those without elements may have nothing. Collective.
+
+    Raises:
+        ValueError: no rank has it, and it is required.
+    """
+    held, shard = place.held().get(name), place.shard
+    kind, dtype = StateKind.NOTHING, torch.float32
+    if isinstance(held, Tensor) and shard is not None:
+        dtype = held.dtype
+        if held.shape == shard.shape and (held.ndim or name not in NUMBERS):
+            kind = StateKind.ELEMENTS if held.numel() else StateKind.NOTHING
+        else:
+            kind = StateKind.OTHER if held.ndim else StateKind.NUMBER
+    elif isinstance(held, (int, float)):
+        kind = StateKind.NUMBER
+    code = len(_DTYPES) * kind + (_DTYPES.index(dtype) if kind else 0)
+    packed = torch.tensor([code]).to(place.bucket.device)
+    if place.ranks.group is not None:
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=place.ranks.group)
+    number, index = divmod(int(packed.item()), len(_DTYPES))
+    if number == StateKind.NOTHING and required:
+        raise ValueError(
+            f"the optimizer has no state {name!r} for {place.fqn!r} (it has {sorted(place.held())}): states appear in "
+            "the first step"
+        )
+    return StateKind(number), _DTYPES[index]
+
+
+def whole_state(place: Place, name: str) -> Tensor | None:
+    """A state as all ranks together have it. Collective."""
+    kind, dtype = kind_of_state(place, name, required=False)
+    held, device = place.held().get(name), place.bucket.device
+    if kind is StateKind.NOTHING:
+        return None
+    if kind is StateKind.NUMBER:
+        mine = [float(held)] if isinstance(held, (int, float, Tensor)) else [float("-inf")]
+        number = torch.tensor(mine, dtype=torch.float64).to(device)
+        if place.ranks.group is not None:
+            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=place.ranks.group)
+        return number[0].float()
+    own = held.detach() if isinstance(held, Tensor) else torch.empty(0, dtype=dtype)
+    if kind is StateKind.ELEMENTS:
+        return assemble(place, own.reshape(-1).to(device))
+    return _from_owner(place, own.to(device))
+
+
+def _from_owner(place: Place, own: Tensor) -> Tensor:
+    """A tensor of a shape of its own, from the rank that owns the parameter."""
+    ranges = [place.bucket.layout.owned_range(rank) for rank in range(place.ranks.size)]
+    owner = next(r for r, ends in enumerate(ranges) if piece_of(place.slot, *ends).numel == place.slot.numel)
+    if not place.divided:
+        return own.clone()
+    shape = torch.full((_MAX_DIMS,), -1)
+    if owner == place.ranks.rank:
+        shape[: own.ndim] = torch.tensor(own.shape)
+    shape = shape.to(own.device)
+    dist.broadcast(shape, group=place.ranks.group, group_src=owner)
+    whole = torch.empty([n for n in shape.tolist() if n >= 0], dtype=own.dtype, device=own.device)
+    if owner == place.ranks.rank:
+        whole.copy_(own)
+    dist.broadcast(whole, group=place.ranks.group, group_src=owner)
+    return whole

@@ -1,0 +1,274 @@
+"""Sharded state as logical ranges by name, for checkpoints that know nothing of ranks or stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ds_zero import _registry
+from ds_zero.interfaces import RecordSource
+from ds_zero.layout.buckets import Slot
+from ds_zero.runtime.bucket import Bucket
+from ds_zero.state import ZeroState
+
+PARAM, BUFFER = "param", "buffer"
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """Elements [flat_offset, flat_offset + data.numel()) of one flattened logical tensor."""
+
+    fqn: str
+    """Name of the parameter or buffer; with "#<i>of<n>" behind it where n sets of ranks hold different values under
+    that name (`mesh_for`)."""
+    state: str
+    """"param" (the fp32 master, or the frozen parameter itself), "buffer", or the optimizer's name of a
+    state."""
+    global_shape: tuple[int, ...]
+    flat_offset: int
+    data: Tensor
+    """1-D, contiguous, a view of the live tensor."""
+
+
+@dataclass(frozen=True)
+class _Range:
+    slot: Slot
+    bucket: Bucket
+    index: int
+    start: int
+    """First element within the parameter."""
+    values: Tensor
+    """That range of the master, or of the frozen parameter's shard."""
+    shard_start: int
+    """Where the optimizer's shard starts within the parameter."""
+
+    @property
+    def fqn(self) -> str:
+        return _name(self.bucket, self.slot)
+
+
+def _name(bucket: Bucket, slot: Slot) -> str:
+    """`ShardRecord.fqn`."""
+    index, count = bucket.ranks.part
+    return slot.fqn if count == 1 else f"{slot.fqn}#{index}of{count}"
+
+
+def _ranges(state: ZeroState, *, owned: bool) -> Iterator[_Range]:
+    """This rank's ranges: all it holds (`owned`), or its slice only, so that ranks together have every
+    element once.
+    """
+    for bucket in state.buckets:
+        rank = bucket.ranks.rank
+        if not owned and bucket.ranks.replicas is not None and bucket.ranks.replicas.rank > 0:
+            continue  # the first replica speaks for all
+        first, last = bucket.owned_range
+        begin, end = (first, last) if owned else bucket.slice_range
+        tensor = (bucket.master if bucket.master is not None else bucket.low).detach()
+        for index, slot in enumerate(bucket.layout.slots):
+            low, high = max(slot.offset, begin), min(slot.end, end)
+            if high <= low and not (slot.numel == 0 and rank == 0):
+                continue
+            yield _Range(
+                slot=slot,
+                bucket=bucket,
+                index=index,
+                start=low - slot.offset,
+                values=tensor[low - first : high - first],
+                shard_start=max(slot.offset, first) - slot.offset,
+            )
+
+
+def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
+    """What this rank has to write. Over all ranks every element of every logical tensor appears exactly once,
+    at any stage.
+
+    Scalar states (Adam's `step`) come from the rank that has the parameter's first element; buffers from rank
+    0.
+    """
+    state = _registry.state_of(model)
+    state.stepper.wait()
+    found: list[ShardRecord] = []
+    for r in _ranges(state, owned=False):
+        found.append(ShardRecord(r.fqn, PARAM, r.slot.shape, r.start, r.values))
+        if r.bucket.shards:
+            shard = r.bucket.shards[r.index]
+            for name, value in optimizer.state.get(shard, {}).items():
+                found += _state_record(r, name, value, shard)
+    if state.ranks.first:
+        for fqn, buffer in _saved_buffers(model).items():
+            found.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
+    return found
+
+
+def _state_record(r: _Range, name: str, value: object, shard: Tensor) -> list[ShardRecord]:
+    if isinstance(value, Tensor) and value.ndim > 0 and value.shape == shard.shape:
+        begin = r.start - r.shard_start
+        own = value.reshape(-1)[begin : begin + r.values.numel()]
+        return [ShardRecord(r.fqn, name, r.slot.shape or (1,), r.start, own)]
+    if r.start != 0:
+        return []
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return [ShardRecord(r.fqn, name, (), 0, value.detach().reshape(1))]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [ShardRecord(r.fqn, name, (), 0, torch.tensor([value], dtype=torch.float64))]
+    if isinstance(value, Tensor) and r.bucket.layout.undivided:  # of a form of its own, as Adafactor's
+        return [ShardRecord(r.fqn, name, tuple(value.shape), 0, value.detach().reshape(-1))]
+    if value is None:
+        return []
+    raise ValueError(
+        f"optimizer state {name!r} of parameter {r.fqn!r} is neither element-wise nor a number "
+        f"({type(value).__name__}): "
+        "it cannot be saved by logical range"
+    )
+
+
+def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """The parameters' names behind the entries of each of the optimizer's groups."""
+    state = _registry.state_of(model)
+    names = {
+        id(shard): slot.fqn
+        for bucket in state.buckets
+        for shard, slot in zip(bucket.shards, bucket.layout.slots, strict=False)
+    }
+    return [[names[id(shard)] for shard in group["params"]] for group in optimizer.param_groups]
+
+
+def load_records(
+    model: nn.Module,
+    optimizer: Optimizer,
+    source: RecordSource,
+    *,
+    optimizer_states: bool = True,
+    keep: AbstractSet[str] = frozenset(),
+    expect: Callable[[Sequence[tuple[str, str, int, int]]], None] | None = None,
+) -> None:
+    """Read this rank's ranges of every parameter, buffer and state from `source`, then publish. Collective.
+
+    Works from a checkpoint of any stage and number of ranks.
+
+    Args:
+        optimizer_states: read those too.
+        keep: names of tensors that stay as they are, with their states.
+        expect: told before the first read what will be read of parameters and states, in order: name, state, first
+            element, number of elements. For sources that read ahead.
+
+    Raises:
+        ValueError: a tensor that the source lacks or has in another shape; nothing has been changed then.
+    """
+    state = _registry.state_of(model)
+    state.stepper.wait()
+    _check(state, model, source, keep)
+    state.stepper.forget()  # gradients of the values that are replaced, as in the middle of an accumulation
+    if expect is not None:
+        expect(list(_to_be_read(state, source, optimizer_states, keep)))
+    with torch.no_grad():
+        for r in _ranges(state, owned=True):
+            if r.slot.fqn in keep:
+                continue
+            source.read(r.fqn, PARAM, r.start, r.values)
+            if r.bucket.shards and optimizer_states:
+                _load_states(r, optimizer, source)
+        for bucket in state.buckets:
+            bucket.refresh_low()
+        for fqn, buffer in _saved_buffers(model).items():
+            if fqn in keep:
+                continue
+            flat = torch.empty_like(buffer).reshape(-1)
+            source.read(fqn, BUFFER, 0, flat)
+            buffer.copy_(flat.view(buffer.shape))
+    _share_frozen(state)
+    state.refresh()
+    state.gatherer.drop_all()
+
+
+def _to_be_read(
+    state: ZeroState, source: RecordSource, optimizer_states: bool, keep: AbstractSet[str]
+) -> Iterator[tuple[str, str, int, int]]:
+    """What `load_records` will ask for: name, state, first element, number of elements."""
+    for r in _ranges(state, owned=True):
+        if r.slot.fqn in keep:
+            continue
+        yield r.fqn, PARAM, r.start, r.values.numel()
+        if not (r.bucket.shards and optimizer_states):
+            continue
+        for name, (shape, _) in source.states(r.fqn).items():
+            if name != PARAM:
+                ranged = _is_ranged(r, shape)
+                yield r.fqn, name, r.start if ranged else 0, r.values.numel() if ranged else math.prod(shape)
+
+
+def _is_ranged(r: _Range, shape: Sequence[int]) -> bool:
+    """Whether a state has an element for each of the parameter's; otherwise it is a number, or of a form of its own,
+    which only whole tensors have. (1,) is a state of a 0-dim parameter, told apart from a number.
+    """
+    return tuple(shape) == (r.slot.shape or (1,))
+
+
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The persistent buffers by name."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    return {fqn: buffer for fqn, buffer in model.named_buffers() if fqn in persistent}
+
+
+def _share_frozen(state: ZeroState) -> None:
+    """Whole frozen buckets that are divided for saving: every rank read its own slice, and needs the rest."""
+    for bucket in state.buckets:
+        if bucket.master is None and bucket.whole and bucket.layout.num_owners > 1:
+            state.comm.gather(bucket.full, bucket.ranks, sizes=bucket.layout.slice_sizes).wait()
+
+
+def _check(state: ZeroState, model: nn.Module, source: RecordSource, keep: AbstractSet[str]) -> None:
+    wanted = {
+        _name(bucket, slot): (PARAM, slot.shape)
+        for bucket in state.buckets
+        for slot in bucket.layout.slots
+        if slot.fqn not in keep
+    }
+    wanted |= {fqn: (BUFFER, tuple(b.shape)) for fqn, b in _saved_buffers(model).items()}
+    wanted = {fqn: what for fqn, what in wanted.items() if fqn not in keep}
+    missing = [fqn for fqn, (kind, _) in wanted.items() if kind not in source.states(fqn)]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} of {len(wanted)} tensors of the model, first "
+            f"{missing[:5]}: "
+            "it was written for another model"
+        )
+    for fqn, (kind, shape) in wanted.items():
+        stored = tuple(source.states(fqn)[kind][0])
+        if stored != shape:
+            raise ValueError(
+                f"{fqn!r} has shape {shape} in the model and {stored} in the checkpoint: use the model it "
+                "was written for"
+            )
+
+
+def _new_state(optimizer: Optimizer, shard: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for one state, where the optimizer wants it if it has a say (`_new_state`)."""
+    make = getattr(optimizer, "_new_state", None)
+    made: Tensor = make(shard) if callable(make) else torch.zeros_like(shard, dtype=dtype)
+    return made.detach()
+
+
+def _load_states(r: _Range, optimizer: Optimizer, source: RecordSource) -> None:
+    shard = r.bucket.shards[r.index]
+    held = optimizer.state[shard]
+    stored = {name: kind for name, kind in source.states(r.fqn).items() if name != PARAM}
+    for name in held.keys() - stored.keys():
+        del held[name]  # gathered by this run: not what the checkpoint stands for
+    for name, (shape, dtype) in stored.items():
+        if _is_ranged(r, shape):
+            if name not in held:
+                held[name] = _new_state(optimizer, shard, dtype)
+            begin = r.start - r.shard_start
+            own = held[name].view(-1)[begin : begin + r.values.numel()]
+            source.read(r.fqn, name, r.start, own)
+        else:
+            flat = torch.empty(math.prod(shape), dtype=dtype, device=shard.device if shape else None)
+            source.read(r.fqn, name, 0, flat)
+            held[name] = flat.view(tuple(shape))

@@ -1,0 +1,65 @@
+"""Whole values by name into a sharded model: the opposite of `full_state_dict`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ds_zero import _registry
+from ds_zero.params.records import BUFFER, PARAM, load_records
+
+
+class _Values:
+    """A state_dict as a source of records."""
+
+    def __init__(self, values: Mapping[str, Tensor], buffers: frozenset[str]) -> None:
+        self._values, self._buffers = values, buffers
+
+    def states(self, fqn: str) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        value = self._values.get(fqn)
+        if value is None:
+            return {}
+        return {BUFFER if fqn in self._buffers else PARAM: (tuple(value.shape), value.dtype)}
+
+    def read(self, fqn: str, state: str, start: int, out: Tensor) -> None:
+        out.copy_(self._values[fqn].detach().reshape(-1)[start : start + out.numel()])
+
+
+def load_full_state_dict(model: nn.Module, values: Mapping[str, Tensor], *, strict: bool = True) -> list[str]:
+    """Whole values into the model, its fp32 masters and every rank's slices. Collective; each rank passes them.
+
+    Tied parameters may come under any of their names. Optimizer states stay.
+
+    Returns:
+        Names of the model that `values` lacks, which stay as they are; empty if `strict`.
+
+    Raises:
+        ValueError: with `strict` missing or unexpected names; a value of another shape. Nothing has changed then.
+    """
+    state = _registry.state_of(model)
+    optimizer = state.optimizer() if state.optimizer is not None else None
+    if optimizer is None:
+        raise ValueError(
+            "the model's optimizer is gone: keep a reference to it as long as the model is sharded"
+        )
+    by_first = dict(values)
+    for first, names in state.names.items():
+        given = next((values[name] for name in names if name in values), None)
+        if given is not None:
+            by_first[first] = given
+    own = set(model.state_dict(keep_vars=True))
+    params = set(state.names)
+    buffers = frozenset(own & {name for name, _ in model.named_buffers()})
+    missing = sorted((params | buffers) - by_first.keys())
+    unexpected = sorted(by_first.keys() - own - params)
+    if strict and (missing or unexpected):
+        raise ValueError(
+            f"the values do not fit the model: {len(missing)} names are missing, first {missing[:5]}; "
+            f"{len(unexpected)} are unexpected, first {unexpected[:5]}; strict=False takes what fits"
+        )
+    load_records(
+        model, optimizer, _Values(by_first, buffers), optimizer_states=False, keep=frozenset(missing)
+    )
+    return missing

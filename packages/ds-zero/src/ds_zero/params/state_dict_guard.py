@@ -1,0 +1,124 @@
+"""Reads and writes of a sharded model by torch's own means: `state_dict` and `load_state_dict` say what they
+would lose, and everything that reads waits for published values.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ds_zero.runtime.bucket import Bucket, BucketState
+from ds_zero.state import ZeroState
+
+_Find = Callable[[nn.Module], "tuple[ZeroState, list[Bucket]] | None"]
+
+
+def guard_state_dicts(model: nn.Module, state: ZeroState) -> list[RemovableHandle]:
+    """Hook the model and each of its modules that has sharded parameters somewhere below it, since any of them
+    may be saved and loaded by itself. The hooks do not keep `state` alive.
+    """
+    handles: list[RemovableHandle] = []
+    for module, buckets in _with_buckets(model, state, recurse=True):
+        handles += _guard(module, _finder(module, buckets, state))
+    return handles
+
+
+def wait_in_modules(model: nn.Module, state: ZeroState) -> list[RemovableHandle]:
+    """For `overlap_publish`: every module that has parameters of its own waits for published values before it
+    computes, also one that is called without the model's forward.
+    """
+    handles = []
+    for module, buckets in _with_buckets(model, state, recurse=False):
+        find = _finder(module, buckets, state)
+
+        def before(module: nn.Module, *_: object, find: _Find = find) -> None:
+            found = find(module)
+            if found is not None:
+                found[0].stepper.wait()
+
+        handles.append(module.register_forward_pre_hook(before))
+    return handles
+
+
+def _with_buckets(
+    model: nn.Module, state: ZeroState, *, recurse: bool
+) -> list[tuple[nn.Module, list[Bucket]]]:
+    bucket_of = {id(p): b for b in state.buckets for p in b.params}
+    found = []
+    for module in model.modules():
+        held = {
+            id(bucket_of[id(p)]): bucket_of[id(p)] for p in module.parameters(recurse) if id(p) in bucket_of
+        }
+        if held:
+            found.append((module, list(held.values())))
+    return found
+
+
+def _finder(module: nn.Module, buckets: list[Bucket], state: ZeroState) -> _Find:
+    """Gives the state, and the buckets of `module`; None for a copy of the module, and after the state is gone."""
+    me, original = weakref.ref(state), weakref.ref(module)
+    held = [weakref.ref(b) for b in buckets]
+
+    def find(module: nn.Module) -> tuple[ZeroState, list[Bucket]] | None:
+        found = me()
+        if found is None or original() is not module:
+            return None
+        return found, [b for b in (pointer() for pointer in held) if b is not None]
+
+    return find
+
+
+def _guard(module: nn.Module, find: _Find) -> list[RemovableHandle]:
+    def before_load(module: nn.Module, _: object, prefix: str, metadata: dict[str, Any], *__: object) -> None:
+        found = find(module)
+        if found is None:
+            return
+        state, buckets = found
+        if metadata.get("assign_to_params_buffers"):
+            raise ValueError(
+                f"load_state_dict(assign=True) would replace parameters of {_called(module, prefix)}, which ds_zero "
+                "shards: leave assign out"
+            )
+        if any(_is_apart(b) and not state.is_written(b) for b in buckets):
+            raise ValueError(
+                f"load_state_dict on a sharded model ({_called(module, prefix)}) does not reach its fp32 masters "
+                "and shards, so the next step would undo it: load before ds_zero.shard, or ds_zero.load_records, "
+                "or load inside `with ds_zero.gathered(model, write=True):`"
+            )
+        state.stepper.wait()  # or messages would arrive over what is loaded
+
+    def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        found = find(module)
+        if found is None:
+            return
+        state, buckets = found
+        state.stepper.wait()
+        whole = (BucketState.WHOLE, BucketState.GATHERED)
+        # Asked for its tensors themselves, or as a part of what has been told already.
+        if keep_vars or (prefix and state.model() is not module):
+            return
+        if any(b.state not in whole for b in buckets):
+            warnings.warn(
+                "state_dict() of a model that is sharded at stage 3 holds NaN for sharded parameters: call "
+                "ds_zero.full_state_dict(model) on all ranks",
+                stacklevel=4,
+            )
+
+    return [
+        module.register_load_state_dict_pre_hook(before_load),
+        module.register_state_dict_pre_hook(before_save),
+    ]
+
+
+def _called(module: nn.Module, prefix: str) -> str:
+    return f"{prefix.rstrip('.')}: {type(module).__name__}" if prefix else type(module).__name__
+
+
+def _is_apart(bucket: Bucket) -> bool:
+    """Whether what parameters show is not what counts."""
+    return not bucket.whole or (bucket.master is not None and bucket.master is not bucket.low)

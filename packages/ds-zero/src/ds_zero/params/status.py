@@ -1,0 +1,45 @@
+"""Where a parameter's values are at this moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ds_zero import _registry
+from ds_zero.runtime.bucket import BucketState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Presence:
+    """One parameter of a model that is sharded, or waits to be. See `presence`."""
+
+    divided: bool
+    """Ranks hold slices of it (stage 3); otherwise every rank holds all of it."""
+    kept: bool
+    """Stage 3 would divide it, but keeps it on every rank because it is small."""
+    here: bool
+    """Its values can be read now."""
+    own: Tensor | None
+    """This rank's slice in the dtype of the parameter, 1-D; None while it waits for `shard`."""
+
+
+def presence(param: nn.Parameter) -> Presence | None:
+    """What is where; None for a parameter that has nothing to do with ds_zero."""
+    if _registry.find_record(param) is not None:
+        return Presence(divided=True, kept=False, here=not param.is_meta, own=None)
+    state = _registry.find(param)
+    if state is None:
+        return None
+    bucket, index = state.bucket_of(param)
+    slot = bucket.layout.slots[index]
+    first, _ = bucket.owned_range
+    begin, end = bucket.slice_range
+    low = min(max(slot.offset, begin), slot.end) - first
+    high = max(min(slot.end, end) - first, low)
+    return Presence(
+        divided=not bucket.whole,
+        kept=bucket.whole and state.stage == 3,
+        here=bucket.state in (BucketState.WHOLE, BucketState.GATHERED),
+        own=bucket.low.detach()[low:high],
+    )

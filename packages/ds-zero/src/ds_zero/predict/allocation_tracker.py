@@ -1,0 +1,315 @@
+"""Keeps book of every storage that tensors without memory would have had: what for, where, and how much at once."""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+PARAMETERS, MASTERS, GRADIENTS, STATES = "parameters", "masters", "gradients", "states"
+BUCKETS, GATHERED, ACTIVATIONS, BUFFERS, WORKSPACE = (
+    "buckets",
+    "gathered",
+    "activations",
+    "buffers",
+    "workspace",
+)
+PURPOSES = (
+    PARAMETERS,
+    MASTERS,
+    GRADIENTS,
+    STATES,
+    BUCKETS,
+    GATHERED,
+    ACTIVATIONS,
+    BUFFERS,
+    WORKSPACE,
+)
+
+_TRANSPARENT = frozenset(["ds_zero.predict.allocation_tracker", "ds_zero.runtime.gathering.external_params"])
+"""Modules whose frames stand between a tensor and the code that asked for it."""
+
+_MADE_BY: Mapping[str, str] = {
+    "ds_zero.runtime.bucket": PARAMETERS,
+    "ds_zero.predict.model_copy": PARAMETERS,
+    "ds_zero.runtime.gradients.norms": WORKSPACE,
+    "ds_zero.predict.optimizer_probe": STATES,
+    "ds_zero.runtime.gathering.secondary": PARAMETERS,
+    "ds_zero.predict.simulate": "",
+    "ds_zero.params.stores": MASTERS,
+}
+"""What tensors are for that these modules make; "" for what the phase says, and all others make buckets."""
+
+
+_ITEM = torch.ops.aten._local_scalar_dense.default
+
+Operations = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def torchs_own(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Leaves all operations to torch."""
+    return NotImplemented
+
+
+class Peak:
+    """The largest sum so far, and what it was made of."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.parts: dict[str, int] = {}
+
+    def offer(self, num_bytes: int, parts: Callable[[], dict[str, int]]) -> None:
+        """Take note of a moment; `parts` is asked for only where it is a new maximum."""
+        if num_bytes > self.num_bytes or not self.parts:
+            self.num_bytes, self.parts = num_bytes, parts()
+
+
+class PhasePeaks:
+    """Maxima of one phase, of the two places by themselves and together."""
+
+    def __init__(self) -> None:
+        self.device, self.host, self.both = Peak(), Peak(), Peak()
+
+    def add(self, purpose: str, num_bytes: int) -> None:
+        """More bytes of the device than were seen."""
+        for peak in (self.device, self.both):
+            peak.num_bytes += num_bytes
+            peak.parts[purpose] += num_bytes
+
+
+class Ledger(TorchDispatchMode):
+    """Inside `FakeTensorMode`, follows every storage from the operation that makes it to its last reference.
+
+    A storage that is resized behind the dispatcher's back (gathered buckets) is watched: `watch`. What a storage is
+    for is told by the code that asked for it, until `classify` says better.
+
+    Args:
+        granule_bytes: the device's allocator rounds up to this (512 on accelerators, 1 on the CPU).
+        operations: runs what it knows; NotImplemented leaves an operation to torch.
+        resizes: whether buckets come and go, so that those that are made have to be watched.
+    """
+
+    def __init__(
+        self, granule_bytes: int, operations: Operations = torchs_own, *, resizes: bool = True
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._granule = granule_bytes
+        self._operations = operations
+        self._resizes = resizes
+        self._of: dict[int, tuple[str, bool, int]] = {}
+        """Storage -> purpose, whether on the host, bytes."""
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._device: dict[str, int] = dict.fromkeys(PURPOSES, 0)
+        self._host: dict[str, int] = dict.fromkeys(PURPOSES, 0)
+        self._device_sum = self._host_sum = 0
+        self._watched: dict[int, torch.UntypedStorage] = {}
+        self._filled: set[int] = set()
+        """The watched ones that were not empty when they were last looked at."""
+        self._sizes: dict[int, int] = {}
+        """Bytes of the watched ones when they were last looked at."""
+        self.phases: dict[str, PhasePeaks] = {}
+        self._now = PhasePeaks()
+        self._any_on_host = False
+        self._fresh = ACTIVATIONS
+        self.guesses: list[str] = []
+        """Where the program asked for values that nobody has, and what it was told."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the wrapper costs as much as a lean operation
+
+    # --- what the simulation says
+
+    def phase(self, name: str, fresh: str) -> None:
+        """From here on maxima count for `name`, and what the user's own code makes is `fresh`."""
+        self._now = self.phases.setdefault(name, PhasePeaks())
+        self._fresh = fresh
+        self._note()
+
+    def watch(self, tensors: Sequence[Tensor]) -> None:
+        """From now on follow the sizes of these tensors' storages alone: gathered parameters."""
+        self._watched.clear()
+        self._filled.clear()
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._watched[storage._cdata] = storage
+            self._sizes.pop(storage._cdata, None)
+            self._filled.add(storage._cdata)
+        self.classify(tensors, GATHERED)
+        self._look_at_watched(())
+
+    def classify(
+        self, tensors: Sequence[Tensor | None], purpose: str, *, on_host: bool | None = None
+    ) -> None:
+        """Say what these tensors' storages are for, and, where it is not their device that tells, that they lie on
+        the host.
+        """
+        for tensor in tensors:
+            if tensor is None:
+                continue
+            key = tensor.untyped_storage()._cdata
+            if key in self._of:
+                _, was_host, num_bytes = self._of[key]
+                self._add(key, -num_bytes)
+                self._of[key] = (purpose, was_host if on_host is None else on_host, num_bytes)
+                self._add(key, num_bytes)
+                self._any_on_host = self._any_on_host or on_host is True
+
+    def purpose(self, tensor: Tensor) -> tuple[str, bool] | None:
+        """What the storage is for and whether it lies on the host; None where it is not in the book."""
+        found = self._of.get(tensor.untyped_storage()._cdata)
+        return found[:2] if found is not None else None
+
+    def held(self) -> dict[str, int]:
+        """Bytes on the device by purpose, now."""
+        return dict(self._device)
+
+    # --- following operations
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls, and there is nothing to see
+            return args[0].fake_device
+        if func is _ITEM and getattr(args[0], "constant", None) is None:
+            result = self._guess(func, args)
+        else:
+            result = self._operations(func, args, kwargs or {})
+        if result is NotImplemented:
+            try:
+                result = func(*args, **(kwargs or {}))
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                result = self._guess(func, args)
+        if isinstance(result, Tensor):
+            self._see(result, args, kwargs)
+        elif isinstance(result, (tuple, list)):
+            for value in tree_iter(result):
+                if isinstance(value, Tensor):
+                    self._see(value, args, kwargs)
+        if self._watched:
+            self._look_at_watched(args)
+        self._note()
+        return result
+
+    def _see(self, tensor: Tensor, args: Any, kwargs: Any) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._of:
+            return
+        frame = sys._getframe(2)
+        # What is computed from host memory lies there.
+        on_host = self._any_on_host and any(
+            self._of.get(t.untyped_storage()._cdata, ("", False))[1]
+            for t in tree_iter((args, kwargs))
+            if isinstance(t, Tensor)
+        )
+        made_by, purpose = self._purpose_of(frame)
+        self._of[key] = (purpose, on_host, 0)
+        if (
+            self._resizes and made_by == "ds_zero.runtime.bucket" and tensor.numel() > 1
+        ):  # a hole keeps its size
+            self._watched[key] = storage
+            self._sizes.pop(key, None)
+            self._filled.add(key)
+        self._alive[key] = weakref.ref(storage, lambda _: self._forget(key))
+        self._resize(key, storage.nbytes())
+
+    def _purpose_of(self, frame: FrameType | None) -> tuple[str, str]:
+        """The module that asked, where it is this package's, and what it wants the memory for."""
+        while frame is not None:
+            name: str = frame.f_globals.get("__name__", "")
+            if name.startswith("ds_zero.") and name not in _TRANSPARENT:
+                return name, _MADE_BY.get(name, BUCKETS) or self._fresh
+            if name.startswith("torch.optim"):
+                return "", STATES if frame.f_code.co_name == "_init_group" else WORKSPACE
+            frame = frame.f_back
+        return "", self._fresh
+
+    def _resize(self, key: int, num_bytes: int) -> None:
+        purpose, on_host, old = self._of[key]
+        size = num_bytes if on_host else -(-num_bytes // self._granule) * self._granule
+        if size != old:
+            self._of[key] = (purpose, on_host, size)
+            self._add(key, size - old)
+
+    def _add(self, key: int, num_bytes: int) -> None:
+        purpose, on_host, _ = self._of[key]
+        if on_host:
+            self._host[purpose] += num_bytes
+            self._host_sum += num_bytes
+        else:
+            self._device[purpose] += num_bytes
+            self._device_sum += num_bytes
+
+    def _forget(self, key: int) -> None:
+        self._add(key, -self._of[key][2])
+        del self._of[key], self._alive[key]
+
+    def _look_at_watched(self, args: tuple[Any, ...]) -> None:
+        """Those that had memory, which may have lost it, and those that are used, which have got some."""
+        for value in args:
+            if isinstance(value, Tensor):
+                key = value.untyped_storage()._cdata
+                if key in self._watched:
+                    self._filled.add(key)
+        for key in list(self._filled):
+            num_bytes = self._watched[key].nbytes()
+            if num_bytes != self._sizes.get(key):
+                self._sizes[key] = num_bytes
+                self._resize(key, num_bytes)
+            if not num_bytes:
+                self._filled.discard(key)
+
+    def _note(self) -> None:
+        now, device, host = self._now, self._device_sum, self._host_sum
+        now.device.offer(device, lambda: dict(self._device))
+        now.host.offer(host, lambda: dict(self._host))
+        now.both.offer(device + host, lambda: {p: self._device[p] + self._host[p] for p in PURPOSES})
+
+    # --- values that nobody has
+
+    def _guess(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """An answer that lets the program go on: all elements, where it asks which; no, where it asks whether."""
+        where = _asked_by()
+        if func is _ITEM:
+            dtype = args[0].dtype
+            answer: Any = False if dtype == torch.bool else 1
+            if dtype.is_floating_point:  # this package asks whether sums are finite
+                answer = math.nan if where else 1.0
+            if where:
+                self.guesses.append(f"{where} reads a value; it was told {answer}")
+            return answer
+        if func is torch.ops.aten.nonzero.default:
+            self.guesses.append(f"{where} asks where a tensor is not zero; it was told: everywhere")
+            return torch.zeros(args[0].numel(), args[0].ndim, dtype=torch.int64, device=args[0].device)
+        if func is torch.ops.aten.masked_select.default:
+            self.guesses.append(f"{where} selects by a mask; it was given everything")
+            return args[0].new_zeros(math.prod(torch.broadcast_shapes(args[0].shape, args[1].shape)))
+        raise ValueError(
+            f"plan: {where or 'the model'} uses {func}, whose result has a shape that depends on values, and a plan "
+            "has none: pass micro_batch=None for the model's states alone"
+        )
+
+
+def _asked_by() -> str:
+    """File and line of the innermost code that is neither torch's nor this package's; empty if this package asked
+    first.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name: str = frame.f_globals.get("__name__", "")
+        if name.startswith("ds_zero.") and name not in _TRANSPARENT:
+            return ""
+        if name.partition(".")[0] not in ("torch", "ds_zero"):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""

@@ -1,0 +1,100 @@
+"""What takes the place of ranks and stores when `plan` runs `shard` and a training step without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_zero.interfaces import Reservation
+from ds_zero.params.stores import ResidentStore
+
+
+class _Arrived(dist.Work):
+    def wait(self, timeout: object = None) -> bool:
+        return True
+
+
+class StandInGroup(dist.ProcessGroup):
+    """A process group of `size` ranks seen from `rank`, whose messages go nowhere and are counted."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__(rank, size)  # type: ignore[call-arg]
+        self._sent = [0.0]
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes this rank would have sent: by messages of its own, or by a ring inside the backend."""
+        return self._sent[0]
+
+    @sent_bytes.setter
+    def sent_bytes(self, value: float) -> None:
+        self._sent[0] = value
+
+    def part(self, size: int) -> StandInGroup:
+        """This rank among `size` others, for another purpose; what is sent there is counted here, too."""
+        made = StandInGroup(self.rank() % size, size)
+        made._sent = self._sent
+        return made
+
+    def _sends(self, tensors: Sequence[Tensor], times: float) -> dist.Work:
+        self._sent[0] += times * sum(t.numel() * t.element_size() for t in tensors)
+        return _Arrived()
+
+    def broadcast(self, tensors: Any, *opts: Any, **more: Any) -> Any:  # type: ignore[override]
+        return self._sends(tensors, 1.0)
+
+    def allreduce(self, tensors: Any, *opts: Any, **more: Any) -> Any:  # type: ignore[override]
+        return self._sends(tensors, 2 * (self.size() - 1) / self.size())
+
+    def send(self, tensors: Any, dstRank: int, tag: int) -> Any:
+        return self._sends(tensors, 1.0)
+
+    def recv(self, tensors: Any, srcRank: int, tag: int) -> Any:
+        return _Arrived()
+
+    def all_gather_single(self, output: Any, input: Any, opts: Any = None) -> Any:
+        return self._sends([input], self.size() - 1)
+
+    def reduce_scatter_single(self, output: Any, input: Any, opts: Any = None) -> Any:
+        return self._sends([input], (self.size() - 1) / self.size())
+
+    def all_to_all_single(self, output: Any, input: Any, *others: Any) -> Any:
+        return self._sends([input], (self.size() - 1) / self.size())
+
+    # the names before torch 2.13
+    def _allgather_base(self, output: Any, input: Any, opts: Any = None) -> Any:
+        return self.all_gather_single(output, input)
+
+    def _reduce_scatter_base(self, outputTensor: Any, inputTensor: Any, opts: Any = None) -> Any:
+        return self.reduce_scatter_single(outputTensor, inputTensor)
+
+    def alltoall_base(self, output: Any, input: Any, *others: Any, **more: Any) -> Any:  # type: ignore[override]
+        return self.all_to_all_single(output, input)
+
+    def barrier(self, opts: Any = None) -> Any:
+        return _Arrived()
+
+
+class StandInStore(ResidentStore):
+    """A `ShardStore` that rests the given kinds in host memory, as ds_offload's `HostStore` does."""
+
+    def __init__(self, kinds: Collection[str], on_host: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self._kinds, self._on_host = frozenset(kinds), on_host
+        self._to_host = False
+
+    def reserve(self, plan: Sequence[Reservation]) -> Any:
+        self._to_host = True
+        reserved = dict(super().reserve([r for r in plan if r.key.kind in self._kinds]))
+        self._to_host = False
+        return reserved | dict(super().reserve([r for r in plan if r.key.kind not in self._kinds]))
+
+    def _allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        made = super()._allocate(numel, dtype, device)
+        if self._to_host:
+            self._on_host(made)
+        return made

@@ -1,0 +1,181 @@
+"""Where a job does not fit: the nearest ones that do, found by planning them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ds_zero.predict.report import Plan, Remedy
+from ds_zero.predict.simulate import Job
+
+MAX_REMEDIES = 4
+MAX_RUNS = 16
+"""Jobs that are run at most; those whose states alone are too large are not run."""
+
+_OFFLOADED = frozenset(["master", "grad"])
+_MAX_RANKS = 4096
+
+
+@dataclass(frozen=True)
+class _Change:
+    """One setting taken one or more notches further."""
+
+    name: str
+    value: object
+    text: str
+    job: Callable[[Job], Job]
+
+
+def nearest_that_fit(
+    job: Job, planned: Callable[[Job], Plan], could_fit: Callable[[Job], bool]
+) -> tuple[Remedy, ...]:
+    """The fewest changes that suffice, at most `MAX_REMEDIES` of them; none if nothing does.
+
+    Changes of one setting are tried first (its smallest sufficient notch counts), then of two, and so on; more
+    ranks are the last resort. All are judged by `planned`, the function that judged the job itself; what `could_fit`
+    rules out (from the states alone) is not run.
+    """
+    judge = _Judge(planned, could_fit)
+    found: list[Remedy] = []
+    settings = _settings(job)
+    for count in range(1, len(settings) + 1):
+        for chosen in combinations(settings, count):
+            remedy = judge.smallest(job, chosen)
+            if remedy is not None:
+                found.append(remedy)
+        if found:
+            break
+    if len(found) < MAX_REMEDIES:
+        more = judge.more_ranks(job, ()) if job.stage > 0 else None  # stage 0 divides nothing among them
+        more = more or judge.more_ranks(job, [setting[-1] for setting in settings])
+        found += [more] if more is not None else []
+    return tuple(found[:MAX_REMEDIES])
+
+
+@dataclass
+class _Judge:
+    planned: Callable[[Job], Plan]
+    could_fit: Callable[[Job], bool]
+    runs: int = 0
+
+    def verdict(self, job: Job, changes: Sequence[_Change]) -> Remedy | None:
+        """The changed job as a remedy if it fits."""
+        for change in changes:
+            job = change.job(job)
+        if self.runs >= MAX_RUNS or not self.could_fit(job):
+            return None
+        self.runs += job.micro_batch is not None
+        found = self.planned(job)
+        if not found.fits:
+            return None
+        return Remedy(
+            changes={change.name: change.value for change in changes},
+            text=", ".join(change.text for change in changes),
+            device_bytes=found.device_bytes,
+            host_bytes=found.host_bytes,
+        )
+
+    def smallest(self, job: Job, settings: Sequence[Sequence[_Change]]) -> Remedy | None:
+        """The least notches of all these settings together that fit: if the furthest do, less is tried."""
+        furthest = [setting[-1] for setting in settings]
+        best = self.verdict(job, furthest)
+        if best is None:
+            return None
+        for i, setting in enumerate(settings):
+            for notch in setting[:-1]:
+                milder = self.verdict(job, [*furthest[:i], notch, *furthest[i + 1 :]])
+                if milder is not None:
+                    best, furthest[i] = milder, notch
+                    break
+        return best
+
+    def more_ranks(self, job: Job, others: Sequence[_Change]) -> Remedy | None:
+        """The least power of two times the ranks that suffices."""
+        ranks = job.num_ranks * 2
+        while ranks <= _MAX_RANKS:
+            changes = [*others, _ranks(ranks)]
+            remedy = self.verdict(job, changes)
+            if remedy is not None:
+                return remedy
+            ranks *= 2
+        return None
+
+
+def _ranks(count: int) -> _Change:
+    return _Change("ranks", count, f"{count} ranks", lambda job: replace(job, num_ranks=count))
+
+
+def _settings(job: Job) -> list[list[_Change]]:
+    """What can be turned, each in notches from the nearest to the furthest."""
+    found: list[list[_Change]] = []
+    if job.stage < 3 and job.num_ranks > 1:
+        found.append([_stage(s) for s in range(job.stage + 1, 4)])
+    if job.micro_batch is not None and not job.checkpointing:
+        text = "activation checkpointing"
+        found.append([_Change("checkpointing", True, text, lambda j: replace(j, checkpointing=True))])
+    size = batch_size(job.micro_batch)
+    smaller = list(_halves(size))
+    if smaller:
+        found.append([_micro_batch(n, size) for n in smaller])
+    if not job.offload:
+        text = "optimizer states and masters on the host"
+        if not job.on_cpu:
+            found.append([_Change("offload", True, text, lambda j: replace(j, offload=_OFFLOADED))])
+    return found
+
+
+def _stage(stage: int) -> _Change:
+    def changed(job: Job) -> Job:
+        return replace(job, stage=stage, config=replace(job.config, sparse_gradients=False))  # stage 0 only
+
+    return _Change("stage", stage, f"stage {stage}", changed)
+
+
+def _micro_batch(size: int, before: int) -> _Change:
+    times = before // size
+
+    def change(job: Job) -> Job:
+        return replace(
+            job,
+            micro_batch=with_batch_size(job.micro_batch, size),
+            accumulation_steps=job.accumulation_steps * times,
+        )
+
+    return _Change("micro_batch", size, f"micro-batches of {size} and {times} times as many", change)
+
+
+def _halves(size: int) -> Iterator[int]:
+    while size > 1 and size % 2 == 0:
+        size //= 2
+        yield size
+
+
+def batch_size(micro_batch: Any) -> int:
+    """The first dimension that all of a micro-batch's tensors share; 0 if they share none."""
+    tensors = [t for t in tree_flatten(micro_batch)[0] if isinstance(t, Tensor)]
+    sizes = {t.shape[0] if t.ndim else 0 for t in tensors}
+    return sizes.pop() if len(sizes) == 1 else 0
+
+
+def with_batch_size(micro_batch: Any, size: int) -> Any:
+    """Meta tensors of the same shapes with another first dimension.
+
+    Raises:
+        ValueError: tensors without a common first dimension.
+    """
+    if batch_size(micro_batch) == 0:
+        raise ValueError(
+            "the example inputs have no first dimension in common, so the micro-batch cannot be resized: give inputs "
+            "of the size to plan for"
+        )
+    flat, spec = tree_flatten(micro_batch)
+    resized = [
+        t.detach().new_empty((size, *t.shape[1:]), device="meta") if isinstance(t, Tensor) else t
+        for t in flat
+    ]
+    return tree_unflatten(resized, spec)

@@ -1,0 +1,304 @@
+"""One rank's training steps, run by this package's own code on tensors without memory.
+
+[Note: plan by running] A formula for the memory of a step would be a second copy of what `shard`, the reducer, the
+gatherer and the optimizer do, and would be wrong the day after one of them changes. Here those run themselves, over
+torch's fake tensors, which have shapes, dtypes and storages with sizes, and no elements. Messages go to a stand-in
+process group that counts them; the `Ledger` keeps book of the storages. An accelerator is planned over fake CPU
+tensors too (a torch without support for it has no fake ones of its kind either), with its collectives, its
+optimizers' defaults and its allocator's granule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from ds_zero import _registry
+from ds_zero.api.loop import clip_grad_norm_
+from ds_zero.api.shard import shard
+from ds_zero.comm.collectives import Comm, TorchAllGather, TorchReduceScatter
+from ds_zero.comm.ranks import Ranks
+from ds_zero.comm.topology import MeshFor, Topology, topology_of
+from ds_zero.config import ZeroConfig
+from ds_zero.layout.units import choose_units
+from ds_zero.params.records import records
+from ds_zero.predict import allocation_tracker
+from ds_zero.predict.allocation_tracker import Ledger, PhasePeaks, torchs_own
+from ds_zero.predict.fake_group import StandInGroup, StandInStore
+from ds_zero.predict.fake_ops import LeanOperations
+from ds_zero.predict.model_copy import fake_copy
+from ds_zero.predict.optimizer_probe import probe_states, stand_in
+from ds_zero.runtime.gradients.loss_scaler import LossScaler
+from ds_zero.runtime.gradients.norms import BLOCK_NUMEL
+from ds_zero.state import ZeroState
+
+MakeOptimizer = Callable[[Any], Optimizer]
+RanksFor = Callable[[str, nn.Parameter], int | None]
+"""How many ranks divide a parameter: experts; None: those of the model."""
+LOAD, FORWARD, BACKWARD, STEP, SAVE = "load", "forward", "backward", "step", "save"
+PHASES = (LOAD, FORWARD, BACKWARD, STEP, SAVE)
+
+MAX_MICRO_BATCHES = 4
+"""More micro-batches than this hold no more at once than this many: the first is unlike the second (sums begin), and
+the last unlike those before (reduction overlaps)."""
+
+_STEPS = 2
+"""The first step makes optimizer states and learns orders, the second follows them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is planned, beside the model."""
+
+    stage: int
+    num_ranks: int
+    config: ZeroConfig
+    optimizer: Optimizer | MakeOptimizer
+    """Over the model's parameters, or a function from parameters to one."""
+    micro_batch: Any
+    """Arguments of one forward: a tensor, a tuple, or a mapping of keywords; shapes and dtypes count."""
+    loss: Callable[[Any], Tensor]
+    accumulation_steps: int
+    device: torch.device
+    offload: frozenset[str] = frozenset()
+    """Kinds of shards that rest on the host."""
+    checkpointing: bool = False
+    clip: bool = True
+    shard_ranks: int | None = None
+    """Ranks that divide the model among themselves, where others hold the same; None: all."""
+    ranks_for: RanksFor | None = None
+    scaled: bool = False
+    """Whether a `LossScaler` guards the steps."""
+    deferred: bool = False
+    """Whether the model is constructed under `deferred_init`: no rank ever holds all of it."""
+    states: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """Of an optimizer with native kernels, as `probe_states` found them."""
+
+    def topology(self, params: Mapping[str, nn.Parameter]) -> tuple[StandInGroup, Topology]:
+        """Stand-ins for the ranks, seen from the first; all count what they send on one."""
+        group = StandInGroup(0, self.num_ranks)
+        main = ranks_in(group, self.num_ranks, self.shard_ranks)
+        return group, topology_of(params, main, self.mesh_for(group), None)
+
+    def mesh_for(self, group: StandInGroup) -> MeshFor | None:
+        """What `shard` is told of parameters with ranks of their own."""
+        if self.ranks_for is None:
+            return None
+        known: dict[int, Ranks] = {}
+
+        def found(fqn: str, param: nn.Parameter) -> Ranks | None:
+            assert self.ranks_for is not None
+            size = self.ranks_for(fqn, param)
+            if size is None or size == self.num_ranks:
+                return None
+            if not 0 < size < self.num_ranks or self.num_ranks % size:
+                raise ValueError(f"ranks_for gives {fqn!r} {size} ranks: give a divisor of {self.num_ranks}")
+            if size not in known:
+                own = group.part(size) if size > 1 else None
+                known[size] = Ranks(own, 0, size, part=(0, self.num_ranks // size))
+            return known[size]
+
+        return found
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a simulated job has held and sent."""
+
+    phases: Mapping[str, PhasePeaks]
+    resting: Mapping[str, int]
+    """Bytes by purpose between steps, device and host together."""
+    resting_host_bytes: int
+    sent_bytes: Mapping[str, int]
+    """Per step, by phase, from one rank."""
+    guesses: tuple[str, ...]
+
+
+def simulate(model: nn.Module, job: Job, *, lean: bool = True) -> Outcome:
+    """Load, two steps and a save of `job` on rank 0, on a copy of `model` without memory.
+
+    Args:
+        lean: take [Note: lean operations]; without, all is left to torch's own fake tensors.
+    """
+    # Real tensors that closures of the model hold, and the given inputs, take part by shape.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    operations = LeanOperations(mode) if lean else torchs_own
+    ledger = Ledger(1 if job.on_cpu else 512, operations, resizes=job.stage == 3)
+    with torch.random.fork_rng(devices=[]), mode, ledger:
+        return _Run(model, job, ledger).outcome()
+
+
+class _Run:
+    """The objects of one simulated job."""
+
+    def __init__(self, model: nn.Module, job: Job, ledger: Ledger) -> None:
+        self.job, self.ledger = job, ledger
+        ledger.phase(LOAD, allocation_tracker.PARAMETERS)
+        self.model, copies = fake_copy(model, hollow=job.deferred)
+        self.model.train(model.training)
+        if job.checkpointing:
+            checkpoint_units(self.model)
+        given = job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(model))
+        groups = [[copies[id(p)] for p in group["params"]] for group in given.param_groups]
+        self.optimizer = stand_in(given, groups, dict(job.states))
+        if not job.on_cpu:
+            for group in self.optimizer.param_groups:
+                if group.get("foreach", True) is None and not group.get("fused"):
+                    group["foreach"] = True  # what torch does there
+        self.group = StandInGroup(0, job.num_ranks)
+        ranks = ranks_in(self.group, job.num_ranks, job.shard_ranks)
+        micro = min(job.accumulation_steps, MAX_MICRO_BATCHES)
+        self.steps = micro
+        self.sent: dict[str, float] = {}
+        ledger.phase(LOAD, allocation_tracker.WORKSPACE)
+        shard(
+            self.model,
+            self.optimizer,
+            job.stage,
+            mesh=ranks,
+            mesh_for=job.mesh_for(self.group),
+            config=replace(job.config, accumulation_steps=micro),
+            store=StandInStore(job.offload, partial(self._rest_on_host)),
+            comm=None if job.on_cpu else Comm(TorchAllGather(), TorchReduceScatter()),
+            norms=_norms,
+        )
+        self.state: ZeroState = _registry.state_of(self.model)
+        if job.deferred:  # the values of one bucket at a time are replayed
+            ledger.phases[LOAD].add(
+                allocation_tracker.PARAMETERS, max(b.layout.padded_numel for b in self.state.buckets) * 4
+            )
+        self.scaler = LossScaler(self.model) if job.scaled else None
+        self._classify()
+
+    def _rest_on_host(self, tensor: Tensor) -> None:
+        self.ledger.classify([tensor], allocation_tracker.MASTERS, on_host=True)
+
+    def outcome(self) -> Outcome:
+        self.ledger.watch([b.full for b in self.state.buckets if not b.whole])
+        for _ in range(_STEPS):
+            self.sent = dict.fromkeys((FORWARD, BACKWARD, STEP), 0.0)
+            self._step()
+        self.ledger.phase("rest", allocation_tracker.WORKSPACE)
+        rest = self.ledger.phases.pop("rest")
+        self.ledger.phase(SAVE, allocation_tracker.WORKSPACE)
+        records(self.model, self.optimizer)
+        return Outcome(
+            phases={name: self.ledger.phases[name] for name in PHASES},
+            resting=rest.both.parts,
+            resting_host_bytes=rest.host.num_bytes,
+            sent_bytes={name: round(value) for name, value in self.sent.items()},
+            guesses=tuple(dict.fromkeys(self.ledger.guesses)),
+        )
+
+    def _step(self) -> None:
+        for _ in range(self.steps):
+            self._phase(FORWARD, allocation_tracker.ACTIVATIONS)
+            loss = self.job.loss(self._forward())
+            if self.steps > 1:
+                loss = loss / self.steps
+            self._phase(BACKWARD, allocation_tracker.ACTIVATIONS)
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+            del loss
+            self._classify()
+        self._phase(STEP, allocation_tracker.WORKSPACE)
+        if self.job.clip:
+            clip_grad_norm_(self.model, 1.0)
+        self._classify()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._classify()
+        self._count_sent()
+
+    def _phase(self, name: str, fresh: str) -> None:
+        self._count_sent()
+        self._sending = name
+        self.ledger.phase(name, fresh)
+
+    _sending = LOAD
+
+    def _count_sent(self) -> None:
+        if self._sending in self.sent:
+            self.sent[self._sending] += self.group.sent_bytes
+        self.group.sent_bytes = 0.0
+
+    def _forward(self) -> Any:
+        batch = tree_map_only(Tensor, self._input, self.job.micro_batch)
+        if isinstance(batch, Mapping):
+            return self.model(**batch)
+        return self.model(*batch) if isinstance(batch, (tuple, list)) else self.model(batch)
+
+    def _input(self, given: Tensor) -> Tensor:
+        wanted = self.job.config.param_dtype
+        dtype = wanted if wanted is not None and given.is_floating_point() else given.dtype
+        made = torch.empty(given.shape, dtype=dtype, device="cpu")
+        return made.requires_grad_(given.requires_grad)
+
+    def _classify(self) -> None:
+        """Put everything that has a known purpose under it."""
+        ledger, buckets = self.ledger, self.state.buckets
+        ledger.classify([b.grad for b in buckets], allocation_tracker.GRADIENTS)
+        ledger.classify([b.master for b in buckets], allocation_tracker.MASTERS)
+        ledger.classify([b.full if b.whole else b.low for b in buckets], allocation_tracker.PARAMETERS)
+        ledger.classify(list(self.model.buffers()), allocation_tracker.BUFFERS)
+        for shard_, held in self.optimizer.state.items():
+            where = ledger.purpose(shard_)
+            tensors = [v for v in held.values() if isinstance(v, Tensor)]
+            ledger.classify(tensors, allocation_tracker.STATES, on_host=where is not None and where[1])
+
+
+def ranks_in(group: StandInGroup, num_ranks: int, shard_ranks: int | None) -> Ranks:
+    """The first of `num_ranks` ranks, of which `shard_ranks` divide the model and the others hold the same.
+
+    Raises:
+        ValueError: a size that does not divide the number of ranks.
+    """
+    size = num_ranks if shard_ranks is None else shard_ranks
+    if size < 1 or num_ranks % size:
+        raise ValueError(f"shard_ranks={size} does not divide ranks={num_ranks}: give a divisor")
+
+    def some(count: int, replicas: Ranks | None = None) -> Ranks:
+        return Ranks(group.part(count) if count > 1 else None, 0, count, replicas)
+
+    return some(size, some(num_ranks // size) if size < num_ranks else None)
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _norms(tensors: Collection[Tensor]) -> tuple[float, bool]:
+    """The memory of `norms.squared_norm`, which takes a block at a time: of many blocks, three."""
+    for tensor in tensors:
+        flat = tensor.reshape(-1)
+        for begin in range(0, min(flat.numel(), 3 * BLOCK_NUMEL), BLOCK_NUMEL):
+            block = flat[begin : begin + BLOCK_NUMEL].double()
+            torch.dot(block, block)
+    return 1.0, True
+
+
+def checkpoint_units(model: nn.Module) -> None:
+    """Let the blocks of `model` (children of its lists) recompute their activations in backward."""
+    lists = (nn.ModuleList, nn.Sequential)
+    for name, unit in choose_units(model).items():
+        parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+        if isinstance(parent, lists):
+            unit.forward = partial(checkpoint, unit.forward, use_reentrant=False)
+
+
+def optimizer_states(model: nn.Module, optimizer: Optimizer | MakeOptimizer) -> dict[str, torch.dtype]:
+    """Name -> dtype of the optimizer's element-wise states."""
+    given = optimizer if isinstance(optimizer, Optimizer) else optimizer(_trainable(model))
+    return probe_states(given)

@@ -1,0 +1,75 @@
+"""What a rank holds between steps, from the layout alone: nothing is run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ds_zero.api.shard import _plan
+from ds_zero.layout.buckets import FROZEN, piece_of
+from ds_zero.layout.optimizer_layout import undivided_groups
+from ds_zero.layout.units import choose_leaves, choose_units, unit_of_params
+from ds_zero.predict import allocation_tracker
+from ds_zero.predict.simulate import Job
+from ds_zero.runtime.gradients.sparse_rows import row_parameters
+from ds_zero.runtime.materialize import _dtype_of, _reservations
+
+_PURPOSE_OF_KIND: Mapping[str, str] = {
+    "param": allocation_tracker.PARAMETERS,
+    "master": allocation_tracker.MASTERS,
+    "grad": allocation_tracker.GRADIENTS,
+}
+
+
+@dataclass(frozen=True)
+class Resting:
+    """Bytes by purpose, on the device and in host memory."""
+
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+
+
+def resting_bytes(model: nn.Module, job: Job) -> Resting:
+    """Parameters, masters, gradients, states and buffers of rank 0 between steps, paddings included."""
+    given = job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(model))
+    params = dict(model.named_parameters())
+    _, topology = job.topology(params)
+    undivided = undivided_groups(given, job.config.layout, job.stage)
+    leaves = choose_leaves(model, job.config.leaf_modules, job.config.module_granularity_numel)
+    unit_of = unit_of_params(model, choose_units(model, leaves)) if job.stage == 3 else {}
+    rows = row_parameters(model, job.stage, topology) if job.config.sparse_gradients else frozenset()
+    layouts = _plan(given, params, job.stage, job.config, topology, undivided, unit_of, rows)
+    in_fp32 = {x.name for x in layouts if x.unit is not None and _dtype_of(x) == torch.float32}
+    device: Counter[str] = Counter()
+    host: Counter[str] = Counter()
+    device[allocation_tracker.BUFFERS] = sum(b.numel() * b.element_size() for b in model.buffers())
+    for item in _reservations(layouts, topology.axes, job.config.grad_dtype, torch.device("cpu")):
+        place = host if item.key.kind in job.offload else device
+        purpose = _PURPOSE_OF_KIND[item.key.kind]
+        if item.key.kind == "master" and item.key.name in in_fp32:
+            purpose = allocation_tracker.PARAMETERS  # shards of stage 3 that are both
+        place[purpose] += item.numel * item.dtype.itemsize
+    per_element = sum(dtype.itemsize for dtype in job.states.values())
+    states = 0
+    for layout in layouts:
+        dtype = _dtype_of(layout)
+        if layout.unit is None:
+            device[allocation_tracker.PARAMETERS] += layout.padded_numel * dtype.itemsize
+        elif 1 < job.config.secondary_ranks < topology.axes[layout.axis].size:
+            kept = -(-layout.padded_numel // job.config.secondary_ranks) * dtype.itemsize
+            device[allocation_tracker.PARAMETERS] += kept
+        if layout.group != FROZEN:
+            owned = layout.owned_range(0)
+            states += sum(piece_of(slot, *owned).numel for slot in layout.slots) * per_element
+    place = host if "master" in job.offload else device
+    place[allocation_tracker.STATES] = states
+    return Resting(device, host)
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]

@@ -1,0 +1,1 @@
+"""`verify`: sharded and plain training beside each other. Nothing that runs during training imports it."""

@@ -1,0 +1,323 @@
+"""Sharded and plain training side by side, one step at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ds_zero.params.access import get_full
+from ds_zero.prove.deviation import (
+    BUFFER,
+    GRADIENT,
+    LOSS,
+    NORM,
+    PARAMETER,
+    STATE,
+    Difference,
+    compare,
+    measured,
+    rounded,
+)
+from ds_zero.prove.reference_training import PlainTraining, Recipe, seed_everything
+
+T = TypeVar("T")
+Batches = Callable[[int], Any] | Iterable[Any]
+
+
+class Candidate(Protocol):
+    """A sharded training that `run` judges."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What `ds_zero.shard` has taken."""
+
+    def micro_batch(self, batch: Any) -> float:
+        """Forward and backward; the loss."""
+
+    def step(self) -> None:
+        """Clip and step."""
+
+    @property
+    def norm(self) -> float:
+        """Of the last step's gradient before clipping; NaN where it was not measured."""
+
+
+class Lockstep:
+    """Both trainings, one step at a time; the plain one on rank 0 alone."""
+
+    def __init__(self, candidate: Candidate, recipe: Recipe, batches: Batches) -> None:
+        self._candidate, self._recipe = candidate, recipe
+        self._device = next(iter(candidate.model.parameters())).device
+        self._stream = _numbered(batches) if own_rank() == 0 else iter(())
+        self.plain: PlainTraining | None = None
+        self.differences: list[Difference] = []
+        """Judged."""
+        self._fresh: list[Difference] = []
+        """Of the present part of the step, not judged yet."""
+        self._found: dict[str, Tensor] = {}
+        """What the sharded training has where it differs."""
+        self._buffer_bounds: dict[str, float] = {}
+        self.losses: list[float] = []
+        self.plain_losses: list[float] = []
+        self._losses: list[list[float]] = []
+        self._modules: dict[str, str] = {}
+
+    def begin(self, made: nn.Module | None) -> None:
+        """Construct the plain training, and see that both start from the same values."""
+
+        def construct() -> None:
+            self.plain = PlainTraining(self._recipe)
+            if self.plain.keeper is made:
+                raise ValueError(
+                    "the function that makes the model returned the same object twice: construct a new model in it"
+                )
+            if any(p.is_meta for p in self.plain.keeper.parameters()):
+                raise ValueError(
+                    "the function that makes the model leaves parameters on the meta device: construct it outside of "
+                    "deferred_init, and say deferred=True where it shall be sharded from there"
+                )
+            for name, _ in self.plain.keeper.named_parameters():
+                owner = name.rpartition(".")[0]
+                kind = type(self.plain.keeper.get_submodule(owner)).__name__
+                self._modules[name] = f"{owner} ({kind})" if owner else kind
+
+        from_first(construct)
+        self._compare_parameters(0)
+        names = from_first(lambda: [d.name for d in self._fresh])
+        if names:
+            raise ValueError(
+                f"{len(names)} parameters start with other values than in plain PyTorch, first {names[0]!r}: the "
+                "function that makes the model has to give the same values after the same torch.manual_seed"
+            )
+
+    def step(self, step: int) -> None:
+        """One optimizer step of both, compared."""
+        recipe, rank = self._recipe, own_rank()
+        first = (step - 1) * recipe.micro_batches * recipe.ranks
+        table = from_first(self._take)
+        assert table is not None
+        table = _moved(table, self._device)
+        own = []
+        for k, row in enumerate(table):
+            seed_everything(recipe.seed, first + k * recipe.ranks + rank)
+            own.append(self._candidate.micro_batch(row[rank]))
+        losses = _everybodys(own)
+        from_first(lambda: self._plain_gradients(step, table, losses, first))
+        self._compare_gradients(step)
+        from_first(lambda: self._judge_gradients(table, first))
+        self._candidate.step()
+        from_first(lambda: self._plain_update(step))
+        self._compare_parameters(step)
+        if from_first(lambda: self._judge_parameters(step)):
+            self._follow(step)
+
+    # --- on rank 0
+
+    def _take(self) -> list[list[Any]]:
+        ranks, micros = self._recipe.ranks, self._recipe.micro_batches
+        return _moved(
+            [[next(self._stream) for _ in range(ranks)] for _ in range(micros)], torch.device("cpu")
+        )
+
+    def _plain_gradients(
+        self, step: int, table: Sequence[Sequence[Any]], losses: Sequence[Sequence[float]], first: int
+    ) -> None:
+        assert self.plain is not None
+        expected = self._losses = self.plain.gradients(table, first)
+        for k, row in enumerate(expected):
+            for r, plain in enumerate(row):
+                name = _loss_name(k, r)
+                self._note(_number(losses[r][k]), _number(plain), step, LOSS, name)
+        flat = [loss for row in expected for loss in row]
+        self.plain_losses.append(math.fsum(flat) / len(flat))
+        mine = [loss for row in losses for loss in row]
+        self.losses.append(math.fsum(mine) / len(mine))
+
+    def _judge_gradients(self, table: Sequence[Sequence[Any]], first: int) -> None:
+        """Bounds for what differs so far; the plain step is then taken with the sharded training's gradient."""
+        plain = self.plain
+        assert plain is not None
+        if not self._fresh:
+            return
+        bounds: dict[tuple[str, str], float] = {}
+        on_cpu = self._device.type == "cpu"
+        if not on_cpu or any(d.kind == LOSS for d in self._fresh):
+            losses, grads, buffers = plain.disturbed(table, first)
+            same = [(n, v) for n in plain.names if n in grads and (v := plain.gradient(n)) is not None]
+            kept = {
+                _loss_name(k, r): loss for k, row in enumerate(self._losses) for r, loss in enumerate(row)
+            }
+            moved = {_loss_name(k, r): loss for k, row in enumerate(losses) for r, loss in enumerate(row)}
+            tables = {
+                LOSS: measured((n, _number(kept[n]), _number(moved[n])) for n in kept),
+                GRADIENT: measured((n, v, grads[n]) for n, v in same),
+                BUFFER: measured((n, v, buffers[n]) for n, v in plain.values(BUFFER).items() if n in buffers),
+            }
+            bounds = {(kind, n): bound for kind, one in tables.items() for n, bound in one.items()}
+            for name, bound in tables[BUFFER].items():
+                self._buffer_bounds[name] = self._buffer_bounds.get(name, 0.0) + bound
+        ordered = on_cpu and plain.config.ordered_reduction is not False
+        for d in self._fresh:
+            bound = bounds.get((d.kind, d.name), 0.0)
+            if d.kind == GRADIENT:
+                bound += plain.sum_error(d.name, ordered=ordered)
+            self.differences.append(replace(d, bound=bound))
+        for name, value in self._found.items():
+            plain.adopt_gradient(name, value)
+        self._fresh, self._found = [], {}
+
+    def _plain_update(self, step: int) -> None:
+        assert self.plain is not None
+        self.plain.update()
+        if not math.isnan(self._candidate.norm):
+            self._note(_number(self._candidate.norm), _number(self.plain.norm), step, NORM, "all parameters")
+
+    def _note(self, found: Tensor | None, plain: Tensor | None, step: int, kind: str, name: str) -> None:
+        difference = compare(
+            found, plain, step=step, kind=kind, name=name, module=self._modules.get(name, "")
+        )
+        if difference is not None:
+            self._fresh.append(difference)
+            if found is not None and kind in (GRADIENT, PARAMETER):
+                self._found[name] = found
+
+    def _judge_parameters(self, step: int) -> bool:
+        """Bounds for what differs after the step; whether anything has differed in this step."""
+        plain = self.plain
+        assert plain is not None
+        values = plain.values()
+        for d in self._fresh:
+            if d.kind == PARAMETER:
+                bound = rounded(values[d.name]) if d.name in plain.names else 0.0
+            elif d.kind == BUFFER:
+                bound = max(self._buffer_bounds.get(d.name, 0.0), rounded(plain.values(BUFFER)[d.name]))
+            else:
+                bound = rounded(_number(plain.norm))
+            self.differences.append(replace(d, bound=bound))
+        for name, value in self._found.items():
+            plain.adopt(name, value)
+        self._fresh, self._found = [], {}
+        return any(d.step == step for d in self.differences)
+
+    # --- on all ranks
+
+    def _compare_gradients(self, step: int) -> None:
+        """From the loss backwards: what goes wrong in backward goes wrong in everything that comes later in it."""
+        names = from_first(lambda: self.plain.names if self.plain is not None else [])
+        for name in reversed(names or []):
+            found = get_full(self._candidate.model, name, "grad")
+            if self.plain is not None:
+                self._note(found, self.plain.gradient(name), step, GRADIENT, name)
+
+    def _compare_parameters(self, step: int) -> None:
+        names = from_first(lambda: list(self.plain.values()) if self.plain is not None else [])
+        plain = self.plain.values() if self.plain is not None else {}
+        for name in names or []:
+            found = get_full(self._candidate.model, name)
+            if self.plain is not None:
+                self._note(found, plain[name], step, PARAMETER, name)
+        if self.plain is not None and step:
+            buffers = dict(self._candidate.model.named_buffers())
+            for name, value in self.plain.values(BUFFER).items():
+                self._note(buffers.get(name), value, step, BUFFER, name)
+
+    def _follow(self, step: int) -> None:
+        """Plain PyTorch goes on from the sharded training's optimizer states, which are judged on the way."""
+        plain = self.plain
+        for name, kind in from_first(lambda: plain.states() if plain is not None else []):
+            found = get_full(self._candidate.model, name, kind)
+            if plain is None:
+                continue
+            expected = plain.state(name, kind)
+            difference = compare(
+                found, expected, step=step, kind=f"{STATE} {kind}", name=name, module=self._modules[name]
+            )
+            if difference is not None:
+                self.differences.append(replace(difference, bound=rounded(expected)))
+            if found is not None:
+                plain.adopt_state(name, kind, found)
+
+
+def _moved(table: list[list[Any]], device: torch.device) -> list[list[Any]]:
+    """Micro-batches with their tensors on one device: what another rank sent was on a device of its own."""
+    return tree_map_only(Tensor, lambda t: t.to(device), table)  # type: ignore[no-any-return]
+
+
+def _loss_name(k: int, rank: int) -> str:
+    return f"micro-batch {k + 1} on rank {rank}"
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _numbered(batches: Batches) -> Iterator[Any]:
+    if callable(batches):
+        yield from map(batches, itertools.count())
+        return
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("there are no micro-batches: `batches` is empty, or an iterator that has ended")
+
+
+# --- ranks
+
+
+def world_size() -> int:
+    """Ranks of the process group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own_rank() -> int:
+    """This rank in the process group; 0 without one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0, on all ranks; an error there is raised everywhere."""
+    box: list[Any] = [None, None]
+    if own_rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            # The others wait: whatever it is, they have to hear of it.
+            if world_size() == 1:
+                raise
+            box[1] = _told(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    found: T = box[0]
+    return found
+
+
+def _told(error: Exception) -> Exception:
+    """The error, or one that can be sent in its place."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001  (whatever an exception class does when it is pickled)
+        return ValueError(f"on rank 0: {type(error).__name__}: {error}")
+    return error
+
+
+def _everybodys(own: list[float]) -> list[list[float]]:
+    """Every rank's list."""
+    if world_size() == 1:
+        return [own]
+    told: list[Any] = [None] * world_size()
+    dist.all_gather_object(told, own)
+    return told

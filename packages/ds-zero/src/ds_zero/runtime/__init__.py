@@ -1,0 +1,1 @@
+"""What runs during training: buckets, how they are filled, and what happens around `optimizer.step()`."""

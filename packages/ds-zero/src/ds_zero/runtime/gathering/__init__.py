@@ -1,0 +1,1 @@
+"""Stage 3 during forward and backward: which parameters are gathered when, and for how long."""

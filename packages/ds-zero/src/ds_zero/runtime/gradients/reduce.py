@@ -1,0 +1,448 @@
+"""Takes gradients as backward produces them, reduces them bucket by bucket, and leaves the sums on the
+optimizer's shards.
+
+[Note: two plans]
+local    every micro-batch but the last adds its gradients to a whole buffer (`ZeroConfig.grad_dtype`, fp32 by
+default) on each rank; one reduction at the boundary. sharded  every micro-batch is reduced; the shard of the
+sum is added to the shard of what came before. Without accumulation both send fresh gradients in their own
+dtype.
+
+[Note: launch order]
+All ranks must start the same reductions in the same order. Buckets are numbered in the order in which
+backward completes them (reverse of registration) and bucket k starts only after k-1, whatever order their
+gradients arrive in; what is incomplete at the end of backward is filled with zeros and sent then. So a
+parameter that one rank did not use delays, but never mismatches.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_zero.comm.collectives import Comm
+from ds_zero.comm.piece_exchange import FreshGrads, PieceReduce
+from ds_zero.interfaces import ShardStore
+from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.gradients.accumulate import Sums
+from ds_zero.runtime.gradients.backward import BackwardWatch
+from ds_zero.runtime.gradients.grad_buffer import GradBuffer
+from ds_zero.runtime.gradients.reduce_bucket import Flight, WirePolicy, launch, launch_pieces, takes_pieces
+from ds_zero.runtime.gradients.sparse_rows import launch_rows
+from ds_zero.runtime.gradients.zero_grad_watch import Flag
+from ds_zero.runtime.profiler_ranges import span
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass
+class _Pending:
+    """One bucket during one accumulation."""
+
+    fresh: GradBuffer | FreshGrads | None = None
+    """Gradients of the present micro-batch, in their own dtype."""
+    local: GradBuffer | None = None
+    """Sums of micro-batches that were not reduced, in the dtype of accumulation."""
+    missing: int = 0
+    """Gradients that the present backward has not delivered yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducePolicy:
+    """When gradients are reduced."""
+
+    local: bool
+    """[Note: two plans]"""
+    steps: int | None = None
+    """Backwards between steps; None: as many as last time."""
+    tree: bool = False
+    """Add micro-batches in [Note: tree over micro-batches]."""
+    overlap: bool = True
+    """Whether backward goes on while a reduction travels."""
+    ignore_unused: bool = True
+    """Whether a parameter may stay without gradient."""
+    grad_dtype: torch.dtype = torch.float32
+    """Dtype in which micro-batches are added."""
+    wire: WirePolicy = field(default_factory=WirePolicy)
+
+
+class Reducer:
+    """Reduces the trainable buckets of one model. Collective like backward itself."""
+
+    def __init__(
+        self, buckets: list[Bucket], comm: Comm, store: ShardStore, policy: ReducePolicy, watch: BackwardWatch
+    ) -> None:
+        self.buckets = [b for b in buckets if b.trainable]
+        self.policy = policy
+        self.sync_depth = 0
+        """How many `no_sync` contexts are open."""
+        self._comm = comm
+        self._learned_steps = policy.steps
+        self.before_accumulation: Callable[[], None] = _nothing
+        """Called when a backward begins after the gradients on the shards were complete."""
+        self._watch = watch
+        watch.at_end(self._end_backward)
+        watch.at_abort(self._forget_all)
+        self._pending = {id(b): _Pending(missing=len(b.params)) for b in self.buckets}
+        self._sums = {id(b): Sums(b, store, tree=policy.tree) for b in self.buckets}
+        self._pieces = {
+            id(b): PieceReduce(b.layout, b.ranks) for b in self.buckets if takes_pieces(b, comm, policy.wire)
+        }
+        """[Note: gradients where they lie]"""
+        self._flights: list[Flight] = []
+        self._landed: Flight | None = None
+        """The last one that landed, [Note: arriving and settling]."""
+        self._next = 0
+        self._backwards = 0
+        self._in_backward = False
+        self._final = False
+        self._deferred = False
+        """Whether a backward since the last reduction was not reduced: then every rank sends such sums, also
+        for buckets whose parameters it did not use itself."""
+        self._flag = Flag()
+        """[Note: gradients that wait]"""
+        self._used: set[int] = set()
+        self._used_anywhere: set[int] = set()
+        """What any rank has used, as far as the last `finish` knew: counts until the step."""
+        self._touched = False
+        self._consumed = False
+        """Whether a step has used the gradients on the shards."""
+        self._unwatched = [p for b in self.buckets for p in b.params]
+        self._where = {id(p): (b, i) for b in self.buckets for i, p in enumerate(b.params)}
+
+    @property
+    def local_plan(self) -> bool:
+        """Whether whole gradients are added on each rank and reduced once, [Note: two plans]."""
+        return self.policy.local
+
+    # --- hooks
+
+    def install(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Watch every trainable parameter that is not watched yet; the hooks do not keep this object alive.
+
+        Called before every forward too: a parameter that is frozen now cannot be hooked, and may be trained
+        later.
+        """
+        found = [p for p in self._unwatched if p.requires_grad]
+        if not found:
+            return []
+        self._unwatched = [p for p in self._unwatched if not p.requires_grad]
+        me = weakref.ref(self)
+
+        def on_grad(param: Tensor) -> None:
+            reducer = me()
+            if reducer is not None:
+                reducer._arrive(param)
+
+        return [p.register_post_accumulate_grad_hook(on_grad) for p in found]
+
+    def _arrive(self, param: Tensor) -> None:
+        bucket, index = self._where[id(param)]
+        self._begin_backward()
+        grad = param.grad
+        assert grad is not None
+        if grad.is_sparse and not bucket.layout.by_rows:
+            grad = grad.to_dense()
+        pending = self._pending[id(bucket)]
+        with torch.no_grad():
+            if self._deferred:
+                if pending.local is None:
+                    pending.local = self._whole(bucket, self.policy.grad_dtype)
+                pending.local.add(index, grad)
+            else:
+                if pending.fresh is None:
+                    pending.fresh = self._fresh(bucket)
+                pending.fresh.add(index, grad)
+        param.grad = None
+        self._used.add(id(param))
+        pending.missing -= 1
+        if self._final:
+            self._launch_ready()
+
+    def _fresh(self, bucket: Bucket) -> GradBuffer | FreshGrads:
+        """What holds the gradients of one micro-batch until they travel."""
+        if id(bucket) in self._pieces:
+            return FreshGrads(bucket.layout, bucket.dtype, bucket.device)
+        return self._whole(bucket, bucket.dtype)
+
+    @staticmethod
+    def _whole(bucket: Bucket, dtype: torch.dtype) -> GradBuffer:
+        return GradBuffer(bucket.layout, dtype, bucket.device)
+
+    def _begin_backward(self) -> None:
+        if self._in_backward:
+            return
+        self._notice_drop()
+        if not self._touched:
+            self._begin_accumulation()
+        self._in_backward = self._touched = True
+        self._backwards += 1
+        self._next = 0
+        self._final = self._is_final()
+        self._deferred = self._deferred or not self._final
+        if self._final:
+            self._flag.lower()
+        else:
+            self._flag.raise_on([s for b in self.buckets for s in b.shards], self.policy.grad_dtype)
+        for bucket in self.buckets:
+            self._pending[id(bucket)].missing = sum(p.requires_grad for p in bucket.params)
+        self._watch.arm()
+
+    def _notice_drop(self) -> None:
+        """What waits was dropped by `zero_grad`, like what is on the shards."""
+        if self._touched and not self._in_backward and self._flag.dropped:
+            self._drop()
+
+    def _is_final(self) -> bool:
+        """Whether the backward that begins now is reduced while it runs."""
+        if self.sync_depth:
+            return False
+        return not self.policy.local or (
+            self._learned_steps is not None and self._backwards >= self._learned_steps
+        )
+
+    def _begin_accumulation(self) -> None:
+        """New gradients will come to what is on the shards: nothing, or what is added to."""
+        if all(s.grad is None for b in self.buckets for s in b.shards):
+            self._forget_used()  # also where a step was left out
+        elif self._consumed:
+            self._note_stale_grads()
+        self._consumed = False
+        self.before_accumulation()
+
+    def _note_stale_grads(self) -> None:
+        """Warn where a step happened and gradients were not cleared.
+
+        Legal in torch, but in a sharded loop almost always `model.zero_grad()`, which does not reach shards.
+        """
+        first = next((s.grad for b in self.buckets for s in b.shards if s.grad is not None), None)
+        if first is None or not first.any():
+            return
+        warnings.warn(
+            "gradients of the previous step are still on the shards and the new ones will be added to them; "
+            "call optimizer.zero_grad() (model.zero_grad() does not reach shards)",
+            stacklevel=2,
+        )
+
+    # --- reduction
+
+    def _launch_ready(self) -> None:
+        while self._next < len(self.buckets) and self._pending[id(self.buckets[self._next])].missing == 0:
+            self._launch(self.buckets[self._next])
+            self._next += 1
+
+    def _launch(self, bucket: Bucket) -> None:
+        """Start the reduction of what has accumulated; missing gradients count as zeros."""
+        self._settle()
+        pending = self._pending[id(bucket)]
+        sums = self._sums[id(bucket)]
+        source = pending.local or pending.fresh
+        if source is None:  # the same form and dtype as on ranks that have gradients for the bucket
+            deferred = self._deferred
+            source = self._whole(bucket, self.policy.grad_dtype) if deferred else self._fresh(bucket)
+        pending.local = pending.fresh = None
+        with span(f"ds.zero.reduce_scatter/{bucket.layout.name}"), torch.no_grad():
+            if isinstance(source, FreshGrads):
+                pieces = self._pieces[id(bucket)]
+                grads = source.take()
+                flight = launch_pieces(bucket, grads, pieces, self._comm, self.policy.wire, sums.place())
+            else:
+                source.zero_missing()
+                send = launch_rows if bucket.layout.by_rows else launch
+                flight = send(bucket, source.tensor, self._comm, self.policy.wire, sums.place())
+        self._flights.append(flight)
+        # One reduction is in flight and one settles while the next bucket fills: memory is bounded by three buckets,
+        # whatever the model's size.
+        while len(self._flights) > (1 if self.policy.overlap else 0):
+            self._land(self._flights.pop(0))
+
+    def _land(self, flight: Flight) -> None:
+        self._settle()
+        self._landed = flight
+        sums = self._sums[id(flight.bucket)]
+        with torch.no_grad():
+            sums.add(flight.land())
+            if self._is_last():
+                sums.complete(self._comm)
+        if not self.policy.overlap:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Let the gradients of the flight that landed last go."""
+        landed, self._landed = self._landed, None
+        if landed is not None:
+            landed.settle()
+
+    def _is_last(self) -> bool:
+        """Whether nothing more is known to come before the step. A number of backwards that was only learnt
+        must not decide where a tree of sums ends.
+        """
+        known = self.policy.steps if self.policy.tree else self._learned_steps
+        return self.policy.local or (known is not None and self._backwards >= known)
+
+    def _end_backward(self) -> None:
+        if not self._in_backward:
+            return
+        if self._final:
+            self._flush()
+        self._in_backward = False
+
+    def _forget_all(self) -> None:
+        """A backward raised half-way: drop everything that has accumulated since the last step."""
+        warnings.warn(
+            "the previous backward did not finish; the gradients accumulated since the last step were dropped",
+            stacklevel=2,
+        )
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop every gradient since the last step, of values that are no longer there."""
+        self._settle()
+        while self._flights:
+            self._flights.pop(0).wait()
+        for bucket in self.buckets:
+            for param in bucket.params:
+                param.grad = None
+        self._in_backward = False
+        self._drop()
+
+    def _drop(self) -> None:
+        """Forget what has accumulated, but not what a backward that runs has put on its parameters."""
+        self._flag.lower()
+        for bucket in self.buckets:
+            self._pending[id(bucket)] = _Pending()
+            for shard in bucket.shards:
+                shard.grad = None
+        self._touched = self._deferred = False
+        self._backwards = 0
+        self._forget_used()
+
+    def _flush(self) -> None:
+        self._flag.lower()
+        for bucket in self.buckets[self._next :]:
+            self._launch(bucket)
+        self._next = len(self.buckets)
+        self._deferred = False
+        while self._flights:
+            self._land(self._flights.pop(0))
+        self._settle()
+
+    # --- boundary
+
+    def finish(self) -> bool:
+        """Reduce what still waits, so that the shards' gradients are complete; called before norms and steps.
+
+        Returns:
+            Whether gradients have arrived since the last call.
+        """
+        self._notice_drop()
+        if not self._touched:
+            return False
+        if self._deferred:
+            self._next = 0
+            self._flush()
+        with torch.no_grad():
+            for bucket in self.buckets:
+                self._sums[id(bucket)].complete(self._comm)
+        if self.policy.steps is None:
+            self._learned_steps = self._backwards
+        self._backwards = 0
+        self._touched = False
+        self._forget_unused()
+        return True
+
+    def _forget_unused(self) -> None:
+        """Parameters that no rank used have no gradient, as in plain PyTorch; their states and values must
+        not move.
+
+        Raises:
+            ValueError: on every rank, where no parameter may be unused and some rank has left one out.
+        """
+        counts = self._count_users()
+        lazy = []
+        for bucket in self.buckets:
+            for shard, slot, param, count in zip(
+                bucket.shards, bucket.layout.slots, bucket.params, counts[id(bucket)], strict=True
+            ):
+                if count:
+                    self._used_anywhere.add(id(param))
+                elif id(param) not in self._used_anywhere:
+                    shard.grad = None
+                if count < bucket.ranks.total and param.requires_grad:
+                    lazy.append(f"{slot.fqn} ({count} of {bucket.ranks.total} ranks)")
+        if lazy and not self.policy.ignore_unused:
+            raise ValueError(
+                f"{len(lazy)} parameters got no gradient on every rank since the last step: {', '.join(lazy[:10])}. "
+                "The loss does not depend on them; freeze them, or allow it with ZeroConfig(ignore_unused=True)"
+            )
+
+    def _count_users(self) -> dict[int, list[int]]:
+        """For the parameters of every bucket, how many of its ranks have used them since the last step."""
+        found: dict[int, list[int]] = {}
+        for ranks in {id(b.ranks): b.ranks for b in self.buckets}.values():
+            mine = [b for b in self.buckets if b.ranks is ranks]
+            counts = torch.tensor([id(p) in self._used for b in mine for p in b.params], dtype=torch.int32)
+            counts = counts.to(mine[0].device)
+            for axis in ranks.axes:
+                if axis.group is not None:
+                    dist.all_reduce(counts, group=axis.group)
+            flat = iter(counts.tolist())
+            found |= {id(b): [next(flat) for _ in b.params] for b in mine}
+        return found
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether a backward has left something for the next step, here or (once reduced) on any rank."""
+        return self._touched or bool(self._used_anywhere)
+
+    def _forget_used(self) -> None:
+        self._used.clear()
+        self._used_anywhere.clear()
+
+    def stepped(self) -> None:
+        """The optimizer has used the gradients; what counts as used starts anew."""
+        self._forget_used()
+        self._consumed = True
+
+    def local_bytes(self) -> int:
+        """Bytes of gradients that are held now besides the shards': whole fp32 sums of the local plan, and
+        sums of micro-batches that wait for others.
+        """
+        found = [p.local.tensor for p in self._pending.values() if p.local is not None]
+        found += [t for sums in self._sums.values() for t in sums.waiting()]
+        return sum(t.numel() * t.element_size() for t in found)
+
+    # --- looking on, for access by name
+
+    def has_grad(self, param: Tensor, shard: Tensor) -> bool:
+        """Whether this rank has a gradient for `param` that the next step would use."""
+        self._notice_drop()
+        return id(param) in self._used if self._touched else shard.grad is not None
+
+    def is_reduced(self, shard: Tensor) -> bool:
+        """Whether an optimizer's entry has a gradient that came from a reduction."""
+        return shard.grad is not None and not self._flag.is_on(shard)
+
+    def keep(self, param: Tensor) -> None:
+        """A gradient was written from outside: it counts, whether or not a backward has used `param`."""
+        self._used.add(id(param))
+
+    def preview(self, bucket: Bucket) -> tuple[Tensor | None, Tensor]:
+        """This rank's slice of what waits to be reduced, as it would come out (None if nothing waits on any rank),
+        and of what has been reduced. Both stay as they are. Collective.
+        """
+        arrives: Tensor | None = None
+        if self._deferred:
+            pending = self._pending[id(bucket)]
+            wire = torch.zeros(bucket.layout.padded_numel, dtype=self.policy.grad_dtype, device=bucket.device)
+            if pending.local is not None:
+                pending.local.copy_to(wire)
+            arrives = launch(bucket, wire, self._comm, self.policy.wire).land()
+        return arrives, self._sums[id(bucket)].so_far()

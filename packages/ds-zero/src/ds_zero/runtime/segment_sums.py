@@ -1,0 +1,42 @@
+"""Sums over whole tensors whose parts are stepped on several ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_zero.interfaces import SegmentStep
+from ds_zero.runtime.bucket import Bucket
+
+
+def whole_sums(optimizer: SegmentStep, buckets: Sequence[Bucket], scale: Tensor) -> dict[int, Tensor]:
+    """The first pass of a step over all buckets, then one all-reduce for each set of ranks. Collective.
+
+    Returns:
+        id of an entry -> the sums over all parts of its tensor.
+    """
+    rows: dict[int, Tensor] = {}
+    for bucket in buckets:
+        live = [s for s in bucket.shards if s.grad is not None]
+        # Also where nothing lives here: the other ranks need as many columns.
+        sums = optimizer.segment_sums(live, grad_scale=scale)
+        width = sums.shape[1]
+        rows |= {id(shard): row for shard, row in zip(live, sums, strict=True)}
+    for ranks in {id(b.ranks): b.ranks for b in buckets}.values():
+        divided = [b for b in buckets if b.ranks is ranks and b.layout.num_owners > 1]
+        entries = [s for b in divided for s in b.shards]
+        if ranks.group is None or not entries:
+            continue
+        # Every rank fills rows of its own, so that all add the same numbers in the same order.
+        table = torch.zeros(ranks.size, len(entries), width, dtype=torch.float64)
+        for i, shard in enumerate(entries):
+            if id(shard) in rows:
+                table[ranks.rank, i] = rows[id(shard)]
+        table = table.to(divided[0].device)
+        dist.all_reduce(table, group=ranks.group)
+        for shard, row in zip(entries, table.sum(0).cpu(), strict=True):
+            rows[id(shard)] = row
+    return rows

@@ -1,0 +1,114 @@
+"""Every row of the table of settings that do not go together."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import ds_engine
+from ds_engine.config import ConfigError, load
+from ds_engine.rules import RULES, Job, check
+
+OFFLOAD = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
+
+# One job for each rule, in the order of the table.
+BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, {"optimizer": "AdamW"}),
+    ({"optimizer": {"type": "LBFGS"}}, {}),
+    ({"optimizer": {"type": "SparseAdam"}}, {}),
+    ({"optimizer": {"type": "RMSprop"}, "zero_optimization": OFFLOAD}, {}),
+    ({"optimizer": {"type": "Adam", "params": {"torch_adam": True}}, "zero_optimization": OFFLOAD}, {}),
+    ({"zero_optimization": OFFLOAD}, {"optimizer": "AdamW"}),
+    ({"optimizer": {"type": "Adam"}}, {"optimizer": "AdamW"}),
+    ({"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}}, {"scheduler_passed": True}),
+    ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}}, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", range(len(RULES)))
+def test_each_rule_refuses_its_job_and_says_why(index: int) -> None:
+    raw, more = BROKEN[index]
+    job = Job(config=load({"train_batch_size": 4, **raw}), **more)
+    rule = RULES[index]
+    assert [r for r in RULES if r.applies(job)] == [rule]
+    if rule.refuse:
+        with pytest.raises(ConfigError) as caught:
+            check(job)
+        said = str(caught.value)
+    else:
+        with pytest.warns(UserWarning, match="has no effect") as warned:
+            check(job)
+        said = str(warned[0].message)
+    assert rule.first in said and rule.second in said and rule.reason in said and rule.remedy in said
+
+
+@pytest.mark.parametrize(
+    ("raw", "more"),
+    [
+        ({"optimizer": {"type": "Lamb"}, "zero_optimization": {"stage": 2}}, {}),
+        ({"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 3}}, {}),
+        ({"optimizer": {"type": "Adam"}, "zero_optimization": OFFLOAD}, {}),
+        ({"zero_optimization": OFFLOAD}, {"optimizer": "CPUAdam", "host_optimizer": True}),
+        ({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 9}}, {"optimizer": "SGD"}),
+        ({"zero_optimization": {"stage": 2, "overlap_publish": True}}, {"optimizer": "SGD"}),
+        ({"scheduler": {"type": "WarmupLR"}}, {"optimizer": "SGD"}),
+    ],
+)
+def test_what_goes_together_passes(raw: dict[str, Any], more: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check(Job(config=load({"train_batch_size": 4, **raw}), **more))
+
+
+@pytest.mark.parametrize(
+    ("raw", "wanted"),
+    [
+        ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto"'),
+        ({"train_batch_size": "auto"}, 'train_batch_size: "auto", and nothing has filled it in'),
+        (
+            {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}},
+            'scheduler.params.total_num_steps is "auto", and nothing has filled it in: give the number of '
+            "optimizer steps",
+        ),
+    ],
+)
+def test_auto_that_has_to_be_a_value_is_refused(raw: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(Job(config=load({"train_batch_size": 4, **raw})))
+    assert wanted in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {
+            "train_batch_size": 4,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+        },
+        {"train_micro_batch_size_per_gpu": 4, "train_batch_size": "auto"},
+        {"train_batch_size": 4, "gradient_clipping": "auto", "bf16": {"enabled": "auto"}},
+        {"train_batch_size": 4, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}},
+    ],
+)
+def test_auto_that_has_a_default_takes_it(raw: dict[str, Any]) -> None:
+    config = load(raw)
+    check(Job(config=config))
+    assert config.batch(1).train == 4
+    assert config.gradient_clipping == 1.0 and not config.bf16.enabled
+    assert config.optimizer is None or config.optimizer.params == {}
+
+
+def test_initialize_asks_the_table() -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="closure"):
+        ds_engine.initialize(model=model, config={"train_batch_size": 2, "optimizer": {"type": "LBFGS"}})
+    with pytest.raises(ConfigError, match="there can be one optimizer"):
+        ds_engine.initialize(
+            model=model,
+            config={"train_batch_size": 2, "optimizer": {"type": "Adam"}},
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        )

@@ -1,0 +1,111 @@
+"""Curves: what is written where, and what a missing package leads to."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_engine.config import ConfigError, load
+from ds_engine.training.monitor import CsvWriter, Monitor
+
+
+class Recorder(types.SimpleNamespace):
+    """Stands for a module of a service: every call is recorded."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(calls=[], **more)
+
+    def __getattr__(self, name: str) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append((name, args, kwargs))
+            return self
+
+        return record
+
+
+def test_csv_has_a_file_for_each_name_and_goes_on_in_it(tmp_path: Path) -> None:
+    for _ in range(2):
+        writer = CsvWriter(tmp_path / "job")
+        writer.write([("Train/Samples/lr", 0.5, 8), ("Train/Samples/lr", 0.25, 16), ("other", 1, 16)])
+        writer.close()
+    with (tmp_path / "job" / "Train_Samples_lr.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows == [["step", "Train_Samples_lr"], ["8", "0.5"], ["16", "0.25"], ["8", "0.5"], ["16", "0.25"]]
+    assert (tmp_path / "job" / "other.csv").read_text().splitlines() == ["step,other", "16,1", "16,1"]
+
+
+def monitor(sections: dict[str, Any], rank: int = 0) -> Monitor:
+    return Monitor.of(load({"train_batch_size": 1} | sections), rank)
+
+
+def test_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    made = monitor({"wandb": {"enabled": True, "project": "p", "team": "t", "group": "g"}})
+    made.write_events([("a", 1.0, 16), ("b", 2.0, 8), ("c", 3.0, 16)])
+    made.close()
+    made.close()
+    assert wandb.calls == [
+        ("init", (), {"project": "p", "group": "g", "entity": "t"}),
+        ("log", ({"b": 2.0},), {"step": 8}),
+        ("log", ({"a": 1.0, "c": 3.0},), {"step": 16}),
+        ("finish", (), {}),
+    ]
+
+
+def test_comet_writes_every_so_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    comet = Recorder()
+    monkeypatch.setitem(sys.modules, "comet_ml", comet)
+    section = {
+        "enabled": True,
+        "project": "p",
+        "experiment_name": "n",
+        "samples_log_interval": 10,
+        "online": False,
+    }
+    made = monitor({"comet": section})
+    for at in (4, 8, 12, 16, 24):
+        made.write_events([("a", 1.0, at)])
+    assert comet.calls[:2] == [("start", (), {"project": "p", "online": False}), ("set_name", ("n",), {})]
+    assert [call[2]["step"] for call in comet.calls[2:]] == [4, 16]
+
+
+def test_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    board = Recorder()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    made = monitor({"tensorboard": {"enabled": True, "output_path": str(tmp_path), "job_name": "j"}})
+    made.write_events([("a", 1.0, 4)])
+    made.close()
+    assert board.calls == [
+        ("SummaryWriter", (), {"log_dir": str(tmp_path / "j")}),
+        ("add_scalar", ("a", 1.0, 4), {}),
+        ("flush", (), {}),
+        ("close", (), {}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "module", "package"),
+    [
+        ("wandb", "wandb", "wandb"),
+        ("comet", "comet_ml", "comet_ml"),
+        ("tensorboard", "torch.utils.tensorboard", "tensorboard"),
+    ],
+)
+def test_a_package_that_is_not_there(
+    section: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"{section}.enabled is true.*pip install {package}"):
+        monitor({section: {"enabled": True}})
+
+
+def test_other_ranks_and_no_section_write_nothing(tmp_path: Path) -> None:
+    section = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path)}}
+    assert not monitor(section, rank=1).enabled and not monitor({}).enabled
+    assert monitor(section).enabled
