@@ -2,6 +2,7 @@
 states.
 """
 
+from ds_zero.api.leaf_modules import set_leaf_modules
 from ds_zero.api.loop import clip_grad_norm_, destroy, grad_norm, no_sync
 from ds_zero.api.memory import MemoryReport, Summary, describe, memory
 from ds_zero.api.shard import shard
@@ -9,7 +10,6 @@ from ds_zero.comm.collectives import Comm
 from ds_zero.comm.order import RankOrderError
 from ds_zero.comm.topology import MeshFor, ModelParallel, cut_by_model_parallelism
 from ds_zero.config import ZeroConfig
-from ds_zero.layout.units import set_leaf_modules
 from ds_zero.params.access import get_full, get_local, local_range, set_full, set_local, update_full_grads
 from ds_zero.params.deferred import deferred_init
 from ds_zero.params.gathered import full_state_dict, gathered

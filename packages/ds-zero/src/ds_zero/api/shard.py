@@ -30,7 +30,7 @@ from ds_zero.layout.buckets import (
     plan_buckets,
 )
 from ds_zero.layout.optimizer_layout import undivided_groups
-from ds_zero.layout.units import UnitMap, choose_leaves, choose_units, map_units, unit_of_params
+from ds_zero.layout.units import choose_leaves, choose_units, unit_of_params
 from ds_zero.params.deferred import materialize_buffers, stage_expected
 from ds_zero.params.state_dict_guard import guard_state_dicts, wait_in_modules
 from ds_zero.params.stores import ResidentStore
@@ -38,6 +38,7 @@ from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gathering.gather import Gatherer
 from ds_zero.runtime.gathering.module_hooks import ModuleHooks
 from ds_zero.runtime.gathering.prefetch import limits_of
+from ds_zero.runtime.gathering.unit_map import UnitMap, map_units
 from ds_zero.runtime.gradients.backward import BackwardWatch
 from ds_zero.runtime.gradients.norms import squared_norm
 from ds_zero.runtime.gradients.reduce import ReducePolicy, Reducer
@@ -112,7 +113,7 @@ def shard(
     alarm = Alarm()
     if config.read_neighbours:
         topology = replace(topology, axes=tuple(acquainted(a, device, alarm) for a in topology.axes))
-    leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel)
+    leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel, _registry.is_leaf)
     roots = choose_units(model, leaves)
     unit_of = unit_of_params(model, roots) if stage == 3 else {}
     rows = row_parameters(model, stage, topology) if config.sparse_gradients else frozenset()

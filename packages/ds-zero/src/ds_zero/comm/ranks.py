@@ -11,6 +11,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from ds_zero.comm.peer_memory import Alarm, Neighbours, meet
 
 
+class SimulatedGroup(dist.ProcessGroup):
+    """A process group without other processes, on which `plan` runs this package. It divides itself: there is
+    nobody with whom a new group could be agreed on.
+    """
+
+    def part(self, size: int) -> SimulatedGroup:
+        """This rank among `size` others."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The ranks that divide buckets among themselves, seen from one of them; `group` is None for a single

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
-
-from ds_zero import _registry
-from ds_zero.runtime.bucket import Bucket
 
 Leaf = type[nn.Module] | str
 """A module class, or the name of a class or of a module."""
@@ -17,37 +13,6 @@ Leaf = type[nn.Module] | str
 _REPEATED = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _EXPERTS = re.compile(r"experts?(_list)?$")
 _MIXTURES = re.compile(r"(SparseMoe|Moe|MoE)(Block|MLP|Mlp|MoE|Layer|FFN)?$|SparseMLP$")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnitMap:
-    """What the hooks need to know of the units."""
-
-    buckets: Mapping[str, list[Bucket]]
-    """Name -> buckets to gather, for every unit and for every module with sharded parameters of its own."""
-    units: frozenset[str]
-    """Names of the units; the other names are modules inside of them."""
-    leaves: frozenset[str] = frozenset()
-    """Names of the units that are leaf modules."""
-
-    def is_leaf(self, name: str) -> bool:
-        return name in self.leaves
-
-
-def set_leaf_modules(model: nn.Module, leaves: Sequence[Leaf]) -> list[nn.Module]:
-    """Mark modules whose whole subtree stage 3 gathers at once, before `shard`; the modules found.
-
-    For modules that call different children on different ranks, such as a mixture of experts:
-    [Note: leaf modules]. The usual ones are found without this. As `ZeroConfig.leaf_modules`.
-
-    Raises:
-        ValueError: an entry that matches no module.
-    """
-    names = leaf_names(model, tuple(leaves))
-    found = [module for name, module in model.named_modules() if name in names]
-    for module in found:
-        _registry.mark_leaf(module)
-    return found
 
 
 def leaf_names(model: nn.Module, leaves: Sequence[Leaf]) -> set[str]:
@@ -72,13 +37,18 @@ def _matches(name: str, module: nn.Module, leaf: Leaf) -> bool:
     return isinstance(module, leaf)
 
 
-def choose_leaves(model: nn.Module, leaves: Sequence[Leaf] = (), granularity_numel: int = 0) -> set[str]:
-    """Names of the modules to gather whole: those named or marked, known mixtures of experts, and those whose
-    parameters are at most `granularity_numel` elements a module inside.
+def choose_leaves(
+    model: nn.Module,
+    leaves: Sequence[Leaf] = (),
+    granularity_numel: int = 0,
+    is_marked: Callable[[nn.Module], bool] = lambda module: False,
+) -> set[str]:
+    """Names of the modules to gather whole: those that `leaves` names, those that `is_marked` accepts, known
+    mixtures of experts, and those with at most `granularity_numel` parameter elements per module inside.
     """
     found = leaf_names(model, leaves)
     for name, module in model.named_modules():
-        if _registry.is_leaf(module) or (name and _is_mixture(module)) or _is_fine(module, granularity_numel):
+        if is_marked(module) or (name and _is_mixture(module)) or _is_fine(module, granularity_numel):
             found.add(name)
     return {name for name in found if not _inside(name, found)}
 
@@ -176,33 +146,3 @@ def unit_of_params(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str
                 owner[fqn] = name
                 break
     return owner
-
-
-def map_units(
-    model: nn.Module, units: Mapping[str, nn.Module], buckets: Sequence[Bucket], leaves: set[str]
-) -> UnitMap:
-    """Buckets of every unit and every module with stage-3 parameters of its own.
-
-    A unit also gathers what its modules share with others (a head tied to the embedding).
-    """
-    bucket_of = {id(p): b for b in buckets if not b.whole for p in b.params}
-    found: dict[str, list[Bucket]] = {}
-    for name, module in model.named_modules() if bucket_of else ():
-        own = [p for p in module.parameters(recurse=False) if id(p) in bucket_of]
-        if name in units:
-            own = [p for p in _params_of_unit(name, module, units) if id(p) in bucket_of]
-        unique = {id(bucket_of[id(p)]): bucket_of[id(p)] for p in own}
-        if unique:
-            found[name] = list(unique.values())
-    return UnitMap(buckets=found, units=frozenset(units), leaves=frozenset(leaves & set(units)))
-
-
-def _params_of_unit(name: str, module: nn.Module, units: Mapping[str, nn.Module]) -> list[nn.Parameter]:
-    """Parameters below `module` that no unit further inside has."""
-    prefix = f"{name}." if name else ""
-    inner = [u for u in units if u != name and u.startswith(prefix)]
-    return [
-        p
-        for n, p in module.named_parameters(remove_duplicate=False)
-        if not any(f"{prefix}{n}".startswith(f"{u}.") for u in inner)
-    ]

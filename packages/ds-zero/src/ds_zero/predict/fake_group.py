@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_zero.comm.ranks import SimulatedGroup
 from ds_zero.interfaces import Reservation
 from ds_zero.params.stores import ResidentStore
 
@@ -18,7 +19,7 @@ class _Arrived(dist.Work):
         return True
 
 
-class StandInGroup(dist.ProcessGroup):
+class FakeGroup(SimulatedGroup):
     """A process group of `size` ranks seen from `rank`, whose messages go nowhere and are counted."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -34,9 +35,9 @@ class StandInGroup(dist.ProcessGroup):
     def sent_bytes(self, value: float) -> None:
         self._sent[0] = value
 
-    def part(self, size: int) -> StandInGroup:
+    def part(self, size: int) -> FakeGroup:
         """This rank among `size` others, for another purpose; what is sent there is counted here, too."""
-        made = StandInGroup(self.rank() % size, size)
+        made = FakeGroup(self.rank() % size, size)
         made._sent = self._sent
         return made
 

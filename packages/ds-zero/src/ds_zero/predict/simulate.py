@@ -33,7 +33,7 @@ from ds_zero.layout.units import choose_units
 from ds_zero.params.records import records
 from ds_zero.predict import allocation_tracker
 from ds_zero.predict.allocation_tracker import Ledger, PhasePeaks, torchs_own
-from ds_zero.predict.fake_group import StandInGroup, StandInStore
+from ds_zero.predict.fake_group import FakeGroup, StandInStore
 from ds_zero.predict.fake_ops import LeanOperations
 from ds_zero.predict.model_copy import fake_copy
 from ds_zero.predict.optimizer_probe import probe_states, stand_in
@@ -83,13 +83,13 @@ class Job:
     states: Mapping[str, torch.dtype] = field(default_factory=dict)
     """Of an optimizer with native kernels, as `probe_states` found them."""
 
-    def topology(self, params: Mapping[str, nn.Parameter]) -> tuple[StandInGroup, Topology]:
+    def topology(self, params: Mapping[str, nn.Parameter]) -> tuple[FakeGroup, Topology]:
         """Stand-ins for the ranks, seen from the first; all count what they send on one."""
-        group = StandInGroup(0, self.num_ranks)
+        group = FakeGroup(0, self.num_ranks)
         main = ranks_in(group, self.num_ranks, self.shard_ranks)
         return group, topology_of(params, main, self.mesh_for(group), None)
 
-    def mesh_for(self, group: StandInGroup) -> MeshFor | None:
+    def mesh_for(self, group: FakeGroup) -> MeshFor | None:
         """What `shard` is told of parameters with ranks of their own."""
         if self.ranks_for is None:
             return None
@@ -158,7 +158,7 @@ class _Run:
             for group in self.optimizer.param_groups:
                 if group.get("foreach", True) is None and not group.get("fused"):
                     group["foreach"] = True  # what torch does there
-        self.group = StandInGroup(0, job.num_ranks)
+        self.group = FakeGroup(0, job.num_ranks)
         ranks = ranks_in(self.group, job.num_ranks, job.shard_ranks)
         micro = min(job.accumulation_steps, MAX_MICRO_BATCHES)
         self.steps = micro
@@ -259,7 +259,7 @@ class _Run:
             ledger.classify(tensors, allocation_tracker.STATES, on_host=where is not None and where[1])
 
 
-def ranks_in(group: StandInGroup, num_ranks: int, shard_ranks: int | None) -> Ranks:
+def ranks_in(group: FakeGroup, num_ranks: int, shard_ranks: int | None) -> Ranks:
     """The first of `num_ranks` ranks, of which `shard_ranks` divide the model and the others hold the same.
 
     Raises:

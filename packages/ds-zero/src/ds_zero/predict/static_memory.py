@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ds_zero import _registry
 from ds_zero.api.shard import _plan
 from ds_zero.layout.buckets import FROZEN, piece_of
 from ds_zero.layout.optimizer_layout import undivided_groups
@@ -40,7 +41,9 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     params = dict(model.named_parameters())
     _, topology = job.topology(params)
     undivided = undivided_groups(given, job.config.layout, job.stage)
-    leaves = choose_leaves(model, job.config.leaf_modules, job.config.module_granularity_numel)
+    leaves = choose_leaves(
+        model, job.config.leaf_modules, job.config.module_granularity_numel, _registry.is_leaf
+    )
     unit_of = unit_of_params(model, choose_units(model, leaves)) if job.stage == 3 else {}
     rows = row_parameters(model, job.stage, topology) if job.config.sparse_gradients else frozenset()
     layouts = _plan(given, params, job.stage, job.config, topology, undivided, unit_of, rows)

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ds_zero.comm.order import OrderLog
-from ds_zero.layout.units import UnitMap
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gathering.external_params import (
     Listener,
@@ -41,6 +40,7 @@ from ds_zero.runtime.gathering.gather import Gatherer
 from ds_zero.runtime.gathering.leaf_modules import tie
 from ds_zero.runtime.gathering.prefetch import Limits, Recorder
 from ds_zero.runtime.gathering.saved_tensors import SavedParameters
+from ds_zero.runtime.gathering.unit_map import UnitMap
 from ds_zero.runtime.gradients.backward import BackwardWatch, in_backward
 from ds_zero.runtime.uncompiled import opaque
 

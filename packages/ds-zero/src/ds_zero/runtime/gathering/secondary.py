@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_zero.comm.peer_memory import Alarm
-from ds_zero.comm.ranks import Ranks, acquainted
-from ds_zero.predict.fake_group import StandInGroup
+from ds_zero.comm.ranks import Ranks, SimulatedGroup, acquainted
 
 
 class Secondary:
@@ -62,7 +61,7 @@ def secondary_ranks(ranks: Ranks, size: int, device: torch.device, alarm: Alarm 
         ValueError: a size that does not divide the number of ranks.
     """
     assert ranks.group is not None
-    if isinstance(ranks.group, StandInGroup) and ranks.size % size == 0:
+    if isinstance(ranks.group, SimulatedGroup) and ranks.size % size == 0:
         return Ranks(ranks.group.part(size), ranks.rank % size, size)
     if ranks.size % size:
         raise ValueError(
