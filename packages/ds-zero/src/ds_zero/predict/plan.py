@@ -56,7 +56,7 @@ def plan(
     """Predict the bytes that one rank holds in each phase of training, and those it sends in a step.
 
     Pure: nothing is started, moved or changed, and no memory for values is taken, so models on the meta device and
-    models that fit nowhere are planned alike. See [Note: plan by running] in `simulate.py`.
+    models that fit nowhere are planned alike. See [Note: plan by running] in `predict/simulate.py`.
 
     Args:
         model: the model, unsharded, or a function that makes it (called on the meta device).

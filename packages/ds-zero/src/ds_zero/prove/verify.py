@@ -57,8 +57,8 @@ def verify(
     Collective: all ranks of the process group call it alike (or one process without a group), and get the same
     answer. Rank 0 also trains the plain model, on the micro-batches of all ranks, so it needs memory for a whole model
     and optimizer, and the time of all ranks. Gradients are compared before clipping, parameters after the step, all
-    tensors of both in every step. See [Note: what plain means] in `plain.py` and [Note: what rounding explains] in
-    `deviation.py`. Random generators are seeded alike for every micro-batch on both sides, so dropout does not tell
+    tensors of both in every step. See [Note: what plain means] in `prove/reference_training.py` and [Note: what rounding explains] in
+    `prove/deviation.py`. Random generators are seeded alike for every micro-batch on both sides, so dropout does not tell
     them apart; they are put back at the end.
 
     Args:
