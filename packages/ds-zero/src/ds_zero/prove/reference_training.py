@@ -371,8 +371,8 @@ class PlainTraining:
         return {name: one.total() for name, one in sums.items()}
 
     def _reduced(self, of_rank: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The mean over ranks, as gradients travel: [Note: mean in parts] in `runtime/gradients/reduce_bucket.py`. A rank without a gradient sends
-        zeros.
+        """The mean over ranks, computed as the reduction does: [Note: mean in parts] in
+        `runtime/gradients/reduce_bucket.py`. A rank without a gradient contributes zeros.
         """
         config, ranks = self.config, self._recipe.ranks
         sums: dict[str, TreeSum] = {}

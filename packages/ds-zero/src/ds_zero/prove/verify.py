@@ -57,9 +57,9 @@ def verify(
     Collective: all ranks of the process group call it alike (or one process without a group), and get the same
     answer. Rank 0 also trains the plain model, on the micro-batches of all ranks, so it needs memory for a whole model
     and optimizer, and the time of all ranks. Gradients are compared before clipping, parameters after the step, all
-    tensors of both in every step. See [Note: what plain means] in `prove/reference_training.py` and [Note: what rounding explains] in
-    `prove/deviation.py`. Random generators are seeded alike for every micro-batch on both sides, so dropout does not tell
-    them apart; they are put back at the end.
+    tensors of both in every step. See [Note: what plain means] in `prove/reference_training.py` and
+    [Note: what rounding explains] in `prove/deviation.py`. Random generators are seeded alike for every micro-batch on
+    both sides, so dropout does not tell them apart; they are restored at the end.
 
     Args:
         make: makes the model and its optimizer, always with the same values from the same random seed. Rank 0 calls it
