@@ -28,8 +28,9 @@ FILE_LINES = 500
 FUNCTION_LINES = 60
 CLASS_MEMBERS = 25
 CONSTRUCTOR_ARGUMENTS = 10
-PACKAGE_LINES: Mapping[str, int] = {"ds-compat": 3000}
-"""Packages that stay thin: lines with something on them, over all their files."""
+PACKAGE_LINES: Mapping[str, int] = {"ds-compat": 6000}
+"""Packages that stay thin: lines with something on them, over all their files. ds-compat has one line or more for each
+name of DeepSpeed's, and the behaviour of those that code relies on; what trains is elsewhere."""
 
 # Import names of layer 1: no state of the process may live in them, except in a _registry.py.
 LAYER_1 = frozenset({"ds_comm", "ds_zero", "ds_offload", "ds_pipe", "ds_moe", "ds_layers", "ds_profiler"})

@@ -125,7 +125,7 @@ class DeepSpeedAccelerator:
         return self.get_op_builder(class_name)()
 
     def get_op_builder(self, class_name: str) -> Any:
-        from ds_compat import builders
+        from ds_compat.ops import builders
 
         return getattr(builders, class_name, None)
 

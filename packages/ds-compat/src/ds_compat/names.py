@@ -11,24 +11,24 @@ from collections.abc import Mapping
 VERSION = "0.19.8+ds"
 """The version whose names these are, for comparisons; `+ds` tells that it is not that one."""
 
-_CONFIG = "ds_compat.config"
-_SECTIONS = "ds_compat.sections"
-_INFERENCE = "ds_compat.inference"
-_LOGS = "ds_compat.logs"
-_NESTED = "ds_engine.nested"
-_PARAMS = "ds_compat.params"
+_CONFIG = "ds_compat.config.deepspeed_config"
+_SECTIONS = "ds_compat.config.sections"
+_INFERENCE = "ds_compat.engine.inference"
+_LOGS = "ds_compat.utils.logs"
+_NESTED = "ds_compat.utils.nested"
+_PARAMS = "ds_compat.zero.params"
 _REFUSED = "ds_compat.refused"
-_UTILS = "ds_compat.utils"
-_ZERO = "ds_compat.zero"
+_UTILS = "ds_compat.utils.functions"
+_ZERO = "ds_compat.zero.construction"
 
 _OPTIMIZERS = {
     "adam": {
-        "ds_compat.optimizers": "FusedAdam DeepSpeedCPUAdam",
+        "ds_compat.ops.optimizers": "FusedAdam DeepSpeedCPUAdam",
         _REFUSED: "ZenFlowCPUAdam ZenFlowSelectiveAdamW",
     },
-    "adagrad": {"ds_compat.optimizers": "DeepSpeedCPUAdagrad"},
-    "lamb": {"ds_compat.optimizers": "FusedLamb"},
-    "lion": {"ds_compat.optimizers": "FusedLion DeepSpeedCPULion"},
+    "adagrad": {"ds_compat.ops.optimizers": "DeepSpeedCPUAdagrad"},
+    "lamb": {"ds_compat.ops.optimizers": "FusedLamb"},
+    "lion": {"ds_compat.ops.optimizers": "FusedLion DeepSpeedCPULion"},
 }
 _LEAVES = (
     "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module z3_leaf_parameter "
@@ -64,19 +64,18 @@ _CONSTANTS = (
 
 MODULES: Mapping[str, Mapping[str, str] | str] = {
     "": {
-        "ds_compat.initialize": "initialize add_config_arguments",
-        "ds_compat.comm": "init_distributed",
-        "ds_compat.engine": "DeepSpeedEngine",
-        "ds_compat.optimizer": "DeepSpeedOptimizer ZeROOptimizer",
-        "ds_compat.dataloader": "DeepSpeedDataLoader",
+        "ds_compat.engine.initialize": "initialize add_config_arguments",
+        "ds_compat.comm.collectives": "init_distributed",
+        "ds_compat.engine.engine": "DeepSpeedEngine",
+        "ds_compat.engine.optimizer": "DeepSpeedOptimizer ZeROOptimizer",
+        "ds_compat.engine.dataloader": "DeepSpeedDataLoader",
         "ds_compat.device": "get_accelerator",
-        "ds_engine.on_device": "OnDevice",
+        "ds_compat.zero.on_device": "OnDevice",
         _CONFIG: "DeepSpeedConfig DeepSpeedConfigError TORCH_DISTRIBUTED_DEFAULT_PORT " + _CONSTANTS,
         _LOGS: "logger log_dist",
-        "ds_compat.lr_schedules": "add_tuning_arguments",
+        "ds_compat.engine.lr_schedules": "add_tuning_arguments",
         _UTILS: "version git_hash git_branch __git_hash__=git_hash __git_branch__=git_branch HAS_TRITON dist "
         "__version_major__ __version_minor__ __version_patch__",
-        "ds_compat": "checkpointing",
         _INFERENCE: "init_inference default_inference_config DeepSpeedInferenceConfig InferenceEngine",
         _REFUSED: "PipelineEngine PipelineModule DeepSpeedHybridEngine tp_model_init set_autotp_mode "
         "DeepSpeedTransformerLayer "
@@ -92,19 +91,19 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "autotuning.autotuner": {_REFUSED: "Autotuner"},
     "autotuning.scheduler": {_REFUSED: "ResourceManager"},
     "autotuning.utils": {_NESTED: "get_val_by_key set_val_by_key"},
-    "checkpoint": {"ds_compat.checkpoint": "get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank"},
+    "checkpoint": {"ds_compat.checkpoint.files": "get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank"},
     "checkpoint.ds_to_universal": {_REFUSED: "main=ds_to_universal"},
     "checkpoint.utils": {
-        "ds_compat.checkpoint": "get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank",
+        "ds_compat.checkpoint.files": "get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank",
         _NESTED: "clone_tensors_for_torch_save",
     },
-    "comm": "ds_compat.comm",
-    "comm.comm": "ds_compat.comm",
+    "comm": "ds_compat.comm.collectives",
+    "comm.comm": "ds_compat.comm.collectives",
     "comm.reduce_op": {"torch.distributed": "ReduceOp"},
-    "comm.torch": "ds_compat.comm",
+    "comm.torch": "ds_compat.comm.collectives",
     "compression": {_REFUSED: "init_compression redundancy_clean"},
     "constants": {_CONFIG: "TORCH_DISTRIBUTED_DEFAULT_PORT"},
-    "env_report": {"ds_compat.report": "main cli_main=main"},
+    "env_report": {"ds_compat.launch.report": "main cli_main=main"},
     "git_version_info": {
         _UTILS: "version git_hash git_branch installed_ops compatible_ops",
         "ds_compat.device": "torch_info",
@@ -117,8 +116,8 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         _REFUSED: "MultiNodeRunner PDSHRunner OpenMPIRunner SlurmRunner MPICHRunner"
     },
     "launcher.runner": {
-        "ds_compat.launcher": "main parse_args encode_world_info parse_resource_filter parse_inclusion_exclusion "
-        "fetch_hostfile DEEPSPEED_ENVIRONMENT_NAME DLTS_HOSTFILE EXPORT_ENVS"
+        "ds_compat.launch.launcher": "main parse_args encode_world_info parse_resource_filter "
+        "parse_inclusion_exclusion fetch_hostfile DEEPSPEED_ENVIRONMENT_NAME DLTS_HOSTFILE EXPORT_ENVS"
     },
     "linear": {_REFUSED: "LoRAConfig QuantizationConfig OptimizedLinear LoRAOptimizedLinear init_lora"},
     "linear.config": {_REFUSED: "LoRAConfig QuantizationConfig"},
@@ -138,21 +137,21 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         _REFUSED: "configure_moe_param_groups",
     },
     "monitor": {},
-    "ops": {"ds_compat.builders": "__compatible_ops__=COMPATIBLE"},
+    "ops": {"ds_compat.ops.builders": "__compatible_ops__=COMPATIBLE"},
     "ops.adagrad": _OPTIMIZERS["adagrad"],
     "ops.adagrad.cpu_adagrad": _OPTIMIZERS["adagrad"],
     "ops.adam": _OPTIMIZERS["adam"],
-    "ops.adam.cpu_adam": {"ds_compat.optimizers": "DeepSpeedCPUAdam"},
-    "ops.adam.fused_adam": {"ds_compat.optimizers": "FusedAdam"},
-    "ops.aio": {"ds_compat.builders": "AsyncIOBuilder", _REFUSED: "aio_handle"},
+    "ops.adam.cpu_adam": {"ds_compat.ops.optimizers": "DeepSpeedCPUAdam"},
+    "ops.adam.fused_adam": {"ds_compat.ops.optimizers": "FusedAdam"},
+    "ops.aio": {"ds_compat.ops.builders": "AsyncIOBuilder", _REFUSED: "aio_handle"},
     "ops.lamb": _OPTIMIZERS["lamb"],
     "ops.lamb.fused_lamb": _OPTIMIZERS["lamb"],
     "ops.lion": _OPTIMIZERS["lion"],
-    "ops.lion.cpu_lion": {"ds_compat.optimizers": "DeepSpeedCPULion"},
-    "ops.lion.fused_lion": {"ds_compat.optimizers": "FusedLion"},
-    "ops.op_builder": "ds_compat.builders",
-    "ops.op_builder.all_ops": {"ds_compat.builders": "ALL_OPS"},
-    "ops.op_builder.builder": {"ds_compat.builders": "OpBuilder"},
+    "ops.lion.cpu_lion": {"ds_compat.ops.optimizers": "DeepSpeedCPULion"},
+    "ops.lion.fused_lion": {"ds_compat.ops.optimizers": "FusedLion"},
+    "ops.op_builder": "ds_compat.ops.builders",
+    "ops.op_builder.all_ops": {"ds_compat.ops.builders": "ALL_OPS"},
+    "ops.op_builder.builder": {"ds_compat.ops.builders": "OpBuilder"},
     "ops.sparse_attention": {
         _REFUSED: "SparseSelfAttention SparsityConfig DenseSparsityConfig FixedSparsityConfig VariableSparsityConfig "
         "BigBirdSparsityConfig BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig SparseAttentionUtils"
@@ -162,12 +161,12 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "profiling": {},
     "profiling.flops_profiler": {_REFUSED: "FlopsProfiler get_model_profile"},
     "profiling.flops_profiler.profiler": {_REFUSED: "FlopsProfiler get_model_profile"},
-    "runtime": {"ds_compat.optimizer": "DeepSpeedOptimizer ZeROOptimizer"},
+    "runtime": {"ds_compat.engine.optimizer": "DeepSpeedOptimizer ZeROOptimizer"},
     "runtime.activation_checkpointing": {},
-    "runtime.activation_checkpointing.checkpointing": "ds_compat.checkpointing",
-    "checkpointing": "ds_compat.checkpointing",
-    "runtime.base_optimizer": {"ds_compat.optimizer": "DeepSpeedOptimizer ZeROOptimizer"},
-    "runtime.bf16_optimizer": {"ds_compat.optimizer": "BF16_Optimizer"},
+    "runtime.activation_checkpointing.checkpointing": "ds_compat.engine.activation_checkpointing",
+    "checkpointing": "ds_compat.engine.activation_checkpointing",
+    "runtime.base_optimizer": {"ds_compat.engine.optimizer": "DeepSpeedOptimizer ZeROOptimizer"},
+    "runtime.bf16_optimizer": {"ds_compat.engine.optimizer": "BF16_Optimizer"},
     "runtime.config": {
         _CONFIG: "DeepSpeedConfig DeepSpeedConfigError get_gradient_clipping get_log_level " + _CONSTANTS,
     },
@@ -181,25 +180,25 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     },
     "runtime.data_pipeline": {},
     "runtime.data_pipeline.data_routing": {},
-    "runtime.data_pipeline.data_routing.helper": {"ds_compat.dataloader": "convert_to_random_ltd"},
+    "runtime.data_pipeline.data_routing.helper": {"ds_compat.engine.dataloader": "convert_to_random_ltd"},
     "runtime.data_pipeline.data_sampling": {},
     "runtime.data_pipeline.data_sampling.data_analyzer": {_REFUSED: "DataAnalyzer"},
     "runtime.data_pipeline.data_sampling.data_sampler": {_REFUSED: "DeepSpeedDataSampler"},
-    "runtime.dataloader": {"ds_compat.dataloader": "DeepSpeedDataLoader RepeatingLoader"},
+    "runtime.dataloader": {"ds_compat.engine.dataloader": "DeepSpeedDataLoader RepeatingLoader"},
     "runtime.engine": {
-        "ds_compat.engine": "DeepSpeedEngine",
+        "ds_compat.engine.engine": "DeepSpeedEngine",
         _CONFIG: "ADAM_OPTIMIZER LAMB_OPTIMIZER MUON_OPTIMIZER",
         _UTILS: "DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable",
     },
     "runtime.fp16": {},
-    "runtime.fp16.fused_optimizer": {"ds_compat.optimizer": "FP16_Optimizer"},
+    "runtime.fp16.fused_optimizer": {"ds_compat.engine.optimizer": "FP16_Optimizer"},
     "runtime.fp16.onebit": {_REFUSED: "OnebitAdam OnebitLamb ZeroOneAdam"},
     "runtime.fp16.onebit.adam": {_REFUSED: "OnebitAdam"},
     "runtime.fp16.onebit.lamb": {_REFUSED: "OnebitLamb"},
     "runtime.fp16.onebit.zoadam": {_REFUSED: "ZeroOneAdam"},
-    "runtime.fp16.unfused_optimizer": {"ds_compat.optimizer": "FP16_UnfusedOptimizer"},
+    "runtime.fp16.unfused_optimizer": {"ds_compat.engine.optimizer": "FP16_UnfusedOptimizer"},
     "runtime.hybrid_engine": {_REFUSED: "DeepSpeedHybridEngine"},
-    "runtime.lr_schedules": "ds_compat.lr_schedules",
+    "runtime.lr_schedules": "ds_compat.engine.lr_schedules",
     "runtime.pipe": {_REFUSED: "PipelineModule LayerSpec TiedLayerSpec"},
     "runtime.pipe.engine": {_REFUSED: "PipelineEngine PipelineError"},
     "runtime.pipe.module": {_REFUSED: "PipelineModule LayerSpec TiedLayerSpec"},
@@ -210,7 +209,7 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     },
     "runtime.sequence_parallel": {},
     "runtime.sequence_parallel.parallel_state_sp": {
-        "ds_compat.groups": "get_sequence_parallel_group=_get_sequence_parallel_group "
+        "ds_compat.comm.groups": "get_sequence_parallel_group=_get_sequence_parallel_group "
         "get_sequence_parallel_rank=_get_sequence_parallel_rank "
         "get_sequence_parallel_world_size=_get_sequence_parallel_world_size",
         _REFUSED: "initialize_sequence_parallel",
@@ -221,7 +220,7 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     },
     "runtime.utils": {
         _LOGS: "see_memory_usage",
-        "ds_compat.checkpoint": "is_model_parallel_parameter",
+        "ds_compat.checkpoint.files": "is_model_parallel_parameter",
         _UTILS: _RUNTIME_UTILS,
         _NESTED: "move_to_device",
     },
@@ -242,15 +241,15 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "runtime.zero.offload_config": {_SECTIONS: _OFFLOAD},
     "runtime.zero.partition_parameters": _PARTITION,
     "runtime.zero.stage3": {
-        "ds_compat.optimizer": "DeepSpeedZeroOptimizer_Stage3",
+        "ds_compat.engine.optimizer": "DeepSpeedZeroOptimizer_Stage3",
         _ZERO: "unwrap_model_for_generation",
-        "ds_engine.estimates": "estimate_zero3_model_states_mem_needs "
+        "ds_compat.zero.estimates": "estimate_zero3_model_states_mem_needs "
         "estimate_zero3_model_states_mem_needs_all_live estimate_zero3_model_states_mem_needs_all_cold",
     },
     "runtime.zero.stage_1_and_2": {
-        "ds_compat.optimizer": "DeepSpeedZeroOptimizer",
-        "ds_engine.estimates": "estimate_zero2_model_states_mem_needs estimate_zero2_model_states_mem_needs_all_live "
-        "estimate_zero2_model_states_mem_needs_all_cold",
+        "ds_compat.engine.optimizer": "DeepSpeedZeroOptimizer",
+        "ds_compat.zero.estimates": "estimate_zero2_model_states_mem_needs "
+        "estimate_zero2_model_states_mem_needs_all_live estimate_zero2_model_states_mem_needs_all_cold",
     },
     "runtime.zero.tiling": {_ZERO: "TiledLinear TiledLinearReturnBias"},
     "runtime.zero.utils": {
@@ -264,24 +263,24 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     },
     "utils": {
         _LOGS: "logger log_dist log_dist_once set_log_level_from_string",
-        "ds_engine.on_device": "OnDevice",
-        "ds_compat.dataloader": "RepeatingLoader",
-        "ds_engine.leaves": _LEAVES,
-        "ds_compat.fragments": _FRAGMENTS,
+        "ds_compat.zero.on_device": "OnDevice",
+        "ds_compat.engine.dataloader": "RepeatingLoader",
+        "ds_compat.zero.leaf_modules": _LEAVES,
+        "ds_compat.zero.fragments": _FRAGMENTS,
         _UTILS: "instrument_w_nvtx get_caller_func",
         _NESTED: "recursive_getattr recursive_setattr",
         "torch.distributed": "is_initialized",
     },
-    "utils.groups": "ds_compat.groups",
-    "utils.init_on_device": {"ds_engine.on_device": "OnDevice"},
-    "utils.logging": "ds_compat.logs",
+    "utils.groups": "ds_compat.comm.groups",
+    "utils.init_on_device": {"ds_compat.zero.on_device": "OnDevice"},
+    "utils.logging": "ds_compat.utils.logs",
     "utils.numa": {_UTILS: "parse_range_list"},
     "utils.nvtx": {_UTILS: "instrument_w_nvtx"},
-    "utils.tensor_fragment": {"ds_compat.fragments": _FRAGMENTS},
-    "runtime.zero.tensor_fragment": {"ds_compat.fragments": _FRAGMENTS},
+    "utils.tensor_fragment": {"ds_compat.zero.fragments": _FRAGMENTS},
+    "runtime.zero.tensor_fragment": {"ds_compat.zero.fragments": _FRAGMENTS},
     "utils.torch": {_UTILS: "required_torch_version"},
     "utils.types": {},
-    "utils.z3_leaf_module": {"ds_engine.leaves": _LEAVES},
+    "utils.z3_leaf_module": {"ds_compat.zero.leaf_modules": _LEAVES},
     "utils.zero_to_fp32": "ds_compat.zero_to_fp32",
     "zero": {
         _ZERO: "Init GatheredParameters register_external_parameter unregister_external_parameter TiledLinear "

@@ -18,15 +18,16 @@ from torch.utils.data import Dataset
 
 import ds_engine
 import ds_zero
-from ds_compat import checkpoint, settings
-from ds_compat.config import DeepSpeedConfig
-from ds_compat.logs import log_dist, logger
-from ds_compat.optimizer import wrap
-from ds_compat.settings import answer, of_config
+from ds_compat.checkpoint import files as checkpoint
+from ds_compat.checkpoint.consolidated import consolidated, save_weights
+from ds_compat.config.deepspeed_config import DeepSpeedConfig
+from ds_compat.engine import settings
+from ds_compat.engine.optimizer import wrap
+from ds_compat.engine.plain_loops import scale_gradients, take_gradients
+from ds_compat.engine.settings import answer, of_config
+from ds_compat.utils.logs import log_dist, logger
 from ds_engine.build.data import Loader
 from ds_engine.build.optimizer import zero_grad
-from ds_engine.by_hand import scale_gradients, take_gradients
-from ds_engine.whole import consolidated, save_weights
 
 _OWN = frozenset(
     {"global_steps", "global_samples", "micro_steps", "skipped_steps", "lr_scheduler", "generate"}

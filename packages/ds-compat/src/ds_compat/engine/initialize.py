@@ -12,12 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ds_engine
-from ds_compat import comm, groups, params
-from ds_compat import config as configs
-from ds_compat.engine import DeepSpeedEngine
-from ds_compat.logs import logger, set_log_level_from_string
+from ds_compat.comm import collectives as comm
+from ds_compat.comm import groups
+from ds_compat.config import deepspeed_config as configs
+from ds_compat.engine.engine import DeepSpeedEngine
 from ds_compat.refused import NotThereError
-from ds_engine.leaves import z3_leaf_module
+from ds_compat.utils.logs import logger, set_log_level_from_string
+from ds_compat.zero import params
+from ds_compat.zero.leaf_modules import z3_leaf_module
 
 
 def initialize(

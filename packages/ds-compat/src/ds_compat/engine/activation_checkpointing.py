@@ -49,7 +49,7 @@ def configure(
 def _section(config: Any) -> dict[str, Any]:
     if config is None:
         return {}
-    from ds_compat.config import read
+    from ds_compat.config.deepspeed_config import read
 
     raw = getattr(config, "raw", None) or read(config)
     return dict(raw.get("activation_checkpointing") or {})
@@ -124,7 +124,7 @@ def get_rng_state_tracker() -> RngTracker:
 
 def model_parallel_cuda_manual_seed(seed: int) -> None:
     """Seed the default stream alike, and the model-parallel one apart, on the ranks of a model-parallel group."""
-    from ds_compat import groups
+    from ds_compat.comm import groups
 
     model_parallel_seed(_tracker(), seed, groups.get_model_parallel_rank())
 

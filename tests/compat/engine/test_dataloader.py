@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import deepspeed
-from compat.test_engine import config
+from compat.engine.test_engine import config
 from ds_engine.sampling import Analyzer
 
 LENGTHS = [1 + (7 * i * i + 3 * i) % 23 for i in range(40)]

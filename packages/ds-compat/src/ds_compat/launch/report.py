@@ -10,9 +10,9 @@ def main(hide_operator_status: bool = False, hide_errors_and_warnings: bool = Fa
     import torch
 
     import ds_compat
-    from ds_compat.builders import ALL_OPS
     from ds_compat.device import get_accelerator
     from ds_compat.names import VERSION
+    from ds_compat.ops.builders import ALL_OPS
     from ds_engine.cli import doctor
 
     out = sys.stdout.write

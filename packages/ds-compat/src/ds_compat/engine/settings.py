@@ -14,7 +14,7 @@ import ds_engine
 from ds_engine.build.data import Loader
 
 if TYPE_CHECKING:
-    from ds_compat.engine import DeepSpeedEngine
+    from ds_compat.engine.engine import DeepSpeedEngine
 
 _ABSENT = object()
 

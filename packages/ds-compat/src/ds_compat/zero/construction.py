@@ -11,7 +11,7 @@ from torch import nn
 
 import ds_layers
 import ds_zero
-from ds_compat.params import present
+from ds_compat.zero.params import present
 
 
 class Init:
@@ -41,7 +41,7 @@ class Init:
         self._modules: list[nn.Module] = []
         self._stack = contextlib.ExitStack()
         if self.enabled:
-            from ds_compat.comm import init_distributed
+            from ds_compat.comm.collectives import init_distributed
 
             init_distributed()  # as the original does, so that ranks are known from here on
             if module is not None:  # an existing model: initialize divides it

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import ds_engine
-from ds_compat.config import DeepSpeedConfig
+from ds_compat.config.deepspeed_config import DeepSpeedConfig
 
 _COUNTERS = frozenset({"cur_iter", "scale_window", "min_loss_scale", "last_overflow_iter", "scale_factor"})
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ds_engine.config
-from ds_compat.sections import DeepSpeedZeroConfig
+from ds_compat.config.sections import DeepSpeedZeroConfig
 from ds_engine.config import Batch, ConfigError, DsConfig, batch, source
 
 ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LAMB_OPTIMIZER = "adam", "adamw", "lamb"
@@ -117,7 +117,7 @@ class DeepSpeedConfig:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name in ("raw", "typed"):
             raise AttributeError(name)
-        from ds_compat.settings import find
+        from ds_compat.engine.settings import find
 
         marker = object()
         value = find(self.typed, self.raw, _PATHS.get(name, name), marker)
@@ -126,13 +126,13 @@ class DeepSpeedConfig:
         return value
 
     def print(self, name: str = "DeepSpeedConfig") -> None:
-        from ds_compat.logs import logger
+        from ds_compat.utils.logs import logger
 
         logger.info(f"{name}:\n{json.dumps(self.raw, indent=4, default=str)}")
 
 
 def _world_size(mpu: Any) -> int:
-    from ds_compat import groups
+    from ds_compat.comm import groups
 
     return int(mpu.get_data_parallel_world_size()) if mpu is not None else groups._size()
 

@@ -155,7 +155,7 @@ def configure(deepspeed_config: Any = None, **_: Any) -> None:
 
 def log_summary(show_straggler: bool = False, return_dict: bool = False) -> Any:
     """Says where the figures are: torch.profiler has every collective, named ds.zero.<what>/<where>."""
-    from ds_compat.logs import log_dist
+    from ds_compat.utils.logs import log_dist
 
     log_dist("collectives are not counted: run under torch.profiler, which names each of them", ranks=[0])
     return {} if return_dict else None

@@ -1,0 +1,1 @@
+"""Names, files and whole weights of checkpoints."""

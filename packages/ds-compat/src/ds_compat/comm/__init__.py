@@ -1,0 +1,1 @@
+"""`deepspeed.comm` and `deepspeed.utils.groups`."""

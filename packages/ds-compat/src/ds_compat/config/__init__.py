@@ -1,0 +1,1 @@
+"""DeepSpeed's configuration as attributes and sections, read by ds_engine."""

@@ -1,0 +1,1 @@
+"""`deepspeed.initialize`, the engine, its optimizer, schedules and loaders."""

@@ -1,0 +1,1 @@
+"""The commands `deepspeed` and `ds_report`."""

@@ -1,0 +1,1 @@
+"""`deepspeed.ops`: optimizers, and builders that have nothing to build."""

@@ -1,0 +1,1 @@
+"""`deepspeed.zero`, and what code asks of parameters and models that ZeRO divides."""
