@@ -33,7 +33,9 @@ PACKAGE_LINES: Mapping[str, int] = {"ds-compat": 6000}
 name of DeepSpeed's, and the behaviour of those that code relies on; what trains is elsewhere."""
 
 # Import names of layer 1: no state of the process may live in them, except in a _registry.py.
-LAYER_1 = frozenset({"ds_comm", "ds_zero", "ds_offload", "ds_pipe", "ds_moe", "ds_layers", "ds_profiler"})
+LAYER_1 = frozenset(
+    {"ds_comm", "ds_zero", "ds_offload", "ds_pipe", "ds_moe", "ds_layers", "ds_profiler", "ds_checkpoint"}
+)
 # The only places where one kind of accelerator may be named.
 DEVICE_FILES = frozenset({"device.py", "devices.py", "doctor.py", "_gpu.py"})
 TORCH_TYPES = re.compile(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ds_engine import checkpoint, config, schedules
     from ds_engine.assemble import initialize
-    from ds_engine.checkpoint.errors import CheckpointError
+    from ds_engine.checkpoint import CheckpointError
     from ds_engine.config.errors import ConfigError
     from ds_engine.engine import Engine
     from ds_engine.inference.engine import InferenceEngine, init_inference
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CheckpointError": "ds_engine.checkpoint.errors",
+    "CheckpointError": "ds_engine.checkpoint",
     "ConfigError": "ds_engine.config.errors",
     "Engine": "ds_engine.engine",
     "InferenceEngine": "ds_engine.inference",

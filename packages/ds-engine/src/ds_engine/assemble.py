@@ -36,7 +36,7 @@ from ds_engine.training.progress import Progress, to_stderr
 from ds_engine.training.timing import Breakdown
 
 if TYPE_CHECKING:
-    from ds_engine.checkpoint.background import BackgroundSaver
+    from ds_engine.checkpoint import BackgroundSaver
 
 Parameters = Iterable[Any]
 
@@ -129,7 +129,7 @@ def _background(settings: DsConfig, progress: Progress, optimizer: Optimizer) ->
     writer = settings.checkpoint.writer
     if writer is None or not writer.decoupled:
         return None
-    from ds_engine.checkpoint.background import BackgroundSaver
+    from ds_engine.checkpoint import BackgroundSaver
 
     return BackgroundSaver(progress.write, optimizer)
 

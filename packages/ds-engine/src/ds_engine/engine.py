@@ -35,7 +35,7 @@ from ds_engine.training.timing import Breakdown
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from ds_engine.checkpoint.background import BackgroundSaver
+    from ds_engine.checkpoint import BackgroundSaver
     from ds_layers import Checkpointing
 
 

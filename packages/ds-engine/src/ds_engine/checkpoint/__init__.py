@@ -1,20 +1,25 @@
-"""Checkpoints: complete or absent, checksummed, loadable on any number of ranks and at any stage. See
-docs/design/ds-engine.md.
-"""
+"""The names of ds_checkpoint, and what of an engine goes into a checkpoint (`train_state`)."""
 
-from ds_engine.checkpoint.consolidate import convert, export, load_into, open_checkpoint, state_dict
-from ds_engine.checkpoint.errors import CheckpointError
-from ds_engine.checkpoint.folder import find, latest
-from ds_engine.checkpoint.read import Checkpoint
-from ds_engine.checkpoint.write import Content, write
+from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.export import consolidate
+from ds_checkpoint.export.consolidate import convert, export, load_into, state_dict
+from ds_checkpoint.format import folder
+from ds_checkpoint.format.folder import find, latest
+from ds_checkpoint.read.checkpoint import Checkpoint
+from ds_checkpoint.read.opening import open_checkpoint
+from ds_checkpoint.write.background import BackgroundSaver
+from ds_checkpoint.write.writer import Content, write
 
 __all__ = [
+    "BackgroundSaver",
     "Checkpoint",
     "CheckpointError",
     "Content",
+    "consolidate",
     "convert",
     "export",
     "find",
+    "folder",
     "latest",
     "load_into",
     "open_checkpoint",

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 import ds_zero
-from ds_engine.checkpoint import codec, consolidate, folder, rng
-from ds_engine.checkpoint.errors import CheckpointError
-from ds_engine.checkpoint.model_part import PARTS, ModelPart
-from ds_engine.checkpoint.read import Checkpoint
-from ds_engine.checkpoint.team import Team
-from ds_engine.checkpoint.write import Content, ShardRecord, write
+from ds_checkpoint import rng
+from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format import codec, folder
+from ds_checkpoint.format.model_part import PARTS, ModelPart
+from ds_checkpoint.interfaces import ShardRecord
+from ds_checkpoint.read import opening
+from ds_checkpoint.read.checkpoint import Checkpoint
+from ds_checkpoint.team import Team
+from ds_checkpoint.write.writer import Content, write
 
 if TYPE_CHECKING:
     from ds_engine.engine import Engine
@@ -197,7 +200,7 @@ def load(
     path = _locate(team, Path(load_dir), tag)
     doing = f"loading {path}"
     order = ds_zero.group_names(engine.module, engine.optimizer)
-    checkpoint = _together(team, doing, lambda: consolidate.open_at(path, order))
+    checkpoint = _together(team, doing, lambda: opening.open_at(path, order))
     with checkpoint:
         # Each rank looks at some of the files, so that none is opened by all; damage inside shows when it is
         # read.
@@ -231,7 +234,7 @@ def _locate(team: Team, root: Path, tag: str | None) -> Path:
     found, missing = "", ""
     if team.first:
         try:
-            found = str(consolidate.locate(root, tag))
+            found = str(opening.locate(root, tag))
         except FileNotFoundError as error:
             missing = str(error)
     missing = team.share(missing.encode()).decode()

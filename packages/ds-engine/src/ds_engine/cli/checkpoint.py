@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ds_engine.checkpoint.read import Checkpoint
+    from ds_engine.checkpoint import Checkpoint
 
 app = typer.Typer(
     help="Look into checkpoints, ours or DeepSpeed's, check and convert them.", no_args_is_help=True
@@ -133,7 +133,7 @@ def export(
 @contextmanager
 def _errors() -> Iterator[None]:
     """What a user can mend is one line, not a traceback."""
-    from ds_engine.checkpoint.errors import CheckpointError
+    from ds_engine.checkpoint import CheckpointError
 
     try:
         yield
@@ -144,7 +144,7 @@ def _errors() -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path, tag: str | None) -> Iterator[Checkpoint]:
-    from ds_engine.checkpoint.consolidate import open_checkpoint
+    from ds_engine.checkpoint import open_checkpoint
 
     with _errors(), open_checkpoint(path, tag) as checkpoint:
         yield checkpoint

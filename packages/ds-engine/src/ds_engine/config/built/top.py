@@ -58,7 +58,7 @@ WORKING: tuple[Row, ...] = (
             )
         },
     ),
-    works("checkpoint.writer.decoupled", _ENGINE, "ds_engine.checkpoint.background"),
+    works("checkpoint.writer.decoupled", _ENGINE, "ds_engine.checkpoint"),
     works("data_efficiency", _ENGINE, "ds_engine.sampling"),
     works(
         "data_efficiency.data_routing",

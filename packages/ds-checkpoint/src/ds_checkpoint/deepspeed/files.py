@@ -1,0 +1,74 @@
+"""Which files a folder of DeepSpeed's has, and what each of them is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ds_checkpoint.errors import CheckpointError
+
+_MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
+_OPTIM = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one checkpoint, in the order of data-parallel ranks."""
+
+    path: Path
+    model: tuple[Path, ...]
+    """One for all ranks (stages 0 to 2), or one for each (stage 3)."""
+    optim: tuple[Path, ...]
+    """One for each rank; none at stage 0."""
+
+    @property
+    def universal(self) -> bool:
+        """Whether it went through DeepSpeed's conversion: one folder for each parameter."""
+        return (self.path / "zero").is_dir()
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is the folder of one checkpoint of DeepSpeed's."""
+    return path.is_dir() and any(_MODEL.match(child.name) for child in path.iterdir())
+
+
+def locate(root: Path, tag: str | None) -> Path | None:
+    """The folder of the checkpoint `tag`, or of the one that `latest` names; None if there is none of
+    DeepSpeed's.
+    """
+    if tag is None:
+        latest = next((root / n for n in ("latest", "latest_universal") if (root / n).is_file()), None)
+        if latest is None:
+            return root if is_checkpoint(root) else None
+        tag = latest.read_text().strip()
+    return root / tag if is_checkpoint(root / tag) else None
+
+
+def find(path: Path) -> Files:
+    """The files in `path`.
+
+    Raises:
+        CheckpointError: files of some ranks are missing, or it was written with model or pipeline parallelism.
+    """
+    model: dict[int, Path] = {}
+    optim: dict[int, Path] = {}
+    for child in sorted(path.iterdir()):
+        for pattern, found in ((_MODEL, model), (_OPTIM, optim)):
+            match = pattern.match(child.name)
+            if match is None:
+                continue
+            if int(match["mp"]) != 0:
+                raise CheckpointError(
+                    f"{path} was written by {int(match['mp']) + 1} or more model-parallel ranks ({child.name}): their "
+                    "parameters are parts, and only the model knows of what; convert it with the tool of the model "
+                    "that wrote it"
+                )
+            found[int(match["dp"] or 0)] = child
+    if any(child.name.startswith("layer_") for child in path.iterdir()):
+        raise CheckpointError(f"{path} was written by a pipeline or has expert layers, which is not read yet")
+    for kind, found in (("model", model), ("optimizer", optim)):
+        gone = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
+        if gone:
+            raise CheckpointError(f"{path} has no {kind} states of rank {gone[0]}: the copy is not complete")
+    return Files(path, tuple(model[r] for r in sorted(model)), tuple(optim[r] for r in sorted(optim)))

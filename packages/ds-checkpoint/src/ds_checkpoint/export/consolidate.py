@@ -1,0 +1,208 @@
+"""From a checkpoint to what other programs read: one state dict, safetensors or torch files, our own format."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format import datafile, folder
+from ds_checkpoint.format.datafile import Item
+from ds_checkpoint.format.records import Record
+from ds_checkpoint.read.checkpoint import Checkpoint
+from ds_checkpoint.read.opening import names, open_checkpoint, tensor
+from ds_checkpoint.write.writer import Content, write
+
+Layout = Literal["safetensors", "pt"]
+_STEMS: Mapping[str, tuple[str, str]] = {
+    "safetensors": ("model", "safetensors"),
+    "pt": ("pytorch_model", "bin"),
+}
+"""What Hugging Face's loaders look for."""
+
+
+def state_dict(
+    path: str | os.PathLike[str],
+    tag: str | None = None,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    exclude_frozen: bool = False,
+) -> dict[str, Tensor]:
+    """The whole model of a checkpoint on the CPU; shared parameters are one tensor under all their names.
+
+    Args:
+        dtype: of floating-point parameters; None: as stored.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `open_checkpoint`; also where nothing would be returned.
+    """
+    with open_checkpoint(path, tag) as checkpoint:
+        made: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        for name, fqn in names(checkpoint, exclude_frozen=exclude_frozen):
+            if fqn not in made:
+                made[fqn] = tensor(checkpoint, fqn, dtype)
+            found[name] = made[fqn]
+    if not found:
+        raise CheckpointError(f"{path} has no parameters to return")
+    return found
+
+
+def load_into(model: nn.Module, path: str | os.PathLike[str], tag: str | None = None) -> nn.Module:
+    """Fill an ordinary model on the CPU with the fp32 values of a checkpoint, cast to its own dtypes.
+
+    Raises:
+        RuntimeError: names or shapes differ (torch's, from a strict `load_state_dict`).
+    """
+    model.load_state_dict(state_dict(path, tag), strict=True)
+    return model
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    files: tuple[Path, ...]
+    num_tensors: int
+    num_bytes: int
+
+
+def export(
+    path: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    tag: str | None = None,
+    *,
+    layout: Layout = "safetensors",
+    dtype: torch.dtype | None = torch.float32,
+    max_shard_bytes: int = 5 * 10**9,
+    exclude_frozen: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Exported:
+    """Write the model as Hugging Face's loaders expect it: one file, or shards and an index. At most one shard is
+    held in memory.
+
+    Args:
+        dtype: of floating-point parameters; None: as stored.
+        progress: called with (bytes written, bytes in all) after every tensor.
+
+    Raises:
+        FileExistsError: a file of that name is there already; nothing is written then.
+        FileNotFoundError, CheckpointError: as `open_checkpoint`.
+    """
+    target = Path(out_dir)
+    with open_checkpoint(path, tag) as checkpoint:
+        # safetensors has no second name for a tensor; loaders tie by the model's own rule.
+        wanted = dict(names(checkpoint, exclude_frozen=exclude_frozen))
+        stored = {name: fqn for name, fqn in wanted.items() if name == fqn}
+        if not stored:
+            raise CheckpointError(f"{checkpoint.path} has no parameters to export")
+        sizes = {fqn: _num_bytes(checkpoint, fqn, dtype) for fqn in stored}
+        shards = _shards(sizes, max_shard_bytes)
+        stem, suffix = _STEMS[layout]
+        files = _file_names(stem, suffix, len(shards))
+        target.mkdir(parents=True, exist_ok=True)
+        index = target / f"{stem}.{suffix}.index.json"
+        for there in [*(target / file for file in files), index]:
+            if there.exists():
+                raise FileExistsError(f"{there} exists: export into another directory, or remove it first")
+        total, done = sum(sizes.values()), 0
+        weight_map: dict[str, str] = {}
+        for shard, file in zip(shards, files, strict=True):
+            made = {}
+            for fqn in shard:
+                made[fqn] = tensor(checkpoint, fqn, dtype)
+                done += sizes[fqn]
+                progress(done, total)
+            if layout == "pt":
+                made |= {name: made[fqn] for name, fqn in wanted.items() if fqn in made}
+            weight_map |= dict.fromkeys(made, file)
+            _write(target / file, made, layout)
+        if len(shards) > 1:
+            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            folder.write_synced(index, json.dumps(content, indent=2).encode())
+    return Exported(tuple(target / file for file in files), len(stored), total)
+
+
+def convert(
+    path: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    tag: str | None = None,
+    out_tag: str | None = None,
+) -> str:
+    """Copy a checkpoint of either kind into our format: parameters, states, counters, schedule, client state.
+
+    Returns:
+        The new checkpoint's path.
+    """
+    with open_checkpoint(path, tag) as checkpoint:
+        manifest = checkpoint.manifest
+        found = [
+            Record(fqn, state, entry.shape, 0, checkpoint.tensor(fqn, state).reshape(-1))
+            for fqn, states in manifest.tensors.items()
+            for state, entry in states.items()
+        ]
+        values = {key: value for key, value in manifest.values.items() if not key.startswith("rng/")}
+        blobs = {name: checkpoint.blob(name) for name in manifest.blobs if not name.startswith("rng/")}
+        if manifest.values.keys() != values.keys():
+            warnings.warn(
+                f"{checkpoint.path}: random generators belong to the ranks that wrote it and are left out",
+                stacklevel=2,
+            )
+        content = Content(records=found, blobs=blobs, values=values)
+        return write(out_dir, out_tag or manifest.tag, lambda: content)
+
+
+def _num_bytes(checkpoint: Checkpoint, fqn: str, dtype: torch.dtype | None) -> int:
+    states = checkpoint.manifest.tensors[fqn]
+    entry = states.get("param") or states["buffer"]
+    cast = dtype is not None and "param" in states and entry.dtype.is_floating_point
+    return math.prod(entry.shape) * (dtype if cast and dtype is not None else entry.dtype).itemsize
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut where the next one would not fit."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if shards[-1] and held + size > limit:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def _file_names(stem: str, suffix: str, count: int) -> Sequence[str]:
+    if count == 1:
+        return [f"{stem}.{suffix}"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.{suffix}" for i in range(1, count + 1)]
+
+
+def _write(path: Path, tensors: dict[str, Tensor], layout: Layout) -> None:
+    """Complete under its name, or not there."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        if layout == "safetensors":
+            items = [
+                Item(key=k, data=v.contiguous().view(-1), shape=tuple(v.shape)) for k, v in tensors.items()
+            ]
+            datafile.write(part, items, kind="pt")
+        else:
+            with part.open("wb") as file:
+                torch.save(dict[str, Any](tensors), file)
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+        folder.sync(path.parent)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,186 @@
+"""`manifest.json`: which logical tensors a checkpoint has, where every piece of them is, and all else that
+training needs.
+
+The file is ordinary JSON, {"crc32c": "xxxxxxxx", "manifest": {...}}, with its own checksum over the bytes of
+the inner object in front.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_checkpoint.disk.crc import crc32c
+from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format.datafile import FileInfo
+
+NAME = "manifest.json"
+FORMAT = "ds-checkpoint"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A range of a flattened logical tensor, as one tensor of a data file."""
+
+    file: str
+    key: str
+    flat_offset: int
+    """First element within the logical tensor."""
+    numel: int
+    crc32c: str
+    """Of its blocks, eight digits each; see [Note: blocks]."""
+
+    @property
+    def end(self) -> int:
+        return self.flat_offset + self.numel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One logical tensor: a parameter, a buffer, or a state of a parameter."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    """Ordered, without gap or overlap."""
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of a manifest."""
+
+    tag: str
+    world_size: int
+    """Ranks that wrote it."""
+    saved_at_s: float
+    """Seconds since 1970, by the clock of rank 0."""
+    named_latest: bool = True
+    """Whether the save made `latest` name it."""
+    files: Mapping[str, FileInfo]
+    tensors: Mapping[str, Mapping[str, Entry]]
+    """Name of parameter or buffer -> "param", "buffer" or name of an optimizer state -> tensor."""
+    blobs: Mapping[str, Entry] = field(default_factory=dict)
+    """Tensors that belong to no parameter: random generators, the user's own. Each is one piece."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Counters, schedule, optimizer options, config, ...: JSON."""
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(len(states) for states in self.tensors.values())
+
+
+def check_pieces(name: str, shape: tuple[int, ...], pieces: Iterable[Piece]) -> tuple[Piece, ...]:
+    """The pieces in order.
+
+    Raises:
+        CheckpointError: they do not cover every element exactly once.
+    """
+    ordered = tuple(sorted(pieces, key=lambda p: (p.flat_offset, p.numel)))
+    at = 0
+    for piece in ordered:
+        if piece.flat_offset != at:
+            kind = "appear twice" if piece.flat_offset < at else "are missing"
+            raise CheckpointError(
+                f"elements {min(at, piece.flat_offset)} to {max(at, piece.flat_offset)} of {name} {kind}"
+            )
+        at = piece.end
+    if at != math.prod(shape):
+        raise CheckpointError(f"{name} has {math.prod(shape)} elements, but its pieces have {at}")
+    return ordered
+
+
+def dump(manifest: Manifest) -> bytes:
+    """The bytes of the file, which `load` turns back into an equal manifest."""
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "tag": manifest.tag,
+        "world_size": manifest.world_size,
+        "saved_at_s": manifest.saved_at_s,
+        "named_latest": manifest.named_latest,
+        "values": dict(manifest.values),
+        "files": {name: vars(info) for name, info in manifest.files.items()},
+        "tensors": {
+            fqn: {state: _dump_entry(entry) for state, entry in states.items()}
+            for fqn, states in manifest.tensors.items()
+        },
+        "blobs": {name: _dump_entry(entry) for name, entry in manifest.blobs.items()},
+    }
+    inner = json.dumps(body, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _opening(inner) + inner + _CLOSING
+
+
+_CLOSING = b"}\n"
+
+
+def _opening(inner: bytes) -> bytes:
+    return b'{"crc32c": "%s", "manifest": ' % crc32c(inner).encode()
+
+
+def _dump_entry(entry: Entry) -> dict[str, Any]:
+    return {
+        "dtype": str(entry.dtype).removeprefix("torch."),
+        "shape": list(entry.shape),
+        "pieces": [vars(piece) for piece in entry.pieces],
+    }
+
+
+def load(raw: bytes, path: Path) -> Manifest:
+    """Check and read the bytes of a manifest.
+
+    Raises:
+        CheckpointError: any byte was changed, or it is of a newer version.
+    """
+    length = len(_opening(b""))
+    inner = raw[length : -len(_CLOSING)]
+    if len(raw) <= length or raw != _opening(inner) + inner + _CLOSING:
+        raise CheckpointError(f"{path} is damaged: its checksum does not fit its content")
+    body = json.loads(inner)
+    if body["format"] != FORMAT or body["version"] > VERSION:
+        raise CheckpointError(
+            f"{path} has format {body['format']} version {body['version']}, this ds-engine reads {FORMAT} up "
+            f"to version {VERSION}: "
+            "install a newer one"
+        )
+    return Manifest(
+        tag=body["tag"],
+        world_size=body["world_size"],
+        saved_at_s=body["saved_at_s"],
+        named_latest=body.get("named_latest", True),
+        values=body["values"],
+        files={name: FileInfo(**info) for name, info in body["files"].items()},
+        tensors={
+            fqn: {state: _load_entry(entry, f"{state} of {fqn!r}") for state, entry in states.items()}
+            for fqn, states in body["tensors"].items()
+        },
+        blobs={name: _load_entry(entry, name) for name, entry in body["blobs"].items()},
+    )
+
+
+PEEK_BYTES = 2048
+"""Enough of a file's beginning for `peek`: a tag has at most 255 bytes."""
+_PEEK = re.compile(rb'"saved_at_s":([0-9.]+),"named_latest":(true|false)')
+
+
+def peek(raw: bytes) -> tuple[float, bool] | None:
+    """`saved_at_s` and `named_latest` from the beginning of a manifest, not verified; None if they are not there."""
+    found = _PEEK.search(raw)
+    return (float(found[1]), found[2] == b"true") if found else None
+
+
+def _load_entry(entry: dict[str, Any], name: str) -> Entry:
+    shape = tuple(entry["shape"])
+    pieces = check_pieces(name, shape, (Piece(**piece) for piece in entry["pieces"]))
+    return Entry(dtype=getattr(torch, entry["dtype"]), shape=shape, pieces=pieces)

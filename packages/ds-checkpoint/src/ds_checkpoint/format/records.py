@@ -1,0 +1,21 @@
+"""What is stored: ranges of logical tensors, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Record:
+    """Elements [flat_offset, flat_offset + data.numel()) of one flattened logical tensor."""
+
+    fqn: str
+    """Name of the parameter or buffer."""
+    state: str
+    """"param", "buffer", or the optimizer's name of a state."""
+    global_shape: tuple[int, ...]
+    flat_offset: int
+    data: Tensor
+    """1-D and contiguous."""

@@ -1,0 +1,1 @@
+"""Finding, opening and reading, by name and range."""

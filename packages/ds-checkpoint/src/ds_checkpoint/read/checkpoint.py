@@ -1,0 +1,185 @@
+"""Reading a checkpoint: by logical name and range, from any number of ranks, each byte verified before it is
+believed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_checkpoint.disk.infile import ReadAhead
+from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format import folder
+from ds_checkpoint.format.datafile import DataFile
+from ds_checkpoint.format.manifest import Entry, Manifest, Piece
+
+MAX_PROBLEMS = 10
+
+
+class Checkpoint:
+    """An open checkpoint; owners of state take it as a `RecordSource`.
+
+    Damage does not raise in `read`: in the middle of a collective load that would leave the other ranks
+    waiting. It is kept in `problems`, and whoever reads asks for those afterwards.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the folder of one checkpoint (see `find`) and check its manifest; data files are opened when
+        needed.
+
+        Raises:
+            CheckpointError: the manifest is damaged.
+        """
+        self.path = Path(path)
+        self.manifest: Manifest = folder.read_manifest(self.path)
+        self.problems: list[str] = []
+        self._files: dict[str, DataFile] = {}
+        self._ahead = ReadAhead()
+        self._read: dict[tuple[str, str], list[tuple[int, int]]] = {}
+
+    def show(self, names: Mapping[str, str], values: Mapping[str, Any]) -> None:
+        """From here on have these tensors only (name -> name in the file), and other values."""
+        tensors = {name: self.manifest.tensors[stored] for name, stored in names.items()}
+        self.manifest = replace(self.manifest, tensors=tensors, values=values)
+
+    def check_files(self, first: int = 0, stride: int = 1) -> None:
+        """Check size and header of every `stride`-th data file, beginning with the `first`.
+
+        Raises:
+            CheckpointError: one of them is missing, cut off or damaged.
+        """
+        for name in sorted(self.manifest.files)[first::stride]:
+            self._file(name)
+
+    def _file(self, name: str) -> DataFile:
+        if name not in self._files:
+            self._files[name] = DataFile(self.path / name, self.manifest.files[name], self._ahead)
+        return self._files[name]
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def states(self, fqn: str) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """State name -> (global shape, dtype) of what there is for a parameter or buffer; empty if it is
+        unknown.
+        """
+        return {
+            state: (entry.shape, entry.dtype) for state, entry in self.manifest.tensors.get(fqn, {}).items()
+        }
+
+    def expect(self, ranges: Sequence[tuple[str, str, int, int]]) -> None:
+        """`read` will be asked for these, in this order: name, state, first element, number of elements."""
+        self._expect(
+            part
+            for fqn, state, first, numel in ranges
+            for part in _parts(self.manifest.tensors[fqn][state], first, first + numel)
+        )
+
+    def _expect(self, parts: Iterable[tuple[Piece, int, int]]) -> None:
+        spans = []
+        for piece, low, high in parts:
+            with suppress(CheckpointError):  # the read will say so
+                first = low - piece.flat_offset
+                spans.append(self._file(piece.file).span(piece.key, first, high - low))
+        self._ahead.expect(span for span in spans if span is not None)
+
+    def read(self, fqn: str, state: str, flat_offset: int, out: Tensor) -> None:
+        """Fill the 1-D `out` with elements [flat_offset, flat_offset + out.numel()), cast to its dtype."""
+        entry = self.manifest.tensors[fqn][state]
+        self._fill(entry, f"{state} of {fqn!r}", flat_offset, out)
+        self._read.setdefault((fqn, state), []).append((flat_offset, flat_offset + out.numel()))
+
+    def blob(self, name: str) -> Tensor:
+        """A tensor that belongs to no parameter, on the CPU; damage is kept in `problems`, as in `read`."""
+        entry = self.manifest.blobs[name]
+        out = torch.empty(entry.numel, dtype=entry.dtype)
+        self._fill(entry, name, 0, out)
+        return out.view(entry.shape)
+
+    def tensor(self, fqn: str, state: str = "param") -> Tensor:
+        """A whole logical tensor in its own shape and dtype, on the CPU.
+
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointError: it is damaged.
+        """
+        entry = self.manifest.tensors[fqn][state]
+        before = len(self.problems)
+        out = torch.empty(entry.numel, dtype=entry.dtype)
+        self._fill(entry, f"{state} of {fqn!r}", 0, out)
+        if len(self.problems) > before:
+            raise CheckpointError("; ".join(self.problems[before:]))
+        return out.view(entry.shape)
+
+    def was_read(self, fqn: str, state: str, begin: int, end: int) -> bool:
+        """Whether every element of that range has been asked for."""
+        at = begin
+        for low, high in sorted(self._read.get((fqn, state), [])):
+            if low <= at:
+                at = max(at, high)
+        return at >= end
+
+    def verify(self) -> Iterator[str]:
+        """Read everything; yields what is damaged, one sentence for each tensor or file."""
+        for name in sorted(self.manifest.files):
+            try:
+                self._file(name)
+            except CheckpointError as error:
+                yield str(error)
+        entries = [entry for states in self.manifest.tensors.values() for entry in states.values()]
+        self._expect((piece, piece.flat_offset, piece.end) for entry in entries for piece in entry.pieces)
+        for fqn, states in self.manifest.tensors.items():
+            for state, entry in states.items():
+                yield from self._check(entry, f"{state} of {fqn!r}")
+        for name, entry in self.manifest.blobs.items():
+            yield from self._check(entry, name)
+
+    def _check(self, entry: Entry, name: str) -> Iterator[str]:
+        for piece in entry.pieces:
+            problem = self._read_piece(piece, 0, torch.empty(piece.numel, dtype=entry.dtype))
+            if problem:
+                yield f"{problem}, in {name}"
+
+    def _fill(self, entry: Entry, name: str, first: int, out: Tensor) -> None:
+        end = first + out.numel()
+        assert end <= entry.numel, f"{name} has {entry.numel} elements, {first} to {end} were asked for"
+        for piece, low, high in _parts(entry, first, end):
+            problem = self._read_piece(piece, low - piece.flat_offset, out[low - first : high - first])
+            if problem and len(self.problems) < MAX_PROBLEMS:
+                self.problems.append(f"{problem}, in {name}")
+
+    def _read_piece(self, piece: Piece, first: int, out: Tensor) -> str | None:
+        """Fill `out` from element `first` of a piece on; what is wrong, if anything is."""
+        try:
+            return self._file(piece.file).read(piece.key, first, out, piece.crc32c)
+        except CheckpointError as error:
+            return str(error)
+        except OSError as error:
+            return f"{self.path / piece.file} cannot be read ({error.strerror})"
+
+
+def _parts(entry: Entry, first: int, end: int) -> Iterator[tuple[Piece, int, int]]:
+    """The pieces that hold elements [first, end) of a tensor, and which of these elements each one holds."""
+    index = max(0, bisect.bisect_right(entry.pieces, first, key=lambda piece: piece.flat_offset) - 1)
+    for piece in entry.pieces[index:]:
+        low, high = max(first, piece.flat_offset), min(end, piece.end)
+        if piece.flat_offset >= end:
+            break
+        if high > low:
+            yield piece, low, high

@@ -1,0 +1,69 @@
+"""Finding and opening a checkpoint of either kind, and the names under which it has a model's tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ds_checkpoint import deepspeed
+from ds_checkpoint.format import folder
+from ds_checkpoint.format.model_part import refuse_parts
+from ds_checkpoint.read.checkpoint import Checkpoint
+
+
+def locate(root: Path, tag: str | None) -> Path:
+    """The folder of a checkpoint in `root`, of ours or, where there is none of ours, of DeepSpeed's.
+
+    Raises:
+        FileNotFoundError: there is none; says what was looked for and what there is.
+    """
+    foreign = None if folder.complete(root) else deepspeed.locate(root, tag)
+    return foreign if foreign is not None else folder.find(root, tag)
+
+
+def open_at(path: Path, order: Sequence[Sequence[str]] | None = None) -> Checkpoint:
+    """Open the folder that `locate` found; `order` as for `DeepSpeedCheckpoint`."""
+    return Checkpoint(path) if folder.is_complete(path) else deepspeed.DeepSpeedCheckpoint(path, order)
+
+
+def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> Checkpoint:
+    """Open a checkpoint for reading, ours or DeepSpeed's (stages 0 to 3, universal). No pickle is executed.
+
+    Args:
+        path: what was given to `save_checkpoint`, or the folder of one checkpoint.
+        tag: which one; default the one that `latest` names.
+
+    Raises:
+        FileNotFoundError: there is none; says what was looked for.
+        CheckpointError: it is damaged or not complete.
+    """
+    root = Path(path)
+    return open_at(root if tag is None and folder.is_complete(root) else locate(root, tag))
+
+
+def names(checkpoint: Checkpoint, *, exclude_frozen: bool = False) -> Iterator[tuple[str, str]]:
+    """Name in a state dict -> name under which it is stored, for parameters, persistent buffers and every
+    further name of a shared parameter.
+    """
+    refuse_parts(checkpoint)
+    values = checkpoint.manifest.values
+    frozen = set(values.get("frozen") or ()) if exclude_frozen else set()
+    kept = {
+        fqn
+        for fqn, states in checkpoint.manifest.tensors.items()
+        if fqn not in frozen and ("param" in states or "buffer" in states)
+    }
+    yield from ((fqn, fqn) for fqn in checkpoint.manifest.tensors if fqn in kept)
+    yield from ((other, fqn) for other, fqn in (values.get("tied") or {}).items() if fqn in kept)
+
+
+def tensor(checkpoint: Checkpoint, fqn: str, dtype: torch.dtype | None) -> Tensor:
+    """A stored parameter in `dtype`, or a buffer as it is."""
+    if "param" in checkpoint.manifest.tensors[fqn]:
+        value = checkpoint.tensor(fqn, "param")
+        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+    return checkpoint.tensor(fqn, "buffer")

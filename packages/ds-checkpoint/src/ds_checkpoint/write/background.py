@@ -1,0 +1,344 @@
+"""Saving while training goes on: a thread copies the state aside and writes it.
+
+Memory is bounded: there is one copy, its buffers are used again, and a save waits for the one before. A crash at any
+moment leaves what a crash in an ordinary save leaves: the checkpoint is complete or absent.
+
+[Note: copied late] What only a step of the optimizer changes (its states, masters that the module does not show) need
+not be copied while training waits: the thread copies it during the next forward and backward, with little claim to a
+core, and before the optimizer's next step the training thread copies what is left. Everything that other code can
+reach, which is what the module shows, is copied in the call, on two cores. Should something else than a step change
+such a tensor meanwhile, the version that torch counts tells, and the save fails rather than write a mixture.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format import datafile
+from ds_checkpoint.format.image import Image
+from ds_checkpoint.format.records import Record
+from ds_checkpoint.interfaces import ShardRecord
+from ds_checkpoint.team import Team
+from ds_checkpoint.write.writer import Content, described, write
+
+LATE_BYTES = 1 << 12
+"""Smaller tensors are copied in the call: it costs less than to keep them in mind."""
+HELPED_BYTES = 4 << 20
+"""Copies of less are not worth a second thread."""
+NICENESS = 10
+"""Of the thread: about a tenth of a core that a training thread wants too. Not the least that the system has: the
+thread holds the interpreter's lock now and then."""
+
+
+class _LateCopy:
+    """Fills buffers from tensors in another thread, and holds back the optimizer's step until they are filled."""
+
+    def __init__(self, optimizer: Optimizer, image: Image, work: Sequence[tuple[Record, str]]) -> None:
+        """`work`: what to copy, and its key in the image. Copies from an accelerator are under way at once."""
+        self._image = image
+        self._work = [(record, record.data._version) for record, _ in work]
+        self._host = deque(pair for pair in work if pair[0].data.device.type == "cpu")
+        self._on_host = bool(self._host)
+        self._filled = threading.Event()
+        self._checking = threading.Lock()
+        self._changed: str | None = None
+        others = [(r.data, image.place(key, r.data)) for r, key in work if r.data.device.type != "cpu"]
+        self._copied = _on_a_stream_of_its_own(others)
+        self._hook = _before_each_step_of(optimizer, self._hold_back)
+
+    def _hold_back(self) -> None:
+        """Before a step, in the thread that trains; work on an accelerator waits there and not here."""
+        self._check()
+        if self._copied is not None:
+            torch.accelerator.current_stream().wait_event(self._copied)
+        if self._on_host:
+            self._fill()
+            self._filled.wait()
+
+    def _check(self) -> None:
+        """Note, once, what was changed since the call: before the step, or when all is copied if that is earlier."""
+        with self._checking:
+            for record, version in self._work:
+                if record.data._version != version and self._changed is None:
+                    self._changed = f"{record.state} of {record.fqn!r}"
+            self._work = []
+
+    def _fill(self) -> None:
+        """Copy what nobody has begun with; several threads may be at it."""
+        for record, key in _taken(self._host):
+            self._image.fill(key, record.data)
+
+    def run(self) -> None:
+        """In the thread: return when every buffer is filled.
+
+        Raises:
+            CheckpointError: something changed a tensor meanwhile.
+        """
+        try:
+            self._fill()
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._check()
+        finally:
+            self._filled.set()
+        if self._changed is not None:
+            raise CheckpointError(
+                f"{self._changed} was changed by something else than a step of the optimizer before it was copied: "
+                "call engine.wait_for_checkpoint() before changing states by hand"
+            )
+
+    def cancel(self) -> None:
+        """Nobody will run it."""
+        self._host.clear()
+        self._filled.set()
+
+    def end(self) -> None:
+        """In the thread that trains: return when all is copied; nothing is held back any more."""
+        self._hold_back()
+        self._hook.remove()
+
+
+T = TypeVar("T")
+
+
+def _taken(work: deque[T]) -> Iterator[T]:
+    """What is left, each item to one of the threads that ask."""
+    with suppress(IndexError):
+        while True:
+            yield work.popleft()
+
+
+class _TwoCores:
+    """Copies with a second thread, which is there already when it is needed: to start one takes as long as to copy
+    some megabytes.
+    """
+
+    def __init__(self) -> None:
+        self._other = ThreadPoolExecutor(1, thread_name_prefix="ds-checkpoint-copy")
+
+    def copy(self, image: Image, work: Sequence[tuple[Tensor, str]]) -> None:
+        """Copy tensors of the CPU to their places."""
+        left = deque(work)
+
+        def some() -> None:
+            for data, key in _taken(left):
+                image.copy(key, data)
+
+        helped = None
+        if sum(data.nbytes for data, _ in work) >= HELPED_BYTES:
+            helped = self._other.submit(some)
+        some()
+        if helped is not None and not helped.cancel():
+            helped.result()
+
+    def close(self) -> None:
+        self._other.shutdown()
+
+
+def _yield_to_training() -> None:
+    """Let this thread have little of a core that the training wants, too."""
+    if sys.platform == "linux":  # elsewhere that would be the whole process
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def _before_each_step_of(optimizer: Optimizer, action: Callable[[], None]) -> RemovableHandle:
+    """Not by the optimizer's own hooks: ds_zero's does the whole step, and is before any that comes later."""
+    wanted = weakref.ref(optimizer)
+
+    def before(stepping: Optimizer, *_: object) -> None:
+        if stepping is wanted():
+            action()
+
+    return register_optimizer_step_pre_hook(before)
+
+
+def _on_a_stream_of_its_own(work: Sequence[tuple[Tensor, Tensor]]) -> torch.Event | None:
+    """Start copies from an accelerator beside what it computes next; the event of their end."""
+    if not work:
+        return None
+    here = torch.accelerator.current_stream()
+    beside = torch.Stream(device=here.device)
+    beside.wait_stream(here)
+    with beside:
+        for data, place in work:
+            place.copy_(data, non_blocking=True)
+    return beside.record_event()
+
+
+class BackgroundSaver:
+    """Writes one checkpoint at a time beside training. Every rank calls each method alike."""
+
+    def __init__(self, say: Callable[[str], None], optimizer: Optimizer | None = None) -> None:
+        """
+        Args:
+            say: tells a failure the moment it happens.
+            optimizer: its next step waits for what is copied late, [Note: copied late]; without one nothing is.
+        """
+        self._say = say
+        self._optimizer = optimizer
+        self._late: _LateCopy | None = None
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._image: Image | None = None
+        self._cores: _TwoCores | None = None
+        self._group: dist.ProcessGroup | None = None
+
+    def save(self, root: Path, tag: str, content: Callable[[], Content], **options: Any) -> str:
+        """Take the copy, start writing, and return the path that the checkpoint will have.
+
+        A failure of the save before is a warning: training goes on, and the last good checkpoint is there.
+
+        Raises:
+            CheckpointError: on every rank, if any could not take its copy.
+        """
+        try:
+            self.wait()
+        except CheckpointError as error:
+            warnings.warn(f"the checkpoint before was not written: {error}", stacklevel=5)
+        copy: Content | None = None
+        failure: Exception | None = None
+        try:
+            copy = self._copied(content())
+        except Exception as error:  # noqa: BLE001 - `settle` raises it on every rank
+            failure = error
+        try:
+            Team().settle(failure, f"saving {root / tag}")
+        except CheckpointError:
+            if self._late is not None:
+                self._late.cancel()
+            self._let_go()
+            raise
+        assert copy is not None
+        # A group of its own: collectives of two threads in one group would meet each other.
+        if self._group is None and dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
+        self._thread = threading.Thread(
+            target=self._work,
+            args=(root, tag, copy, Team(self._group), self._late, options),
+            name="ds-checkpoint",
+        )
+        # Not a daemon: a process that ends in good order ends after its last checkpoint is complete.
+        self._thread.start()
+        return str(root / tag)
+
+    def _work(
+        self, root: Path, tag: str, copy: Content, team: Team, late: _LateCopy | None, options: dict[str, Any]
+    ) -> None:
+        """In the thread."""
+        _yield_to_training()
+        failure: Exception | None = None
+        try:
+            if late is not None:
+                late.run()  # before anything that waits for other ranks: the next step waits for it
+        except Exception as error:  # noqa: BLE001 - `write` raises it on every rank
+            failure = error
+
+        def content() -> Content:
+            if failure is not None:
+                raise failure
+            return copy
+
+        try:
+            write(root, tag, content, team=team, **options)
+        except Exception as error:  # noqa: BLE001 - raised by `wait`
+            self._failure = error
+            if team.first:
+                self._say(f"saving {root / tag} in the background failed, training goes on: {error}")
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is writing."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def hold(self) -> None:
+        """Return when training may change anything: what is being written is copied."""
+        self._let_go()
+
+    def wait(self) -> None:
+        """Return when nothing is being written.
+
+        Raises:
+            CheckpointError: what was being written is not there, and why.
+        """
+        self._join()
+        failure, self._failure = self._failure, None
+        if isinstance(failure, CheckpointError):
+            raise failure
+        if failure is not None:
+            raise CheckpointError(f"{type(failure).__name__}: {failure}") from failure
+
+    def close(self) -> None:
+        """Wait, and give buffers and group back; a failure that nobody asked for was told when it happened."""
+        self._join()
+        self._image = None
+        if self._cores is not None:
+            self._cores.close()
+            self._cores = None
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._late is not None:
+            self._late.end()
+            self._late = None
+
+    def _copied(self, content: Content) -> Content:
+        """The content as of now, in an image of the file that may be filled late."""
+        items, _ = described(content)
+        layout = datafile.layout(items)
+        on_device = any(item.data.device.type != "cpu" for item in items)
+        if self._image is None or self._image.layout != layout:
+            self._image = None  # never two of them
+            self._image = Image(layout, pinned=on_device)
+        image = self._image
+        image.forget_sums()
+        records: list[ShardRecord] = []
+        late: list[tuple[Record, str]] = []
+        now: list[tuple[Tensor, str]] = []
+        for record, item in zip(content.records, items, strict=False):
+            data, place = item.data.detach(), image.place(item.key, item.data)
+            of = (record.fqn, record.state, record.global_shape, record.flat_offset)
+            records.append(Record(*of, place))
+            if self._optimizer is not None and data.nbytes >= LATE_BYTES and content.only_stepped(record):
+                late.append((Record(*of, data), item.key))
+            elif data.device.type == "cpu":
+                now.append((data, item.key))
+            else:
+                place.copy_(data, non_blocking=True)
+        if self._cores is None:
+            self._cores = _TwoCores()
+        self._cores.copy(image, now)
+        blobs = {}
+        for (name, blob), item in zip(content.blobs.items(), items[len(records) :], strict=True):
+            blobs[name] = image.place(item.key, item.data).copy_(item.data).view(blob.shape)
+        if on_device:
+            torch.accelerator.synchronize()
+        if self._optimizer is not None and late:
+            self._late = _LateCopy(self._optimizer, image, late)
+        return Content(records=records, blobs=blobs, values=content.values, image=image)

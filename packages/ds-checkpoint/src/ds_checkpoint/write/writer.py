@@ -1,0 +1,214 @@
+"""Writing a checkpoint with all ranks: each its own data file, rank 0 the manifest and the commit."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format import datafile, folder, manifest
+from ds_checkpoint.format.datafile import FileInfo, Item
+from ds_checkpoint.format.image import Image
+from ds_checkpoint.format.manifest import Entry, Manifest, Piece
+from ds_checkpoint.interfaces import ShardRecord
+from ds_checkpoint.team import Team
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What one rank contributes."""
+
+    records: Sequence[ShardRecord]
+    """Over all ranks every element of every logical tensor exactly once."""
+    blobs: Mapping[str, Tensor] = field(default_factory=dict)
+    """Other tensors; names are unique over all ranks."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """JSON; keys are unique over all ranks (rank 0 writes what all share)."""
+    only_stepped: Callable[[ShardRecord], bool] = lambda record: False
+    """Whether nothing but a step of the optimizer changes a record's tensor; it may be copied until then."""
+    image: Image | None = None
+    """The file of this rank, of which all tensors are views."""
+
+
+def file_name(rank: int, size: int) -> str:
+    """Of the data file that a rank writes."""
+    return f"rank-{rank:05d}-of-{size:05d}.safetensors"
+
+
+def write(
+    root: str | os.PathLike[str],
+    tag: str,
+    content: Callable[[], Content],
+    *,
+    keep_last: int | None = None,
+    name_latest: bool = True,
+    team: Team | None = None,
+) -> str:
+    """Write `<root>/<tag>` and point `latest` to it. Every rank calls it.
+
+    Args:
+        content: called once on each rank; if it raises, the save fails on every rank.
+        keep_last: remove older checkpoints until that many are left.
+        name_latest: False leaves `latest` as it is.
+        team: the ranks, and how they talk; default by the default process group.
+
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        CheckpointError: on every rank, if any could not do its part; nothing has changed then.
+    """
+    team = team or Team()
+    directory = Path(root)
+    staging = _begin(team, directory, tag, name_latest)
+    try:
+        path = Path(team.share(os.fsencode(staging.path) if staging is not None else b"").decode())
+        fragment, error = _attempt(lambda: _write_file(path, team, content()))
+        team.settle(error, f"saving {directory / tag}")
+        fragments = team.gather(fragment)
+        final, error = _attempt(lambda: _commit(staging, fragments, tag) if staging is not None else b"")
+        team.settle(error, f"saving {directory / tag}")
+    except BaseException:
+        if staging is not None:
+            staging.abort()
+        raise
+    if staging is not None and keep_last is not None:
+        _prune(directory, keep_last, tag)
+    return team.share(final).decode()
+
+
+def _attempt(action: Callable[[], bytes]) -> tuple[bytes, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:  # noqa: BLE001 - `settle` raises it again, on every rank
+        return b"", error
+
+
+def _begin(team: Team, root: Path, tag: str, name_latest: bool) -> folder.Staging | None:
+    """Agree on the tag, and make the folder on rank 0."""
+    agreed = team.share(tag.encode()).decode()
+    error: Exception | None = None
+    staging: folder.Staging | None = None
+    try:
+        if agreed != tag:
+            raise ValueError(f"tag {tag!r} here, {agreed!r} on rank 0: pass the same tag on every rank")
+        folder.check_tag(tag)
+        staging = folder.Staging(root, tag, name_latest=name_latest) if team.first else None
+    except (OSError, ValueError) as problem:
+        error = problem
+    try:
+        team.settle(error, f"saving {root / tag}")
+    except CheckpointError:
+        if staging is not None:
+            staging.abort()
+        raise
+    return staging
+
+
+def described(content: Content) -> tuple[list[Item], list[dict[str, Any]]]:
+    """What goes into this rank's file, records first, and what the manifest says of each."""
+    items: list[Item] = []
+    tensors: list[dict[str, Any]] = []
+    for record in content.records:
+        key = f"{record.fqn}/{record.state}@{record.flat_offset}"
+        items.append(Item(key=key, data=record.data))
+        tensors.append(
+            {
+                "fqn": record.fqn,
+                "state": record.state,
+                "shape": list(record.global_shape),
+                "offset": record.flat_offset,
+            }
+        )
+    for blob_name, tensor in content.blobs.items():
+        items.append(Item(key=f"blob/{blob_name}", data=tensor.detach().contiguous().reshape(-1)))
+        tensors.append({"blob": blob_name, "shape": list(tensor.shape), "offset": 0})
+    return items, tensors
+
+
+def _write_file(path: Path, team: Team, content: Content) -> bytes:
+    """Write this rank's file; what the manifest has to say about it, as JSON."""
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"rank 0 made {path}, this rank does not see it: save where all ranks share a file system"
+        )
+    name = file_name(team.rank, team.size)
+    items, tensors = described(content)
+    written = datafile.write(path / name, items, image=content.image)
+    for item, entry in zip(items, tensors, strict=True):
+        dtype = str(item.data.dtype).removeprefix("torch.")
+        entry.update(key=item.key, numel=item.data.numel(), dtype=dtype, crc=written.crc32c[item.key])
+    return json.dumps(
+        {"file": name, "info": asdict(written.info), "tensors": tensors, "values": dict(content.values)}
+    ).encode()
+
+
+def _commit(staging: folder.Staging, fragments: Sequence[bytes], tag: str) -> bytes:
+    """Put the manifest beside the data files, and give the folder its name."""
+    content = manifest.dump(
+        _merge([json.loads(fragment) for fragment in fragments], tag, named_latest=staging.names_latest)
+    )
+    folder.write_synced(staging.path / manifest.NAME, content)
+    return os.fsencode(staging.commit())
+
+
+def _merge(fragments: Sequence[dict[str, Any]], tag: str, *, named_latest: bool) -> Manifest:
+    """One manifest from what the ranks wrote; CheckpointError if that is not every element exactly once."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    values: dict[str, Any] = {}
+    files: dict[str, FileInfo] = {}
+    for fragment in fragments:
+        files[fragment["file"]] = FileInfo(**fragment["info"])
+        values.update(fragment["values"])
+        for entry in fragment["tensors"]:
+            entry["file"] = fragment["file"]
+            kind = ("", entry["blob"]) if "blob" in entry else (entry["fqn"], entry["state"])
+            found.setdefault(kind, []).append(entry)
+    tensors: dict[str, dict[str, Entry]] = {}
+    blobs: dict[str, Entry] = {}
+    for (fqn, name), entries in found.items():
+        if "blob" in entries[0]:
+            blobs[name] = _entry(name, entries)
+        else:
+            tensors.setdefault(fqn, {})[name] = _entry(f"{name} of {fqn!r}", entries)
+    return Manifest(
+        tag=tag,
+        world_size=len(fragments),
+        saved_at_s=time.time(),
+        named_latest=named_latest,
+        files=files,
+        tensors=tensors,
+        blobs=blobs,
+        values=values,
+    )
+
+
+def _entry(name: str, entries: Sequence[dict[str, Any]]) -> Entry:
+    kinds = {(entry["dtype"], tuple(entry["shape"])) for entry in entries}
+    if len(kinds) > 1:
+        raise CheckpointError(f"ranks disagree about {name}: {sorted(map(str, kinds))}")
+    dtype, shape = kinds.pop()
+    pieces = [
+        Piece(file=e["file"], key=e["key"], flat_offset=e["offset"], numel=e["numel"], crc32c=e["crc"])
+        for e in entries
+    ]
+    return Entry(dtype=getattr(torch, dtype), shape=shape, pieces=manifest.check_pieces(name, shape, pieces))
+
+
+def _prune(root: Path, keep_last: int, tag: str) -> None:
+    """The new checkpoint is safe already, so that old ones which cannot be removed are no reason to stop
+    training.
+    """
+    try:
+        folder.prune(root, keep_last, tag)
+    except OSError as error:
+        warnings.warn(f"old checkpoints in {root} could not be removed: {error}", stacklevel=3)
