@@ -60,6 +60,7 @@ TESTED = {
     "data_parallel_size": "test_config_keys.py::test_data_parallel_size_is_the_number_of_ranks",
     "dataloader_drop_last": "test_unexpected_use.py::test_training_data_of_less_than_a_micro_batch_is_refused",
     "checkpoint.keep_last": "checkpoint/test_train_state.py",
+    "checkpoint.writer.decoupled": "../checkpoint/write/test_background.py",
     "activation_checkpointing": "test_engine.py::test_activation_checkpointing_follows_the_configuration",
     "wall_clock_breakdown": "training/test_timing.py::test_the_engine_measures_its_parts_and_writes_curves",
     "memory_breakdown": "training/test_timing.py::test_memory_is_written_after_each_part",

@@ -16,7 +16,7 @@ import ds_checkpoint as checkpoint
 from ds_checkpoint import Checkpoint, CheckpointError
 from ds_checkpoint.format import folder
 from ds_checkpoint.format.folder import Staging
-from ds_checkpoint.write import Content
+from ds_checkpoint.write import Content, write
 
 
 class _DiedError(BaseException):
@@ -25,7 +25,7 @@ class _DiedError(BaseException):
 
 def save(root: Path, tag: str, value: float = 0.0, keep_last: int | None = None) -> Path:
     record = _Record(torch.full((4,), value))
-    return Path(checkpoint.write(root, tag, lambda: Content(records=[record]), keep_last=keep_last))
+    return Path(write(root, tag, lambda: Content(records=[record]), keep_last=keep_last))
 
 
 class _Record:

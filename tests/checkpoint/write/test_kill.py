@@ -25,6 +25,7 @@ import torch
 import ds_checkpoint as checkpoint
 from checkpoint.write.kill_writer import NUMEL, RANKS
 from ds_checkpoint import Checkpoint
+from ds_checkpoint.format.folder import complete
 
 LANES = 4
 """Jobs that are killed side by side; their directories are their own."""
@@ -137,7 +138,7 @@ def kill_again_and_again(folder: Path, how: str, kills: int, seed: int) -> int:
                 )
             interrupted += any(".tmp-" in p.name or ".old-" in p.name for p in root.iterdir())
             # Pruning is not behind by more than the interrupted saves.
-            assert len(checkpoint.folder.complete(root)) <= 5
+            assert len(complete(root)) <= 5
             number = found or 0
     return interrupted
 
