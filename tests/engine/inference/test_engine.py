@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ds_engine
 import ds_zero
-from ds_engine.config.inference import IGNORED, InferenceConfig, read_inference
+from ds_engine.config.sections.inference import IGNORED, InferenceConfig, read_inference
 from harness import ranks
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -256,7 +256,7 @@ def test_what_does_nothing_is_said(key: str, value: Any) -> None:
 
 
 def test_every_key_works_is_said_to_do_nothing_or_is_refused() -> None:
-    from ds_engine.config.inference import REFUSED
+    from ds_engine.config.sections.inference import REFUSED
 
     works = {"dtype", "tensor_parallel", "mp_size", "zero", "checkpoint", "base_dir", "keep_module_on_host"}
     assert works | set(IGNORED) | set(REFUSED) == set(InferenceConfig.model_fields)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ds_engine import checkpoint, config, schedules
     from ds_engine.assemble import initialize
     from ds_engine.checkpoint import CheckpointError
-    from ds_engine.config.errors import ConfigError
+    from ds_engine.config.support.errors import ConfigError
     from ds_engine.engine import Engine
     from ds_engine.inference.engine import InferenceEngine, init_inference
 
@@ -34,7 +34,7 @@ __all__ = [
 
 _HOMES = {
     "CheckpointError": "ds_engine.checkpoint",
-    "ConfigError": "ds_engine.config.errors",
+    "ConfigError": "ds_engine.config.support.errors",
     "Engine": "ds_engine.engine",
     "InferenceEngine": "ds_engine.inference",
     "init_inference": "ds_engine.inference",

@@ -147,7 +147,7 @@ def _breakdown(settings: DsConfig, world: ds_comm.World, progress: Progress) -> 
 
 def _announce(engine: Engine, settings: DsConfig) -> None:
     if settings.dump_state:
-        from ds_engine.config.explain import explain, table
+        from ds_engine.config.report.explain import explain, table
 
         to_stderr(table(explain(settings, ranks=engine.world.world_size)))
     if settings.startup_summary:

@@ -19,8 +19,8 @@ from ds_engine.build.data import Loader
 from ds_engine.build.model_parallel import DataAxis
 from ds_engine.build.optimizer import zero_grad
 from ds_engine.build.precision import Precision, Unguarded
-from ds_engine.config.batch import Batch
-from ds_engine.config.model import DsConfig
+from ds_engine.config.sections.model import DsConfig
+from ds_engine.config.support.batch import Batch
 from ds_engine.inference.generation import generate_of
 from ds_engine.sampling.build import lr_scaling_of
 from ds_engine.sampling.tokens import rate_factor, scaled_rates

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from ds_engine import schedules
 from ds_engine.build import optimizer as optimizer_section
-from ds_engine.config import auto
-from ds_engine.config.errors import ConfigError
-from ds_engine.config.model import DsConfig
+from ds_engine.config.load import auto
+from ds_engine.config.sections.model import DsConfig
+from ds_engine.config.support.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,9 @@ from typing import Any
 
 import ds_engine.config
 from ds_compat.config.sections import DeepSpeedZeroConfig
-from ds_engine.config import Batch, ConfigError, DsConfig, batch, source
+from ds_engine.config import Batch, ConfigError, DsConfig
+from ds_engine.config.load import source
+from ds_engine.config.support import batch
 
 ADAM_OPTIMIZER, ADAMW_OPTIMIZER, LAMB_OPTIMIZER = "adam", "adamw", "lamb"
 ADAGRAD_OPTIMIZER, LION_OPTIMIZER, SGD_OPTIMIZER, MUON_OPTIMIZER = "adagrad", "lion", "sgd", "muon"

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ds_compat.utils.logs import logger
-from ds_engine.config.leaf_module import DEFAULT_CLASSES
+from ds_engine.config.sections.zero.leaf_module import DEFAULT_CLASSES
 
 DEFAULT_LEAF_MODULE_CLASSES = list(DEFAULT_CLASSES)
 DEFAULT_LEAF_MODULE_NAMES: list[str] = []

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ds_engine.config.inference import Dtype, InferenceConfig, read_inference
+from ds_engine.config.sections.inference import Dtype, InferenceConfig, read_inference
 from ds_engine.inference.engine import InferenceEngine, merged
 from ds_engine.inference.engine import init_inference as _init_inference
 

@@ -11,8 +11,8 @@ import torch
 from torch.optim import Optimizer
 
 import ds_core.optim
-from ds_engine.config.errors import ConfigError
-from ds_engine.config.suggest import did_you_mean
+from ds_engine.config.support.errors import ConfigError
+from ds_engine.config.support.suggest import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)

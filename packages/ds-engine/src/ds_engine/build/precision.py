@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import ds_zero
-from ds_engine.config.errors import ConfigError
-from ds_engine.config.model import DsConfig
-from ds_engine.config.suggest import did_you_mean
+from ds_engine.config.sections.model import DsConfig
+from ds_engine.config.support.errors import ConfigError
+from ds_engine.config.support.suggest import did_you_mean
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SAFE_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

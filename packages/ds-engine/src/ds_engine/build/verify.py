@@ -19,7 +19,7 @@ from ds_core.kernels import squared_norm
 from ds_engine.build import zero as zero_section
 from ds_engine.assemble import initialize, make_optimizer, make_schedule
 from ds_engine.config import DsConfig
-from ds_engine.config.batch import Batch
+from ds_engine.config.support.batch import Batch
 from ds_engine.engine import Engine
 from ds_engine.training.pacing import Pacing
 from ds_engine.build.precision import Precision

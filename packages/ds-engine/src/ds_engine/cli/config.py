@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ds_engine.config.model import DsConfig
+    from ds_engine.config.sections.model import DsConfig
 
 app = typer.Typer(
     name="config",
@@ -45,8 +45,8 @@ def explain(
     everything: Annotated[bool, typer.Option("--all", help="Also what was left to defaults.")] = False,
 ) -> None:
     """Show every value, and who set it: a line of the file, a default, an equation, or nothing yet ("auto")."""
-    from ds_engine.config.explain import explain as settings
-    from ds_engine.config.explain import table
+    from ds_engine.config.report.explain import explain as settings
+    from ds_engine.config.report.explain import table
 
     print(table(settings(_load(file, ranks), ranks=ranks, defaults=everything)))
 
@@ -54,7 +54,7 @@ def explain(
 @app.command()
 def diff(first: File, second: File, ranks: Ranks = None) -> None:
     """Show what two files do differently; the exit code is 0 where they mean the same, 1 otherwise."""
-    from ds_engine.config.diff import diff as differences
+    from ds_engine.config.report.diff import diff as differences
 
     found = differences(_load(first, ranks), _load(second, ranks), ranks=ranks)
     for item in found:
@@ -70,11 +70,11 @@ def schema(
 ) -> None:
     """Print a JSON schema of all keys, for editors."""
     if markdown:
-        from ds_engine.config.reference import reference
+        from ds_engine.config.report.reference import reference
 
         print(reference(), end="")
     else:
-        from ds_engine.config.json_schema import json_schema
+        from ds_engine.config.report.json_schema import json_schema
 
         print(json.dumps(json_schema(), indent=2))
 

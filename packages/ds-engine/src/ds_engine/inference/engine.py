@@ -19,7 +19,7 @@ from ds_engine.build import zero as zero_section
 from ds_engine.checkpoint import weights
 from ds_engine.config import ConfigError
 from ds_engine.config import load as load_config
-from ds_engine.config.inference import InferenceConfig, read_inference
+from ds_engine.config.sections.inference import InferenceConfig, read_inference
 from ds_engine.inference.generation import generate_of
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 
-from ds_engine.config.batch import Batch
-from ds_engine.config.data_efficiency import DataSamplingConfig
-from ds_engine.config.errors import ConfigError
-from ds_engine.config.model import DsConfig
+from ds_engine.config.sections.data.data_efficiency import DataSamplingConfig
+from ds_engine.config.sections.model import DsConfig
+from ds_engine.config.support.batch import Batch
+from ds_engine.config.support.errors import ConfigError
 from ds_engine.sampling.curriculum import Criterion, CurriculumOrder
 from ds_engine.sampling.index import open_index, open_values
 from ds_engine.sampling.order import Order

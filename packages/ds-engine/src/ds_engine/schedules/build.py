@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ds_engine.config.errors import ConfigError
-from ds_engine.config.suggest import did_you_mean
+from ds_engine.config.support.errors import ConfigError
+from ds_engine.config.support.suggest import did_you_mean
 from ds_engine.schedules.base import LRSchedule, Schedule
 from ds_engine.schedules.one_cycle import OneCycle
 from ds_engine.schedules.range_test import LRRangeTest

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ds_engine.config.errors import ConfigError
+from ds_engine.config.support.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ds_engine.config.model import DsConfig
+    from ds_engine.config.sections.model import DsConfig
     from ds_engine.training.progress import StepReport
 
 Event = tuple[str, float, int]

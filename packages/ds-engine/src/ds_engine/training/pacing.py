@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ds_engine.config.errors import ConfigError
+from ds_engine.config.support.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ds_engine.config.curriculum import (
+    from ds_engine.config.sections.data.curriculum import (
         CurriculumMetricConfig,
         CurriculumScheduleConfig,
         LegacyCurriculumConfig,
     )
-    from ds_engine.config.model import DsConfig
+    from ds_engine.config.sections.model import DsConfig
     from ds_layers import TokenDropping
 
 Difficulty = Callable[[int], float]

@@ -10,10 +10,10 @@ import torch
 
 import ds_zero
 from ds_engine.build.precision import name_of
-from ds_engine.config import auto
 from ds_engine.config.built import effectless
-from ds_engine.config.model import DsConfig
-from ds_engine.config.zero import STAGES
+from ds_engine.config.load import auto
+from ds_engine.config.sections.model import DsConfig
+from ds_engine.config.sections.zero.optimization import STAGES
 
 if TYPE_CHECKING:
     from ds_engine.engine import Engine

@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_engine.config.built import top, zero
 from ds_engine.config.built.row import Inert, Row, State
-from ds_engine.config.schema import by_path, default_of, given, keys_of, value_at
+from ds_engine.config.sections.schema import by_path, default_of, given, keys_of, value_at
 
 BUILT: Mapping[str, Row] = {row.key: row for row in top.ROWS + zero.ROWS}
 """Dotted path -> row."""

@@ -9,9 +9,9 @@ _LTD = "data_efficiency.data_routing.random_ltd"
 _ENGINE = "ds-engine"
 
 WORKING: tuple[Row, ...] = (
-    works("train_batch_size", _ENGINE, "ds_engine.config.batch"),
-    works("train_micro_batch_size_per_gpu", _ENGINE, "ds_engine.config.batch"),
-    works("gradient_accumulation_steps", _ENGINE, "ds_engine.config.batch"),
+    works("train_batch_size", _ENGINE, "ds_engine.config.support.batch"),
+    works("train_micro_batch_size_per_gpu", _ENGINE, "ds_engine.config.support.batch"),
+    works("gradient_accumulation_steps", _ENGINE, "ds_engine.config.support.batch"),
     works("managed_gradient_accumulation", _ENGINE, "ds_engine.training.accumulation"),
     works("sparse_gradients", "ds-zero", "ds_zero.runtime.gradients.sparse_rows"),
     works("optimizer", _ENGINE, "ds_engine.build.optimizer"),
@@ -29,8 +29,8 @@ WORKING: tuple[Row, ...] = (
     works("gradient_clipping", _ENGINE, "ds_zero.clip_grad_norm_"),
     works("steps_per_print", _ENGINE, "ds_engine.training.progress"),
     works("dump_state", _ENGINE, "ds_engine.assemble"),
-    works("vocabulary_size", _ENGINE, "ds_engine.config.load"),
-    works("data_parallel_size", _ENGINE, "ds_engine.config.model"),
+    works("vocabulary_size", _ENGINE, "ds_engine.config.load.loader"),
+    works("data_parallel_size", _ENGINE, "ds_engine.config.sections.model"),
     works("dataloader_drop_last", _ENGINE, "ds_engine.build.data"),
     works("checkpoint.keep_last", _ENGINE, "ds_engine.checkpoint"),
     works("wall_clock_breakdown", _ENGINE, "ds_engine.training.timing"),

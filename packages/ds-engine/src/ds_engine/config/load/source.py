@@ -1,0 +1,96 @@
+"""From what `initialize(config=...)` is given to a dict: a file, a dict, JSON, or JSON in base64."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_engine.config.load.reader import ReadError, parse
+from ds_engine.config.support.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was read, and from where."""
+
+    where: str
+    raw: dict[str, Any]
+    lines: dict[str, int]
+
+
+def open_source(config: object) -> Source:
+    """Read a configuration.
+
+    Args:
+        config: path of a file; a dict; or a text that is JSON, or JSON in URL-safe base64 (as launchers pass it).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: it cannot be read.
+    """
+    if isinstance(config, Mapping):
+        return Source("config", {key: _plain(value) for key, value in config.items()}, {})
+    if not isinstance(config, (str, os.PathLike)):
+        raise ConfigError([f"config is a {type(config).__name__}: pass the path of a JSON file, or a dict"])
+    if isinstance(config, str) and (text := _inline(config)) is not None:
+        return _parsed(text, "config")
+    path = Path(config)
+    try:
+        return _parsed(path.read_text(encoding="utf-8"), str(path))
+    except (FileNotFoundError, IsADirectoryError):
+        there = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        found = f"; {path.parent} has {', '.join(there)}" if there else ""
+        raise FileNotFoundError(f"no configuration file {path}{found}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"not a text in UTF-8: {error.reason} at byte {error.start}"], str(path)) from None
+
+
+def read(config: object) -> dict[str, Any]:
+    """The configuration as it is written, unchecked: names as given, nothing filled in.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConfigError: it cannot be read.
+    """
+    return open_source(config).raw
+
+
+def _inline(config: str) -> str | None:
+    """The JSON in the text itself, plain or in base64; None for a path."""
+    if config.lstrip().startswith("{"):
+        return config
+    try:
+        decoded = base64.urlsafe_b64decode(config.encode()).decode("utf-8")
+    except (binascii.Error, ValueError):
+        return None
+    # A path such as "data" is base64 by chance, of something that is no object.
+    return decoded if decoded.lstrip().startswith("{") else None
+
+
+def _parsed(text: str, where: str) -> Source:
+    try:
+        document = parse(text)
+    except ReadError as error:
+        raise ConfigError(
+            [f"not JSON at {error}" if "line" in str(error)[:4] else str(error)], where
+        ) from None
+    if not isinstance(document.value, dict):
+        raise ConfigError([f"holds a {type(document.value).__name__}, not an object {{...}}"], where)
+    return Source(where, document.value, document.lines)
+
+
+def _plain(value: Any) -> Any:
+    """Dicts and lists copied, numbers of numpy and torch as Python's own."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "shape", None) == ():
+        return item()
+    return value

@@ -1,0 +1,106 @@
+"""What to say about a key that is not in the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+
+from ds_engine.config.load.legacy import RENAMES
+from ds_engine.config.sections.schema import ANY, join, keys_of, sections
+from ds_engine.config.support.suggest import closest
+
+MANY = 15
+"""More keys than one wants to read in an error."""
+
+PARAMS = {
+    "optimizer.params": ("lr", "betas", "eps", "weight_decay", "momentum", "adam_w_mode", "torch_adam"),
+    "scheduler.params": (
+        "warmup_num_steps",
+        "warmup_min_lr",
+        "warmup_max_lr",
+        "warmup_type",
+        "warmup_min_ratio",
+        "cos_min_ratio",
+        "total_num_steps",
+        "cycle_min_lr",
+        "cycle_max_lr",
+    ),
+}
+"""Arguments of optimizers and schedules, which are no keys of the schema, and where they belong."""
+
+
+def unknown(path: str, name: str) -> str:
+    """The nearest key of this section, else of another one; a key that exists elsewhere is told where it belongs.
+
+    Args:
+        path: of the section; "" is the top level.
+    """
+    full = join(path, name)
+    here = _here(path)
+    near = closest(name, here)
+    homes = _elsewhere(path)
+    # "stages" in zero_optimization is a slip of the finger, not a wish for a pipeline.
+    if name in homes and (near is None or near[1] > 1):
+        return f'unknown key "{full}": "{name}" belongs {_place(homes[name])}'
+    far = closest(name, homes) if near is None or near[1] > 1 else None
+    if near is not None and (far is None or near[1] <= far[1]):
+        return f'unknown key "{full}": did you mean "{here[near[0]]}"?'
+    kin = _kin(name, here)
+    if kin is not None and (far is None or far[1] > 1):
+        return f'unknown key "{full}": did you mean "{here[kin]}"?'
+    if far is not None:
+        return f'unknown key "{full}": did you mean "{far[0]}", which belongs {_place(homes[far[0]])}?'
+    section = "this section" if path else "the top level"
+    if len(here) > MANY:
+        return (
+            f'unknown key "{full}": nothing like it is among the {len(here)} keys of {section}, which '
+            "`ds config schema --markdown` lists"
+        )
+    return f'unknown key "{full}": {section} has {", ".join(sorted(keys_of(sections()[path], path)))}'
+
+
+@cache
+def _here(path: str) -> dict[str, str]:
+    """Key of the section, in today's and in old names -> path that it means."""
+    found = {name: key.path for name, key in keys_of(sections()[path], path).items()}
+    for rule in RENAMES:
+        section, _, name = rule.old.rpartition(".")
+        if section == path:
+            found.setdefault(name, rule.new)
+    return found
+
+
+def _kin(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that begins like `name` for at least half of it: "output_dir" for "output_path"."""
+    lengths = {
+        c: next(
+            (i for i, (a, b) in enumerate(zip(name.lower(), c, strict=False)) if a != b),
+            min(len(name), len(c)),
+        )
+        for c in candidates
+    }
+    best = max(lengths, key=lambda c: (lengths[c], -len(c)), default=None)
+    return best if best is not None and lengths[best] >= max(3, len(name) / 2) else None
+
+
+@cache
+def _elsewhere(path: str) -> dict[str, str]:
+    """Key -> the section that it is most likely meant for, of all sections but this one: the outermost, and that of
+    what is most used first.
+    """
+    ranked = sorted(
+        sections(), key=lambda section: (section.count("."), section != "zero_optimization", ANY in section)
+    )
+    found: dict[str, str] = {}
+    for section in ranked:
+        if section != path:
+            for name in keys_of(sections()[section], section):
+                found.setdefault(name, section)
+    for section, names in PARAMS.items():
+        for name in names:
+            found.setdefault(name, section)
+    return found
+
+
+def _place(section: str) -> str:
+    return f'under "{section}"' if section else "at the top level"

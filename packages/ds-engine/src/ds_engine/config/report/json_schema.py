@@ -1,0 +1,85 @@
+"""A JSON schema of the configuration, for editors: names, types, descriptions, and what each key leads to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_engine.config.built import State, row_of
+from ds_engine.config.load.legacy import RENAMES
+from ds_engine.config.sections.model import DsConfig
+from ds_engine.config.sections.schema import Key, every_key
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def json_schema() -> dict[str, Any]:
+    """The schema; every value may be "auto" too, and a section may be null or false, which means off."""
+    found = DsConfig.model_json_schema()
+    definitions = found.get("$defs", {})
+    done: set[tuple[int, str]] = set()  # sections that stand in several places have one definition
+    for key in every_key():
+        holder = _object_at(found, definitions, key.path.rpartition(".")[0])
+        if holder is None or (id(holder), key.name) in done:
+            continue
+        done.add((id(holder), key.name))
+        holder["properties"][key.name] = _loosened(holder["properties"][key.name], key)
+    for rule in RENAMES:
+        parent, _, name = rule.old.rpartition(".")
+        holder = _object_at(found, definitions, parent)
+        if holder is not None:
+            old = {"deprecated": True, "description": f"Old name of {rule.new}."}
+            holder["properties"].setdefault(name, old)
+    zero = found["properties"]["zero_optimization"]
+    zero["anyOf"] = [*zero["anyOf"], {"const": True}]
+    return {"$schema": DIALECT, **found, "title": "ds_config.json"}
+
+
+def _loosened(value: dict[str, Any], key: Key) -> dict[str, Any]:
+    """The same, or "auto", or, for a section, off; with what the key leads to."""
+    inner = {name: item for name, item in value.items() if name not in ("description", "default", "title")}
+    options = inner.pop("anyOf") if set(inner) == {"anyOf"} else [inner]
+    more: list[dict[str, Any]] = [{"const": "auto"}]
+    if key.section is not None:
+        more = [{"const": False}, {"type": "null"}]
+    row, text = row_of(key.path), key.info.description or ""
+    if row is not None and row.state is State.NO_EFFECT:
+        text += f" No effect: {row.why}."
+    elif row is not None and row.state is State.LATER:
+        text += f" Not in this version; {row.owner} will have it."
+    elif row is not None and row.state is State.GONE:
+        text += f" Not in ds; {row.remedy}."
+    found: dict[str, Any] = {"description": text, "anyOf": [*options, *(m for m in more if m not in options)]}
+    if "default" in value:
+        found["default"] = value["default"]
+    if row is not None:
+        found["x-owner"] = row.owner
+    return found
+
+
+def _object_at(schema: dict[str, Any], definitions: dict[str, Any], path: str) -> dict[str, Any] | None:
+    """The object of a section, by its dotted path."""
+    here = schema
+    for name in path.split(".") if path else []:
+        if name == "*":
+            inner = here.get("additionalProperties")
+        else:
+            inner = here.get("properties", {}).get(name)
+        resolved = _resolve(inner, definitions)
+        if resolved is None:
+            return None
+        here = resolved
+    return here if "properties" in here else None
+
+
+def _resolve(value: Any, definitions: dict[str, Any]) -> dict[str, Any] | None:
+    """The object that a property holds, behind references and alternatives."""
+    if not isinstance(value, dict):
+        return None
+    if "$ref" in value:
+        found: dict[str, Any] = definitions[value["$ref"].rpartition("/")[2]]
+        return found
+    for option in value.get("anyOf", []):
+        resolved = _resolve(option, definitions)
+        if resolved is not None:
+            return resolved
+    return value if "properties" in value or isinstance(value.get("additionalProperties"), dict) else None

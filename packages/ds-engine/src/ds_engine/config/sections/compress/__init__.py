@@ -1,0 +1,1 @@
+"""Sections that store weights in few bits or prune them."""

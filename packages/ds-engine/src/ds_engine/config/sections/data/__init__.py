@@ -1,0 +1,1 @@
+"""Sections that choose samples and tokens."""

@@ -1,0 +1,44 @@
+"""The section `optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from ds_engine.config.support.section import Section
+
+ABSENT: Mapping[str, tuple[str, str]] = {
+    "onebitadam": ("ds-comm", "AdamW"),
+    "zerooneadam": ("ds-comm", "AdamW"),
+    "onebitlamb": ("ds-comm", "Lamb"),
+    "muadam": ("ds-core", "Adam"),
+    "muadamw": ("ds-core", "AdamW"),
+    "musgd": ("ds-core", "SGD"),
+}
+"""Optimizers of DeepSpeed's that are not built yet -> the package that will have them, and what to use instead."""
+
+
+def _is_there(name: str) -> str:
+    if name.lower() in ABSENT:
+        owner, instead = ABSENT[name.lower()]
+        raise ValueError(f'{owner} will have that optimizer, and this version does not yet; use "{instead}"')
+    return name
+
+
+class OptimizerConfig(Section):
+    """Which optimizer `initialize` builds when none is passed."""
+
+    type: Annotated[str, AfterValidator(_is_there)] = Field(
+        description="Adam, AdamW, Lamb, Lion, Adagrad, Muon or SGD (our kernels), or the name of any class in "
+        "torch.optim; case is ignored. "
+        "Adam decays weights decoupled, as AdamW does, unless params.adam_w_mode is false."
+    )
+    params: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of the optimizer, for example lr, betas, eps, weight_decay.",
+    )
+    legacy_fusion: bool = Field(
+        default=False, description="An older code path of DeepSpeed's fp16 optimizer; the update is the same."
+    )

@@ -1,0 +1,1 @@
+"""Sections that divide a model or its experts among ranks."""

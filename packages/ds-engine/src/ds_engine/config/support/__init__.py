@@ -1,0 +1,1 @@
+"""What every room of the configuration uses: errors, kinds of values, batch arithmetic, suggestions."""

@@ -1,0 +1,290 @@
+"""Every key does something, or says that it does not: no key is ignored in silence."""
+
+from __future__ import annotations
+
+import ast
+import typing
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from ds_engine.build import zero as zero_section
+from ds_engine.config import ConfigError, load
+from ds_engine.config.built import BUILT, State, effectless, row_of
+from ds_engine.config.built.row import Row
+from ds_engine.config.built.table import switches
+from ds_engine.config.sections.schema import ANY, Key, by_path, default_of, every_key
+
+TESTS = Path(__file__).parents[2]
+
+
+def file_named(name: str) -> Path | None:
+    """The test file of that name in the tests of ds_engine, wherever it lies, or by its path below tests/."""
+    direct = (TESTS / "engine" / name, TESTS / name)
+    return next(
+        (file for file in (*direct, *(TESTS / "engine").rglob(Path(name).name)) if file.is_file()), None
+    )
+
+
+# Key that works, or section -> a test that fails when it is ignored.
+TESTED = {
+    "sparse_gradients": "training/test_accumulation.py::test_sparse_gradients_send_less_and_train_the_same",
+    "zero_optimization.leaf_module.classes": "test_settings_reach.py::test_leaf_modules_by_class_name_and_suffix",
+    "zero_optimization.leaf_module.names": "test_settings_reach.py::test_leaf_modules_by_class_name_and_suffix",
+    "zero_optimization.leaf_module.name_suffixes": "test_settings_reach.py::test_leaf_modules_by_class_name_and_suffix",
+    "train_batch_size": "test_batch.py::test_what_is_left_out_is_computed",
+    "train_micro_batch_size_per_gpu": "test_batch.py::test_what_is_left_out_is_computed",
+    "gradient_accumulation_steps": "test_batch.py::test_what_is_left_out_is_computed",
+    "optimizer.type": "build/test_optimizer.py::test_other_names",
+    "optimizer.params": "build/test_optimizer.py::test_adam_is_our_kernel_with_decoupled_decay",
+    "scheduler.type": "schedules/test_schedules.py::test_schedules_of_torch_by_name",
+    "scheduler.params": "schedules/test_schedules.py::test_warmup_linear",
+    "fp16.enabled": "test_fp16.py::test_fp16_trains_alike_at_every_stage",
+    "fp16.auto_cast": "build/test_precision.py::test_fp16_casts_inputs_only_where_it_is_asked_to",
+    "fp16.loss_scale": "build/test_precision.py::test_what_guards_a_step",
+    "fp16.initial_scale_power": "build/test_precision.py::test_what_guards_a_step",
+    "fp16.loss_scale_window": "build/test_precision.py::test_what_guards_a_step",
+    "fp16.hysteresis": "build/test_precision.py::test_what_guards_a_step",
+    "fp16.consecutive_hysteresis": "build/test_precision.py::test_what_guards_a_step",
+    "fp16.min_loss_scale": "build/test_precision.py::test_what_guards_a_step",
+    "bf16.enabled": "build/test_precision.py::test_bf16_casts_floating_tensors_wherever_they_are",
+    "bf16.check_grad_overflow": "test_fp16.py::test_bf16_without_the_check_takes_every_step",
+    "bf16.bf16_optimizer_states": "test_fp16.py::test_bf16_states_take_half_the_memory",
+    "torch_autocast.enabled": "test_fp16.py::test_autocast_equals_a_plain_loop_bit_by_bit",
+    "torch_autocast.dtype": "build/test_precision.py::test_what_guards_a_step",
+    "torch_autocast.lower_precision_safe_modules": "test_fp16.py::test_autocast_equals_a_plain_loop_bit_by_bit",
+    "data_types.grad_accum_dtype": "test_fp16.py::test_gradients_are_summed_in_the_dtype_asked_for",
+    "data_types.param_dtype": "build/test_precision.py::test_what_excludes_each_other_is_refused",
+    "data_types.buffer_dtype": "build/test_precision.py::test_buffers_take_their_dtypes",
+    "data_types.keep_in_fp32_modules": "build/test_precision.py::test_buffers_take_their_dtypes",
+    "gradient_clipping": "test_engine.py",
+    "steps_per_print": "test_engine.py",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "compat/test_engine.py::test_whole_weights",
+    "zero_optimization.mics_shard_size": "test_settings_reach.py::test_groups_of_ranks_that_hold_replicas",
+    "dump_state": "test_built.py::test_dump_state_prints_every_setting",
+    "vocabulary_size": "test_built.py::test_a_vocabulary_that_tensor_cores_do_not_like",
+    "data_parallel_size": "test_built.py::test_data_parallel_size_is_the_number_of_ranks",
+    "dataloader_drop_last": "test_unexpected_use.py::test_training_data_of_less_than_a_micro_batch_is_refused",
+    "checkpoint.keep_last": "checkpoint/test_train_state.py",
+    "checkpoint.writer.decoupled": "../checkpoint/write/test_background.py",
+    "activation_checkpointing": "test_engine.py::test_activation_checkpointing_follows_the_configuration",
+    "wall_clock_breakdown": "training/test_timing.py::test_the_engine_measures_its_parts_and_writes_curves",
+    "memory_breakdown": "training/test_timing.py::test_memory_is_written_after_each_part",
+    "tensorboard": "training/test_monitor.py::test_tensorboard",
+    "csv_monitor": "training/test_monitor.py::test_csv_has_a_file_for_each_name_and_goes_on_in_it",
+    "wandb": "training/test_monitor.py::test_wandb",
+    "comet": "training/test_monitor.py::test_comet_writes_every_so_many_samples",
+    "seed": "test_engine.py",
+    "startup_summary": "training/test_startup_summary.py::test_it_is_printed_once_and_can_be_silenced",
+    "zero_optimization.stage": "test_built.py::test_a_key_reaches_ds_zero",
+    "zero_optimization.offload_optimizer.device": "test_built.py::test_offload_chooses_the_store",
+    "zero_optimization.offload_optimizer.pin_memory": "test_rules.py::test_each_rule_refuses_its_job_and_says_why",
+}
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return typing.cast("dict[str, Any]", value)
+
+
+def merged(*parts: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, dict) and isinstance(found.get(key), dict)
+            found[key] = merged(found[key], value) if both else value
+    return found
+
+
+def config_with(path: str, value: Any, stage: int = 3) -> dict[str, Any]:
+    """A configuration in which the key is set, and whatever it needs to be allowed."""
+    needed = {"zero_optimization": {"stage": stage}} if path.startswith("zero_optimization.") else {}
+    if path.startswith(("optimizer.", "scheduler.")):
+        needed = {path.partition(".")[0]: {"type": "Adam" if path.startswith("optimizer") else "WarmupLR"}}
+    return merged({"train_batch_size": 8}, needed, nested(path, value))
+
+
+def candidates(annotation: Any) -> list[Any]:
+    """Values of a type, likely ones first."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return list(arguments)
+    if origin is list:
+        return [["z3"], [2], ["x"], []]
+    if origin is dict:
+        return [{"x": 1}]
+    if arguments:  # a union, or annotated
+        return [value for option in arguments for value in candidates(option)]
+    if annotation is type(None):
+        return [None]
+    if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
+        return [{}]
+    return {bool: [True, False], int: [2, 3], float: [0.5, 2.0], str: ["x"]}.get(annotation, ["x"])
+
+
+def values_of(key: Key) -> list[Any]:
+    return candidates(key.info.annotation)
+
+
+def rows(*states: State) -> list[Row]:
+    return [row for row in BUILT.values() if row.state in states]
+
+
+def leaves() -> list[Key]:
+    """Keys that hold a value, not a section."""
+    return [key for key in every_key() if key.section is None]
+
+
+def test_every_key_has_a_row_and_every_row_a_key() -> None:
+    assert [key.path for key in leaves() if row_of(key.path) is None] == []
+    assert [path for path in BUILT if path not in by_path()] == []
+    for row in BUILT.values():
+        assert row.owner.startswith("ds-") and row.why
+
+
+@pytest.mark.parametrize(
+    ("row", "path"),
+    [(row, path) for row in rows(State.LATER, State.GONE) for path in switches(row)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_there_is_refused_by_name_and_accepted_while_it_is_off(row: Row, path: str) -> None:
+    quiet = switches(row)[path]
+    loud = [v for v in values_of(by_path()[path]) if not any(v == q and type(v) is type(q) for q in quiet)]
+    assert loud, f"no value of {path} asks for anything"
+    refused = 0
+    for value in loud:
+        try:
+            load(config_with(path, value))
+        except ConfigError as error:
+            told = [
+                p
+                for p in error.problems
+                if p.startswith(f"{path} is ") and (row.owner in p or "ds does not" in p)
+            ]
+            refused += bool(told)
+            for text in told:
+                assert row.why in text and "; " in text
+    assert refused, f"{path} is accepted with {loud}"
+    for value in quiet:
+        if value is None and by_path()[path].section is None and None not in values_of(by_path()[path]):
+            continue  # its section is missing
+        load(config_with(path, value))
+
+
+@pytest.mark.parametrize(
+    "key", [k for k in leaves() if (r := row_of(k.path)) and r.state is State.NO_EFFECT], ids=lambda k: k.path
+)
+def test_what_has_no_effect_is_accepted_and_told(key: Key) -> None:
+    value = default_of(key)
+    values = [value, *values_of(key)] if value is not None else values_of(key)
+    told = 0
+    for option in values:
+        try:
+            config = load(config_with(key.path, option))
+        except ConfigError:
+            continue  # not a value of this key
+        told += 1
+        assert effectless(config)[key.path]
+    assert told
+
+
+def test_what_has_no_effect_at_this_stage_is_told() -> None:
+    for row in rows(State.WORKS):
+        if row.only is None:
+            continue
+        key = by_path()[row.key]
+        value = next(v for v in values_of(key) if v is not None)
+        found = [effectless(load(config_with(row.key, value, stage))) for stage in (0, 1, 2, 3)]
+        assert any(row.key in idle for idle in found), row.key
+        if not row.key.startswith("zero_optimization.offload"):
+            assert not all(row.key in idle for idle in found), row.key
+
+
+def test_every_key_that_works_has_a_test() -> None:
+    for key in leaves():
+        row = row_of(key.path)
+        assert row is not None
+        # test_a_key_reaches_ds_zero has those of ZeroConfig
+        if row.state is not State.WORKS or row.why.startswith("ZeroConfig.") or ANY in key.path:
+            continue
+        top = key.path.partition(".")[0]
+        test = TESTED.get(key.path) or TESTED.get(top)
+        if test is None:
+            # What reads it, says the table: its tests have to name the key, or the section.
+            module = row.why.removeprefix("ds_engine.")
+            file = file_named(f"test_{module.replace('.', '_')}.py") or file_named(
+                f"test_{module.rpartition('.')[2]}.py"
+            )
+            assert file is not None, f"{key.path} works, says the table: which test fails when it is ignored?"
+            text = file.read_text(encoding="utf-8")
+            assert key.name in text or top in text, f"{file} does not try {key.path}"
+            continue
+        wanted, _, name = test.partition("::")
+        file = file_named(wanted)
+        assert file is not None, test
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        assert not name or name in names, test
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in rows(State.WORKS) if r.why.startswith("ZeroConfig.")], ids=lambda r: r.key
+)
+def test_a_key_reaches_ds_zero(row: Row) -> None:
+    field = row.why.removeprefix("ZeroConfig.")
+    seen = set()
+    for stage in (1, 3):
+        for value in [default_of(by_path()[row.key]), *values_of(by_path()[row.key])]:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try:
+                    config = load(config_with(row.key, value, stage))
+                except ConfigError:
+                    continue
+            made = zero_section.options(config, config.batch(2), {}, torch.nn.Linear(1, 1))["config"]
+            seen.add(str(getattr(made, field)))
+    assert len(seen) > 1, f"{row.key} does not change ZeroConfig.{field}"
+
+
+def test_offload_chooses_the_store() -> None:
+    def options(device: str) -> dict[str, Any]:
+        config = load(config_with("zero_optimization.offload_optimizer.device", device))
+        return zero_section.options(config, config.batch(1), {}, torch.nn.Linear(1, 1))
+
+    assert "store" not in options("none")
+    assert type(options("cpu")["store"]).__name__ == "HostStore"
+
+
+def test_a_vocabulary_that_tensor_cores_do_not_like() -> None:
+    with pytest.warns(UserWarning, match="50257: tensor cores work on multiples of 8, so 50264"):
+        load({"train_batch_size": 8, "vocabulary_size": 50257})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load({"train_batch_size": 8, "vocabulary_size": 50264})
+
+
+def test_data_parallel_size_is_the_number_of_ranks() -> None:
+    config = load({"train_batch_size": 8, "data_parallel_size": 2})
+    assert config.batch(2).micro == 4
+    with pytest.raises(ConfigError, match="data_parallel_size is 2, and there are 4 ranks"):
+        config.batch(4)
+
+
+def test_dump_state_prints_every_setting(capfd: pytest.CaptureFixture[str]) -> None:
+    import torch.distributed as dist
+
+    from engine import jobs
+
+    try:
+        jobs.engine(dump_state=True)
+        said = capfd.readouterr().err
+        assert "gradient_accumulation_steps" in said and "derived: train 16" in said
+        jobs.engine()
+        assert capfd.readouterr().err == ""
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
