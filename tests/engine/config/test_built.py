@@ -192,9 +192,26 @@ def test_what_has_no_effect_is_accepted_and_told(key: Key) -> None:
     assert told
 
 
+def test_a_factor_beside_prescaling_has_no_effect() -> None:
+    factor = {"train_batch_size": 8, "gradient_predivide_factor": 2.0}
+    assert "gradient_predivide_factor" not in effectless(load(factor))
+    assert (
+        "before the sum"
+        in effectless(load({**factor, "prescale_gradients": True}))["gradient_predivide_factor"]
+    )
+
+
+def test_offload_param_asks_for_nothing_below_stage_3() -> None:
+    for stage in (0, 1, 2):
+        config = load(config_with("zero_optimization.offload_param.device", "nvme", stage))
+        assert "whole on every rank" in effectless(config)["zero_optimization.offload_param.device"]
+    with pytest.raises(ConfigError, match="ds-offload will have that"):
+        load(config_with("zero_optimization.offload_param", {"device": "nvme", "nvme_path": "/x"}, 3))
+
+
 def test_what_has_no_effect_at_this_stage_is_told() -> None:
     for row in rows(State.WORKS):
-        if row.only is None:
+        if row.only is None or row.key == "gradient_predivide_factor":
             continue
         key = by_path()[row.key]
         value = next(v for v in values_of(key) if v is not None)

@@ -77,6 +77,93 @@ def test_all_mistakes_are_told_at_once() -> None:
     assert all(part in said for part in ("train_batch_size", "stages 0 to 3", 'seed is "x"'))
 
 
+def test_mistakes_of_every_kind_are_told_at_once() -> None:
+    """Also what excludes each other and what is not built, although other values are wrong."""
+    said = message(
+        {
+            "train_batch_size": "8",
+            "optimizer": {"type": "AdamW", "params": {"lr": "3e-4"}},
+            "fp16": {"enabled": True},
+            "bf16": {"enabled": True},
+            "amp": {"enabled": True},
+            "sed": 1,
+        }
+    )
+    assert "has 5 mistakes" in said
+    for part in ('batch_size is "8"', 'lr is "3e-4"', "exclude each other", "amp.enabled is true", '"sed"'):
+        assert part in said
+
+
+def test_a_wrong_value_makes_no_second_mistake_out_of_its_default() -> None:
+    said = message(nested("autotuning", {"start_profile_step": "x", "end_profile_step": 1}))
+    assert said == 'config: autotuning.start_profile_step is "x": it has to be a whole number'
+
+
+FOREIGN = {
+    "_comment": "for small clusters",
+    "//": "a note",
+    "comment": "a note",
+    "comms_config": {"verbose": False},
+    "cuda_visible_devices": "0",
+    "wandb_project": "mine",
+}
+
+
+def test_keys_of_other_programs_are_refused_or_ignored_with_one_warning() -> None:
+    with pytest.warns(UserWarning, match="reads no such key") as caught:
+        config = load({**MINIMAL, **FOREIGN}, foreign_keys=True)
+    assert len(caught) == 1
+    assert all(f'"{name}"' in str(caught[0].message) for name in FOREIGN)
+    assert config == load(MINIMAL) and set(config.origin.ignored) == set(FOREIGN)
+    for name, value in FOREIGN.items():
+        assert f'unknown key "{name}"' in message({**MINIMAL, name: value})
+
+
+def test_a_misspelt_key_is_refused_among_foreign_ones() -> None:
+    for name in ("train_batchsize", "gradient_clip", "zero_optimisation", "tensorboards"):
+        with pytest.raises(ConfigError, match=f'unknown key "{name}": did you mean'):
+            load({**MINIMAL, **FOREIGN, name: 1}, foreign_keys=True)
+
+
+def test_keys_with_dots_and_keys_of_sections_are_told_where_they_belong() -> None:
+    raw = {**MINIMAL, "zero_optimization.reduce_bucket_size": 0.9, "stage": 2}
+    with pytest.warns(UserWarning, match="reads no such key") as caught:
+        config = load(raw, foreign_keys=True)
+    said = str(caught[0].message)
+    assert 'write "reduce_bucket_size" inside of the section "zero_optimization"' in said
+    assert '"stage" belongs under "zero_optimization"' in said
+    assert config.zero_optimization.stage == 0 and config.zero_optimization.reduce_bucket_size is None
+
+
+def test_a_hundred_thousand_unknown_keys_are_twenty_sentences_and_a_number() -> None:
+    many = {f"name{i}": i for i in range(100_000)}
+    with pytest.raises(ConfigError) as caught:
+        load(many)
+    assert len(caught.value.problems) == 21
+    assert caught.value.problems[-1] == "and 99,980 more unknown keys"
+    with pytest.warns(UserWarning, match="and 99,980 more") as warned:
+        load({**MINIMAL, **many}, foreign_keys=True)
+    assert len(warned) == 1 and len(str(warned[0].message)) < 1000
+
+
+def test_an_optimizer_without_a_type_is_none() -> None:
+    for section in ("optimizer", "scheduler"):
+        assert load({**MINIMAL, section: {"type": None, "params": {"lr": 1e-3}}}) == load(MINIMAL)
+
+
+def test_the_address_of_a_schema_is_no_setting() -> None:
+    assert load({**MINIMAL, "$schema": "./ds_config.schema.json"}) == load(MINIMAL)
+
+
+def test_numbers_that_are_too_large_are_refused() -> None:
+    assert "train_batch_size is a whole number of 16610 bits: it has to be" in message(
+        {"train_batch_size": 10**5000}
+    )
+    assert "lr is a whole number of" in message(
+        {**MINIMAL, "optimizer": {"type": "SGD", "params": {"lr": 10**5000}}}
+    )
+
+
 @pytest.mark.parametrize("off", [{"enabled": False}, {}, None, False])
 @pytest.mark.parametrize("section", ["flops_profiler", "tensorboard", "amp"])
 def test_what_is_switched_off_is_accepted(section: str, off: Any) -> None:

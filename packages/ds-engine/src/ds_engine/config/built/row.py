@@ -41,7 +41,7 @@ class Row:
     """LATER and GONE: path -> values that ask for nothing, beside the default. Empty: the key itself, or `enabled`
     in it."""
     only: Callable[[Any], bool] | None = None
-    """WORKS: whether this configuration gives the key a meaning; where not, it has no effect."""
+    """WORKS and LATER: whether this configuration gives the key a meaning; where not, it has no effect."""
     otherwise: str = ""
     """Why it has none there."""
     needs: str = ""

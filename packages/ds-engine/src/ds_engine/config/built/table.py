@@ -10,7 +10,7 @@ from typing import Any
 
 from ds_engine.config.built import top, zero
 from ds_engine.config.built.row import Inert, Row, State
-from ds_engine.config.sections.schema import by_path, default_of, given, keys_of, value_at
+from ds_engine.config.sections.schema import by_path, default_of, every_key, given, keys_of, value_at
 
 BUILT: Mapping[str, Row] = {row.key: row for row in top.ROWS + zero.ROWS}
 """Dotted path -> row."""
@@ -41,6 +41,8 @@ def switches(row: Row) -> Mapping[str, Inert]:
 def refusals(config: Any) -> Iterator[tuple[str, str]]:
     """Path and sentence for everything that is asked for and is not there."""
     for row in BUILT.values():
+        if row.only is not None and not row.only(config):
+            continue
         if row.state in (State.LATER, State.GONE) or row.needs:
             for path, inert in switches(row).items():
                 value = value_at(config, path)
@@ -49,6 +51,21 @@ def refusals(config: Any) -> Iterator[tuple[str, str]]:
                 if row.state is State.WORKS and importlib.util.find_spec(row.needs) is not None:
                     continue
                 yield path, _refusal(row, path, value)
+
+
+@cache
+def common_row(path: str) -> Row | None:
+    """The row of a section where everything in it has the same state; None where keys differ, or have no row."""
+    inside = [key.path for key in every_key() if key.path.startswith(f"{path}.") and key.section is None]
+    rows = [row_of(name) for name in inside]
+    states = {row.state if row is not None else None for row in rows}
+    return row_of(path) if len(states) == 1 else None
+
+
+def unbuilt_values(path: str) -> Row | None:
+    """The row that refuses some values of a key which otherwise works."""
+    rows = (row for row in BUILT.values() if row.state in (State.LATER, State.GONE) and row.key != path)
+    return next((row for row in rows if path in row.switches), None)
 
 
 def _equal(value: Any, quiet: Any) -> bool:

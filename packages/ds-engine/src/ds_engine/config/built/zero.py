@@ -113,9 +113,10 @@ ROWS: tuple[Row, ...] = (
     later(
         f"{_PARAM}",
         "ds-offload",
-        "parameters in host memory or on a disk",
+        "parameters on a disk",
         f'set {_PARAM}.device to "none"; offload_optimizer works',
-        switches={f"{_PARAM}.device": ("none",)},
+        switches={f"{_PARAM}.device": ("none", "cpu")},
+        **_STAGE3,
     ),
     gone(
         f"{_ZERO}.legacy_stage1",

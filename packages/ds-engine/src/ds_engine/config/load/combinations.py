@@ -24,10 +24,6 @@ class Combination:
     sentence: str
 
 
-def _offloads_params(config: DsConfig) -> bool:
-    return config.zero_optimization.offload_param.device != "none"
-
-
 def _param_dtype(config: DsConfig) -> str:
     return "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
 
@@ -179,18 +175,6 @@ COMBINATIONS: tuple[Combination, ...] = (
         "and multiply the loss by the number of ranks",
     ),
     Combination(
-        key="gradient_predivide_factor",
-        broken=lambda c: c.prescale_gradients and c.gradient_predivide_factor != 1.0,
-        sentence="prescale_gradients and gradient_predivide_factor exclude each other: the first divides by all ranks "
-        "before the sum already; remove one of them",
-    ),
-    Combination(
-        key="zero_optimization.offload_param.device",
-        broken=lambda c: _offloads_params(c) and c.zero_optimization.stage != 3,
-        sentence="zero_optimization.offload_param needs stage 3: below it, parameters are whole on every rank; set "
-        'stage to 3, or device to "none"',
-    ),
-    Combination(
         key="zero_optimization.offload_optimizer.ratio",
         broken=lambda c: c.zero_optimization.offload_optimizer.ratio < 1 and c.zero_optimization.stage != 3,
         sentence="zero_optimization.offload_optimizer.ratio below 1 needs stage 3: set stage to 3, or ratio to 1",
@@ -225,7 +209,8 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         key="zero_optimization.offload_param.nvme_path",
         broken=lambda c: (
-            c.zero_optimization.offload_param.device == "nvme"
+            c.zero_optimization.stage == 3
+            and c.zero_optimization.offload_param.device == "nvme"
             and c.zero_optimization.offload_param.nvme_path in (None, "", "none")
         ),
         sentence='zero_optimization.offload_param.device "nvme" needs nvme_path, a directory on the disk',

@@ -25,6 +25,8 @@ def _device(value: Any) -> Any:
 
 
 ZERO = "zero_optimization"
+SCHEMA = "$schema"
+"""Where an editor finds the JSON schema of the file; no setting."""
 STAGE3 = (
     "prefetch_bucket_size",
     "param_persistence_threshold",
@@ -76,6 +78,10 @@ EXTRAS: Mapping[str, str] = {
     "zero_optimization.offload_param.pipeline_read": "only offload_optimizer has it",
     "zero_optimization.offload_param.pipeline_write": "only offload_optimizer has it",
     "pipeline.activation_checkpoint_func": "a function cannot stand in a file; pass it to the model",
+    "compile.disable": "a switch of older versions of DeepSpeed; the model is compiled where the script calls "
+    "torch.compile",
+    "compile.backend": "a setting of older versions of DeepSpeed; torch.compile(model, backend=...) has it",
+    "compile.kwargs": "a setting of older versions of DeepSpeed; torch.compile has these arguments",
     "monitor_config": "each monitor is a section of its own: tensorboard, csv_monitor, wandb, comet",
 }
 """Written in real configurations, without effect in DeepSpeed: a warning, not an error."""
@@ -97,7 +103,11 @@ class Modern:
 
 def modernise(raw: dict[str, Any]) -> Modern:
     """Map old names to new ones, and take out what never had an effect."""
-    done = Modern(raw={key: _copied(value) for key, value in raw.items()})
+    done = Modern(raw={key: _copied(value) for key, value in raw.items() if key != SCHEMA})
+    for name in ("optimizer", "scheduler"):
+        section = done.raw.get(name)
+        if isinstance(section, dict) and section.get("type", "") is None:
+            done.raw[name] = None  # whatever its arguments are, there is nothing to give them to
     if isinstance(done.raw.get(ZERO), bool):
         stage = int(done.raw[ZERO])
         # null and false mean "off" for every section, so only true is an old form.

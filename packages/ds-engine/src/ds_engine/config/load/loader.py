@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from ds_engine.config.built import refusals
-from ds_engine.config.load import legacy
+from ds_engine.config.load import arguments, legacy, violations
 from ds_engine.config.load.combinations import COMBINATIONS
 from ds_engine.config.load.source import Source, open_source
-from ds_engine.config.load.unknown import unknown
+from ds_engine.config.load.unknown import is_misspelt, unknown
 from ds_engine.config.sections.model import DsConfig
-from ds_engine.config.sections.schema import ANY, Key, join, keys_of, value_at
+from ds_engine.config.sections.schema import ANY, Key, join, keys_of
 from ds_engine.config.support import batch
 from ds_engine.config.support.errors import ConfigError
 from ds_engine.config.support.origin import Origin
 
 AUTO = "auto"
 
+UNKNOWN_KEYS_EXPLAINED = 20
+"""Unknown keys that get a sentence each. A search for the nearest key takes milliseconds, and a file with a hundred
+thousand unknown keys is no configuration."""
 
-def load(config: str | os.PathLike[str] | Mapping[str, Any] | DsConfig) -> DsConfig:
+Problem = tuple[str, str]
+"""Dotted path of a key, as written, and a sentence about it."""
+
+
+def load(
+    config: str | os.PathLike[str] | Mapping[str, Any] | DsConfig, *, foreign_keys: bool = False
+) -> DsConfig:
     """Read and check a configuration.
 
     Args:
         config: path of a file with JSON (comments and trailing commas are welcome); the same as a dict, as a text,
             or as a text in URL-safe base64; or a ready `DsConfig` (returned as it is).
+        foreign_keys: ignore unknown keys at the top level, with one warning that names them, as DeepSpeed does. A key
+            that looks like a misspelt one is an error all the same.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -39,21 +49,32 @@ def load(config: str | os.PathLike[str] | Mapping[str, Any] | DsConfig) -> DsCon
     """
     if isinstance(config, DsConfig):
         return config
-    made, said = build(open_source(config))
+    examined = examine(open_source(config), foreign_keys=foreign_keys)
+    if examined.config is None or examined.problems:
+        raise ConfigError(examined.problems, examined.origin.where)
     if os.environ.get("RANK", "0") == "0":  # once for a job, not once for each rank
-        for text in said:
-            warnings.warn(f"{made.origin.where}: {text}", stacklevel=2)
-    return made
+        for text in examined.remarks:
+            warnings.warn(f"{examined.origin.where}: {text}", stacklevel=2)
+    return examined.config
 
 
-def build(source: Source) -> tuple[DsConfig, list[str]]:
-    """The configuration, and what should be said about it.
+@dataclass(frozen=True, kw_only=True)
+class Examined:
+    """A configuration with everything that is to be said about it."""
 
-    Raises:
-        ConfigError: as `load`.
-    """
+    config: DsConfig | None
+    """All that is right in it: keys with mistakes have their defaults. None where not even that makes sense."""
+    origin: Origin
+    problems: tuple[str, ...]
+    """One sentence for each mistake, with its line, in the order of the lines."""
+    remarks: tuple[str, ...]
+    """What is to be warned about."""
+
+
+def examine(source: Source, *, foreign_keys: bool = False) -> Examined:
+    """Check a configuration without raising; arguments as for `load`."""
     modern = legacy.modernise({str(key): value for key, value in source.raw.items()})
-    found = _Findings(problems=list(modern.problems))
+    found = _Findings(problems=list(modern.problems), foreign_keys=foreign_keys)
     known = _known_part(modern.raw, DsConfig, "", found)
     origin = Origin(
         where=source.where,
@@ -61,32 +82,45 @@ def build(source: Source) -> tuple[DsConfig, list[str]]:
         lines=source.lines,
         renamed=modern.renamed,
         autos=tuple(found.autos),
-        ignored=modern.ignored,
+        ignored={**modern.ignored, **dict.fromkeys(found.foreign, "DeepSpeed reads no such key")},
     )
-    config: DsConfig | None = None
-    try:
-        config = DsConfig.model_validate(known).with_origin(origin)
-    except ValidationError as error:
-        _add_validation(error, found, modern.raw)
+    config, wrong = _validate(known, modern.raw, found)
     if config is not None:
-        found.problems += [(rule.key, rule.sentence) for rule in COMBINATIONS if rule.broken(config)]
-        found.problems += refusals(config)
-        found.problems += batch.contradictions(
-            config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
-        )
-    if found.problems or config is None:
-        ordered = sorted(found.problems, key=lambda problem: origin.line(problem[0]) or 0)
-        raise ConfigError([_located(origin, *problem) for problem in ordered], source.where)
-    return config, [*modern.warnings, *_remarks(config)]
+        config = config.with_origin(origin)
+        found.problems += [p for p in _conflicts(config) if not _follows_from(p, wrong)]
+    found.problems += arguments.mistakes(modern.raw)
+    if found.unexplained:
+        found.problems.append(("", f"and {found.unexplained:,} more unknown keys"))
+    return Examined(
+        config=config,
+        origin=origin,
+        problems=tuple(_located(origin, *problem) for problem in _in_order(found.problems, origin)),
+        remarks=(*modern.warnings, *_foreign(found.foreign), *(_remarks(config) if config else ())),
+    )
 
 
 @dataclass
 class _Findings:
     """What came up on the way."""
 
-    problems: list[tuple[str, str]] = field(default_factory=list)
-    """Path and sentence."""
+    problems: list[Problem] = field(default_factory=list)
     autos: list[str] = field(default_factory=list)
+    foreign_keys: bool = False
+    foreign: dict[str, str] = field(default_factory=dict)
+    """Key of the top level that belongs to another program -> what is said about it."""
+    unexplained: int = 0
+    """Unknown keys beyond those that have a sentence."""
+    unknown_keys: int = 0
+
+    def add_unknown(self, path: str, name: str) -> None:
+        self.unknown_keys += 1
+        many = self.unknown_keys > UNKNOWN_KEYS_EXPLAINED
+        if self.foreign_keys and not path and (many or not is_misspelt(name)):
+            self.foreign[name] = "" if many else unknown(path, name)
+        elif many:
+            self.unexplained += 1
+        else:
+            self.problems.append((join(path, name), unknown(path, name)))
 
 
 def _known_part(raw: dict[str, Any], model: type[BaseModel], path: str, found: _Findings) -> dict[str, Any]:
@@ -97,7 +131,7 @@ def _known_part(raw: dict[str, Any], model: type[BaseModel], path: str, found: _
     for name, value in raw.items():
         key = keys_of(model, path).get(name) if isinstance(name, str) else None
         if key is None:
-            found.problems.append((join(path, str(name)), unknown(path, str(name))))
+            found.add_unknown(path, str(name))
         elif value == AUTO and isinstance(value, str) and not key.takes_auto:
             found.autos.append(key.path)
         elif key.section is not None and (value is None or value is False):
@@ -108,7 +142,7 @@ def _known_part(raw: dict[str, Any], model: type[BaseModel], path: str, found: _
 
 
 def _inside(key: Key, value: Any, found: _Findings) -> Any:
-    if key.path in ("optimizer.params", "scheduler.params") and isinstance(value, dict):
+    if key.path in arguments.SECTIONS and isinstance(value, dict):
         found.autos += [join(key.path, str(name)) for name, inner in value.items() if inner == AUTO]
         kept = {name: inner for name, inner in value.items() if inner != AUTO}
         if value.get("warmup_max_lr") == AUTO and key.path == "scheduler.params":
@@ -134,83 +168,63 @@ def _named(key: Key, name: str, value: Any, found: _Findings) -> Any:
     return kept
 
 
-def _add_validation(error: ValidationError, found: _Findings, raw: Mapping[str, Any]) -> None:
-    # A misspelt key that is required would be told twice, as unknown and as missing.
-    told = " ".join(text for _, text in found.problems)
-    by_path: dict[str, list[Any]] = {}
-    for item in error.errors(include_url=False):
-        by_path.setdefault(_path_of(item["loc"]), []).append(item)
-    for path, items in by_path.items():
-        if items[0]["type"] != "missing":
-            found.problems.append((path, _explain(path, items, raw)))
-        elif path in found.autos:
-            found.problems.append((path, f'{path} is "auto", and nothing has filled it in: give a value'))
-        elif f'did you mean "{path}"?' not in told:
-            found.problems.append((path, f'"{path}" is missing'))
-
-
-def _path_of(loc: tuple[int | str, ...]) -> str:
-    """Dotted; pydantic appends the names of types to what is in a union, which are left out."""
-    parts = [str(part) for part in loc]
-    while len(parts) > 1 and (parts[-1] in _TYPES or "[" in parts[-1]):
-        parts.pop()
-    return ".".join(parts)
-
-
-_TYPES = frozenset({"int", "float", "bool", "str", "list", "dict"})
-
-
-def _explain(path: str, items: list[Any], raw: Mapping[str, Any]) -> str:
-    """Pydantic's findings for one key, one for each kind of value that it may have, in the words of the file."""
-    written = value_at(raw, path)  # as in the file, where case may have been changed since
-    shown = _shown(items[0].get("input") if written is None else written)
-    for item in items:
-        if item["type"] == "value_error":
-            return f"{path} is {shown}: {item['ctx']['error']}"
-    wanted = [_wanted(item) for item in items]
-    if None in wanted:
-        return f"{path} is {shown}: {items[wanted.index(None)]['msg']}"
-    return f"{path} is {shown}: it has to be {' or '.join(dict.fromkeys(str(want) for want in wanted))}"
-
-
-def _wanted(item: Any) -> str | None:
-    context = item.get("ctx", {})
-    bounds = {
-        "greater_than_equal": ("at least", "ge"),
-        "less_than_equal": ("at most", "le"),
-        "greater_than": ("more than", "gt"),
-        "less_than": ("less than", "lt"),
-    }
-    if item["type"] in bounds:
-        words, name = bounds[item["type"]]
-        return f"{words} {context[name]:g}"
-    if item["type"] == "literal_error":
-        options = context["expected"]
-        return f"one of {options}" if " or " in options else str(options)
-    return {
-        "bool_type": "true or false",
-        "int_type": "a whole number",
-        "float_type": "a number",
-        "finite_number": "a finite number",
-        "string_type": "a text in quotes",
-        "dict_type": "an object {...}",
-        "list_type": "a list [...]",
-        "model_type": "an object {...}",
-        "model_attributes_type": "an object {...}",
-    }.get(item["type"])
-
-
-def _shown(value: Any) -> str:
+def _validate(
+    known: dict[str, Any], raw: Mapping[str, Any], found: _Findings
+) -> tuple[DsConfig | None, tuple[str, ...]]:
+    """The configuration without the values that are wrong, and the paths of those."""
     try:
-        text = json.dumps(value)
-    except (TypeError, ValueError):
-        text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        return DsConfig.model_validate(known), ()
+    except ValidationError as error:
+        # A misspelt key that is required would be told twice, as unknown and as missing.
+        told = " ".join(text for _, text in found.problems)
+        found.problems += violations.problems(error, raw, autos=found.autos, told=told)
+        wrong = tuple(violations.paths(error))
+        rest = violations.without(known, error)
+    try:
+        return DsConfig.model_validate(rest), wrong
+    except ValidationError:
+        return None, wrong
+
+
+def _conflicts(config: DsConfig) -> Iterable[Problem]:
+    """Values that are right by themselves, and do not go together or ask for what is not there."""
+    yield from [(rule.key, rule.sentence) for rule in COMBINATIONS if rule.broken(config)]
+    yield from refusals(config)
+    yield from batch.contradictions(
+        config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
+    )
+
+
+def _follows_from(problem: Problem, wrong: Iterable[str]) -> bool:
+    """Whether a problem may only be there because a wrong value was replaced by its default."""
+    path, sentence = problem
+    return any(path == other or other.rpartition(".")[2] in sentence for other in wrong)
+
+
+def _in_order(problems: list[Problem], origin: Origin) -> list[Problem]:
+    end = max(origin.lines.values(), default=0) + 1
+    return sorted(problems, key=lambda p: (origin.line(p[0]) or 0) if p[0] else end)
 
 
 def _located(origin: Origin, path: str, sentence: str) -> str:
     line = origin.line(path)
     return f"line {line}: {sentence}" if line is not None else sentence
+
+
+def _foreign(keys: Mapping[str, str]) -> list[str]:
+    """One warning for all keys that are not DeepSpeed's, with hints for those that stand in the wrong place."""
+    if not keys:
+        return []
+    named = [f'"{name}"' for name in keys]
+    if len(named) > UNKNOWN_KEYS_EXPLAINED:
+        named[UNKNOWN_KEYS_EXPLAINED:] = [f"and {len(named) - UNKNOWN_KEYS_EXPLAINED:,} more"]
+    hints = [
+        text.removeprefix("unknown key ")
+        for text in keys.values()
+        if '": keys are nested' in text or '" belongs under ' in text
+    ]
+    more = f" ({'; '.join(hints)})" if hints else ""
+    return [f"ignored, because DeepSpeed reads no such key at the top level: {', '.join(named)}{more}"]
 
 
 def _remarks(config: DsConfig) -> list[str]:

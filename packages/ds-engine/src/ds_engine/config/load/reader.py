@@ -8,7 +8,9 @@ of JSON keep the last one, so that the first looks set and is not.
 
 from __future__ import annotations
 
+import bisect
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -19,7 +21,20 @@ _WORDS = {"true": True, "false": False, "null": None, "NaN": float("nan")} | {
     "-Infinity": float("-inf"),
 }
 _ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "/": "/", "\\": "\\", '"': '"', "'": "'"}
+_RUN = {quote: re.compile(rf"[^{quote}\\\n]*") for quote in "\"'"}
+"""Quote -> the text up to that quote, an escape or the end of the line."""
+_SPACE = re.compile(r"\s*")
+_SPACE_ON_LINE = re.compile(r"[^\S\n]*")
+_HEAD = re.compile(r"(?:(?!#|//|/\*)[^,\]}\s])*")
+"""A value without quotes up to a comma, a bracket, white space or a comment."""
+_AFTER_A_NUMBER = ("", "\n", *',]}#/"')
 _BARE_KEY = re.compile(r"[^\s{}\[\],:#\"']+")
+
+
+MAX_DEPTH = 100
+"""Objects and lists inside of each other. The deepest section stands four levels deep."""
+MAX_DIGITS = 400
+"""Of a number; the largest float has 309."""
 
 
 class ReadError(Exception):
@@ -50,7 +65,9 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.text = text
         self.at = 0
+        self.depth = 0
         self.lines: dict[str, int] = {}
+        self.ends = [match.start() for match in re.finditer("\n", text)]
 
     def document(self) -> Document:
         self.space()
@@ -81,12 +98,14 @@ class _Reader:
 
     def value(self, path: str) -> Any:
         sign = self.peek()
-        if sign == "{":
+        if sign and sign in "{[":
+            if self.depth == MAX_DEPTH:
+                self.fail(f"objects and lists are nested more than {MAX_DEPTH} levels deep")
             self.at += 1
-            return self.members(path, closing="}")
-        if sign == "[":
-            self.at += 1
-            return self.items(path)
+            self.depth += 1
+            inner = self.members(path, closing="}") if sign == "{" else self.items(path)
+            self.depth -= 1
+            return inner
         if sign and sign in "\"'":
             return self.string()
         return self.bare()
@@ -155,19 +174,34 @@ class _Reader:
 
     def bare(self) -> Any:
         """A number, a word, or a text without quotes up to the end of its line."""
+        word = _HEAD.match(self.text, self.at)
+        assert word is not None  # it may be empty
+        head = word.group()
+        if head in _WORDS or _NUMBER.fullmatch(head):
+            space = _SPACE_ON_LINE.match(self.text, word.end())
+            assert space is not None  # it may be empty
+            if self.text[space.end() : space.end() + 1] in _AFTER_A_NUMBER:
+                number = self.word(head)
+                self.at += len(head)
+                return number
         end = self.text.find("\n", self.at)
         rest = self.text[self.at : end if end >= 0 else len(self.text)]
-        head = re.split(r"[,\]}\s]|#|//|/\*", rest, maxsplit=1)[0]
-        after = rest[len(head) :].lstrip()
-        if head in _WORDS or _NUMBER.fullmatch(head):
-            if not after or after[0] in ',]}#/"':
-                self.at += len(head)
-                return _WORDS[head] if head in _WORDS else _number(head)
         text = re.split(r"\s#|\s//|\s/\*", rest, maxsplit=1)[0].rstrip()
         if not text or text[0] in "{}[],:" or text[-1] in ",]}" or '"' in text:
             self.fail(f"{(text or self.peek() or 'the end')!r} is not a value: put a text in quotation marks")
         self.at += len(text)
         return text
+
+    def word(self, head: str) -> Any:
+        """A number, or one of the words that stand for a value."""
+        if head in _WORDS:
+            return _WORDS[head]
+        if len(head) > MAX_DIGITS:
+            self.fail(f"a number of {len(head)} digits; it may have {MAX_DIGITS}")
+        value = _number(head)
+        if isinstance(value, float) and math.isinf(value):
+            self.fail(f"{head} is more than a number can be (1.8e308)")
+        return value
 
     def string(self) -> str:
         if self.text.startswith("'''", self.at):
@@ -180,11 +214,18 @@ class _Reader:
         quote, start = self.peek(), self.at
         self.at += 1
         parts: list[str] = []
-        while (sign := self.peek()) != quote:
-            if not sign or sign == "\n":
+        while True:
+            run = _RUN[quote].match(self.text, self.at)
+            assert run is not None  # it may be empty
+            parts.append(run.group())
+            self.at = run.end()
+            sign = self.peek()
+            if sign == quote:
+                break
+            if sign != "\\":
                 self.at = start
                 self.fail("the text is not closed on its line")
-            parts.append(self.escape() if sign == "\\" else sign)
+            parts.append(self.escape())
             self.at += 1
         self.at += 1
         return "".join(parts)
@@ -210,8 +251,9 @@ class _Reader:
     def space(self) -> None:
         """Over white space and comments."""
         while True:
-            while self.peek() and self.peek().isspace():
-                self.at += 1
+            space = _SPACE.match(self.text, self.at)
+            assert space is not None  # it may be empty
+            self.at = space.end()
             if self.text.startswith("/*", self.at):
                 end = self.text.find("*/", self.at)
                 if end < 0:
@@ -227,7 +269,7 @@ class _Reader:
         return self.text[self.at : self.at + 1]
 
     def line(self) -> int:
-        return self.text.count("\n", 0, self.at) + 1
+        return bisect.bisect_left(self.ends, self.at) + 1
 
     def fail(self, message: str, located: bool = True) -> NoReturn:
         column = self.at - self.text.rfind("\n", 0, self.at)

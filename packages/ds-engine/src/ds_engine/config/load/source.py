@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_engine.config.load.reader import ReadError, parse
+from ds_engine.config.load.reader import MAX_DEPTH, ReadError, parse
 from ds_engine.config.support.errors import ConfigError
 
 
@@ -34,7 +34,7 @@ def open_source(config: object) -> Source:
         ConfigError: it cannot be read.
     """
     if isinstance(config, Mapping):
-        return Source("config", {key: _plain(value) for key, value in config.items()}, {})
+        return Source("config", _plain(config), {})
     if not isinstance(config, (str, os.PathLike)):
         raise ConfigError([f"config is a {type(config).__name__}: pass the path of a JSON file, or a dict"])
     if isinstance(config, str) and (text := _inline(config)) is not None:
@@ -84,12 +84,18 @@ def _parsed(text: str, where: str) -> Source:
     return Source(where, document.value, document.lines)
 
 
-def _plain(value: Any) -> Any:
-    """Dicts and lists copied, numbers of numpy and torch as Python's own."""
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Dicts and lists copied, numbers of numpy and torch as Python's own.
+
+    Raises:
+        ConfigError: deeper than a file may be, as a dict is that holds itself.
+    """
+    if depth > MAX_DEPTH:
+        raise ConfigError([f"objects and lists are nested more than {MAX_DEPTH} levels deep"], "config")
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _plain(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [_plain(inner, depth + 1) for inner in value]
     item = getattr(value, "item", None)
     if callable(item) and getattr(value, "shape", None) == ():
         return item()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import cache
 
 from ds_engine.config.load.legacy import RENAMES
-from ds_engine.config.sections.schema import ANY, join, keys_of, sections
+from ds_engine.config.sections.schema import ANY, by_path, join, keys_of, sections
 from ds_engine.config.support.suggest import closest
 
 MANY = 15
@@ -29,6 +29,18 @@ PARAMS = {
 """Arguments of optimizers and schedules, which are no keys of the schema, and where they belong."""
 
 
+def is_misspelt(name: str) -> bool:
+    """Whether a key of the top level is so near to one of DeepSpeed's that it must be meant: at most a quarter of its
+    letters would change, or it is the beginning of one, at least two thirds long. "train_batchsize" and
+    "gradient_clip" are; "comment" (next to "comet"), "comms_config" and "steps" are not.
+    """
+    here = _here("")
+    near = closest(name, here)
+    if near is not None and near[1] <= max(1, len(name) // 4):
+        return True
+    return any(key.startswith(name.lower()) and 3 * len(name) >= 2 * len(key) for key in here)
+
+
 def unknown(path: str, name: str) -> str:
     """The nearest key of this section, else of another one; a key that exists elsewhere is told where it belongs.
 
@@ -36,6 +48,9 @@ def unknown(path: str, name: str) -> str:
         path: of the section; "" is the top level.
     """
     full = join(path, name)
+    if name in by_path() and "." in name:
+        section, _, key = name.rpartition(".")
+        return f'unknown key "{full}": keys are nested; write "{key}" inside of the section "{section}"'
     here = _here(path)
     near = closest(name, here)
     homes = _elsewhere(path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ds_engine.config.built import State, row_of
-from ds_engine.config.load.legacy import RENAMES
+from ds_engine.config.built.table import common_row
+from ds_engine.config.load.legacy import RENAMES, SCHEMA
 from ds_engine.config.sections.model import DsConfig
 from ds_engine.config.sections.schema import Key, every_key
 
@@ -29,6 +30,7 @@ def json_schema() -> dict[str, Any]:
         if holder is not None:
             old = {"deprecated": True, "description": f"Old name of {rule.new}."}
             holder["properties"].setdefault(name, old)
+    found["properties"][SCHEMA] = {"type": "string", "description": "Address of this schema, for editors."}
     zero = found["properties"]["zero_optimization"]
     zero["anyOf"] = [*zero["anyOf"], {"const": True}]
     return {"$schema": DIALECT, **found, "title": "ds_config.json"}
@@ -41,7 +43,8 @@ def _loosened(value: dict[str, Any], key: Key) -> dict[str, Any]:
     more: list[dict[str, Any]] = [{"const": "auto"}]
     if key.section is not None:
         more = [{"const": False}, {"type": "null"}]
-    row, text = row_of(key.path), key.info.description or ""
+    row = row_of(key.path) if key.section is None else common_row(key.path)
+    text = key.info.description or ""
     if row is not None and row.state is State.NO_EFFECT:
         text += f" No effect: {row.why}."
     elif row is not None and row.state is State.LATER:

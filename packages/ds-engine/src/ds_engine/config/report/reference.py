@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ds_engine.config.built import State, row_of
-from ds_engine.config.built.table import switches
+from ds_engine.config.built import Row, State, row_of
+from ds_engine.config.built.table import common_row, switches, unbuilt_values
 from ds_engine.config.load.legacy import EXTRAS, RENAMES
 from ds_engine.config.sections.schema import ANY, Key, default_of, join, keys_of, sections
 
@@ -70,11 +70,11 @@ def _cell(text: str) -> str:
 
 
 def _state(key: Key) -> str:
-    row = row_of(key.path)
+    row = row_of(key.path) if key.section is None else common_row(key.path)
     if row is None:
         return "see its section"
     if row.state is State.WORKS:
-        return f"works; {_cell(row.otherwise)} otherwise: no effect" if row.otherwise else "works"
+        return _works(key, row)
     if row.state is State.NO_EFFECT:
         return f"no effect: {_cell(row.why)}"
     if row.state is State.GONE:
@@ -82,6 +82,14 @@ def _state(key: Key) -> str:
     # Keys of a section that is switched elsewhere ask for nothing by themselves.
     asks = any(path == key.path or path.startswith(f"{key.path}.") for path in switches(row))
     return f"not yet: {row.owner}" if asks else f"with its section ({row.owner})"
+
+
+def _works(key: Key, row: Row) -> str:
+    text = f"works; no effect where {_cell(row.otherwise)}" if row.otherwise else "works"
+    refusing = unbuilt_values(key.path)
+    if refusing is not None:
+        text += f"; not yet: {_cell(refusing.why)} ({refusing.owner})"
+    return text
 
 
 def _default(key: Key) -> str:

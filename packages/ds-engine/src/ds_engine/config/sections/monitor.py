@@ -11,12 +11,22 @@ from ds_engine.config.support.section import Positive, Section, lowered
 _ENABLED = "Record on rank 0."
 
 
+def _one_directory(name: object) -> object:
+    if isinstance(name, str) and (not name.strip() or name in (".", "..") or any(c in name for c in "/\\\0")):
+        raise ValueError("it has to be the name of one directory, without / and other than ..")
+    return name
+
+
+DirectoryName = Annotated[str, BeforeValidator(_one_directory)]
+"""The name of a directory, not a path: what is written stays below the output path."""
+
+
 class TensorBoardConfig(Section):
     """Event files for TensorBoard."""
 
     enabled: bool = Field(default=False, description=_ENABLED)
     output_path: str = Field(default="", description="Directory. Default: runs, in the working directory.")
-    job_name: str = Field(default="DeepSpeedJobName", description="Directory inside output_path.")
+    job_name: DirectoryName = Field(default="DeepSpeedJobName", description="Directory inside output_path.")
 
 
 class CsvConfig(Section):
@@ -26,7 +36,7 @@ class CsvConfig(Section):
     output_path: str = Field(
         default="", description="Directory. Default: csv_monitor, in the working directory."
     )
-    job_name: str = Field(default="DeepSpeedJobName", description="Directory inside output_path.")
+    job_name: DirectoryName = Field(default="DeepSpeedJobName", description="Directory inside output_path.")
 
 
 class WandbConfig(Section):

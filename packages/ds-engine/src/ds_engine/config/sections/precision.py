@@ -39,7 +39,9 @@ class Fp16Config(Section):
     )
     auto_cast: bool = Field(default=False, description="Cast floating-point inputs too.")
     loss_scale: NotNegative = Field(default=0.0, description="Constant factor of the loss; 0: a dynamic one.")
-    initial_scale_power: Count = Field(default=16, description="Dynamic: begin with 2 to this power.")
+    initial_scale_power: Annotated[Count, Field(le=127)] = Field(
+        default=16, description="Dynamic: begin with 2 to this power."
+    )
     loss_scale_window: Positive = Field(
         default=1000, description="Dynamic: doubled after so many more steps in a row without overflow."
     )

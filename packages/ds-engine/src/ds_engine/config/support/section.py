@@ -23,7 +23,9 @@ class Section(BaseModel):
 def _whole_number(value: Any) -> Any:
     """People write 5e8 for a count, which JSON reads as a float."""
     if isinstance(value, float) and value.is_integer():
-        return int(value)
+        value = int(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("it has to be a whole number below 2^63")
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import BeforeValidator, Field
 
 from ds_engine.config.sections.zero.leaf_module import LeafModuleConfig
 from ds_engine.config.sections.zero.offload import OffloadOptimizerConfig, OffloadParamConfig
@@ -19,8 +19,9 @@ STAGES = {
 }
 
 
-def _known_stage(stage: int) -> int:
-    if stage not in STAGES:
+def _known_stage(stage: object) -> object:
+    """Say what the stages are where the number is none of them; a value of another type is left to its check."""
+    if isinstance(stage, int) and not isinstance(stage, bool) and stage not in STAGES:
         meaning = "; ".join(f"{number}: {text}" for number, text in STAGES.items())
         raise ValueError(f"there are stages 0 to 3 ({meaning})")
     return stage
@@ -36,7 +37,7 @@ class LoCoConfig(Section):
 class ZeroOptimizationConfig(Section):
     """How the model is divided among data-parallel ranks."""
 
-    stage: Annotated[int, AfterValidator(_known_stage)] = Field(
+    stage: Annotated[Count, BeforeValidator(_known_stage), Field(le=3)] = Field(
         default=0, description="; ".join(f"{number}: {text}" for number, text in STAGES.items()) + "."
     )
     offload_optimizer: OffloadOptimizerConfig = Field(
@@ -138,7 +139,7 @@ class ZeroOptimizationConfig(Section):
     zeropp_loco_param: LoCoConfig | None = Field(
         default=None, description="Error feedback for zero_quantized_gradients."
     )
-    mics_shard_size: Whole = Field(
+    mics_shard_size: Annotated[Whole, Field(ge=-1)] = Field(
         default=-1, description="Ranks that share one copy of the model; the groups hold replicas. -1: all."
     )
     mics_hierarchical_params_gather: bool = Field(
