@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ds_zero
+from ds_zero import _registry
 from ds_zero.layout.units import choose_leaves, choose_units
 from harness import ranks
 
@@ -137,7 +138,7 @@ def test_a_rank_whose_leaf_does_nothing_meets_its_backward() -> None:
 
 
 def units_of(model: nn.Module, **options: object) -> set[str]:
-    return set(choose_units(model, choose_leaves(model, **options)))  # type: ignore[arg-type]
+    return set(choose_units(model, choose_leaves(model, is_marked=_registry.is_leaf, **options)))  # type: ignore[arg-type]
 
 
 def test_leaves_are_units_with_all_they_contain() -> None:

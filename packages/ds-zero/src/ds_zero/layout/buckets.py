@@ -208,15 +208,15 @@ def keep_small_whole(
     rank; in order, as long as they are no more than `total_numel` elements together.
     """
     kept = 0
-    found = []
+    kept_infos = []
     for p in params:
         small = p.numel <= threshold_numel and (total_numel is None or kept + p.numel <= total_numel)
         # A single number cannot be both gathered and protected against writes by its stride.
         if small or p.numel <= 1:
             kept += p.numel
             p = replace(p, unit=None)
-        found.append(p)
-    return found
+        kept_infos.append(p)
+    return kept_infos
 
 
 def assign_whole(sizes: Sequence[int], num_ranks: int) -> list[int]:
@@ -262,11 +262,13 @@ def plan_buckets(
 
 def _owners(params: Sequence[ParamInfo], counts: Sequence[int]) -> dict[str, int]:
     """The owner of every undivided parameter, balanced over the ranks of its axis."""
-    found: dict[str, int] = {}
+    owners: dict[str, int] = {}
     for axis, count in enumerate(counts):
         whole = [p for p in params if p.undivided and p.axis == axis]
-        found |= {p.fqn: r for p, r in zip(whole, assign_whole([p.numel for p in whole], count), strict=True)}
-    return found
+        owners |= {
+            p.fqn: r for p, r in zip(whole, assign_whole([p.numel for p in whole], count), strict=True)
+        }
+    return owners
 
 
 def _bucket(

@@ -17,7 +17,7 @@ _MIXTURES = re.compile(r"(SparseMoe|Moe|MoE)(Block|MLP|Mlp|MoE|Layer|FFN)?$|Spar
 
 def leaf_names(model: nn.Module, leaves: Sequence[Leaf]) -> set[str]:
     """Names of the modules that match an entry; every entry has to match one."""
-    found: set[str] = set()
+    matching: set[str] = set()
     for leaf in leaves:
         names = {name for name, module in model.named_modules() if _matches(name, module, leaf)}
         if not names:
@@ -26,8 +26,8 @@ def leaf_names(model: nn.Module, leaves: Sequence[Leaf]) -> set[str]:
                 f"leaf module {leaf!r} is no class and no module of this {type(model).__name__}: give a class, its "
                 f"name, or a module's name; the classes are {', '.join(classes)}"
             )
-        found |= names
-    return found
+        matching |= names
+    return matching
 
 
 def _matches(name: str, module: nn.Module, leaf: Leaf) -> bool:
@@ -46,11 +46,11 @@ def choose_leaves(
     """Names of the modules to gather whole: those that `leaves` names, those that `is_marked` accepts, known
     mixtures of experts, and those with at most `granularity_numel` parameter elements per module inside.
     """
-    found = leaf_names(model, leaves)
+    names = leaf_names(model, leaves)
     for name, module in model.named_modules():
         if is_marked(module) or (name and _is_mixture(module)) or _is_fine(module, granularity_numel):
-            found.add(name)
-    return {name for name in found if not _inside(name, found)}
+            names.add(name)
+    return {name for name in names if not _inside(name, names)}
 
 
 def _is_mixture(module: nn.Module) -> bool:

@@ -165,9 +165,9 @@ class Ledger(TorchDispatchMode):
                 self._any_on_host = self._any_on_host or on_host is True
 
     def purpose(self, tensor: Tensor) -> tuple[str, bool] | None:
-        """What the storage is for and whether it lies on the host; None where it is not in the book."""
-        found = self._of.get(tensor.untyped_storage()._cdata)
-        return found[:2] if found is not None else None
+        """What the storage is for and whether it lies on the host; None where it is unknown."""
+        entry = self._of.get(tensor.untyped_storage()._cdata)
+        return entry[:2] if entry is not None else None
 
     def held(self) -> dict[str, int]:
         """Bytes on the device by purpose, now."""

@@ -45,13 +45,13 @@ _UNKNOWN = ()
 
 
 def _overloads(names: str) -> frozenset[Any]:
-    found = set()
+    operations = set()
     for name in names.split():
         packet, _, overload = name.partition(".")
         operation = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
         if operation is not None:  # not every torch has all
-            found.add(operation)
-    return frozenset(found)
+            operations.add(operation)
+    return frozenset(operations)
 
 
 class LeanOperations:
@@ -152,19 +152,19 @@ class LeanOperations:
         """Number of tensors, with all that a result depends on added to `key`; None where one is not fake, or has a
         value that torch knows.
         """
-        found = 0
+        count = 0
         for value in args:
             if isinstance(value, Tensor):
                 if type(value) is not FakeTensor or value.constant is not None or value.fake_device != _CPU:
                     return None
-                found += 1
+                count += 1
                 key += (value.shape, value.stride(), value.dtype)
             elif isinstance(value, (list, tuple)):
                 key.append(len(value))
                 inner = self._describe(value, key)
                 if inner is None:
                     return None
-                found += inner
+                count += inner
             else:
                 key += (type(value), value)
-        return found
+        return count

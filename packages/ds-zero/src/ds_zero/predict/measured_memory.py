@@ -99,10 +99,10 @@ class counted_memory:
     @property
     def phase_bytes(self) -> Mapping[str, int]:
         """Phase -> most bytes held at once in it."""
-        found: dict[str, int] = {}
+        peaks: dict[str, int] = {}
         for name, peak, held in zip(self._names, self._peaks, self._held, strict=True):
-            found[name] = max(found.get(name, 0), peak + held)
-        return found
+            peaks[name] = max(peaks.get(name, 0), peak + held)
+        return peaks
 
     @property
     def peak_bytes(self) -> int:
@@ -162,13 +162,13 @@ def _flat(events: Sequence[Any]) -> Iterator[Any]:
 
 def _addresses() -> set[int]:
     """Where the living tensors lie."""
-    found = set()
+    addresses = set()
     for thing in gc.get_objects():
         if issubclass(type(thing), Tensor):
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None and tensor.device.type == "cpu" and not is_fake(tensor):
-                    found.add(tensor.untyped_storage().data_ptr())
-    return found
+                    addresses.add(tensor.untyped_storage().data_ptr())
+    return addresses
 
 
 def _maxima(blocks: list[_Block], marks: list[tuple[int, int]], num_phases: int) -> list[int]:

@@ -117,10 +117,10 @@ def plan(
         states=optimizer_states(built, optimizer),
     )
     planner = _Planner(built, budget_bytes, host_budget_bytes)
-    found = planner.plan(job)
-    if found.fits is False:
-        found = replace(found, remedies=nearest_that_fit(job, planner.plan, planner.could_fit))
-    return found
+    planned = planner.plan(job)
+    if planned.fits is False:
+        planned = replace(planned, remedies=nearest_that_fit(job, planner.plan, planner.could_fit))
+    return planned
 
 
 @dataclass(frozen=True)
@@ -205,10 +205,10 @@ def _sums(rest: Resting, job: Job) -> tuple[int, int]:
 
 
 def _phases(outcome: Outcome, device: torch.device, reserve: int) -> tuple[PhaseMemory, ...]:
-    found = []
+    phases = []
     for name, peaks in outcome.phases.items():
         peak = peaks.both if device.type == "cpu" else peaks.device
-        found.append(
+        phases.append(
             PhaseMemory(
                 phase=name,
                 device_bytes=peak.num_bytes + reserve,
@@ -216,7 +216,7 @@ def _phases(outcome: Outcome, device: torch.device, reserve: int) -> tuple[Phase
                 parts=dict(peak.parts),
             )
         )
-    return tuple(found)
+    return tuple(phases)
 
 
 def _reserve(outcome: Outcome, device: torch.device) -> int:
@@ -253,9 +253,9 @@ def default_loss(output: Any) -> Tensor:
         return output if output.ndim == 0 else output.mean()
     if isinstance(output, Mapping) and "loss" in output:
         return default_loss(output["loss"])
-    found = getattr(output, "loss", None)
-    if isinstance(found, Tensor):
-        return default_loss(found)
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        return default_loss(loss)
     if isinstance(output, (tuple, list)) and output:
         return default_loss(output[0])
     raise ValueError(

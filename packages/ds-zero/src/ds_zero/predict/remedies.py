@@ -41,20 +41,20 @@ def nearest_that_fit(
     rules out (from the states alone) is not run.
     """
     judge = _Judge(planned, could_fit)
-    found: list[Remedy] = []
+    remedies: list[Remedy] = []
     settings = _settings(job)
     for count in range(1, len(settings) + 1):
         for chosen in combinations(settings, count):
             remedy = judge.smallest(job, chosen)
             if remedy is not None:
-                found.append(remedy)
-        if found:
+                remedies.append(remedy)
+        if remedies:
             break
-    if len(found) < MAX_REMEDIES:
+    if len(remedies) < MAX_REMEDIES:
         more = judge.more_ranks(job, ()) if job.stage > 0 else None  # stage 0 divides nothing among them
         more = more or judge.more_ranks(job, [setting[-1] for setting in settings])
-        found += [more] if more is not None else []
-    return tuple(found[:MAX_REMEDIES])
+        remedies += [more] if more is not None else []
+    return tuple(remedies[:MAX_REMEDIES])
 
 
 @dataclass
@@ -70,14 +70,14 @@ class _Judge:
         if self.runs >= MAX_RUNS or not self.could_fit(job):
             return None
         self.runs += job.micro_batch is not None
-        found = self.planned(job)
-        if not found.fits:
+        planned = self.planned(job)
+        if not planned.fits:
             return None
         return Remedy(
             changes={change.name: change.value for change in changes},
             text=", ".join(change.text for change in changes),
-            device_bytes=found.device_bytes,
-            host_bytes=found.host_bytes,
+            device_bytes=planned.device_bytes,
+            host_bytes=planned.host_bytes,
         )
 
     def smallest(self, job: Job, settings: Sequence[Sequence[_Change]]) -> Remedy | None:
@@ -112,21 +112,21 @@ def _ranks(count: int) -> _Change:
 
 def _settings(job: Job) -> list[list[_Change]]:
     """What can be turned, each in notches from the nearest to the furthest."""
-    found: list[list[_Change]] = []
+    settings: list[list[_Change]] = []
     if job.stage < 3 and job.num_ranks > 1:
-        found.append([_stage(s) for s in range(job.stage + 1, 4)])
+        settings.append([_stage(s) for s in range(job.stage + 1, 4)])
     if job.micro_batch is not None and not job.checkpointing:
         text = "activation checkpointing"
-        found.append([_Change("checkpointing", True, text, lambda j: replace(j, checkpointing=True))])
+        settings.append([_Change("checkpointing", True, text, lambda j: replace(j, checkpointing=True))])
     size = batch_size(job.micro_batch)
     smaller = list(_halves(size))
     if smaller:
-        found.append([_micro_batch(n, size) for n in smaller])
+        settings.append([_micro_batch(n, size) for n in smaller])
     if not job.offload:
         text = "optimizer states and masters on the host"
         if not job.on_cpu:
-            found.append([_Change("offload", True, text, lambda j: replace(j, offload=_OFFLOADED))])
-    return found
+            settings.append([_Change("offload", True, text, lambda j: replace(j, offload=_OFFLOADED))])
+    return settings
 
 
 def _stage(stage: int) -> _Change:

@@ -136,10 +136,10 @@ class Plan:
         return lines + [f"note: {note}" for note in self.notes]
 
     def _budgets(self) -> str:
-        found = [human_bytes(self.budget_bytes)] if self.budget_bytes is not None else []
+        budgets = [human_bytes(self.budget_bytes)] if self.budget_bytes is not None else []
         if self.host_budget_bytes is not None:
-            found.append(f"{human_bytes(self.host_budget_bytes)} of host memory")
-        return " and ".join(found)
+            budgets.append(f"{human_bytes(self.host_budget_bytes)} of host memory")
+        return " and ".join(budgets)
 
     def __str__(self) -> str:
         header, rows = self.rows()

@@ -95,7 +95,7 @@ class Job:
             return None
         known: dict[int, Ranks] = {}
 
-        def found(fqn: str, param: nn.Parameter) -> Ranks | None:
+        def ranks_of_param(fqn: str, param: nn.Parameter) -> Ranks | None:
             assert self.ranks_for is not None
             size = self.ranks_for(fqn, param)
             if size is None or size == self.num_ranks:
@@ -107,7 +107,7 @@ class Job:
                 known[size] = Ranks(own, 0, size, part=(0, self.num_ranks // size))
             return known[size]
 
-        return found
+        return ranks_of_param
 
     @property
     def on_cpu(self) -> bool:

@@ -63,7 +63,7 @@ class Lockstep:
         """Judged."""
         self._fresh: list[Difference] = []
         """Of the present part of the step, not judged yet."""
-        self._found: dict[str, Tensor] = {}
+        self._sharded_values: dict[str, Tensor] = {}
         """What the sharded training has where it differs."""
         self._buffer_bounds: dict[str, float] = {}
         self.losses: list[float] = []
@@ -171,9 +171,9 @@ class Lockstep:
             if d.kind == GRADIENT:
                 bound += plain.sum_error(d.name, ordered=ordered)
             self.differences.append(replace(d, bound=bound))
-        for name, value in self._found.items():
+        for name, value in self._sharded_values.items():
             plain.adopt_gradient(name, value)
-        self._fresh, self._found = [], {}
+        self._fresh, self._sharded_values = [], {}
 
     def _plain_update(self, step: int) -> None:
         assert self.plain is not None
@@ -181,14 +181,14 @@ class Lockstep:
         if not math.isnan(self._candidate.norm):
             self._note(_number(self._candidate.norm), _number(self.plain.norm), step, NORM, "all parameters")
 
-    def _note(self, found: Tensor | None, plain: Tensor | None, step: int, kind: str, name: str) -> None:
+    def _note(self, sharded: Tensor | None, plain: Tensor | None, step: int, kind: str, name: str) -> None:
         difference = compare(
-            found, plain, step=step, kind=kind, name=name, module=self._modules.get(name, "")
+            sharded, plain, step=step, kind=kind, name=name, module=self._modules.get(name, "")
         )
         if difference is not None:
             self._fresh.append(difference)
-            if found is not None and kind in (GRADIENT, PARAMETER):
-                self._found[name] = found
+            if sharded is not None and kind in (GRADIENT, PARAMETER):
+                self._sharded_values[name] = sharded
 
     def _judge_parameters(self, step: int) -> bool:
         """Bounds for what differs after the step; whether anything has differed in this step."""
@@ -203,9 +203,9 @@ class Lockstep:
             else:
                 bound = rounded(_number(plain.norm))
             self.differences.append(replace(d, bound=bound))
-        for name, value in self._found.items():
+        for name, value in self._sharded_values.items():
             plain.adopt(name, value)
-        self._fresh, self._found = [], {}
+        self._fresh, self._sharded_values = [], {}
         return any(d.step == step for d in self.differences)
 
     # --- on all ranks
@@ -214,17 +214,17 @@ class Lockstep:
         """From the loss backwards: what goes wrong in backward goes wrong in everything that comes later in it."""
         names = from_first(lambda: self.plain.names if self.plain is not None else [])
         for name in reversed(names or []):
-            found = get_full(self._candidate.model, name, "grad")
+            sharded = get_full(self._candidate.model, name, "grad")
             if self.plain is not None:
-                self._note(found, self.plain.gradient(name), step, GRADIENT, name)
+                self._note(sharded, self.plain.gradient(name), step, GRADIENT, name)
 
     def _compare_parameters(self, step: int) -> None:
         names = from_first(lambda: list(self.plain.values()) if self.plain is not None else [])
         plain = self.plain.values() if self.plain is not None else {}
         for name in names or []:
-            found = get_full(self._candidate.model, name)
+            sharded = get_full(self._candidate.model, name)
             if self.plain is not None:
-                self._note(found, plain[name], step, PARAMETER, name)
+                self._note(sharded, plain[name], step, PARAMETER, name)
         if self.plain is not None and step:
             buffers = dict(self._candidate.model.named_buffers())
             for name, value in self.plain.values(BUFFER).items():
@@ -234,17 +234,17 @@ class Lockstep:
         """Plain PyTorch goes on from the sharded training's optimizer states, which are judged on the way."""
         plain = self.plain
         for name, kind in from_first(lambda: plain.states() if plain is not None else []):
-            found = get_full(self._candidate.model, name, kind)
+            sharded = get_full(self._candidate.model, name, kind)
             if plain is None:
                 continue
             expected = plain.state(name, kind)
             difference = compare(
-                found, expected, step=step, kind=f"{STATE} {kind}", name=name, module=self._modules[name]
+                sharded, expected, step=step, kind=f"{STATE} {kind}", name=name, module=self._modules[name]
             )
             if difference is not None:
                 self.differences.append(replace(difference, bound=rounded(expected)))
-            if found is not None:
-                plain.adopt_state(name, kind, found)
+            if sharded is not None:
+                plain.adopt_state(name, kind, sharded)
 
 
 def _moved(table: list[list[Any]], device: torch.device) -> list[list[Any]]:
@@ -301,8 +301,8 @@ def from_first(make: Callable[[], T]) -> T:
         dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise box[1]
-    found: T = box[0]
-    return found
+    answer: T = box[0]
+    return answer
 
 
 def _told(error: Exception) -> Exception:

@@ -213,8 +213,8 @@ class PlainTraining:
         total = self._sums_local if self.local else self._sums_sharded
 
         def run(k: int, r: int) -> dict[str, Tensor]:
-            losses[k][r], found = self._micro_batch(batches[k][r], first + k * ranks + r, r)
-            return found
+            losses[k][r], grads = self._micro_batch(batches[k][r], first + k * ranks + r, r)
+            return grads
 
         self._before, self._sizes = list(self._buffers), {}
         self._grads = total(run, len(batches))
@@ -291,8 +291,8 @@ class PlainTraining:
 
     def gradient(self, name: str) -> Tensor | None:
         """Before clipping, without the loss scale; None where no micro-batch has used the parameter."""
-        found = self._grads.get(name)
-        return None if found is None else found.float() * (1.0 / self.loss_scale)
+        grad = self._grads.get(name)
+        return None if grad is None else grad.float() * (1.0 / self.loss_scale)
 
     def adopt(self, name: str, value: Tensor) -> None:
         """Go on from another value of a parameter."""
@@ -319,8 +319,8 @@ class PlainTraining:
             held[kind] = type(held[kind])(value.item())
 
     def _held(self, param: Tensor) -> dict[str, Any]:
-        found: dict[str, Any] = self.optimizer.state.get(param, {})
-        return found
+        states: dict[str, Any] = self.optimizer.state.get(param, {})
+        return states
 
     # --- inside
 
@@ -337,15 +337,15 @@ class PlainTraining:
         self.draws = self.draws or not torch.equal(before, torch.get_rng_state())
         self._keep_buffers(rank)
         params = dict(self.worker.named_parameters())
-        found = {}
+        grads = {}
         for name in self.names:
             grad = params[name].grad
             if grad is not None:
-                found[name] = grad.to_dense() if grad.is_sparse else grad.detach()
-                size = float(found[name].abs().max()) if found[name].numel() else 0.0
+                grads[name] = grad.to_dense() if grad.is_sparse else grad.detach()
+                size = float(grads[name].abs().max()) if grads[name].numel() else 0.0
                 self._sizes[name] = self._sizes.get(name, 0.0) + size
                 params[name].grad = None
-        return loss.item(), found
+        return loss.item(), grads
 
     def _sums_local(self, run: Callable[[int, int], dict[str, Tensor]], micros: int) -> dict[str, Tensor]:
         """Each rank adds its micro-batches; then one reduction."""
@@ -377,9 +377,9 @@ class PlainTraining:
         config, ranks = self.config, self._recipe.ranks
         sums: dict[str, TreeSum] = {}
         for r in range(ranks):
-            found = of_rank(r)
-            for name in {**sums, **found}:
-                part = self._travelling(found[name]) if name in found else None
+            grads = of_rank(r)
+            for name in {**sums, **grads}:
+                part = self._travelling(grads[name]) if name in grads else None
                 if name not in sums:
                     assert part is not None
                     sums[name] = TreeSum()

@@ -118,11 +118,11 @@ def verify(
 
 def _check_mesh(mesh: Group | None) -> None:
     """Micro-batch number k N + r has to be that of rank r, and all ranks have to see data."""
-    found = ranks_of(mesh)
-    across = found.replicas.rank if found.replicas is not None else 0
-    if (found.total, across * found.size + found.rank) != (world_size(), own_rank()):
+    mesh_ranks = ranks_of(mesh)
+    across = mesh_ranks.replicas.rank if mesh_ranks.replicas is not None else 0
+    if (mesh_ranks.total, across * mesh_ranks.size + mesh_ranks.rank) != (world_size(), own_rank()):
         raise ValueError(
-            f"mesh has {found.total} ranks, the process group {world_size()}: verify takes a mesh of all ranks, in "
+            f"mesh has {mesh_ranks.total} ranks, the process group {world_size()}: give verify a mesh of all ranks, in "
             'their order, as init_device_mesh("cpu", (replicas, shards)) makes it'
         )
 
@@ -147,8 +147,8 @@ class _Loop:
         if math.isfinite(self._recipe.clip):
             clip_grad_norm_(self.model, self._recipe.clip)
         self._optimizer.step()
-        found = grad_norm(self.model)
-        self.norm = math.nan if found is None else found.before
+        norm = grad_norm(self.model)
+        self.norm = math.nan if norm is None else norm.before
         self._optimizer.zero_grad()
         if self._schedule is not None and not (self._scaler is not None and self._scaler.step_was_skipped):
             self._schedule.step()
@@ -223,18 +223,18 @@ def _describe(recipe: Recipe, plain: PlainTraining) -> str:
 
 
 def _notes(plain: PlainTraining, differs: bool) -> tuple[str, ...]:
-    found = []
+    notes = []
     if differs and next(iter(plain.worker.parameters())).device.type == "cpu":
-        found.append(
+        notes.append(
             "On the CPU most configurations are bitwise plain PyTorch (docs/benchmarks/parity.md), so a small "
             "difference, too, may be a fault: bitwise=True (--bitwise) lets none pass."
         )
     if plain.draws:
-        found.append(
+        notes.append(
             "The model draws random numbers (dropout): both sides were seeded alike for every micro-batch."
         )
     if plain.steps and plain.skipped:
-        found.append(
+        notes.append(
             f"{plain.skipped} of {plain.steps} steps were left out: their gradients were not finite."
         )
-    return tuple(found)
+    return tuple(notes)

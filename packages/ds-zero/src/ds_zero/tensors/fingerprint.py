@@ -23,8 +23,8 @@ def fingerprint(tensor: Tensor) -> int:
     sums = [
         (block.to(torch.int64) * places[: block.numel()]).sum() for block in torch.split(words, BLOCK_NUMEL)
     ]
-    found = torch.stack(sums)
-    mixed = (found ^ (found >> 29)) * torch.arange(1, len(sums) + 1, device=words.device).mul_(2).add_(
-        _FACTOR
-    )
+    sums_tensor = torch.stack(sums)
+    mixed = (sums_tensor ^ (sums_tensor >> 29)) * torch.arange(1, len(sums) + 1, device=words.device).mul_(
+        2
+    ).add_(_FACTOR)
     return int(mixed.sum().item())
