@@ -139,7 +139,7 @@ def sent_bytes() -> int:
 
 
 def moved_bytes(model: Any, name: str) -> int:
-    """What this rank has sent so far; ours by its own count, which includes what neighbours copy for themselves."""
+    """What this rank has sent so far; ours by its own count, which includes what is read from peer memory."""
     if not name.startswith(("ours", "zero")):
         return sent_bytes()
     from ds_zero import _registry

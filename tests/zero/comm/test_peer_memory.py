@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
 import threading
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,8 +20,8 @@ import ds_zero
 from ds_zero import _registry
 from ds_zero.comm import peer_memory
 from ds_zero.comm.collectives import default_comm
-from ds_zero.comm.peer_memory import Alarm, Exchange, Neighbours, copy_from
-from ds_zero.comm.ranks import acquainted, ranks_of
+from ds_zero.comm.peer_memory import AbortFlag, Exchange, PeerMemory, copy_from
+from ds_zero.comm.ranks import discover_peers, ranks_of
 from harness import ranks
 from zero.models import Tiny, batch
 from zero.parity import everywhere
@@ -55,32 +57,32 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def pair(pid_of_1: int | None = None) -> tuple[Neighbours, Neighbours]:
+def pair(pid_of_1: int | None = None) -> tuple[PeerMemory, PeerMemory]:
     """Two ranks, both in this process unless the second is said to be elsewhere."""
-    files, boards = zip(*(peer_memory._new_board(2, 0) for _ in range(2)), strict=True)
+    files, mailboxes = zip(*(peer_memory._new_mailbox(2, 0) for _ in range(2)), strict=True)
     for file in files:
         os.close(file)
     pids = os.getpid(), pid_of_1 or os.getpid()
     found = []
     for rank, other in ((0, 1), (1, 0)):
-        peer = peer_memory._Peer(other, pids[other], boards[other], os.pidfd_open(pids[other]))
-        found.append(Neighbours(rank, boards[rank], [peer], Alarm()))
+        peer = peer_memory._Peer(other, pids[other], mailboxes[other], os.pidfd_open(pids[other]))
+        found.append(PeerMemory(rank, mailboxes[rank], [peer], AbortFlag()))
     return found[0], found[1]
 
 
-def send(origin: Neighbours, to: int, tag: int, *values: float) -> Exchange:
+def send(origin: PeerMemory, to: int, tag: int, *values: float) -> Exchange:
     exchange = Exchange(origin, tag)
     exchange.send(to, [torch.tensor([v]) for v in values])
     return exchange
 
 
-def receive(own: Neighbours, origin: int, tag: int, *tensors: Tensor) -> Exchange:
+def receive(own: PeerMemory, origin: int, tag: int, *tensors: Tensor) -> Exchange:
     exchange = Exchange(own, tag)
     exchange.receive(origin, tensors)
     return exchange
 
 
-def fetch(own: Neighbours, origin: int, tag: int) -> float:
+def fetch(own: PeerMemory, origin: int, tag: int) -> float:
     got = torch.zeros(1)
     receive(own, origin, tag, got).wait()
     return float(got)
@@ -212,7 +214,7 @@ def test_same_bits_as_with_messages(stage: int) -> None:
 
 
 @ranks(2)
-def test_nothing_is_sent_between_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_sent_where_peer_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(64, 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ds_zero.shard(model, optimizer, 3, config=ds_zero.ZeroConfig(persistence_threshold_numel=0))
@@ -232,9 +234,45 @@ def test_nothing_is_sent_between_neighbours(monkeypatch: pytest.MonkeyPatch) -> 
 def test_one_side_without_permission_is_enough_for_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     if dist.get_rank() == 1:
         monkeypatch.setattr(peer_memory, "_system", lambda: None)
-    known = acquainted(ranks_of(None), CPU, Alarm())
-    assert known.neighbours is None
+    known = discover_peers(ranks_of(None), CPU, AbortFlag())
+    assert known.peer_memory is None
     whole = torch.zeros(2)
     whole[dist.get_rank()] = 1.0 + dist.get_rank()
     default_comm(CPU).gather(whole, known).wait()
     assert whole.tolist() == [1.0, 2.0]
+
+
+@ranks(2)
+@pytest.mark.parametrize("refused", ["process_vm_writev", "memfd_create"])
+def test_a_call_refused_on_one_rank_leaves_all_with_messages(
+    refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under a seccomp filter that refuses one of the calls and allows the others."""
+    if dist.get_rank() == 1 and refused == "memfd_create":
+
+        def refuse(name: str) -> int:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "memfd_create", refuse)
+    elif dist.get_rank() == 1:
+        system = peer_memory._system()
+        assert system is not None
+        denied = replace(system, write=lambda *args: (ctypes.set_errno(1), -1)[1])
+        monkeypatch.setattr(peer_memory, "_system", lambda: denied)
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ds_zero.shard(model, optimizer, 3, config=ds_zero.ZeroConfig(persistence_threshold_numel=0))
+    assert _registry.state_of(model).ranks.peer_memory is None
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+
+
+def test_a_process_that_ends_while_it_is_read_is_not_taken_for_another_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its process id may belong to somebody else by then, whose memory can be read just as well."""
+    first, second = pair()
+    send(first, 1, REDUCE, 1.0)
+    monkeypatch.setattr(peer_memory, "_has_ended", lambda pidfd: True)
+    with pytest.raises(RuntimeError, match=r"rank 0 .*the process has ended"):
+        fetch(second, 0, REDUCE)

@@ -81,7 +81,7 @@ class ZeroConfig:
 
     read_neighbours: bool = True
     """On the CPU ranks of one machine copy slices out of each other's memory where the system lets them; what they
-    would have sent is counted all the same. False: everything is sent. [Note: neighbours]"""
+    would have sent is counted all the same. False: everything is sent. [Note: peer memory]"""
 
     rank_invariant: bool = False
     """The same micro-batches give bitwise the same training on 1, 2, 4, 8, ... ranks, [Note: tree over

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from ds_zero import _registry
 from ds_zero.checks import check_model, check_optimizer, check_stage
 from ds_zero.comm.collectives import Comm, default_comm
-from ds_zero.comm.peer_memory import Alarm
-from ds_zero.comm.ranks import Group, Ranks, acquainted
+from ds_zero.comm.peer_memory import AbortFlag
+from ds_zero.comm.ranks import Group, Ranks, discover_peers
 from ds_zero.comm.topology import MeshFor, ModelParallel, Topology, numbered, topology_of
 from ds_zero.comm.watchdog import WatchedComm, note_steps, watch_ranks
 from ds_zero.config import ZeroConfig
@@ -110,9 +110,9 @@ def shard(
     materialize_buffers(model, device)
     comm = comm or default_comm(device, ordered=True if config.rank_invariant else config.ordered_reduction)
     topology = numbered(topology, device)
-    alarm = Alarm()
+    abort = AbortFlag()
     if config.read_neighbours:
-        topology = replace(topology, axes=tuple(acquainted(a, device, alarm) for a in topology.axes))
+        topology = replace(topology, axes=tuple(discover_peers(a, device, abort) for a in topology.axes))
     leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel, _registry.is_leaf)
     roots = choose_units(model, leaves)
     unit_of = unit_of_params(model, roots) if stage == 3 else {}
@@ -122,10 +122,10 @@ def shard(
     broadcast_buffers(model, topology.axes[0])
     buckets = build(layouts, params, topology, store, config.grad_dtype, device)
     hand_over(optimizer, buckets)
-    groups = add_secondary(buckets, config.secondary_ranks, alarm if config.read_neighbours else None)
+    groups = add_secondary(buckets, config.secondary_ranks, abort if config.read_neighbours else None)
 
     units = map_units(model, roots, buckets, leaves)
-    state = _assemble(model, optimizer, buckets, units, stage, config, topology, comm, store, norms, alarm)
+    state = _assemble(model, optimizer, buckets, units, stage, config, topology, comm, store, norms, abort)
     state.handles += groups
     _registry.put(model, [*params.values(), optimizer], state)
     return model, optimizer
@@ -142,12 +142,12 @@ def _assemble(
     comm: Comm,
     store: ShardStore,
     norms: Norms,
-    alarm: Alarm,
+    abort: AbortFlag,
 ) -> ZeroState:
     """Everything that acts on the buckets, and the hooks through which it is called."""
     watch = BackwardWatch()
     waiting = watch_ranks(
-        topology.axes[0], topology.axes[1:], config.order_timeout_s, alarm, buckets[0].device
+        topology.axes[0], topology.axes[1:], config.order_timeout_s, abort, buckets[0].device
     )
     comm = WatchedComm(comm, waiting)
     gatherer = Gatherer(buckets, comm, waiting)

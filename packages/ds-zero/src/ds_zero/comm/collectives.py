@@ -10,8 +10,8 @@ and the result depends on nothing but the inputs.
 On gloo, `all_gather_into_tensor` and `reduce_scatter_tensor` move each byte several times: for 32 MB of fp32
 on 2 ranks they took 2.8 and 9 times as long as sending each slice straight to the rank that needs it.
 Messages carry a tag of their own for gathering and for reducing, so the two never wait for each other's
-order. Between processes of one machine that can read each other's memory nothing travels at all: [Note:
-neighbours] in `ds_zero/neighbours.py`.
+order. Between processes of one machine that can read each other's memory nothing travels at all:
+[Note: peer memory] in `comm/peer_memory.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_zero.comm.peer_memory import Exchange, Neighbours
+from ds_zero.comm.peer_memory import Exchange, PeerMemory
 from ds_zero.comm.ranks import Ranks
 from ds_zero.interfaces import AllGather, ReduceScatter, Work
 from ds_zero.tensors.large_pages import in_large_pages
@@ -53,9 +53,9 @@ def settle(work: Work) -> None:
     """After `arrive`: wait until nobody needs what was sent any more.
 
     [Note: arriving and settling]
-    Neighbours copy when they need the values, so what was sent has to stay until the slowest has come as far as this
-    rank. Who waits for that at once goes from operation to operation in step with everybody: the delays of all ranks
-    add up. So the two waits are apart, and the second comes one bucket or one unit later, when it is usually over.
+    Ranks that read peer memory copy when they need the values, so what was sent has to stay until the slowest has come
+    as far as this rank. Whoever waits for that at once goes from operation to operation in step with all others, and the
+    delays of all ranks add up. So the two waits are apart, and the second comes one bucket or one unit later, when it is usually over.
     """
     late = getattr(work, "settle", None)
     if late is not None:
@@ -131,14 +131,14 @@ def exchange(
     receives: Callable[[int], Sequence[Tensor]],
     group: dist.ProcessGroup,
     tag: int,
-    neighbours: Neighbours | None = None,
+    peer_memory: PeerMemory | None = None,
 ) -> list[Work]:
     """Send all of `sends(p)` to and receive all of `receives(p)` from every other rank p; all ranks start with a
     different peer. What is sent must not change before the works are over.
     """
     rank, size = group.rank(), group.size()
     works: list[Work] = []
-    near = Exchange(neighbours, tag) if neighbours is not None else None
+    near = Exchange(peer_memory, tag) if peer_memory is not None else None
     for step in range(1, size):
         to, origin = (rank + step) % size, (rank - step) % size
         # Slices may be empty, and then nobody sends them.
@@ -160,14 +160,14 @@ class DirectAllGather:
     there.
     """
 
-    def __init__(self, number: int = 0, neighbours: Neighbours | None = None) -> None:
-        self._tag, self._neighbours = GATHER_TAG + number, neighbours
+    def __init__(self, number: int = 0, peer_memory: PeerMemory | None = None) -> None:
+        self._tag, self._peer_memory = GATHER_TAG + number, peer_memory
 
-    def numbered(self, number: int, neighbours: Neighbours | None) -> DirectAllGather:
+    def numbered(self, number: int, peer_memory: PeerMemory | None) -> DirectAllGather:
         """One whose messages meet only those of the same number: ranks that gather different things wait for
         each other, and never take one for the other.
         """
-        return DirectAllGather(number, neighbours)
+        return DirectAllGather(number, peer_memory)
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return _allocate(size, dtype=dtype, device=device)
@@ -179,7 +179,7 @@ class DirectAllGather:
         own = slices[group.rank()]
         if not same_place(own, input):
             own.copy_(input)
-        works = exchange(lambda _: [own], lambda p: [slices[p]], group, self._tag, self._neighbours)
+        works = exchange(lambda _: [own], lambda p: [slices[p]], group, self._tag, self._peer_memory)
         work = Then(works, _nothing)
         if async_op:
             return work
@@ -190,12 +190,12 @@ class DirectAllGather:
 class OrderedReduceScatter:
     """[Note: ordered reduction] over [Note: direct exchange]."""
 
-    def __init__(self, neighbours: Neighbours | None = None) -> None:
-        self._neighbours = neighbours
+    def __init__(self, peer_memory: PeerMemory | None = None) -> None:
+        self._peer_memory = peer_memory
 
-    def among(self, neighbours: Neighbours | None) -> OrderedReduceScatter:
-        """One that knows which ranks of the group are neighbours."""
-        return OrderedReduceScatter(neighbours)
+    def among(self, peer_memory: PeerMemory | None) -> OrderedReduceScatter:
+        """The same, over the memory of the peers that can be read."""
+        return OrderedReduceScatter(peer_memory)
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return _allocate(size, dtype=dtype, device=device)
@@ -209,7 +209,7 @@ class OrderedReduceScatter:
         async_op: bool = False,
     ) -> Work | None:
         parts = list(input.view(group.size(), -1))
-        work = _ordered(output, parts, group, op, REDUCE_TAG, self._neighbours)
+        work = _ordered(output, parts, group, op, REDUCE_TAG, self._peer_memory)
         if async_op:
             return work
         work.wait()
@@ -222,13 +222,13 @@ def _ordered(
     group: dist.ProcessGroup,
     op: dist.ReduceOp.RedOpType,
     tag: int,
-    neighbours: Neighbours | None = None,
+    peer_memory: PeerMemory | None = None,
 ) -> Work:
     """Send `parts[p]` to rank p and sum what arrives, [Note: ordered reduction]."""
     rank, size = group.rank(), group.size()
     received = in_large_pages(parts[rank].new_empty(size - 1, parts[rank].numel()))
     mine = [parts[p] if p == rank else received[p - (p > rank)] for p in range(size)]
-    works = exchange(lambda p: [parts[p]], lambda p: [mine[p]], group, tag, neighbours)
+    works = exchange(lambda p: [parts[p]], lambda p: [mine[p]], group, tag, peer_memory)
     scale = 1.0 / size if op == dist.ReduceOp.AVG else 1.0
 
     def add_up() -> None:
@@ -325,7 +325,7 @@ class Comm:
             return gather_uneven(whole, sizes, ranks, GATHER_TAG + number)
         collective = self.all_gather
         if isinstance(collective, DirectAllGather):
-            collective = collective.numbered(number, ranks.neighbours)
+            collective = collective.numbered(number, ranks.peer_memory)
         return collective(whole, own, ranks.group, async_op=True) or Done()
 
     def reduce(
@@ -346,7 +346,7 @@ class Comm:
             return reduce_uneven(out, whole, sizes, ranks, op, REDUCE_TAG)
         collective = self.reduce_scatter
         if type(collective) is OrderedReduceScatter:  # what derives from it may do something else
-            collective = collective.among(ranks.neighbours)
+            collective = collective.among(ranks.peer_memory)
         return collective(out, whole, ranks.group, op, async_op=True) or Done()
 
     def takes_pieces(self, ranks: Ranks, device: torch.device) -> bool:
@@ -407,7 +407,7 @@ def gather_uneven(whole: Tensor, sizes: Sequence[int], ranks: Ranks, tag: int) -
     parts = list(torch.split(whole, list(sizes)))
     own = parts[ranks.rank]
     if whole.device.type == "cpu":
-        works = exchange(lambda _: [own], lambda p: [parts[p]], ranks.group, tag, ranks.neighbours)
+        works = exchange(lambda _: [own], lambda p: [parts[p]], ranks.group, tag, ranks.peer_memory)
         return Then(works, _nothing)
     return dist.all_gather(parts, own, group=ranks.group, async_op=True) or Done()
 
@@ -419,7 +419,7 @@ def reduce_uneven(
     assert ranks.group is not None
     parts = list(torch.split(whole, list(sizes)))
     if whole.device.type == "cpu":
-        return _ordered(out, parts, ranks.group, op, tag, ranks.neighbours)
+        return _ordered(out, parts, ranks.group, op, tag, ranks.peer_memory)
     result = out if out.dtype == whole.dtype else torch.empty_like(out, dtype=whole.dtype)
     work: Work | None = dist.reduce_scatter(result, parts, op=op, group=ranks.group, async_op=True)
     return Then([work] if work is not None else [], lambda: _widen(result, out))

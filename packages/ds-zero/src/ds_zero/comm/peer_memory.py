@@ -1,17 +1,19 @@
 """Slices that ranks on one machine copy straight out of each other's memory.
 
-[Note: neighbours]
-Two processes of one machine that send each other a slice over TCP have it copied twice, packet by packet, by threads
-of the backend that compete with the training for its cores. Linux lets a process copy out of the memory of another
-one that it may trace (`process_vm_readv`), which MPI libraries call cross memory attach. So between such ranks nothing
-is sent: the sender writes into its board, a page that the others map, where its slice lies; the receiver copies when
-it needs the values, and tells the sender that it has. Whoever waits sleeps on a word of the other's board (a futex).
-The order of operations, and what ranks that do different things run into, are the same as with messages. Nothing moves
-in the background: a slice is copied, at the speed of memory, by the thread that waits for it.
+[Note: peer memory]
+When two processes of one machine send each other a slice over TCP, threads of the backend copy it twice, packet by
+packet, and compete with the training for its cores. Linux lets a process read the memory of another process that it
+may trace (`process_vm_readv`); MPI libraries call this cross-memory attach. Between such ranks nothing is sent. Each
+rank owns a mailbox: a shared page with a ring of descriptors for every other rank. The sender posts a descriptor that
+says where its slice lies. The receiver copies the slice when it needs the values, then marks the descriptor as
+fetched. A waiting rank sleeps on a doorbell word of the other rank's mailbox (a futex). Operations keep the order they
+would have as messages, and ranks that do different things run into the same errors. Nothing moves in the background:
+the thread that waits for a slice copies it, at the speed of memory.
 
-Which pairs of ranks can do this is tried out when they meet: each reads a random number out of the memory of every
-other. Other machines, containers that hide each other, systems other than Linux on x86-64, and kernels that refuse
-(Yama's `ptrace_scope` above 0) keep to messages.
+`connect` tries out which pairs of ranks can do this: each rank reads a random number from the memory of every other
+rank, writes one there, and opens its mailbox. A pair in which either side fails sends messages. That is the case
+between machines, between containers that hide their processes, on systems other than Linux on x86-64, and where the
+kernel refuses (Yama's `ptrace_scope` above 0, seccomp).
 
 Source: Vienne, Benefits of Cross Memory Attach for MPI libraries on HPC clusters (XSEDE 2014).
 """
@@ -34,24 +36,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 _RING = 64
-"""Offers from one rank to another that stand on the board at once."""
+"""Descriptors from one rank to another that its mailbox holds at once."""
 _SLOT, _HEAD = 3, 8
-"""Words of an offer (tag, address of its card, number of tensors), and of what stands before the offers."""
-_OFFERED, _TAKEN, _BELL, _ASLEEP, _TOKEN = 0, 1, 2, 3, 4
-"""Words of the head: offers made, offers of the other one read, how often anything has changed, how many threads sleep
-until the other one changes something, what proves that this is the board."""
+"""Words of a ring entry (tag, address of the descriptor, number of tensors), and of the head of a block."""
+_OFFERED, _TAKEN, _DOORBELL, _WAITERS, _TOKEN = 0, 1, 2, 3, 4
+"""Words of the head: entries posted, entries of the other rank read, how often anything has changed, how many threads
+sleep until the other rank changes something, and the random number that identifies the mailbox."""
 _BLOCK = _HEAD + _RING * _SLOT
 _MOST_PARTS = 512
 """Tensors copied in one system call; Linux takes 1024."""
-_LOOK_S = 0.1
-"""How often a rank that waits looks whether the other one still lives."""
+_POLL_S = 0.1
+"""How often a waiting rank checks that the other one is alive."""
 _LIMIT_S = 1800.0
-"""The longest wait: that of torch's process groups, where nothing else says that ranks stand still."""
+"""The longest wait, that of torch's process groups; the watch over ranks usually ends it earlier."""
 _SYS_FUTEX: Mapping[str, int] = {"x86_64": 202}
-"""Number of the system call. Only processors that show stores to others in the order in which they were made: an offer
+"""Number of the system call. Only processors that show stores to others in the order in which they were made: an entry
 must be complete when it is counted.
 """
-_FUTEX_WAIT, _FUTEX_WAKE, _EVERYBODY = 0, 1, 1 << 30
+_FUTEX_WAIT, _FUTEX_WAKE, _ALL_WAITERS = 0, 1, 1 << 30
 
 
 class _Range(ctypes.Structure):
@@ -68,7 +70,7 @@ class _Time(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _System:
-    """What of the system is needed."""
+    """The system calls that this module makes."""
 
     read: Callable[..., int]
     """process_vm_readv"""
@@ -82,7 +84,7 @@ class _System:
 
 @functools.cache
 def _system() -> _System | None:
-    """None where something is missing."""
+    """None where one of them is missing."""
     number = _SYS_FUTEX.get(os.uname().machine) if hasattr(os, "uname") else None
     if number is None or not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
         return None
@@ -92,9 +94,9 @@ def _system() -> _System | None:
     except (OSError, AttributeError):
         return None
     ranges = (ctypes.c_void_p, ctypes.c_ulong)
-    for found in (read, write):
-        found.restype = ctypes.c_ssize_t
-        found.argtypes = (ctypes.c_int, *ranges, *ranges, ctypes.c_ulong)
+    for function in (read, write):
+        function.restype = ctypes.c_ssize_t
+        function.argtypes = (ctypes.c_int, *ranges, *ranges, ctypes.c_ulong)
     call.restype = ctypes.c_long
     return _System(read, write, call, number)
 
@@ -113,9 +115,8 @@ def copy_from(pid: int, addresses: Sequence[int], tensors: Sequence[Tensor]) -> 
 
 _Part = tuple[int, int, int]
 """Address here, address there, bytes."""
-Card = ctypes.Array[ctypes.c_int64]
-"""For every tensor of an offer its address and its bytes, then a zero, which the receiver overwrites when it has read
-them."""
+Descriptor = ctypes.Array[ctypes.c_int64]
+"""The address and the bytes of every tensor, then a zero that the receiver overwrites when it has read them."""
 
 
 def _parts(addresses: Sequence[int], tensors: Sequence[Tensor]) -> list[_Part]:
@@ -123,7 +124,7 @@ def _parts(addresses: Sequence[int], tensors: Sequence[Tensor]) -> list[_Part]:
 
 
 def _move(call: Callable[..., int], pid: int, todo: list[_Part]) -> None:
-    """Have the kernel copy between this process and another one."""
+    """Let the kernel copy between this process and another one."""
     while todo:
         now = todo[:_MOST_PARTS]
         here = (_Range * len(now))(*[_Range(own, length) for own, _, length in now])
@@ -139,7 +140,7 @@ def _move(call: Callable[..., int], pid: int, todo: list[_Part]) -> None:
 
 
 def _rest(parts: Sequence[_Part], copied: int) -> list[_Part]:
-    """What is left after so many bytes: the kernel may stop anywhere."""
+    """The parts that remain after `copied` bytes: the kernel may stop anywhere."""
     left = []
     for own, other, length in parts:
         done = min(length, copied)
@@ -149,23 +150,23 @@ def _rest(parts: Sequence[_Part], copied: int) -> list[_Part]:
     return left
 
 
-def _new_card(count: int) -> Card:
+def _new_descriptor(count: int) -> Descriptor:
     return (ctypes.c_int64 * (2 * count + 1))()
 
 
 _FETCHED = ctypes.c_int64(1)
-"""What is written to the end of a card."""
+"""Written to the end of a descriptor."""
 
 
-class Alarm:
-    """Wakes those of this process who wait for neighbours."""
+class AbortFlag:
+    """Ends the waits of this process for its peers, once `raised` is set."""
 
     def __init__(self) -> None:
         self.raised = False
 
 
-class _Board:
-    """One rank's page: a block of words for each rank of the group. Only its owner writes."""
+class _Mailbox:
+    """One rank's shared page: a block of words for each rank of the group. Only its owner writes."""
 
     def __init__(self, file: int, size: int) -> None:
         self._map = mmap.mmap(file, size * _BLOCK * 8)
@@ -173,17 +174,17 @@ class _Board:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def wake(self, block: int) -> None:
-        """Wake who sleeps on a block's bell."""
+        """Wake the threads that sleep on the doorbell of a block."""
         system = _system()
         assert system is not None
-        where = self._address + (block * _BLOCK + _BELL) * 8
-        system.call(system.futex, ctypes.c_void_p(where), _FUTEX_WAKE, _EVERYBODY, None, None, 0)
+        where = self._address + (block * _BLOCK + _DOORBELL) * 8
+        system.call(system.futex, ctypes.c_void_p(where), _FUTEX_WAKE, _ALL_WAITERS, None, None, 0)
 
     def sleep(self, block: int, heard: int, seconds: float) -> None:
-        """Return when the bell has been rung more often than `heard`, or after some time."""
+        """Return once the doorbell has been rung more often than `heard` times, or after `seconds`."""
         system = _system()
         assert system is not None
-        where = ctypes.c_void_p(self._address + (block * _BLOCK + _BELL) * 8)
+        where = ctypes.c_void_p(self._address + (block * _BLOCK + _DOORBELL) * 8)
         limit = ctypes.byref(_Time(int(seconds), int(seconds % 1 * 1e9)))
         low = ctypes.c_uint32(heard & 0xFFFFFFFF)  # a futex is the low half of the word: x86 is little-endian
         system.call(system.futex, where, _FUTEX_WAIT, low, limit, None, 0)
@@ -191,74 +192,69 @@ class _Board:
 
 @dataclass
 class _Peer:
-    """What this rank knows of another one."""
+    """Another rank whose memory this rank can read."""
 
     rank: int
     pid: int
-    board: _Board
+    mailbox: _Mailbox
     alive: int
-    """Its pidfd."""
+    """Its pidfd, by which its end is noticed."""
     taken: int = 0
-    """Offers read from its board."""
+    """Entries read from its mailbox."""
     open: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
-    """Offers that were read and not fetched, by tag and number under that tag: (address of the card, number of
+    """Entries that were read and not fetched, by tag and number under that tag: (address of the descriptor, number of
     tensors)."""
-    found: Counter[int] = field(default_factory=Counter)
-    """Tag -> offers read."""
+    received: Counter[int] = field(default_factory=Counter)
+    """Tag -> entries read."""
     expected: Counter[int] = field(default_factory=Counter)
-    """Tag -> offers that somebody waits for, or has fetched."""
+    """Tag -> entries that this rank waits for, or has fetched."""
     made: int = 0
-    """Offers that this rank's board has shown it."""
+    """Entries that this rank has posted for it."""
     later: deque[tuple[int, int, int]] = field(default_factory=deque)
-    """Words of offers that the board has no room for yet."""
+    """Entries for which the ring has no room yet."""
 
     def __del__(self) -> None:
         os.close(self.alive)
 
 
-class Neighbours:
-    """The ranks of one group whose memory this rank can read, and that can read its own.
+class PeerMemory:
+    """The ranks of one group whose memory this rank can read and that can read its own."""
 
-    An offer on the board points to a `Card` in the sender's memory.
-    """
-
-    def __init__(self, rank: int, board: _Board, peers: Sequence[_Peer], alarm: Alarm) -> None:
-        self.alarm = alarm
-        self._rank, self._board = rank, board
+    def __init__(self, rank: int, mailbox: _Mailbox, peers: Sequence[_Peer], abort: AbortFlag) -> None:
+        self.abort = abort
+        self._rank, self._board = rank, mailbox
         self._peers = {p.rank: p for p in peers}
         self._lock = threading.Lock()
-        self._lent: dict[int, tuple[Card, Sequence[Tensor]]] = {}
-        """What others may read: cards, by their addresses, and what they name."""
+        self._lent: dict[int, tuple[Descriptor, Sequence[Tensor]]] = {}
+        """Descriptors by address, with the tensors that they name: kept alive while others may read them."""
 
     def knows(self, rank: int) -> bool:
         return rank in self._peers
 
-    def offer(self, rank: int, tag: int, tensors: Sequence[Tensor]) -> Card:
-        """Let `rank` fetch contiguous `tensors`; returns the card. Both stay until `wait_fetched`, whatever the caller
-        does.
-        """
+    def offer(self, rank: int, tag: int, tensors: Sequence[Tensor]) -> Descriptor:
+        """Let `rank` fetch contiguous `tensors`. Descriptor and tensors are kept alive until `wait_fetched`."""
         peer = self._peers[rank]
-        card = _new_card(len(tensors))
-        card[:-1] = [w for t in tensors for w in (t.data_ptr(), t.nbytes)]
-        address = ctypes.addressof(card)
+        descriptor = _new_descriptor(len(tensors))
+        descriptor[:-1] = [w for t in tensors for w in (t.data_ptr(), t.nbytes)]
+        address = ctypes.addressof(descriptor)
         with self._lock:
-            self._lent[address] = card, tensors
+            self._lent[address] = descriptor, tensors
             peer.later.append((tag, address, len(tensors)))
             self._publish(peer)
-        return card
+        return descriptor
 
     def expect(self, rank: int, tag: int) -> int:
-        """The number under this tag of the next offer of `rank` that nobody expects yet."""
+        """The number, under this tag, of the next entry of `rank` that is not expected yet."""
         peer = self._peers[rank]
         with self._lock:
             peer.expected[tag] += 1
             return peer.expected[tag] - 1
 
     def fetch(self, rank: int, tag: int, number: int, tensors: Sequence[Tensor]) -> None:
-        """Fill `tensors` with an offer of `rank`, when it comes.
+        """Wait for an entry of `rank` and copy what it names into `tensors`.
 
         Raises:
-            RuntimeError: the rank has ended, offers something else, or an alarm was raised.
+            RuntimeError: the rank has ended or offers tensors of other sizes, or the wait was aborted.
         """
         peer = self._peers[rank]
         self._until(peer, lambda: (tag, number) in peer.open)
@@ -266,67 +262,69 @@ class Neighbours:
             address, count = peer.open.pop((tag, number))
         system = _system()
         assert system is not None
-        card = _new_card(count)
+        descriptor = _new_descriptor(count)
         try:
-            _move(system.read, peer.pid, [(ctypes.addressof(card), address, ctypes.sizeof(card))])
+            _move(system.read, peer.pid, [(ctypes.addressof(descriptor), address, ctypes.sizeof(descriptor))])
             expected = [t.nbytes for t in tensors]
-            if card[1:-1:2] != expected:
+            if descriptor[1:-1:2] != expected:
                 raise RuntimeError(
-                    f"rank {rank} of the group offers tensors of {card[1:-1:2]} bytes where tensors of {expected} "
-                    "bytes are expected: the ranks run different models or configurations"
+                    f"rank {rank} of the group offers tensors of {descriptor[1:-1:2]} bytes where tensors of "
+                    f"{expected} bytes are expected: the ranks run different models or configurations"
                 )
-            _move(system.read, peer.pid, _parts(card[:-1:2], tensors))
-            end = address + ctypes.sizeof(card) - ctypes.sizeof(_FETCHED)
+            _move(system.read, peer.pid, _parts(descriptor[:-1:2], tensors))
+            end = address + ctypes.sizeof(descriptor) - ctypes.sizeof(_FETCHED)
             _move(system.write, peer.pid, [(ctypes.addressof(_FETCHED), end, ctypes.sizeof(_FETCHED))])
+            if _has_ended(peer.alive):  # its process id may be that of another process by now
+                raise OSError("the process has ended")
         except OSError as error:
             raise RuntimeError(
                 f"Connection to rank {rank} of the group is lost: the memory of its process {peer.pid} cannot be read "
                 f"({error})"
             ) from error
         with self._lock:
-            self._ring_bell(peer)
+            self._ring_doorbell(peer)
 
-    def wait_fetched(self, rank: int, card: Card) -> None:
-        """Return when `rank` has fetched an offer of this rank, and what was offered may change."""
-        self._until(self._peers[rank], lambda: card[-1] != 0)
+    def wait_fetched(self, rank: int, descriptor: Descriptor) -> None:
+        """Return once `rank` has fetched what the descriptor names; the tensors may change afterwards."""
+        self._until(self._peers[rank], lambda: descriptor[-1] != 0)
         with self._lock:
-            del self._lent[ctypes.addressof(card)]
+            del self._lent[ctypes.addressof(descriptor)]
 
-    def _ring_bell(self, peer: _Peer) -> None:
-        """Something on the board has changed for it; the lock is held.
+    def _ring_doorbell(self, peer: _Peer) -> None:
+        """Tell the peer that its block has changed. The lock is held.
 
-        It says that it sleeps before it hears the bell for the last time, and here the bell comes before the look at
-        whether it sleeps. Should a processor turn these round after all, it wakes by itself a little later.
+        A peer announces itself as a waiter before it reads the doorbell for the last time; here the doorbell changes
+        before the waiters are read. If a processor reorders the two after all, the peer's sleep times out.
         """
-        self._board.words[peer.rank * _BLOCK + _BELL] += 1
-        if peer.board.words[self._rank * _BLOCK + _ASLEEP]:
+        self._board.words[peer.rank * _BLOCK + _DOORBELL] += 1
+        if peer.mailbox.words[self._rank * _BLOCK + _WAITERS]:
             self._board.wake(peer.rank)
 
     def _publish(self, peer: _Peer) -> None:
-        """Put what waits on the board, as far as there is room; the lock is held."""
+        """Post entries as far as the ring has room. The lock is held."""
         words, block = self._board.words, peer.rank * _BLOCK
-        while peer.later and peer.made - peer.board.words[self._rank * _BLOCK + _TAKEN] < _RING:
+        while peer.later and peer.made - peer.mailbox.words[self._rank * _BLOCK + _TAKEN] < _RING:
             slot = block + _HEAD + peer.made % _RING * _SLOT
             words[slot], words[slot + 1], words[slot + 2] = peer.later.popleft()
             peer.made += 1
             words[block + _OFFERED] = peer.made
-            self._ring_bell(peer)
+            self._ring_doorbell(peer)
 
     def _take(self, peer: _Peer) -> None:
-        """Read new offers, which makes room for others; the lock is held."""
-        words, block = peer.board.words, self._rank * _BLOCK
+        """Read new entries, which makes room for more. The lock is held."""
+        words, block = peer.mailbox.words, self._rank * _BLOCK
         before = peer.taken
         while peer.taken < words[block + _OFFERED]:
             slot = block + _HEAD + peer.taken % _RING * _SLOT
             tag, address, count = words[slot : slot + _SLOT].tolist()
-            peer.open[tag, peer.found[tag]] = address, count
-            peer.found[tag] += 1
+            peer.open[tag, peer.received[tag]] = address, count
+            peer.received[tag] += 1
             peer.taken += 1
         if peer.taken != before:
             self._board.words[peer.rank * _BLOCK + _TAKEN] = peer.taken
 
-    def _tend(self) -> bool:
-        """Move offers from and to the boards; whether some still wait for room."""
+    def _progress(self) -> bool:
+        """Read and post entries of all peers; whether some still wait for room."""
         with self._lock:
             for peer in self._peers.values():
                 self._take(peer)
@@ -334,28 +332,28 @@ class Neighbours:
             return any(p.later for p in self._peers.values())
 
     def _until(self, peer: _Peer, ready: Callable[[], bool]) -> None:
-        """Wait for something that the other one does."""
-        bell = self._rank * _BLOCK + _BELL
+        """Wait until the peer has made `ready` true."""
+        bell = self._rank * _BLOCK + _DOORBELL
         begun = 0.0
         while True:
-            heard = peer.board.words[bell]
-            crowded = self._tend()
+            heard = peer.mailbox.words[bell]
+            crowded = self._progress()
             if ready():
                 return
             if begun:
-                self._look_after(peer, begun)
+                self._check_alive(peer, begun)
             begun = begun or time.monotonic()
-            self._doze(peer, 1)
-            # Room on a board appears without a bell that is listened to here.
-            peer.board.sleep(self._rank, heard, _LOOK_S / 100 if crowded else _LOOK_S)
-            self._doze(peer, -1)
+            self._count_waiter(peer, 1)
+            # Room in another peer's ring rings no doorbell that this thread sleeps on.
+            peer.mailbox.sleep(self._rank, heard, _POLL_S / 100 if crowded else _POLL_S)
+            self._count_waiter(peer, -1)
 
-    def _doze(self, peer: _Peer, by: int) -> None:
+    def _count_waiter(self, peer: _Peer, by: int) -> None:
         with self._lock:
-            self._board.words[peer.rank * _BLOCK + _ASLEEP] += by
+            self._board.words[peer.rank * _BLOCK + _WAITERS] += by
 
-    def _look_after(self, peer: _Peer, begun: float) -> None:
-        if self.alarm.raised:
+    def _check_alive(self, peer: _Peer, begun: float) -> None:
+        if self.abort.raised:
             raise RuntimeError(f"Connection closed while waiting for rank {peer.rank} of the group")
         if time.monotonic() - begun > _LIMIT_S:
             raise RuntimeError(f"Timed out waiting {_LIMIT_S:.0f} s for rank {peer.rank} of the group")
@@ -372,87 +370,106 @@ def _has_ended(pidfd: int) -> bool:
 
 
 class Exchange:
-    """What one rank exchanges with its neighbours in one operation; a work."""
+    """The tensors that one rank exchanges with its peers in one operation. Waited for like a `dist.Work`."""
 
-    def __init__(self, neighbours: Neighbours, tag: int) -> None:
-        self._neighbours, self._tag = neighbours, tag
-        self._coming: list[tuple[int, int, Sequence[Tensor]]] = []
-        self._going: list[tuple[int, Card]] = []
+    def __init__(self, neighbours: PeerMemory, tag: int) -> None:
+        self._peer_memory, self._tag = neighbours, tag
+        self._incoming: list[tuple[int, int, Sequence[Tensor]]] = []
+        self._outgoing: list[tuple[int, Descriptor]] = []
 
     def reaches(self, rank: int) -> bool:
-        """Whether nothing needs to be sent to or from `rank`."""
-        return self._neighbours.knows(rank)
+        """Whether tensors to and from `rank` need no message."""
+        return self._peer_memory.knows(rank)
 
     def receive(self, rank: int, tensors: Sequence[Tensor]) -> None:
-        """Expect `tensors` from `rank`."""
+        """Expect `tensors` from `rank`; they are filled by `arrive`."""
         if tensors:
-            self._coming.append((rank, self._neighbours.expect(rank, self._tag), tensors))
+            self._incoming.append((rank, self._peer_memory.expect(rank, self._tag), tensors))
 
     def send(self, rank: int, tensors: Sequence[Tensor]) -> None:
-        """Let `rank` fetch `tensors`, which must not change until the work is over."""
+        """Let `rank` fetch `tensors`, which must not change before `settle` returns."""
         if tensors:
-            self._going.append((rank, self._neighbours.offer(rank, self._tag, tensors)))
+            self._outgoing.append((rank, self._peer_memory.offer(rank, self._tag, tensors)))
 
     def arrive(self) -> None:
-        """Fetch what comes."""
-        while self._coming:
-            rank, number, tensors = self._coming.pop(0)
-            self._neighbours.fetch(rank, self._tag, number, tensors)
+        """Fetch all that is expected."""
+        while self._incoming:
+            rank, number, tensors = self._incoming.pop(0)
+            self._peer_memory.fetch(rank, self._tag, number, tensors)
 
     def settle(self) -> None:
-        """Return when others have fetched what went."""
-        while self._going:
-            rank, card = self._going.pop(0)
-            self._neighbours.wait_fetched(rank, card)
+        """Return once the others have fetched all that was sent."""
+        while self._outgoing:
+            rank, descriptor = self._outgoing.pop(0)
+            self._peer_memory.wait_fetched(rank, descriptor)
 
     def wait(self) -> None:
         self.arrive()
         self.settle()
 
 
-def meet(group: dist.ProcessGroup, device: torch.device, alarm: Alarm) -> Neighbours | None:
-    """Find out which ranks of `group` are neighbours. Collective; None where there are none."""
+def connect(group: dist.ProcessGroup, device: torch.device, abort: AbortFlag) -> PeerMemory | None:
+    """Find out which ranks of `group` can read and write each other's memory. Collective; None where none can.
+
+    No rank raises where the system refuses: it then sends messages, and so do the others to it.
+    """
     if device.type != "cpu" or "gloo" not in _backend(group):
         return None
     rank, size = group.rank(), group.size()
     token = torch.tensor([int.from_bytes(os.urandom(7), "big")])
-    file, board = _new_board(size, int(token)) if _system() is not None else (-1, None)
-    mine = torch.tensor([os.getpid(), token.data_ptr(), int(token), file])
-    cards = [torch.empty_like(mine) for _ in range(size)]
-    dist.all_gather(cards, mine, group=group)
-    found = [_try(r, card.tolist(), size) if r != rank else None for r, card in enumerate(cards)]
-    read = torch.tensor([p is not None for p in found])
-    table = [torch.empty_like(read) for _ in range(size)]
-    dist.all_gather(table, read, group=group)
-    # All have read: what they read may go.
+    scratch = torch.zeros(size, dtype=torch.int64)
+    file, mailbox = _new_mailbox(size, int(token))
+    mine = torch.tensor([os.getpid(), token.data_ptr(), int(token), scratch.data_ptr(), file])
+    contacts = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(contacts, mine, group=group)
+    peers = [None if r == rank else _try(r, c.tolist(), size, rank) for r, c in enumerate(contacts)]
+    reached = torch.tensor([peer is not None for peer in peers])
+    table = [torch.empty_like(reached) for _ in range(size)]
+    dist.all_gather(table, reached, group=group)
+    # Every rank has opened the mailboxes it can open, so the descriptor may go.
     if file >= 0:
         os.close(file)
-    peers = [p for r, p in enumerate(found) if p is not None and table[r][rank]]
-    return Neighbours(rank, board, peers, alarm) if board is not None and peers else None
+    mutual = [peer for r, peer in enumerate(peers) if peer is not None and table[r][rank]]
+    return PeerMemory(rank, mailbox, mutual, abort) if mailbox is not None and mutual else None
 
 
-def _new_board(size: int, token: int) -> tuple[int, _Board]:
-    file = os.memfd_create("ds_zero")
-    os.ftruncate(file, size * _BLOCK * 8)
-    board = _Board(file, size)
-    board.words[_TOKEN] = token
-    return file, board
+def _new_mailbox(size: int, token: int) -> tuple[int, _Mailbox | None]:
+    """A file descriptor and the mailbox mapped from it; -1 and None where the system has no such thing or refuses."""
+    if _system() is None:
+        return -1, None
+    try:
+        file = os.memfd_create("ds_zero")
+    except OSError:  # seccomp, gVisor, vm.memfd_noexec=2
+        return -1, None
+    try:
+        os.ftruncate(file, size * _BLOCK * 8)
+        mailbox = _Mailbox(file, size)
+    except (OSError, ValueError):
+        os.close(file)
+        return -1, None
+    mailbox.words[_TOKEN] = token
+    return file, mailbox
 
 
-def _try(rank: int, card: Sequence[int], size: int) -> _Peer | None:
-    """The rank whose card it is, if its memory and its board can be read."""
-    pid, address, token, file = card
+def _try(rank: int, contact: Sequence[int], size: int, own: int) -> _Peer | None:
+    """Rank `rank`, if rank `own` can read and write its memory and open its mailbox."""
+    pid, address, token, scratch, file = contact
+    system = _system()
+    if system is None or file < 0:
+        return None
     seen = torch.zeros(1, dtype=torch.int64)
     try:
         copy_from(pid, [address], [seen])
         if int(seen) != token:
             return None  # a process of another machine has that number there
+        # Reading may be allowed where writing is not, and fetched entries are marked by a write.
+        _move(system.write, pid, [(seen.data_ptr(), scratch + own * seen.nbytes, seen.nbytes)])
         opened = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR)
         try:
-            board = _Board(opened, size)
+            mailbox = _Mailbox(opened, size)
         finally:
             os.close(opened)
-        return _Peer(rank, pid, board, os.pidfd_open(pid)) if board.words[_TOKEN] == token else None
+        return _Peer(rank, pid, mailbox, os.pidfd_open(pid)) if mailbox.words[_TOKEN] == token else None
     except (OSError, ValueError):
         return None
 
@@ -460,5 +477,5 @@ def _try(rank: int, card: Sequence[int], size: int) -> _Peer | None:
 def _backend(group: dist.ProcessGroup) -> str:
     try:
         return str(dist.get_backend(group))
-    except ValueError:  # a stand-in that torch does not know
+    except ValueError:  # a simulated group that torch does not know
         return ""

@@ -109,7 +109,7 @@ class PieceReduce:
             sent.extend(messages)
             return messages
 
-        near = self._ranks.neighbours
+        near = self._ranks.peer_memory
         works = [] if group is None else exchange(to, lambda p: rows[p - (p > rank)], group, REDUCE_TAG, near)
         scale = 1.0 / size if mean else 1.0
         rows.insert(rank, mine.messages(grads))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ds_zero.comm.peer_memory import Alarm, Neighbours, meet
+from ds_zero.comm.peer_memory import AbortFlag, PeerMemory, connect
 
 
 class SimulatedGroup(dist.ProcessGroup):
@@ -37,8 +37,8 @@ class Ranks:
     """Number of ranks over whose gradients the mean is taken; 0: all of these, replicas included."""
     part: tuple[int, int] = (0, 1)
     """Index of these ranks among the sets that hold different values under the same names, and the number of sets."""
-    neighbours: Neighbours | None = field(default=None, compare=False, repr=False)
-    """Those whose memory can be read, where somebody has tried that out."""
+    peer_memory: PeerMemory | None = field(default=None, compare=False, repr=False)
+    """The peers whose memory can be read; None before `discover_peers`, and where there are none."""
 
     @property
     def first(self) -> bool:
@@ -61,12 +61,12 @@ class Ranks:
         return (self,) if self.replicas is None else (self, self.replicas)
 
 
-def acquainted(ranks: Ranks, device: torch.device, alarm: Alarm) -> Ranks:
-    """The same ranks, and which of them are neighbours. Collective."""
-    replicas = acquainted(ranks.replicas, device, alarm) if ranks.replicas is not None else None
+def discover_peers(ranks: Ranks, device: torch.device, abort: AbortFlag) -> Ranks:
+    """The same ranks, with the peer memory that can be read. Collective."""
+    replicas = discover_peers(ranks.replicas, device, abort) if ranks.replicas is not None else None
     if ranks.group is None:
         return replace(ranks, replicas=replicas)
-    return replace(ranks, replicas=replicas, neighbours=meet(ranks.group, device, alarm))
+    return replace(ranks, replicas=replicas, peer_memory=connect(ranks.group, device, abort))
 
 
 ALONE = Ranks(None, 0, 1)

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ds_zero.comm.collectives import Comm, Pieces, arrive, settle
 from ds_zero.comm.order import OrderLog, RankOrderError, Standing, judge, lost
-from ds_zero.comm.peer_memory import Alarm
+from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.ranks import Ranks
 from ds_zero.interfaces import Work
 
@@ -82,15 +82,15 @@ class StallWatch(Waiting):
         token: str,
         place: tuple[int, int],
         groups: Sequence[dist.ProcessGroup],
-        alarm: Alarm,
+        abort: AbortFlag,
         timeout_s: float,
     ) -> None:
-        """`place`: which one of how many ranks this is. `groups`, `alarm`: what is closed and raised to wake those who
+        """`place`: which one of how many ranks this is. `groups`, `abort`: what is closed and raised to wake those who
         wait.
         """
         super().__init__()
         self._board, self._token, self._groups, self._timeout_s = board, token, groups, timeout_s
-        self._alarm = alarm
+        self._abort = abort
         self._index, self._size = place
         self._global_rank = dist.get_rank()
         self._verdict: str | None = None
@@ -265,7 +265,7 @@ class StallWatch(Waiting):
 
     def _wake(self) -> None:
         """Close the connections, so that whoever is blocked in them raises."""
-        self._alarm.raised = True
+        self._abort.raised = True
         for group in self._groups:
             if "gloo" not in dist.get_backend(group):
                 group.abort()
@@ -313,7 +313,7 @@ def _where(thread_id: int) -> str:
 
 
 def watch_ranks(
-    ranks: Ranks, others: Sequence[Ranks], timeout_s: float, alarm: Alarm, device: torch.device
+    ranks: Ranks, others: Sequence[Ranks], timeout_s: float, abort: AbortFlag, device: torch.device
 ) -> Waiting:
     """A watch over all ranks of one model. Collective: the ranks agree on a name in the store.
 
@@ -332,7 +332,7 @@ def watch_ranks(
             dist.broadcast(token, group=axis.group, group_src=0)
     across = ranks.replicas.rank if ranks.replicas is not None else 0
     place = across * ranks.size + ranks.rank, ranks.total
-    return StallWatch(store, f"{int(token.item()):x}", place, list(groups.values()), alarm, timeout_s)
+    return StallWatch(store, f"{int(token.item()):x}", place, list(groups.values()), abort, timeout_s)
 
 
 def _is_watched(group: dist.ProcessGroup) -> bool:

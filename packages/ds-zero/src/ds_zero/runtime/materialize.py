@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ds_zero.comm.peer_memory import Alarm
+from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.ranks import Ranks
 from ds_zero.comm.topology import Topology
 from ds_zero.config import ZeroConfig
@@ -225,12 +225,12 @@ class _NearGroup:
         self._group = None
 
 
-def add_secondary(buckets: Sequence[Bucket], size: int, alarm: Alarm | None) -> list[_NearGroup]:
+def add_secondary(buckets: Sequence[Bucket], size: int, abort: AbortFlag | None) -> list[_NearGroup]:
     """Give stage-3 buckets a copy that is divided among groups of `size` ranks, where these are fewer than all."""
     found = []
     for ranks in {id(b.ranks): b.ranks for b in buckets if not b.whole}.values():
         if 1 < size < ranks.size:
-            near = secondary_ranks(ranks, size, buckets[0].device, alarm)
+            near = secondary_ranks(ranks, size, buckets[0].device, abort)
             mine = [b for b in buckets if b.ranks is ranks and not b.whole]
             for bucket in mine:
                 bucket.secondary = Secondary(near, bucket.layout.padded_numel, bucket.dtype, bucket.device)

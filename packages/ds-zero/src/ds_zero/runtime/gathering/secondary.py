@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_zero.comm.peer_memory import Alarm
-from ds_zero.comm.ranks import Ranks, SimulatedGroup, acquainted
+from ds_zero.comm.peer_memory import AbortFlag
+from ds_zero.comm.ranks import Ranks, SimulatedGroup, discover_peers
 
 
 class Secondary:
@@ -53,9 +53,9 @@ class Secondary:
         return whole[self._begin : self._begin + len(self._part)]
 
 
-def secondary_ranks(ranks: Ranks, size: int, device: torch.device, alarm: Alarm | None) -> Ranks:
+def secondary_ranks(ranks: Ranks, size: int, device: torch.device, abort: AbortFlag | None) -> Ranks:
     """Groups of `size` neighbouring ranks, as this rank sees its own. Collective over `ranks`; makes a process
-    group. With `alarm` they find out whether they can read each other's memory.
+    group. With `abort`, they read each other's memory where they can.
 
     Raises:
         ValueError: a size that does not divide the number of ranks.
@@ -73,4 +73,4 @@ def secondary_ranks(ranks: Ranks, size: int, device: torch.device, alarm: Alarm 
     group = dist.new_group(members[first : first + size], use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     near = Ranks(group, ranks.rank - first, size)
-    return near if alarm is None else acquainted(near, device, alarm)
+    return near if abort is None else discover_peers(near, device, abort)
