@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "gpt"
 SMALL = ["--layers", "2", "--dim", "64", "--heads", "2", "--context", "32", "--checkpoint-every", "3"]
 SMALL += ["--validate-every", "4", "--validation-windows", "64", "--sample-bytes", "4"]
