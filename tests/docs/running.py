@@ -43,6 +43,7 @@ def run_page(page: str, folder: Path) -> str:
     """Runs a page on this rank in `folder`; returns what it printed. Raises whatever a block raises, and AssertionError
     where a command ends with another status, or prints something else, than the page says."""
     os.chdir(folder)
+    os.environ["COLUMNS"] = "100"  # of tables that fit the terminal
     module = types.ModuleType("page")
     sys.modules["page"] = module  # classes that a page defines can be pickled
     outputs: list[str | None] = []  # of each block that prints; None where it was not run
@@ -85,7 +86,6 @@ def _python(page: str, block: Block, namespace: dict[str, Any]) -> str:
 def _commands(page: str, block: Block) -> str:
     environ = {name: value for name, value in os.environ.items() if name not in _OF_A_RANK}
     environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
-    environ["COLUMNS"] = "120"
     command = ["bash", "-euo", "pipefail", "-c", block.code]
     result = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, check=False)
     expected = int(block.directives.get("exit", "0"))
@@ -111,7 +111,6 @@ def _own_commands(page: str, block: Block) -> str:
             contextlib.redirect_stderr(out),
         ):
             patch.setattr(sys, "argv", words)
-            patch.setenv("COLUMNS", "120")
             try:
                 entry.load()()
             except SystemExit as end:

@@ -48,6 +48,7 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(running, "ROOT", tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("DS_WRITE_OUTPUTS", raising=False)
 
     def run_text(text):
