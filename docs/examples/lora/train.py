@@ -9,20 +9,27 @@ import argparse
 import time
 from pathlib import Path
 
-import ds_comm
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
+import ds_comm
 import ds_zero
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder or name for from_pretrained; default: a tiny random Llama that reads bytes")
-    parser.add_argument("--text", type=Path, default=Path(__file__), help="the file to learn (default: this script)")
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="a folder or name for from_pretrained; default: a tiny random Llama that reads bytes"
+    )
+    parser.add_argument(
+        "--text", type=Path, default=Path(__file__), help="the file to learn (default: this script)"
+    )
     parser.add_argument("--out", type=Path, default=Path("adapters"), help="where the adapters are saved")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--length", type=int, default=128, help="tokens of a sample")
@@ -52,17 +59,22 @@ def save_adapters(model: torch.nn.Module, folder: Path, rank: int) -> None:
 
 
 def main() -> None:
+    """Trains and saves; every rank runs it."""
     args = arguments()
     world = ds_comm.start()
     base, tokens = load(args)
     if args.recompute:  # each block keeps its input alone, and computes the rest again in backward
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = get_peft_model(base, LoraConfig(r=args.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base, LoraConfig(r=args.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr)
     model, optimizer = ds_zero.shard(model.to(world.device), optimizer, stage=3)
     if world.rank == 0:
-        print(f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} parameters trained")
+        print(
+            f"{sum(p.numel() for p in trained):,} of {sum(p.numel() for p in model.parameters()):,} parameters trained"
+        )
         print(ds_zero.memory(model, optimizer))
 
     draw = torch.Generator().manual_seed(world.rank)  # every rank sees other samples
@@ -76,7 +88,9 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         if world.rank == 0 and (step % 10 == 0 or step in (1, args.steps)):
-            print(f"step {step}: loss {loss.item():.3f}, gradient norm {norm:.3f}, {time.perf_counter() - began:.1f} s")
+            print(
+                f"step {step}: loss {loss.item():.3f}, gradient norm {norm:.3f}, {time.perf_counter() - began:.1f} s"
+            )
     save_adapters(model, args.out, world.rank)
     ds_zero.destroy(model)
     torch.distributed.destroy_process_group()
