@@ -1,10 +1,11 @@
 """Start-up of ranks from any launcher, and device meshes over them.
 
-    world = ds_comm.start()                              # torchrun, ds run, srun, mpirun, or one plain
-    process mesh = ds_comm.data_mesh(world, axes={"data": world.world_size})
+::
 
-Importing this package starts nothing; there is no state beside the process group that torch.distributed
-keeps.
+    world = ds_comm.start()  # under torchrun, ds run, srun or mpirun, or in a single process
+    mesh = ds_comm.data_mesh(world, axes={"data": world.world_size})
+
+Importing this package starts nothing. Its only state is the process group of torch.distributed.
 """
 
 from ds_comm.mesh import data_mesh

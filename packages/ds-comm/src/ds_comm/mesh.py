@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 
 def data_mesh(world: World, axes: Mapping[str, int] | None = None) -> DeviceMesh:
-    """A mesh over all ranks of `world` with these axes, outermost first; None is one axis "data" over all
-    ranks.
+    """A mesh over all ranks of `world` with the given axes, outermost first; by default one axis, "data".
 
-    Ranks that differ only in the last axis are neighbours, so put the axis with most traffic last. A one-axis
-    mesh uses the default process group; further axes make groups of their own, so every rank has to call this
-    alike. Raises ValueError if the sizes do not multiply to the number of ranks.
+    Ranks that differ only in the last axis have consecutive numbers, so put the axis with the most traffic last. A mesh
+    of one axis uses the default process group. More axes create process groups, so all ranks must call this with the
+    same arguments.
+
+    Raises:
+        ValueError: the sizes of the axes do not multiply to the number of ranks.
     """
     axes = {"data": world.world_size} if axes is None else dict(axes)
     product = math.prod(axes.values())

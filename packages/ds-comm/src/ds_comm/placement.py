@@ -41,9 +41,9 @@ class Placement:
     master_addr: str
     """Host where rank 0 listens for the others."""
     master_port: int
-    """TCP port there; 0 for a single process, which has nobody to meet."""
+    """TCP port on that host; 0 for a single process, which needs none."""
     source: str
-    """Who placed it: "torchrun", "slurm", "mpi" or "single"."""
+    """Where these values come from: "torchrun", "slurm", "mpi", or "single" if there is no launcher."""
 
     def __post_init__(self) -> None:
         """Refuses numbers that cannot belong together."""

@@ -26,7 +26,9 @@ class StartError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """All ranks of the job, seen from this one. A value: the process group itself is torch.distributed's."""
+    """This rank's place among the ranks of the job, its device and backend: plain values. The process group itself is
+    torch.distributed's default group.
+    """
 
     rank: int
     """0 <= rank < world_size."""
@@ -41,22 +43,27 @@ class World:
     backend: str
     """What moves data between ranks: "gloo", "nccl", ..."""
     source: str
-    """Who placed this rank: "torchrun", "slurm", "mpi", "single", or "user" for a group that was there
-    already and does not come from any of these."""
+    """Where these values come from: "torchrun", "slurm", "mpi", "single" (no launcher), or "user" (a process group that
+    existed already and matches no launcher)."""
 
 
 def start(
     *, device: torch.device | str | None = None, backend: str | None = None, timeout_s: float = 1800
 ) -> World:
-    """Initialises the default process group, unless that is done, and says where this process stands.
+    """Initialises the default process group if there is none, and returns this rank's place in it.
 
-    device: what this rank computes on; None takes the accelerator of its local rank, or the CPU.
-    backend: None takes torch.distributed's for the device: gloo on the CPU, nccl on NVIDIA GPUs.
-    timeout_s: seconds that the ranks have to find each other, and that a collective may take.
+    Every rank has to call it. A second call returns the same values. Without a launcher it makes a group of one rank
+    and opens no port.
 
-    Every rank has to call it. A second call returns the same values. Without any launcher it makes a world of
-    one rank and opens no port. Raises PlacementError for an environment that is incomplete or contradicts
-    itself, StartError if the ranks do not meet, ValueError for a device or backend that cannot be had.
+    Args:
+        device: what this rank computes on; None: the accelerator whose number is the local rank, or the CPU.
+        backend: None: torch.distributed's for the device, gloo for the CPU, nccl for NVIDIA GPUs.
+        timeout_s: seconds until ranks that do not find each other, or a collective that does not end, is an error.
+
+    Raises:
+        PlacementError: the environment is incomplete or contradicts itself.
+        StartError: the ranks did not find each other.
+        ValueError: the device or backend does not exist here.
     """
     if dist.is_initialized():
         world = _existing(device, backend)

@@ -7,7 +7,7 @@ threads, on how a tensor is cut, or on the CPU target. `python -m ds_core` print
 
 Common arguments of the optimizer steps, all of which work in place:
 
-* `params` fp32; states fp32 or bf16; `grads` fp32, bf16 or fp16, mixed as one likes.
+* `params` fp32; states fp32 or bf16; `grads` fp32, bf16 or fp16, also mixed within one list.
 * `grad_scale`: a gradient is widened, multiplied by it and rounded to fp32 before anything else: the same bits as
   gradients multiplied beforehand.
 * `out[i]`, where not None, receives the new `params[i]` rounded to its dtype (fp32, bf16, fp16) in the same pass.
@@ -142,8 +142,8 @@ def sgd_step(
 ) -> None:
     """One step of SGD as `torch.optim.SGD` defines it.
 
-    `momentum_buffers` is read only where `momentum` is not 0, and must be there then; where `first`, the buffers hold
-    nothing yet and are set to the gradient.
+    `momentum_buffers` is required if `momentum` is not 0, and unused otherwise. If `first`, the buffers are
+    uninitialised and are set to the gradient.
     """
     if not params:
         return

@@ -1,6 +1,4 @@
-"""What changes inside a layer: activation checkpointing, tokens that pass by layers, and the random generators that
-model parallelism needs.
-"""
+"""Inside a layer: activation checkpointing, token dropping, and random streams for model parallelism."""
 
 from ds_layers.checkpointing import Checkpointing, CheckpointingConfig, Statistics
 from ds_layers.dropping import DroppingConfig, TokenDropping

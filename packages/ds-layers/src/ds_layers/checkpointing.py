@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointingConfig:
-    """Where inputs rest, and what else is observed. The default is plain recomputation."""
+    """Where a recomputed layer's inputs are kept until backward. The default keeps them where they are."""
 
     group: dist.ProcessGroup | None = None
     """Model-parallel ranks, all of which hold the same inputs. Needed to partition."""
@@ -32,20 +32,20 @@ class CheckpointingConfig:
     """Each rank of `group` keeps 1/N of every input; backward gathers them."""
 
     on_host: bool = False
-    """Inputs rest in (pinned) host memory. Without an accelerator they are there already."""
+    """Keep inputs in pinned host memory. No effect without an accelerator."""
 
     contiguous: bool = False
-    """Inputs rest side by side in slabs of `num_checkpoints` slots, so that they cannot fragment memory."""
+    """Keep inputs of one size in one allocation of `num_checkpoints` slots, so that they do not fragment memory."""
 
     num_checkpoints: int | None = None
-    """Checkpoints that one forward makes, usually the number of layers. Needed for `contiguous`."""
+    """How many calls one forward makes, usually the number of layers. Required by `contiguous`."""
 
     preserve_rng_state: bool = True
-    """Recompute with the random numbers of the forward pass: needed wherever there is dropout."""
+    """Recompute with the random numbers of the forward pass. Required for layers with dropout."""
 
     synchronize: bool = False
-    """Wait for the accelerator before and after every forward and recomputation, so that `Statistics` times
-    mean what they say."""
+    """Wait for the accelerator before and after every forward and recomputation, so that the times in `Statistics`
+    include the work on the device."""
 
     def __post_init__(self) -> None:
         if self.partition and self.group is None:
@@ -61,27 +61,28 @@ class Statistics:
     """What a `Checkpointing` has done since it was made or `reset`."""
 
     checkpoints: int = 0
-    """Functions called under it with gradients on."""
+    """Calls with gradients enabled."""
     recomputations: int = 0
     resting_bytes: int = 0
-    """Bytes put to rest on this rank, over all checkpoints; inputs that were merely kept count 0."""
+    """Bytes of inputs that were moved to other memory on this rank, over all calls; inputs left in place count 0."""
     forward_s: float = 0.0
     recompute_s: float = 0.0
 
 
 class Checkpointing:
-    """Calls functions so that only their inputs are kept for backward.
+    """Activation checkpointing: keeps only a layer's inputs, and computes the rest again in backward.
 
-    `layer_out = checkpointing(layer, x, mask)` gives what `layer(x, mask)` gives, and the same gradients, also
-    for parameters that `layer` reads and for inputs that need none. Objects are independent of each other.
+    `out = checkpointing(layer, x, mask)` returns what `layer(x, mask)` returns, and gives the same gradients, including
+    those of the layer's parameters. It works whether or not inputs require gradients. Objects are independent.
 
     Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (2016); partitioned and host storage:
     Rajbhandari et al., ZeRO (SC 2020), section 6.1.
     """
 
     def __init__(self, config: CheckpointingConfig | None = None, rng: RngTracker | None = None) -> None:
-        """`rng`: streams that `layer` draws from besides torch's default ones; they are put back for the
-        recomputation, too.
+        """
+        Args:
+            rng: random streams that layers use besides torch's default generators; restored for the recomputation.
         """
         self.config = config or CheckpointingConfig()
         self.rng = rng
@@ -109,13 +110,13 @@ class Checkpointing:
         return result
 
     def reset(self) -> None:
-        """Begin counting anew, and give slabs back as soon as backward is through with them."""
+        """Set the statistics to zero; slabs are freed once the backwards that use them have ended."""
         self.statistics = Statistics()
         if self._slabs is not None:
             self._slabs = Slabs(self.config.num_checkpoints or 1)
 
     def put_to_rest(self, tensor: Tensor) -> Resting:
-        """Choose where one input rests."""
+        """Move one input to where the configuration wants it; used by the calls."""
         config = self.config
         partition = config.partition and config.group is not None and tensor.numel() >= config.group.size()
         on_host = config.on_host and tensor.device.type != "cpu"

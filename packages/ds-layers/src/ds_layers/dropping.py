@@ -26,19 +26,22 @@ from torch.utils.hooks import RemovableHandle
 
 @dataclass(frozen=True, kw_only=True)
 class DroppingConfig:
-    """How the arguments of a layer look. Its first argument, and (the first part of) its result, are hidden states."""
+    """The form of a layer's arguments. The first argument, and the result or its first element, are hidden states."""
 
     batch_first: bool = True
     """(batch, tokens, ...); else (tokens, batch, ...)."""
     mask: str | None = None
     """Name of the argument that is the attention mask; its last dims, or last dim, are tokens."""
     along: tuple[str, ...] = ("position_ids", "position_embeddings")
-    """Names of further arguments, tensors or tuples of them, of which dim 1 is tokens (dim 0: batch, or 1); those that
-    a call does not have are no mistake."""
+    """Names of further arguments with one entry per token: tensors, or tuples of tensors, whose dim 1 is tokens (dim 0:
+    batch, or 1). Names that a call does not have are ignored."""
 
 
 class TokenDropping:
-    """Drops tokens around `layers`, [Note: tokens that pass by], until `remove`."""
+    """In training, lets each of `layers` process only `kept` random tokens of every sequence; the others skip it.
+
+    It works through hooks, until `remove`. Set `kept` at any time; None means all tokens. [Note: tokens that pass by]
+    """
 
     def __init__(self, layers: Sequence[nn.Module], config: DroppingConfig | None = None) -> None:
         """ValueError: no layers."""

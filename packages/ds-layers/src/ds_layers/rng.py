@@ -14,7 +14,7 @@ _MODEL_PARALLEL_OFFSET = 2718  # any constant that keeps it apart from the seeds
 
 
 class RngTracker:
-    """Named streams of the generator of one device. Outside of `fork` nothing is different.
+    """Named random streams for one device, beside its default generator. Outside of `fork`, nothing changes.
 
     A dropout on activations that all ranks of a model-parallel group hold alike draws from the default
     stream, seeded alike; one on activations that are divided among them draws inside `fork()`, from a stream

@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 
 class TiledLinear(nn.Linear):
-    """A linear layer; its tiles were made to gather parts of it under ZeRO-3, which ds_zero does for any layer.
+    """DeepSpeed's `TiledLinear`: a linear layer whose input or output comes in parts.
+
+    DeepSpeed cuts the weight into tiles to gather them one by one under ZeRO-3. This class keeps one weight, and
+    offers the same interface.
 
     Args:
-        in_splits: parts of the input, of which there are at most `in_features`.
-        out_splits: parts into which the output is cut along the last dimension where `combine_out_splits` is false.
-        input_is_already_split: the input is a sequence of parts.
-        init_linear: a layer of the same size whose values are taken over.
+        in_splits: number of parts of the input, at most `in_features`.
+        out_splits: number of parts of the output, along the last dimension, if `combine_out_splits` is False.
+        input_is_already_split: the input is a sequence of parts, not one tensor.
+        init_linear: a layer of the same size whose values are copied.
 
     Raises:
         RuntimeError: more parts than features.

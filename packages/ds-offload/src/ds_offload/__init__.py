@@ -1,4 +1,4 @@
-"""Where training state rests: host memory, and optimizers that step it there."""
+"""Training state in host memory: a store for sharded models, and an Adam that steps it there."""
 
 from ds_offload.host import HostStore
 from ds_offload.optim import CPUAdam

@@ -65,9 +65,8 @@ class HostStore:
     """Keeps masters and gradients in host memory, so that the optimizer steps there; parameters stay with the
     model.
 
-    Plugs into `ds_zero.shard(..., store=HostStore())`. On a machine without an accelerator the memory comes
-    from ds_core's huge-page arena, beside one from the pinned allocator, so that copies run while the device
-    computes.
+    Pass it as `ds_zero.shard(..., store=HostStore())`. The memory comes from ds_core's huge-page arena; on a machine
+    with an accelerator it comes from the pinned allocator instead, so that copies run while the device computes.
     """
 
     RESTING = ("master", "grad")
@@ -92,11 +91,11 @@ class HostStore:
         return reserved
 
     def load(self, key: Key, out: Tensor) -> Work:
-        """Copy the resting tensor into `out`."""
+        """Copy the stored tensor into `out`."""
         return _copy(self._resting[key], out)
 
     def store(self, key: Key, src: Tensor) -> Work:
-        """Copy `src` to rest."""
+        """Copy `src` into the store."""
         return _copy(src, self._resting[key])
 
     def sink_grad(self, key: Key, grad: Tensor, *, offset: int, accumulate: bool) -> Work:

@@ -14,7 +14,7 @@ from ds_core.optim.base import Batch, FusedOptimizer, Group, check_betas, check_
 class FusedLion(FusedOptimizer):
     """Lion (Chen et al. 2023): the sign of an interpolated momentum, weight decay decoupled.
 
-    One state per parameter. Learning rates are some 3 to 10 times smaller than AdamW's, weight decays as much larger.
+    One state per parameter. Use a learning rate 3 to 10 times smaller than AdamW's, and a weight decay as much larger.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg",)

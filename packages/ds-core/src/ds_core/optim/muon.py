@@ -36,8 +36,10 @@ def orthogonalize(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfl
 def muon_groups(
     named_parameters: Iterable[tuple[str, Tensor]], others: Sequence[str] = ("embed", "lm_head")
 ) -> list[dict[str, Any]]:
-    """Two groups for `Muon`: matrices, and what AdamW updates: vectors and everything whose name contains one of
-    `others`, since an embedding or a head is a table and no linear map between features.
+    """Two parameter groups for `Muon`: matrices, updated by Muon, and all others, updated by AdamW.
+
+    The others are vectors, and parameters whose name contains one of `others` (embeddings and heads, which are lookup
+    tables and not linear maps between features).
     """
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
@@ -55,8 +57,9 @@ def muon_groups(
 class Muon(FusedOptimizer):
     """Muon (Jordan et al. 2024): the momentum of each matrix, made orthogonal; AdamW in groups with `use_muon` False.
 
-    Parameters given without groups are divided by their shape: matrices and beyond go to Muon, seen as (first dim,
-    rest). Better leave embeddings and heads to AdamW: `muon_groups`. Matrices agree with `torch.optim.Muon`.
+    Parameters given without groups are sorted by shape: those with two or more dimensions are updated by Muon, as
+    matrices of (first dim, product of the others), the rest by AdamW. Embeddings and heads train better under AdamW:
+    `muon_groups` makes such groups. Updates of matrices agree with `torch.optim.Muon`.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer", "exp_avg", "exp_avg_sq")
