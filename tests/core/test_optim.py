@@ -332,6 +332,44 @@ def test_step_fused_follows_parameters_that_are_exchanged() -> None:
         optimizer.step_fused([old], grad_scale=scale, out=[None])
 
 
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_without_bias_correction_moments_stay_as_they_are(decoupled: bool) -> None:
+    """Against the formula, over steps, a copy and a resumed state of torch's."""
+    params = parameters()
+    optimizer = optim.FusedAdam(params, lr=1e-2, weight_decay=0.1, decoupled=decoupled, bias_correction=False)
+    wanted = [p.detach().clone() for p in params]
+    first, second = [torch.zeros_like(p) for p in params], [torch.zeros_like(p) for p in params]
+    for step in range(4):
+        give_grads(params, seed=step)
+        grads = [p.grad.clone() for p in params if p.grad is not None]
+        for p, g, m, v in zip(wanted, grads, first, second, strict=True):
+            g = g if decoupled else g + 0.1 * p
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.999).add_(0.001 * g * g)
+            p.mul_(1 - 1e-3 if decoupled else 1).sub_(1e-2 * m / (v.sqrt() + 1e-8))
+        optimizer.step()
+        torch.testing.assert_close([p.detach() for p in params], wanted, rtol=1e-5, atol=1e-6)
+        if step == 1:
+            optimizer = copy.deepcopy(optimizer)
+            params = optimizer.param_groups[0]["params"]
+        if step == 2 and decoupled:
+            theirs = torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1).state_dict()
+            optimizer.load_state_dict({**theirs, "state": optimizer.state_dict()["state"]})
+
+
+def test_lamb_without_bias_correction_is_adam_s_uncorrected_direction_scaled_to_the_norm() -> None:
+    torch.manual_seed(0)
+    param = nn.Parameter(torch.randn(33, 5))
+    before = param.detach().clone()
+    grad = torch.randn_like(before)
+    param.grad = grad.clone()
+    optim.FusedLamb([param], lr=0.1, eps=1e-8, bias_correction=False).step()
+    direction = 0.1 * grad / ((0.001 * grad * grad).sqrt() + 1e-8)
+    torch.testing.assert_close(
+        param.detach(), before - 0.1 * before.norm() / direction.norm() * direction, rtol=1e-5, atol=1e-6
+    )
+
+
 def test_copies_and_pickles_keep_working() -> None:
     params = parameters()
     optimizer = optim.FusedAdam(params, state_dtype=torch.bfloat16)

@@ -19,11 +19,12 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, {"optimizer": "AdamW"}),
     ({"optimizer": {"type": "LBFGS"}}, {}),
     ({"optimizer": {"type": "SparseAdam"}}, {}),
-    ({"optimizer": {"type": "RMSprop"}, "zero_optimization": OFFLOAD}, {}),
-    ({"optimizer": {"type": "Adam", "params": {"torch_adam": True}}, "zero_optimization": OFFLOAD}, {}),
     ({"zero_optimization": OFFLOAD}, {"optimizer": "AdamW"}),
     ({"optimizer": {"type": "Adam"}}, {"optimizer": "AdamW"}),
     ({"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}}, {"scheduler_passed": True}),
+    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme"}}}, {}),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {}),
+    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {"device": "cuda"}),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}}, {}),
 ]  # fmt: skip
 
@@ -55,6 +56,10 @@ def test_each_rule_refuses_its_job_and_says_why(index: int) -> None:
         ({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 9}}, {"optimizer": "SGD"}),
         ({"zero_optimization": {"stage": 2, "overlap_publish": True}}, {"optimizer": "SGD"}),
         ({"scheduler": {"type": "WarmupLR"}}, {"optimizer": "SGD"}),
+        ({"optimizer": {"type": "RMSprop"}, "zero_optimization": OFFLOAD}, {}),
+        ({"optimizer": {"type": "Adam", "params": {"torch_adam": True}}, "zero_optimization": OFFLOAD}, {}),
+        ({"optimizer": {"type": "AdamW", "params": {"bias_correction": False}}}, {}),
+        ({"zero_force_ds_cpu_optimizer": False, "zero_optimization": OFFLOAD}, {"optimizer": "AdamW"}),
     ],
 )
 def test_what_goes_together_passes(raw: dict[str, Any], more: dict[str, Any]) -> None:
@@ -100,6 +105,24 @@ def test_auto_that_has_a_default_takes_it(raw: dict[str, Any]) -> None:
     assert config.batch(1).train == 4
     assert config.gradient_clipping == 1.0 and not config.bf16.enabled
     assert config.optimizer is None or config.optimizer.params == {}
+
+
+def test_mistakes_of_the_configuration_and_of_the_job_are_told_at_once() -> None:
+    raw = {
+        "train_batch_size": "4",
+        "optimizer": {"type": "AdamX", "params": {"lr": "1"}},
+        "scheduler": {"type": "W"},
+    }
+    with pytest.raises(ConfigError) as caught:
+        ds_engine.initialize(model=torch.nn.Linear(2, 2), config=raw)
+    said = str(caught.value)
+    for part in (
+        'train_batch_size is "4"',
+        '"AdamX": there is no such',
+        'params.lr is "1"',
+        '"W": there is no such',
+    ):
+        assert part in said
 
 
 def test_initialize_asks_the_table() -> None:

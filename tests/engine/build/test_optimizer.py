@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import ds_core.optim
+import ds_engine
 import ds_offload
 from ds_engine.build import optimizer
 from ds_engine.config import ConfigError
+from engine import jobs
+from harness import ranks
 
 
 def build(name: str, params: dict[str, Any], on_host: bool = False) -> torch.optim.Optimizer:
@@ -44,6 +47,66 @@ def test_adam_w_mode_decides_how_weights_decay(decoupled: bool, on_host: bool) -
 
 def test_on_the_host_adam_is_cpu_adam() -> None:
     assert type(build("AdamW", {"lr": 0.1}, on_host=True)) is ds_offload.CPUAdam
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Lamb"])
+def test_moments_can_stay_uncorrected(name: str, on_host: bool) -> None:
+    """The first step of Adam without correction is smaller by (1 - beta1) / sqrt(1 - beta2)."""
+    params = {"lr": 0.1, "eps": 0.0, "weight_decay": 0.0}
+    moved = 1 - stepped(build(name, {**params, "bias_correction": False}, on_host))
+    corrected = 1 - stepped(build(name, params, on_host))
+    factor = 1.0 if name == "Lamb" else 0.1 / 0.001**0.5  # Lamb's step has the norm of the parameter
+    torch.testing.assert_close(moved, factor * corrected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Lion", "Adagrad", "RMSprop"])
+def test_any_optimizer_can_be_asked_for_on_the_host(name: str) -> None:
+    made = build(name, {"lr": 0.1}, on_host=True)
+    torch.testing.assert_close(stepped(made), stepped(build(name, {"lr": 0.1})))
+    assert type(build("Adam", {"torch_adam": True}, on_host=True)) is torch.optim.AdamW
+
+
+@ranks(2)
+@pytest.mark.parametrize(
+    ("name", "params", "stage"),
+    [
+        ("SGD", {"momentum": 0.9}, 1),
+        ("Lion", {}, 3),
+        ("Adagrad", {}, 2),
+        ("Muon", {}, 3),
+        ("Lamb", {}, 1),
+        ("AdamW", {"torch_adam": True}, 3),
+    ],
+)
+def test_states_on_the_host_train_alike(name: str, params: dict[str, Any], stage: int) -> None:
+    losses = []
+    for device in ("none", "cpu"):
+        section = {"stage": stage, "offload_optimizer": {"device": device}}
+        optimizer = {"type": name, "params": {"lr": 0.01, **params}}
+        engine = jobs.engine(optimizer=optimizer, scheduler=None, zero_optimization=section)
+        losses.append(jobs.train(engine, 3))
+        engine.destroy()
+    assert losses[0] == losses[1]
+
+
+@ranks(2)
+def test_a_given_optimizer_steps_on_the_host_where_that_is_allowed() -> None:
+    losses = []
+    for offload in ({}, {"offload_optimizer": {"device": "cpu"}}):
+        config = jobs.config(
+            scheduler=None,
+            zero_force_ds_cpu_optimizer=False,
+            zero_optimization={"stage": 2, **offload},
+            train_batch_size=16,
+        )
+        del config["optimizer"]
+        model = jobs.net()
+        given = torch.optim.RMSprop([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        engine, *_ = ds_engine.initialize(model=model, config=config, optimizer=given)
+        losses.append(jobs.train(engine, 3))
+        engine.destroy()
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +163,6 @@ def test_settings_of_deepspeeds_optimizers(name: str, params: dict[str, Any], ki
             {"amsgrad": True},
             "optimizer.params.amsgrad is True: our AdamW has no such mode; set it to false",
         ),
-        ("Adam", {"bias_correction": False}, "optimizer.params.bias_correction is False"),
         ("Adam", {"fp32_optimizer_states": False}, "states rest in fp32"),
         ("AdamW", {"adam_w_mode": False}, 'set optimizer.type to "Adam"'),
         ("Lamb", {"eps_inside_sqrt": True}, "our Lamb has no such mode"),

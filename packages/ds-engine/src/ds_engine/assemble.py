@@ -24,7 +24,6 @@ from ds_engine.build.memory_check import warn_if_too_large
 from ds_engine.build.model_parallel import DataAxis, data_axis
 from ds_engine.build.precision import Precision
 from ds_engine.config import Batch, ConfigError, DsConfig
-from ds_engine.config import load as load_config
 from ds_engine.engine import Engine, Parts
 from ds_engine.sampling.build import order_of, sampling_of
 from ds_engine.sampling.tokens import TokenBatches
@@ -77,9 +76,8 @@ def initialize(
         raise ValueError("initialize() needs a model: pass model=...")
     if config is None:
         raise ConfigError(["there is none: pass config=, the path of a JSON file or a dict"])
-    settings = load_config(config)
     # Before anything is started or moved: what can be refused is refused at once.
-    rules.check(_job(settings, optimizer, lr_scheduler))
+    settings = rules.load(config, lambda read: _job(read, optimizer, lr_scheduler))
     pacing = Pacing(settings)
     world = ds_comm.start()
     axis = data_axis(mpu, world, settings)

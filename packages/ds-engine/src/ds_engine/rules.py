@@ -6,13 +6,18 @@ A pair that does not compose is added here, never as an `if` in the engine.
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
 
 from ds_engine import schedules
 from ds_engine.build import optimizer as optimizer_section
-from ds_engine.config.load import auto
+from ds_engine.config.load import auto, loader, source
 from ds_engine.config.sections.model import DsConfig
 from ds_engine.config.support.errors import ConfigError
 
@@ -27,6 +32,8 @@ class Job:
     host_optimizer: bool = False
     """The passed optimizer runs on the host (it is ds_offload's)."""
     scheduler_passed: bool = False
+    device: str = field(default_factory=lambda: training_device())
+    """Type of the device that the model is on while it trains."""
 
     @property
     def optimizer_name(self) -> str:
@@ -42,6 +49,10 @@ class Job:
     def offloads(self) -> bool:
         return self.config.zero_optimization.offload_optimizer.device != "none"
 
+    @property
+    def offloads_params(self) -> bool:
+        return self.config.zero_optimization.offload_param.device != "none"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
@@ -54,9 +65,6 @@ class Rule:
     remedy: str
     refuse: bool = True
     """False: the job runs, but one of the two has no effect, which is said as a warning."""
-
-
-HOST_OPTIMIZERS = ("adam", "adamw", "cpuadam")
 
 
 RULES: tuple[Rule, ...] = (
@@ -85,31 +93,16 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         first="offload_optimizer.device cpu",
-        second="an optimizer without a host version",
-        applies=lambda job: (
-            job.offloads and job.optimizer is None and job.optimizer_name not in ("", *HOST_OPTIMIZERS)
-        ),
-        reason="only Adam and AdamW have a host version so far",
-        remedy='set optimizer.type to "AdamW", or offload_optimizer.device to "none"',
-    ),
-    Rule(
-        first="offload_optimizer.device cpu",
-        second="optimizer.params.torch_adam",
+        second="an optimizer object that was passed in",
         applies=lambda job: (
             job.offloads
-            and job.optimizer is None
-            and job.config.optimizer is not None
-            and job.config.optimizer.params.get("torch_adam") is True
+            and job.optimizer is not None
+            and not job.host_optimizer
+            and job.config.zero_force_ds_cpu_optimizer
         ),
-        reason="torch's Adam would step on the device of the model, where the states then are not",
-        remedy="remove torch_adam",
-    ),
-    Rule(
-        first="offload_optimizer.device cpu",
-        second="an optimizer object that was passed in",
-        applies=lambda job: job.offloads and job.optimizer is not None and not job.host_optimizer,
-        reason="the object would step on the device of the model, where the states then are not",
-        remedy="pass a ds_offload.CPUAdam, or name the optimizer in the config instead",
+        reason="masters and states rest in host memory, and an optimizer that was not made for it is slow there",
+        remedy="pass a ds_offload.CPUAdam, name the optimizer in the config instead, or set "
+        "zero_force_ds_cpu_optimizer to false",
     ),
     Rule(
         first="an optimizer object that was passed in",
@@ -126,6 +119,29 @@ RULES: tuple[Rule, ...] = (
         remedy="remove one of them",
     ),
     Rule(
+        first="zero_optimization.offload_param",
+        second="a stage below 3",
+        applies=lambda job: job.offloads_params and job.stage < 3,
+        reason="below stage 3, parameters are whole on every rank and stay with the model",
+        remedy="remove the section, or set zero_optimization.stage to 3",
+        refuse=False,
+    ),
+    Rule(
+        first="zero_optimization.offload_param.device cpu",
+        second="a model on the CPU",
+        applies=lambda job: job.offloads_params and job.stage == 3 and job.device == "cpu",
+        reason="parameters are in host memory already",
+        remedy="remove the section",
+        refuse=False,
+    ),
+    Rule(
+        first="zero_optimization.offload_param.device cpu",
+        second="a model on an accelerator",
+        applies=lambda job: job.offloads_params and job.stage == 3 and job.device != "cpu",
+        reason="ds-offload will keep parameters in host memory, and this version does not yet",
+        remedy='set zero_optimization.offload_param.device to "none"; offload_optimizer works',
+    ),
+    Rule(
         first="zero_optimization.offload_optimizer.pin_memory false",
         second="offload_optimizer.device cpu",
         applies=lambda job: job.offloads and not job.config.zero_optimization.offload_optimizer.pin_memory,
@@ -134,6 +150,29 @@ RULES: tuple[Rule, ...] = (
         refuse=False,
     ),
 )
+
+
+def load(
+    config: str | os.PathLike[str] | Mapping[str, Any] | DsConfig,
+    job_of: Callable[[DsConfig], Job],
+    *,
+    autos_may_stay: bool = False,
+) -> DsConfig:
+    """Read and check a configuration together with the job that it is for; arguments as for `config.load` and `check`.
+
+    Raises:
+        ConfigError: with everything that is wrong in either.
+    """
+    if isinstance(config, DsConfig):
+        check(job_of(config), autos_may_stay=autos_may_stay)
+        return config
+    examined = loader.examine(source.open_source(config))
+    job = job_of(examined.config) if examined.config is not None else None
+    more = mistakes(job, autos_may_stay=autos_may_stay) if job is not None else []
+    settings = loader.accept(examined, more)
+    if job is not None:
+        _warn(job)
+    return settings
 
 
 def check(job: Job, *, autos_may_stay: bool = False) -> None:
@@ -145,17 +184,37 @@ def check(job: Job, *, autos_may_stay: bool = False) -> None:
     Raises:
         ConfigError: with everything that is wrong.
     """
-    broken = [rule for rule in RULES if rule.applies(job)]
-    refused = [rule for rule in broken if rule.refuse]
-    problems = [] if autos_may_stay else list(auto.unfilled(job.config))
-    problems += _named(job)
-    problems += [f"{r.first} and {r.second} do not go together: {r.reason}; {r.remedy}" for r in refused]
+    problems = mistakes(job, autos_may_stay=autos_may_stay)
     if problems:
         raise ConfigError(problems, job.config.origin.where)
-    for rule in broken:
-        warnings.warn(
-            f"{rule.first} has no effect with {rule.second}: {rule.reason}; {rule.remedy}", stacklevel=3
-        )
+    _warn(job)
+
+
+def mistakes(job: Job, *, autos_may_stay: bool = False) -> list[str]:
+    """A sentence for each mistake that `check` would raise."""
+    refused = [rule for rule in RULES if rule.refuse and rule.applies(job)]
+    problems = [] if autos_may_stay else list(auto.unfilled(job.config))
+    problems += _named(job)
+    return problems + [
+        f"{r.first} and {r.second} do not go together: {r.reason}; {r.remedy}" for r in refused
+    ]
+
+
+def _warn(job: Job) -> None:
+    """Settings that have no effect in this job, on the rank that speaks for all."""
+    for rule in RULES:
+        if not rule.refuse and rule.applies(job):
+            warnings.warn(
+                f"{rule.first} has no effect with {rule.second}: {rule.reason}; {rule.remedy}", stacklevel=4
+            )
+
+
+def training_device() -> str:
+    """Type of the device that `initialize` will choose: that of the process group, else this machine's."""
+    if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
+        return "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"
 
 
 def _named(job: Job) -> list[str]:

@@ -25,6 +25,7 @@ class CPUAdam(FusedAdam):
         eps: added to the denominator.
         weight_decay: per step, times lr (decoupled); added to the gradient where `adamw_mode` is False.
         adamw_mode: decouple the decay (Loshchilov and Hutter 2019).
+        bias_correction: divide the moments by 1 - beta^t, as the paper has it.
         state_dtype: torch.float32, or torch.bfloat16 to halve the states.
 
     Raises:
@@ -40,9 +41,19 @@ class CPUAdam(FusedAdam):
         weight_decay: float = 0.0,
         *,
         adamw_mode: bool = True,
+        bias_correction: bool = True,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, decoupled=adamw_mode, state_dtype=state_dtype)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            decoupled=adamw_mode,
+            bias_correction=bias_correction,
+            state_dtype=state_dtype,
+        )
 
     def _new_state(self, param: Tensor) -> Tensor:
         if param.device.type != "cpu":

@@ -70,7 +70,7 @@ class DeepSpeedConfig:
         with told():
             self.raw = read(config)
             self._param_dict = self.raw
-            self.typed: DsConfig = ds_engine.config.load(self.raw)
+            self.typed: DsConfig = ds_engine.config.load(self.raw, foreign_keys=True)
             self.take_batch(self.typed.batch(self.world_size))
 
     def take_batch(self, sizes: Batch) -> None:

@@ -9,9 +9,9 @@ import functools
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ds_compat.utils.logs import logger
 from ds_engine.config.sections.zero.leaf_module import DEFAULT_CLASSES
@@ -70,17 +70,27 @@ class DeepSpeedConfigModel(BaseModel):
             setattr(home, new, extra.get("new_param_fn", lambda value: value)(getattr(self, old)))
 
 
+def _number(value: Any) -> Any:
+    """Pydantic takes true for 1, which nobody means as a scale."""
+    if isinstance(value, bool):
+        raise ValueError(f"it has to be a number, not {value}")
+    return value
+
+
+_A_NUMBER = BeforeValidator(_number)
+
+
 class DeepSpeedFP16Config(DeepSpeedConfigModel):
     """The section fp16."""
 
     enabled: bool = False
     auto_cast: bool = False
-    loss_scale: float = Field(0, ge=0, allow_inf_nan=False)
-    initial_scale_power: int = 16
-    loss_scale_window: float = 1000
-    hysteresis: float = 2
+    loss_scale: Annotated[float, _A_NUMBER] = Field(0, ge=0, allow_inf_nan=False)
+    initial_scale_power: Annotated[int, _A_NUMBER] = Field(16, ge=0, le=127)
+    loss_scale_window: Annotated[float, _A_NUMBER] = Field(1000, gt=0, allow_inf_nan=False)
+    hysteresis: Annotated[float, _A_NUMBER] = Field(2, gt=0, allow_inf_nan=False)
     consecutive_hysteresis: bool = False
-    min_loss_scale: float = 1
+    min_loss_scale: Annotated[float, _A_NUMBER] = Field(1, gt=0, allow_inf_nan=False)
     fp16_master_weights_and_grads: bool = False
 
     def initial_dynamic_scale(self) -> float:

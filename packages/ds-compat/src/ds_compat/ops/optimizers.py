@@ -30,9 +30,15 @@ class FusedAdam(ds_core.optim.FusedAdam, metaclass=_OrBase):
         amsgrad: bool = False,
         set_grad_none: bool = True,
     ) -> None:
-        _refuse(amsgrad=amsgrad, bias_correction=not bias_correction)
+        _refuse(amsgrad=amsgrad)
         super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled=adam_w_mode
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled=adam_w_mode,
+            bias_correction=bias_correction,
         )
 
 
@@ -51,9 +57,15 @@ class DeepSpeedCPUAdam(ds_offload.CPUAdam, metaclass=_OrBase):
         adamw_mode: bool = True,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        _refuse(amsgrad=amsgrad, bias_correction=not bias_correction)
+        _refuse(amsgrad=amsgrad)
         super().__init__(
-            model_params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, adamw_mode=adamw_mode
+            model_params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            adamw_mode=adamw_mode,
+            bias_correction=bias_correction,
         )
 
 
@@ -74,7 +86,7 @@ class FusedLamb(ds_core.optim.FusedLamb, metaclass=_OrBase):
         **others: Any,
     ) -> None:
         others.pop("max_grad_norm", None)  # the engine clips
-        _refuse(bias_correction=not bias_correction, eps_inside_sqrt=eps_inside_sqrt, **others)
+        _refuse(eps_inside_sqrt=eps_inside_sqrt, **others)
         super().__init__(
             params,
             lr=lr,
@@ -83,6 +95,7 @@ class FusedLamb(ds_core.optim.FusedLamb, metaclass=_OrBase):
             weight_decay=weight_decay,
             min_ratio=min_coeff,
             max_ratio=max_coeff,
+            bias_correction=bias_correction,
         )
 
 

@@ -16,6 +16,8 @@ class FusedAdam(FusedOptimizer):
 
     One pass over memory for all tensors. Agrees with `torch.optim.AdamW` within a few units in the last place per
     step and shares its `state_dict` format in both directions. `state_dtype=torch.bfloat16` halves the states.
+    `bias_correction=False` leaves the moments as they are, as BERT's first AdamW did: early steps are smaller by
+    (1 - beta1^t) / sqrt(1 - beta2^t).
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -30,6 +32,7 @@ class FusedAdam(FusedOptimizer):
         *,
         decoupled: bool = True,
         maximize: bool = False,
+        bias_correction: bool = True,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
         check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
@@ -43,25 +46,32 @@ class FusedAdam(FusedOptimizer):
             "maximize": maximize,
             "decoupled_weight_decay": decoupled,
         }
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, bias_correction=bias_correction)
 
     def _apply(self, group: Group, batch: Batch, grad_scale: float) -> None:
-        apply_adam(group, batch, grad_scale, decoupled=group["decoupled_weight_decay"])
+        step = self._corrected_step(batch)
+        apply_adam(group, batch, grad_scale, decoupled=group["decoupled_weight_decay"], step=step)
 
     def _check_groups(self) -> None:
         if any(group.get("amsgrad", False) for group in self.param_groups):
             raise ValueError("FusedAdam has no amsgrad, but the loaded state was made with amsgrad=True")
 
 
-def apply_adam(group: Group, batch: Batch, grad_scale: float, *, decoupled: bool) -> None:
-    """One step of Adam, or AdamW where the weight decay is `decoupled`, over the tensors of `batch`."""
+def apply_adam(
+    group: Group, batch: Batch, grad_scale: float, *, decoupled: bool, step: int | None = None
+) -> None:
+    """One step of Adam, or AdamW where the weight decay is `decoupled`, over the tensors of `batch`.
+
+    Args:
+        step: what the moments are corrected for. Default: the step of `batch`.
+    """
     beta1, beta2 = group["betas"]
     kernels.adam_step(
         batch.params,
         batch.states["exp_avg"],
         batch.states["exp_avg_sq"],
         batch.grads,
-        step=batch.step,
+        step=batch.step if step is None else step,
         lr=float(group["lr"]),
         beta1=float(beta1),
         beta2=float(beta2),

@@ -17,6 +17,9 @@ from ds_core.optim import counters
 
 Group = dict[str, Any]
 
+NO_CORRECTION_STEP = 2**53
+"""A step so late that beta ** step is 0 for every beta below 1 - 1e-12: the moments stay as they are."""
+
 ARENA_BYTES = 1 << 20
 """CPU states from this size on live in the arena: smaller ones gain nothing from huge pages."""
 
@@ -75,10 +78,14 @@ class FusedOptimizer(Optimizer):
         params: Iterable[Any],
         defaults: dict[str, Any],
         state_dtype: torch.dtype = torch.float32,
+        *,
+        bias_correction: bool = True,
     ) -> None:
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, but is {state_dtype}")
         self._state_dtype = state_dtype
+        # Not in the groups: a loaded state of torch's, whose groups have no such entry, would turn it on again.
+        self._bias_correction = bias_correction
         self._places: dict[int, tuple[int, int]] = {}
         super().__init__(params, defaults)
 
@@ -86,6 +93,10 @@ class FusedOptimizer(Optimizer):
     def state_dtype(self) -> torch.dtype:
         """Dtype of the element-wise states."""
         return self._state_dtype
+
+    def _corrected_step(self, batch: Batch) -> int:
+        """The step that Adam's moments are corrected for."""
+        return batch.step if self._bias_correction else NO_CORRECTION_STEP
 
     # -- what a subclass adds
 
@@ -264,7 +275,8 @@ class FusedOptimizer(Optimizer):
         """Raises ValueError where loaded groups ask for what the kernel does not do."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_state_dtype": self._state_dtype, "_places": {}}
+        own = {"_state_dtype": self._state_dtype, "_bias_correction": self._bias_correction, "_places": {}}
+        return {**super().__getstate__(), **own}
 
 
 FusedOptimizer.step.hooked = True  # type: ignore[attr-defined]  # [Note: light step]

@@ -19,7 +19,7 @@ class FusedLamb(FusedOptimizer):
 
     The trust ratio |p| / |u| is kept in [`min_ratio`, `max_ratio`]; the defaults leave it as the paper has it. `step`
     needs whole parameters. Where they are cut among ranks, `segment_sums` and `step_segments` are its two halves, with
-    the sums over ranks to be taken in between.
+    the sums over ranks to be taken in between. `bias_correction=False` leaves the moments as they are.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -35,6 +35,7 @@ class FusedLamb(FusedOptimizer):
         min_ratio: float = 0.0,
         max_ratio: float = math.inf,
         maximize: bool = False,
+        bias_correction: bool = True,
         state_dtype: torch.dtype = torch.float32,
     ) -> None:
         check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay, min_ratio=min_ratio)
@@ -50,7 +51,7 @@ class FusedLamb(FusedOptimizer):
             "max_ratio": max_ratio,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, state_dtype)
+        super().__init__(params, defaults, state_dtype, bias_correction=bias_correction)
 
     @torch.no_grad()
     def segment_sums(self, params: Sequence[Tensor], *, grad_scale: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ class FusedLamb(FusedOptimizer):
                     batch.states["exp_avg"],
                     batch.states["exp_avg_sq"],
                     batch.grads,
-                    step=batch.step,
+                    step=self._corrected_step(batch),
                     beta1=float(beta1),
                     beta2=float(beta2),
                     eps=group["eps"],
@@ -96,7 +97,7 @@ class FusedLamb(FusedOptimizer):
                     batch.states["exp_avg"],
                     batch.states["exp_avg_sq"],
                     kernels.trust_ratios(mine, group["min_ratio"], group["max_ratio"]),
-                    step=batch.step,
+                    step=self._corrected_step(batch),
                     lr=float(group["lr"]),
                     beta1=float(beta1),
                     beta2=float(beta2),
@@ -113,7 +114,7 @@ class FusedLamb(FusedOptimizer):
             batch.states["exp_avg"],
             batch.states["exp_avg_sq"],
             batch.grads,
-            step=batch.step,
+            step=self._corrected_step(batch),
             lr=float(group["lr"]),
             beta1=float(beta1),
             beta2=float(beta2),

@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 import ds_core.optim
+from ds_engine.build import mup
 from ds_engine.config.support.errors import ConfigError
 from ds_engine.config.support.suggest import did_you_mean
 
@@ -39,17 +40,30 @@ _FP32_STATES = ((True, None), "remove it: states rest in fp32")
 _ADAM = Own(
     class_name="FusedAdam",
     host_class_name="CPUAdam",
-    accepts=("lr", "betas", "eps", "weight_decay", "adam_w_mode"),
+    accepts=("lr", "betas", "eps", "weight_decay", "adam_w_mode", "bias_correction"),
     renames={"adam_w_mode": "decoupled"},
     host_renames={"adam_w_mode": "adamw_mode"},
     only={
         "torch_adam": ((False,), ""),
-        "bias_correction": ((True,), 'set it to true, or "torch_adam" to true'),
         "amsgrad": ((False,), 'set it to false, or "torch_adam" to true'),
         "set_grad_none": _ANY_GRAD,
         "fp32_optimizer_states": _FP32_STATES,
     },
 )
+
+
+
+def _mu_adam(*, decoupled: bool) -> Own:
+    return Own(
+        class_name="FusedAdam",
+        host_class_name="CPUAdam",
+        accepts=("lr", "betas", "eps", "weight_decay", "bias_correction", "decoupled_wd"),
+        renames={"adam_w_mode": "decoupled"},
+        host_renames={"adam_w_mode": "adamw_mode"},
+        defaults={"adam_w_mode": decoupled},
+        only={"amsgrad": ((False,), "set it to false")},
+    )
+
 
 OWN: Mapping[str, Own] = {
     "Adam": _ADAM,
@@ -61,11 +75,10 @@ OWN: Mapping[str, Own] = {
     ),
     "Lamb": Own(
         class_name="FusedLamb",
-        accepts=("lr", "betas", "eps", "weight_decay", "max_coeff", "min_coeff"),
+        accepts=("lr", "betas", "eps", "weight_decay", "max_coeff", "min_coeff", "bias_correction"),
         renames={"max_coeff": "max_ratio", "min_coeff": "min_ratio"},
         defaults={"eps": 1e-8, "max_coeff": 10.0, "min_coeff": 0.01},
         only={
-            "bias_correction": ((True,), "set it to true"),
             "eps_inside_sqrt": ((False,), "set it to false"),
             "amsgrad": ((False,), "set it to false"),
         },
@@ -100,6 +113,12 @@ OWN: Mapping[str, Own] = {
         },
     ),
     "SGD": Own(class_name="FusedSGD", accepts=("lr", "momentum", "dampening", "weight_decay", "nesterov")),
+    "MuAdam": _mu_adam(decoupled=False),
+    "MuAdamW": _mu_adam(decoupled=True),
+    "MuSGD": Own(
+        class_name="FusedSGD",
+        accepts=("lr", "momentum", "dampening", "weight_decay", "nesterov", "decoupled_wd"),
+    ),
 }
 """Names that mean our kernels where ds_core has them, and torch's class of the same name where it does
 not."""
@@ -129,13 +148,9 @@ def choose(name: str, params: Mapping[str, Any], *, on_host: bool) -> Choice:
         return _torch_choice(torch.optim.AdamW if decoupled else torch.optim.Adam, rest)
     found = _own_class(own, on_host) if own is not None else None
     # Torch's class of the name serves what ours has not, such as foreach or maximize.
-    if (
-        own is None
-        or found is None
-        or (own is not _ADAM and _torch_serves(name, own, values) and not on_host)
-    ):
+    if own is None or found is None or (own is not _ADAM and _torch_serves(name, own, values)):
         return _torch_choice(_torch_class(name), values)
-    renames = own.host_renames if on_host else own.renames
+    renames = own.host_renames if on_host and own.host_class_name is not None else own.renames
     if own.class_name == "Muon":
         values = _muon_rates(values)
     arguments = {
@@ -217,11 +232,32 @@ def build(
         arguments["state_dtype"] = torch.bfloat16
     if choice.make is getattr(ds_core.optim, "Muon", None):
         parameters = _muon_halves(parameters, names or {})
+    if name.lower() in mup.NAMES:
+        parameters = _mu_groups(name, choice, arguments, parameters, names or {})
     try:
         optimizer: Optimizer = choice.make(parameters, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError([f"optimizer.params for {name}: {error}"]) from error
     return optimizer
+
+
+def _mu_groups(
+    name: str,
+    choice: Choice,
+    arguments: dict[str, Any],
+    parameters: Iterable[Any],
+    names: Mapping[int, str],
+) -> list[dict[str, Any]]:
+    """Groups with the rates of muP; takes `decoupled_wd` out of the arguments, which is not the optimizer's."""
+    defaults = inspect.signature(choice.make).parameters
+    return mup.groups(
+        name,
+        parameters,
+        lr=arguments.get("lr", defaults["lr"].default),
+        weight_decay=arguments.get("weight_decay", 0.0),
+        scale_decay=not arguments.pop("decoupled_wd", False),
+        names=names,
+    )
 
 
 def _muon_halves(parameters: Iterable[Any], names: Mapping[int, str]) -> list[dict[str, Any]]:

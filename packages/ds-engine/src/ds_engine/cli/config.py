@@ -82,14 +82,13 @@ def schema(
 def _load(file: str, ranks: int | None) -> DsConfig:
     """The configuration with its warnings printed; ends the program where there are mistakes."""
     from ds_engine import rules
-    from ds_engine.config import ConfigError, load
+    from ds_engine.config import ConfigError
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            config = load(file)
             # What integrations fill in may still be "auto" in a file.
-            rules.check(rules.Job(config=config), autos_may_stay=True)
+            config = rules.load(file, lambda read: rules.Job(config=read), autos_may_stay=True)
             if ranks is not None:
                 config.batch(ranks)
         except (ConfigError, FileNotFoundError) as error:

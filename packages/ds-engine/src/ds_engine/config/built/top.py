@@ -74,6 +74,7 @@ WORKING: tuple[Row, ...] = (
         remedy="set it to false",
         switches={"data_efficiency.data_routing.enabled": (False,)},
     ),
+    works("zero_force_ds_cpu_optimizer", _ENGINE, "ds_engine.rules"),
     works("seed", _ENGINE, "ds_engine.assemble"),
     works("startup_summary", _ENGINE, "ds_engine.training.startup_summary"),
 )
@@ -86,11 +87,6 @@ EFFECTLESS: tuple[Row, ...] = (
         "zero_allow_untested_optimizer",
         "ds-zero",
         "shard tries an unknown optimizer on a small tensor itself",
-    ),
-    no_effect(
-        "zero_force_ds_cpu_optimizer",
-        "ds-offload",
-        "states in host memory are only stepped by an optimizer for it",
     ),
     no_effect("seq_parallel_communication_data_type", _LAYERS, "no sequence is shared between ranks"),
     no_effect(

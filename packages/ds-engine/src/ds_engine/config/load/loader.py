@@ -49,12 +49,24 @@ def load(
     """
     if isinstance(config, DsConfig):
         return config
-    examined = examine(open_source(config), foreign_keys=foreign_keys)
-    if examined.config is None or examined.problems:
-        raise ConfigError(examined.problems, examined.origin.where)
+    return accept(examine(open_source(config), foreign_keys=foreign_keys))
+
+
+def accept(examined: Examined, more: Iterable[str] = ()) -> DsConfig:
+    """The configuration, with its remarks as warnings.
+
+    Args:
+        more: mistakes that were found beside those of `examined`.
+
+    Raises:
+        ConfigError: all mistakes.
+    """
+    problems = [*examined.problems, *more]
+    if examined.config is None or problems:
+        raise ConfigError(problems, examined.origin.where)
     if os.environ.get("RANK", "0") == "0":  # once for a job, not once for each rank
         for text in examined.remarks:
-            warnings.warn(f"{examined.origin.where}: {text}", stacklevel=2)
+            warnings.warn(f"{examined.origin.where}: {text}", stacklevel=3)
     return examined.config
 
 

@@ -13,9 +13,6 @@ ABSENT: Mapping[str, tuple[str, str]] = {
     "onebitadam": ("ds-comm", "AdamW"),
     "zerooneadam": ("ds-comm", "AdamW"),
     "onebitlamb": ("ds-comm", "Lamb"),
-    "muadam": ("ds-core", "Adam"),
-    "muadamw": ("ds-core", "AdamW"),
-    "musgd": ("ds-core", "SGD"),
 }
 """Optimizers of DeepSpeed's that are not built yet -> the package that will have them, and what to use instead."""
 
