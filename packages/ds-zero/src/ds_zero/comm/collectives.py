@@ -53,9 +53,9 @@ def settle(work: Work) -> None:
     """After `arrive`: wait until nobody needs what was sent any more.
 
     [Note: arriving and settling]
-    Ranks that read peer memory copy when they need the values, so what was sent has to stay until the slowest has come
-    as far as this rank. Whoever waits for that at once goes from operation to operation in step with all others, and the
-    delays of all ranks add up. So the two waits are apart, and the second comes one bucket or one unit later, when it is usually over.
+    A rank that reads peer memory copies when it needs the values, so what was sent has to stay until the slowest rank
+    has come as far as this one. A rank that waits for that at once moves in step with all others, and the delays of all
+    ranks add up. So the two waits are apart: the second comes one bucket or one unit later, when it is usually over.
     """
     late = getattr(work, "settle", None)
     if late is not None:
