@@ -295,7 +295,7 @@ class Pieces(Protocol):
 
 
 class Comm:
-    """The pair of collectives of one model, and what they have sent."""
+    """All-gather and reduce-scatter for one model, with counts of the bytes sent."""
 
     def __init__(self, all_gather: AllGather, reduce_scatter: ReduceScatter) -> None:
         self.all_gather, self.reduce_scatter = all_gather, reduce_scatter
@@ -305,17 +305,17 @@ class Comm:
         """Bytes that this rank has sent in reductions."""
 
     def guard(self, what: str) -> AbstractContextManager[None]:
-        """A context for collectives that do not go through here; `what` is what ranks meet for."""
+        """A context around a collective that is not started by this object; `what` names it in error messages."""
         return nullcontext()
 
     def gather(
         self, whole: Tensor, ranks: Ranks, *, sizes: Sequence[int] | None = None, number: int = 0
     ) -> Work:
-        """Start to fill `whole` (1-D) with every rank's slice; this rank's is there already.
+        """Start to fill `whole` (1-D) with the slices of all ranks; it contains this rank's slice already.
 
         Args:
-            sizes: elements of each rank's slice, where they are not equal.
-            number: gathers of different numbers never take each other's messages.
+            sizes: number of elements of each rank's slice, if they differ.
+            number: message tag; gathers with different numbers do not receive each other's messages.
         """
         if ranks.group is None:
             return Done()
@@ -337,7 +337,7 @@ class Comm:
         *,
         sizes: Sequence[int] | None = None,
     ) -> Work:
-        """Start to sum (or average) the ranks' `whole`; `out` becomes this rank's slice of the result."""
+        """Start to sum (or average) `whole` over the ranks; `out` receives this rank's slice of the result."""
         if ranks.group is None:
             out.copy_(whole)
             return Done()
@@ -350,8 +350,8 @@ class Comm:
         return collective(out, whole, ranks.group, op, async_op=True) or Done()
 
     def takes_pieces(self, ranks: Ranks, device: torch.device) -> bool:
-        """Whether `reduce_pieces` shall take the place of `reduce`: where messages go straight from rank to rank, and
-        these are so few that their parts of a gradient are worth a message.
+        """Whether to call `reduce_pieces` instead of `reduce`: if ranks send directly to each other, and are so few
+        that each one's part of a gradient is large enough for a message of its own.
         """
         if ranks.group is None:
             return True
@@ -361,7 +361,7 @@ class Comm:
     def reduce_pieces(
         self, out: Tensor, grads: Sequence[Tensor], pieces: Pieces, op: dist.ReduceOp.RedOpType
     ) -> Work:
-        """As `reduce`, of gradients that lie apart: one flat tensor for each slot of the bucket."""
+        """Like `reduce`, but the gradients are separate tensors: a flat one for each slot of the bucket."""
         self.reduced_bytes += pieces.sent_numel * grads[0].element_size()
         return pieces.start(out, grads, op == dist.ReduceOp.AVG)
 

@@ -21,7 +21,7 @@ SHOWN = 6
 
 
 class RankOrderError(RuntimeError):
-    """Ranks ran different modules, or one of them stopped, so that others wait for what never comes."""
+    """The ranks ran different modules, or a rank stopped, so that a collective can never complete."""
 
 
 @dataclass(frozen=True)

@@ -21,24 +21,24 @@ from torch.distributed.device_mesh import DeviceMesh
 from ds_zero.comm.ranks import Group, Ranks, ranks_of
 
 MeshFor = Callable[[str, nn.Parameter], DeviceMesh | Ranks | None]
-"""From a parameter's name to the mesh that divides it; None: the model's."""
+"""A function from a parameter's name and the parameter to the mesh of ranks that divide it; None: the model's mesh."""
 
 
 def cut_by_model_parallelism(fqn: str, param: nn.Parameter) -> bool:
-    """Whether a parameter carries Megatron's or DeepSpeed's mark of one that is cut over model-parallel ranks."""
+    """Whether a parameter has the mark of Megatron or DeepSpeed for those that are cut among model-parallel ranks."""
     return any(bool(getattr(param, mark, False)) for mark in ("tensor_model_parallel", "model_parallel"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParallel:
-    """The other axis of a model that is also cut along something else than data."""
+    """The model-parallel axis (tensor or pipeline parallelism) of a model that `shard` divides along the data axis."""
 
     group: Group
     """Ranks that together hold one copy of the model: all tensor- and pipeline-parallel ranks of one data-parallel
     index. A mesh of one axis, or a process group."""
     is_cut: Callable[[str, nn.Parameter], bool] = cut_by_model_parallelism
-    """Whether the members of the group hold different parts of a parameter, or different parameters under one
-    name; what they hold alike counts once in norms."""
+    """Whether the members of the group hold different values under a parameter's name (parts of it, or another stage's
+    parameter). Other parameters are equal on all members, and norms count them once."""
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,9 @@ def get_full(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tensor
 def set_full(model: nn.Module | None, where: Where, kind: str, value: Tensor | float | None) -> None:
     """Replace the whole value on every rank by rank 0's `value`, in the parameter's shape. Collective.
 
-    Other ranks' `value` may be None. A new parameter is seen by the next forward, at every stage and precision. A new
-    gradient takes the place of all that has accumulated since the last step and is used as it is: clipping that was
-    done before does not touch it.
+    Other ranks may pass None. The next forward uses a new parameter, at every stage and precision. A new gradient
+    replaces all gradients accumulated since the last step, and the next step uses it as it is; earlier clipping has no
+    effect on it.
 
     Raises:
         ValueError: another shape; a gradient or state of a frozen parameter; a state that the optimizer does not have.
@@ -95,8 +95,8 @@ def update_full_grads(
 ) -> None:
     """`grad = update(grad, param)` on whole gradients of many parameters, gathered one bucket at a time. Collective.
 
-    `update` runs on every rank on the same values and has to give the same result there; each rank keeps its part.
-    Parameters without a gradient are left out. `model` is None where `params` are parameters of one model.
+    `update` runs on every rank with the same values and must return the same result on all of them; each rank keeps its
+    part. Parameters without a gradient are skipped. `model` may be None if `params` are parameters of one model.
     """
     wanted: dict[int, list[Place]] = {}
     state = _registry.state_of(model) if model is not None else None
@@ -133,10 +133,10 @@ def update_full_grads(
 
 
 def get_local(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tensor | None:
-    """What this rank owns of a value: a 1-D copy, of no elements where it owns nothing. Not collective.
+    """A 1-D copy of the part of a value that this rank owns; empty if it owns nothing. Not collective.
 
-    A gradient is complete after `clip_grad_norm_`, and not while micro-batches accumulate. See `local_range` for the
-    place within the parameter.
+    A gradient is complete only after `clip_grad_norm_`: while micro-batches accumulate, parts of it may be missing.
+    `local_range` gives the position of the part in the parameter.
 
     Returns:
         None where this rank has no such value.
@@ -197,7 +197,7 @@ def set_local(model: nn.Module | None, where: Where, kind: str, value: Tensor) -
 
 
 def local_range(model: nn.Module | None, where: Where) -> tuple[int, int]:
-    """(first element, number of elements) of the flattened parameter that this rank owns."""
+    """The range of the flattened parameter that this rank owns: (first element, number of elements)."""
     own = find(model, where).own
     return own.start, own.numel
 

@@ -20,15 +20,17 @@ from ds_zero.state import ZeroState
 def gathered(
     params: nn.Module | nn.Parameter | Iterable[nn.Parameter], write: bool = False, *, writer_rank: int = 0
 ) -> Iterator[None]:
-    """Whole parameters inside the context, at every stage. Collective: all ranks enter and leave with the same
-    parameters; those of one module, or of several sharded models.
+    """Inside the context the parameters are whole, at every stage.
 
-    With `write`, the values that `writer_rank` has at the end become everybody's, masters included; digits that the
-    compute dtype does not show are kept where it was not written. No change is lost in silence: one that was made
-    without `write`, or by another rank alone, raises on every rank, also when it was made through `.data`. Contexts
-    nest; a change inside an inner one that does not write counts for an outer one that does. A context that is left
-    by an exception adopts nothing. Parameters that were constructed under `deferred_init` and wait for `shard` are
-    made for the while, see [Note: waiting parameters].
+    Collective: all ranks enter and leave the context with the same parameters, those of a module or any others, also of
+    several sharded models.
+
+    With `write`, all ranks take the values that `writer_rank` has at the end, masters included. Elements that were not
+    written keep the full precision of their master. No change is lost silently: a change without `write`, or by another
+    rank alone, raises on every rank, even if it was made through `.data`. Contexts may be nested; a change in an inner
+    context without `write` belongs to an outer one with it. After an exception no change is taken over. Parameters that
+    were constructed under `deferred_init` and are not sharded yet get their values inside the context, see
+    [Note: waiting parameters].
 
     Raises:
         ValueError: parameters that are not sharded; a change that would be lost; an optimizer step inside.
@@ -126,11 +128,10 @@ def _adopt(buckets: list[Bucket], writer: int) -> None:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Names -> whole values on the CPU, on rank 0 (elsewhere empty). Collective.
+    """Whole values by name, on the CPU of rank 0; an empty dict on other ranks. Collective.
 
-    Parameters come from the fp32 masters, frozen ones in their own dtype; tied parameters appear under each
-    of their names, as one tensor; persistent buffers are included. Rank 0 holds one bucket beyond what it
-    returns.
+    Parameters are the fp32 masters, frozen ones have their own dtype. Tied parameters appear under each of their names,
+    as one tensor. Persistent buffers are included. Beside the result, rank 0 needs the memory of one bucket.
     """
     state = _registry.state_of(model)
     state.stepper.wait()

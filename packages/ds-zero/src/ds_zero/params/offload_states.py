@@ -47,11 +47,11 @@ class _Moved:
 
 
 class Away:
-    """Moves state of a sharded model to the host; `back` brings it home.
+    """Moves state of a sharded model from the accelerator to host memory, until `back` is called.
 
-    In between the model can be neither trained nor saved, and forward works only while its parameters are not among
-    what is away. What rests in host memory already stays where it is. A storage that serves several kinds (fp32
-    parameters are their own masters) moves if all of them are asked for.
+    Meanwhile the model cannot be trained or saved; forward works if the parameters ("lp_params") were not moved. State
+    that is in host memory already is not touched. One storage may serve several kinds (fp32 parameters are their own
+    masters): it moves only if all of these kinds are named.
     """
 
     KINDS = (OPTIM_STATES, HP_PARAMS, LP_PARAMS, LP_GRADS)
@@ -106,11 +106,11 @@ class Away:
 
     @property
     def num_bytes(self) -> int:
-        """What the accelerator got back."""
+        """Bytes of accelerator memory that the move has freed."""
         return sum(moved.host.numel() for moved in self._moved.values())
 
     def back(self, *, non_blocking: bool = False) -> None:
-        """Everything is where it was. Safe to call twice."""
+        """Move everything back to where it was. A second call does nothing."""
         for moved in self._moved.values():
             moved.bring_back(non_blocking=non_blocking)
         if self._moved and not non_blocking:

@@ -85,8 +85,8 @@ def _ranges(state: ZeroState, *, owned: bool) -> Iterator[_Range]:
 
 
 def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
-    """What this rank has to write. Over all ranks every element of every logical tensor appears exactly once,
-    at any stage.
+    """The pieces of parameters, buffers and optimizer states that this rank writes to a checkpoint. Over all ranks,
+    every element of every tensor appears exactly once, at any stage.
 
     Scalar states (Adam's `step`) come from the rank that has the parameter's first element; buffers from rank
     0.
@@ -154,9 +154,9 @@ def load_records(
 
     Args:
         optimizer_states: read those too.
-        keep: names of tensors that stay as they are, with their states.
-        expect: told before the first read what will be read of parameters and states, in order: name, state, first
-            element, number of elements. For sources that read ahead.
+        keep: names of tensors that are not read and stay as they are, with their states.
+        expect: called before the first read with everything that will be read, in order: name, state, first element,
+            number of elements. For sources that read ahead.
 
     Raises:
         ValueError: a tensor that the source lacks or has in another shape; nothing has been changed then.

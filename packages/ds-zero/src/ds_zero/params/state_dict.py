@@ -28,12 +28,12 @@ class _Values:
 
 
 def load_full_state_dict(model: nn.Module, values: Mapping[str, Tensor], *, strict: bool = True) -> list[str]:
-    """Whole values into the model, its fp32 masters and every rank's slices. Collective; each rank passes them.
+    """Load whole values into the model, its masters and every rank's slices. Collective; every rank passes `values`.
 
-    Tied parameters may come under any of their names. Optimizer states stay.
+    A tied parameter may be given under any of its names. Optimizer states do not change.
 
     Returns:
-        Names of the model that `values` lacks, which stay as they are; empty if `strict`.
+        Names of the model that `values` does not contain, and whose values do not change; empty if `strict`.
 
     Raises:
         ValueError: with `strict` missing or unexpected names; a value of another shape. Nothing has changed then.

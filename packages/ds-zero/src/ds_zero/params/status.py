@@ -12,7 +12,7 @@ from ds_zero.runtime.bucket import BucketState
 
 @dataclass(frozen=True, kw_only=True)
 class Presence:
-    """One parameter of a model that is sharded, or waits to be. See `presence`."""
+    """Whether one parameter's values are on this rank now. Returned by `presence`."""
 
     divided: bool
     """Ranks hold slices of it (stage 3); otherwise every rank holds all of it."""
@@ -25,7 +25,9 @@ class Presence:
 
 
 def presence(param: nn.Parameter) -> Presence | None:
-    """What is where; None for a parameter that has nothing to do with ds_zero."""
+    """Where the values of a parameter are at this moment; None if it is neither sharded nor constructed under
+    `deferred_init`.
+    """
     if _registry.find_record(param) is not None:
         return Presence(divided=True, kept=False, here=not param.is_meta, own=None)
     state = _registry.find(param)

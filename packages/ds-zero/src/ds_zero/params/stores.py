@@ -12,8 +12,8 @@ from ds_zero.interfaces import Reservation, ShardKey, Work
 
 
 class ResidentStore:
-    """Keeps every partition as one tensor on the model's device; everything is there at once, so works are
-    done when they start.
+    """The default store: keeps every partition as one tensor on the model's device. Nothing is copied, so the work
+    handles that it returns are complete at once.
     """
 
     def __init__(self) -> None:

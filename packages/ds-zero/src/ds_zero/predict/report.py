@@ -9,21 +9,21 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseMemory:
-    """The fullest moment of one phase on one rank, in bytes."""
+    """Memory of one rank at the moment of one phase at which it holds most, in bytes."""
 
     phase: str
     """"load", "forward", "backward", "step" or "save"; "rest" is between steps."""
     device_bytes: int
     """On the device that computes; on a CPU this is everything, what is "offloaded" included."""
     host_bytes: int
-    """In host memory beside an accelerator; on a CPU, the part of `device_bytes` that an offload store holds."""
+    """Host memory beside an accelerator; on a CPU, the part of `device_bytes` that an offload store holds."""
     parts: Mapping[str, int]
-    """Purpose -> bytes at the fullest moment of the device."""
+    """Purpose -> bytes at that moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """Settings that fit where the planned ones do not."""
+    """Changed settings with which the job fits into the budget."""
 
     changes: Mapping[str, object]
     """Argument of `plan` -> new value."""
@@ -34,7 +34,7 @@ class Remedy:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Memory and messages of one rank, computed without either. `print` it, or take `to_json`."""
+    """The predicted memory and messages of one rank. `print` it, or use `to_json`."""
 
     model: str
     params_numel: int
@@ -53,12 +53,12 @@ class Plan:
     sent_bytes: Mapping[str, int]
     """Sent by one rank in one optimizer step, by phase; empty where no micro-batch was given."""
     reserve_bytes: int
-    """Part of every phase's `device_bytes` that stands for what kernels take for themselves while they run."""
+    """Part of every phase's `device_bytes`: an allowance for memory that kernels allocate while they run."""
     notes: tuple[str, ...] = ()
     budget_bytes: int | None = None
     host_budget_bytes: int | None = None
     remedies: tuple[Remedy, ...] = ()
-    """Nearest settings that fit, where these do not; empty as well if none do."""
+    """If the job does not fit: the nearest settings that do, possibly none."""
 
     @property
     def device_bytes(self) -> int:
@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """The peak in host memory; on a CPU, of what an offload store holds."""
+        """The peak in host memory; on a CPU, the peak of what an offload store holds."""
         return max(p.host_bytes for p in self.phases)
 
     @property

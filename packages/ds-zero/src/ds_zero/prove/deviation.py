@@ -63,7 +63,7 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One tensor (or loss) that is not bitwise that of plain PyTorch."""
+    """One tensor or loss that differs from that of plain PyTorch in at least one bit."""
 
     step: int
     """Optimizer step, from 1; 0 is before the first."""
@@ -71,28 +71,28 @@ class Difference:
     """"loss", "gradient" (mean over ranks, not clipped), "gradient norm", "parameter" and "state ..."
     (after the step), or "buffer"."""
     name: str
-    """Of the tensor in the model; of a loss, which micro-batch and rank."""
+    """Name of the tensor in the model; for a loss, its micro-batch and rank."""
     module: str
     """The module that holds it, with its class."""
     max_ulp: int
-    """The most units in the last place that an element is off; 2**63 - 1 where only one side has a number."""
+    """Largest difference of an element in units in the last place; 2**63 - 1 if exactly one of the two is NaN."""
     max_abs: float
     """The largest absolute difference."""
     at: tuple[int, ...]
-    """Where that is."""
+    """Index of the element with the largest absolute difference."""
     found: float
-    """What the sharded training has there."""
+    """Value of that element in the sharded training."""
     plain: float
-    """What plain PyTorch has there."""
+    """Value of that element in plain PyTorch."""
     differing: int
-    """Elements that differ."""
+    """Number of elements that differ."""
     numel: int
     bound: float | None = None
     """The largest absolute difference that rounding explains; None before it was measured."""
 
     @property
     def within(self) -> bool:
-        """Whether rounding explains it."""
+        """Whether the difference is within `bound`, so that rounding explains it."""
         return self.bound is not None and self.max_abs <= self.bound
 
     def __str__(self) -> str:
