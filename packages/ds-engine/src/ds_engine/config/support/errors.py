@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+
+def _rebuilt(cls: type[ConfigError], args: tuple[object, ...], attributes: dict[str, object]) -> ConfigError:
+    """A pickled error as it was, in whichever subclass it was."""
+    error = cls.__new__(cls, *args)
+    error.args = args
+    vars(error).update(attributes)
+    return error
 
 
 class ConfigError(ValueError):
@@ -18,3 +27,7 @@ class ConfigError(ValueError):
             numbered = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, 1))
             text = f"{where} has {len(problems)} mistakes:\n{numbered}"
         super().__init__(text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The constructor takes problems, while `args` holds the text made from them: pickling must not call it again.
+        return _rebuilt, (type(self), self.args, vars(self).copy())
