@@ -53,8 +53,9 @@ void apply(py::handle params, py::handle exp_avgs, py::handle exp_avg_sqs, py::h
            double eps, double weight_decay, int threads) {
   const LambOptions options = options_of("lamb_apply", step, lr, beta1, beta2, eps, weight_decay, 1.0);
   TensorReader reader("lamb_apply");
-  const std::vector<UpdateTensor> tensors = read_updates(
-      reader, "lamb_apply", params, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}, py::none(), out);
+  const std::vector<UpdateTensor> tensors =
+      read_updates(reader, "lamb_apply", params, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}},
+                   py::handle(), out);
   reader.require_count(ratios.size(), tensors.size(), "ratios", "params");
   std::vector<float> minus_steps;
   for (const double ratio : ratios) minus_steps.push_back(static_cast<float>(-lr * ratio));

@@ -99,6 +99,31 @@ bool is_contiguous(const dlpack::Tensor& t) {
   throw py::value_error(arg.text() + " " + what);
 }
 
+// Whether torch would have to flip the signs of what is read (torch's negative bit, as on `x.conj().imag`).
+bool is_negated(py::handle object) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  const py::object answer =
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(object.ptr(), is_neg));
+  if (answer) return answer.ptr() == Py_True;
+  if (PyErr_ExceptionMatches(PyExc_AttributeError) == 0) throw py::error_already_set();
+  PyErr_Clear();  // a tensor of another library
+  return false;
+}
+
+// Whether there is memory behind a tensor of torch's with elements. FakeTensors have none, nor has a storage
+// that was resized to 0; what DLPack gives is then the offset of the view. No memory of a 64-bit process lies
+// that low, except its own heap where it is linked to fixed addresses: such tensors are looked at again.
+bool has_memory(py::handle object, const void* data) {
+  constexpr std::uintptr_t kLowest = std::uintptr_t{1} << 40;
+  if (reinterpret_cast<std::uintptr_t>(data) >= kLowest) return true;
+  if (data == nullptr) return false;
+  try {
+    return object.attr("untyped_storage")().attr("data_ptr")().cast<std::uintptr_t>() != 0;
+  } catch (const py::error_already_set&) {
+    return false;  // a tensor that refuses to say where it lies
+  }
+}
+
 bool is_host(dlpack::Device device) {
   return device.type == dlpack::kCpu || device.type == dlpack::kCudaHost || device.type == dlpack::kRocmHost;
 }
@@ -114,8 +139,11 @@ std::string Arg::text() const {
 View TensorReader::read(py::handle object, const Arg& arg) {
   dlpack::Tensor borrowed{};
   const dlpack::Tensor* t = &borrowed;
+  const ExchangeTable* const table = table_of(Py_TYPE(object.ptr()));
+  bool negated = false;
   try {
-    if (const ExchangeTable* table = table_of(Py_TYPE(object.ptr())); table != nullptr) {
+    if (table != nullptr) {
+      negated = is_negated(object);
       current_stream_ = table->current_stream;
       if (table->borrow(object.ptr(), &borrowed) != 0) throw py::error_already_set();
     } else {
@@ -137,7 +165,13 @@ View TensorReader::read(py::handle object, const Arg& arg) {
   for (int dim = 0; dim < t->ndim; ++dim) numel *= t->shape[dim];
   check_device(t->device, arg);
   if (numel != 0 && !is_contiguous(*t)) fail(arg, "must be contiguous; pass x.contiguous() or a flat view");
-  return {static_cast<char*>(t->data) + t->byte_offset, numel, t->dtype, DType::kF32};
+  if (negated) fail(arg, "is a view whose signs torch flips when it reads; pass x.resolve_neg()");
+  void* const data = static_cast<char*>(t->data) + t->byte_offset;
+  if (numel != 0 && !(table != nullptr ? has_memory(object, data) : data != nullptr)) {
+    fail(arg, "has no memory: it is a FakeTensor, or its storage was freed");
+  }
+  held_.push_back(py::reinterpret_borrow<py::object>(object));
+  return {data, numel, t->dtype, DType::kF32};
 }
 
 void TensorReader::check_device(dlpack::Device device, const Arg& arg) {
@@ -205,10 +239,16 @@ void TensorReader::require_numel(const View& view, std::int64_t numel, std::stri
 }
 
 Items::Items(py::handle sequence, std::string_view function, std::string_view name) {
+  // A tensor is iterable, too: its rows are not what was meant, and those of a sparse one die with the
+  // iterator.
+  if (table_of(Py_TYPE(sequence.ptr())) != nullptr || py::hasattr(sequence, "__dlpack__")) {
+    fail({function, name}, "must be a sequence of tensors, but is one tensor; pass [x]");
+  }
   fast_ = py::reinterpret_steal<py::object>(PySequence_Fast(sequence.ptr(), ""));
   if (!fast_) {
     PyErr_Clear();
-    fail({function, name}, "must be a sequence of tensors");
+    fail({function, name}, "must be a sequence of tensors, but is a " +
+                               std::string(py::str(py::type::of(sequence).attr("__name__"))));
   }
 }
 
@@ -216,7 +256,8 @@ std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view fu
                                        std::initializer_list<StateArg> states, py::handle grads,
                                        py::handle outs) {
   const Items p(params, function, "params");
-  const Items g(grads.is_none() ? params : grads, function, "grads");
+  const bool with_grads = grads.ptr() != nullptr;
+  const Items g(with_grads ? grads : params, function, "grads");
   const Items o(outs.is_none() ? params : outs, function, "out");
   reader.require_count(g.size(), p.size(), "grads", "params");
   reader.require_count(o.size(), p.size(), "out", "params");
@@ -251,7 +292,7 @@ std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view fu
       t.state_dtype = state.dtype;
       state_dtypes = only(state.dtype);  // the states of one tensor share their dtype
     }
-    if (!grads.is_none()) {
+    if (with_grads) {
       const View grad = like_param(g[i], "grads", kFloats);
       t.grad = grad.data;
       t.grad_dtype = grad.dtype;

@@ -38,7 +38,8 @@ struct View {
   DType dtype;  // meaningful when type is one of the three
 };
 
-// Any sequence as a borrowed array of objects.
+// Any sequence or iterator of tensors as an array of objects. Those that an iterator makes live as long as
+// this object, and as the reader that reads them.
 class Items {
  public:
   Items(py::handle sequence, std::string_view function, std::string_view name);
@@ -52,8 +53,9 @@ class Items {
 };
 
 // Reads tensors through the C exchange table of their type, or through a DLPack capsule where there is none.
-// The first tensor read fixes the device of all. Keeps capsules alive: views are valid while the reader and
-// the Python objects are. Everything unfit raises ValueError naming the argument.
+// The first tensor read fixes the device of all. Holds every object that it read, so that views are valid as
+// long as the reader is, also while another thread changes the caller's lists. Everything unfit raises
+// ValueError naming the argument.
 class TensorReader {
  public:
   explicit TensorReader(std::string_view function) : function_(function) {}
@@ -81,6 +83,7 @@ class TensorReader {
   dlpack::Device device_{0, 0};
   int (*current_stream_)(dlpack::DeviceType, std::int32_t, void**) = nullptr;
   std::vector<py::object> capsules_;
+  std::vector<py::object> held_;
 };
 
 // One optimizer argument that holds a state per parameter.
@@ -89,7 +92,8 @@ struct StateArg {
   py::handle list;
 };
 
-// Reads and checks the lists of an optimizer step; two states at most. `grads` and `outs` may be None.
+// Reads and checks the lists of an optimizer step; two states at most. `outs` may be None; `grads` is a null
+// handle where the step has no gradients.
 std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view function, py::handle params,
                                        std::initializer_list<StateArg> states, py::handle grads,
                                        py::handle outs);

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_core import _native, kernels
 
@@ -89,6 +90,77 @@ def test_adam_step_refuses(replaced: dict[str, Any], message: str) -> None:
 def test_other_kernels_refuse(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def fake(numel: int) -> Tensor:
+    with FakeTensorMode():
+        return torch.ones(numel + 4)[4:]
+
+
+def freed(numel: int) -> Tensor:
+    """A view, so that DLPack gives an address that is not null."""
+    tensor = torch.ones(numel + 4)[4:]
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("unfit", "message"),
+    [
+        (fake(8), "has no memory: it is a FakeTensor, or its storage was freed"),
+        (freed(8), "has no memory: it is a FakeTensor, or its storage was freed"),
+        (
+            torch._neg_view(torch.ones(8)),
+            r"is a view whose signs torch flips when it reads; pass x.resolve_neg\(\)",
+        ),
+        (torch.ones(8, dtype=torch.complex64).conj().imag.contiguous(), None),
+    ],
+)
+@pytest.mark.parametrize("name", ["params", "exp_avgs", "exp_avg_sqs", "grads", "out"])
+def test_tensors_whose_memory_is_not_their_value(unfit: Tensor, message: str | None, name: str) -> None:
+    arguments = lists(**{name: second(unfit)})
+    if message is None:  # resolved by torch already
+        kernels.adam_step(**arguments)
+        return
+    with pytest.raises(ValueError, match=rf"adam_step: {name}\[1\] {message}"):
+        kernels.adam_step(**arguments)
+
+
+def test_checksums_read_values_and_refuse_freed_storages() -> None:
+    x = torch.randn(100)
+    assert kernels.crc32c(torch._neg_view(x)) == kernels.crc32c(-x)
+    with pytest.raises(ValueError, match="crc32c: data has no memory"):
+        kernels.crc32c(freed(8))
+
+
+@pytest.mark.parametrize("name", ["params", "exp_avgs", "exp_avg_sqs", "grads"])
+@pytest.mark.parametrize("one", [torch.randn(2, 8), torch.randn(2, 8).to_sparse(), None, 3])
+def test_what_is_no_list_of_tensors(name: str, one: Any) -> None:
+    what = "is one tensor; pass" if isinstance(one, Tensor) else f"is a {type(one).__name__}"
+    with pytest.raises(ValueError, match=f"adam_step: {name} must be a sequence of tensors, but {what}"):
+        kernels.adam_step(**lists(**{name: one}))
+    states = [torch.ones(8), torch.ones(8)]
+    with pytest.raises(ValueError, match="adagrad_step: grads must be a sequence"):  # the binding by itself
+        _native.core.adagrad_step(states, states, one, None, 1, 0.1, 0.0, 0.0, 0.0, 1.0, 1)
+
+
+def test_iterators_are_read_once_and_their_tensors_live_until_the_end() -> None:
+    numel = 100_000  # large enough that freed memory goes back at once
+    params = [torch.zeros(numel) for _ in range(8)]
+    grads = [torch.full((numel,), float(i + 1)) for i in range(8)]
+    out = [torch.zeros(numel, dtype=torch.bfloat16) for _ in params]
+    versions = [(p._version, o._version) for p, o in zip(params, out, strict=True)]
+    kernels.sgd_step(iter(params), None, (g.clone() for g in grads), first=True, lr=1.0, out=(o for o in out))
+    for p, g, o, before in zip(params, grads, out, versions, strict=True):
+        assert torch.equal(p, -g)
+        assert torch.equal(o, -g.bfloat16())
+        assert (p._version, o._version) == (before[0] + 1, before[1] + 1)
+    more = [torch.zeros(numel) for _ in params]
+    _native.core.sgd_step(  # the binding by itself
+        more, None, (g.clone() for g in grads), None, True, 1.0, 0.0, 0.0, 0.0, False, 1.0, 1
+    )
+    assert all(torch.equal(p, -g) for p, g in zip(more, grads, strict=True))
+    assert kernels.squared_norm(g.clone() for g in grads) == kernels.squared_norm(grads)
 
 
 class OnlyCapsules:

@@ -1,9 +1,9 @@
 """The kernels: native where there is a variant for the tensors' device, else their reference in plain torch.
 
-Multi-tensor functions take lists and make one native call for all of them, without the GIL, on
-`torch.get_num_threads()` threads (on a GPU: on torch's current stream). Tensors must be contiguous and on one device;
-a wrong dtype, device, size or layout raises ValueError naming the argument. Results do not depend on the number of
-threads, on how a tensor is cut, or on the CPU target. `python -m ds_core` prints which kernels are native here.
+Multi-tensor functions take lists (or any other iterable of tensors) and make one native call for all of them, without
+the GIL, on `torch.get_num_threads()` threads (on a GPU: on torch's current stream). Tensors must be contiguous, have
+memory, and be on one device; what is unfit raises ValueError naming the argument. Results do not depend on the number
+of threads, on how a tensor is cut, or on the CPU target. `python -m ds_core` prints which kernels are native here.
 
 Common arguments of the optimizer steps, all of which work in place:
 
@@ -17,7 +17,8 @@ Common arguments of the optimizer steps, all of which work in place:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch.autograd.graph import increment_version
 from ds_core import _gpu, _native, reference
 
 NORM_BLOCK_NUMEL = reference.NORM_BLOCK_NUMEL
+T = TypeVar("T")
 
 
 def _is_native(tensor: Tensor) -> bool:
@@ -34,16 +36,38 @@ def _is_native(tensor: Tensor) -> bool:
     return (kind == "cpu" and _native.has_native()) or (kind == "cuda" and _gpu.is_live())
 
 
+def _listed(function: str, name: str, tensors: Iterable[T]) -> Sequence[T]:
+    """A list argument as a sequence, made once: an iterator is read by the kernel and by `_written`."""
+    if isinstance(tensors, (list, tuple)):
+        return tensors
+    if isinstance(tensors, Tensor):
+        raise ValueError(f"{function}: {name} must be a sequence of tensors, but is one tensor; pass [x]")
+    if not isinstance(tensors, Iterable):
+        raise ValueError(
+            f"{function}: {name} must be a sequence of tensors, but is a {type(tensors).__name__}"
+        )
+    return list(tensors)
+
+
+def _lists(function: str, **arguments: Iterable[Tensor]) -> list[Sequence[Tensor]]:
+    """Several list arguments of one function."""
+    return [_listed(function, name, tensors) for name, tensors in arguments.items()]
+
+
+def _outs(function: str, out: Iterable[Tensor | None] | None) -> Sequence[Tensor | None] | None:
+    return None if out is None else _listed(function, "out", out)
+
+
 def _written(*lists: Sequence[Tensor | None] | None) -> None:
     """Tells autograd what a kernel wrote, so that a backward over overwritten values raises instead of being wrong."""
     increment_version([t for tensors in lists if tensors is not None for t in tensors if t is not None])
 
 
 def adam_step(
-    params: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    params: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    exp_avg_sqs: Iterable[Tensor],
+    grads: Iterable[Tensor],
     *,
     step: int,
     lr: float,
@@ -53,9 +77,13 @@ def adam_step(
     weight_decay: float,
     decoupled: bool = True,
     grad_scale: float = 1.0,
-    out: Sequence[Tensor | None] | None = None,
+    out: Iterable[Tensor | None] | None = None,
 ) -> None:
     """One step of AdamW (`decoupled`, Loshchilov and Hutter 2019, algorithm 2) or Adam with L2 regularisation."""
+    params, exp_avgs, exp_avg_sqs, grads = _lists(
+        "adam_step", params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, grads=grads
+    )
+    out = _outs("adam_step", out)
     if not params:
         return
     if not _is_native(params[0]):
@@ -72,9 +100,9 @@ def adam_step(
 
 
 def adagrad_step(
-    params: Sequence[Tensor],
-    sums: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    params: Iterable[Tensor],
+    sums: Iterable[Tensor],
+    grads: Iterable[Tensor],
     *,
     step: int,
     lr: float,
@@ -82,9 +110,11 @@ def adagrad_step(
     eps: float = 1e-10,
     weight_decay: float = 0.0,
     grad_scale: float = 1.0,
-    out: Sequence[Tensor | None] | None = None,
+    out: Iterable[Tensor | None] | None = None,
 ) -> None:
     """One step of Adagrad (Duchi, Hazan and Singer 2011) as `torch.optim.Adagrad` defines it."""
+    params, sums, grads = _lists("adagrad_step", params=params, sums=sums, grads=grads)
+    out = _outs("adagrad_step", out)
     if not params:
         return
     if not _is_native(params[0]):
@@ -100,18 +130,20 @@ def adagrad_step(
 
 
 def lion_step(
-    params: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    params: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    grads: Iterable[Tensor],
     *,
     lr: float,
     beta1: float,
     beta2: float,
     weight_decay: float = 0.0,
     grad_scale: float = 1.0,
-    out: Sequence[Tensor | None] | None = None,
+    out: Iterable[Tensor | None] | None = None,
 ) -> None:
     """One step of Lion (Chen et al. 2023, algorithm 2), weight decay decoupled."""
+    params, exp_avgs, grads = _lists("lion_step", params=params, exp_avgs=exp_avgs, grads=grads)
+    out = _outs("lion_step", out)
     if not params:
         return
     if not _is_native(params[0]):
@@ -127,9 +159,9 @@ def lion_step(
 
 
 def sgd_step(
-    params: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor] | None,
-    grads: Sequence[Tensor],
+    params: Iterable[Tensor],
+    momentum_buffers: Iterable[Tensor] | None,
+    grads: Iterable[Tensor],
     *,
     first: bool,
     lr: float,
@@ -138,19 +170,23 @@ def sgd_step(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     grad_scale: float = 1.0,
-    out: Sequence[Tensor | None] | None = None,
+    out: Iterable[Tensor | None] | None = None,
 ) -> None:
     """One step of SGD as `torch.optim.SGD` defines it.
 
     `momentum_buffers` is required if `momentum` is not 0, and unused otherwise. If `first`, the buffers are
     uninitialised and are set to the gradient.
     """
+    params, grads = _lists("sgd_step", params=params, grads=grads)
+    out = _outs("sgd_step", out)
     if not params:
         return
     if momentum != 0.0 and momentum_buffers is None:
         raise ValueError(
             f"sgd_step: momentum is {momentum}, so momentum_buffers must be a list of tensors, not None"
         )
+    if momentum_buffers is not None:
+        momentum_buffers = _listed("sgd_step", "momentum_buffers", momentum_buffers)
     if not _is_native(params[0]):
         reference.sgd_step(
             params, momentum_buffers, grads, first=first, lr=lr, momentum=momentum, dampening=dampening,
@@ -165,10 +201,10 @@ def sgd_step(
 
 
 def lamb_step(
-    params: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    params: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    exp_avg_sqs: Iterable[Tensor],
+    grads: Iterable[Tensor],
     *,
     step: int,
     lr: float,
@@ -179,13 +215,16 @@ def lamb_step(
     min_ratio: float = 0.0,
     max_ratio: float = math.inf,
     grad_scale: float = 1.0,
-    out: Sequence[Tensor | None] | None = None,
+    out: Iterable[Tensor | None] | None = None,
 ) -> None:
     """One step of LAMB (You et al. 2020, algorithm 2): each tensor is a segment with a trust ratio of its own.
 
     Where segments continue on other ranks, call `lamb_moments`, add up its result over the ranks, then
     `trust_ratios` and `lamb_apply`. Equations: docs/notes/lamb.md.
     """
+    params, exp_avgs, exp_avg_sqs, grads = _lists(
+        "lamb_step", params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, grads=grads
+    )
     norms = lamb_moments(
         params, exp_avgs, exp_avg_sqs, grads, step=step, beta1=beta1, beta2=beta2, eps=eps,
         weight_decay=weight_decay, grad_scale=grad_scale,
@@ -197,10 +236,10 @@ def lamb_step(
 
 
 def lamb_moments(
-    params: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    params: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    exp_avg_sqs: Iterable[Tensor],
+    grads: Iterable[Tensor],
     *,
     step: int,
     beta1: float,
@@ -213,6 +252,9 @@ def lamb_moments(
 
     Returns an fp64 CPU tensor (number of tensors, 2): the sums of squares of each parameter and of its direction.
     """
+    params, exp_avgs, exp_avg_sqs, grads = _lists(
+        "lamb_moments", params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, grads=grads
+    )
     if not params:
         return torch.zeros(0, 2, dtype=torch.float64)
     if not _is_native(params[0]):
@@ -259,9 +301,9 @@ def trust_ratios(norms: Tensor, min_ratio: float = 0.0, max_ratio: float = math.
 
 
 def lamb_apply(
-    params: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
+    params: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    exp_avg_sqs: Iterable[Tensor],
     ratios: Sequence[float],
     *,
     step: int,
@@ -270,9 +312,13 @@ def lamb_apply(
     beta2: float,
     eps: float,
     weight_decay: float,
-    out: Sequence[Tensor | None] | None = None,
+    out: Iterable[Tensor | None] | None = None,
 ) -> None:
     """Second pass of LAMB: `params[i] -= lr * ratios[i] * direction[i]`."""
+    params, exp_avgs, exp_avg_sqs = _lists(
+        "lamb_apply", params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs
+    )
+    out = _outs("lamb_apply", out)
     if not params:
         return
     if not _is_native(params[0]):
@@ -288,11 +334,12 @@ def lamb_apply(
     _written(params, out)
 
 
-def squared_norm(tensors: Sequence[Tensor]) -> tuple[float, bool]:
+def squared_norm(tensors: Iterable[Tensor]) -> tuple[float, bool]:
     """The sum of squares of all elements (fp32, bf16 or fp16) in fp64, and whether all are finite, in one pass.
 
     Added in blocks of `NORM_BLOCK_NUMEL` elements from each tensor's start, blocks in order.
     """
+    tensors = _listed("squared_norm", "tensors", tensors)
     if not tensors:
         return 0.0, True
     if tensors[0].device.type == "cpu" and _native.has_native():
@@ -319,10 +366,10 @@ def squared_norm_blocks(tensor: Tensor, block_numel: int = NORM_BLOCK_NUMEL) -> 
     return sums
 
 
-def cast(src: Tensor | Sequence[Tensor], dst: Tensor | Sequence[Tensor]) -> None:
+def cast(src: Tensor | Iterable[Tensor], dst: Tensor | Iterable[Tensor]) -> None:
     """Converts between fp32, bf16 and fp16, to nearest even; a NaN stays a NaN. One tensor each, or lists."""
-    sources = [src] if isinstance(src, Tensor) else src
-    destinations = [dst] if isinstance(dst, Tensor) else dst
+    sources = [src] if isinstance(src, Tensor) else _listed("cast", "src", src)
+    destinations = [dst] if isinstance(dst, Tensor) else _listed("cast", "dst", dst)
     if not sources and not destinations:
         return
     if not _is_native([*sources, *destinations][0]):
@@ -373,4 +420,7 @@ def crc32c(data: Tensor | bytes | bytearray | memoryview, crc: int = 0) -> int:
         raise ValueError("crc32c: data must be contiguous; pass data.contiguous()")
     if data.numel() == 0:
         return crc
-    return _native.core.crc32c(data.detach().view(-1).view(torch.uint8).numpy(), crc, torch.get_num_threads())
+    if data.untyped_storage().nbytes() == 0:
+        raise ValueError("crc32c: data has no memory: its storage was freed")
+    values = data.detach().resolve_conj().resolve_neg()
+    return _native.core.crc32c(values.view(-1).view(torch.uint8).numpy(), crc, torch.get_num_threads())
