@@ -136,3 +136,41 @@ def test_a_finished_part_is_skipped_and_a_failed_one_is_not(machine):
     assert (machine / "made").read_text().count("made") == 2
     assert run(machine, touch.format("true") + part.format("b", "")).returncode == 0
     assert (machine / "made").read_text().count("made") == 3
+
+
+def test_wheels_are_built_for_every_python_that_has_its_headers(machine):
+    (machine / "include").mkdir()
+    (machine / "include" / "Python.h").touch()
+    answers = """case "$2" in
+      *"%d.%d"*) echo {version} ;;
+      *include*) echo {include} ;;
+      *scikit_build_core*) exit 0 ;;
+    esac"""
+    program(machine, "python", answers.format(version="3.11", include="-"))
+    program(machine, "python3.12", answers.format(version="3.12", include=machine / "include"))
+    program(machine, "python3.13", answers.format(version="3.13", include=machine / "nowhere"))
+    made = machine / ".venv" / "build-python3.12" / "bin"
+    made.mkdir(parents=True)
+    (made / "python").symlink_to(machine / "programs" / "python3.12")
+    result = run(machine, "ds_build_pythons")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["python", f"{made}/python"]
+    for version in ("3.10", "3.13"):
+        assert f"no wheel for Python {version}: python{version} with its headers and venv" in result.stderr
+    assert "3.12" not in result.stderr
+
+
+def test_a_build_needs_neither_torch_nor_our_packages(machine):
+    for name in ("constraints.txt", "requirements.txt", "requirements-build.txt"):
+        shutil.copy(SETUP.parent / name, machine / "ci" / name)
+    for path in ("cpp/a.cc", "cmake/a.cmake", "CMakeLists.txt", "VERSION", "packages/ds-core/pyproject.toml"):
+        (machine / path).parent.mkdir(parents=True, exist_ok=True)
+        (machine / path).touch()
+    program(machine, "wc", "echo 1")
+    names = ("venv", "build", "tools", "packages", "native")
+    functions = "".join(f"ds_make_{name}() {{ echo {name}; }}; " for name in names)
+    functions += "ds_python_will_do() { false; }; ds_packages() { :; }; "
+    assert run(machine, functions + "DS_ONLY=build; ds_setup").stdout.split() == ["venv", "build"]
+    rest = run(machine, functions + "ds_setup").stdout.split()
+    assert rest[-2:] == ["tools", "packages"]  # with the packages comes the native part
+    assert "torch" not in (SETUP.parent / "requirements-build.txt").read_text().split()

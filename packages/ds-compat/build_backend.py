@@ -46,6 +46,8 @@ def _extended(directory, name):
         f"{data}/{file.relative_to(SOURCE).as_posix()}": file.read_bytes()
         for file in sorted(SOURCE.glob("*.dist-info/*"))
     }
+    if not any(file.endswith(".dist-info/METADATA") for file in extra):
+        raise FileNotFoundError(f"no metadata of deepspeed below {SOURCE}: the source archive is incomplete")
     with zipfile.ZipFile(path) as wheel:
         entries = [(info, wheel.read(info)) for info in wheel.infolist()]
     records = [_record(file, content) for file, content in extra.items()]

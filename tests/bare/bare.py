@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.tags import sys_tags
+from packaging.utils import parse_wheel_filename
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,10 +37,11 @@ GIVEN = ("torch", "numpy")
 
 
 def build_wheels(folder: Path) -> dict[str, Path]:
-    """The wheels of all packages, made from the tree as it is; made once, also when several processes ask."""
-    names = [name for name in PACKAGES if HAS_NVCC or name not in CUDA_PACKAGES]
-    digest = hashlib.sha256(repr(names).encode())
-    for top in ("packages", "cpp", "cmake", "CMakeLists.txt", "VERSION"):
+    """The wheels that `ci/build_wheels` makes of the tree as it is, by package, for this Python; made once, also when
+    several processes ask.
+    """
+    digest = hashlib.sha256(repr(HAS_NVCC).encode())
+    for top in ("ci", "packages", "cpp", "cmake", "CMakeLists.txt", "VERSION"):
         for path in sorted(p for p in [ROOT / top, *(ROOT / top).rglob("*")] if p.is_file()):
             if "__pycache__" not in path.parts and path.suffix != ".so":
                 digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
@@ -48,16 +51,25 @@ def build_wheels(folder: Path) -> dict[str, Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             unfinished = folder / "unfinished"
-            command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index"]
-            command += ["--no-build-isolation", "--wheel-dir", str(unfinished)]
-            run([*command, *(str(ROOT / "packages" / name) for name in names)])
+            run(["bash", str(ROOT / "ci" / "build_wheels"), str(unfinished)], DS_VENV=sys.prefix)
             unfinished.rename(target)
-    return {wheel.name.split("-")[0].replace("_", "-"): wheel for wheel in target.glob("*.whl")}
+    return {
+        normalised(name): wheel
+        for wheel in target.glob("*.whl")
+        for name, _, _, tags in [parse_wheel_filename(wheel.name)]
+        if not tags.isdisjoint(sys_tags())
+    }
 
 
-def run(command: list[str], **options: object) -> str:
-    """Standard output of a command; its standard error is in the message when it fails."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+def run(command: list[str], *, cwd: Path | None = None, **variables: str) -> str:
+    """Standard output of a command; its standard error is in the message when it fails.
+
+    Args:
+        command: program and arguments.
+        cwd: where it runs.
+        variables: added to the environment.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | variables
     result = subprocess.run(
         command,
         capture_output=True,
@@ -65,7 +77,7 @@ def run(command: list[str], **options: object) -> str:
         stdin=subprocess.DEVNULL,
         env=environment,
         check=False,
-        **options,
+        cwd=cwd,
     )
     assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout}\n{result.stderr}"
     return result.stdout
