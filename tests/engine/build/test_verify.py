@@ -20,10 +20,9 @@ import ds_zero
 from ds_engine.build.verify import verify
 from ds_engine.cli.main import app
 from ds_engine.config import load
-from harness import ranks
-
 from engine.jobs import Net, config, loss_of
 from engine.launching import clean_environ
+from harness import ranks
 
 FACTORY = """
 import os

@@ -52,7 +52,6 @@ _ADAM = Own(
 )
 
 
-
 def _mu_adam(*, decoupled: bool) -> Own:
     return Own(
         class_name="FusedAdam",

@@ -16,8 +16,8 @@ from torch import nn
 import ds_zero
 from ds_engine.build import optimizer as optimizer_section
 from ds_engine.build import zero as zero_section
-from ds_engine.config import DsConfig
 from ds_engine.build.precision import Precision
+from ds_engine.config import DsConfig
 from ds_zero.predict.remedies import with_batch_size
 
 

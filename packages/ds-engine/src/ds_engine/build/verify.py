@@ -16,15 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 import ds_comm
 import ds_zero
 from ds_core.kernels import squared_norm
-from ds_engine.build import zero as zero_section
 from ds_engine.assemble import initialize, make_optimizer, make_schedule
+from ds_engine.build import zero as zero_section
+from ds_engine.build.precision import Precision
 from ds_engine.config import DsConfig
 from ds_engine.config.support.batch import Batch
 from ds_engine.engine import Engine
 from ds_engine.training.pacing import Pacing
-from ds_engine.build.precision import Precision
-from ds_zero.prove.lockstep import Batches
 from ds_zero.predict.remedies import batch_size
+from ds_zero.prove.lockstep import Batches
 from ds_zero.prove.reference_training import Recipe, own_randomness, seed_everything
 from ds_zero.prove.verify import default_model_loss, run
 

@@ -11,9 +11,9 @@ from torch import nn
 import ds_comm
 import ds_zero
 from ds_core.kernels import squared_norm
+from ds_engine.build.precision import DTYPES
 from ds_engine.config import Batch, ConfigError, DsConfig
 from ds_engine.config.sections.zero.leaf_module import DEFAULT_CLASSES, LeafModuleConfig
-from ds_engine.build.precision import DTYPES
 
 
 def options(
