@@ -108,6 +108,6 @@ def test_every_exception_class_survives_pickling() -> None:
 
 
 def test_the_problems_of_a_configuration_arrive_one_by_one() -> None:
-    error = instance(importlib.import_module("ds_engine.config.errors").ConfigError)
+    error = instance(importlib.import_module("ds_engine").ConfigError)
     assert len(error.problems) == 2  # type: ignore[attr-defined]
     assert pickle.loads(pickle.dumps(error)).problems == error.problems  # type: ignore[attr-defined]
