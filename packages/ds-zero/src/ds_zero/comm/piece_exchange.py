@@ -26,29 +26,6 @@ LARGE_NUMEL = 1 << 16
 """Elements from which copying a part costs more than a message of its own."""
 
 
-class FreshGrads:
-    """Gradients of one bucket and one micro-batch, as autograd made them."""
-
-    def __init__(self, layout: BucketLayout, dtype: torch.dtype, device: torch.device) -> None:
-        self._layout, self._dtype, self._device = layout, dtype, device
-        self._grads: dict[int, Tensor] = {}
-
-    def add(self, index: int, grad: Tensor) -> None:
-        held = self._grads.get(index)
-        if held is None:
-            self._grads[index] = grad.to(self._dtype).reshape(-1)
-        else:
-            held.add_(grad.reshape(-1))
-
-    def take(self) -> list[Tensor]:
-        """One flat tensor a slot; zeros where nothing came. Nothing is held afterwards."""
-        grads, self._grads = self._grads, {}
-        return [
-            grads[i] if i in grads else torch.zeros(slot.numel, dtype=self._dtype, device=self._device)
-            for i, slot in enumerate(self._layout.slots)
-        ]
-
-
 @dataclass(frozen=True)
 class _Share:
     """What one rank's slice holds of every slot."""

@@ -1,4 +1,12 @@
-"""Tells when a backward pass ends."""
+"""Tells when a backward pass ends.
+
+[Note: backward inside backward]
+Reentrant activation checkpointing runs a backward of its own inside a node of the outer one, and autograd calls
+the callbacks of each when that one ends. Where the inner one is the first that reaches this model (a loss that is
+computed in checkpointed chunks, outside of the model's forward), its end must not be taken for the end of the
+outer one. While the callbacks of an inner backward run, autograd's current node is the outer node that runs it;
+a hook on that node's successors then adds the callback to the outer backward.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.autograd.variable import Variable
 from torch.utils.hooks import RemovableHandle
 
@@ -76,6 +85,10 @@ class BackwardWatch:
         if self._armed:
             return
         self._armed = True
+        self._call_at_end()
+
+    def _call_at_end(self) -> None:
+        """Have `_fire` called at the end of the backward that runs now, which may be an inner one."""
         me = weakref.ref(self)
 
         def fire() -> None:
@@ -86,8 +99,34 @@ class BackwardWatch:
         Variable._execution_engine.queue_callback(fire)
 
     def _fire(self) -> None:
-        self._armed = False
-        _call(self._listeners)
+        """A backward has ended; where it ran inside of another one, wait for that one."""
+        outer: Node | None = torch._C._current_autograd_node()
+        if outer is None:
+            self._armed = False
+            _call(self._listeners)
+        else:
+            _before_next(outer, self._call_at_end)
+
+
+def _before_next(node: Node, action: Callable[[], None]) -> None:
+    """Call the bound method `action`, which is not kept alive, once before the first of the nodes runs to which
+    `node` passes its gradients.
+    """
+    pointer = weakref.WeakMethod(action)
+    handles: list[RemovableHandle] = []
+
+    def before(_: object) -> None:
+        waiting = bool(handles)
+        for handle in handles:
+            handle.remove()
+        handles.clear()
+        act = pointer()
+        if waiting and act is not None:
+            act()
+
+    for successor, _ in node.next_functions:
+        if successor is not None:
+            handles.append(successor.register_prehook(before))
 
 
 def _call(listeners: list[weakref.WeakMethod[Callable[[], None]]]) -> None:

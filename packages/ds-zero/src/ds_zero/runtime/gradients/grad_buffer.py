@@ -1,4 +1,4 @@
-"""Whole gradients of a bucket, side by side."""
+"""What holds the whole gradients of one bucket until they are reduced."""
 
 from __future__ import annotations
 
@@ -31,13 +31,41 @@ class GradBuffer:
             view.copy_(grad)
         self._filled.add(index)
 
-    def copy_to(self, whole: Tensor) -> None:
-        """Copy what has been added so far; the rest of `whole` stays."""
+    def add_to(self, other: GradBuffer) -> None:
+        """Add what has been added so far to `other`, a buffer of the same bucket."""
         for index in self._filled:
             slot = self._layout.slots[index]
-            whole[slot.offset : slot.end].copy_(self.tensor[slot.offset : slot.end])
+            other.add(index, self.tensor[slot.offset : slot.end].view(slot.shape))
 
     def zero_missing(self) -> None:
         for index, slot in enumerate(self._layout.slots):
             if index not in self._filled:
                 self.tensor[slot.offset : slot.end].zero_()
+
+
+class FreshGrads:
+    """Gradients of one bucket and one micro-batch, as autograd made them."""
+
+    def __init__(self, layout: BucketLayout, dtype: torch.dtype, device: torch.device) -> None:
+        self._layout, self._dtype, self._device = layout, dtype, device
+        self._grads: dict[int, Tensor] = {}
+
+    def add(self, index: int, grad: Tensor) -> None:
+        held = self._grads.get(index)
+        if held is None:
+            self._grads[index] = grad.to(self._dtype).reshape(-1)
+        else:
+            held.add_(grad.reshape(-1))
+
+    def add_to(self, other: GradBuffer) -> None:
+        """Add what is held to `other`, a buffer of the same bucket."""
+        for index, grad in self._grads.items():
+            other.add(index, grad.view(self._layout.slots[index].shape))
+
+    def take(self) -> list[Tensor]:
+        """One flat tensor a slot; zeros where nothing came. Nothing is held afterwards."""
+        grads, self._grads = self._grads, {}
+        return [
+            grads[i] if i in grads else torch.zeros(slot.numel, dtype=self._dtype, device=self._device)
+            for i, slot in enumerate(self._layout.slots)
+        ]

@@ -2,16 +2,29 @@
 optimizer's shards.
 
 [Note: two plans]
-local    every micro-batch but the last adds its gradients to a whole buffer (`ZeroConfig.grad_dtype`, fp32 by
-default) on each rank; one reduction at the boundary. sharded  every micro-batch is reduced; the shard of the
-sum is added to the shard of what came before. Without accumulation both send fresh gradients in their own
-dtype.
+local    Every micro-batch but the last adds its gradients to a whole buffer on each rank, in
+         `ZeroConfig.grad_dtype` (fp32 by default). One reduction follows at the accumulation boundary.
+sharded  Every micro-batch is reduced, and each rank adds its slice of the result to its shard.
+
+Without accumulation both plans send the gradients in their own dtype.
 
 [Note: launch order]
 All ranks must start the same reductions in the same order. Buckets are numbered in the order in which
-backward completes them (reverse of registration) and bucket k starts only after k-1, whatever order their
-gradients arrive in; what is incomplete at the end of backward is filled with zeros and sent then. So a
-parameter that one rank did not use delays, but never mismatches.
+backward completes them (reverse of registration). Bucket k starts only after bucket k-1, whatever order the
+gradients arrive in. A bucket that is still incomplete at the end of backward is filled with zeros and sent
+then. So a parameter that one rank did not use delays a reduction, but never mismatches messages.
+
+[Note: repeated arrivals]
+Autograd delivers the gradient of a parameter once for each backward that reaches it. Reentrant activation
+checkpoints run backwards inside the backward: a parameter that k of them use arrives k times or, where it is
+also used outside of them, k + 1 times. Nothing announces the count beforehand, and ranks may differ in it.
+So the reducer counts arrivals for each parameter and remembers the largest number that one backward has
+brought; a bucket is complete when every parameter has arrived that often. The remembered counts decide only
+when a rank is ready to start a reduction, never the order, so ranks need not agree on them.
+A gradient that arrives after its bucket has left, as in the first backward, starts the bucket's next round:
+it stays whole on its rank and travels with the bucket's next reduction. At the accumulation boundary the
+message that counts the users of each parameter also says which buckets have such gradients on any rank, and
+all ranks reduce those once more.
 """
 
 from __future__ import annotations
@@ -22,36 +35,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ds_zero.comm.collectives import Comm
-from ds_zero.comm.piece_exchange import FreshGrads, PieceReduce
+from ds_zero.comm.piece_exchange import PieceReduce
 from ds_zero.interfaces import ShardStore
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gradients.accumulate import Sums
+from ds_zero.runtime.gradients.arrivals import Arrivals, Pending
 from ds_zero.runtime.gradients.backward import BackwardWatch
-from ds_zero.runtime.gradients.grad_buffer import GradBuffer
+from ds_zero.runtime.gradients.grad_buffer import FreshGrads, GradBuffer
 from ds_zero.runtime.gradients.reduce_bucket import Flight, WirePolicy, launch, launch_pieces, takes_pieces
 from ds_zero.runtime.gradients.sparse_rows import launch_rows
+from ds_zero.runtime.gradients.usage import Usage, UsageCounts, sum_over_ranks
 from ds_zero.runtime.gradients.zero_grad_watch import Flag
 from ds_zero.runtime.profiler_ranges import span
 
 
 def _nothing() -> None:
     return None
-
-
-@dataclass
-class _Pending:
-    """One bucket during one accumulation."""
-
-    fresh: GradBuffer | FreshGrads | None = None
-    """Gradients of the present micro-batch, in their own dtype."""
-    local: GradBuffer | None = None
-    """Sums of micro-batches that were not reduced, in the dtype of accumulation."""
-    missing: int = 0
-    """Gradients that the present backward has not delivered yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,8 @@ class Reducer:
         self._watch = watch
         watch.at_end(self._end_backward)
         watch.at_abort(self._forget_all)
-        self._pending = {id(b): _Pending(missing=len(b.params)) for b in self.buckets}
+        self._pending = {id(b): Pending() for b in self.buckets}
+        self._arrivals = {id(b): Arrivals(len(b.params)) for b in self.buckets}
         self._sums = {id(b): Sums(b, store, tree=policy.tree) for b in self.buckets}
         self._pieces = {
             id(b): PieceReduce(b.layout, b.ranks) for b in self.buckets if takes_pieces(b, comm, policy.wire)
@@ -100,6 +103,7 @@ class Reducer:
         self._landed: Flight | None = None
         """The last one that landed, [Note: arriving and settling]."""
         self._next = 0
+        """Index of the first bucket that has not left in the present backward."""
         self._backwards = 0
         self._in_backward = False
         self._final = False
@@ -108,14 +112,16 @@ class Reducer:
         for buckets whose parameters it did not use itself."""
         self._flag = Flag()
         """[Note: gradients that wait]"""
-        self._used: set[int] = set()
-        self._used_anywhere: set[int] = set()
-        """What any rank has used, as far as the last `finish` knew: counts until the step."""
+        self._late_flag = Flag()
+        """The same for gradients that arrived after their bucket had left."""
+        self._usage = Usage(self.buckets, ignore_unused=policy.ignore_unused)
         self._touched = False
         self._consumed = False
         """Whether a step has used the gradients on the shards."""
         self._unwatched = [p for b in self.buckets for p in b.params]
-        self._where = {id(p): (b, i) for b in self.buckets for i, p in enumerate(b.params)}
+        self._where = {
+            id(p): (position, b, i) for position, b in enumerate(self.buckets) for i, p in enumerate(b.params)
+        }
 
     @property
     def local_plan(self) -> bool:
@@ -144,7 +150,7 @@ class Reducer:
         return [p.register_post_accumulate_grad_hook(on_grad) for p in found]
 
     def _arrive(self, param: Tensor) -> None:
-        bucket, index = self._where[id(param)]
+        position, bucket, index = self._where[id(param)]
         self._begin_backward()
         grad = param.grad
         assert grad is not None
@@ -152,7 +158,7 @@ class Reducer:
             grad = grad.to_dense()
         pending = self._pending[id(bucket)]
         with torch.no_grad():
-            if self._deferred:
+            if self._deferred and position >= self._next:
                 if pending.local is None:
                     pending.local = self._whole(bucket, self.policy.grad_dtype)
                 pending.local.add(index, grad)
@@ -161,8 +167,8 @@ class Reducer:
                     pending.fresh = self._fresh(bucket)
                 pending.fresh.add(index, grad)
         param.grad = None
-        self._used.add(id(param))
-        pending.missing -= 1
+        self._usage.add(param)
+        self._arrivals[id(bucket)].count(index)
         if self._final:
             self._launch_ready()
 
@@ -190,15 +196,19 @@ class Reducer:
         if self._final:
             self._flag.lower()
         else:
-            self._flag.raise_on([s for b in self.buckets for s in b.shards], self.policy.grad_dtype)
+            self._flag.raise_on(self._shards(), self.policy.grad_dtype)
         for bucket in self.buckets:
-            self._pending[id(bucket)].missing = sum(p.requires_grad for p in bucket.params)
+            self._arrivals[id(bucket)].begin(bucket.params)
         self._watch.arm()
 
     def _notice_drop(self) -> None:
-        """What waits was dropped by `zero_grad`, like what is on the shards."""
-        if self._touched and not self._in_backward and self._flag.dropped:
+        """Drop what waits where `zero_grad` has dropped the shards' gradients, to which it belongs."""
+        if not self._touched or self._in_backward:
+            return
+        if self._flag.dropped:
             self._drop()
+        elif self._late_flag.dropped:
+            self._drop_late()
 
     def _is_final(self) -> bool:
         """Whether the backward that begins now is reduced while it runs."""
@@ -211,7 +221,7 @@ class Reducer:
     def _begin_accumulation(self) -> None:
         """New gradients will come to what is on the shards: nothing, or what is added to."""
         if all(s.grad is None for b in self.buckets for s in b.shards):
-            self._forget_used()  # also where a step was left out
+            self._usage.clear()  # also where a step was left out
         elif self._consumed:
             self._note_stale_grads()
         self._consumed = False
@@ -234,19 +244,23 @@ class Reducer:
     # --- reduction
 
     def _launch_ready(self) -> None:
-        while self._next < len(self.buckets) and self._pending[id(self.buckets[self._next])].missing == 0:
-            self._launch(self.buckets[self._next])
+        while self._next < len(self.buckets) and self._arrivals[id(self.buckets[self._next])].missing == 0:
             self._next += 1
+            self._launch(self.buckets[self._next - 1])
 
     def _launch(self, bucket: Bucket) -> None:
         """Start the reduction of what has accumulated; missing gradients count as zeros."""
         self._settle()
         pending = self._pending[id(bucket)]
         sums = self._sums[id(bucket)]
-        source = pending.local or pending.fresh
-        if source is None:  # the same form and dtype as on ranks that have gradients for the bucket
-            deferred = self._deferred
-            source = self._whole(bucket, self.policy.grad_dtype) if deferred else self._fresh(bucket)
+        # The form and dtype are the same on all ranks, also on those without gradients for the bucket.
+        source: GradBuffer | FreshGrads
+        if self._deferred:
+            source = pending.local or self._whole(bucket, self.policy.grad_dtype)
+            if pending.fresh is not None:
+                pending.fresh.add_to(source)
+        else:
+            source = pending.fresh or self._fresh(bucket)
         pending.local = pending.fresh = None
         with span(f"ds.zero.reduce_scatter/{bucket.layout.name}"), torch.no_grad():
             if isinstance(source, FreshGrads):
@@ -292,7 +306,13 @@ class Reducer:
             return
         if self._final:
             self._flush()
+            self._late_flag.lower()
+            if any(p.fresh is not None for p in self._pending.values()):
+                self._late_flag.raise_on(self._shards(), self.policy.grad_dtype)
         self._in_backward = False
+
+    def _shards(self) -> list[Tensor]:
+        return [s for b in self.buckets for s in b.shards]
 
     def _forget_all(self) -> None:
         """A backward raised half-way: drop everything that has accumulated since the last step."""
@@ -316,13 +336,20 @@ class Reducer:
     def _drop(self) -> None:
         """Forget what has accumulated, but not what a backward that runs has put on its parameters."""
         self._flag.lower()
+        self._late_flag.lower()
         for bucket in self.buckets:
-            self._pending[id(bucket)] = _Pending()
+            self._pending[id(bucket)] = Pending()
             for shard in bucket.shards:
                 shard.grad = None
         self._touched = self._deferred = False
         self._backwards = 0
-        self._forget_used()
+        self._usage.clear()
+
+    def _drop_late(self) -> None:
+        """Forget what arrived after its bucket had left."""
+        self._late_flag.lower()
+        for pending in self._pending.values():
+            pending.fresh = None
 
     def _flush(self) -> None:
         self._flag.lower()
@@ -330,6 +357,9 @@ class Reducer:
             self._launch(bucket)
         self._next = len(self.buckets)
         self._deferred = False
+        self._land_all()
+
+    def _land_all(self) -> None:
         while self._flights:
             self._land(self._flights.pop(0))
         self._settle()
@@ -348,6 +378,7 @@ class Reducer:
         if self._deferred:
             self._next = 0
             self._flush()
+        counts = self._reduce_late()
         with torch.no_grad():
             for bucket in self.buckets:
                 self._sums[id(bucket)].complete(self._comm)
@@ -355,60 +386,27 @@ class Reducer:
             self._learned_steps = self._backwards
         self._backwards = 0
         self._touched = False
-        self._forget_unused()
+        self._usage.drop_unused(counts)
         return True
 
-    def _forget_unused(self) -> None:
-        """Parameters that no rank used have no gradient, as in plain PyTorch; their states and values must
-        not move.
-
-        Raises:
-            ValueError: on every rank, where no parameter may be unused and some rank has left one out.
-        """
-        counts = self._count_users()
-        lazy = []
+    def _reduce_late(self) -> UsageCounts:
+        """Count the users of every parameter, and reduce what arrived late on any rank, [Note: repeated arrivals]."""
+        counts = self._usage.count([b for b in self.buckets if self._pending[id(b)].fresh is not None])
         for bucket in self.buckets:
-            for shard, slot, param, count in zip(
-                bucket.shards, bucket.layout.slots, bucket.params, counts[id(bucket)], strict=True
-            ):
-                if count:
-                    self._used_anywhere.add(id(param))
-                elif id(param) not in self._used_anywhere:
-                    shard.grad = None
-                if count < bucket.ranks.total and param.requires_grad:
-                    lazy.append(f"{slot.fqn} ({count} of {bucket.ranks.total} ranks)")
-        if lazy and not self.policy.ignore_unused:
-            raise ValueError(
-                f"{len(lazy)} parameters got no gradient on every rank since the last step: {', '.join(lazy[:10])}. "
-                "The loss does not depend on them; freeze them, or allow it with ZeroConfig(ignore_unused=True)"
-            )
-
-    def _count_users(self) -> dict[int, list[int]]:
-        """For the parameters of every bucket, how many of its ranks have used them since the last step."""
-        found: dict[int, list[int]] = {}
-        for ranks in {id(b.ranks): b.ranks for b in self.buckets}.values():
-            mine = [b for b in self.buckets if b.ranks is ranks]
-            counts = torch.tensor([id(p) in self._used for b in mine for p in b.params], dtype=torch.int32)
-            counts = counts.to(mine[0].device)
-            for axis in ranks.axes:
-                if axis.group is not None:
-                    dist.all_reduce(counts, group=axis.group)
-            flat = iter(counts.tolist())
-            found |= {id(b): [next(flat) for _ in b.params] for b in mine}
-        return found
+            if id(bucket) in counts.flagged:
+                self._launch(bucket)
+        self._land_all()
+        self._late_flag.lower()
+        return counts
 
     @property
     def accumulating(self) -> bool:
         """Whether a backward has left something for the next step, here or (once reduced) on any rank."""
-        return self._touched or bool(self._used_anywhere)
-
-    def _forget_used(self) -> None:
-        self._used.clear()
-        self._used_anywhere.clear()
+        return self._touched or self._usage.any
 
     def stepped(self) -> None:
         """The optimizer has used the gradients; what counts as used starts anew."""
-        self._forget_used()
+        self._usage.clear()
         self._consumed = True
 
     def local_bytes(self) -> int:
@@ -424,7 +422,7 @@ class Reducer:
     def has_grad(self, param: Tensor, shard: Tensor) -> bool:
         """Whether this rank has a gradient for `param` that the next step would use."""
         self._notice_drop()
-        return id(param) in self._used if self._touched else shard.grad is not None
+        return self._usage.has(param) if self._touched else shard.grad is not None
 
     def is_reduced(self, shard: Tensor) -> bool:
         """Whether an optimizer's entry has a gradient that came from a reduction."""
@@ -432,17 +430,23 @@ class Reducer:
 
     def keep(self, param: Tensor) -> None:
         """A gradient was written from outside: it counts, whether or not a backward has used `param`."""
-        self._used.add(id(param))
+        self._usage.add(param)
 
     def preview(self, bucket: Bucket) -> tuple[Tensor | None, Tensor]:
         """This rank's slice of what waits to be reduced, as it would come out (None if nothing waits on any rank),
         and of what has been reduced. Both stay as they are. Collective.
         """
+        pending = self._pending[id(bucket)]
+        waits = self._deferred
+        if not waits:
+            [late] = sum_over_ranks([pending.fresh is not None], bucket.ranks, bucket.device)
+            waits = late > 0
         arrives: Tensor | None = None
-        if self._deferred:
-            pending = self._pending[id(bucket)]
-            wire = torch.zeros(bucket.layout.padded_numel, dtype=self.policy.grad_dtype, device=bucket.device)
-            if pending.local is not None:
-                pending.local.copy_to(wire)
-            arrives = launch(bucket, wire, self._comm, self.policy.wire).land()
+        if waits:
+            whole = self._whole(bucket, self.policy.grad_dtype)
+            for part in (pending.local, pending.fresh):
+                if part is not None:
+                    part.add_to(whole)
+            whole.zero_missing()
+            arrives = launch(bucket, whole.tensor, self._comm, self.policy.wire).land()
         return arrives, self._sums[id(bucket)].so_far()
