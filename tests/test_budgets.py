@@ -106,6 +106,55 @@ def test_what_torch_wants_to_be_set_may_be_set(statement):
     assert rules(f"def f(x: torch.Tensor, y: Mine):\n    {statement}\n") == []
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "for m in x.modules():\n        m._leaf = True",
+        "for name, p in x.named_parameters():\n        p.ds_id = 1",
+        "for i, m in enumerate(x.children()):\n        setattr(m, 'i', i)",
+        "for p in list(x.parameters()):\n        vars(p).update(a=1)",
+        "vars(x)['_parameters'] = {}",
+        "del x.__dict__['forward']",
+        "x.__dict__.setdefault('a', 1)",
+        "object.__setattr__(x, '__class__', A)",
+        "m = x.get_submodule('a')\n    m.mark = 1",
+        "same = x\n    same.mark = 1",
+        "x.config.use_cache = False",
+        "[setattr(p, 'a', 1) for p in x.parameters()]",
+        "m: nn.Module = y[0]\n    m.mark = 1",
+    ],
+)
+def test_writes_that_do_not_name_the_parameter(statement):
+    assert rules(f"def f(x: nn.Module, y):\n    {statement}\n") == ["foreign-attribute"]
+
+
+@pytest.mark.parametrize(
+    "annotation, loop",
+    [
+        ("Iterable[nn.Parameter]", "for p in x"),
+        ("Mapping[str, Tensor]", "for k, p in x.items()"),
+        ("list[nn.Module]", "for p, n in zip(x, y)"),
+    ],
+)
+def test_attributes_on_the_elements_of_a_container(annotation, loop):
+    assert rules(f"def f(x: {annotation}, y):\n    {loop}:\n        p.mark = n\n") == ["foreign-attribute"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "for p in x.parameters():\n        p.grad = None",
+        "for unit in units:\n        unit.count = 1",
+        "made: Tensor = torch.zeros(3)\n    made.mark = 1",
+        "states = [State(p) for p in x.parameters()]\n    states[0].count = 1",
+        "vars(units)['a'] = 1",
+        "names = dict(x.named_parameters())\n    names.update(a=1)",
+    ],
+)
+def test_writes_on_what_is_ours(statement):
+    assert rules(f"def f(x: nn.Module, units):\n    {statement}\n") == []
+
+
 def test_own_module_may_set_its_own_attributes():
     assert rules("class A(nn.Module):\n    def __init__(self: nn.Module):\n        self.a = 1\n") == []
 
@@ -181,3 +230,12 @@ def test_packages_that_stay_thin(lines, expected):
     ]
     found = budgets.check_packages([*sizes, ("packages/ds-zero/src/ds_zero/c.py", 9000)])
     assert [f.rule for f in found] == expected
+
+
+@pytest.mark.parametrize(("modules", "expected"), [(20, []), (21, ["folder-modules"])])
+def test_folders_with_many_modules(modules, expected):
+    room = "packages/ds-zero/src/ds_zero/runtime"
+    paths = [f"{room}/m{i}.py" for i in range(modules)] + [f"{room}/__init__.py", f"{room}/reduce/a.py"]
+    overfull = budgets.check_folders(paths)
+    assert [f.rule for f in overfull] == expected
+    assert [f.where for f in overfull] == [room] * len(expected)

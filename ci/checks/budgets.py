@@ -13,13 +13,17 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, it finds its neighbours
+
+from checks.finding import Finding, parameters, scopes
+from checks.foreign import foreign_attributes
 
 ROOT = Path(__file__).resolve().parents[2]
 EXCEPTIONS = Path(__file__).with_name("budget_exceptions.toml")
@@ -28,6 +32,7 @@ FILE_LINES = 500
 FUNCTION_LINES = 60
 CLASS_MEMBERS = 25
 CONSTRUCTOR_ARGUMENTS = 10
+FOLDER_MODULES = 20
 PACKAGE_LINES: Mapping[str, int] = {"ds-compat": 6000}
 """Packages that stay thin: lines with something on them, over all their files. ds-compat has one line or more for each
 name of DeepSpeed's, and the behaviour of those that code relies on; what trains is elsewhere."""
@@ -38,9 +43,6 @@ LAYER_1 = frozenset(
 )
 # The only places where one kind of accelerator may be named.
 DEVICE_FILES = frozenset({"device.py", "devices.py", "doctor.py", "_gpu.py"})
-TORCH_TYPES = re.compile(
-    r"\b(Tensor|Parameter|Module|Optimizer|DeviceMesh|ProcessGroup|[A-Za-z_]*Scheduler)\b"
-)
 MUTABLE_CALLS = frozenset(
     {
         "dict",
@@ -59,23 +61,10 @@ MUTABLE_CALLS = frozenset(
 READ_ONLY = re.compile(r"\b(Mapping|Sequence|AbstractSet|Collection)\b")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One broken rule: `where` is what an exception has to name."""
-
-    rule: str
-    where: str
-    line: int
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.where.split('::')[0]}:{self.line}: [{self.rule}] {self.message}  ({self.where})"
-
-
 def check_source(source: str, path: str) -> list[Finding]:
     """All findings in one Python file; `path` is relative to the repository and tells the package."""
     tree = ast.parse(source, path)
-    findings = [*_file_size(source, path), *_sizes(tree, path), *_foreign_attributes(tree, path)]
+    findings = [*_file_size(source, path), *_sizes(tree, path), *foreign_attributes(tree, path)]
     parts = Path(path).parts
     if LAYER_1 & set(parts) and parts[-1] != "_registry.py":
         findings += _module_state(tree, path)
@@ -92,18 +81,8 @@ def _file_size(source: str, path: str) -> Iterator[Finding]:
         )
 
 
-def _scopes(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST, ast.AST]]:
-    """(qualified name, node, parent) of every function and class below `tree`."""
-    for child in ast.iter_child_nodes(tree):
-        name = prefix
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            name = f"{prefix}{'.' if '::' in prefix else '::'}{child.name}"
-            yield name, child, tree
-        yield from _scopes(child, name)
-
-
 def _sizes(tree: ast.AST, path: str) -> Iterator[Finding]:
-    for name, node, parent in _scopes(tree, path):
+    for name, node, parent in scopes(tree, path):
         if isinstance(node, ast.ClassDef):
             yield from _class_size(node, name)
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -111,7 +90,7 @@ def _sizes(tree: ast.AST, path: str) -> Iterator[Finding]:
             if lines > FUNCTION_LINES:
                 yield Finding("function-lines", name, node.lineno, f"{lines} lines, at most {FUNCTION_LINES}")
             if node.name == "__init__" and isinstance(parent, ast.ClassDef):
-                arguments = len(_parameters(node)) - 1
+                arguments = len(parameters(node)) - 1
                 if arguments > CONSTRUCTOR_ARGUMENTS:
                     message = (
                         f"{arguments} arguments, at most {CONSTRUCTOR_ARGUMENTS}: pass an options dataclass"
@@ -126,17 +105,6 @@ def _body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
         docstring = node.body[0]
         lines -= (docstring.end_lineno or docstring.lineno) - docstring.lineno + 1
     return lines
-
-
-def _parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
-    a = node.args
-    return [
-        *a.posonlyargs,
-        *a.args,
-        *([a.vararg] if a.vararg else []),
-        *a.kwonlyargs,
-        *([a.kwarg] if a.kwarg else []),
-    ]
 
 
 def _class_size(node: ast.ClassDef, name: str) -> Iterator[Finding]:
@@ -201,38 +169,6 @@ def _is_mutable(value: ast.expr | None) -> bool:
     return name in MUTABLE_CALLS
 
 
-# Attributes of torch's objects that are there to be set.
-SETTABLE = frozenset({"data", "grad", "requires_grad", "training"})
-
-
-def _foreign_attributes(tree: ast.AST, path: str) -> Iterator[Finding]:
-    """Attributes written on parameters of a function that are annotated as torch's objects."""
-    for name, node, _ in _scopes(tree, path):
-        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            continue
-        foreign = {
-            a.arg
-            for a in _parameters(node)
-            if a.arg not in ("self", "cls") and a.annotation and TORCH_TYPES.search(ast.unparse(a.annotation))
-        }
-        for target in _attribute_targets(node):
-            owner = target.value
-            if isinstance(owner, ast.Name) and owner.id in foreign and target.attr not in SETTABLE:
-                message = (
-                    f"writes `{owner.id}.{target.attr}` on an object that is not ours: use a _registry.py"
-                )
-                yield Finding("foreign-attribute", name, target.lineno, message)
-        for call in ast.walk(node):
-            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.args):
-                continue
-            first = call.args[0]
-            if call.func.id in ("setattr", "delattr") and isinstance(first, ast.Name) and first.id in foreign:
-                message = (
-                    f"`{call.func.id}({first.id}, ...)` on an object that is not ours: use a _registry.py"
-                )
-                yield Finding("foreign-attribute", name, call.lineno, message)
-
-
 def _device_literals(tree: ast.AST, path: str) -> Iterator[Finding]:
     docstrings = {
         id(node.body[0].value)
@@ -283,6 +219,25 @@ def check_packages(sizes: Iterable[tuple[str, int]]) -> list[Finding]:
     ]
 
 
+def check_folders(paths: Iterable[str]) -> list[Finding]:
+    """Folders with more modules than a reader can keep apart; `__init__.py` does not count.
+
+    Args:
+        paths: files relative to the repository.
+    """
+    modules = Counter(str(Path(path).parent) for path in paths if Path(path).name != "__init__.py")
+    return [
+        Finding(
+            "folder-modules",
+            folder,
+            1,
+            f"{count} modules, at most {FOLDER_MODULES}: put those that belong together into a folder of their own",
+        )
+        for folder, count in sorted(modules.items())
+        if count > FOLDER_MODULES
+    ]
+
+
 def load_exceptions(text: str) -> dict[tuple[str, str], str]:
     """(rule, where) -> reason; an entry without a reason is refused."""
     entries = {}
@@ -314,6 +269,8 @@ def main(arguments: list[str]) -> int:
         if not wanted or path in wanted:
             check = check_source if path.suffix == ".py" else check_native
             findings += check(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
+    if not wanted:
+        findings += check_folders(path.relative_to(ROOT).as_posix() for path in python)
     findings += check_packages(
         (
             path.relative_to(ROOT).as_posix(),
