@@ -243,5 +243,13 @@ def get_accelerator() -> DeepSpeedAccelerator:
     return made
 
 
+def training_device() -> torch.device:
+    """The device of this rank."""
+    here = get_accelerator()
+    if here.device_name() == "cpu":
+        return torch.device("cpu")
+    return torch.device(here.device_name(), here.current_device())
+
+
 def is_current_accelerator_supported() -> bool:
     return True

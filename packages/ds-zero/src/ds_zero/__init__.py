@@ -12,6 +12,7 @@ from ds_zero.comm.topology import MeshFor, ModelParallel, cut_by_model_paralleli
 from ds_zero.config import ZeroConfig
 from ds_zero.params.access import get_full, get_local, local_range, set_full, set_local, update_full_grads
 from ds_zero.params.deferred import deferred_init
+from ds_zero.params.divided_init import divided_init
 from ds_zero.params.gathered import full_state_dict, gathered
 from ds_zero.params.offload_states import Away
 from ds_zero.params.records import ShardRecord, group_names, load_records, records
@@ -56,6 +57,7 @@ __all__ = [
     "deferred_init",
     "describe",
     "destroy",
+    "divided_init",
     "full_state_dict",
     "gathered",
     "grad_norm",

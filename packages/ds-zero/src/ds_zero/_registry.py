@@ -7,6 +7,7 @@ its module, so nothing here outlives the model.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ _of_module: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _of_part: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _record_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _leaves: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_places = itertools.count()
 
 
 def put(model: nn.Module, parts: list[nn.Parameter | Optimizer], state: ZeroState) -> None:
@@ -67,6 +69,11 @@ def find_record(tensor: Tensor) -> InitialValues | None:
 
 def drop_record(tensor: Tensor) -> None:
     _record_of.pop(tensor, None)
+
+
+def next_place() -> int:
+    """The next number in the order in which this process constructs divided parameters."""
+    return next(_places)
 
 
 def mark_leaf(module: nn.Module) -> None:

@@ -171,3 +171,11 @@ class InitialValues(Protocol):
     def place(self, tensor: Tensor) -> int:
         """Where the parameter stands in the order of construction, which is the same on every rank."""
         ...
+
+    def hides(self, tensor: Tensor) -> bool:
+        """Whether the parameter has no values to read at this moment."""
+        ...
+
+    def own(self, tensor: Tensor) -> Tensor | None:
+        """This rank's slice while the parameter is divided, 1-D; None where there is none."""
+        ...

@@ -19,9 +19,11 @@ from ds_compat.engine.engine import DeepSpeedEngine
 from ds_compat.refused import NotThereError
 from ds_compat.utils.logs import logger, set_log_level_from_string
 from ds_compat.zero import params
+from ds_compat.zero.construction import outside_init
 from ds_compat.zero.leaf_modules import z3_leaf_module
 
 
+@outside_init()
 def initialize(
     args: Any = None,
     model: nn.Module | None = None,

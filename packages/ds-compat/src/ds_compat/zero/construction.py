@@ -11,17 +11,22 @@ from torch import nn
 
 import ds_layers
 import ds_zero
+from ds_compat.config.deepspeed_config import read
+from ds_compat.device import training_device
 from ds_compat.zero.params import present
 
 
 class Init:
-    """Modules constructed inside have parameters that no rank holds whole: `ds_zero.deferred_init`.
+    """Modules constructed inside have parameters that no rank holds whole: `ds_zero.divided_init`.
 
-    Their values are those of ordinary construction; `deepspeed.initialize` divides them. Before that,
+    Their values are rank 0's of ordinary construction; `deepspeed.initialize` puts them into buckets. Before that,
     `GatheredParameters` shows them, and keeps what is written.
-    """
 
-    _active = 0
+    Args:
+        module: a model that is constructed already; `deepspeed.initialize` divides it.
+        config_dict_or_path, config: with another stage than 3, nothing happens.
+        enabled: False: nothing happens.
+    """
 
     def __init__(
         self,
@@ -38,59 +43,97 @@ class Init:
         self.enabled = enabled and _wants_stage_3(
             config_dict_or_path if config_dict_or_path is not None else config
         )
-        self._modules: list[nn.Module] = []
-        self._stack = contextlib.ExitStack()
         if self.enabled:
             from ds_compat.comm.collectives import init_distributed
 
             init_distributed()  # as the original does, so that ranks are known from here on
-            if module is not None:  # an existing model: initialize divides it
+            if module is not None:
                 present(module.parameters())
 
     def __enter__(self) -> Init:
         if self.enabled:
-            type(self)._active += 1
-            if type(self)._active == 1:
-                self._stack.enter_context(_deferred())
+            _construction.enter()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, *error: Any) -> None:
         if self.enabled:
-            type(self)._active -= 1
-            self._stack.__exit__(*error)
+            _construction.leave(kind, *error)
 
 
 def _wants_stage_3(config: Any) -> bool:
     """False for a configuration of another stage: nothing would be divided there."""
-    if not isinstance(config, dict):
+    if config is None:
         return True
-    section = config.get("zero_optimization", {})
+    section = getattr(config, "raw", None) or read(config)
+    section = section.get("zero_optimization", {})
     return not isinstance(section, dict) or section.get("stage", 3) == 3
 
 
+class _Construction:
+    """The one construction that nested `Init` contexts of this process share."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._context: contextlib.ExitStack | None = None
+
+    def enter(self) -> None:
+        self._depth += 1
+        self.resume()
+
+    def leave(self, *error: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.pause(*error)
+
+    def resume(self) -> None:
+        """Divide what is constructed from here on, if an `Init` context is open."""
+        if self._depth and self._context is None:
+            self._context = contextlib.ExitStack()
+            self._context.enter_context(_divided())
+
+    def pause(self, *error: Any) -> None:
+        """Divide what was constructed; what follows is ordinary. Collective."""
+        context, self._context = self._context, None
+        if context is not None:
+            context.__exit__(*(error or (None, None, None)))
+
+
+_construction = _Construction()
+"""The original's functions for it have no object to keep it in."""
+
+
 @contextlib.contextmanager
-def _deferred() -> Iterator[None]:
-    found: dict[int, nn.Parameter] = {}
-
+def _divided() -> Iterator[None]:
     def note(_: nn.Module, __: str, param: Any) -> None:
-        if isinstance(param, nn.Parameter):
-            found[id(param)] = param
+        if isinstance(param, nn.Parameter) and ds_zero.presence(param) is not None:
+            present([param])
 
-    handle = torch.nn.modules.module.register_module_parameter_registration_hook(note)
-    try:
-        with ds_zero.deferred_init(stage=3, defer_buffers=False):
+    with ds_zero.divided_init(device=training_device()):
+        handle = torch.nn.modules.module.register_module_parameter_registration_hook(note)
+        try:
             yield
-    finally:
-        handle.remove()
-        present(p for p in found.values() if ds_zero.presence(p) is not None)
+        finally:
+            handle.remove()
 
 
 def shutdown_init_context() -> None:
-    """Nothing stays active outside the context here."""
+    """Construct ordinarily from here on, in spite of `Init` contexts that are open. Collective."""
+    _construction.pause()
 
 
 def restore_init_context() -> None:
-    """Nothing stays active outside the context here."""
+    """Undo `shutdown_init_context`."""
+    _construction.resume()
+
+
+@contextlib.contextmanager
+def outside_init() -> Iterator[None]:
+    """Inside, `Init` contexts that are open have no effect."""
+    shutdown_init_context()
+    try:
+        yield
+    finally:
+        restore_init_context()
 
 
 class GatheredParameters:

@@ -91,6 +91,22 @@ class Divided:
         self._look()
         return torch.distributed.group.WORLD
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """An ordinary parameter with the whole value. Collective while the values are divided.
+
+        PEFT copies a layer for `modules_to_save` and gathers it only if its parameters have no elements, as the
+        original's have; a copy of ours as it is would be NaN.
+        """
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        look = ds_zero.presence(self)  # type: ignore[arg-type]
+        hidden = look is not None and not look.here
+        with ds_zero.gathered(self) if hidden else contextlib.nullcontext():  # type: ignore[arg-type]
+            value = self.data.clone(memory_format=torch.preserve_format)  # type: ignore[attr-defined]
+        kind = type(self).__mro__[2]  # below this class and `Divided`
+        memo[id(self)] = made = kind(value, self.requires_grad)  # type: ignore[attr-defined]
+        return made
+
     def all_gather(
         self, param_list: Sequence[nn.Parameter] | None = None, async_op: bool = False, **_: Any
     ) -> None:

@@ -135,6 +135,14 @@ class Record(TorchDispatchMode):
         key = _key(tensor)
         return next((i for i, storage in enumerate(self._storages) if storage == key), -1)
 
+    def hides(self, tensor: Tensor) -> bool:
+        """Whether it is a meta tensor still."""
+        return tensor.is_meta
+
+    def own(self, tensor: Tensor) -> Tensor | None:
+        """None: nothing is divided before `shard`."""
+        return None
+
     def values(self, tensor: Tensor) -> Tensor:
         """The values that ordinary construction would have given `tensor`; a new CPU tensor."""
         target = _Ref(
@@ -271,19 +279,24 @@ def recorded_values(params: Mapping[str, nn.Parameter]) -> Callable[[str, nn.Par
     """
 
     def values(fqn: str, param: nn.Parameter) -> Tensor:
-        return param.data if param.device.type != "meta" else _values_of(fqn, param)
+        waits = param.device.type == "meta" or _registry.find_record(param) is not None
+        return _values_of(fqn, param) if waits else param.data
 
     return values
 
 
 def become_real(param: nn.Parameter, device: torch.device) -> None:
-    """Turn a meta parameter into one on `device` that has no memory of its own yet; the same object, name and
+    """Turn a waiting parameter into one on `device` that has no memory of its own yet; the same object, name and
     shape.
     """
-    if param.device.type != "meta":
-        return
+    waits = _registry.find_record(param) is not None
     _registry.drop_record(param)  # tensors that something points to weakly cannot be swapped
+    if not waits and param.device.type != "meta":
+        return
     stand_in = torch.empty(1, dtype=param.dtype, device=device).expand(param.shape)
+    if param.device.type != "meta":
+        param.data = stand_in
+        return
     swap(param, nn.Parameter(stand_in, requires_grad=param.requires_grad))
 
 

@@ -21,15 +21,16 @@ class Presence:
     here: bool
     """Its values can be read now."""
     own: Tensor | None
-    """This rank's slice in the dtype of the parameter, 1-D; None while it waits for `shard`."""
+    """This rank's slice in the dtype of the parameter, 1-D; None for a parameter of `deferred_init` before `shard`."""
 
 
 def presence(param: nn.Parameter) -> Presence | None:
     """Where the values of a parameter are at this moment; None if it is neither sharded nor constructed under
-    `deferred_init`.
+    `deferred_init` or `divided_init`.
     """
-    if _registry.find_record(param) is not None:
-        return Presence(divided=True, kept=False, here=not param.is_meta, own=None)
+    record = _registry.find_record(param)
+    if record is not None:
+        return Presence(divided=True, kept=False, here=not record.hides(param), own=record.own(param))
     state = _registry.find(param)
     if state is None:
         return None

@@ -1,0 +1,190 @@
+"""Construct a model whose parameters are divided among ranks as soon as their module is made.
+
+[Note: divided construction]
+Construction runs as it is: every tensor is real, files and collectives work, and the random generator draws what it
+always draws. A parameter is noted when a module registers it. When another module registers one, the parameters
+noted before are complete as a rule, and are divided: rank 0's values go to all ranks, each keeps its slice, and the
+parameter shows NaN. If code looks at a divided parameter all the same (a model that scales the weights of a layer
+that it has just made), the function that it calls finds the parameter whole: it is gathered first, and divided again
+later. A parameter whose memory somebody else still holds, for example as `weight.data`, is not divided meanwhile.
+So a rank holds its slices and a few whole parameters, and values are those of ordinary construction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ds_zero import _registry
+from ds_zero.params.deferred_values import Constructed, team
+
+WHOLE_BYTES = 64 * 2**20
+"""Parameters that were gathered again because code looked at them are divided when they take more than this."""
+
+_READING_GETTERS = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
+"""Attributes of a tensor that show its values; all others are about its shape, dtype, place or gradient."""
+
+_BLIND = frozenset(
+    (
+        *("__hash__", "__len__", "__get__", "__set__", "__delete__", "__repr__", "__format__"),
+        *(
+            "data_ptr",
+            "dim",
+            "dtype",
+            "element_size",
+            "get_device",
+            "is_complex",
+            "is_contiguous",
+            "is_floating_point",
+        ),
+        *(
+            "is_inference",
+            "is_pinned",
+            "is_set_to",
+            "is_shared",
+            "is_signed",
+            "ndimension",
+            "nelement",
+            "numel",
+        ),
+        *("register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "result_type", "can_cast"),
+        *("size", "storage_offset", "stride", "untyped_storage"),
+    )
+)
+"""Methods of a tensor, and functions on tensors, that do not look at values. Printing is one of them, since ranks
+print alone and gathering needs all of them."""
+
+
+class _Whole:
+    """Parameters that are whole at present, and who registered them."""
+
+    def __init__(self, stage: int | None, device: torch.device) -> None:
+        self._stage, self._device = stage, device
+        self._params: dict[int, tuple[nn.Parameter, int | None]] = {}
+        self._shown_bytes = 0
+
+    def note(self, module: nn.Module, param: nn.Parameter) -> None:
+        """A parameter that `module` registers; those of other modules are divided. Collective."""
+        known = _registry.find_record(param) is not None or _registry.find(param) is not None
+        if known or param.is_meta or not param.is_floating_point() or type(param.data) is not Tensor:
+            return
+        self.divide(owner for owner in self._owners() if owner != id(module))
+        _registry.put_record(param, Constructed(self._stage, _registry.next_place(), self._device))
+        self._params[id(param)] = (param, id(module))
+
+    def show(self, params: Iterable[nn.Parameter]) -> None:
+        """Make those of them whole that are divided. Collective where there is one."""
+        hidden = []
+        for param in params:
+            record = _registry.find_record(param)
+            if isinstance(record, Constructed) and record.hides(param):
+                hidden.append((param, record))
+        if hidden and self._shown_bytes > WHOLE_BYTES:
+            self.divide([None])
+        for param, record in hidden:
+            record.show(param)
+            self.keep(param)
+
+    def keep(self, param: nn.Parameter) -> None:
+        """A known parameter that is whole now."""
+        if id(param) not in self._params and _registry.find_record(param) is not None:
+            self._params[id(param)] = (param, None)
+            self._shown_bytes += param.nbytes
+
+    def divide(self, owners: Iterable[int | None]) -> None:
+        """Divide what these modules have registered (None: what was shown), unless somebody holds its memory.
+        Collective.
+        """
+        wanted = set(owners)
+        due = [param for param, owner in self._params.values() if owner in wanted]
+        if due:
+            self._divide([p for p, held in zip(due, _held(due, self._device), strict=True) if not held])
+
+    def divide_all(self) -> None:
+        """Collective."""
+        self._divide([param for param, _ in self._params.values()])
+
+    def _owners(self) -> set[int | None]:
+        return {owner for _, owner in self._params.values()}
+
+    def _divide(self, params: Iterable[nn.Parameter]) -> None:
+        for param in params:
+            _, owner = self._params.pop(id(param))
+            if owner is None:
+                self._shown_bytes -= param.nbytes
+            record = _registry.find_record(param)
+            if isinstance(record, Constructed):
+                record.divide(param)
+
+
+def _held(params: list[nn.Parameter], device: torch.device) -> list[bool]:
+    """Whether somebody beside the parameter itself points to its memory on rank 0, whose answer all ranks take, since
+    dividing is collective.
+    """
+    counts = [torch._C._storage_Use_Count(p.untyped_storage()._cdata) for p in params]
+    flags = torch.tensor([count > 2 for count in counts], dtype=torch.int32, device=device)
+    if team()[0] > 1:
+        dist.broadcast(flags, src=0)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+class _Looking(TorchFunctionMode):
+    """Shows divided parameters to the functions that are called with them."""
+
+    def __init__(self, whole: _Whole) -> None:
+        super().__init__()
+        self._whole = whole
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+        if name == "__set__" and attribute == "data" and isinstance(args[0], nn.Parameter):
+            result = func(*args, **kwargs)
+            self._whole.keep(args[0])
+            return result
+        if name not in _BLIND or (name == "__get__" and attribute in _READING_GETTERS):
+            self._whole.show(p for p in tree_leaves((args, kwargs)) if isinstance(p, nn.Parameter))
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def divided_init(stage: int | None = None, *, device: torch.device | str | None = None) -> Iterator[None]:
+    """Construct modules inside so that no rank holds more than a few whole parameters at a time.
+
+    Everything else is as outside: other tensors are ordinary, files can be loaded, collectives run, and parameters
+    are on the device of training. Their values are rank 0's, bitwise those of ordinary construction there. Afterwards
+    they show NaN, except inside `gathered`, until `shard` puts them into buckets. See [Note: divided construction].
+
+    Compared with `deferred_init`, construction takes a broadcast for every parameter and needs no second run in
+    `shard`. Collective: all ranks of the default process group construct the same model. A context that is left by an
+    exception leaves the model half divided; drop it.
+
+    Args:
+        stage: the stage that `shard` will be called with; given, `shard` insists on it.
+        device: where the model will be trained; default torch's default device.
+    """
+    whole = _Whole(stage, torch.device(device) if device is not None else torch.get_default_device())
+
+    def note(module: nn.Module, _: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter):
+            with torch._C.DisableTorchFunction():
+                whole.note(module, value)
+
+    handle = nn_module.register_module_parameter_registration_hook(note)
+    try:
+        with _Looking(whole):
+            yield
+        whole.divide_all()
+    finally:
+        handle.remove()
