@@ -15,7 +15,7 @@ GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroConfig:
-    """Policy of `ds_zero.shard`; every default adapts to the model and the stage."""
+    """Options of `ds_zero.shard`. By default, each one adapts to the model and the stage."""
 
     accumulation: Accumulation | None = None
     """How gradients of several micro-batches are summed: "local" adds whole gradients in fp32 on each rank
@@ -24,9 +24,9 @@ class ZeroConfig:
     stages agree bitwise."""
 
     accumulation_steps: int | None = None
-    """Backwards per optimizer step, for the local plan: the last one overlaps with its reduction. None: what
-    the previous step had (the first step reduces inside `step`). A wrong number costs overlap, never a
-    gradient; one that is never reached leaves every reduction to the step."""
+    """Backwards per optimizer step, for the local plan: the reduction overlaps with the last of them. None: as many as
+    in the previous step (the first step reduces inside `step`). A wrong number only costs overlap: gradients that were
+    not reduced by then are reduced inside `step`."""
 
     param_dtype: torch.dtype | None = None
     """Dtype in which floating-point parameters compute; the fp32 masters keep the values from before the
@@ -94,7 +94,7 @@ class ZeroConfig:
     this dtype. None: as they were accumulated."""
 
     reduce_op: Literal["mean", "sum"] = "mean"
-    """What becomes of the ranks' gradients."""
+    """Whether gradients are averaged or added over ranks."""
 
     sparse_gradients: bool = False
     """Stage 0: gradients of `nn.Embedding` and `nn.EmbeddingBag` travel as the rows that are not zero, where that is
@@ -113,12 +113,12 @@ class ZeroConfig:
     computes."""
 
     prefetch_numel: int | None = None
-    """Stage 3: modules are fetched ahead while fewer elements than this are on their way. None: the next
+    """Stage 3: further modules are fetched ahead while fewer elements than this are being gathered. None: only the next
     module. 0: none."""
 
     max_live_numel: int | None = None
-    """Stage 3: nothing is fetched ahead, and nothing kept for later, beyond so many gathered elements; the
-    module that runs is gathered whatever its size. None: no limit, but little is fetched or kept anyway."""
+    """Stage 3: the number of gathered elements up to which modules are fetched ahead or kept for later. The module that
+    runs is gathered whatever its size. None: no limit; by default little is fetched ahead or kept."""
 
     max_reuse_distance_numel: int | None = None
     """Stage 3: a module stays gathered if at most so many elements are used before it is used again. None: 0,
@@ -133,14 +133,14 @@ class ZeroConfig:
     are, whatever their size."""
 
     order_timeout_s: float = 30.0
-    """Seconds without progress after which ranks that wait for each other in different places raise
-    `RankOrderError`; four times as long where they agree on the order so far. 0: never look.
+    """Seconds without progress after which ranks that wait for each other in different modules raise
+    `RankOrderError`; four times as long if their order agrees so far. 0: no check.
     [Note: standing still]"""
 
     overlap_publish: bool = False
-    """Stages 1 and 2: let `step` return while parameters are still being gathered. Every module of the model
-    waits before it computes, and so do `state_dict`, `load_state_dict` and ds_zero's own functions; code that
-    reads parameters in another way right after a step (`for p in model.parameters()`) must not set it."""
+    """Stages 1 and 2: `step` returns while parameters are still being gathered. Every module of the model waits before
+    it computes, and so do `state_dict`, `load_state_dict` and ds_zero's own functions. Do not set it if your code reads
+    parameters in another way right after a step (`for p in model.parameters()`)."""
 
     def __post_init__(self) -> None:
         if self.accumulation not in (None, "local", "sharded"):

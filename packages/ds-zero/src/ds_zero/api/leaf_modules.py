@@ -11,10 +11,10 @@ from ds_zero.layout.units import Leaf, leaf_names
 
 
 def set_leaf_modules(model: nn.Module, leaves: Sequence[Leaf]) -> list[nn.Module]:
-    """Mark modules whose whole subtree stage 3 gathers at once, before `shard`; the modules found.
+    """Mark modules that stage 3 gathers as a whole, with all modules inside them. Returns the marked modules.
 
-    For modules that call different children on different ranks, such as a mixture of experts:
-    [Note: leaf modules]. The usual ones are found without this. As `ZeroConfig.leaf_modules`.
+    Call it before `shard`, for modules that run different children on different ranks, such as mixtures of experts:
+    [Note: leaf modules]. Common ones are recognised without a mark. `ZeroConfig.leaf_modules` does the same.
 
     Raises:
         ValueError: an entry that matches no module.

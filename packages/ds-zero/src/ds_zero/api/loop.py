@@ -17,15 +17,15 @@ from ds_zero.runtime.gradients.norms import clip_factor
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients so that their global 2-norm is at most `max_norm`; the norm from before, a 0-dim
-    fp32 CPU tensor.
+    """Scale all gradients so that their global 2-norm is at most `max_norm`. Returns the norm before, a 0-dim fp32 CPU
+    tensor.
 
-    Takes the place of `torch.nn.utils.clip_grad_norm_`, which would see one rank's shards only. `max_norm` 0
-    or inf measures and leaves gradients alone. The norm is that of true gradients, whatever the loss scale;
-    `grad_norm(model)` gives it again, together with the one after clipping. With an optimizer that has
-    `step_fused` the factor is applied inside the next `step()` instead of in a pass of its own, so
-    `shard.grad` still shows unclipped values. A backward after clipping adds to the clipped gradients.
-    Collective. See [Note: norm in fixed blocks] and [Note: units of a gradient].
+    Replaces `torch.nn.utils.clip_grad_norm_`, which sees the shards of one rank only. Collective.
+
+    With `max_norm` 0 or inf it only computes the norm. The norm is that of unscaled gradients, whatever the loss scale.
+    `grad_norm(model)` returns it again, with the norm after clipping. If the optimizer has `step_fused`, the next
+    `step()` applies the factor, so `shard.grad` still has unclipped values. A backward after clipping adds to the
+    clipped gradients. See [Note: norm in fixed blocks] and [Note: units of a gradient].
     """
     state = _registry.state_of(model)
     pending = state.stepper.pending
@@ -40,18 +40,18 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def grad_norm(model: nn.Module) -> GradNorm | None:
-    """Norms of the gradient that was measured last, before and after clipping, of true (unscaled) values.
+    """The last computed gradient norm, before and after clipping, without the loss scale.
 
-    Measured by `clip_grad_norm_`, and by every step of a model that has a `LossScaler`; None before. The same
-    on every rank; no communication.
+    `clip_grad_norm_` computes it, and so does every step of a model with a `LossScaler`; None before the first time. It
+    is the same on every rank. No communication.
     """
     return _registry.state_of(model).stepper.pending.last_norm
 
 
 @contextlib.contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Backwards inside add whole gradients locally, in fp32; the first one outside, or the next step, reduces
-    them. Any stage.
+    """Defer the reduction of gradients, at any stage: backwards inside the context add whole gradients on this rank, in
+    fp32. The first backward outside it, or the next step, reduces the sum.
     """
     state = _registry.state_of(model)
     state.reducer.sync_depth += 1
@@ -62,10 +62,10 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 def destroy(model: nn.Module) -> None:
-    """Undo `shard`: hooks go, every rank's parameters are whole again with the masters' values, the optimizer
-    holds them again.
+    """Undo `shard`: remove its hooks, make parameters whole on every rank with the masters' values, and put them back
+    into the optimizer. Collective.
 
-    Optimizer states of stage 1 and above are dropped, since no rank has them whole. Collective.
+    Optimizer states of stage 1 and above are dropped, since no rank has all of them.
     """
     state = _registry.state_of(model)
     state.stepper.wait()

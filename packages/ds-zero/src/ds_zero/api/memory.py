@@ -13,8 +13,8 @@ from ds_zero import _registry
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
-    """Bytes that one rank holds between steps, by purpose; shared memory is counted once, under the first
-    purpose.
+    """Bytes that one rank holds between steps, by purpose. Memory with several purposes counts once, for the first
+    of them in the order of the fields.
     """
 
     params_bytes: int
@@ -44,7 +44,7 @@ class MemoryReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What `shard` decided."""
+    """How `shard` has divided a model: sizes and settings in effect."""
 
     stage: int
     accumulation: str
@@ -56,7 +56,7 @@ class Summary:
     """Elements whose master and optimizer states this rank holds, padding included."""
     num_buckets: int
     num_gathered_buckets: int
-    """Buckets whose parameters come and go with their module (stage 3)."""
+    """Buckets whose parameters are gathered while their module runs, and freed afterwards (stage 3)."""
     compute_dtypes: tuple[str, ...]
 
 
@@ -74,7 +74,7 @@ def _bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
 
 
 def memory(model: nn.Module, optimizer: Optimizer) -> MemoryReport:
-    """Count the storages that exist now; nothing is estimated."""
+    """The bytes that this rank holds now, counted from the storages that exist. Not collective."""
     state = _registry.state_of(model)
     buckets = state.buckets
     seen: set[int] = set()
@@ -102,7 +102,7 @@ def memory(model: nn.Module, optimizer: Optimizer) -> MemoryReport:
 
 
 def describe(model: nn.Module) -> Summary:
-    """What `shard` decided for this model."""
+    """The settings in effect, and how the model was divided."""
     state = _registry.state_of(model)
     params = [p for b in state.buckets for p in b.params]
     return Summary(

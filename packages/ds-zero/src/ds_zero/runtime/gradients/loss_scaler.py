@@ -30,32 +30,32 @@ FACTOR = 2.0
 
 
 class LossScaleError(ValueError):
-    """The loss scale cannot be lowered any more, and the gradient is still not finite."""
+    """A gradient is not finite although the loss scale is at its minimum."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicScale:
-    """When the loss scale changes."""
+    """How a dynamic loss scale starts and changes."""
 
     initial_scale: float = 2.0**16
     """The scale of the first step."""
 
     window: int = 1000
-    """Finite steps in a row between two doublings of the scale; the first one comes a step later."""
+    """Finite steps in a row after which the scale doubles; one step more before the first doubling."""
 
     hysteresis: int = 2
-    """How many steps that are not finite it takes to halve the scale for the first time; after that every one
-    does, until the count is filled again, when the scale doubles."""
+    """Which step with non-finite gradients, counted from 1, is the first to halve the scale. From then on every such
+    step halves it, until the scale doubles and the count restarts."""
 
     consecutive_hysteresis: bool = False
-    """Fill the count of `hysteresis` again after every finite step."""
+    """Restart the count of `hysteresis` after every finite step."""
 
     min_scale: float = 1.0
     """The scale is never lower."""
 
     raise_at_min: bool = True
-    """Where the scale cannot be lowered any more, a step that is not finite raises `LossScaleError`; else it is left
-    out like others, and the first one is warned of."""
+    """A step with non-finite gradients at `min_scale` raises `LossScaleError`. False: it is skipped like others, and
+    the first one warns."""
 
     def __post_init__(self) -> None:
         if not self.min_scale > 0 or not self.initial_scale >= self.min_scale:
@@ -116,26 +116,26 @@ class ScaleState:
 
 
 class LossScaler:
-    """Scales the loss of a sharded model, and leaves out the steps whose gradient is not finite, on all ranks.
+    """Loss scaling for a sharded model: skips a step on all ranks if the gradient of any rank is not finite.
 
     ::
 
         scaler = ds_zero.LossScaler(model)                # after ds_zero.shard
         scaler.scale(loss).backward()
-        ds_zero.clip_grad_norm_(model, 1.0)               # if you like: norms and limits are of true gradients
-        optimizer.step()                                  # unscales, or leaves the step out; counts
+        ds_zero.clip_grad_norm_(model, 1.0)               # optional; norm and limit refer to unscaled gradients
+        optimizer.step()                                  # unscales, or skips the step; updates the scale
         optimizer.zero_grad()
 
-    Nothing else is to be called: `optimizer.step()` asks for the gradient's norm (once, whether or not it was
-    clipped), and where it is not finite on any rank, no rank changes a bit, the gradients are dropped, and
-    `step_was_skipped` is True. The scaler lives as long as the model is sharded.
+    No other call is needed. `optimizer.step()` computes the norm of the gradient unless `clip_grad_norm_` has done so.
+    If it is not finite, no rank changes anything, the gradients are dropped, and `step_was_skipped` is True. The scaler
+    exists as long as the model is sharded.
 
-    With the static scale 1 losses need not go through `scale`: the scaler then only guards against gradients
-    that are not finite, as one may want in bf16.
+    With the static scale 1, losses need not go through `scale`. The scaler then only skips steps whose gradient is not
+    finite, which is useful in bf16, too.
 
     Args:
         model: a model that `ds_zero.shard` has returned.
-        scale: a number for a static scale, or when to change it.
+        scale: a number for a constant scale, or a `DynamicScale`; None: `DynamicScale()`.
 
     Raises:
         ValueError: the model is not sharded, or has a scaler already.
@@ -159,11 +159,11 @@ class LossScaler:
 
     @property
     def loss_scale(self) -> float:
-        """What the next losses are multiplied by."""
+        """The factor by which `scale` multiplies the next loss."""
         return self._counting.scale
 
     def scale(self, loss: Tensor) -> Tensor:
-        """`loss` times the scale, in fp32 at least, since an fp16 loss would overflow; for every backward.
+        """The loss times the scale, in fp32 or wider since an fp16 loss would overflow. Call it before every backward.
 
         Raises:
             ValueError: the model is not sharded any more.
