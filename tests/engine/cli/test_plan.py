@@ -26,6 +26,9 @@ def both():
 
 def wrong():
     return 5
+
+def broken():
+    raise TypeError("no model today")
 """
 NUMEL = 2 * (512 * 512 + 512)
 
@@ -86,14 +89,88 @@ def test_mistakes_are_one_line(tmp_path: Path, factory: str, message: str) -> No
     assert code == 2 and message in text and "Traceback" not in text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "--device tpu: torch knows no such device"),
+        (["--budget", "80"], "'80' has no unit: write 80GiB, 80GB or 80B"),
+        (["--compare", "1,x"], "--compare 1,x: write numbers of ranks"),
+        (["--compare", "0"], "--compare 0: write numbers of ranks"),
+        (["--tokens", "8"], "--tokens is for models of Hugging Face's"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_one_line(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    code, text = ds_plan(tmp_path, *arguments)
+    assert code == 2 and message in text and "Traceback" not in text
+
+
+def test_an_error_in_the_factory_is_one_line_with_its_place(tmp_path: Path) -> None:
+    code, text = ds_plan(tmp_path, factory="broken")
+    assert code == 2 and "failed: TypeError: no model today" in text and "job.py:17" in text
+    (tmp_path / "bad.py").write_text("def make(:")
+    code, text = ds_plan(tmp_path, "--model", f"{tmp_path / 'bad.py'}:make")
+    assert code == 2 and "cannot be imported: SyntaxError" in text
+
+
+def test_every_stage_on_several_numbers_of_ranks(tmp_path: Path) -> None:
+    arguments = ("--compare", "1,3", "--budget", "6MB")
+    sizes = {"train_micro_batch_size_per_gpu": None, "train_batch_size": 4}
+    code, text = ds_plan(tmp_path, *arguments, factory="only", **sizes)
+    assert code == 1 and "stage 3" in text and "x: does not fit in 5.7 MiB" in text
+    assert "train_batch_size 4 = " in " ".join(text.split())  # 3 ranks cannot share 4 samples
+    sizes = {"train_batch_size": None}
+    arguments = ("--compare", "1,4", "--budget", "7MB", "--json")
+    code, text = ds_plan(tmp_path, *arguments, factory="only", **sizes)
+    assert code == 0 and {cell["fits"] for cell in json.loads(text)["cells"]} == {True, False}
+    cells = {(cell["stage"], cell["ranks"]): cell["device_bytes"] for cell in json.loads(text)["cells"]}
+    assert len(cells) == 8 and cells[0, 4] >= cells[1, 4] > cells[3, 4]
+    code, single = ds_plan(tmp_path, "-n", "4", "--json", factory="only", zero_optimization={"stage": 3})
+    assert json.loads(single)["device_bytes"] == cells[3, 4]
+
+
+def test_a_model_of_hugging_face_by_its_configuration(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="reads config.json")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"vocab_size": 32, "max_position_embeddings": 16, "architectures": ["LlamaForCausalLM"]}
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, **more}))
+    activations = []
+    for tokens in ([], ["--tokens", "4"]):
+        code, text = ds_plan(tmp_path, "--json", "--model", str(folder), *tokens)
+        found = json.loads(text)
+        assert code == 0 and found["model"] == "LlamaForCausalLM", text
+        backward = next(phase for phase in found["phases"] if phase["phase"] == "backward")
+        activations.append(backward["parts"]["activations"])
+    assert activations[0] > 3 * activations[1] > 0
+    code, text = ds_plan(tmp_path, "--model", str(folder / "config.json"), "--tokens", "17")
+    assert code == 2 and "--tokens 17: the model reads at most 16" in text
+    for wrong, message in (
+        (tmp_path / "gone.json", "there is no file"),
+        (tmp_path / "ds.json", "no configuration of"),
+    ):
+        code, text = ds_plan(tmp_path, "--model", str(wrong))
+        assert code == 2 and message in text and "Traceback" not in text
+
+
 def test_sizes_and_modules() -> None:
-    assert (
-        parse_bytes("24GiB") == 24 * 2**30
-        and parse_bytes("1.5 gb") == 15 * 10**8
-        and parse_bytes("1e6") == 10**6
-    )
-    for text in ("24 apples", "GB", ""):
+    for text, wanted in {
+        "24GiB": 24 * 2**30,
+        "24Gi": 24 * 2**30,
+        "1.5 gb": 15 * 10**8,
+        "80G": 80 * 10**9,
+        "80GB": 80 * 10**9,
+        "7B": 7,
+        "1e3kb": 10**6,
+    }.items():
+        assert parse_bytes(text) == wanted, text
+    for text in ("24 apples", "GB", "", "-1GB"):
         with pytest.raises(ValueError, match="no size"):
+            parse_bytes(text)
+    for text in ("1e6", "80", "0.5"):
+        with pytest.raises(ValueError, match="has no unit"):
             parse_bytes(text)
     assert load_factory("json:loads")("1") == 1
     with pytest.raises(ValueError, match="no module nowhere"):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
+from ds_zero.tensors.sizes import human_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,14 @@ class MemoryReport:
             + self.buffers_bytes
             + self.gathered_bytes
         )
+
+    def __str__(self) -> str:
+        """One line for each purpose that holds something, and their sum."""
+        purposes = {field.name.removesuffix("_bytes"): getattr(self, field.name) for field in fields(self)}
+        held = {name: num_bytes for name, num_bytes in purposes.items() if num_bytes} | {
+            "total": self.total_bytes
+        }
+        return "\n".join(f"{name:<10}{human_bytes(num_bytes):>12}" for name, num_bytes in held.items())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from ds_zero.tensors.sizes import human_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseMemory:
@@ -149,15 +151,6 @@ class Plan:
 def within(num_bytes: int, budget_bytes: int | None) -> bool:
     """Whether a peak is at most a budget, if there is one."""
     return budget_bytes is None or num_bytes <= budget_bytes
-
-
-def human_bytes(num_bytes: float) -> str:
-    """Like 12.3 MiB; powers of 1024, as memory is sold and as budgets are given."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
 
 
 def _cell(num_bytes: int) -> str:

@@ -1,0 +1,95 @@
+"""Where `ds plan` takes its model from: a function of the user's, or the config.json of a Hugging Face model."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_engine.build.plan import load_factory
+
+DEFAULT_TOKENS = 2048
+"""Tokens of a sample where neither the user nor the model says less."""
+
+_WITH_LABELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
+
+
+def model_factory(where: str, *, tokens: int | None = None) -> Callable[[], Any]:
+    """A function that makes the model, or the model and example inputs of one forward.
+
+    Args:
+        where: `package.module:function`, `file.py:function`, a `config.json` of Hugging Face's, or a folder with one.
+        tokens: tokens of a sample, for models of Hugging Face's; default: what the model can read, at most 2048.
+
+    Raises:
+        ValueError: there is no such function or file; or, when the function is called, it fails.
+    """
+    path = Path(where)
+    if path.is_dir() or path.suffix == ".json":
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise ValueError(f"{where!r}: there is no file {file}")
+        return lambda: _hugging_face(file, tokens)
+    if tokens is not None:
+        raise ValueError("--tokens is for models of Hugging Face's; return example inputs from the function")
+    try:
+        factory = load_factory(where)
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"{where!r} cannot be imported: {_place_of(error)}") from error
+    return lambda: _called(factory, where)
+
+
+def _called(factory: Callable[[], Any], where: str) -> Any:
+    try:
+        return factory()
+    except Exception as error:
+        raise ValueError(f"{where!r} failed: {_place_of(error)}") from error
+
+
+def _place_of(error: BaseException) -> str:
+    """The error in one line, with the last line of code before it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{at}"
+
+
+def _hugging_face(file: Path, tokens: int | None) -> tuple[nn.Module, dict[str, torch.Tensor] | None]:
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            f"{str(file)!r} is read by transformers, which is not installed: pip install transformers"
+        ) from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(file))
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(
+            f"{str(file)!r} is no configuration of a model that transformers {transformers.__version__} knows: {error}"
+        ) from error
+    named = (getattr(config, "architectures", None) or [""])[0]
+    made = getattr(transformers, named, None)
+    config.use_cache = False  # training keeps no keys and values of earlier tokens
+    # On the meta device, in fp32: the dtype of training is the configuration's of ds, not the checkpoint's.
+    model = made(config) if made is not None else transformers.AutoModel.from_config(config, dtype=torch.float32)
+    return model, _text_inputs(model, config, tokens)
+
+
+def _text_inputs(model: nn.Module, config: Any, tokens: int | None) -> dict[str, torch.Tensor] | None:
+    """One sample of tokens, with labels where the model has a loss over them; None for a model that reads no text."""
+    if getattr(model, "main_input_name", "") != "input_ids":
+        return None
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    length = tokens or min(DEFAULT_TOKENS, int(limit or DEFAULT_TOKENS))
+    if limit is not None and length > int(limit):
+        raise ValueError(f"--tokens {length}: the model reads at most {limit}")
+    sample = torch.zeros(1, length, dtype=torch.long)
+    named = type(model).__name__
+    takes_labels = "labels" in inspect.signature(model.forward).parameters
+    return {"input_ids": sample} | (
+        {"labels": sample} if takes_labels and named.endswith(_WITH_LABELS) else {}
+    )

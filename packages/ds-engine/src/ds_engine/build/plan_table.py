@@ -1,0 +1,142 @@
+"""Plans of one job at every stage and on several numbers of ranks, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ds_engine.build.plan import plan
+from ds_engine.config import DsConfig
+from ds_zero.tensors.sizes import human_bytes
+
+STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What all plans of a table have in common; see `ds_engine.build.plan.plan`."""
+
+    micro_batch: int | None = None
+    checkpointing: bool = False
+    device: str | None = None
+    budget_bytes: int | None = None
+    host_budget_bytes: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """For `plan`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """The peak at one stage on one number of ranks."""
+
+    stage: int
+    ranks: int
+    device_bytes: int | None
+    """None where there is no plan; `reason` says why."""
+    host_bytes: int = 0
+    fits: bool | None = None
+    """None without a budget, or without a plan."""
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanTable:
+    """Peak memory of a rank, stages down and numbers of ranks across."""
+
+    model: str
+    cells: tuple[Cell, ...]
+    budget: str = ""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether any of them fits; None without a budget."""
+        verdicts = [cell.fits for cell in self.cells if cell.fits is not None]
+        return any(verdicts) if verdicts else None
+
+    def title(self) -> str:
+        return f"{self.model}: peak memory of a rank"
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows."""
+        counts = list(dict.fromkeys(cell.ranks for cell in self.cells))
+        header = ["", *(f"{n} rank{'s' if n > 1 else ''}" for n in counts)]
+        rows = [
+            [f"stage {stage}", *(_text(cell) for cell in self.cells if cell.stage == stage)] for stage in STAGES
+        ]
+        return header, rows
+
+    def verdict(self) -> list[str]:
+        """Lines below the table."""
+        lines = [f"x: does not fit in {self.budget}"] if any(c.fits is False for c in self.cells) else []
+        reasons = dict.fromkeys(cell.reason for cell in self.cells if cell.reason)
+        return lines + [f"-: {reason}" for reason in reasons]
+
+    def to_json(self) -> str:
+        """The model and all cells."""
+        return json.dumps({"model": self.model, "cells": [asdict(cell) for cell in self.cells]}, indent=2)
+
+
+def compare(
+    settings: DsConfig,
+    factory: Callable[[], Any],
+    counts: Sequence[int],
+    options: Options,
+    *,
+    say: Callable[[str], None],
+) -> PlanTable:
+    """Plan every stage on every number of ranks.
+
+    Args:
+        say: gets a line about what is being planned.
+
+    Raises:
+        ValueError: nothing of it can be planned.
+    """
+    model = "the model"
+    cells = []
+    for stage in STAGES:
+        for ranks in counts:
+            say(f"planning stage {stage} on {ranks} ranks")
+            try:
+                made = plan(_at_stage(settings, stage), factory, ranks=ranks, **options.arguments())
+            except ValueError as error:
+                cells.append(Cell(stage=stage, ranks=ranks, device_bytes=None, reason=str(error)))
+                continue
+            model = f"{made.model}, {made.params_numel:,} parameters, {made.device}"
+            cells.append(
+                Cell(
+                    stage=stage,
+                    ranks=ranks,
+                    device_bytes=made.device_bytes,
+                    host_bytes=made.host_bytes if made.device != "cpu" else 0,
+                    fits=made.fits,
+                )
+            )
+    if all(cell.device_bytes is None for cell in cells):
+        raise ValueError(cells[0].reason)
+    return PlanTable(model=model, cells=tuple(cells), budget=_budget(options))
+
+
+def _at_stage(settings: DsConfig, stage: int) -> DsConfig:
+    zero = settings.zero_optimization.model_copy(update={"stage": stage})
+    return settings.model_copy(update={"zero_optimization": zero})
+
+
+def _budget(options: Options) -> str:
+    budgets = [] if options.budget_bytes is None else [human_bytes(options.budget_bytes)]
+    if options.host_budget_bytes is not None:
+        budgets.append(f"{human_bytes(options.host_budget_bytes)} of host memory")
+    return " and ".join(budgets)
+
+
+def _text(cell: Cell) -> str:
+    if cell.device_bytes is None:
+        return "-"
+    text = human_bytes(cell.device_bytes)
+    if cell.host_bytes:
+        text += f" + {human_bytes(cell.host_bytes)} host"
+    return f"{text} x" if cell.fits is False else text
