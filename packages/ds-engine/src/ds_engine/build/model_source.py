@@ -75,7 +75,9 @@ def _hugging_face(file: Path, tokens: int | None) -> tuple[nn.Module, dict[str, 
     made = getattr(transformers, named, None)
     config.use_cache = False  # training keeps no keys and values of earlier tokens
     # On the meta device, in fp32: the dtype of training is the configuration's of ds, not the checkpoint's.
-    model = made(config) if made is not None else transformers.AutoModel.from_config(config, dtype=torch.float32)
+    model = (
+        made(config) if made is not None else transformers.AutoModel.from_config(config, dtype=torch.float32)
+    )
     return model, _text_inputs(model, config, tokens)
 
 

@@ -65,7 +65,8 @@ class PlanTable:
         counts = list(dict.fromkeys(cell.ranks for cell in self.cells))
         header = ["", *(f"{n} rank{'s' if n > 1 else ''}" for n in counts)]
         rows = [
-            [f"stage {stage}", *(_text(cell) for cell in self.cells if cell.stage == stage)] for stage in STAGES
+            [f"stage {stage}", *(_text(cell) for cell in self.cells if cell.stage == stage)]
+            for stage in STAGES
         ]
         return header, rows
 
