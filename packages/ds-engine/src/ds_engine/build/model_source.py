@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import traceback
 from collections.abc import Callable
@@ -60,7 +61,7 @@ def _place_of(error: BaseException) -> str:
 
 def _hugging_face(file: Path, tokens: int | None) -> tuple[nn.Module, dict[str, torch.Tensor] | None]:
     try:
-        import transformers
+        transformers: Any = importlib.import_module("transformers")
     except ImportError:
         raise ValueError(
             f"{str(file)!r} is read by transformers, which is not installed: pip install transformers"
