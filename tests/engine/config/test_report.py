@@ -15,7 +15,7 @@ from ds_engine.config.report.diff import diff
 from ds_engine.config.report.explain import explain
 from ds_engine.config.report.json_schema import json_schema
 from ds_engine.config.report.reference import reference
-from ds_engine.config.sections.schema import every_key
+from ds_engine.config.sections.schema import default_of, every_key
 
 FILE = """{
   "train_batch_size": "auto",
@@ -151,7 +151,13 @@ def test_the_reference_page_is_up_to_date() -> None:
 
 
 def test_every_key_is_described_and_on_the_page() -> None:
+    """In whole sentences, with the meaning of a default that is no value."""
     page = reference()
     for key in every_key():
-        assert key.info.description, key.path
+        text = key.info.description or ""
+        assert text[:1].isupper() or text[:1] == '"', key.path
+        assert text.endswith("."), key.path
+        assert len(text.split()) >= 2 or key.section is not None, f"{key.path}: {text}"
+        if not key.info.is_required() and default_of(key) is None:
+            assert "Default: " in text, f"{key.path}: {text}"
         assert f"`{key.name}`" in page, key.path

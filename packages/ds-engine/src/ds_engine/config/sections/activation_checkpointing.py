@@ -8,15 +8,28 @@ from ds_engine.config.support.section import Positive, Section
 
 
 class ActivationCheckpointingConfig(Section):
-    """How activations rest between forward and backward in functions that recompute."""
+    """How activations are kept between forward and backward in functions that are recomputed."""
 
-    partition_activations: bool = Field(default=False, description="Divide them among model-parallel ranks.")
-    cpu_checkpointing: bool = Field(default=False, description="Move them to host memory.")
-    contiguous_memory_optimization: bool = Field(default=False, description="Copy them into one buffer.")
+    partition_activations: bool = Field(
+        default=False,
+        description="Divides each saved activation among the model-parallel ranks, which gather it for "
+        "backward.",
+    )
+    cpu_checkpointing: bool = Field(
+        default=False, description="Keeps saved activations in host memory until backward."
+    )
+    contiguous_memory_optimization: bool = Field(
+        default=False, description="Copies saved activations into one buffer that is allocated once."
+    )
     number_checkpoints: Positive | None = Field(
-        default=None, description="How many there are, for contiguous_memory_optimization."
+        default=None,
+        description="Number of activations that the buffer of contiguous_memory_optimization holds. Default: "
+        "none, because the number is counted.",
     )
     synchronize_checkpoint_boundary: bool = Field(
-        default=False, description="Wait for the accelerator at every recomputed function."
+        default=False,
+        description="Waits for the accelerator at the start and the end of each recomputed function.",
     )
-    profile: bool = Field(default=False, description="Time forward and backward of recomputed functions.")
+    profile: bool = Field(
+        default=False, description="Measures the time of forward and backward of each recomputed function."
+    )

@@ -10,49 +10,60 @@ from ds_engine.config.support.section import Positive, Section, lowered
 
 
 class ParallelWriteConfig(Section):
-    """Which ranks write."""
+    """Which ranks write a checkpoint."""
 
     pipeline_stage: bool = Field(
-        default=False, description="All ranks of a pipeline stage write, not one of them."
+        default=False, description="Lets all ranks of a pipeline stage write, instead of one rank per stage."
     )
 
 
 class WriterConfig(Section):
-    """How DeepSpeed writes."""
+    """How checkpoint files are written."""
 
     type: Annotated[Literal["mock", "python", "fast"], BeforeValidator(lowered)] = Field(
-        default="fast", description='"mock" writes nothing.'
+        default="fast", description='Kind of DeepSpeed\'s writer; "mock" writes nothing.'
     )
-    io_buffer_size: Positive = Field(default=64 * 2**20, description="Bytes of a buffer.")
-    io_buffer_double: bool = Field(default=True, description="Fill one buffer while the other is written.")
-    show_statistics: bool = Field(default=False, description="Print the speed of writing.")
+    io_buffer_size: Positive = Field(default=64 * 2**20, description="Size of a write buffer, in bytes.")
+    io_buffer_double: bool = Field(
+        default=True, description="Uses two buffers, so that one is filled while the other is written."
+    )
+    show_statistics: bool = Field(default=False, description="Prints the write speed.")
     data_parallel: Annotated[Literal["replica", "socket", "machine"] | None, BeforeValidator(lowered)] = (
-        Field(default=None, description="Data-parallel ranks that write parts of what they hold alike.")
+        Field(
+            default=None,
+            description="Which data-parallel ranks share the writing of data that they hold alike. Default: one "
+            "rank writes it.",
+        )
     )
-    decoupled: bool = Field(default=False, description="Write while training goes on.")
-    io_multiplier: Positive = Field(default=1, description="Writers for each rank.")
+    decoupled: bool = Field(
+        default=False, description="Writes a checkpoint in the background while training continues."
+    )
+    io_multiplier: Positive = Field(default=1, description="Number of writer threads per rank.")
 
 
 class CheckpointConfig(Section):
-    """What `save_checkpoint` keeps and how it writes."""
+    """How many checkpoints save_checkpoint() keeps, and how it writes them."""
 
     keep_last: Positive | None = Field(
         default=None,
-        description="Complete checkpoints to keep in a directory; older ones are removed after a new one is "
-        "safely there. "
-        "Default: keep all.",
+        description="Number of complete checkpoints that a directory keeps; older ones are removed after a "
+        "new one is complete. Default: all are kept.",
     )
     tag_validation: Annotated[Literal["warn", "ignore", "fail"], BeforeValidator(lowered)] = Field(
         default="warn", description="What happens when ranks save under different tags."
     )
     load_universal: bool = Field(
-        default=False, description="load_checkpoint() reads DeepSpeed's universal format."
+        default=False, description="Lets load_checkpoint() read DeepSpeed's universal format."
     )
     use_node_local_storage: bool = Field(
-        default=False, description="Each node keeps the files of its own ranks."
+        default=False, description="Lets each machine keep the files of its own ranks."
     )
     parallel_write: ParallelWriteConfig = Field(
-        default_factory=ParallelWriteConfig, description="Which ranks write."
+        default_factory=ParallelWriteConfig, description="Which ranks write a checkpoint."
     )
-    checkpoint_serialization: bool = Field(default=True, description="Pickle what is written.")
-    writer: WriterConfig | None = Field(default=None, description="DeepSpeed's fast writers.")
+    checkpoint_serialization: bool = Field(default=True, description="Pickles the objects that are written.")
+    writer: WriterConfig | None = Field(
+        default=None,
+        description="How checkpoint files are written. Default: by one writer, before save_checkpoint() "
+        "returns.",
+    )

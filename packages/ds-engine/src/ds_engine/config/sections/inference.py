@@ -38,15 +38,23 @@ Dtype = Annotated[Any, BeforeValidator(_dtype)]
 
 
 class InferenceTpConfig(Section):
-    """Ranks that hold one copy of the model together."""
+    """The ranks that hold one copy of the model together."""
 
-    enabled: bool = Field(default=True, description="False: every rank holds a copy.")
-    tp_size: Positive = Field(default=1, description="How many.")
-    tp_grain_size: Positive = Field(
-        default=64, description="Elements that stay together where layers are cut."
+    enabled: bool = Field(
+        default=True, description="Divides the model among ranks; with false every rank holds a copy."
     )
-    mpu: Any = Field(default=None, description="An object that knows the group.")
-    tp_group: Any = Field(default=None, description="The group itself.")
+    tp_size: Positive = Field(default=1, description="Number of ranks that hold one copy together.")
+    tp_grain_size: Positive = Field(
+        default=64, description="Number of elements that are never divided where layers are divided."
+    )
+    mpu: Any = Field(
+        default=None,
+        description="Object with Megatron's methods that returns the process group. Default: none.",
+    )
+    tp_group: Any = Field(
+        default=None,
+        description="Process group of the ranks that hold one copy. Default: none, so it is made.",
+    )
 
 
 class InferenceConfig(Section):
@@ -55,12 +63,13 @@ class InferenceConfig(Section):
     model_config = ConfigDict(populate_by_name=True)
 
     dtype: Dtype = Field(
-        default=None, description="fp32, fp16 or bf16, also as torch dtypes. Default: as the model is."
+        default=None,
+        description="Dtype of the weights: fp32, fp16 or bf16, also as torch dtypes. Default: the model's.",
     )
     tensor_parallel: InferenceTpConfig = Field(
         default_factory=InferenceTpConfig,
         validation_alias=AliasChoices("tensor_parallel", "tp"),
-        description="Ranks that hold one copy together.",
+        description="The ranks that hold one copy of the model together.",
     )
     mp_size: Positive = Field(default=1, description="Old name of tensor_parallel.tp_size.")
     zero: dict[str, Any] = Field(
@@ -69,11 +78,18 @@ class InferenceConfig(Section):
     )
     checkpoint: str | dict[str, Any] | None = Field(
         default=None,
-        description="Weights to load: a checkpoint, a folder in Hugging Face's layout, a file, or a list of files as "
-        '{"checkpoints": [...]}, also in a JSON file.',
+        description="Weights to load: a checkpoint, a folder in Hugging Face's layout, a file, or a list of "
+        'files as {"checkpoints": [...]}, also in a JSON file. Default: the model keeps its '
+        "weights.",
     )
-    base_dir: str = Field(default="", description="Where relative names of files begin.")
-    keep_module_on_host: bool = Field(default=False, description="Leave the model where it is.")
+    base_dir: str = Field(
+        default="",
+        description="Directory to which relative file names belong. An empty text stands for the working "
+        "directory.",
+    )
+    keep_module_on_host: bool = Field(
+        default=False, description="Leaves the model on the device that it is on."
+    )
     enable_cuda_graph: bool = False
     use_triton: bool = False
     triton_autotune: bool = False

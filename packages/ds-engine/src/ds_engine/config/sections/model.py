@@ -55,161 +55,199 @@ class DsConfig(Section):
 
     train_batch_size: Positive | None = Field(
         default=None,
-        description="Samples per optimizer step over all ranks: train_micro_batch_size_per_gpu x "
-        "gradient_accumulation_steps x ranks. "
-        "Any one or two of the three may be left out, except that gradient_accumulation_steps alone is not "
-        "enough.",
+        description="Number of samples per optimizer step over all ranks: train_micro_batch_size_per_gpu x "
+        "gradient_accumulation_steps x ranks. Default: computed from the other two; "
+        "gradient_accumulation_steps alone is not enough.",
     )
     train_micro_batch_size_per_gpu: Positive | None = Field(
-        default=None, description="Samples per forward pass on one rank."
+        default=None,
+        description="Number of samples per forward pass on one rank. Default: computed from the other two "
+        "sizes.",
     )
     gradient_accumulation_steps: Positive | None = Field(
-        default=None, description="Micro-batches per optimizer step. Default: 1, or what the other two give."
+        default=None,
+        description="Number of micro-batches per optimizer step. Default: computed from the other two sizes, "
+        "else 1.",
     )
     managed_gradient_accumulation: bool = Field(
         default=True,
-        description="The engine counts micro-batches, and only every gradient_accumulation_steps-th step() "
-        "updates; false: every step() does.",
+        description="Lets the engine count micro-batches, so that step() updates after every "
+        "gradient_accumulation_steps of them; with false every step() updates.",
     )
     optimizer: OptimizerConfig | None = Field(
-        default=None, description="Built when none is passed to initialize()."
+        default=None, description="Optimizer that is built if none is passed to initialize(). Default: none."
     )
     scheduler: SchedulerConfig | None = Field(
-        default=None, description="Built when none is passed to initialize(). Default: a constant rate."
+        default=None,
+        description="Learning-rate schedule that is built if none is passed to initialize(). Default: a "
+        "constant learning rate.",
     )
     fp16: Fp16Config = Field(default_factory=Fp16Config, description="Mixed precision in float16.")
     bf16: Bf16Config = Field(default_factory=Bf16Config, description="Mixed precision in bfloat16.")
     torch_autocast: TorchAutocastConfig = Field(
-        default_factory=TorchAutocastConfig, description="torch.autocast around forward."
+        default_factory=TorchAutocastConfig, description="Mixed precision by torch.autocast."
     )
     data_types: DataTypesConfig = Field(
-        default_factory=DataTypesConfig, description="Dtypes of sums, parameters and buffers."
+        default_factory=DataTypesConfig, description="Dtypes of gradient sums, parameters and buffers."
     )
-    amp: AmpConfig = Field(default_factory=AmpConfig, description="NVIDIA Apex.")
+    amp: AmpConfig = Field(default_factory=AmpConfig, description="Mixed precision by NVIDIA Apex.")
     zero_optimization: ZeroOptimizationConfig = Field(
-        default_factory=ZeroOptimizationConfig, description="How the model is divided among ranks."
+        default_factory=ZeroOptimizationConfig, description="ZeRO: how training state is divided among ranks."
     )
     gradient_clipping: NotNegative = Field(
         default=1.0,
-        description="Largest global 2-norm of the gradient; a larger gradient is scaled down to it. 0 turns "
-        "it off.",
+        description="Maximum global 2-norm of the gradient; a larger gradient is scaled down to it. 0 turns "
+        "clipping off.",
     )
     prescale_gradients: bool = Field(
-        default=False, description="Divide gradients before they are added over ranks, not after."
+        default=False,
+        description="Divides gradients by the number of ranks before they are summed over ranks, instead of "
+        "after.",
     )
     gradient_predivide_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=1.0,
-        description="Part of the division that comes before the sum, with prescale_gradients false.",
+        description="Divisor of gradients before they are summed over ranks; the rest of the division follows "
+        "after the sum. It has no effect with prescale_gradients.",
     )
     gradient_allreduce_op: Annotated[Literal["mean", "sum"], BeforeValidator(lowered)] = Field(
-        default="mean", description="Whether gradients are averaged or added over ranks."
+        default="mean", description="Whether gradients are averaged or summed over ranks."
     )
     communication_data_type: WireDtype | None = Field(
-        default=None, description="Dtype in which gradients travel. Default: as they are computed."
+        default=None,
+        description="Dtype in which gradients are sent. Default: the dtype in which they were computed.",
     )
     seq_parallel_communication_data_type: WireDtype = Field(
         default="fp32", description="Dtype of sums over sequence-parallel ranks."
     )
     sparse_gradients: bool = Field(
-        default=False, description="Stage 0: send only the rows of embeddings that have a gradient."
+        default=False, description="Sends only the rows of embedding gradients that are not zero, at stage 0."
     )
-    disable_allgather: bool = Field(default=False, description="Publish parameters by broadcasts.")
+    disable_allgather: bool = Field(
+        default=False, description="Distributes updated parameters by broadcasts instead of by all-gather."
+    )
     zero_allow_untested_optimizer: Flag = Field(
-        default=False, description="Accept optimizers that DeepSpeed has not been tried with."
+        default=False, description="Accepts optimizers that DeepSpeed was not tested with."
     )
     zero_force_ds_cpu_optimizer: bool = Field(
-        default=True, description="With offload_optimizer, accept no optimizer object but the host's own."
+        default=True,
+        description="Refuses an optimizer object that is not ds_offload's when offload_optimizer is used.",
     )
     steps_per_print: Annotated[Count | None, BeforeValidator(_infinity_is_never)] = Field(
         default=None,
-        description="Optimizer steps between two lines of progress on rank 0. Default, and 0: none.",
+        description="Number of optimizer steps between two lines of progress on rank 0; 0 prints none. "
+        "Default: none are printed.",
     )
-    wall_clock_breakdown: bool = Field(default=False, description="Time forward, backward and step.")
-    memory_breakdown: bool = Field(default=False, description="Print memory at each part of a step.")
+    wall_clock_breakdown: bool = Field(
+        default=False, description="Measures the time of forward, backward and step."
+    )
+    memory_breakdown: bool = Field(
+        default=False, description="Prints the memory in use after each part of a step."
+    )
     dump_state: bool = Field(
-        default=False, description="Print every setting, and who made it, when the engine is made."
+        default=False, description="Prints every setting and its origin when the engine is made."
     )
-    log_level: str | None = Field(default=None, description="Level of DeepSpeed's logger.")
+    log_level: str | None = Field(
+        default=None, description="Level of DeepSpeed's logger. Default: the logger's own."
+    )
     vocabulary_size: Positive | None = Field(
         default=None,
-        description="Rows of the embedding; a warning when tensor cores would like another number.",
+        description="Number of rows of the embedding; a warning is given if it is no multiple of 8. Default: "
+        "not checked.",
     )
     dataloader_drop_last: bool = Field(
-        default=False, description="Leave out a last micro-batch that is smaller than the others."
+        default=False, description="Drops a last micro-batch that is smaller than the others."
     )
-    disable_python_gc: bool = Field(default=False, description="Collect garbage between steps only.")
-    sequence_parallel_size: Positive | None = Field(default=None, description="Ranks that share a sequence.")
+    disable_python_gc: bool = Field(
+        default=False, description="Collects Python's garbage between steps only."
+    )
+    sequence_parallel_size: Positive | None = Field(
+        default=None, description="Number of ranks that share a sequence. Default: 1."
+    )
     data_parallel_size: Positive | None = Field(
-        default=None, description="Data-parallel ranks, beside sequence_parallel_size."
+        default=None,
+        description="Number of data-parallel ranks; an error is raised if there are more or fewer. Default: "
+        "not checked.",
     )
     use_data_before_expert_parallelism: bool = Field(
-        default=False, description="Neighbouring ranks hold the same experts, not different ones."
+        default=False, description="Gives neighbouring ranks the same experts instead of different ones."
     )
     checkpoint: CheckpointConfig = Field(
-        default_factory=CheckpointConfig, description="What is kept on disk."
+        default_factory=CheckpointConfig,
+        description="How many checkpoints are kept, and how they are written.",
     )
     activation_checkpointing: ActivationCheckpointingConfig = Field(
-        default_factory=ActivationCheckpointingConfig, description="How activations rest until backward."
+        default_factory=ActivationCheckpointingConfig,
+        description="How activations are kept until backward where they are not recomputed at once.",
     )
-    aio: AioConfig = Field(default_factory=AioConfig, description="Reading and writing on disks.")
-    tensorboard: TensorBoardConfig = Field(default_factory=TensorBoardConfig, description="TensorBoard.")
-    csv_monitor: CsvConfig = Field(default_factory=CsvConfig, description="CSV files.")
-    wandb: WandbConfig = Field(default_factory=WandbConfig, description="Weights & Biases.")
-    comet: CometConfig = Field(default_factory=CometConfig, description="Comet.")
+    aio: AioConfig = Field(default_factory=AioConfig, description="How files on a disk are read and written.")
+    tensorboard: TensorBoardConfig = Field(
+        default_factory=TensorBoardConfig, description="Curves for TensorBoard."
+    )
+    csv_monitor: CsvConfig = Field(default_factory=CsvConfig, description="Curves as CSV files.")
+    wandb: WandbConfig = Field(default_factory=WandbConfig, description="Curves at Weights & Biases.")
+    comet: CometConfig = Field(default_factory=CometConfig, description="Curves at Comet.")
     flops_profiler: FlopsProfilerConfig = Field(
         default_factory=FlopsProfilerConfig, description="FLOPs and time of modules."
     )
     comms_logger: CommsLoggerConfig = Field(
         default_factory=CommsLoggerConfig, description="Records of collectives."
     )
-    timers: TimersConfig = Field(default_factory=TimersConfig, description="Timers.")
+    timers: TimersConfig = Field(default_factory=TimersConfig, description="Timers of the engine.")
     data_efficiency: DataEfficiencyConfig = Field(
-        default_factory=DataEfficiencyConfig, description="Choice of samples and tokens."
+        default_factory=DataEfficiencyConfig, description="Choice of samples, batches and tokens."
     )
     curriculum_learning: LegacyCurriculumConfig = Field(
-        default_factory=LegacyCurriculumConfig, description="Short sequences first."
+        default_factory=LegacyCurriculumConfig, description="A curriculum of sequence lengths."
     )
     progressive_layer_drop: ProgressiveLayerDropConfig = Field(
         default_factory=ProgressiveLayerDropConfig, description="Layers that are skipped at random."
     )
     pipeline: PipelineConfig = Field(default_factory=PipelineConfig, description="Pipeline parallelism.")
     tensor_parallel: TensorParallelConfig = Field(
-        default_factory=TensorParallelConfig, description="Layers that are cut across ranks."
+        default_factory=TensorParallelConfig, description="Tensor parallelism."
     )
     expert_parallel: ExpertParallelConfig = Field(
-        default_factory=ExpertParallelConfig, description="Experts that are dealt out to ranks."
+        default_factory=ExpertParallelConfig, description="Expert parallelism."
     )
-    sparse_attention: SparseAttentionConfig | None = Field(default=None, description="Attention by blocks.")
+    sparse_attention: SparseAttentionConfig | None = Field(
+        default=None, description="Block-sparse attention. Default: none."
+    )
     compile: CompileConfig = Field(default_factory=CompileConfig, description="DeepCompile.")
-    autotuning: AutotuningConfig = Field(default_factory=AutotuningConfig, description="Search for settings.")
+    autotuning: AutotuningConfig = Field(
+        default_factory=AutotuningConfig, description="A search for settings by short runs."
+    )
     elasticity: ElasticityConfig = Field(
         default_factory=ElasticityConfig, description="Batch sizes for many numbers of ranks."
     )
     hybrid_engine: HybridEngineConfig = Field(
-        default_factory=HybridEngineConfig, description="Training and generation."
+        default_factory=HybridEngineConfig, description="Training and generation with the same weights."
     )
     compression_training: CompressionConfig = Field(
-        default_factory=CompressionConfig, description="Quantisation and pruning while training."
+        default_factory=CompressionConfig, description="Quantisation and pruning during training."
     )
     quantize_training: QuantizeTrainingConfig = Field(
-        default_factory=QuantizeTrainingConfig, description="Mixture of quantisation."
+        default_factory=QuantizeTrainingConfig, description="Mixture of quantisation (MoQ)."
     )
-    eigenvalue: EigenvalueConfig = Field(default_factory=EigenvalueConfig, description="Curvature of layers.")
+    eigenvalue: EigenvalueConfig = Field(
+        default_factory=EigenvalueConfig, description="Eigenvalues of the Hessian of each layer."
+    )
     weight_quantization: InferenceWeightsConfig | None = Field(
-        default=None, description="Weights in few bits for inference."
+        default=None, description="Quantised weights for inference. Default: none."
     )
     nebula: NebulaConfig = Field(default_factory=NebulaConfig, description="Azure's checkpoint service.")
     datastates_ckpt: dict[str, Any] | None = Field(
-        default=None, description="The DataStates checkpoint library."
+        default=None, description="Settings of the DataStates checkpoint library. Default: none."
     )
-    graph_harvesting: bool = Field(default=False, description="Replay CUDA graphs in stage 3.")
+    graph_harvesting: bool = Field(default=False, description="Replays CUDA graphs at stage 3.")
     seed: Count | None = Field(
         default=None,
-        description="Seeds the random generators of every rank (differently) and the order of training_data. "
-        "Default: generators are left alone, and the order is that of seed 0.",
+        description="Seed of the random generators, plus the rank, and of the order of training_data. "
+        "Default: the generators are left as they are, and the order has seed 0.",
     )
     startup_summary: bool = Field(
-        default=True, description="Print on rank 0 what was chosen, and why, and what each rank holds."
+        default=True,
+        description="Prints a table on rank 0 when the engine is made: the choices, their reasons and the "
+        "memory of a rank.",
     )
     _origin: Origin = PrivateAttr(default_factory=Origin)
 

@@ -28,14 +28,15 @@ class OptimizerConfig(Section):
     """Which optimizer `initialize` builds when none is passed."""
 
     type: Annotated[str, AfterValidator(_is_there)] = Field(
-        description="Adam, AdamW, Lamb, Lion, Adagrad, Muon or SGD (our kernels), or the name of any class in "
-        "torch.optim; case is ignored. "
-        "Adam decays weights decoupled, as AdamW does, unless params.adam_w_mode is false."
+        description="Name of the optimizer: Adam, AdamW, Lamb, Lion, Adagrad, Muon, SGD, MuAdam, MuAdamW or "
+        "MuSGD (kernels of ds-core), or any class in torch.optim. Case is ignored. Adam decouples "
+        "weight decay, as AdamW does, unless params.adam_w_mode is false."
     )
     params: dict[str, Any] = Field(
         default_factory=dict,
-        description="Arguments of the optimizer, for example lr, betas, eps, weight_decay.",
+        description="Arguments of the optimizer, for example lr, betas, eps and weight_decay.",
     )
     legacy_fusion: bool = Field(
-        default=False, description="An older code path of DeepSpeed's fp16 optimizer; the update is the same."
+        default=False,
+        description="Selects an older implementation of DeepSpeed's fp16 optimizer with the same update.",
     )

@@ -32,82 +32,93 @@ LowDtype = Annotated[Literal["fp16", "bf16"], BeforeValidator(_short)]
 
 
 class Fp16Config(Section):
-    """Compute in float16 with fp32 master parameters, and a loss scale that keeps small gradients."""
+    """Mixed precision in float16, with fp32 master parameters and a loss scale against vanishing gradients."""
 
     enabled: bool = Field(
-        default=False, description="Cast floating-point parameters to float16 for forward and backward."
+        default=False, description="Casts floating-point parameters to float16 for forward and backward."
     )
-    auto_cast: bool = Field(default=False, description="Cast floating-point inputs too.")
-    loss_scale: NotNegative = Field(default=0.0, description="Constant factor of the loss; 0: a dynamic one.")
+    auto_cast: bool = Field(default=False, description="Casts floating-point inputs to float16 too.")
+    loss_scale: NotNegative = Field(
+        default=0.0, description="Constant factor of the loss; 0 selects a dynamic loss scale."
+    )
     initial_scale_power: Annotated[Count, Field(le=127)] = Field(
-        default=16, description="Dynamic: begin with 2 to this power."
+        default=16, description="Exponent of the first dynamic loss scale, which is 2 to this power."
     )
     loss_scale_window: Positive = Field(
-        default=1000, description="Dynamic: doubled after so many more steps in a row without overflow."
+        default=1000,
+        description="Number of steps without overflow after which the dynamic loss scale is doubled.",
     )
     hysteresis: Positive = Field(
         default=2,
-        description="Dynamic: the overflow from which on it is halved; those before only skip their step.",
+        description="Number of the overflow at which the dynamic loss scale is halved; earlier overflows only skip "
+        "their step.",
     )
     consecutive_hysteresis: bool = Field(
-        default=False, description="Dynamic: count overflows anew after a step without one."
+        default=False,
+        description="Restores hysteresis after every step without overflow, so that only consecutive "
+        "overflows count.",
     )
     min_loss_scale: Positive = Field(
         default=1,
-        description="Dynamic: it never goes below this; an overflow there ends the run with an error that names "
-        "a parameter.",
+        description="Lower limit of the dynamic loss scale. An overflow at this scale ends training with an "
+        "error that names a parameter.",
     )
     fp16_master_weights_and_grads: bool = Field(
-        default=False, description="Keep masters and gradients in float16 too."
+        default=False, description="Keeps master parameters and gradients in float16 too."
     )
 
 
 class Bf16Config(Section):
-    """Compute in bfloat16 with fp32 master parameters, fp32 gradient sums and fp32 optimizer states."""
+    """Mixed precision in bfloat16, with fp32 master parameters, gradient sums and optimizer states."""
 
     enabled: bool = Field(
         default=False,
-        description="Cast floating-point parameters and inputs to bfloat16 for forward and backward.",
+        description="Casts floating-point parameters and inputs to bfloat16 for forward and backward.",
     )
     immediate_grad_update: bool = Field(
-        default=False, description="Add each gradient to the fp32 sum as soon as it is there."
+        default=False, description="Adds each gradient to the fp32 sum as soon as it has been computed."
     )
-    check_grad_overflow: bool = Field(default=True, description="Skip steps whose gradient is not finite.")
+    check_grad_overflow: bool = Field(
+        default=True, description="Skips optimizer steps whose gradients are not finite."
+    )
     bf16_master_weights_and_grads: bool = Field(
-        default=False, description="Keep masters and gradients in bfloat16 too."
+        default=False, description="Keeps master parameters and gradients in bfloat16 too."
     )
-    bf16_optimizer_states: bool = Field(default=False, description="Keep optimizer states in bfloat16.")
+    bf16_optimizer_states: bool = Field(default=False, description="Keeps optimizer states in bfloat16.")
 
 
 class TorchAutocastConfig(Section):
-    """torch.autocast around forward, with fp32 master parameters."""
+    """Mixed precision by torch.autocast around forward, with fp32 master parameters."""
 
-    enabled: bool = Field(default=False, description="Use it.")
+    enabled: bool = Field(default=False, description="Runs forward under torch.autocast.")
     dtype: LowDtype | None = Field(
         default=None,
-        description="In which operations compute. Default: torch's choice, bf16 on a CPU and fp16 on CUDA. With "
-        "fp16 losses are scaled as the section fp16 says.",
+        description="Dtype in which operations compute. With fp16, losses are scaled as the section fp16 "
+        "says. Default: torch's choice, bf16 on a CPU and fp16 on CUDA.",
     )
     lower_precision_safe_modules: Names | None = Field(
         default=None,
-        description="Classes, by full name, of modules that compute in it alone: their parameters rest and travel "
-        "in it. Default: torch.nn.Linear, Conv1d, Conv2d and Conv3d.",
+        description="Full class names of modules whose parameters are kept and sent in that dtype. Default: "
+        "torch.nn.Linear, Conv1d, Conv2d and Conv3d.",
     )
 
 
 class DataTypesConfig(Section):
-    """Dtypes of sums, parameters and buffers."""
+    """Dtypes of gradient sums, parameters and buffers."""
 
     grad_accum_dtype: Dtype | None = Field(
-        default=None, description="In which gradients of micro-batches are summed. Default: fp32."
+        default=None, description="Dtype in which gradients of micro-batches are summed. Default: fp32."
     )
     param_dtype: Dtype | None = Field(
         default=None,
-        description="In which parameters compute; has to be what the sections fp16 and bf16 say, which decide.",
+        description="Dtype in which parameters compute; it has to match the sections fp16 and bf16, which "
+        "decide. Default: as these say.",
     )
-    buffer_dtype: Dtype | None = Field(default=None, description="Of buffers. Default: as they are.")
+    buffer_dtype: Dtype | None = Field(
+        default=None, description="Dtype of the model's floating-point buffers. Default: unchanged."
+    )
     keep_in_fp32_modules: Literal["auto"] | Names = Field(
         default="auto",
-        description="Patterns of names of buffers that are fp32 under fp16 and bf16, whatever buffer_dtype says; "
-        '"auto": those that a transformers model names itself.',
+        description="Patterns of the names of buffers that stay fp32 under fp16 and bf16, whatever "
+        'buffer_dtype says; "auto" takes them from a transformers model.',
     )

@@ -8,8 +8,13 @@ from ds_engine.config.support.section import NotNegative, Section, Share
 
 
 class ProgressiveLayerDropConfig(Section):
-    """Layers that are skipped at random, more of them as training goes on."""
+    """Progressive layer dropping: layers are skipped at random, more of them as training goes on."""
 
-    enabled: bool = Field(default=False, description="Skip layers.")
-    theta: Share = Field(default=1.0, description="Part of layers that is kept in the end.")
-    gamma: NotNegative = Field(default=0.001, description="Speed of the change, per step.")
+    enabled: bool = Field(default=False, description="Passes the probability of keeping a layer to forward.")
+    theta: Share = Field(
+        default=1.0,
+        description="Probability of keeping a layer that is approached in the end, between 0 and 1.",
+    )
+    gamma: NotNegative = Field(
+        default=0.001, description="Rate at which theta is approached, per training step."
+    )

@@ -15,10 +15,10 @@ class SchedulerConfig(Section):
     """
 
     type: str = Field(
-        description="WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest, or the name of any class in "
-        "torch.optim.lr_scheduler; case is ignored."
+        description="Name of the schedule: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest, or "
+        "any class in torch.optim.lr_scheduler. Case is ignored."
     )
     params: dict[str, Any] = Field(
         default_factory=dict,
-        description="Arguments of the schedule, for example warmup_num_steps, total_num_steps.",
+        description="Arguments of the schedule, for example warmup_num_steps and total_num_steps.",
     )

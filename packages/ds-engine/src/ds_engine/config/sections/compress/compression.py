@@ -12,62 +12,99 @@ Symmetry = Literal["symmetric", "asymmetric"]
 
 
 class MixedQuantizeConfig(Section):
-    """A slow change from fp16 to the quantised values."""
+    """A gradual change from fp16 values to quantised values."""
 
-    enabled: bool = Field(default=False, description="Change slowly.")
-    quantize_change_ratio: Share = Field(default=0.001, description="Change of the mixture in a step.")
+    enabled: bool = Field(default=False, description="Mixes fp16 values and quantised values at the start.")
+    quantize_change_ratio: Share = Field(
+        default=0.001, description="Part of the mixture that changes to quantised values in each step."
+    )
 
 
 class WeightSharedConfig(Section):
-    """What all groups of weights have in common."""
+    """Settings that all groups of weights share."""
 
-    enabled: bool = Field(default=False, description="Quantise weights.")
-    quantizer_kernel: bool = Field(default=False, description="By DeepSpeed's kernel.")
-    schedule_offset: Count = Field(default=0, description="Step at which it begins.")
-    quantize_groups: Positive = Field(default=1, description="Parts of a tensor with a scale of their own.")
-    quantize_verbose: bool = Field(default=False, description="Print changes of bits.")
-    quantization_type: Symmetry = Field(default="symmetric", description="Whether there is an offset.")
-    quantize_weight_in_forward: bool = Field(default=False, description="In forward, not in the step.")
-    rounding: Literal["nearest", "stochastic"] = Field(default="nearest", description="How it rounds.")
+    enabled: bool = Field(default=False, description="Quantises weights.")
+    quantizer_kernel: bool = Field(default=False, description="Quantises with DeepSpeed's CUDA kernel.")
+    schedule_offset: Count = Field(default=0, description="Training step at which quantisation starts.")
+    quantize_groups: Positive = Field(
+        default=1, description="Number of parts of a tensor that have a scale of their own."
+    )
+    quantize_verbose: bool = Field(default=False, description="Prints each change of the number of bits.")
+    quantization_type: Symmetry = Field(
+        default="symmetric", description='"symmetric" has a scale only, "asymmetric" an offset too.'
+    )
+    quantize_weight_in_forward: bool = Field(
+        default=False, description="Quantises weights in forward instead of after the optimizer step."
+    )
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="nearest", description="How values are rounded."
+    )
     fp16_mixed_quantize: MixedQuantizeConfig = Field(
-        default_factory=MixedQuantizeConfig, description="A slow change."
+        default_factory=MixedQuantizeConfig,
+        description="A gradual change from fp16 values to quantised values.",
     )
 
 
 class ActivationSharedConfig(Section):
-    """What all groups of activations have in common."""
+    """Settings that all groups of activations share."""
 
-    enabled: bool = Field(default=False, description="Quantise activations.")
-    quantization_type: Symmetry = Field(default="symmetric", description="Whether there is an offset.")
-    range_calibration: Literal["dynamic", "static"] = Field(
-        default="dynamic", description="How ranges are found."
+    enabled: bool = Field(default=False, description="Quantises activations.")
+    quantization_type: Symmetry = Field(
+        default="symmetric", description='"symmetric" has a scale only, "asymmetric" an offset too.'
     )
-    schedule_offset: Count = Field(default=1000, description="Step at which it begins.")
+    range_calibration: Literal["dynamic", "static"] = Field(
+        default="dynamic",
+        description='"dynamic" takes the range from each batch, "static" from earlier batches.',
+    )
+    schedule_offset: Count = Field(default=1000, description="Training step at which quantisation starts.")
 
 
 class PruningSharedConfig(Section):
-    """What all groups of a kind of pruning have in common."""
+    """Settings that all groups of one kind of pruning share."""
 
-    enabled: bool = Field(default=False, description="Prune.")
-    method: Literal["l1", "topk", "snip_momentum"] = Field(default="l1", description="What is pruned.")
-    schedule_offset: Count = Field(default=1000, description="Step at which it begins.")
-    schedule_offset_end: Count | None = Field(default=None, description="Step at which it ends.")
-    schedule_offset_stride: Positive | None = Field(default=None, description="Steps between two prunings.")
-    block_pattern: str | None = Field(default=None, description="Shape of what is pruned at once, as 4x1.")
-    dense_ratio: Share | None = Field(default=None, description="Part that stays.")
-    excluded_modules: Names | None = Field(default=None, description="Modules that are left alone.")
-    num_heads: Positive | None = Field(default=None, description="Heads, for head_pruning.")
+    enabled: bool = Field(default=False, description="Prunes weights.")
+    method: Literal["l1", "topk", "snip_momentum"] = Field(
+        default="l1", description="Criterion that chooses what is pruned."
+    )
+    schedule_offset: Count = Field(default=1000, description="Training step at which pruning starts.")
+    schedule_offset_end: Count | None = Field(
+        default=None,
+        description='Training step at which pruning ends; for "snip_momentum". Default: the first step.',
+    )
+    schedule_offset_stride: Positive | None = Field(
+        default=None, description='Number of steps between two prunings; for "snip_momentum". Default: 1.'
+    )
+    block_pattern: str | None = Field(
+        default=None,
+        description='Shape of the blocks that are pruned as a whole, like "4x1". Default: single elements.',
+    )
+    dense_ratio: Share | None = Field(
+        default=None,
+        description='Part of the weights that is kept, for "snip_momentum". Default: that of each group.',
+    )
+    excluded_modules: Names | None = Field(
+        default=None, description="Names of modules that are not pruned. Default: none."
+    )
+    num_heads: Positive | None = Field(
+        default=None,
+        description="Number of attention heads, for head_pruning. Default: none, so head_pruning needs it.",
+    )
 
 
 class GroupConfig(Section):
-    """Modules with settings of their own."""
+    """A group of modules with settings of its own."""
 
     params: dict[str, Any] = Field(
-        default_factory=dict, description="start_bits, target_bits, bits, dense_ratio, ..."
+        default_factory=dict,
+        description="Settings of the group: start_bits, target_bits, bits, dense_ratio and the like.",
     )
-    modules: Names = Field(default_factory=lambda: ["*"], description="Names of modules.")
+    modules: Names = Field(
+        default_factory=lambda: ["*"],
+        description='Names of the modules in the group; "*" stands for any text.',
+    )
     related_modules: list[list[str]] | list[str] | None = Field(
-        default=None, description="Modules that are cut to fit."
+        default=None,
+        description="Names of modules whose inputs shrink with the pruned outputs. Default: none.",
     )
 
 
@@ -75,56 +112,84 @@ Groups = dict[str, GroupConfig]
 
 
 class WeightQuantizationConfig(Section):
-    """Weights in few bits."""
+    """Quantisation of weights."""
 
     shared_parameters: WeightSharedConfig = Field(
-        default_factory=WeightSharedConfig, description="For all groups."
+        default_factory=WeightSharedConfig, description="Settings that all groups share."
     )
-    different_groups: Groups = Field(default_factory=dict, description="Name to group.")
+    different_groups: Groups = Field(
+        default_factory=dict, description="Groups of modules under names of your choice."
+    )
 
 
 class ActivationQuantizationConfig(Section):
-    """Activations in few bits."""
+    """Quantisation of activations."""
 
     shared_parameters: ActivationSharedConfig = Field(
-        default_factory=ActivationSharedConfig, description="For all groups."
+        default_factory=ActivationSharedConfig, description="Settings that all groups share."
     )
-    different_groups: Groups = Field(default_factory=dict, description="Name to group.")
+    different_groups: Groups = Field(
+        default_factory=dict, description="Groups of modules under names of your choice."
+    )
 
 
 class PruningConfig(Section):
-    """Parts of weights that become zero."""
+    """Pruning: a part of the weights becomes zero."""
 
     shared_parameters: PruningSharedConfig = Field(
-        default_factory=PruningSharedConfig, description="For all groups."
+        default_factory=PruningSharedConfig, description="Settings that all groups share."
     )
-    different_groups: Groups = Field(default_factory=dict, description="Name to group.")
+    different_groups: Groups = Field(
+        default_factory=dict, description="Groups of modules under names of your choice."
+    )
 
 
 class LayerReductionConfig(Section):
-    """A student with fewer layers."""
+    """A student model with fewer layers than its teacher."""
 
-    enabled: bool = Field(default=False, description="Reduce.")
-    keep_number_layer: Positive | None = Field(default=None, description="Layers of the student.")
-    keep_number_layers: Positive | None = Field(default=None, description="The same.")
-    module_name_prefix: str | None = Field(default=None, description="Where layers are in the model.")
-    teacher_layer: list[Count] | None = Field(default=None, description="Layers that are copied.")
-    other_module_name: list[str] | None = Field(default=None, description="Other modules that are copied.")
+    enabled: bool = Field(
+        default=False, description="Copies some layers of the teacher into a smaller student."
+    )
+    keep_number_layer: Positive | None = Field(
+        default=None, description="Number of layers of the student. Default: none, so it has to be given."
+    )
+    keep_number_layers: Positive | None = Field(
+        default=None, description="Second spelling of keep_number_layer. Default: unset."
+    )
+    module_name_prefix: str | None = Field(
+        default=None,
+        description="Name of the list of layers in the model. Default: none, so it has to be given.",
+    )
+    teacher_layer: list[Count] | None = Field(
+        default=None,
+        description="Indices of the teacher's layers that are copied. Default: none, so it has to be given.",
+    )
+    other_module_name: list[str] | None = Field(
+        default=None, description="Names of other modules that are copied. Default: none."
+    )
 
 
 class CompressionConfig(Section):
-    """Quantisation and pruning while training."""
+    """Quantisation and pruning during training."""
 
     weight_quantization: WeightQuantizationConfig = Field(
-        default_factory=WeightQuantizationConfig, description="Weights in few bits."
+        default_factory=WeightQuantizationConfig, description="Quantisation of weights."
     )
     activation_quantization: ActivationQuantizationConfig = Field(
-        default_factory=ActivationQuantizationConfig, description="Activations in few bits."
+        default_factory=ActivationQuantizationConfig, description="Quantisation of activations."
     )
-    sparse_pruning: PruningConfig = Field(default_factory=PruningConfig, description="Single elements.")
-    row_pruning: PruningConfig = Field(default_factory=PruningConfig, description="Rows.")
-    head_pruning: PruningConfig = Field(default_factory=PruningConfig, description="Attention heads.")
-    channel_pruning: PruningConfig = Field(default_factory=PruningConfig, description="Channels.")
+    sparse_pruning: PruningConfig = Field(
+        default_factory=PruningConfig, description="Pruning of single elements."
+    )
+    row_pruning: PruningConfig = Field(
+        default_factory=PruningConfig, description="Pruning of whole rows of weights."
+    )
+    head_pruning: PruningConfig = Field(
+        default_factory=PruningConfig, description="Pruning of attention heads."
+    )
+    channel_pruning: PruningConfig = Field(
+        default_factory=PruningConfig, description="Pruning of convolution channels."
+    )
     layer_reduction: LayerReductionConfig = Field(
-        default_factory=LayerReductionConfig, description="A student with fewer layers."
+        default_factory=LayerReductionConfig, description="A student model with fewer layers."
     )

@@ -10,15 +10,21 @@ from ds_engine.config.support.section import Positive, Section
 
 
 class InferenceWeightsConfig(Section):
-    """Weights in few bits for inference."""
+    """Quantised weights for inference."""
 
-    enabled: bool = Field(default=True, description="Quantise.")
-    num_bits: Positive = Field(default=8, description="Bits.")
+    enabled: bool = Field(default=True, description="Quantises weights.")
+    num_bits: Positive = Field(default=8, description="Number of bits of a weight.")
     q_type: Literal["symmetric", "asymmetric"] = Field(
-        default="symmetric", description="Whether there is an offset."
+        default="symmetric", description='"symmetric" has a scale only, "asymmetric" an offset too.'
     )
-    q_groups: Positive = Field(default=1, description="Parts with a scale of their own.")
+    q_groups: Positive = Field(
+        default=1, description="Number of parts of a tensor that have a scale of their own."
+    )
     quantized_initialization: dict[str, Any] = Field(
-        default_factory=dict, description="While the model is made."
+        default_factory=dict,
+        description="Settings for weights that are quantised while the model is constructed.",
     )
-    post_init_quant: dict[str, Any] = Field(default_factory=dict, description="After it was made.")
+    post_init_quant: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings for weights that are quantised after the model was constructed.",
+    )

@@ -12,29 +12,51 @@ Schedule = Literal["fixed_linear", "fixed_root", "fixed_discrete", "custom"]
 
 
 class CurriculumScheduleConfig(Section):
-    """How the difficulty grows."""
+    """Numbers of the schedule by which the difficulty grows."""
 
     total_curriculum_step: Positive | None = Field(
-        default=None, description="Step at which it is full; fixed_linear and fixed_root."
+        default=None,
+        description="Training step at which the maximum difficulty is reached; for fixed_linear and "
+        "fixed_root. Default: none, so these need it.",
     )
     difficulty_step: Positive | None = Field(
-        default=None, description="Difficulties are multiples of this; fixed_linear and fixed_root."
+        default=None,
+        description="Difficulties are rounded down to multiples of this number; for fixed_linear and "
+        "fixed_root. Default: none, so these need it.",
     )
-    root_degree: Positive | None = Field(default=None, description="Degree of the root; fixed_root.")
-    difficulty: list[Number] | None = Field(default=None, description="Difficulties; fixed_discrete.")
+    root_degree: Positive | None = Field(
+        default=None,
+        description="Degree of the root by which the difficulty grows; for fixed_root. Default: none, so "
+        "fixed_root needs it.",
+    )
+    difficulty: list[Number] | None = Field(
+        default=None,
+        description="List of difficulties; for fixed_discrete. Default: none, so fixed_discrete needs it.",
+    )
     max_step: list[Positive] | None = Field(
-        default=None, description="Last step of each difficulty but the last; fixed_discrete."
+        default=None,
+        description="Last training step of each difficulty except the last; for fixed_discrete. Default: "
+        "none, so fixed_discrete needs it.",
     )
 
 
 class LegacyCurriculumConfig(Section):
-    """Short sequences first; the engine passes the length to forward as `curriculum_seqlen`."""
+    """A curriculum of sequence lengths: the engine passes the current length to forward as `curriculum_seqlen`."""
 
-    enabled: bool = Field(default=False, description="Grow the difficulty.")
-    curriculum_type: Literal["seqlen"] = Field(default="seqlen", description="What grows.")
-    min_difficulty: Positive | None = Field(default=None, description="At the beginning.")
-    max_difficulty: Positive | None = Field(default=None, description="At the end.")
-    schedule_type: Schedule = Field(default="fixed_linear", description="How it grows.")
+    enabled: bool = Field(default=False, description="Passes a growing sequence length to forward.")
+    curriculum_type: Literal["seqlen"] = Field(default="seqlen", description="Quantity that grows.")
+    min_difficulty: Positive | None = Field(
+        default=None,
+        description="Sequence length at the first step, in tokens. Default: none, so it has to be given.",
+    )
+    max_difficulty: Positive | None = Field(
+        default=None,
+        description="Sequence length at the end of the schedule, in tokens. Default: none, so it has to be "
+        "given.",
+    )
+    schedule_type: Schedule = Field(
+        default="fixed_linear", description="Function by which the difficulty grows."
+    )
     schedule_config: CurriculumScheduleConfig = Field(
         default_factory=CurriculumScheduleConfig, description="Numbers of the schedule."
     )
@@ -45,33 +67,46 @@ class CurriculumMetricConfig(Section):
 
     index_to_sample_path: str | None = Field(
         default=None,
-        description="Folder that ds_engine.sampling.Analyzer has written for this measure; or DeepSpeed's file.",
+        description="Directory that ds_engine.sampling.Analyzer wrote for this measure, or DeepSpeed's file "
+        "of samples by difficulty. Default: none, so schedule_based needs it.",
     )
     index_to_metric_path: str | None = Field(
         default=None,
-        description="The second of DeepSpeed's files; not needed for a folder of ours, nor for percentiles.",
+        description="DeepSpeed's file of difficulties. A directory of the Analyzer and percentiles do not "
+        "need it. Default: none.",
     )
     difficulty_type: Literal["value", "percentile"] = Field(
-        default="value", description="What the bounds are given in."
+        default="value",
+        description="Whether min_difficulty and max_difficulty are values of the measure or percentiles of "
+        "the samples.",
     )
     clustering_type: Literal["single_cluster", "schedule_based"] = Field(
         default="schedule_based",
-        description="schedule_based: draw from samples that are easy enough; single_cluster: from all, and only tell "
-        "the difficulty.",
+        description='"schedule_based" draws samples up to the current difficulty only; "single_cluster" draws '
+        "from all samples and only reports the difficulty.",
     )
-    min_difficulty: Number | None = Field(default=None, description="At the beginning.")
-    max_difficulty: Number | None = Field(default=None, description="At the end.")
-    schedule_type: Schedule = Field(default="fixed_linear", description="How it grows.")
+    min_difficulty: Number | None = Field(
+        default=None, description="Difficulty at the first step. Default: none, so it has to be given."
+    )
+    max_difficulty: Number | None = Field(
+        default=None,
+        description="Difficulty at the end of the schedule. Default: none, so it has to be given.",
+    )
+    schedule_type: Schedule = Field(
+        default="fixed_linear", description="Function by which the difficulty grows."
+    )
     schedule_config: CurriculumScheduleConfig = Field(
         default_factory=CurriculumScheduleConfig, description="Numbers of the schedule."
     )
 
 
 class CurriculumConfig(Section):
-    """Easy samples first, by any measures of difficulty."""
+    """A curriculum: samples are drawn up to a difficulty that grows during training."""
 
-    enabled: bool = Field(default=False, description="Grow the difficulty.")
-    data_cluster_path: str | None = Field(default=None, description="Directory for lists of samples.")
+    enabled: bool = Field(default=False, description="Draws samples by their difficulty.")
+    data_cluster_path: str | None = Field(
+        default=None, description="Directory in which DeepSpeed stores lists of samples. Default: none."
+    )
     curriculum_metrics: dict[str, CurriculumMetricConfig] = Field(
-        default_factory=dict, description="Name to measure of difficulty."
+        default_factory=dict, description="Measures of difficulty under names of your choice."
     )

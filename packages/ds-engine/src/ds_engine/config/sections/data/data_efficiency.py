@@ -11,108 +11,160 @@ from ds_engine.config.support.section import Count, Positive, Section
 
 
 class DynamicBatchingConfig(Section):
-    """Batches of about equal numbers of tokens, and a rate that follows their size."""
+    """Batches with about equal numbers of tokens, and a learning rate that follows the batch size."""
 
-    enabled: bool = Field(default=False, description="Vary the batch.")
+    enabled: bool = Field(default=False, description="Packs samples into batches by their number of tokens.")
     metrics_path: str | None = Field(
         default=None,
-        description="Folder in which the analyzer has written the measure seqlen, the lengths of samples.",
+        description='Directory in which ds_engine.sampling.Analyzer wrote the measure "seqlen", the length of '
+        "each sample in tokens. Default: none, so it has to be given.",
     )
     lr_scaling_method: Literal["linear", "sqrt", "none"] = Field(
-        default="linear", description="How the rate follows the size of the batch."
+        default="linear", description="How the learning rate follows the batch size."
     )
     min_batch_size: Positive = Field(
-        default=1, description="Samples that are packed together at least; fewer are left out."
+        default=1, description="Minimum number of samples in a pack; samples of smaller packs are dropped."
     )
     max_batch_size: Positive | None = Field(
-        default=None, description="Samples that are packed together at most."
+        default=None, description="Maximum number of samples in a pack. Default: no limit."
     )
     sequence_picking_order: Literal["dataloader", "random", "seqlen"] = Field(
-        default="dataloader", description="Order of samples."
+        default="dataloader", description="Order in which samples are packed."
     )
     max_tokens: Positive | None = Field(
         default=None,
-        description="Tokens that samples are packed into; train_batch_size such lists make a step. Has to be given.",
+        description="Maximum number of tokens in a pack; one step takes train_batch_size packs. Default: "
+        "none, so it has to be given.",
     )
-    verbose: bool = Field(default=False, description="Print how many batches there are, and their sizes.")
+    verbose: bool = Field(default=False, description="Prints the number of batches and their sizes.")
 
 
 class DataSamplingConfig(Section):
     """Which samples are drawn."""
 
-    enabled: bool = Field(default=False, description="Draw by the sections below.")
-    num_epochs: Positive = Field(default=1000, description="Passes over the data at most.")
-    num_workers: Count = Field(default=0, description="Processes that load.")
-    pin_memory: bool = Field(default=False, description="Load into page-locked memory.")
+    enabled: bool = Field(
+        default=False, description="Draws samples by the sections curriculum_learning and dynamic_batching."
+    )
+    num_epochs: Positive = Field(default=1000, description="Maximum number of passes over the data.")
+    num_workers: Count = Field(default=0, description="Number of processes that load samples.")
+    pin_memory: bool = Field(default=False, description="Loads samples into page-locked host memory.")
     curriculum_learning: CurriculumConfig = Field(
-        default_factory=CurriculumConfig, description="Easy samples first."
+        default_factory=CurriculumConfig, description="A curriculum of samples by their difficulty."
     )
     dynamic_batching: DynamicBatchingConfig = Field(
-        default_factory=DynamicBatchingConfig, description="Batches of about equal numbers of tokens."
+        default_factory=DynamicBatchingConfig, description="Batches with about equal numbers of tokens."
     )
 
 
 class RandomLtdScheduleConfig(Section):
-    """Numbers of a growing length."""
+    """Numbers of the schedule by which the kept length grows."""
 
-    require_steps: Positive | None = Field(default=None, description="Steps until all tokens are kept.")
-    seq_per_step: Positive | None = Field(default=None, description="Lengths are multiples of this.")
+    require_steps: Positive | None = Field(
+        default=None,
+        description="Number of training steps after which all tokens are kept. Default: none, so it has to be "
+        "given.",
+    )
+    seq_per_step: Positive | None = Field(
+        default=None,
+        description="Kept lengths are multiples of this number of tokens. Default: none, so it has to be "
+        "given.",
+    )
 
 
 class RandomLtdGrowthConfig(Section):
-    """How many tokens the layers keep."""
+    """How many tokens the dropping layers keep."""
 
-    min_value: Positive | None = Field(default=None, description="At the beginning.")
-    max_value: Positive | None = Field(default=None, description="At the end.")
-    schedule_type: Literal["fixed_linear"] = Field(default="fixed_linear", description="How it grows.")
+    min_value: Positive | None = Field(
+        default=None,
+        description="Number of tokens kept at the first step. Default: none, so it has to be given.",
+    )
+    max_value: Positive | None = Field(
+        default=None,
+        description="Number of tokens kept at the end of the schedule. Default: none, so it has to be given.",
+    )
+    schedule_type: Literal["fixed_linear"] = Field(
+        default="fixed_linear", description="Function by which the number of kept tokens grows."
+    )
     schedule_config: RandomLtdScheduleConfig = Field(
         default_factory=RandomLtdScheduleConfig, description="Numbers of the schedule."
     )
 
 
 class LayerTokenLrConfig(Section):
-    """A rate that follows the tokens that layers see."""
+    """A learning rate that follows the number of tokens that the layers have processed."""
 
-    enabled: bool = Field(default=False, description="Follow them.")
-    total_layer_tokens: Positive | None = Field(default=None, description="Tokens times layers in all.")
-    warmup_type: Literal["linear", "log"] | None = Field(default=None, description="How the rate rises.")
-    warmup_layer_tokens: Positive | None = Field(default=None, description="Until when it rises.")
+    enabled: bool = Field(
+        default=False, description="Lets the learning rate follow the number of processed tokens."
+    )
+    total_layer_tokens: Positive | None = Field(
+        default=None, description="Total number of tokens times layers of the run. Default: none."
+    )
+    warmup_type: Literal["linear", "log"] | None = Field(
+        default=None, description="Function by which the learning rate rises. Default: none."
+    )
+    warmup_layer_tokens: Positive | None = Field(
+        default=None, description="Number of tokens times layers after which the warm-up ends. Default: none."
+    )
 
 
 class RandomLtdConfig(Section):
-    """Random layer-wise token dropping."""
+    """Random layer-wise token dropping: some layers process a random part of the tokens."""
 
-    enabled: bool = Field(default=False, description="Drop tokens.")
-    total_layer_num: Positive | None = Field(default=None, description="Layers of the model.")
-    random_ltd_layer_num: Positive | None = Field(default=None, description="Layers that drop.")
-    random_ltd_layer_id: list[Count] | None = Field(default=None, description="Which ones.")
-    model_mask_name: str | None = Field(default=None, description="Argument of the layer that is the mask.")
-    model_type: Literal["encoder", "decoder"] | None = Field(default=None, description="Kind of model.")
-    micro_batch_size: Positive | None = Field(default=None, description="Taken from the batch sizes.")
-    global_batch_size: Positive | None = Field(default=None, description="Taken from the batch sizes.")
+    enabled: bool = Field(default=False, description="Drops tokens.")
+    total_layer_num: Positive | None = Field(
+        default=None,
+        description="Number of layers of the model; an error is raised if it has others. Default: not checked.",
+    )
+    random_ltd_layer_num: Positive | None = Field(
+        default=None,
+        description="Number of layers that drop tokens; it has to match random_ltd_layer_id. Default: the "
+        "length of that list.",
+    )
+    random_ltd_layer_id: list[Count] | None = Field(
+        default=None,
+        description="Indices of the layers that drop tokens, from 0. Default: none, so it has to be given.",
+    )
+    model_mask_name: str | None = Field(
+        default=None,
+        description="Name of the layer's argument that holds the attention mask. Default: the layers take no "
+        "mask.",
+    )
+    model_type: Literal["encoder", "decoder"] | None = Field(
+        default=None, description="Whether the model is an encoder or a decoder. Default: unset."
+    )
+    micro_batch_size: Positive | None = Field(
+        default=None, description="Micro-batch size. Default: that of the job."
+    )
+    global_batch_size: Positive | None = Field(
+        default=None, description="Batch size. Default: that of the job."
+    )
     hidden_state_order: Literal["batch_seq_dim", "seq_batch_dim"] | None = Field(
-        default=None, description="Order of the first two dims."
+        default=None,
+        description="Order of the first two dimensions of hidden states. Default: batch_seq_dim.",
     )
     random_ltd_schedule: RandomLtdGrowthConfig = Field(
-        default_factory=RandomLtdGrowthConfig, description="How many tokens are kept."
+        default_factory=RandomLtdGrowthConfig, description="How many tokens the dropping layers keep."
     )
     layer_token_lr_schedule: LayerTokenLrConfig = Field(
-        default_factory=LayerTokenLrConfig, description="A rate that follows them."
+        default_factory=LayerTokenLrConfig,
+        description="A learning rate that follows the number of processed tokens.",
     )
 
 
 class DataRoutingConfig(Section):
     """Which tokens pass through which layers."""
 
-    enabled: bool = Field(default=False, description="Route by the section below.")
-    random_ltd: RandomLtdConfig = Field(default_factory=RandomLtdConfig, description="Token dropping.")
+    enabled: bool = Field(default=False, description="Applies the section random_ltd.")
+    random_ltd: RandomLtdConfig = Field(
+        default_factory=RandomLtdConfig, description="Random layer-wise token dropping."
+    )
 
 
 class DataEfficiencyConfig(Section):
-    """Choice of samples and tokens."""
+    """Choice of samples, batches and tokens."""
 
-    enabled: bool = Field(default=False, description="Choose by the sections below.")
-    seed: Count = Field(default=1234, description="Of the order of samples.")
+    enabled: bool = Field(default=False, description="Applies the sections data_sampling and data_routing.")
+    seed: Count = Field(default=1234, description="Seed of the order of the samples.")
     data_sampling: DataSamplingConfig = Field(
         default_factory=DataSamplingConfig, description="Which samples are drawn."
     )

@@ -10,51 +10,129 @@ from ds_engine.config.support.section import Count, Number, Positive, Section
 
 
 class ExpertParallelConfig(Section):
-    """Experts of a Hugging Face model that are dealt out to ranks."""
+    """Expert parallelism for mixture-of-experts models of Hugging Face's."""
 
-    enabled: bool = Field(default=False, description="Deal them out.")
-    autoep_size: Positive = Field(default=1, description="Ranks among which the experts are divided.")
-    expert_tensor_parallel_size: Positive = Field(default=1, description="Ranks that share an expert.")
-    validate_folding_routing: bool = Field(default=False, description="Check routing between groups.")
-    async_split_plan: bool = Field(default=False, description="Exchange sizes while computing.")
-    preset_model: str | None = Field(
-        default=None, description="mixtral, qwen3_moe, qwen3_5_moe, deepseek_v2, deepseek_v3 or minimax_m3."
+    enabled: bool = Field(default=False, description="Divides the experts among ranks.")
+    autoep_size: Positive = Field(
+        default=1, description="Number of ranks among which the experts are divided."
     )
-    moe_layer_pattern: str | None = Field(default=None, description="Names of the layers.")
-    expert_pattern: str | None = Field(default=None, description="Name of the experts in a layer.")
-    router_pattern: str | None = Field(default=None, description="Name of the router in a layer.")
-    use_grouped_mm: bool = Field(default=True, description="One product for all experts.")
-    disable_triton_grouped_mm: bool = Field(default=False, description="Not by Triton.")
-    route_norm: bool | None = Field(default=None, description="Scale the gates to a sum of 1.")
-    route_scale: Number = Field(default=1.0, description="Factor of the gates.")
+    expert_tensor_parallel_size: Positive = Field(
+        default=1, description="Number of ranks that share one expert."
+    )
+    validate_folding_routing: bool = Field(
+        default=False, description="Checks that ranks which share data also agree on the routing of tokens."
+    )
+    async_split_plan: bool = Field(
+        default=False, description="Exchanges the numbers of tokens while other work computes."
+    )
+    preset_model: str | None = Field(
+        default=None,
+        description="Model family whose module names are used: mixtral, qwen3_moe, qwen3_5_moe, deepseek_v2, "
+        "deepseek_v3 or minimax_m3. Default: found from the model.",
+    )
+    moe_layer_pattern: str | None = Field(
+        default=None, description="Pattern of the names of expert layers. Default: that of the model family."
+    )
+    expert_pattern: str | None = Field(
+        default=None,
+        description="Pattern of the names of experts in a layer. Default: that of the model family.",
+    )
+    router_pattern: str | None = Field(
+        default=None,
+        description="Pattern of the names of routers in a layer. Default: that of the model family.",
+    )
+    use_grouped_mm: bool = Field(
+        default=True, description="Computes all experts of a rank in one grouped matrix product."
+    )
+    disable_triton_grouped_mm: bool = Field(
+        default=False, description="Computes grouped matrix products without Triton kernels."
+    )
+    route_norm: bool | None = Field(
+        default=None,
+        description="Normalises the gate values of a token to a sum of 1. Default: as the model family does.",
+    )
+    route_scale: Number = Field(default=1.0, description="Factor by which gate values are multiplied.")
     score_apply: Literal["auto", "pre", "post"] = Field(
-        default="auto", description="Gates before or after the expert."
+        default="auto",
+        description='Multiplies by the gate values before ("pre") or after ("post") the expert.',
     )
     combine_impl: Literal["auto", "weighted_sum", "fused_weighted_sum", "legacy_bmm"] = Field(
-        default="auto", description="How outputs are added."
+        default="auto", description="Implementation that adds up the outputs of the experts."
     )
     row_weighting_impl: Literal["auto", "eager", "fused"] = Field(
-        default="auto", description="How rows are scaled."
+        default="auto", description="Implementation that multiplies rows by their gate values."
     )
-    gate_up_impl: Literal["separate", "fused"] = Field(default="separate", description="One product or two.")
-    comm_backend: Literal["comm", "deepep"] = Field(default="comm", description="Who exchanges tokens.")
-    comm_num_sm: Positive = Field(default=12, description="Multiprocessors for the exchange.")
-    comm_qp_margin: Count = Field(default=4, description="Spare queue pairs.")
-    comm_max_tokens_per_rank: Count = Field(default=0, description="Tokens of a rank at most.")
-    num_expert_groups: Positive | None = Field(default=None, description="Groups of experts.")
-    num_limited_groups: Positive | None = Field(default=None, description="Groups that a token may use.")
+    gate_up_impl: Literal["separate", "fused"] = Field(
+        default="separate",
+        description="Computes the gate and the up projection in two matrix products or in one.",
+    )
+    comm_backend: Literal["comm", "deepep"] = Field(
+        default="comm", description="Library that exchanges tokens between ranks."
+    )
+    comm_num_sm: Positive = Field(
+        default=12, description="Number of streaming multiprocessors that the exchange may use."
+    )
+    comm_qp_margin: Count = Field(
+        default=4, description="Number of spare queue pairs of the network adapter."
+    )
+    comm_max_tokens_per_rank: Count = Field(
+        default=0, description="Maximum number of tokens that a rank receives; 0 means no limit."
+    )
+    num_expert_groups: Positive | None = Field(
+        default=None,
+        description="Number of groups that the experts are divided into for routing. Default: that of the "
+        "model.",
+    )
+    num_limited_groups: Positive | None = Field(
+        default=None,
+        description="Number of expert groups that one token may use. Default: that of the model.",
+    )
     score_func: Literal["auto", "softmax", "sigmoid"] = Field(
-        default="auto", description="Scores of the router."
+        default="auto", description="Function that turns the router's outputs into scores."
     )
-    top_k: Literal["auto"] | Positive = Field(default="auto", description="Experts of a token.")
-    load_balance_coeff: Number | None = Field(default=None, description="Has to stay unset.")
-    routed_scaling_factor: Literal["auto"] | Number = Field(default="auto", description="Factor of the sum.")
-    expert_w1: str | None = Field(default=None, description="Name of the gate's weight.")
-    expert_w2: str | None = Field(default=None, description="Name of the down projection.")
-    expert_w3: str | None = Field(default=None, description="Name of the up projection; null: fused with w1.")
-    num_experts_attr: str | None = Field(default=None, description="Where the model's config says how many.")
-    top_k_attr: str | None = Field(default=None, description="Where it says how many for a token.")
-    has_shared_experts: bool | None = Field(default=None, description="Some experts see all tokens.")
-    shared_experts_pattern: str | None = Field(default=None, description="Name of those.")
-    shared_experts_gate_pattern: str | None = Field(default=None, description="Name of their gate.")
-    expert_activation: str | None = Field(default=None, description="Activation of the experts.")
+    top_k: Literal["auto"] | Positive = Field(
+        default="auto", description='Number of experts per token; "auto" takes it from the model.'
+    )
+    load_balance_coeff: Number | None = Field(
+        default=None,
+        description="Coefficient of a load-balancing loss. DeepSpeed refuses any value, so leave it out. "
+        "Default: none.",
+    )
+    routed_scaling_factor: Literal["auto"] | Number = Field(
+        default="auto", description='Factor of the sum over routed experts; "auto" takes it from the model.'
+    )
+    expert_w1: str | None = Field(
+        default=None, description="Name of the gate projection's weight. Default: that of the model family."
+    )
+    expert_w2: str | None = Field(
+        default=None, description="Name of the down projection's weight. Default: that of the model family."
+    )
+    expert_w3: str | None = Field(
+        default=None,
+        description="Name of the up projection's weight. Default: none, which means that it is fused with "
+        "expert_w1.",
+    )
+    num_experts_attr: str | None = Field(
+        default=None,
+        description="Attribute of the model's configuration that holds the number of experts. Default: that "
+        "of the model family.",
+    )
+    top_k_attr: str | None = Field(
+        default=None,
+        description="Attribute of the model's configuration that holds the number of experts per token. "
+        "Default: that of the model family.",
+    )
+    has_shared_experts: bool | None = Field(
+        default=None,
+        description="Whether some experts process all tokens. Default: as the model family does.",
+    )
+    shared_experts_pattern: str | None = Field(
+        default=None, description="Pattern of the names of shared experts. Default: that of the model family."
+    )
+    shared_experts_gate_pattern: str | None = Field(
+        default=None,
+        description="Pattern of the names of the gates of shared experts. Default: that of the model family.",
+    )
+    expert_activation: str | None = Field(
+        default=None, description="Activation function of the experts. Default: that of the model."
+    )

@@ -10,14 +10,18 @@ from ds_engine.config.support.section import Count, Positive, Section
 
 
 class PipelineConfig(Section):
-    """Settings of a model that is cut into stages."""
+    """Pipeline parallelism: the layers of a model are divided into stages."""
 
-    stages: Literal["auto"] | Positive = Field(default="auto", description="Stages; auto: as the model says.")
-    partition: str = Field(default="best", description="How layers are dealt out.")
-    seed_layers: bool = Field(default=False, description="Seed the generators before each layer is built.")
-    activation_checkpoint_interval: Count = Field(
-        default=0, description="Layers between two activations that are kept; 0: keep all."
+    stages: Literal["auto"] | Positive = Field(
+        default="auto", description='Number of pipeline stages; "auto" takes it from the model.'
     )
-    pipe_partitioned: bool = Field(default=True, description="Send activations in model-parallel parts.")
-    grad_partitioned: bool = Field(default=True, description="Send gradients in model-parallel parts.")
-    use_reentrant: bool = Field(default=True, description="Recompute with torch's reentrant checkpoint.")
+    partition: str = Field(default="best", description="Method that divides the layers among stages.")
+    seed_layers: bool = Field(
+        default=False, description="Seeds the random generators before each layer is constructed."
+    )
+    activation_checkpoint_interval: Count = Field(
+        default=0, description="Number of layers that are recomputed together; 0 recomputes none."
+    )
+    pipe_partitioned: bool = Field(default=True, description="Sends activations in model-parallel parts.")
+    grad_partitioned: bool = Field(default=True, description="Sends gradients in model-parallel parts.")
+    use_reentrant: bool = Field(default=True, description="Recomputes with torch's reentrant checkpointing.")

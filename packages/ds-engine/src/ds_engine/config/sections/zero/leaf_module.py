@@ -14,11 +14,11 @@ DEFAULT_CLASSES = (
 
 
 class LeafModuleConfig(Section):
-    """Modules whose parameters stage 3 gathers all at once, because what runs inside differs between ranks."""
+    """Modules whose parameters stage 3 gathers all at once, because ranks run different parts of them."""
 
     classes: Names = Field(
         default_factory=lambda: list(DEFAULT_CLASSES),
-        description="Class names, with or without their module.",
+        description="Class names of such modules, with or without the Python module.",
     )
-    names: Names = Field(default_factory=list, description="Names of modules in the model.")
-    name_suffixes: Names = Field(default_factory=list, description="Ends of names of modules.")
+    names: Names = Field(default_factory=list, description="Names of such modules in the model.")
+    name_suffixes: Names = Field(default_factory=list, description="Endings of the names of such modules.")

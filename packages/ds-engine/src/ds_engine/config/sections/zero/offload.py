@@ -12,50 +12,65 @@ Device = Literal["none", "cpu", "nvme"]
 
 
 class OffloadOptimizerConfig(Section):
-    """Where fp32 masters and optimizer states rest, and where the optimizer runs."""
+    """Where fp32 master parameters and optimizer states are kept, and where the optimizer runs."""
 
     device: Device = Field(
         default="none",
-        description='"none": on the device of the model. "cpu": in host memory, stepped there by CPU-Adam. '
-        '"nvme": on a disk.',
+        description='"none" keeps them on the device of the model. "cpu" keeps them in host memory, where the '
+        'optimizer runs. "nvme" keeps them on a disk.',
     )
-    nvme_path: str | None = Field(default=None, description='Directory on the disk, for device "nvme".')
+    nvme_path: str | None = Field(
+        default=None,
+        description='Directory on the disk, for device "nvme". Default: none, so "nvme" needs it.',
+    )
     buffer_count: Count = Field(
-        default=4, description="Host buffers that are read and written at the same time."
+        default=4, description="Number of host buffers for reading from and writing to the disk."
     )
     pin_memory: bool = Field(
         default=True,
-        description="Page-locked host memory beside an accelerator, for faster copies; without one it makes no "
-        "difference. It cannot be turned off yet, and false is answered by a warning.",
+        description="Uses page-locked host memory next to an accelerator, for faster copies. It cannot be "
+        "turned off yet: false gives a warning.",
     )
     pipeline_read: bool = Field(
-        default=False, description="Read the next part while the present one is stepped."
+        default=False, description="Reads the next part from the disk while the current part is stepped."
     )
     pipeline_write: bool = Field(
-        default=False, description="Write the last part while the present one is stepped."
+        default=False, description="Writes the previous part to the disk while the current part is stepped."
     )
     fast_init: bool = Field(
-        default=False, description="Make the states on the disk without reading them back."
+        default=False, description="Creates the states on the disk without reading them back."
     )
-    ratio: Share = Field(default=1.0, description="Part of the states that rests on the host; stage 3.")
+    ratio: Share = Field(
+        default=1.0,
+        description="Part of the optimizer states that is kept on the host, between 0 and 1; below 1 only at "
+        "stage 3.",
+    )
     super_offload: bool = Field(
-        default=False, description="For hosts that share memory with the accelerator; stage 3."
+        default=False,
+        description="Uses an implementation for hosts that share memory with the accelerator; only at stage "
+        "3.",
     )
     cpuadam_cores_perc: Share = Field(
-        default=0.8, description="Part of the host's cores that steps, with super_offload."
+        default=0.8,
+        description="Part of the host's cores that super_offload uses for the optimizer, between 0 and 1.",
     )
 
 
 class OffloadParamConfig(Section):
-    """Where sharded parameters rest while they are not in use; stage 3."""
+    """Where sharded parameters of stage 3 are kept while they are not in use."""
 
     device: Device = Field(
-        default="none", description='"none": on the device of the model; "cpu": host memory; "nvme": a disk.'
+        default="none",
+        description='"none" keeps them on the device of the model, "cpu" in host memory, "nvme" on a disk. '
+        'Below stage 3, and where the model is on the CPU, "cpu" has no effect.',
     )
-    nvme_path: str | None = Field(default=None, description='Directory on the disk, for device "nvme".')
-    buffer_count: Count = Field(default=5, description="Host buffers for reading from the disk.")
-    buffer_size: Count = Field(default=100_000_000, description="Elements of one such buffer.")
+    nvme_path: str | None = Field(
+        default=None,
+        description='Directory on the disk, for device "nvme". Default: none, so "nvme" needs it.',
+    )
+    buffer_count: Count = Field(default=5, description="Number of host buffers for reading from the disk.")
+    buffer_size: Count = Field(default=100_000_000, description="Size of one of these buffers, in elements.")
     max_in_cpu: Count = Field(
-        default=1_000_000_000, description='Elements that stay in host memory with device "nvme".'
+        default=1_000_000_000, description='Number of elements that stay in host memory with device "nvme".'
     )
-    pin_memory: bool = Field(default=True, description="Page-locked host memory, for faster copies.")
+    pin_memory: bool = Field(default=True, description="Uses page-locked host memory, for faster copies.")

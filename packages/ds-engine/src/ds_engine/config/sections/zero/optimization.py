@@ -30,156 +30,180 @@ def _known_stage(stage: object) -> object:
 class LoCoConfig(Section):
     """Error feedback for quantised gradients."""
 
-    err_beta: Share = Field(default=0.8, description="Decay of the error that is fed back.")
-    reset_T: Positive = Field(default=1024, description="Steps between two resets of the error.")
+    err_beta: Share = Field(
+        default=0.8, description="Decay factor of the error that is fed back, between 0 and 1."
+    )
+    reset_T: Positive = Field(default=1024, description="Number of steps between two resets of the error.")
 
 
 class ZeroOptimizationConfig(Section):
-    """How the model is divided among data-parallel ranks."""
+    """ZeRO: how training state is divided among data-parallel ranks."""
 
     stage: Annotated[Count, BeforeValidator(_known_stage), Field(le=3)] = Field(
-        default=0, description="; ".join(f"{number}: {text}" for number, text in STAGES.items()) + "."
+        default=0,
+        description="ZeRO stage. " + "; ".join(f"{number}: {text}" for number, text in STAGES.items()) + ".",
     )
     offload_optimizer: OffloadOptimizerConfig = Field(
-        default_factory=OffloadOptimizerConfig, description="Optimizer states and step on the host."
+        default_factory=OffloadOptimizerConfig,
+        description="Where optimizer states are kept and the optimizer runs.",
     )
     offload_param: OffloadParamConfig = Field(
-        default_factory=OffloadParamConfig, description="Parameters in host memory or on a disk; stage 3."
+        default_factory=OffloadParamConfig,
+        description="Where parameters of stage 3 are kept while they are not in use.",
     )
     reduce_bucket_size: Positive | None = Field(
         default=None,
-        description="Elements that one gradient message holds at most. Default: an eighth of the model, "
+        description="Maximum number of elements in one gradient message. Default: an eighth of the model, "
         "between 2^18 and 2^25.",
     )
     allgather_bucket_size: Positive | None = Field(
         default=None,
-        description="Stages 1 and 2: elements that one message with new parameters holds at most. Default: as the "
-        "gradient buckets.",
+        description="Maximum number of elements in one message with updated parameters, at stages 1 and 2. "
+        "Default: the size of the gradient buckets.",
     )
     overlap_comm: bool | None = Field(
         default=None,
-        description="Reduce gradients while backward computes. Default: where it pays.",
+        description="Reduces gradients while backward computes. Default: where it is faster.",
     )
     reduce_scatter: bool = Field(
         default=True,
-        description="Each rank receives the sum of its own part only; false: all-reduce, then each takes its part.",
+        description="Sends each rank the sum of its own part only; false sends the whole sum to all ranks.",
     )
     contiguous_gradients: bool = Field(
-        default=True, description="Copy gradients into one buffer as they come."
+        default=True, description="Copies gradients into one buffer as they are computed."
     )
     use_multi_rank_bucket_allreduce: bool = Field(
-        default=True, description="One message for the parts of several ranks."
+        default=True, description="Reduces the parts of several ranks in one message."
     )
     allgather_partitions: bool = Field(
-        default=True, description="Publish new parameters by all-gather, not by broadcasts."
+        default=True, description="Distributes updated parameters by all-gather instead of by broadcasts."
     )
     round_robin_gradients: bool = Field(
-        default=False, description="Reorder gradients so that copies to the host run in parallel."
+        default=False, description="Orders gradients so that copies to the host run in parallel."
     )
     ignore_unused_parameters: bool = Field(
         default=True,
-        description="Parameters without a gradient count as zeros; false: they are an error that names them.",
+        description="Treats missing gradients as zeros; false raises an error that names the parameters.",
     )
-    compute_grad_norm: bool = Field(default=True, description="Measure the gradient's norm at every step.")
+    compute_grad_norm: bool = Field(
+        default=True, description="Computes the norm of the gradient in every step."
+    )
     parameter_alignment: bool = Field(
-        default=False, description="Start every parameter at a multiple of 16 bytes."
+        default=False, description="Aligns every parameter to 16 bytes in its buffer."
     )
     sub_group_size: Count = Field(
-        default=1_000_000_000, description="Elements that are stepped at once when states rest on a disk."
+        default=1_000_000_000,
+        description="Number of elements that are stepped at once when optimizer states are kept on a disk.",
     )
     stage3_param_persistence_threshold: Count | None = Field(
         default=None,
-        description="Stage 3: parameters of at most so many elements stay whole on every rank. Default: up "
-        "to 1e5, as long as those "
-        "are within 2% of the model.",
+        description="Parameters with at most this number of elements stay whole on every rank at stage 3. "
+        "Default: 1e5, as long as these parameters are within 2% of the model.",
     )
     stage3_model_persistence_threshold: Count | None = Field(
         default=None,
-        description="Stage 3: elements that stay whole on every rank, at most. Default: no limit.",
+        description="Maximum number of elements in all that stay whole on every rank at stage 3. Default: no "
+        "limit.",
     )
     stage3_prefetch: bool = Field(
         default=True,
-        description="Stage 3: gather the parameters of the next module while the present one computes.",
+        description="Gathers the parameters of the next module while the current one computes, at stage 3.",
     )
     stage3_prefetch_bucket_size: Count | None = Field(
         default=None,
-        description="Stage 3: elements that are gathered ahead at most. Default: the next module.",
+        description="Maximum number of elements that are gathered ahead at stage 3. Default: the next module.",
     )
     stage3_max_live_parameters: Count | None = Field(
-        default=None, description="Stage 3: gathered elements that are held at the same time, at most."
+        default=None,
+        description="Number of gathered elements up to which further modules are gathered ahead or kept, at "
+        "stage 3. Default: no limit.",
     )
     stage3_max_reuse_distance: Count | None = Field(
         default=None,
-        description="Stage 3: keep a parameter that is used again within so many elements.",
+        description="Keeps a parameter gathered if it is used again within this number of elements, at stage "
+        "3. Default: only what the next module uses again is kept.",
     )
     stage3_module_granularity_threshold: Count = Field(
         default=0,
-        description="Stage 3: gather a module whole when it has fewer elements for each of its inner modules.",
+        description="Gathers a module as a whole if it has fewer elements per inner module than this, at "
+        "stage 3; 0 turns it off.",
     )
     stage3_gather_16bit_weights_on_model_save: bool = Field(
-        default=False, description="Stage 3: save_16bit_model() may gather the whole model on rank 0."
+        default=False, description="Allows save_16bit_model() to gather the whole model on rank 0 at stage 3."
     )
     stage3_use_all_reduce_for_fetch_params: bool = Field(
-        default=False, description="Stage 3: gather by all-reduce."
+        default=False, description="Gathers parameters by all-reduce at stage 3."
     )
     stage3_allgather_sequential: bool = Field(
-        default=False, description="Stage 3: gather one parameter after the other, without a bucket."
+        default=False, description="Gathers one parameter after another, without a bucket, at stage 3."
     )
     leaf_module: LeafModuleConfig = Field(
-        default_factory=LeafModuleConfig, description="Modules that stage 3 gathers whole."
+        default_factory=LeafModuleConfig, description="Modules whose parameters stage 3 gathers all at once."
     )
     zero_hpz_partition_size: Count = Field(
-        default=1, description="Ranks (of one node) that share a second copy of the parameters; stage 3."
+        default=1,
+        description="Number of ranks, usually of one machine, that share a second copy of the parameters at "
+        "stage 3 (hpZ); 1 keeps no second copy.",
     )
-    zero_quantized_weights: bool = Field(default=False, description="Gather parameters as int8.")
+    zero_quantized_weights: bool = Field(default=False, description="Gathers parameters as int8.")
     zero_quantized_nontrainable_weights: bool = Field(
-        default=False, description="Keep frozen parameters as int8."
+        default=False, description="Keeps frozen parameters as int8."
     )
-    zero_quantized_gradients: bool = Field(default=False, description="Reduce gradients as int4.")
+    zero_quantized_gradients: bool = Field(default=False, description="Reduces gradients as int4.")
     zeropp_loco_param: LoCoConfig | None = Field(
-        default=None, description="Error feedback for zero_quantized_gradients."
+        default=None, description="Error feedback for zero_quantized_gradients. Default: none."
     )
     mics_shard_size: Annotated[Whole, Field(ge=-1)] = Field(
-        default=-1, description="Ranks that share one copy of the model; the groups hold replicas. -1: all."
+        default=-1,
+        description="Number of ranks that share one copy of the model (MiCS); the groups of ranks hold "
+        "replicas. -1 means all ranks.",
     )
     mics_hierarchical_params_gather: bool = Field(
-        default=False, description="Gather inside a node first, then between nodes."
+        default=False, description="Gathers parameters within a machine first, then between machines."
     )
-    zenflow: ZenFlowConfig | None = Field(default=None, description="Asynchronous host steps.")
+    zenflow: ZenFlowConfig | None = Field(
+        default=None, description="Asynchronous optimizer steps on the host. Default: none."
+    )
     load_from_fp32_weights: bool = Field(
-        default=True, description="Take fp32 masters from a checkpoint, not from its 16-bit copies."
+        default=True,
+        description="Loads fp32 master parameters from a checkpoint; false makes them from its 16-bit "
+        "parameters.",
     )
-    elastic_checkpoint: bool = Field(default=False, description="Checkpoints for another number of ranks.")
-    pipeline_loading_checkpoint: bool = Field(default=False, description="Load one rank after the other.")
+    elastic_checkpoint: bool = Field(
+        default=False, description="Writes checkpoints that another number of ranks can load."
+    )
+    pipeline_loading_checkpoint: bool = Field(
+        default=False, description="Lets one rank after another load a checkpoint."
+    )
     memory_efficient_linear: bool = Field(
-        default=True, description="Linear layers that save no gathered weights."
+        default=True, description="Uses linear layers that do not save gathered weights for backward."
     )
     override_module_apply: bool = Field(
-        default=True, description="Module.apply() sees whole parameters while a model is constructed."
+        default=True, description="Gathers parameters for Module.apply() while a model is constructed."
     )
     log_trace_cache_warnings: bool = Field(
-        default=False, description="Say when the order of modules has changed."
+        default=False, description="Warns when the order of modules has changed."
     )
-    enable_sanity_checks: bool = Field(default=False, description="Check internal states while running.")
-    legacy_stage1: bool = Field(default=False, description="DeepSpeed's first implementation of stage 1.")
+    enable_sanity_checks: bool = Field(default=False, description="Checks internal state during training.")
+    legacy_stage1: bool = Field(
+        default=False, description="Uses DeepSpeed's first implementation of stage 1."
+    )
     save_muon_momentum_buffer_in_memory: bool = Field(
-        default=False, description="Keep Muon's momentum in memory when states rest on a disk."
+        default=False, description="Keeps Muon's momentum in memory when optimizer states are kept on a disk."
     )
     overlap_publish: bool = Field(
         default=False,
-        description="Stages 1 and 2: let step() return while new parameters are still being gathered; "
-        "modules wait for them. "
-        "Only for code that reads parameters inside modules alone.",
+        description="Lets step() return while updated parameters are still being gathered, at stages 1 and 2; "
+        "modules wait for them. Code must read parameters inside of modules only.",
     )
     accumulation_plan: Literal["local", "sharded"] | None = Field(
         default=None,
-        description='How the gradients of several micro-batches are summed. "local": whole gradients on each '
-        "rank, reduced once at the "
-        'boundary. "sharded": reduced every micro-batch, shards are summed. Default: local in stages 0 and '
-        "1, sharded in 2 and 3.",
+        description='How gradients of several micro-batches are summed. "local" keeps whole gradients on each '
+        'rank and reduces them once per step. "sharded" reduces them in every micro-batch and '
+        "adds up shards. Default: local at stages 0 and 1, sharded at stages 2 and 3.",
     )
     rank_invariant: bool = Field(
         default=False,
-        description="The same micro-batches give the same bits on 1, 2, 4, 8, ... ranks, with a power of two of "
-        "them: sharded plan, ordered reduction, one tree of sums.",
+        description="Gives the same bits on 1, 2, 4, 8, ... ranks for the same micro-batches, if their number "
+        "is a power of two. Uses the sharded plan, an ordered reduction and a fixed tree of sums.",
     )

@@ -10,25 +10,38 @@ from ds_engine.config.support.section import Count, Positive, Section, Share
 
 
 class ZenFlowConfig(Section):
-    """Step the columns with the largest gradients on the accelerator at once, the rest on the host later."""
+    """ZenFlow: the columns with the largest gradients are stepped at once, the others later on the host."""
 
     topk_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.1, description="Part of the columns that is stepped at once."
+        default=0.1, description="Part of the columns that is stepped at once, between 0 and 1."
     )
     select_strategy: Literal["auto", "step", "epoch"] = Field(
         default="auto", description="Unit in which select_interval counts."
     )
     select_interval: Literal["auto"] | Positive = Field(
-        default="auto", description="Steps or epochs between two choices of columns."
+        default="auto",
+        description='Number of steps or epochs between two selections of columns; "auto" adapts it.',
     )
     update_interval: Literal["auto"] | Positive = Field(
-        default="auto", description="Steps between two updates of the other columns."
+        default="auto",
+        description='Number of steps between two updates of the other columns; "auto" adapts it.',
     )
-    overlap_step: bool = Field(default=False, description="Step on the host while the next batch computes.")
-    offload: bool = Field(default=False, description="Keep the states of the chosen columns on the host too.")
-    auto_ratio: Share = Field(default=0.99, description='Threshold of update_interval "auto".')
-    full_warm_up_rounds: Count = Field(default=0, description="Steps at the beginning that step everything.")
-    pt_reserved_cores_perc: Share = Field(default=0.5, description="Part of the cores that torch keeps.")
+    overlap_step: bool = Field(
+        default=False, description="Runs the optimizer on the host while the next batch computes."
+    )
+    offload: bool = Field(
+        default=False, description="Keeps the states of the selected columns on the host too."
+    )
+    auto_ratio: Share = Field(
+        default=0.99,
+        description='Threshold that update_interval "auto" compares gradients with, between 0 and 1.',
+    )
+    full_warm_up_rounds: Count = Field(
+        default=0, description="Number of steps at the start that update all columns."
+    )
+    pt_reserved_cores_perc: Share = Field(
+        default=0.5, description="Part of the cores that is reserved for torch, between 0 and 1."
+    )
     steps_per_epoch: Positive | None = Field(
-        default=None, description="Found out while running; leave it out."
+        default=None, description="Number of steps per epoch. Default: found during training."
     )
