@@ -47,7 +47,7 @@ def test_training_goes_on_as_if_nothing_had_been_away(
     states = [state["exp_avg"] for state in engine.optimizer.state.values()]
     moments = [state.clone() for state in states]
     engine.offload_states(pin_memory=False)
-    assert engine._away is not None and engine._away.num_bytes > 0
+    assert engine.model_state._away is not None and engine.model_state._away.num_bytes > 0
     # What a user can read has its values, elsewhere.
     assert all(torch.equal(shard, was) for shard, was in zip(shards, before, strict=True))
     assert all(torch.equal(state, was) for state, was in zip(states, moments, strict=True))
@@ -77,7 +77,7 @@ def test_memory_is_given_back(monkeypatch: pytest.MonkeyPatch, stage: int) -> No
     for kind, storages in held.items():
         before = sum(storage.nbytes() for storage in storages.values())
         engine.offload_states([kind], pin_memory=False)
-        assert engine._away is not None and engine._away.num_bytes == before
+        assert engine.model_state._away is not None and engine.model_state._away.num_bytes == before
         assert sum(storage.nbytes() for storage in storages.values()) == 0
         engine.reload_states()
         assert sum(storage.nbytes() for storage in storages.values()) == before
@@ -89,7 +89,7 @@ def test_on_a_cpu_nothing_moves_and_the_engine_still_refuses(tmp_path: Path) -> 
     wanted = jobs.train(engine, 1)
     assert wanted
     engine.offload_states()
-    assert engine._away is not None and engine._away.num_bytes == 0
+    assert engine.model_state._away is not None and engine.model_state._away.num_bytes == 0
     tokens, loss = torch.tensor([1, 2]), torch.ones((), requires_grad=True)
     for refused in (
         lambda: engine(tokens),

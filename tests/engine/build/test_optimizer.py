@@ -12,12 +12,20 @@ import ds_engine
 import ds_offload
 from ds_engine.build import optimizer
 from ds_engine.config import ConfigError
+from ds_engine.job import OptimizerChoice
 from engine import jobs
 from harness import ranks
 
 
-def build(name: str, params: dict[str, Any], on_host: bool = False) -> torch.optim.Optimizer:
-    return optimizer.build(name, params, [torch.nn.Parameter(torch.ones(3))], on_host=on_host)
+def build(
+    name: str,
+    params: dict[str, Any],
+    on_host: bool = False,
+    parameters: Any = None,
+    names: dict[int, str] | None = None,
+) -> torch.optim.Optimizer:
+    choice = OptimizerChoice(name=name, params=params, on_host=on_host)
+    return optimizer.build(choice, parameters or [torch.nn.Parameter(torch.ones(3))], names or {})
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "adamw"])
@@ -186,7 +194,7 @@ def test_parameter_groups_are_kept() -> None:
         {"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.3},
         {"params": [torch.nn.Parameter(torch.ones(1))]},
     ]
-    made = optimizer.build("AdamW", {"lr": 0.1}, groups, on_host=False)
+    made = build("AdamW", {"lr": 0.1}, parameters=groups)
     assert [g["lr"] for g in made.param_groups] == [0.3, 0.1]
 
 
@@ -197,7 +205,7 @@ def test_muon_leaves_vectors_embeddings_and_heads_to_adam() -> None:
     names = {id(p): name for name, p in model.named_parameters()}
     params = {"lr": 0.1, "muon_lr": 0.5, "momentum": 0.8, "ns_method": "gram"}
     grouped = [{"params": list(model.parameters()), "weight_decay": 0.3}]
-    made = optimizer.build("muon", params, grouped, on_host=False, names=names)
+    made = build("muon", params, parameters=grouped, names=names)
     halves = {
         group["use_muon"]: ([names[id(p)] for p in group["params"]], group["lr"], group["weight_decay"])
         for group in made.param_groups
@@ -206,7 +214,7 @@ def test_muon_leaves_vectors_embeddings_and_heads_to_adam() -> None:
         True: (["inner.weight"], 0.5, 0.3),
         False: (["embed.weight", "inner.bias", "lm_head.weight", "lm_head.bias"], 0.1, 0.3),
     }
-    defaults = optimizer.build("Muon", {}, model.parameters(), on_host=False, names=names)
+    defaults = build("Muon", {}, parameters=list(model.parameters()), names=names)
     assert {g["use_muon"]: g["lr"] for g in defaults.param_groups} == {True: 0.02, False: 3e-4}
     with pytest.raises(ConfigError, match="per_head_muon"):
-        optimizer.build("Muon", {"per_head_muon": True}, model.parameters(), on_host=False)
+        build("Muon", {"per_head_muon": True}, parameters=list(model.parameters()))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ds_engine.build.plan import load_factory
+from ds_engine.build.memory.plan import load_factory
 from ds_engine.cli.main import app
 from ds_engine.cli.sizes import parse_bytes
 

@@ -10,8 +10,10 @@ import torch.distributed as dist
 
 import ds_engine
 import ds_zero
-from ds_engine.build import zero as zero_section
+from ds_engine.build import zero
+from ds_engine.build.topology import arranged
 from ds_engine.config import load
+from ds_engine.job import choices_of, describe
 from engine import jobs
 from harness import ranks
 
@@ -124,8 +126,8 @@ def test_optimizers_of_whole_tensors_train_alike_at_every_stage(name: str) -> No
 
 def zero_config(model: torch.nn.Module, **keys: Any) -> ds_zero.ZeroConfig:
     settings = load(jobs.config(3, **at(3, **keys)))
-    found: ds_zero.ZeroConfig = zero_section.options(settings, settings.batch(1), {}, model)["config"]
-    return found
+    job = describe(choices_of(settings), arranged(settings, 0, 1), "cpu")
+    return zero.zero_config(job, model)
 
 
 def test_limits_of_gathering_reach_ds_zero() -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from ds_engine.config import load
 from ds_engine.config.load.auto import defaults
-from ds_engine.rules import Job, check
+from ds_engine.job import choices_of
+from ds_engine.rules import check
 
 TRAINER: dict[str, Any] = {
     "fp16": {
@@ -122,12 +123,12 @@ LIGHTNING: dict[str, Any] = {
 @pytest.mark.parametrize("raw", [TRAINER, ACCELERATE, CHAT, FIRST_EXAMPLE, LIGHTNING])
 def test_it_is_accepted(raw: dict[str, Any]) -> None:
     config = load(raw)
-    check(Job(config=config), autos_may_stay=True)
+    check(choices_of(config), autos_may_stay=True)
 
 
 def test_what_an_integration_leaves_takes_defaults() -> None:
     config = load({**TRAINER, "train_micro_batch_size_per_gpu": 2})
-    check(Job(config=config))
+    check(choices_of(config))
     assert config.batch(2).train == 4
     assert config.scheduler is not None and config.scheduler.params == {"warmup_max_lr": None}
     assert "optimizer.params.lr" in defaults(config)

@@ -15,6 +15,7 @@ import ds_zero
 from ds_engine.config import ConfigError, load
 from ds_engine.training.accumulation import Accumulation
 from ds_zero import _registry
+from engine import jobs
 from harness import ranks
 
 BATCHES = (1, 3, 2)
@@ -105,9 +106,54 @@ def test_the_engine_counts_unless_it_is_told() -> None:
     found = []
     for forced in (None, None, None, True, None):
         counting.forced = forced
+        counting.note_backward()
         with counting.ending() as boundary:
             found.append(boundary)
     assert found == [False, True, False, True, False] and counting.pending == 1
+
+
+def test_a_step_without_a_backward_is_refused_and_changes_nothing() -> None:
+    engine = jobs.engine(1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"no engine\.backward\(loss\) came before it"):
+            engine.step()
+    assert engine.micro_steps == engine.global_steps == 0
+    jobs.train(engine, 1)
+    assert engine.global_steps == 1
+    with pytest.raises(RuntimeError, match="no engine"):
+        engine.step()
+    engine.destroy()
+
+
+@ranks(2)
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_plain_backward_is_refused_by_the_step_on_every_rank(stage: int) -> None:
+    """It is not divided by the micro-batches of a step, so it would train at another rate."""
+    engine = jobs.engine(stage)
+    loss = jobs.loss_of(engine, *jobs.micro_batches(engine, 1)[0])
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"divides the loss by gradient_accumulation_steps \(2\)"):
+        engine.step()
+    engine.destroy()
+
+
+@ranks(2)
+def test_a_backward_of_the_scaled_loss_trains_as_the_engines_own() -> None:
+    losses = []
+    for own in (True, False):
+        engine = jobs.engine(2)
+        told = []
+        for batch in jobs.micro_batches(engine, 3):
+            loss = jobs.loss_of(engine, *batch)
+            told.append(loss.item())
+            if own:
+                engine.backward(loss)
+            else:
+                engine.scale(loss).backward()
+            engine.step()
+        losses.append(told)
+        engine.destroy()
+    assert losses[0] == losses[1]
 
 
 # --- sparse_gradients

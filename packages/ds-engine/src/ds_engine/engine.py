@@ -13,51 +13,55 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import ds_zero
-from ds_comm import World
 from ds_engine.build.data import Loader
-from ds_engine.build.model_parallel import DataAxis
 from ds_engine.build.optimizer import zero_grad
-from ds_engine.build.precision import Precision, Unguarded
-from ds_engine.config.sections.model import DsConfig
 from ds_engine.config.support.batch import Batch
 from ds_engine.inference.generation import generate_of
+from ds_engine.interfaces import BackgroundWriter, GradientNorms, LossGuard, ModelState, Recompute, World
+from ds_engine.job import Job
 from ds_engine.sampling.build import lr_scaling_of
 from ds_engine.sampling.tokens import rate_factor, scaled_rates
 from ds_engine.schedules import LRSchedule
 from ds_engine.training import timing
 from ds_engine.training.accumulation import Accumulation
-from ds_engine.training.monitor import Monitor
 from ds_engine.training.pacing import Pacing
-from ds_engine.training.progress import Progress, StepReport
-from ds_engine.training.timing import Breakdown
+from ds_engine.training.progress import StepReport
+from ds_engine.training.reporting import Reporting
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from ds_engine.checkpoint import BackgroundSaver
-    from ds_layers import Checkpointing
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What updates the parameters."""
+
+    module: nn.Module
+    optimizer: Optimizer
+    schedule: LRSchedule | None
+    """None: constant rates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Who answers for gradients and state of the module."""
+
+    guard: LossGuard
+    norms: GradientNorms
+    state: ModelState
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """What `initialize` assembled."""
 
-    module: nn.Module
-    optimizer: Optimizer
-    lr_scheduler: LRSchedule | None
-    config: DsConfig
+    job: Job
     world: World
-    batch: Batch
-    precision: Precision
-    scaler: ds_zero.LossScaler | Unguarded
-    accumulation: Accumulation
-    progress: Progress
-    monitor: Monitor
-    breakdown: Breakdown
+    training: Training
+    roles: Roles
     pacing: Pacing
-    axis: DataAxis
-    background: BackgroundSaver | None = None
+    reporting: Reporting
+    background: BackgroundWriter | None = None
     loader: Loader | None = None
 
 
@@ -70,45 +74,47 @@ class Engine:
     """
 
     def __init__(self, parts: Parts) -> None:
-        self.module = parts.module
-        self.optimizer = parts.optimizer
-        self.lr_scheduler = parts.lr_scheduler
-        self.config = parts.config
+        job = parts.job
+        self.module = parts.training.module
+        self.optimizer = parts.training.optimizer
+        self.lr_scheduler = parts.training.schedule
+        self.job = job
+        """What was resolved from configuration and arguments; everything below it is what runs."""
+        self.config = job.settings
         self.world = parts.world
-        self.batch = parts.batch
-        self.precision = parts.precision
-        self.axis = parts.axis
-        """This rank among those that see different data, and which part of the model it holds."""
-        self.scaler = parts.scaler
-        self.accumulation = parts.accumulation
-        self.progress = parts.progress
-        self.monitor = parts.monitor
+        self.batch = job.batch
+        self.precision = job.precision
+        self.topology = job.topology
+        """Where this rank stands among those that see other data, or hold other parts of the model."""
+        self.scaler = parts.roles.guard
+        self.model_state = parts.roles.state
+        """What owns parameters, gradients and optimizer states."""
+        self.accumulation = Accumulation(steps=job.batch.steps, managed=job.accumulating.managed)
+        self.progress = parts.reporting.progress
+        self.monitor = parts.reporting.monitor
         """Where curves go; `write_events` takes values of your own."""
         self.pacing = parts.pacing
         self.background = parts.background
         """What writes checkpoints beside training; None: `save_checkpoint` writes itself."""
         self.training_dataloader = parts.loader
         """What `training_data` was made into; its position is part of checkpoints."""
-        self._lr_scaling = lr_scaling_of(parts.config)
         self.global_steps = 0
         """Optimizer steps since the beginning of training, skipped ones included."""
         self.global_samples = 0
         """Samples that all ranks together have seen."""
         self.skipped_steps = 0
         """Steps that changed nothing because the gradient was not finite."""
+        self._norms = parts.roles.norms
+        self._reporting = parts.reporting
         self._applied = False
         self._live = True
-        self._away: ds_zero.Away | None = None
-        self._breakdown = parts.breakdown
-        self._loss: Tensor | None = None
-        """Mean over the micro-batches of this step so far, on this rank; kept for the monitor only."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward of the module; floating-point tensors in the arguments are cast to the compute dtype."""
         self._refuse_if_away("forward", ("lp_params",))
         if self.module.training:
             kwargs |= self.pacing.arguments(self.global_steps)
-        forward = self._breakdown.part(timing.FORWARD)
+        forward = self._reporting.part(timing.FORWARD)
         with forward, self.precision.around_forward(self.world.device.type):
             return self.module(*self.precision.cast(args), **self.precision.cast(kwargs))
 
@@ -137,18 +143,17 @@ class Engine:
                 "frozen parameters only"
             )
         part = loss / self.accumulation.steps if scale_wrt_gas else loss
-        self.accumulation.arrived += 1
-        with self._breakdown.part(timing.BACKWARD):
+        self.accumulation.note_backward()
+        with self._reporting.part(timing.BACKWARD):
             self.scaler.scale(part).backward(retain_graph=retain_graph)
-        if self.monitor.enabled:
-            self._loss = part.detach() if self._loss is None else self._loss + part.detach()
+        self._reporting.add_loss(part)
         return part.detach()
 
     def scale(self, loss: Tensor) -> Tensor:
         """What `backward` propagates: `loss / gradient_accumulation_steps` times the loss scale, for code that
         calls `engine.scale(loss).backward()` itself.
         """
-        self.accumulation.arrived += 1
+        self.accumulation.note_backward()
         return self.scaler.scale(loss / self.accumulation.steps)
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -169,13 +174,12 @@ class Engine:
         self._applied = False
         with self.accumulation.ending() as boundary:
             if boundary:
-                with self._breakdown.part(timing.STEP):
+                with self._reporting.part(timing.STEP):
                     report = self._update(lr_kwargs or {})
-                self._tell(report)
+                self._reporting.step(report)
 
     def _update(self, lr_kwargs: Mapping[str, Any]) -> StepReport:
-        clip = self.config.gradient_clipping
-        ds_zero.clip_grad_norm_(self.module, clip if clip > 0 else math.inf)
+        self._norms.clip(self.job.clipping)
         lr, scale = self.get_lr()[0], self.loss_scale  # of this update; both move below
         with scaled_rates(self.optimizer, self._rate_factor()):
             self.optimizer.step()  # asks the scaler, which may leave it out
@@ -187,12 +191,13 @@ class Engine:
             self.lr_scheduler.step(**lr_kwargs)
         self.global_steps += 1
         self.global_samples += self._samples()
+        norm = self._norms.last()
         return StepReport(
             step=self.global_steps,
             samples=self.global_samples,
             lr=lr,
-            grad_norm=self._norm("before"),
-            clipped_norm=self._norm("after"),
+            grad_norm=norm.before if norm is not None else math.nan,
+            clipped_norm=norm.after if norm is not None else math.nan,
             loss_scale=scale,
             next_scale=self.loss_scale,
             culprit=None if self._applied else self.scaler.culprit,
@@ -200,24 +205,15 @@ class Engine:
 
     def _samples(self) -> int:
         """Of the step that ends, over all ranks."""
-        found = self.training_dataloader.samples() if self.training_dataloader is not None else None
-        if found is not None:
-            return found
+        drawn = self.training_dataloader.samples() if self.training_dataloader is not None else None
+        if drawn is not None:
+            return drawn
         if self.accumulation.managed:
             return self.batch.train
         return self.batch.micro * self.batch.ranks * self.accumulation.arrived
 
     def _rate_factor(self) -> float:
-        return rate_factor(self._samples(), self.batch.train, self._lr_scaling)
-
-    def _tell(self, report: StepReport) -> None:
-        self.progress.report(report)
-        loss, self._loss = self._loss, None
-        times_ms = self._breakdown.end_step(report.step)
-        self.monitor.step(report, None if loss is None else loss.item(), times_ms)
-
-    def _norm(self, which: str) -> float:
-        return float(getattr(ds_zero.grad_norm(self.module), which, math.nan))
+        return rate_factor(self._samples(), self.batch.train, lr_scaling_of(self.config))
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step()` updates the parameters; with `managed_gradient_accumulation` false, whether one
@@ -229,7 +225,7 @@ class Engine:
         """Global 2-norm of the last step's gradient before clipping, or after it where `clipped`; of true
         values, without the loss scale. None before the first step.
         """
-        norm = ds_zero.grad_norm(self.module) if self._live else None
+        norm = self._norms.last() if self._live else None
         return None if norm is None else norm.after if clipped else norm.before
 
     def was_step_applied(self) -> bool:
@@ -328,7 +324,7 @@ class Engine:
         Raises:
             CheckpointError: on every rank, if any rank could not write; what was there before is untouched.
         """
-        from ds_engine.checkpoint.train_state import Saving, save
+        from ds_engine.build.checkpoint import Saving, save
 
         self._refuse_if_away("save_checkpoint")
         saving = Saving(name_latest=save_latest, frozen=not exclude_frozen_parameters)
@@ -371,7 +367,7 @@ class Engine:
             CheckpointError: on every rank, if it is damaged (names file and tensor) or belongs to another
                 model.
         """
-        from ds_engine.checkpoint.train_state import Wanted, load
+        from ds_engine.build.checkpoint import Wanted, load
 
         self._refuse_if_away("load_checkpoint")
         wanted = Wanted(
@@ -404,28 +400,24 @@ class Engine:
         Raises:
             ValueError: an unknown state or device.
         """
-        from ds_engine.build.offload_states import send_away
-
-        self.reload_states()
         if self.background is not None:
             self.background.hold()
-        self._away = send_away(self.module, include, device, pin_memory=pin_memory, non_blocking=non_blocking)
+        self.model_state.offload(include, device, pin_memory=pin_memory, non_blocking=non_blocking)
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what `offload_states` moved; nothing happens where nothing was."""
-        if self._away is not None:
-            self._away.back(non_blocking=non_blocking)
-            self._away = None
+        self.model_state.reload(non_blocking=non_blocking)
 
-    def _refuse_if_away(self, doing: str, kinds: Collection[str] = ds_zero.Away.KINDS) -> None:
-        missing = sorted(self._away.kinds.intersection(kinds)) if self._away is not None else []
+    def _refuse_if_away(self, doing: str, kinds: Collection[str] | None = None) -> None:
+        away = self.model_state.offloaded()
+        missing = sorted(away if kinds is None else away.intersection(kinds))
         if missing:
             raise RuntimeError(
                 f"{doing}: {', '.join(missing)} are away since offload_states(): call engine.reload_states() first"
             )
 
-    def activation_checkpointing(self, group: ProcessGroup | None = None) -> Checkpointing:
-        """What recomputes layers as the section `activation_checkpointing` says: `h = checkpointing(layer, h)`.
+    def activation_checkpointing(self, group: ProcessGroup | None = None) -> Recompute:
+        """What recomputes layers as the section `activation_checkpointing` says: `h = recompute(layer, h)`.
 
         Args:
             group: the model-parallel ranks, which hold the same activations; needed for `partition_activations`.
@@ -434,30 +426,19 @@ class Engine:
             ModuleNotFoundError: ds-layers is not installed.
             ValueError: settings that do not go together.
         """
-        from ds_layers import Checkpointing, CheckpointingConfig
+        from ds_engine.build.layers import recompute
 
-        section = self.config.activation_checkpointing
-        return Checkpointing(
-            CheckpointingConfig(
-                group=group,
-                partition=section.partition_activations,
-                on_host=section.cpu_checkpointing,
-                contiguous=section.contiguous_memory_optimization,
-                num_checkpoints=section.number_checkpoints,
-                synchronize=section.synchronize_checkpoint_boundary or section.profile,
-            )
-        )
+        return recompute(self.config.activation_checkpointing, group)
 
     def destroy(self) -> None:
         """Undo the sharding: the module is an ordinary one again, whole on every rank. Safe to call twice."""
         if self._live:
             self._live = False
-            self.reload_states()
             self.monitor.close()
             self.pacing.close()
             if self.background is not None:
                 self.background.close()
-            ds_zero.destroy(self.module)
+            self.model_state.destroy()
 
     def __enter__(self) -> Engine:
         return self
@@ -470,7 +451,7 @@ class Engine:
             raise AttributeError(name)
         try:
             if name == "generate":
-                return generate_of(self.module)
+                return generate_of(self.module, divided=self.model_state.divided)
             return getattr(self.module, name)
         except AttributeError:
             raise AttributeError(

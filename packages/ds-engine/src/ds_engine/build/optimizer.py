@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 import ds_core.optim
 from ds_engine.build import mup
 from ds_engine.config.support.errors import ConfigError
 from ds_engine.config.support.suggest import did_you_mean
+from ds_engine.interfaces import MakeOptimizer
+from ds_engine.job.choices import Choices, OptimizerChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,7 @@ not."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Meant:
     """The class that a name and its settings mean, and the arguments in its words."""
 
     make: Any
@@ -133,21 +136,22 @@ class Choice:
     only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 
 
-def choose(name: str, params: Mapping[str, Any], *, on_host: bool) -> Choice:
+def choose(choice: OptimizerChoice) -> Meant:
     """What `build` will call.
 
     Raises:
         ConfigError: no such optimizer.
     """
+    name, params, on_host = choice.name, choice.params, choice.on_host
     own = next((entry for key, entry in OWN.items() if key.lower() == name.lower()), None)
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in params.items()}
     if own is _ADAM and values.get("torch_adam") is True:
         decoupled = name.lower() == "adamw" or values.get("adam_w_mode", True)
         rest = {k: v for k, v in values.items() if k not in ("torch_adam", "adam_w_mode")}
         return _torch_choice(torch.optim.AdamW if decoupled else torch.optim.Adam, rest)
-    found = _own_class(own, on_host) if own is not None else None
+    kernels = _own_class(own, on_host) if own is not None else None
     # Torch's class of the name serves what ours has not, such as foreach or maximize.
-    if own is None or found is None or (own is not _ADAM and _torch_serves(name, own, values)):
+    if own is None or kernels is None or (own is not _ADAM and _torch_serves(name, own, values)):
         return _torch_choice(_torch_class(name), values)
     renames = own.host_renames if on_host and own.host_class_name is not None else own.renames
     if own.class_name == "Muon":
@@ -157,7 +161,7 @@ def choose(name: str, params: Mapping[str, Any], *, on_host: bool) -> Choice:
         for key, value in {**own.defaults, **values}.items()
         if key not in own.only
     }
-    return Choice(make=found, accepts=own.accepts, arguments=arguments, only=own.only)
+    return Meant(make=kernels, accepts=own.accepts, arguments=arguments, only=own.only)
 
 
 def _muon_rates(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,22 +174,23 @@ def _muon_rates(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check(name: str, params: Mapping[str, Any], *, on_host: bool) -> list[str]:
+def check(choice: OptimizerChoice) -> list[str]:
     """What is wrong with a section `optimizer`, before there are parameters."""
+    name, params = choice.name, choice.params
     try:
-        choice = choose(name, params, on_host=on_host)
+        meant = choose(choice)
     except ConfigError as error:
         return list(error.problems)
     wrong = []
     for key, value in params.items():
-        quiet, remedy = choice.only.get(key, (None, ""))
+        quiet, remedy = meant.only.get(key, (None, ""))
         if quiet is not None:
             if not any(value is q for q in quiet):
                 wrong.append(f"optimizer.params.{key} is {value!r}: our {name} has no such mode; {remedy}")
-        elif key not in choice.accepts and not (
+        elif key not in meant.accepts and not (
             key in ("torch_adam", "adam_w_mode") and params.get("torch_adam")
         ):
-            hint = did_you_mean(key, choice.accepts)
+            hint = did_you_mean(key, meant.accepts)
             wrong.append(f"optimizer.params.{key}: {name} has no such setting.{hint}")
     if name.lower() == "adamw" and params.get("adam_w_mode") is False:
         wrong.append(
@@ -194,47 +199,86 @@ def check(name: str, params: Mapping[str, Any], *, on_host: bool) -> list[str]:
     return wrong
 
 
-def build(
-    name: str,
-    params: Mapping[str, Any],
-    parameters: Iterable[Any],
-    *,
-    on_host: bool,
-    bf16_states: bool = False,
-    names: Mapping[int, str] | None = None,
+def optimizer_of(
+    choices: Choices, given: Optimizer | MakeOptimizer | None, model: nn.Module, parameters: Any = None
 ) -> Optimizer:
-    """The optimizer that the config names.
+    """The optimizer of a job over `model`: the given one, or the one that the configuration names.
+
+    Args:
+        given: what was passed to `initialize`.
+        parameters: what the optimizer gets, parameters or groups; None: those that require a gradient.
+
+    Raises:
+        ConfigError: there is none, or the configuration's cannot be built.
+    """
+    if isinstance(given, Optimizer):
+        return given
+    items = trained(model) if parameters is None else list(parameters)
+    if given is not None:
+        return given(items)
+    if choices.optimizer is None:
+        raise ConfigError(
+            [
+                'no optimizer: add a section like "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, or '
+                "pass optimizer="
+            ]
+        )
+    return build(choices.optimizer, items, {id(p): name for name, p in model.named_parameters()})
+
+
+def maker_of(choices: Choices, model: nn.Module) -> MakeOptimizer | None:
+    """The same optimizer for copies of the model's parameters, in their order: a plan is made over copies. None: the
+    configuration names none.
+    """
+    choice = choices.optimizer
+    if choice is None or choice.passed:
+        return None
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+
+    def make(parameters: Any) -> Optimizer:
+        copies = list(parameters)
+        return build(choice, copies, {id(p): name for name, p in zip(names, copies, strict=True)})
+
+    return make
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def build(choice: OptimizerChoice, parameters: Iterable[Any], names: Mapping[int, str]) -> Optimizer:
+    """The optimizer that the configuration names.
 
     Args:
         parameters: tensors or groups, as for any torch optimizer.
-        on_host: use the version that runs in host memory.
-        bf16_states: keep its states in bfloat16.
         names: id of a parameter -> its name, by which Muon leaves embeddings and heads to AdamW.
 
     Raises:
-        ConfigError: no such optimizer, an argument it does not have, a value it refuses, or `bf16_states` for
-            one of torch's, whose states have the dtype of what they step.
+        ConfigError: no such optimizer, an argument that it does not have, a value that it refuses, or a
+            `state_dtype` for one of torch's, whose states have the dtype of what they step.
     """
-    wrong = check(name, params, on_host=on_host)
+    name = choice.name
+    wrong = check(choice)
     if wrong:
         raise ConfigError(wrong)
-    choice = choose(name, params, on_host=on_host)
-    arguments = dict(choice.arguments)
-    if bf16_states:
-        if choice.make.__module__.split(".")[0] == "torch":
+    meant = choose(choice)
+    arguments = dict(meant.arguments)
+    if choice.state_dtype is not None:
+        if meant.make.__module__.split(".")[0] == "torch":
             raise ConfigError(
                 [
                     f"bf16.bf16_optimizer_states: {name} is torch's here, and keeps states in the dtype of the fp32 "
                     f"masters; use one of {', '.join(OWN)}, or remove it"
                 ]
             )
-        arguments["state_dtype"] = torch.bfloat16
-    if choice.make is getattr(ds_core.optim, "Muon", None):
-        parameters = _muon_halves(parameters, names or {})
+        arguments["state_dtype"] = choice.state_dtype
+    if meant.make is getattr(ds_core.optim, "Muon", None):
+        parameters = _muon_halves(parameters, names)
     if name.lower() in mup.NAMES:
-        parameters = _mu_groups(name, choice, arguments, parameters, names or {})
+        parameters = _mu_groups(name, meant, arguments, parameters, names)
     try:
-        optimizer: Optimizer = choice.make(parameters, **arguments)
+        optimizer: Optimizer = meant.make(parameters, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError([f"optimizer.params for {name}: {error}"]) from error
     return optimizer
@@ -242,13 +286,13 @@ def build(
 
 def _mu_groups(
     name: str,
-    choice: Choice,
+    meant: Meant,
     arguments: dict[str, Any],
     parameters: Iterable[Any],
     names: Mapping[int, str],
 ) -> list[dict[str, Any]]:
     """Groups with the rates of muP; takes `decoupled_wd` out of the arguments, which is not the optimizer's."""
-    defaults = inspect.signature(choice.make).parameters
+    defaults = inspect.signature(meant.make).parameters
     return mup.groups(
         name,
         parameters,
@@ -264,17 +308,17 @@ def _muon_halves(parameters: Iterable[Any], names: Mapping[int, str]) -> list[di
     items = list(parameters)
     loose = [item for item in items if not isinstance(item, dict)]
     groups = [item for item in items if isinstance(item, dict)] + ([{"params": loose}] if loose else [])
-    found = []
+    halves: list[dict[str, Any]] = []
     for group in groups:
         named = [(names.get(id(p), ""), p) for p in group["params"]]
         more = {key: value for key, value in group.items() if key != "params"}
-        found += [{**half, **more} for half in ds_core.optim.muon_groups(named)]
-    return found
+        halves += [{**half, **more} for half in ds_core.optim.muon_groups(named)]
+    return halves
 
 
-def _torch_choice(found: Any, values: Mapping[str, Any]) -> Choice:
+def _torch_choice(found: Any, values: Mapping[str, Any]) -> Meant:
     accepted = tuple(p for p in inspect.signature(found).parameters if p != "params")
-    return Choice(make=found, accepts=accepted, arguments=values)
+    return Meant(make=found, accepts=accepted, arguments=values)
 
 
 def _torch_serves(name: str, own: Own, values: Mapping[str, Any]) -> bool:

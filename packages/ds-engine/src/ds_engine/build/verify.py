@@ -13,15 +13,18 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset
 
-import ds_comm
 import ds_zero
 from ds_core.kernels import squared_norm
-from ds_engine.assemble import initialize, make_optimizer, make_schedule
-from ds_engine.build import zero as zero_section
-from ds_engine.build.precision import Precision
+from ds_engine.assemble import initialize
+from ds_engine.build import ranks
+from ds_engine.build.optimizer import optimizer_of
+from ds_engine.build.schedule import schedule_of
+from ds_engine.build.topology import arranged
+from ds_engine.build.zero import loss_scale_of, zero_config
 from ds_engine.config import DsConfig
 from ds_engine.config.support.batch import Batch
 from ds_engine.engine import Engine
+from ds_engine.job import Job, choices_of, describe
 from ds_engine.training.pacing import Pacing
 from ds_zero.predict.remedies import batch_size
 from ds_zero.prove.lockstep import Batches
@@ -64,39 +67,37 @@ def verify(
     if steps < 1:
         raise ValueError(f"steps={steps}: give 1 or more")
     with own_randomness():
-        world = ds_comm.start()
-        batch = settings.batch(world.world_size)
-        precision = Precision.of(settings, world.device.type)
+        world = ranks.start()
+        choices = choices_of(settings, optimizer, lr_scheduler)
+        job = describe(choices, arranged(settings, world.rank, world.world_size), world.device.type)
         seed_everything(seed)
         model, inputs = _made(factory)
-        stream = _batches(batches, inputs, batch)
+        stream = _batches(batches, inputs, job.batch)
 
         def make() -> tuple[nn.Module, Optimizer]:
             plain, _ = _made(factory)
             plain.to(world.device)
-            return plain, make_optimizer(settings, optimizer, plain, None)
+            return plain, optimizer_of(job, optimizer, plain)
 
+        on_host = job.placement.masters == "cpu"
         recipe = Recipe(
             make=make,
             loss=loss or default_model_loss,
-            config=lambda module: zero_section.zero_config(
-                settings, batch, precision.zero_options(module), module
-            ),
-            stage=settings.zero_optimization.stage,
+            config=lambda module: zero_config(job, module),
+            stage=job.stage,
             ranks=world.world_size,
-            micro_batches=batch.steps,
-            clip=settings.gradient_clipping if settings.gradient_clipping > 0 else math.inf,
-            scale=precision.loss_scale,
-            schedule=lambda built: make_schedule(settings, lr_scheduler, built),
+            micro_batches=job.batch.steps,
+            clip=job.clipping,
+            scale=loss_scale_of(job.precision.loss_scaling),
+            schedule=lambda built: schedule_of(job, lr_scheduler, built),
             norms=squared_norm,
-            dress=lambda module, done: _Plain(module, precision, Pacing(settings), world.device.type, done),
-            finish=precision.cast_buffers,
-            masters=torch.device("cpu") if _on_host(settings) and world.device.type != "cpu" else None,
+            dress=lambda module, done: _Plain(module, job, Pacing(settings), done),
+            finish=job.precision.cast_buffers,
+            masters=torch.device("cpu") if on_host and world.device.type != "cpu" else None,
             seed=seed,
         )
         engine, *_ = initialize(model, _quiet(settings), optimizer=optimizer, lr_scheduler=lr_scheduler)
         with engine:
-            what = f"{type(model).__name__} by this configuration ({_words(settings, precision, batch)})"
             return run(
                 _Trained(engine, recipe),
                 recipe,
@@ -104,7 +105,7 @@ def verify(
                 steps=steps,
                 bitwise=bitwise,
                 made=model,
-                what=what,
+                what=f"{type(model).__name__} by this configuration ({_words(job)})",
             )
 
 
@@ -135,13 +136,13 @@ class _Plain:
     def __init__(
         self,
         module: nn.Module,
-        precision: Precision,
+        job: Job,
         pacing: Pacing,
-        device_type: str,
         steps: Callable[[], int],
     ) -> None:
         self.module = module
-        self._precision, self._pacing, self._device_type, self._steps = precision, pacing, device_type, steps
+        self._precision, self._device_type = job.precision, job.device_type
+        self._pacing, self._steps = pacing, steps
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.module.training:
@@ -211,13 +212,9 @@ def _quiet(settings: DsConfig) -> DsConfig:
     return settings.model_copy(update={**nothing, **off, "steps_per_print": None})
 
 
-def _on_host(settings: DsConfig) -> bool:
-    return settings.zero_optimization.offload_optimizer.device == "cpu"
-
-
-def _words(settings: DsConfig, precision: Precision, batch: Batch) -> str:
-    ranks = f"{batch.ranks} rank{'s' * (batch.ranks != 1)}"
+def _words(job: Job) -> str:
+    batch = job.batch
     return (
-        f"stage {settings.zero_optimization.stage}, {ranks}, micro-batches of {batch.micro} x {batch.steps} a step; "
-        f"{precision}{'; optimizer on the host' if _on_host(settings) else ''}"
+        f"stage {job.stage}, {batch.ranks} rank{'s' * (batch.ranks != 1)}, micro-batches of {batch.micro} x "
+        f"{batch.steps} a step; {job.precision}{'; optimizer on the host' if job.placement.masters == 'cpu' else ''}"
     )

@@ -1,66 +1,83 @@
-"""The section `zero_optimization`, and what the top level says of gradients, in ds_zero's words."""
+"""A job in ds_zero's words, and ds_zero in the roles that the engine knows."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-import ds_comm
 import ds_zero
 from ds_core.kernels import squared_norm
-from ds_engine.build.precision import DTYPES
-from ds_engine.config import Batch, ConfigError, DsConfig
+from ds_engine.build.offload_states import send_away
+from ds_engine.build.topology import Meshes
+from ds_engine.config import ConfigError
 from ds_engine.config.sections.zero.leaf_module import DEFAULT_CLASSES, LeafModuleConfig
+from ds_engine.interfaces import LossGuard
+from ds_engine.job import Job, LossScaling
+from ds_engine.job.precision import DTYPES
 
 
-def options(
-    settings: DsConfig,
-    batch: Batch,
-    dtypes: Mapping[str, Any],
-    model: nn.Module,
-    world: ds_comm.World | None = None,
-) -> dict[str, Any]:
-    """Arguments of `ds_zero.shard`, beside the model, the optimizer and the stage.
+def shard(job: Job, model: nn.Module, optimizer: Optimizer, meshes: Meshes, device: torch.device) -> None:
+    """Divide a model and its optimizer among the ranks, in place. Collective.
 
-    Args:
-        dtypes: fields of `ZeroConfig` that `Precision.zero_options` gives.
-        model: for `leaf_module`, whose entries are looked up in it.
-        world: for `mics_shard_size`, whose groups every rank makes alike.
-
-    Raises:
-        ConfigError: `mics_shard_size` does not divide the ranks.
+    What `ds_zero.deferred_init` has put off comes into being here, on `device`.
     """
-    zero = settings.zero_optimization
-    found: dict[str, Any] = {
-        "norms": squared_norm,
-        "config": zero_config(settings, batch, dtypes, model),
-    }
-    if zero.offload_optimizer.device == "cpu":
+    deferred = any(p.is_meta for p in model.parameters())
+    store: Any = None
+    if job.placement.masters == "cpu":
         import ds_offload
 
-        found["store"] = ds_offload.HostStore()
-    if zero.mics_shard_size > 0:
-        found["mesh"] = _groups(zero.mics_shard_size, batch.ranks, world)
-    return found
+        store = ds_offload.HostStore()
+    with device if deferred else contextlib.nullcontext():
+        ds_zero.shard(
+            model,
+            optimizer,
+            stage=job.stage,
+            mesh=meshes.data,
+            config=zero_config(job, model),
+            store=store,
+            norms=squared_norm,
+            model_parallel=meshes.model_parallel,
+        )
 
 
-def zero_config(
-    settings: DsConfig, batch: Batch, dtypes: Mapping[str, Any], model: nn.Module
-) -> ds_zero.ZeroConfig:
-    """The policy of `ds_zero.shard`; arguments as for `options`."""
-    zero = settings.zero_optimization
+def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
+    """The policy of `ds_zero.shard`.
+
+    Args:
+        model: for `leaf_module`, whose entries are looked up in it.
+
+    Raises:
+        ConfigError: an entry that fits no module.
+    """
+    settings, zero = job.settings, job.settings.zero_optimization
+    wire = settings.communication_data_type
     return ds_zero.ZeroConfig(
         accumulation=zero.accumulation_plan,
-        rank_invariant=zero.rank_invariant,
+        rank_invariant=job.accumulating.rank_invariant,
         secondary_ranks=max(1, zero.zero_hpz_partition_size),
         # Where the caller decides, no backward is known to be the last one: sums wait for step().
-        accumulation_steps=batch.steps if settings.managed_gradient_accumulation else sys.maxsize,
+        accumulation_steps=job.batch.steps if job.accumulating.managed else sys.maxsize,
         sparse_gradients=settings.sparse_gradients,
-        **dtypes,
-        **_reduction(settings, batch.ranks),
+        param_dtype=job.precision.param_dtype,
+        dtype_for=job.precision.dtype_for(model),
+        grad_dtype=job.precision.grad_dtype,
+        reduce_bucket_numel=zero.reduce_bucket_size,
+        overlap_reduce=zero.overlap_comm,
+        reduce_scatter=zero.reduce_scatter,
+        ignore_unused=zero.ignore_unused_parameters,
+        communication_dtype=DTYPES[wire] if wire is not None else None,
+        reduce_op=settings.gradient_allreduce_op,
+        # To divide before the sum is to predivide by all ranks.
+        predivide_factor=float(job.batch.ranks)
+        if settings.prescale_gradients
+        else settings.gradient_predivide_factor,
         publish_bucket_numel=zero.allgather_bucket_size,
         persistence_threshold_numel=zero.stage3_param_persistence_threshold,
         model_persistence_numel=zero.stage3_model_persistence_threshold,
@@ -69,8 +86,8 @@ def zero_config(
         max_live_numel=zero.stage3_max_live_parameters,
         max_reuse_distance_numel=zero.stage3_max_reuse_distance,
         module_granularity_numel=zero.stage3_module_granularity_threshold or 0,
-        leaf_modules=leaf_modules(zero.leaf_module, model) if zero.stage == 3 else (),
-        overlap_publish=zero.overlap_publish and zero.stage in (1, 2),
+        leaf_modules=leaf_modules(zero.leaf_module, model) if job.stage == 3 else (),
+        overlap_publish=zero.overlap_publish and job.stage in (1, 2),
     )
 
 
@@ -82,7 +99,7 @@ def leaf_modules(section: LeafModuleConfig, model: nn.Module) -> tuple[str, ...]
             models lack.
     """
     modules = dict(model.named_modules())
-    found: set[str] = set()
+    chosen: set[str] = set()
     missing: list[str] = []
 
     def take(key: str, wanted: Iterable[str], fits: Callable[[str, str], bool]) -> None:
@@ -90,46 +107,127 @@ def leaf_modules(section: LeafModuleConfig, model: nn.Module) -> tuple[str, ...]
             names = {name for name in modules if fits(text, name)}
             if not names and not (key == "classes" and text in DEFAULT_CLASSES):
                 missing.append(f"zero_optimization.leaf_module.{key}: the model has no {text!r}")
-            found.update(names)
+            chosen.update(names)
 
     take("classes", section.classes, lambda text, name: text in _class_names(type(modules[name])))
     take("names", section.names, lambda text, name: text == name)
     take("name_suffixes", section.name_suffixes, lambda text, name: name.endswith(text))
     if missing:
         raise ConfigError(missing)
-    return tuple(sorted(found))
+    return tuple(sorted(chosen))
 
 
 def _class_names(kind: type) -> tuple[str, str]:
     return kind.__qualname__, f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _reduction(settings: DsConfig, ranks: int) -> dict[str, Any]:
-    """How gradients are reduced."""
-    zero, wire = settings.zero_optimization, settings.communication_data_type
-    return {
-        "reduce_bucket_numel": zero.reduce_bucket_size,
-        "overlap_reduce": zero.overlap_comm,
-        "reduce_scatter": zero.reduce_scatter,
-        "ignore_unused": zero.ignore_unused_parameters,
-        "communication_dtype": DTYPES[wire] if wire is not None else None,
-        "reduce_op": settings.gradient_allreduce_op,
-        # To divide before the sum is to predivide by all ranks.
-        "predivide_factor": float(ranks)
-        if settings.prescale_gradients
-        else settings.gradient_predivide_factor,
-    }
+def loss_scale_of(scaling: LossScaling | None) -> float | ds_zero.DynamicScale | None:
+    """What `ds_zero.LossScaler` is told; None: there is none."""
+    if scaling is None or not scaling.dynamic:
+        return None if scaling is None else scaling.initial
+    return ds_zero.DynamicScale(
+        initial_scale=scaling.initial,
+        window=scaling.window,
+        hysteresis=scaling.hysteresis,
+        consecutive_hysteresis=scaling.consecutive_hysteresis,
+        min_scale=scaling.minimum,
+        raise_at_min=scaling.raise_at_minimum,
+    )
 
 
-def _groups(size: int, ranks: int, world: ds_comm.World | None) -> Any:
-    """Neighbouring ranks in groups of `size` that divide the model; the groups hold the same. None: one group."""
-    if ranks % size:
-        raise ConfigError(
-            [
-                f"zero_optimization.mics_shard_size {size} does not divide {ranks} ranks into groups: set it to a "
-                "divisor, or to -1 for one group"
-            ]
-        )
-    if size == ranks or world is None:
+def guard_of(job: Job, model: nn.Module) -> LossGuard:
+    """What scales the losses of a sharded model and guards its updates."""
+    scale = loss_scale_of(job.precision.loss_scaling)
+    return Unguarded() if scale is None else ds_zero.LossScaler(model, scale)
+
+
+class Unguarded:
+    """A guard that scales nothing and lets every update happen."""
+
+    loss_scale = 1.0
+    step_was_skipped = False
+    culprit: str | None = None
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         return None
-    return ds_comm.data_mesh(world, {"replicate": ranks // size, "shard": size})
+
+
+class ZeroNorms:
+    """`GradientNorms` of a sharded model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def clip(self, max_norm: float) -> None:
+        ds_zero.clip_grad_norm_(self._model, max_norm)
+
+    def last(self) -> ds_zero.GradNorm | None:
+        return ds_zero.grad_norm(self._model)
+
+
+class ZeroState:
+    """`ModelState` of a sharded model."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+        self._away: ds_zero.Away | None = None
+        self.divided = is_divided(model)
+
+    def shares(self) -> ds_zero.Summary:
+        return ds_zero.describe(self._model)
+
+    def held(self) -> ds_zero.MemoryReport:
+        return ds_zero.memory(self._model, self._optimizer)
+
+    def records(self) -> Sequence[ds_zero.ShardRecord]:
+        return ds_zero.records(self._model, self._optimizer)
+
+    def group_names(self) -> list[list[str]]:
+        return ds_zero.group_names(self._model, self._optimizer)
+
+    def load_records(
+        self,
+        source: Any,
+        *,
+        optimizer_states: bool = True,
+        keep: AbstractSet[str] = frozenset(),
+        expect: Callable[[Sequence[tuple[str, str, int, int]]], None] | None = None,
+    ) -> None:
+        ds_zero.load_records(
+            self._model,
+            self._optimizer,
+            source,
+            optimizer_states=optimizer_states,
+            keep=keep,
+            expect=expect,
+        )
+
+    def offload(
+        self, include: Collection[str] | None, device: str, *, pin_memory: bool, non_blocking: bool
+    ) -> None:
+        self.reload(non_blocking=False)
+        self._away = send_away(self._model, include, device, pin_memory=pin_memory, non_blocking=non_blocking)
+
+    def reload(self, *, non_blocking: bool) -> None:
+        if self._away is not None:
+            self._away.back(non_blocking=non_blocking)
+            self._away = None
+
+    def offloaded(self) -> frozenset[str]:
+        return self._away.kinds if self._away is not None else frozenset()
+
+    def destroy(self) -> None:
+        self.reload(non_blocking=False)
+        ds_zero.destroy(self._model)
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether parameters are gathered while the model runs (stage 3)."""
+    states = (ds_zero.presence(p) for p in model.parameters())
+    return any(state is not None and state.divided for state in states)

@@ -1,4 +1,4 @@
-"""The names of ds_checkpoint, and what of an engine goes into a checkpoint (`train_state`)."""
+"""The names of ds_checkpoint; `ds_engine.build.checkpoint` says what of an engine goes into a checkpoint."""
 
 from ds_checkpoint.errors import CheckpointError
 from ds_checkpoint.export import consolidate

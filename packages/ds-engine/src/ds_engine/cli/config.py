@@ -83,12 +83,13 @@ def _load(file: str, ranks: int | None) -> DsConfig:
     """The configuration with its warnings printed; ends the program where there are mistakes."""
     from ds_engine import rules
     from ds_engine.config import ConfigError
+    from ds_engine.job import choices_of
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             # What integrations fill in may still be "auto" in a file.
-            config = rules.load(file, lambda read: rules.Job(config=read), autos_may_stay=True)
+            config = rules.load(file, choices_of, autos_may_stay=True)
             if ranks is not None:
                 config.batch(ranks)
         except (ConfigError, FileNotFoundError) as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ds_engine.build.plan_table import PlanTable
+    from ds_engine.build.memory.plan_table import PlanTable
     from ds_zero import Plan
 
 
@@ -72,9 +72,9 @@ def plan(
             bytes_on_device = None if budget is None else parse_bytes(budget)
             bytes_on_host = None if host_budget is None else parse_bytes(host_budget)
 
-            from ds_engine.build import plan_table
-            from ds_engine.build.model_source import model_factory
-            from ds_engine.build.plan import plan as make
+            from ds_engine.build.memory import plan_table
+            from ds_engine.build.memory.model_source import model_factory
+            from ds_engine.build.memory.plan import plan as make
             from ds_engine.config import load
 
             settings, factory = load(config), model_factory(model, tokens=tokens)

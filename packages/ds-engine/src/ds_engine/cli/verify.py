@@ -92,7 +92,7 @@ def verify(
 
 def _judge(wanted: Mapping[str, Any], bitwise: bool, ranks: int | None) -> dict[str, Any]:
     """What this rank finds, ready to be told."""
-    from ds_engine.build.plan import load_factory
+    from ds_engine.build.memory.plan import load_factory
     from ds_engine.build.verify import verify as judge
     from ds_engine.config import ConfigError, load
 

@@ -12,15 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-import ds_comm
-import ds_zero
-from ds_engine import rules
-from ds_engine.build import zero as zero_section
-from ds_engine.checkpoint import weights
+from ds_engine.build import inference as sharding
+from ds_engine.build import ranks, weights
+from ds_engine.build.zero import is_divided
 from ds_engine.config import ConfigError
-from ds_engine.config import load as load_config
 from ds_engine.config.sections.inference import InferenceConfig, read_inference
 from ds_engine.inference.generation import generate_of
+from ds_engine.interfaces import World
 
 
 def init_inference(
@@ -43,24 +41,24 @@ def init_inference(
         ConfigError: a mistake in the configuration, or a key whose loss would change results.
         CheckpointError, FileNotFoundError: weights that are damaged, do not fit, or are not there.
     """
-    found = config if isinstance(config, InferenceConfig) else read_inference(merged(config, settings))
-    world = ds_comm.start()
-    waiting = any(p.is_meta and ds_zero.presence(p) is not None for p in model.parameters())
+    wanted = config if isinstance(config, InferenceConfig) else read_inference(merged(config, settings))
+    world = ranks.start()
+    waiting = sharding.waits_for_values(model)
     if not waiting and any(p.is_meta for p in model.parameters()):
         raise ValueError(
             "the model has parameters on the meta device that have no values: construct it under "
             "ds_zero.deferred_init(stage=3), or deepspeed.zero.Init() in code for DeepSpeed"
         )
     model.eval().requires_grad_(False)
-    if found.dtype is not None and not waiting:
-        model.to(found.dtype)
-    if world.device.type != "cpu" and not waiting and not found.keep_module_on_host:
+    if wanted.dtype is not None and not waiting:
+        model.to(wanted.dtype)
+    if world.device.type != "cpu" and not waiting and not wanted.keep_module_on_host:
         model.to(world.device)
-    sharded = _divide(model, found, world, waiting)
-    if found.checkpoint is not None:
-        with weights.open_weights(found.checkpoint, found.base_dir) as stored:
+    sharded = _divide(model, wanted, world, waiting)
+    if wanted.checkpoint is not None:
+        with weights.open_weights(wanted.checkpoint, wanted.base_dir) as stored:
             weights.fill(model, stored)
-    return InferenceEngine(model, found, sharded=sharded)
+    return InferenceEngine(model, wanted, sharded=sharded)
 
 
 def merged(
@@ -82,10 +80,10 @@ def merged(
     return given | dict(settings)
 
 
-def _divide(model: nn.Module, found: InferenceConfig, world: ds_comm.World, waiting: bool) -> bool:
+def _divide(model: nn.Module, config: InferenceConfig, world: World, waiting: bool) -> bool:
     """Shard the parameters where that is wanted; whether it was."""
-    section = dict(found.zero)
-    stage, copy = section.get("stage", 0), found.copy_ranks
+    section = dict(config.zero)
+    stage, copy = section.get("stage", 0), config.copy_ranks
     if world.world_size % copy:
         raise ConfigError([f"tensor_parallel.tp_size {copy} does not divide {world.world_size} ranks"])
     if stage in (1, 2):
@@ -97,16 +95,11 @@ def _divide(model: nn.Module, found: InferenceConfig, world: ds_comm.World, wait
     section["stage"] = 3
     if copy > 1:
         section.setdefault("mics_shard_size", copy)
-    settings = load_config({"train_micro_batch_size_per_gpu": 1, "zero_optimization": section})
-    rules.check(rules.Job(config=settings, optimizer="SGD"))
-    dtypes = {"param_dtype": found.dtype}
-    options = zero_section.options(settings, settings.batch(world.world_size), dtypes, model, world)
-    with world.device:
-        ds_zero.shard(model, torch.optim.SGD([{"params": []}], lr=0.0), 3, **options)
-    if found.dtype is not None:
+    sharding.divide(model, config, world, section)
+    if config.dtype is not None:
         for buffer in model.buffers():
             if buffer.is_floating_point():
-                buffer.data = buffer.data.to(found.dtype)
+                buffer.data = buffer.data.to(config.dtype)
     return True
 
 
@@ -131,13 +124,13 @@ class InferenceEngine(nn.Module):
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own `generate`; ranks may finish at different lengths."""
-        return generate_of(self.module)(*args, **kwargs)
+        return generate_of(self.module, divided=is_divided(self.module))(*args, **kwargs)
 
     def destroy(self) -> None:
         """Undo the sharding: the module is an ordinary one again, whole on every rank. Safe to call twice."""
         if self.sharded:
             self.sharded = False
-            ds_zero.destroy(self.module)
+            sharding.undivide(self.module)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -10,19 +10,19 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-import ds_zero
 
+def generate_of(module: nn.Module, *, divided: bool) -> Callable[..., Any]:
+    """The module's own `generate`.
 
-def generate_of(module: nn.Module) -> Callable[..., Any]:
-    """The module's own `generate`. Where its parameters are divided, every token is a gather in which all ranks take
-    part: so a model of transformers gets `synced_gpus=True`, with which a rank that has finished goes on computing, and
-    throws it away, until the last one has.
+    Where its parameters are `divided` among ranks, every token takes gathers, in which all ranks have to take part. A
+    model of transformers then gets `synced_gpus=True`: a rank that has finished goes on computing, and drops the
+    result, until the last rank has finished.
 
     Raises:
         AttributeError: the module has no `generate`.
     """
     own: Callable[..., Any] = module.generate  # type: ignore[assignment]
-    if not is_divided(module):
+    if not divided:
         return own
     synced = dist.is_initialized() and dist.get_world_size() > 1
     synced = synced and "synced_gpus" in inspect.signature(own).parameters
@@ -36,9 +36,3 @@ def generate_of(module: nn.Module) -> Callable[..., Any]:
             return own(*args, **kwargs)
 
     return generate
-
-
-def is_divided(module: nn.Module) -> bool:
-    """Whether its parameters are gathered while it runs (stage 3)."""
-    found = (ds_zero.presence(p) for p in module.parameters())
-    return any(p is not None and p.divided for p in found)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ds_engine.config.support.errors import ConfigError
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
         LegacyCurriculumConfig,
     )
     from ds_engine.config.sections.model import DsConfig
-    from ds_layers import TokenDropping
+    from ds_engine.interfaces import TokenDropper
 
 Difficulty = Callable[[int], float]
 """Step, counted from 1 -> difficulty."""
@@ -127,7 +126,7 @@ class Pacing:
         routing = config.data_efficiency.data_routing
         on = config.data_efficiency.enabled and routing.enabled and routing.random_ltd.enabled
         self._ltd = routing.random_ltd if on else None
-        self.dropping: TokenDropping | None = None
+        self.dropping: TokenDropper | None = None
         """What drops tokens, once `drop_tokens` has said around which layers."""
 
     def set_difficulty(self, difficulty: Difficulty) -> None:
@@ -144,7 +143,7 @@ class Pacing:
 
     def drop_tokens(
         self, model: nn.Module, kind: type[nn.Module], along: Sequence[str] | None = None
-    ) -> TokenDropping:
+    ) -> TokenDropper:
         """Say which layers `data_efficiency.data_routing.random_ltd` is about: those of class `kind` in `model`, of
         which `random_ltd_layer_id` counts, from 0, the ones that drop tokens.
 
@@ -155,7 +154,7 @@ class Pacing:
         Raises:
             ValueError: random_ltd is not switched on, or the layers are not those of the configuration.
         """
-        from ds_layers import DroppingConfig, TokenDropping
+        from ds_engine.build.layers import token_dropper
 
         section = self._ltd
         if section is None:
@@ -167,13 +166,8 @@ class Pacing:
                 f"the model has {len(layers)} layers {kind.__name__}; random_ltd has total_layer_num {total} and "
                 f"random_ltd_layer_id {chosen}, which counts from 0"
             )
-        config = DroppingConfig(
-            batch_first=section.hidden_state_order != "seq_batch_dim", mask=section.model_mask_name
-        )
-        if along is not None:
-            config = replace(config, along=tuple(along))
         self.close()
-        self.dropping = TokenDropping([layers[i] for i in chosen], config)
+        self.dropping = token_dropper([layers[i] for i in chosen], section, along)
         return self.dropping
 
     def close(self) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import io
+import math
 import shutil
 from typing import TYPE_CHECKING
 
 import torch
 
-import ds_zero
-from ds_engine.build.precision import name_of
 from ds_engine.config.built import effectless
+from ds_engine.config.built.zero import STAGES
 from ds_engine.config.load import auto
 from ds_engine.config.sections.model import DsConfig
-from ds_engine.config.sections.zero.optimization import STAGES
+from ds_engine.interfaces import HeldBytes, Shares
+from ds_engine.job.precision import name_of
 
 if TYPE_CHECKING:
     from ds_engine.engine import Engine
@@ -33,56 +34,62 @@ def human(num_bytes: float) -> str:
 
 def rows(engine: Engine) -> list[Row]:
     """What was chosen and why; pure, for tests and for other front ends."""
-    config, batch, world = engine.config, engine.batch, engine.world
-    made = ds_zero.describe(engine.module)
-    held = ds_zero.memory(engine.module, engine.optimizer)
+    job, config, batch, world = engine.job, engine.config, engine.batch, engine.world
+    shares, held = engine.model_state.shares(), engine.model_state.held()
     set_keys = config.model_fields_set
-    zero = config.zero_optimization
     schedule = engine.lr_scheduler
     table = [
         ("ranks", f"{world.world_size} ({world.backend}, {world.device.type})", f"started by {world.source}"),
         (
             "model",
-            f"{made.params_numel:,} parameters, {made.trainable_numel:,} trained",
-            "computed in " + ", ".join(dtype.removeprefix("torch.") for dtype in made.compute_dtypes),
+            f"{shares.params_numel:,} parameters, {shares.trainable_numel:,} trained",
+            "computed in " + ", ".join(dtype.removeprefix("torch.") for dtype in shares.compute_dtypes),
         ),
         ("precision", str(engine.precision), _precision_origin(config)),
-        ("ZeRO stage", f"{zero.stage}: {STAGES[zero.stage]}", _origin(config, "zero_optimization")),
+        ("ZeRO stage", f"{job.stage}: {STAGES[job.stage]}", _origin(config, "zero_optimization")),
         (
             "accumulation",
-            f"{batch.steps} micro-batches, {made.accumulation} plan",
-            "as set" if zero.accumulation_plan else f"default of stage {zero.stage}",
+            f"{batch.steps} micro-batch{'es' * (batch.steps != 1)}, {job.accumulating.plan} plan",
+            f"default of stage {job.stage}" if job.accumulating.plan_is_default else "as set",
         ),
         (
             "batch",
             f"{batch.train} = {batch.micro} a rank x {batch.steps} x {batch.ranks} ranks",
             _batch_origin(config),
         ),
-        ("optimizer", _optimizer(engine), "as set" if config.optimizer else "passed to initialize()"),
+        (
+            "optimizer",
+            _optimizer(engine),
+            "passed to initialize()" if job.optimizer is None or job.optimizer.passed else "as set",
+        ),
         (
             "schedule",
             type(schedule).__name__ if schedule is not None else "constant rate",
-            "as set" if config.scheduler else "default" if schedule is None else "passed to initialize()",
+            "default"
+            if job.schedule is None
+            else "passed to initialize()"
+            if job.schedule.passed
+            else "as set",
         ),
         (
             "clipping",
-            f"norm {config.gradient_clipping:g}" if config.gradient_clipping else "off",
+            f"norm {job.clipping:g}" if math.isfinite(job.clipping) else "off",
             "as set" if "gradient_clipping" in set_keys else "default; 0 turns it off",
         ),
     ]
-    return table + _remarks(config) + _memory_rows(engine, made, held)
+    return table + _remarks(config) + _memory_rows(engine, shares, held)
 
 
 def _remarks(config: DsConfig) -> list[Row]:
     """One row for all keys that were set and change nothing, and one for what was left to defaults."""
     idle, autos = effectless(config), auto.defaults(config)
-    found = []
+    remarks = []
     if idle:
         names = ", ".join(path.rpartition(".")[2] for path in idle)
-        found.append(("without effect", names, "done anyway, or not needed: ds config explain says why"))
+        remarks.append(("without effect", names, "done anyway, or not needed: ds config explain says why"))
     if autos:
-        found.append(('"auto"', ", ".join(autos), "nothing has filled it in: the default"))
-    return found
+        remarks.append(('"auto"', ", ".join(autos), "nothing has filled it in: the default"))
+    return remarks
 
 
 def _origin(config: DsConfig, key: str) -> str:
@@ -90,7 +97,12 @@ def _origin(config: DsConfig, key: str) -> str:
 
 
 def _precision_origin(config: DsConfig) -> str:
-    keys = [k for k in ("fp16", "bf16", "torch_autocast", "data_types") if k in config.model_fields_set]
+    """Names the sections that decide: those that are switched on, and `data_types`; a section that is switched off
+    changes nothing.
+    """
+    sections = {"fp16": config.fp16.enabled, "bf16": config.bf16.enabled}
+    sections |= {"torch_autocast": config.torch_autocast.enabled, "data_types": True}
+    keys = [key for key, on in sections.items() if on and key in config.model_fields_set]
     return "as set by " + ", ".join(keys) if keys else "default"
 
 
@@ -101,7 +113,7 @@ def _batch_origin(config: DsConfig) -> str:
 
 def _optimizer(engine: Engine) -> str:
     optimizer = engine.optimizer
-    place = " in host memory" if engine.config.zero_optimization.offload_optimizer.device == "cpu" else ""
+    place = " in host memory" if engine.job.placement.optimizer_on_host else ""
     rates = ", ".join(f"{lr:g}" for lr in dict.fromkeys(_full_rates(engine)))
     return f"{type(optimizer).__name__} ({type(optimizer).__module__.split('.')[0]}){place}, lr {rates}"
 
@@ -114,7 +126,7 @@ def _full_rates(engine: Engine) -> list[float]:
     ]
 
 
-def _memory_rows(engine: Engine, made: ds_zero.Summary, held: ds_zero.MemoryReport) -> list[Row]:
+def _memory_rows(engine: Engine, shares: Shares, held: HeldBytes) -> list[Row]:
     """Counted where memory is there already, by formula where it comes with the first step."""
     sums = engine.precision.grad_dtype
     state_dtype = getattr(engine.optimizer, "state_dtype", torch.float32)
@@ -125,11 +137,11 @@ def _memory_rows(engine: Engine, made: ds_zero.Summary, held: ds_zero.MemoryRepo
         ("", human(held.masters_bytes), masters),
         ("", human(held.grads_bytes), f"reduced gradients, {name_of(sums)}"),
     ]
-    if made.accumulation == "local":
+    if shares.accumulation == "local":
         table.append(
             (
                 "",
-                human(sums.itemsize * made.trainable_numel),
+                human(sums.itemsize * shares.trainable_numel),
                 f"whole gradients while micro-batches are summed, {name_of(sums)}",
             )
         )
@@ -138,8 +150,13 @@ def _memory_rows(engine: Engine, made: ds_zero.Summary, held: ds_zero.MemoryRepo
             ("", human(held.optimizer_bytes), "optimizer states so far; more may come with the first step")
         )
     else:
-        owned = f"for {made.owned_numel:,} of {made.trainable_numel:,} elements"
-        size = human(state_dtype.itemsize * len(states) * made.owned_numel)
+        # Shards are padded to whole cache lines: a small model's padding is more than its elements.
+        owned = (
+            f"for {min(shares.owned_numel, shares.trainable_numel):,} of {shares.trainable_numel:,} elements"
+        )
+        if shares.owned_numel > shares.trainable_numel:
+            owned += f" and {shares.owned_numel - shares.trainable_numel:,} of padding"
+        size = human(state_dtype.itemsize * len(states) * shares.owned_numel)
         table.append(("", size, f"optimizer states {owned}, {name_of(state_dtype)}"))
     return table
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_engine.build.plan import load_factory
+from ds_engine.build.memory.plan import load_factory
 
 DEFAULT_TOKENS = 2048
 """Tokens of a sample where neither the user nor the model says less."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ds_engine.build.plan import plan
+from ds_engine.build.memory.plan import plan
 from ds_engine.config import DsConfig
 from ds_zero.tensors.sizes import human_bytes
 
@@ -16,7 +16,7 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What all plans of a table have in common; see `ds_engine.build.plan.plan`."""
+    """What all plans of a table have in common; see `ds_engine.build.memory.plan.plan`."""
 
     micro_batch: int | None = None
     checkpointing: bool = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,10 @@ import torch
 from torch import nn
 
 import ds_zero
-from ds_engine.build import optimizer as optimizer_section
-from ds_engine.build import zero as zero_section
-from ds_engine.build.precision import Precision
+from ds_engine.build.memory.predict import Budgets, predicted
+from ds_engine.build.topology import arranged
 from ds_engine.config import DsConfig
+from ds_engine.job import choices_of, describe
 from ds_zero.predict.remedies import with_batch_size
 
 
@@ -27,11 +26,11 @@ def load_factory(where: str) -> Callable[[], Any]:
     Raises:
         ValueError: there is none.
     """
-    place, colon, name = where.rpartition(":")
-    if not colon or not place or not name:
+    home, colon, name = where.rpartition(":")
+    if not colon or not home or not name:
         raise ValueError(f"{where!r}: write package.module:function or file.py:function")
-    if place.endswith(".py"):
-        file = Path(place).resolve()
+    if home.endswith(".py"):
+        file = Path(home).resolve()
         if not file.is_file():
             raise ValueError(f"{where!r}: there is no file {file}")
         spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -43,14 +42,13 @@ def load_factory(where: str) -> Callable[[], Any]:
     else:
         sys.path.insert(0, str(Path.cwd()))
         try:
-            module = importlib.import_module(place)
+            module = importlib.import_module(home)
         except ModuleNotFoundError as error:
             raise ValueError(f"{where!r}: there is no module {error.name}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise ValueError(f"{where!r}: {place} has no function {name}")
-    made: Callable[[], Any] = found
-    return made
+    factory: Callable[[], Any] | None = getattr(module, name, None)
+    if not callable(factory):
+        raise ValueError(f"{where!r}: {home} has no function {name}")
+    return factory
 
 
 def plan(
@@ -76,7 +74,8 @@ def plan(
         ConfigError: batch sizes that contradict each other on so many ranks.
         ValueError: a model that cannot be planned.
     """
-    batch = settings.batch(ranks)
+    choices = choices_of(settings)
+    job = describe(choices, arranged(settings, 0, ranks), device or _default_device())
     with torch.device("meta"):
         made = factory()
     model, inputs = made if isinstance(made, tuple) else (made, None)
@@ -85,39 +84,16 @@ def plan(
             f"the factory returned a {type(model).__name__}: it has to return a model, or (model, inputs)"
         )
     if inputs is not None:
-        inputs = with_batch_size(inputs, micro_batch or batch.micro)
-    kind = device or _default_device()
-    precision = Precision.of(settings, kind)
-    on_host = settings.zero_optimization.offload_optimizer.device == "cpu"
-    group = settings.zero_optimization.mics_shard_size
-    return ds_zero.plan(
+        inputs = with_batch_size(inputs, micro_batch or job.batch.micro)
+    return predicted(
+        job,
         model,
-        inputs,
-        stage=settings.zero_optimization.stage,
-        ranks=ranks,
-        optimizer=_optimizer(settings, on_host),
-        accumulation_steps=batch.steps,
-        config=zero_section.zero_config(settings, batch, precision.zero_options(model), model),
-        shard_ranks=group if group > 0 else None,
-        loss_scale=precision.loss_scale is not None,
-        offload=on_host,
+        micro_batch=inputs,
         checkpointing=checkpointing,
-        clip=math.isfinite(settings.gradient_clipping) and settings.gradient_clipping > 0,
-        device=kind,
-        budget_bytes=budget_bytes,
-        host_budget_bytes=host_budget_bytes,
-    )
-
-
-def _optimizer(settings: DsConfig, on_host: bool) -> Callable[[Any], torch.optim.Optimizer] | None:
-    section = settings.optimizer
-    if section is None:
-        return None
-    return lambda parameters: optimizer_section.build(
-        section.type, section.params, list(parameters), on_host=on_host
+        budgets=Budgets(device_bytes=budget_bytes, host_bytes=host_budget_bytes),
     )
 
 
 def _default_device() -> str:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found.type if found is not None else "cpu"
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device.type if device is not None else "cpu"

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ds_zero
 from ds_engine.config.sections.model import DsConfig
 from ds_engine.config.support.errors import ConfigError
 from ds_engine.config.support.suggest import did_you_mean
@@ -24,21 +23,24 @@ SAFE_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DtypeFor = Callable[[str, nn.Parameter], torch.dtype | None]
 
 
-class Unguarded:
-    """Stands for a loss scaler where there is none: nothing is scaled, every step is taken."""
+@dataclass(frozen=True, kw_only=True)
+class LossScaling:
+    """How losses are scaled before backward. With the constant 1 they are not, and a step is left out all the same
+    whose gradient is not finite.
+    """
 
-    loss_scale = 1.0
-    step_was_skipped = False
-    culprit: str | None = None
-
-    def scale(self, loss: Tensor) -> Tensor:
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        return None
+    initial: float = 1.0
+    dynamic: bool = False
+    """The scale follows overflows; otherwise it stays as it is, and the fields below mean nothing."""
+    window: int = 1000
+    """Steps without overflow after which the scale doubles."""
+    hysteresis: int = 2
+    """Overflows before the scale is halved."""
+    consecutive_hysteresis: bool = False
+    """A step without overflow restores the hysteresis."""
+    minimum: float = 1.0
+    raise_at_minimum: bool = True
+    """An overflow at the smallest scale is an error; False: the step is left out, and training goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,8 @@ class Precision:
     """Of the module's buffers; None: they stay as they are."""
     keep_fp32: tuple[str, ...] | None = None
     """Patterns of names of buffers that are fp32 in any case; None: the model's own, if it has some."""
-    loss_scale: float | ds_zero.DynamicScale | None = 1.0
-    """1.0: losses are not scaled, and a step is left out whose gradient is not finite; None: no step is."""
+    loss_scaling: LossScaling | None = LossScaling()
+    """None: losses are not scaled, and every step is taken."""
 
     @classmethod
     def of(cls, config: DsConfig, device_type: str = "cpu") -> Precision:
@@ -76,11 +78,11 @@ class Precision:
         param = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
         auto = DTYPES[cast.dtype] if cast.dtype is not None else torch.get_autocast_dtype(device_type)
         autocast = auto if cast.enabled else None
-        scale: float | ds_zero.DynamicScale | None = 1.0
+        scaling: LossScaling | None = LossScaling()
         if torch.float16 in (param, autocast):
-            scale = _loss_scale(config)
+            scaling = _loss_scaling(config)
         elif config.bf16.enabled and not config.bf16.check_grad_overflow:
-            scale = None
+            scaling = None
         return cls(
             param_dtype=param,
             autocast_dtype=autocast,
@@ -89,21 +91,16 @@ class Precision:
             grad_dtype=DTYPES[types.grad_accum_dtype or "fp32"],
             buffer_dtype=DTYPES[types.buffer_dtype] if types.buffer_dtype is not None else None,
             keep_fp32=None if types.keep_in_fp32_modules == "auto" else tuple(types.keep_in_fp32_modules),
-            loss_scale=scale,
+            loss_scaling=scaling,
         )
 
-    # --- what the parts are told
-
-    def zero_options(self, module: nn.Module) -> dict[str, Any]:
-        """Fields of `ds_zero.ZeroConfig`."""
-        dtypes: dict[str, Any] = {"param_dtype": self.param_dtype}
-        if self.autocast_dtype is not None and self.param_dtype is None:
-            dtypes = {"dtype_for": lowered(module, self.safe_modules, self.autocast_dtype)}
-        return {**dtypes, "grad_dtype": self.grad_dtype}
-
-    def scaler(self, module: nn.Module) -> ds_zero.LossScaler | Unguarded:
-        """What scales the losses of a sharded module and guards its steps."""
-        return Unguarded() if self.loss_scale is None else ds_zero.LossScaler(module, self.loss_scale)
+    def dtype_for(self, module: nn.Module) -> DtypeFor | None:
+        """From a parameter's name and the parameter to the dtype in which it rests and travels; None: every
+        parameter has `param_dtype`.
+        """
+        if self.autocast_dtype is None or self.param_dtype is not None:
+            return None
+        return lowered(module, self.safe_modules, self.autocast_dtype)
 
     def cast_buffers(self, module: nn.Module) -> None:
         """Bring the buffers into their dtypes, each in place of what was there."""
@@ -148,10 +145,11 @@ class Precision:
         else:
             told = "as the model is, usually fp32"
         told += f"; gradients summed in {name_of(self.grad_dtype)}"
-        if isinstance(self.loss_scale, ds_zero.DynamicScale):
-            told += f"; loss scale from {self.loss_scale.initial_scale:g}, dynamic"
-        elif self.loss_scale is not None and self.loss_scale != 1.0:
-            told += f"; loss scale {self.loss_scale:g}"
+        scaling = self.loss_scaling
+        if scaling is not None and scaling.dynamic:
+            told += f"; loss scale from {scaling.initial:g}, dynamic"
+        elif scaling is not None and scaling.initial != 1.0:
+            told += f"; loss scale {scaling.initial:g}"
         return told
 
 
@@ -160,24 +158,25 @@ def name_of(dtype: torch.dtype) -> str:
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
 
 
-def _loss_scale(config: DsConfig) -> float | ds_zero.DynamicScale:
+def _loss_scaling(config: DsConfig) -> LossScaling:
     section = config.fp16
     if section.loss_scale > 0:
-        return section.loss_scale
-    return ds_zero.DynamicScale(
-        initial_scale=2.0**section.initial_scale_power,
+        return LossScaling(initial=section.loss_scale)
+    return LossScaling(
+        dynamic=True,
+        initial=2.0**section.initial_scale_power,
         window=section.loss_scale_window,
         hysteresis=section.hysteresis,
         consecutive_hysteresis=section.consecutive_hysteresis,
-        min_scale=float(section.min_loss_scale),
-        raise_at_min=config.zero_optimization.stage > 0,  # as DeepSpeed: its fp16 without ZeRO goes on
+        minimum=float(section.min_loss_scale),
+        raise_at_minimum=config.zero_optimization.stage > 0,  # as DeepSpeed: its fp16 without ZeRO goes on
     )
 
 
 def _classes(names: Iterable[str] | None) -> tuple[type[nn.Module], ...]:
     if names is None:
         return SAFE_MODULES
-    found, wrong = [], []
+    classes, wrong = [], []
     for name in names:
         home, _, last = name.rpartition(".")
         try:
@@ -186,7 +185,7 @@ def _classes(names: Iterable[str] | None) -> tuple[type[nn.Module], ...]:
             module = None
         cls = getattr(module, last, None)
         if isinstance(cls, type) and issubclass(cls, nn.Module):
-            found.append(cls)
+            classes.append(cls)
         else:
             near = did_you_mean(last, dir(module)) if module is not None else ""
             wrong.append(
@@ -195,7 +194,7 @@ def _classes(names: Iterable[str] | None) -> tuple[type[nn.Module], ...]:
             )
     if wrong:
         raise ConfigError(wrong)
-    return tuple(found)
+    return tuple(classes)
 
 
 def lowered(module: nn.Module, safe: tuple[type[nn.Module], ...], dtype: torch.dtype) -> DtypeFor:

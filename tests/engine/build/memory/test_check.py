@@ -12,7 +12,7 @@ from torch import nn
 
 import ds_engine
 import ds_zero
-from ds_engine.build.memory_check import Room
+from ds_engine.build.memory.check import Room
 from ds_engine.launch import machine
 from harness import ranks
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 import ds_zero
-from ds_comm import World
-from ds_engine.config import DsConfig
+from ds_engine.build.memory.predict import predicted
+from ds_engine.interfaces import World
+from ds_engine.job import Job
 from ds_engine.launch.machine import available_bytes, format_bytes
 
 _MOST_PER_ELEMENT = 24
@@ -41,18 +41,11 @@ class Room:
         return cls(device_bytes=int(free), host_bytes=host)
 
 
-def warn_if_too_large(
-    model: nn.Module,
-    optimizer: Optimizer,
-    settings: DsConfig,
-    config: ds_zero.ZeroConfig,
-    world: World,
-    ranks: int,
-) -> None:
+def warn_if_too_large(job: Job, model: nn.Module, optimizer: Optimizer, world: World) -> None:
     """Rank 0 warns where parameters, gradients, masters and optimizer states alone do not fit beside each other.
 
     Costs nothing worth counting where they obviously do, else the time of a plan without activations, at most about a
-    second. A model that cannot be planned is let pass. `ranks`: those of the data axis.
+    second. A model that cannot be planned is let pass.
     """
     if world.rank != 0:
         return
@@ -64,23 +57,20 @@ def warn_if_too_large(
     # What the process holds already is part of the plan.
     held = sum(t.nbytes for t in [*params, *buffers] if t.device.type == world.device.type)
     room = replace(room, device_bytes=room.device_bytes + held)
-    on_host = settings.zero_optimization.offload_optimizer.device == "cpu"
-    group = settings.zero_optimization.mics_shard_size
-    ranks = group if group > 0 else ranks
-    plan = partial(
-        ds_zero.plan, model, ranks=ranks, optimizer=optimizer, config=config, device=world.device.type
-    )
-    wanted = _Choice(stage=settings.zero_optimization.stage, offload=on_host)
+    wanted = _Choice(stage=job.stage, offload=job.placement.optimizer_on_host)
     try:
-        found = plan(**asdict(wanted))
-        if _fits(found, room, world):
+        plan = predicted(job, model, optimizer)
+        if _fits(plan, room, world):
             return
-        others = [(other, plan(**asdict(other))) for other in wanted.further(world.device.type != "cpu")]
+        others = [
+            (other, predicted(job, model, optimizer, stage=other.stage, offload=other.offload))
+            for other in wanted.further(world.device.type != "cpu")
+        ]
     except ValueError as error:
         _log.debug("no plan of the memory: %s", error)
         return
-    good = [(other, found) for other, found in others if _fits(found, room, world)]
-    warnings.warn(_sentence(found, good, room, world), stacklevel=3)
+    good = [(other, fitting) for other, fitting in others if _fits(fitting, room, world)]
+    warnings.warn(_sentence(plan, good, room, world), stacklevel=3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,5 +113,5 @@ def _sentence(plan: ds_zero.Plan, good: list[tuple[_Choice, ds_zero.Plan]], room
         )
     if not good:
         return f"{text}. No stage fits: more machines are needed; `ds plan` shows what takes how much"
-    told = "; ".join(f"{choice}: {format_bytes(found.device_bytes)}" for choice, found in good[:3])
+    told = "; ".join(f"{choice}: {format_bytes(fitting.device_bytes)}" for choice, fitting in good[:3])
     return f"{text}. Nearest settings that fit: {told}. `ds plan` counts activations, too"

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import ds_zero
 from ds_checkpoint import rng
 from ds_checkpoint.errors import CheckpointError
 from ds_checkpoint.format import codec, folder
@@ -58,7 +57,7 @@ class Saving:
 
 
 def _part(engine: Engine) -> ModelPart:
-    return ModelPart(index=engine.axis.model_parallel_rank, count=engine.axis.model_parallel_size)
+    return ModelPart(index=engine.topology.model.index, count=engine.topology.model.size)
 
 
 def save(
@@ -103,10 +102,10 @@ def _content(engine: Engine, client_state: Mapping[str, Any], saving: Saving) ->
     if rank == 0:
         values |= _shared_values(engine, client_state, blobs)
         values[PARTS] = part.count
-    if engine.axis.rank == 0:  # one rank of each part
+    if engine.topology.samples.index == 0:  # one rank of each part
         own = _values_of_names(engine, left_out, blobs, f"part{part.index}")
         values |= {part.key: own} if part.count > 1 else own
-    records = [r for r in ds_zero.records(engine.module, engine.optimizer) if r.fqn not in left_out]
+    records = [r for r in engine.model_state.records() if r.fqn not in left_out]
     return Content(
         records=part.named(records), blobs=blobs, values=values, only_stepped=_only_stepped(engine.module)
     )
@@ -199,7 +198,7 @@ def load(
     team = Team()
     path = _locate(team, Path(load_dir), tag)
     doing = f"loading {path}"
-    order = ds_zero.group_names(engine.module, engine.optimizer)
+    order = engine.model_state.group_names()
     checkpoint = _together(team, doing, lambda: opening.open_at(path, order))
     with checkpoint:
         # Each rank looks at some of the files, so that none is opened by all; damage inside shows when it is
@@ -212,9 +211,7 @@ def load(
         _together(
             team,
             doing,
-            lambda: ds_zero.load_records(
-                engine.module,
-                engine.optimizer,
+            lambda: engine.model_state.load_records(
                 checkpoint,
                 optimizer_states=wanted.optimizer,
                 keep=_names(engine) - set(checkpoint.manifest.tensors),
@@ -313,7 +310,7 @@ def _check_read(engine: Engine, checkpoint: Checkpoint, wanted: Wanted, team: Te
             f"{'; '.join(checkpoint.problems)}. The model is partly loaded now: load another checkpoint with "
             f"tag=...{there}"
         )
-    for record in ds_zero.records(engine.module, engine.optimizer):
+    for record in engine.model_state.records():
         if record.fqn not in checkpoint.manifest.tensors:
             continue  # left out when it was saved, or missing from a load that is not strict
         if record.state not in _MODEL_STATES and not (

@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 import ds_zero
-from ds_engine.build.precision import Precision, Unguarded, lowered
+from ds_engine.build.topology import arranged
+from ds_engine.build.zero import Unguarded, guard_of, loss_scale_of
 from ds_engine.config import ConfigError, load
+from ds_engine.job import choices_of, describe
+from ds_engine.job.precision import Precision, lowered
 
 
 def of(**sections: Any) -> Precision:
@@ -81,11 +84,12 @@ def test_fp16_casts_inputs_only_where_it_is_asked_to() -> None:
     ],
 )
 def test_what_guards_a_step(sections: dict[str, Any], scale: object) -> None:
-    assert of(**sections).loss_scale == scale
+    assert loss_scale_of(of(**sections).loss_scaling) == scale
 
 
 def test_without_a_guard_nothing_is_scaled() -> None:
-    scaler = of(bf16={"enabled": True, "check_grad_overflow": False}).scaler(nn.Linear(1, 1))
+    settings = load({"train_batch_size": 1, "bf16": {"enabled": True, "check_grad_overflow": False}})
+    scaler = guard_of(describe(choices_of(settings), arranged(settings, 0, 1), "cpu"), nn.Linear(1, 1))
     loss = torch.ones(())
     assert isinstance(scaler, Unguarded) and scaler.scale(loss) is loss and scaler.loss_scale == 1.0
 

@@ -1,0 +1,44 @@
+"""ds_zero for a model that only answers: divided among ranks, without an optimizer worth the name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+import ds_zero
+from ds_engine import rules
+from ds_engine.build import zero
+from ds_engine.build.topology import topology_of
+from ds_engine.config import load as load_config
+from ds_engine.config.sections.inference import InferenceConfig
+from ds_engine.interfaces import World
+from ds_engine.job import choices_of, describe
+
+
+def waits_for_values(model: nn.Module) -> bool:
+    """Whether the model was constructed under `ds_zero.deferred_init`, and its values come when it is divided."""
+    return any(p.is_meta and ds_zero.presence(p) is not None for p in model.parameters())
+
+
+def divide(model: nn.Module, config: InferenceConfig, world: World, stage_3: dict[str, object]) -> None:
+    """Shard the parameters. Collective.
+
+    Args:
+        stage_3: the section `zero_optimization`.
+    """
+    settings = load_config({"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage_3})
+    choices = choices_of(settings, torch.optim.SGD)
+    rules.check(choices)
+    topology, meshes = topology_of(settings, world)
+    job = describe(choices, topology, world.device.type)
+    # A model that answers computes in one dtype, which no training section says.
+    job = replace(job, precision=replace(job.precision, param_dtype=config.dtype))
+    nothing = torch.optim.SGD([{"params": []}], lr=0.0)
+    zero.shard(job, model, nothing, meshes, world.device)
+
+
+def undivide(model: nn.Module) -> None:
+    """The model is an ordinary one again, whole on every rank. Collective."""
+    ds_zero.destroy(model)

@@ -1,0 +1,65 @@
+"""A job in the words of `ds_zero.plan`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+import ds_zero
+from ds_engine.build.optimizer import maker_of
+from ds_engine.build.zero import zero_config
+from ds_engine.job import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgets:
+    """Bytes that one rank may take; None: as many as it likes."""
+
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+
+
+def predicted(
+    job: Job,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    *,
+    micro_batch: Any = None,
+    checkpointing: bool = False,
+    budgets: Budgets = Budgets(),
+    stage: int | None = None,
+    offload: bool | None = None,
+) -> ds_zero.Plan:
+    """What one rank of a job will hold and send.
+
+    Args:
+        optimizer: over the model's parameters; None: the one that the job names.
+        micro_batch: arguments of one forward; None: the states between steps alone.
+        checkpointing: recompute the activations of every block.
+        stage, offload: in place of the job's own.
+
+    Raises:
+        ValueError: a model that cannot be planned.
+    """
+    topology = job.topology
+    return ds_zero.plan(
+        model,
+        micro_batch,
+        stage=job.stage if stage is None else stage,
+        ranks=topology.samples.size,
+        optimizer=optimizer or maker_of(job, model),
+        accumulation_steps=job.batch.steps,
+        config=zero_config(job, model),
+        shard_ranks=topology.data.size if topology.replicate.size > 1 else None,
+        loss_scale=job.precision.loss_scaling is not None,
+        offload=job.placement.optimizer_on_host if offload is None else offload,
+        checkpointing=checkpointing,
+        clip=math.isfinite(job.clipping),
+        device=job.device_type,
+        budget_bytes=budgets.device_bytes,
+        host_budget_bytes=budgets.host_bytes,
+    )

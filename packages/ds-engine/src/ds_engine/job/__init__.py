@@ -1,0 +1,23 @@
+"""What a job is: one frozen value, resolved once, that everything else reads."""
+
+from ds_engine.job.choices import Choices, OptimizerChoice, Placement, ScheduleChoice, choices_of
+from ds_engine.job.description import Accumulating, Job, describe
+from ds_engine.job.precision import LossScaling, Precision
+from ds_engine.job.topology import ALONE, AXES, Axis, Topology
+
+__all__ = [
+    "ALONE",
+    "AXES",
+    "Accumulating",
+    "Axis",
+    "Choices",
+    "Job",
+    "LossScaling",
+    "OptimizerChoice",
+    "Placement",
+    "Precision",
+    "ScheduleChoice",
+    "Topology",
+    "choices_of",
+    "describe",
+]

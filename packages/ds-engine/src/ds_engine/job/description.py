@@ -1,0 +1,70 @@
+"""A job: its choices, resolved for the ranks and the device on which it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ds_engine.config.support.batch import Batch
+from ds_engine.job.choices import Choices
+from ds_engine.job.precision import Precision
+from ds_engine.job.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accumulating:
+    """How the micro-batches of an optimizer step become one gradient."""
+
+    plan: Literal["local", "sharded"]
+    """"local": summed on each rank and reduced once; "sharded": each is reduced, and the shards are summed."""
+    plan_is_default: bool
+    managed: bool
+    """The engine counts micro-batches; False: every `step()` updates."""
+    rank_invariant: bool
+    """Sums have an order that does not depend on the number of ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Choices):
+    """One training job. `initialize`, `plan`, `verify` and the start-up summary all read this value."""
+
+    topology: Topology
+    batch: Batch
+    accumulating: Accumulating
+    precision: Precision
+
+
+def describe(choices: Choices, topology: Topology, device_type: str) -> Job:
+    """Resolve choices for some ranks and a device.
+
+    Raises:
+        ConfigError: batch sizes that contradict each other on so many ranks, or a class of modules that does not
+            exist.
+    """
+    settings = choices.settings
+    return Job(
+        settings=settings,
+        stage=choices.stage,
+        placement=choices.placement,
+        optimizer=choices.optimizer,
+        schedule=choices.schedule,
+        clipping=choices.clipping,
+        topology=topology,
+        batch=settings.batch(topology.samples.size),
+        accumulating=_accumulating(choices),
+        precision=Precision.of(settings, device_type),
+        device_type=device_type,
+    )
+
+
+def _accumulating(choices: Choices) -> Accumulating:
+    zero = choices.settings.zero_optimization
+    default: Literal["local", "sharded"] = (
+        "local" if choices.stage < 2 and not zero.rank_invariant else "sharded"
+    )
+    return Accumulating(
+        plan=zero.accumulation_plan or default,
+        plan_is_default=zero.accumulation_plan is None,
+        managed=choices.settings.managed_gradient_accumulation,
+        rank_invariant=zero.rank_invariant,
+    )
