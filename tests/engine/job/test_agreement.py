@@ -63,7 +63,7 @@ def test_what_is_passed_is_compared_too() -> None:
     rank = dist.get_rank()
     model = jobs.net()
     with pytest.raises(
-        ds_engine.ConfigError, match=r"param_groups\[0\]\.momentum is 0 on rank 0, 0\.5 on rank 1"
+        ds_engine.ConfigError, match=r"param_groups\[0\]\.momentum is 0\.0 on rank 0, 0\.5 on rank 1"
     ):
         start(model, sgd(model, momentum=0.5 * rank))
     with pytest.raises(ds_engine.ConfigError, match=r"optimizer is torch.optim.sgd.SGD on rank 0, .*Adam"):

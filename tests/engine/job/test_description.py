@@ -34,7 +34,6 @@ SECTIONS: list[dict[str, Any]] = [
 MORE: list[dict[str, Any]] = [
     {"bf16": {"enabled": True, "bf16_optimizer_states": True}},
     {"bf16": {"enabled": True, "bf16_optimizer_states": True}, "optimizer": SECTIONS[4]},
-    {"bf16": {"enabled": True, "bf16_optimizer_states": True}, "optimizer": SECTIONS[9]},
     {"bf16": {"bf16_optimizer_states": True}},
     {"fp16": {"enabled": True}},
     {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
@@ -112,11 +111,20 @@ def test_states_in_bf16_are_planned_as_such() -> None:
 
     def states(**section: Any) -> int:
         settings = load(jobs.config(1, scheduler=None, bf16={"enabled": True, **section}))
-        predicted = plan(settings, lambda: nn.Linear(512, 512), ranks=1, device="cpu")
+        predicted = plan(settings, lambda: (nn.Linear(512, 512), torch.empty(1, 512)), ranks=1, device="cpu")
         step = next(p for p in json.loads(predicted.to_json())["phases"] if p["phase"] == "step")
         return int(step["parts"]["states"])
 
     assert states(bf16_optimizer_states=True) == pytest.approx(states() / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["Muon", "RMSprop"])
+def test_states_in_bf16_that_an_optimizer_lacks_are_refused(name: str) -> None:
+    settings = load(
+        jobs.config(optimizer={"type": name}, bf16={"enabled": True, "bf16_optimizer_states": True})
+    )
+    with pytest.raises(ds_engine.ConfigError, match=f"'s {name} keeps its states in the dtype of the fp32"):
+        ds_engine.initialize(Tables(), settings)
 
 
 def test_a_job_cannot_be_changed_and_has_no_options() -> None:

@@ -72,25 +72,24 @@ def check(job: Job, model: nn.Module, optimizer: Optimizer, device: torch.device
         return
     everyone: list[dict[str, str]] = [{} for _ in digests]
     dist.all_gather_object(everyone, told)
-    raise ConfigError(_differences(everyone))
+    raise ConfigError([_differences(everyone)])
 
 
-def _differences(everyone: list[dict[str, str]]) -> list[str]:
-    problems = [
-        "the ranks describe different jobs: call initialize() with the same model and settings on every rank"
-    ]
+def _differences(everyone: list[dict[str, str]]) -> str:
     names = dict.fromkeys(name for told in everyone for name in told)
     differing = [name for name in names if len({told.get(name) for told in everyone}) > 1]
+    said = []
     for name in differing[:_SHOWN]:
         holders: dict[str, list[int]] = {}
         for rank, told in enumerate(everyone):
             holders.setdefault(told.get(name, "not there"), []).append(rank)
-        problems.append(
-            f"{name} is " + ", ".join(f"{value} on {_ranks(at)}" for value, at in holders.items())
-        )
+        said.append(f"{name} is " + ", ".join(f"{value} on {_ranks(at)}" for value, at in holders.items()))
     if len(differing) > _SHOWN:
-        problems.append(f"{len(differing) - _SHOWN} further values differ")
-    return problems
+        said.append(f"{len(differing) - _SHOWN} further values differ")
+    return (
+        f"the ranks describe different jobs: {'; '.join(said)}. Call initialize() with the same model and settings on "
+        "every rank"
+    )
 
 
 def _ranks(numbers: list[int]) -> str:
