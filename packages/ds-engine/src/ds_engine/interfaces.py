@@ -183,7 +183,9 @@ class ModelState(Protocol):
 class BackgroundWriter(Protocol):
     """Writes checkpoints beside training."""
 
-    def save(self, root: Path, tag: str, content: Callable[[], Any], /, **options: Any) -> str:
+    def save(
+        self, root: Path, tag: str, content: Callable[[], Any], *, keep_last: int | None, name_latest: bool
+    ) -> str:
         """Begin to write a checkpoint; returns its path."""
 
     def wait(self) -> None:

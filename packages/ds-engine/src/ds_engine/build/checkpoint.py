@@ -79,12 +79,16 @@ def save(
         )
     name = tag if tag is not None else f"global_step{engine.global_steps}"
     keep_last = engine.config.checkpoint.keep_last
-    options: dict[str, Any] = {"keep_last": keep_last, "name_latest": saving.name_latest}
+    name_latest = saving.name_latest
+
+    def content() -> Content:
+        return _content(engine, client_state, saving)
+
     if engine.background is not None:
         return engine.background.save(
-            Path(save_dir), name, lambda: _content(engine, client_state, saving), **options
+            Path(save_dir), name, content, keep_last=keep_last, name_latest=name_latest
         )
-    return write(save_dir, name, lambda: _content(engine, client_state, saving), **options)
+    return write(save_dir, name, content, keep_last=keep_last, name_latest=name_latest)
 
 
 def _wanted(engine: Engine) -> str:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ds_engine.config.built import effectless
-from ds_engine.config.built.zero import STAGES
 from ds_engine.config.load import auto
 from ds_engine.config.sections.model import DsConfig
+from ds_engine.config.sections.zero.optimization import STAGES
 from ds_engine.interfaces import HeldBytes, Shares
 from ds_engine.job.precision import name_of
 
