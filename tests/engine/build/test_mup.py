@@ -10,6 +10,7 @@ from torch import nn
 
 from ds_engine.build import optimizer
 from ds_engine.config import ConfigError
+from ds_engine.job import OptimizerChoice
 
 
 class Shape:
@@ -40,7 +41,7 @@ def model() -> nn.Sequential:
 def built(name: str, net: nn.Module, **params: Any) -> dict[str, dict[str, Any]]:
     """Name of a parameter -> its group."""
     names = {id(p): n for n, p in net.named_parameters()}
-    made = optimizer.build(name, params, net.parameters(), on_host=False, names=names)
+    made = optimizer.build(OptimizerChoice(name=name, params=params), net.parameters(), names)
     return {names[id(p)]: group for group in made.param_groups for p in group["params"]}
 
 
@@ -67,7 +68,9 @@ def test_the_decay_may_stay_and_groups_keep_what_is_theirs() -> None:
     net = model()
     items = [{"params": list(net.parameters()), "lr": 0.2, "name": "mine"}]
     made = optimizer.build(
-        "MuAdamW", {"lr": 0.1, "weight_decay": 0.5, "decoupled_wd": True}, items, on_host=False
+        OptimizerChoice(name="MuAdamW", params={"lr": 0.1, "weight_decay": 0.5, "decoupled_wd": True}),
+        items,
+        {},
     )
     assert {group["lr"] for group in made.param_groups} == {0.2, 0.05}
     assert all(group["weight_decay"] == 0.5 and group["name"] == "mine" for group in made.param_groups)
@@ -80,7 +83,7 @@ def test_it_trains_at_the_base_width_as_the_plain_optimizer() -> None:
         net = nn.Linear(4, 4)
         for parameter in net.parameters():
             parameter.infshape = Shape(2, 1.0)  # type: ignore[attr-defined]
-        made = optimizer.build(name, {"lr": 0.1}, net.parameters(), on_host=False)
+        made = optimizer.build(OptimizerChoice(name=name, params={"lr": 0.1}), net.parameters(), {})
         for _ in range(3):
             net(torch.ones(2, 4)).square().mean().backward()
             made.step()

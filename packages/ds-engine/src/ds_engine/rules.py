@@ -143,7 +143,12 @@ def load(
     *,
     autos_may_stay: bool = False,
 ) -> DsConfig:
-    """Read and check a configuration together with what was passed to `initialize`; arguments as for `config.load` and `check`.
+    """Read and check a configuration together with what was passed to `initialize`.
+
+    Args:
+        config: as for `config.load`.
+        choices_for: from the configuration to the choices that are checked.
+        autos_may_stay: as for `check`.
 
     Raises:
         ConfigError: with everything that is wrong in either.

@@ -266,11 +266,16 @@ def build(choice: OptimizerChoice, parameters: Iterable[Any], names: Mapping[int
     arguments = dict(meant.arguments)
     if choice.state_dtype is not None:
         if "state_dtype" not in inspect.signature(meant.make).parameters:
-            able = [own for own in OWN if "state_dtype" in inspect.signature(_own_class(OWN[own], False)).parameters]
+            able = [
+                own
+                for own in OWN
+                if "state_dtype" in inspect.signature(_own_class(OWN[own], False)).parameters
+            ]
+            owner = meant.make.__module__.partition(".")[0]
             raise ConfigError(
                 [
-                    f"bf16.bf16_optimizer_states: {meant.make.__module__.partition('.')[0]}'s {name} keeps its states in "
-                    f"the dtype of the fp32 masters; use one of {', '.join(able)}, or remove it"
+                    f"bf16.bf16_optimizer_states: {owner}'s {name} keeps its states in the dtype of the fp32 masters; "
+                    f"use one of {', '.join(able)}, or remove it"
                 ]
             )
         arguments["state_dtype"] = choice.state_dtype
