@@ -52,9 +52,8 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
         super().__init__()
         self._modules["module"] = engine.module  # seen by state_dict() and parameters(), as "module."
         vars(self).update(module=engine.module, _engine=engine)
-        engine.accumulation.strict = (
-            False  # loops of the original may step without a backward, or with their own
-        )
+        # Loops of the original may step without a backward, or call loss.backward() themselves.
+        engine.accumulation.strict = False
         self._config = config
         self.config = config.raw
         self.basic_optimizer = engine.optimizer if has_optimizer else None
