@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 import ds_engine
-from ds_checkpoint.format import datafile, folder
+from ds_checkpoint.disk import synced
+from ds_checkpoint.format import datafile
 from ds_engine import CheckpointError, checkpoint
 from engine import jobs
 from harness import ranks
@@ -87,7 +88,7 @@ def test_a_file_of_rank_0_that_cannot_be_written(
     engine = job()
     jobs.train(engine, 1)
     engine.save_checkpoint(tmp_path)
-    write_synced = folder.write_synced
+    write_synced = synced.write_synced
 
     def full(path: Path, content: bytes) -> None:
         if path.name.startswith(file):
@@ -95,7 +96,7 @@ def test_a_file_of_rank_0_that_cannot_be_written(
             raise OSError(28, "No space left on device")
         write_synced(path, content)
 
-    monkeypatch.setattr(folder, "write_synced", full)
+    monkeypatch.setattr(synced, "write_synced", full)
     expect_failure(engine, tmp_path, r"rank 0: OSError: .*No space left on device")
     monkeypatch.undo()
     goes_on(engine, tmp_path)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from ds_engine.cli.main import app
@@ -42,7 +43,7 @@ def test_convert_verify_and_export(tmp_path: Path) -> None:
     raw[-3] ^= 4
     file.write_bytes(raw)
     code, text = ds("verify", tmp_path / "ours")
-    assert code == 1 and "1 problems" in text
+    assert code == 1 and "1 problem" in text and "1 problems" not in text
 
 
 def test_verify_says_that_there_are_no_checksums_and_errors_are_one_line(tmp_path: Path) -> None:
@@ -56,3 +57,13 @@ def test_verify_says_that_there_are_no_checksums_and_errors_are_one_line(tmp_pat
     assert code == 1 and "cannot be read" in text
     code, text = ds("export", GOLDEN, tmp_path / "out", "--dtype", "fp64")
     assert code == 2
+
+
+def test_verify_fails_where_latest_names_a_lost_checkpoint(tmp_path: Path) -> None:
+    for tag in ("first", "second"):
+        assert ds("convert", GOLDEN, tmp_path, "--out-tag", tag)[0] == 0
+    shutil.rmtree(tmp_path / "second")
+    with pytest.warns(UserWarning, match="'second', which is not there"):
+        code, text = ds("verify", tmp_path)
+    assert code == 1 and "'latest' names 'second', which is not there" in text and "1 problem" in text
+    assert ds("verify", tmp_path, "--tag", "first")[0] == 0 and ds("verify", tmp_path / "first")[0] == 0

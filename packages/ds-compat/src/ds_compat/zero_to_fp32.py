@@ -51,6 +51,7 @@ def convert_zero_checkpoint_to_fp32_state_dict(
         layout="safetensors" if safe_serialization else "pt",
         max_shard_bytes=sys.maxsize if max_shard_size is None else parse_bytes(str(max_shard_size)),
         exclude_frozen=exclude_frozen_parameters,
+        overwrite=True,
     )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ds_checkpoint.errors import CheckpointError
+
+MAX_NAME_BYTES = 4096
+"""No path is longer."""
 
 _MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 _OPTIM = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
@@ -30,7 +34,8 @@ class Files:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is the folder of one checkpoint of DeepSpeed's."""
-    return path.is_dir() and any(_MODEL.match(child.name) for child in path.iterdir())
+    # Unlike Path.is_dir, os.path.isdir says no to a name that is too long, or has a zero byte.
+    return os.path.isdir(path) and any(_MODEL.match(child.name) for child in path.iterdir())
 
 
 def locate(root: Path, tag: str | None) -> Path | None:
@@ -41,7 +46,8 @@ def locate(root: Path, tag: str | None) -> Path | None:
         latest = next((root / n for n in ("latest", "latest_universal") if (root / n).is_file()), None)
         if latest is None:
             return root if is_checkpoint(root) else None
-        tag = latest.read_text().strip()
+        # Whatever bytes it holds: a name that is no folder's is not found, and that is said.
+        tag = latest.read_bytes()[:MAX_NAME_BYTES].decode(errors="replace").strip()
     return root / tag if is_checkpoint(root / tag) else None
 
 

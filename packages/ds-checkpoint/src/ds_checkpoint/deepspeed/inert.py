@@ -1,108 +1,141 @@
-"""Reads torch's pickled files without running what is in them.
+"""Reads files of `torch.save` without executing anything that is in them.
 
-A pickle names classes and functions, and Python's own reader imports and calls them. Here the few that make
-tensors and plain containers are known by name; everything else becomes a `Stand` that remembers how it was to be
-made and does nothing. So a file of unknown origin can be read, and what an unknown class held can be looked at.
+A pickle names classes and functions, and an ordinary reader imports and calls them. Here the pickle is read into
+plain containers and `Stand` objects, which remember how an object was to be made and do nothing. Only when the whole
+pickle has been read are those that stand for tensors and common containers turned into these, with every number
+checked against the file. The pickle never gets hold of an object of torch's. So a file of unknown origin can be read,
+and what an unknown class held can be looked at.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
-import types
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NoReturn
 
-import torch
-
+from ds_checkpoint.deepspeed.archive import Archive
+from ds_checkpoint.deepspeed.rebuild import Rebuilder
+from ds_checkpoint.deepspeed.stand import Stand
 from ds_checkpoint.errors import CheckpointError
 
-
-def _of_any_type(make: Any, kind: Any, args: tuple[Any, ...], state: Any) -> Any:
-    """A tensor that had attributes, or was of a subclass: the plain tensor without them."""
-    return make(*args)
+__all__ = ["Stand", "read"]
 
 
-_TORCH_DTYPES = frozenset(name for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype))
-_KNOWN: Mapping[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
-    ("torch._tensor", "_rebuild_from_type_v2"): _of_any_type,
-    ("torch", "Tensor"): torch.Tensor,
-    ("torch.nn.parameter", "Parameter"): torch.nn.Parameter,
-    ("torch", "Size"): torch.Size,
-    ("torch", "device"): torch.device,
-    ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "complex"): complex,
-    ("builtins", "slice"): slice,
-    ("builtins", "bytearray"): bytearray,
-    ("__builtin__", "set"): set,
-    ("__builtin__", "frozenset"): frozenset,
-}
+# Python's own implementation, not the one in C: its steps can be replaced one by one, and its memo is a dict, where
+# the other one allocates and touches as much memory as the largest index that a file claims.
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+    """Every opcode that would import, call or fill something makes or fills a `Stand`."""
 
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content), encoding="utf-8")
+        self._num_bytes = len(content)
 
-class Stand:
-    """Stands for an object of a class that was not imported."""
+    def find_class(self, module: str, name: str) -> Stand:
+        return Stand(f"{module}.{name}")
 
-    cls = ""
-    """Module and name of that class."""
+    def get_extension(self, code: int) -> NoReturn:
+        raise pickle.UnpicklingError(f"extension code {code}: files of torch have none")
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Stand:
-        made = super().__new__(cls)
-        made.args = args
-        made.state = {}
+    def persistent_load(self, pid: Any) -> Stand:
+        made = Stand("storage")
+        made.args = pid if isinstance(pid, tuple) else (pid,)
         return made
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.args: tuple[Any, ...]
-        """What it was to be constructed from."""
-        self.state: dict[str, Any]
-        """Its attributes."""
+    def load_reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = _called(self.stack[-1], args)
 
-    def __setstate__(self, state: Any) -> None:
-        parts = state if isinstance(state, tuple) else (state,)
-        for part in parts:
-            if isinstance(part, dict):
-                self.state.update(part)
+    def load_newobj(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = _called(self.stack[-1], args)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Stand:
-        """What stands for a function gives what stands for its result."""
-        return Stand(self, *args, **kwargs)
+    def load_newobj_ex(self) -> None:
+        keywords = self.stack.pop()
+        args = self.stack.pop()
+        self.stack[-1] = _called(self.stack[-1], args, keywords)
 
-    # Pickles of dicts and lists by another name fill them through these.
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.state[key] = value
+    def _instantiate(self, klass: Any, args: Any) -> None:
+        self.append(_called(klass, tuple(args)))
 
-    def append(self, value: Any) -> None:
-        self.args += (value,)
+    def load_build(self) -> None:
+        state = self.stack.pop()
+        _stand(self.stack[-1]).fill(state)
 
-    def extend(self, values: Any) -> None:
-        self.args += tuple(values)
+    def load_append(self) -> None:
+        value = self.stack.pop()
+        self._extend(self.stack[-1], [value])
 
-    def __repr__(self) -> str:
-        return f"<{self.cls}>"
+    def load_appends(self) -> None:
+        values = self.pop_mark()
+        self._extend(self.stack[-1], values)
+
+    def _extend(self, target: Any, values: list[Any]) -> None:
+        if type(target) is list:
+            target.extend(values)
+        else:
+            _stand(target).items.extend(values)
+
+    def load_setitem(self) -> None:
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self._set_items(self.stack[-1], [key, value])
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set_items(self.stack[-1], items)
+
+    def _set_items(self, target: Any, items: list[Any]) -> None:
+        pairs = zip(items[::2], items[1::2], strict=True)
+        if type(target) is dict:
+            target.update(pairs)
+        else:
+            _stand(target).pairs.extend(pairs)
+
+    def load_additems(self) -> None:
+        items = self.pop_mark()
+        target = self.stack[-1]
+        if type(target) is set:
+            target.update(items)
+        else:
+            _stand(target).items.extend(items)
+
+    def load_bytearray8(self) -> None:
+        size = int.from_bytes(self.read(8), "little")
+        if size > self._num_bytes:
+            raise pickle.UnpicklingError(f"a bytearray of {size} bytes in a file of {self._num_bytes}")
+        self.append(bytearray(self.read(size)))
+
+    dispatch: Mapping[int, Callable[..., None]] = {
+        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        pickle.REDUCE[0]: load_reduce,
+        pickle.NEWOBJ[0]: load_newobj,
+        pickle.NEWOBJ_EX[0]: load_newobj_ex,
+        pickle.BUILD[0]: load_build,
+        pickle.APPEND[0]: load_append,
+        pickle.APPENDS[0]: load_appends,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _KNOWN:
-            return _KNOWN[module, name]
-        if module == "torch" and (name in _TORCH_DTYPES or name.endswith("Storage")):
-            return getattr(torch, name)
-        return type(name, (Stand,), {"cls": f"{module}.{name}"})
+def _stand(value: Any) -> Stand:
+    if not isinstance(value, Stand):
+        raise pickle.UnpicklingError(f"a {type(value).__name__} is filled like an object")
+    return value
 
 
-def _load(file: IO[bytes], **options: Any) -> Any:
-    return _Unpickler(file, **options).load()
-
-
-# What torch.load asks of the module that it is told to unpickle with.
-_PICKLE = types.SimpleNamespace(__name__="ds_checkpoint.deepspeed.inert", Unpickler=_Unpickler, load=_load)
+def _called(function: Any, args: Any, keywords: Any = None) -> Stand:
+    """What stands for the result of a call."""
+    made = Stand(_stand(function).cls)
+    if not isinstance(args, tuple) or not isinstance(keywords, (dict, type(None))):
+        raise pickle.UnpicklingError("arguments of a call are no tuple")
+    made.args, made.called = args, True
+    made.state.update(keywords or {})
+    return made
 
 
 def read(path: Path) -> Any:
@@ -110,12 +143,18 @@ def read(path: Path) -> Any:
     read.
 
     Raises:
-        CheckpointError: it is cut off, not such a file, or of the format before torch 1.6.
+        CheckpointError: it is cut off, damaged, a TorchScript archive, of the format before torch 1.6, or not such a
+            file at all.
+        OSError: the system cannot open it.
     """
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError) as error:
+        archive = Archive(path)
+        return Rebuilder(archive).rebuild(_Unpickler(archive.pickle()).load())
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # a damaged pickle can fail at any step, in any way
+        why = str(error).splitlines()[0] if str(error) else "no reason given"
         raise CheckpointError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): it is damaged, was not written completely, or is "
+            f"{path} cannot be read ({type(error).__name__}: {why}): it is damaged, was not written completely, or is "
             "not a file of torch.save's"
         ) from error

@@ -82,9 +82,20 @@ class DeepSpeedCheckpoint(Checkpoint):
         self._tensors: dict[tuple[str, str], Tensor] = {}
         self._entries: dict[str, dict[str, Entry]] = {}
         self._found = files.find(self.path)
+        try:
+            self._enter_all(order)
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:  # what a damaged or foreign file holds can fail anywhere
+            raise CheckpointError(
+                f"{self.path} does not hold what DeepSpeed writes ({type(error).__name__}: {error}): it is "
+                "damaged, or of a version that is not known"
+            ) from error
+
+    def _enter_all(self, order: Sequence[Sequence[str]] | None) -> None:
         models = [inert.read(file) for file in self._found.model]
         first: Raw = models[0]
-        if "module" not in first:
+        if not isinstance(first, Mapping) or not isinstance(first.get("module"), Mapping):
             raise CheckpointError(
                 f"{self._found.model[0]} has no 'module': it is not a model file of DeepSpeed's"
             )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
+import secrets
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ds_checkpoint.disk import synced
 from ds_checkpoint.errors import CheckpointError
-from ds_checkpoint.format import datafile, folder
+from ds_checkpoint.format import datafile
 from ds_checkpoint.format.datafile import Item
+from ds_checkpoint.format.model_config import MODEL_CONFIG
 from ds_checkpoint.format.records import Record
 from ds_checkpoint.read.checkpoint import Checkpoint
 from ds_checkpoint.read.opening import names, open_checkpoint, tensor
@@ -85,13 +90,16 @@ def export(
     dtype: torch.dtype | None = torch.float32,
     max_shard_bytes: int = 5 * 10**9,
     exclude_frozen: bool = False,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exported:
-    """Write the model as Hugging Face's loaders expect it: one file, or shards and an index. At most one shard is
-    held in memory.
+    """Write the model as Hugging Face's loaders expect it: one file, or shards and an index, and its config.json if the
+    model has a configuration. At most one shard is held in memory. Several processes may do it at once: each file
+    appears complete, and is the same from all of them.
 
     Args:
         dtype: of floating-point parameters; None: as stored.
+        overwrite: replace files of these names, and remove the others of an earlier export.
         progress: called with (bytes written, bytes in all) after every tensor.
 
     Raises:
@@ -111,7 +119,7 @@ def export(
         files = _file_names(stem, suffix, len(shards))
         target.mkdir(parents=True, exist_ok=True)
         index = target / f"{stem}.{suffix}.index.json"
-        for there in [*(target / file for file in files), index]:
+        for there in [] if overwrite else [*(target / file for file in files), index]:
             if there.exists():
                 raise FileExistsError(f"{there} exists: export into another directory, or remove it first")
         total, done = sum(sizes.values()), 0
@@ -128,7 +136,12 @@ def export(
             _write(target / file, made, layout)
         if len(shards) > 1:
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            folder.write_synced(index, json.dumps(content, indent=2).encode())
+            _write_text(index, json.dumps(content, indent=2))
+        if overwrite:
+            _remove_others(target, stem, suffix, {*files, *([index.name] if len(shards) > 1 else [])})
+        config = checkpoint.manifest.values.get(MODEL_CONFIG)
+        if config is not None and (overwrite or not (target / "config.json").exists()):
+            _write_text(target / "config.json", config)
     return Exported(tuple(target / file for file in files), len(stored), total)
 
 
@@ -187,11 +200,16 @@ def _file_names(stem: str, suffix: str, count: int) -> Sequence[str]:
     return [f"{stem}-{i:05d}-of-{count:05d}.{suffix}" for i in range(1, count + 1)]
 
 
+def _remove_others(target: Path, stem: str, suffix: str, kept: set[str]) -> None:
+    """Files of an earlier export that loaders would take for a part of this one."""
+    pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.{suffix}(\.index\.json)?")
+    for path in target.iterdir():
+        if pattern.fullmatch(path.name) and path.name not in kept:
+            path.unlink(missing_ok=True)
+
+
 def _write(path: Path, tensors: dict[str, Tensor], layout: Layout) -> None:
-    """Complete under its name, or not there."""
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)
-    try:
+    with _complete(path) as part:
         if layout == "safetensors":
             items = [
                 Item(key=k, data=v.contiguous().view(-1), shape=tuple(v.shape)) for k, v in tensors.items()
@@ -202,7 +220,20 @@ def _write(path: Path, tensors: dict[str, Tensor], layout: Layout) -> None:
                 torch.save(dict[str, Any](tensors), file)
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def _write_text(path: Path, content: str) -> None:
+    with _complete(path) as part:
+        synced.write_synced(part, content.encode())
+
+
+@contextlib.contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """Where to write what appears as `path` when it is complete, or not at all. Each process has a place of its own."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
         os.replace(part, path)
-        folder.sync(path.parent)
+        synced.sync(path.parent)
     finally:
         part.unlink(missing_ok=True)

@@ -66,6 +66,8 @@ class Manifest:
     """Ranks that wrote it."""
     saved_at_s: float
     """Seconds since 1970, by the clock of rank 0."""
+    sequence: int = 0
+    """See `Age.sequence`."""
     named_latest: bool = True
     """Whether the save made `latest` name it."""
     files: Mapping[str, FileInfo]
@@ -109,6 +111,7 @@ def dump(manifest: Manifest) -> bytes:
         "tag": manifest.tag,
         "world_size": manifest.world_size,
         "saved_at_s": manifest.saved_at_s,
+        "sequence": manifest.sequence,
         "named_latest": manifest.named_latest,
         "values": dict(manifest.values),
         "files": {name: vars(info) for name, info in manifest.files.items()},
@@ -147,17 +150,25 @@ def load(raw: bytes, path: Path) -> Manifest:
     inner = raw[length : -len(_CLOSING)]
     if len(raw) <= length or raw != _opening(inner) + inner + _CLOSING:
         raise CheckpointError(f"{path} is damaged: its checksum does not fit its content")
-    body = json.loads(inner)
+    try:
+        return _read(json.loads(inner), path)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is no manifest, though its checksum fits ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read(body: dict[str, Any], path: Path) -> Manifest:
     if body["format"] != FORMAT or body["version"] > VERSION:
         raise CheckpointError(
-            f"{path} has format {body['format']} version {body['version']}, this ds-engine reads {FORMAT} up "
-            f"to version {VERSION}: "
-            "install a newer one"
+            f"{path} has format {body['format']} version {body['version']}, this ds-checkpoint reads {FORMAT} up "
+            f"to version {VERSION}: install a newer one"
         )
     return Manifest(
         tag=body["tag"],
         world_size=body["world_size"],
         saved_at_s=body["saved_at_s"],
+        sequence=body.get("sequence", 0),
         named_latest=body.get("named_latest", True),
         values=body["values"],
         files={name: FileInfo(**info) for name, info in body["files"].items()},
@@ -171,13 +182,29 @@ def load(raw: bytes, path: Path) -> Manifest:
 
 PEEK_BYTES = 2048
 """Enough of a file's beginning for `peek`: a tag has at most 255 bytes."""
-_PEEK = re.compile(rb'"saved_at_s":([0-9.]+),"named_latest":(true|false)')
+_PEEK = re.compile(rb'"saved_at_s":([0-9.]+),(?:"sequence":(\d{1,18}),)?"named_latest":(true|false)')
 
 
-def peek(raw: bytes) -> tuple[float, bool] | None:
-    """`saved_at_s` and `named_latest` from the beginning of a manifest, not verified; None if they are not there."""
-    found = _PEEK.search(raw)
-    return (float(found[1]), found[2] == b"true") if found else None
+@dataclass(frozen=True, order=True)
+class Age:
+    """How late a checkpoint was saved; later ones are larger."""
+
+    sequence: int
+    """Each save into a directory has one more than those that it finds there. Clocks are set back, this is not."""
+    saved_at_s: float
+    """Decides between checkpoints that were written before there was a sequence, and have 0."""
+
+
+def peek(raw: bytes) -> tuple[Age, bool] | None:
+    """Age and `named_latest` from the beginning of a manifest, not verified; None if they are not there."""
+    match = _PEEK.search(raw)
+    if match is None:
+        return None
+    try:
+        age = Age(int(match[2] or 0), float(match[1]))
+    except ValueError:
+        return None
+    return age, match[3] == b"true"
 
 
 def _load_entry(entry: dict[str, Any], name: str) -> Entry:

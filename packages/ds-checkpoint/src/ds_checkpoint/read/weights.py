@@ -8,11 +8,13 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_checkpoint import deepspeed
+from ds_checkpoint.deepspeed import inert
 from ds_checkpoint.errors import CheckpointError
 from ds_checkpoint.format import folder
 from ds_checkpoint.format.datafile import DTYPES
@@ -44,7 +46,7 @@ def open_weights(
         return
     path = Path(base_dir) / where
     if path.is_file() and path.suffix == ".json" and not path.name.endswith(".index.json"):
-        listed = json.loads(path.read_text(encoding="utf-8"))
+        listed = _json(path)
         yield _of_files(_listed(listed, Path(base_dir or str(listed.get("base_dir") or path.parent))))
     elif path.is_file():
         yield _of_files(_of_index(path) if path.suffix == ".json" else [path])
@@ -74,8 +76,24 @@ def _listed(content: Mapping[str, object], base: Path) -> list[Path]:
 
 
 def _of_index(index: Path) -> list[Path]:
-    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [index.parent / file for file in sorted(set(files))]
+    content = _json(index)
+    names = content.get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) and name for name in names.values()):
+        raise CheckpointError(
+            f"{index} is damaged: its weight_map has to give a file's name for every tensor's name"
+        )
+    return [index.parent / file for file in sorted(set(names.values()))]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of unknown origin."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read: it is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is no list of weights: it holds a {type(content).__name__}")
+    return content
 
 
 def _of_files(files: Iterable[Path]) -> Weights:
@@ -83,38 +101,84 @@ def _of_files(files: Iterable[Path]) -> Weights:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is named among the weights, and is not there")
-        found |= _safetensors(file) if file.suffix == ".safetensors" else _torch(file)
+        stored = _safetensors(file) if file.suffix == ".safetensors" else _torch(file)
+        if twice := sorted(found.keys() & stored.keys()):
+            raise CheckpointError(
+                f"{file} has {twice[0]!r}, which another of the files has, too: which one counts?"
+            )
+        found |= stored
     return found
 
 
 def _torch(file: Path) -> dict[str, Callable[[], Tensor]]:
     """Mapped into memory; no pickle is executed."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    return {name: lambda value=value: value for name, value in content.items() if isinstance(value, Tensor)}  # type: ignore[misc]
+    content = inert.read(file)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, and not tensors by name")
+    return {
+        str(name): lambda value=value: value  # type: ignore[misc]
+        for name, value in content.items()
+        if isinstance(value, Tensor)
+    }
+
+
+MAX_HEADER_BYTES = 100 << 20
+"""The limit of the safetensors library."""
 
 
 def _safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
     size = file.stat().st_size
+    if size < 8:
+        raise CheckpointError(f"{file} is no file of safetensors: it has {size} bytes")
     raw = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
-    try:
-        start = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
-        header = json.loads(bytes(raw[8:start].tolist()))
-        header.pop("__metadata__", None)
-        places: dict[str, tuple[torch.dtype, tuple[int, ...], int, int]] = {}
-        for name, entry in header.items():
-            first, last = map(int, entry["data_offsets"])
-            places[name] = (DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), first, last)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} cannot be read: it is no file of safetensors") from error
-    for name, (dtype, shape, first, last) in places.items():
+    start = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
+    if start > min(size, 8 + MAX_HEADER_BYTES):
+        raise CheckpointError(f"{file} is damaged: it has {size} bytes, and its header claims {start - 8}")
+    places = _places(file, bytes(raw[8:start].numpy().tobytes()))
+    at = 0
+    for name, (dtype, shape, first, last) in sorted(places.items(), key=lambda item: item[1][2:]):
         if last - first != math.prod(shape) * dtype.itemsize or not 0 <= first <= last <= size - start:
             raise CheckpointError(f"{file} is damaged: {name!r} does not lie inside it")
+        if first != at:
+            wrong = "overlaps the tensor before it" if first < at else "leaves a gap before it"
+            raise CheckpointError(f"{file} is damaged: {name!r} {wrong}")
+        at = last
+    if at != size - start:
+        raise CheckpointError(f"{file} is damaged: {size - start - at} bytes belong to no tensor")
 
     def reader(dtype: torch.dtype, shape: tuple[int, ...], first: int, last: int) -> Callable[[], Tensor]:
         # Copied, for what follows may begin at any byte, and a view of it in another dtype may not.
         return lambda: raw[start + first : start + last].clone().view(dtype).reshape(shape)
 
     return {name: reader(*place) for name, place in places.items()}
+
+
+_Place = tuple[torch.dtype, tuple[int, ...], int, int]
+"""Dtype, shape, first and last byte."""
+
+
+def _places(file: Path, header: bytes) -> dict[str, _Place]:
+    """Where each tensor lies, as a header of unknown origin says."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            raise ValueError("it has one key twice")
+        return content
+
+    try:
+        content = json.loads(header, object_pairs_hook=unique)
+        content.pop("__metadata__", None)
+        return {name: _place(entry) for name, entry in content.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read: its header is no safetensors header ({error})"
+        ) from error
+
+
+def _place(entry: Mapping[str, Any]) -> _Place:
+    first, last = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (first, last, *shape)):
+        raise ValueError(f"sizes {shape}, bytes {first} to {last}")
+    return DTYPES[entry["dtype"]], shape, first, last

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_checkpoint.disk import synced
 from ds_checkpoint.errors import CheckpointError
 from ds_checkpoint.format import datafile, folder, manifest
 from ds_checkpoint.format.datafile import FileInfo, Item
@@ -21,6 +22,8 @@ from ds_checkpoint.format.image import Image
 from ds_checkpoint.format.manifest import Entry, Manifest, Piece
 from ds_checkpoint.interfaces import ShardRecord
 from ds_checkpoint.team import Team
+from ds_checkpoint.write import staging as directory_of
+from ds_checkpoint.write.staging import Staging
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +96,16 @@ def _attempt(action: Callable[[], bytes]) -> tuple[bytes, Exception | None]:
         return b"", error
 
 
-def _begin(team: Team, root: Path, tag: str, name_latest: bool) -> folder.Staging | None:
+def _begin(team: Team, root: Path, tag: str, name_latest: bool) -> Staging | None:
     """Agree on the tag, and make the folder on rank 0."""
     agreed = team.share(tag.encode()).decode()
     error: Exception | None = None
-    staging: folder.Staging | None = None
+    staging: Staging | None = None
     try:
         if agreed != tag:
             raise ValueError(f"tag {tag!r} here, {agreed!r} on rank 0: pass the same tag on every rank")
         folder.check_tag(tag)
-        staging = folder.Staging(root, tag, name_latest=name_latest) if team.first else None
+        staging = Staging(root, tag, name_latest=name_latest) if team.first else None
     except (OSError, ValueError) as problem:
         error = problem
     try:
@@ -152,16 +155,14 @@ def _write_file(path: Path, team: Team, content: Content) -> bytes:
     ).encode()
 
 
-def _commit(staging: folder.Staging, fragments: Sequence[bytes], tag: str) -> bytes:
+def _commit(staging: Staging, fragments: Sequence[bytes], tag: str) -> bytes:
     """Put the manifest beside the data files, and give the folder its name."""
-    content = manifest.dump(
-        _merge([json.loads(fragment) for fragment in fragments], tag, named_latest=staging.names_latest)
-    )
-    folder.write_synced(staging.path / manifest.NAME, content)
+    content = manifest.dump(_merge([json.loads(fragment) for fragment in fragments], tag, staging))
+    synced.write_synced(staging.path / manifest.NAME, content)
     return os.fsencode(staging.commit())
 
 
-def _merge(fragments: Sequence[dict[str, Any]], tag: str, *, named_latest: bool) -> Manifest:
+def _merge(fragments: Sequence[dict[str, Any]], tag: str, staging: Staging) -> Manifest:
     """One manifest from what the ranks wrote; CheckpointError if that is not every element exactly once."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     values: dict[str, Any] = {}
@@ -184,7 +185,8 @@ def _merge(fragments: Sequence[dict[str, Any]], tag: str, *, named_latest: bool)
         tag=tag,
         world_size=len(fragments),
         saved_at_s=time.time(),
-        named_latest=named_latest,
+        sequence=staging.sequence,
+        named_latest=staging.names_latest,
         files=files,
         tensors=tensors,
         blobs=blobs,
@@ -209,6 +211,6 @@ def _prune(root: Path, keep_last: int, tag: str) -> None:
     training.
     """
     try:
-        folder.prune(root, keep_last, tag)
-    except OSError as error:
+        directory_of.prune(root, keep_last, tag)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
         warnings.warn(f"old checkpoints in {root} could not be removed: {error}", stacklevel=3)

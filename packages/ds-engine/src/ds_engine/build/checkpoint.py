@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ds_checkpoint import rng
 from ds_checkpoint.errors import CheckpointError
 from ds_checkpoint.format import codec, folder
+from ds_checkpoint.format.model_config import MODEL_CONFIG, model_config
 from ds_checkpoint.format.model_part import PARTS, ModelPart
 from ds_checkpoint.interfaces import ShardRecord
 from ds_checkpoint.read import opening
@@ -136,6 +137,7 @@ def _shared_values(
         },
         "config": engine.config.model_dump(mode="json", exclude_unset=True),
         "versions": {"torch": str(torch.__version__)},
+        MODEL_CONFIG: model_config(engine.module),
         "schedule": None
         if schedule is None
         else {
@@ -200,20 +202,21 @@ def load(
     if engine.background is not None:
         engine.background.wait()
     team = Team()
-    path = _locate(team, Path(load_dir), tag)
+    # Rank 0 looks, all ranks take what it found: file systems show new names at different times.
+    root = Path(load_dir)
+    path = Path(team.by_first(f"loading from {root}", lambda: str(opening.locate(root, tag))))
     doing = f"loading {path}"
     order = engine.model_state.group_names()
-    checkpoint = _together(team, doing, lambda: opening.open_at(path, order))
+    checkpoint = team.together(doing, lambda: opening.open_at(path, order))
     with checkpoint:
         # Each rank looks at some of the files, so that none is opened by all; damage inside shows when it is
         # read.
-        _together(team, doing, lambda: checkpoint.check_files(team.rank, team.size))
-        _together(team, doing, lambda: _part(engine).narrow(checkpoint))
-        _together(team, doing, lambda: _check_fit(engine, checkpoint, wanted))
+        team.together(doing, lambda: checkpoint.check_files(team.rank, team.size))
+        team.together(doing, lambda: _part(engine).narrow(checkpoint))
+        team.together(doing, lambda: _check_fit(engine, checkpoint, wanted))
         if wanted.optimizer and not _has_states(checkpoint):
             engine.optimizer.state.clear()  # saved before the first step: what this run has gathered must not stay
-        _together(
-            team,
+        team.together(
             doing,
             lambda: engine.model_state.load_records(
                 checkpoint,
@@ -224,36 +227,10 @@ def load(
         )
         # Blobs too are read before anything is believed, so that damage anywhere is told by all ranks at
         # once.
-        apply = _together(team, doing, lambda: _prepare(engine, checkpoint, wanted))
-        _together(team, doing, lambda: _check_read(engine, checkpoint, wanted, team))
+        apply = team.together(doing, lambda: _prepare(engine, checkpoint, wanted))
+        team.together(doing, lambda: _check_read(engine, checkpoint, wanted, team))
         client_state = apply()
     return str(path), client_state
-
-
-def _locate(team: Team, root: Path, tag: str | None) -> Path:
-    """Rank 0 looks, all ranks take what it found: file systems show new names at different times."""
-    found, missing = "", ""
-    if team.first:
-        try:
-            found = str(opening.locate(root, tag))
-        except FileNotFoundError as error:
-            missing = str(error)
-    missing = team.share(missing.encode()).decode()
-    if missing:
-        raise FileNotFoundError(missing)
-    return Path(team.share(found.encode()).decode())
-
-
-def _together(team: Team, doing: str, action: Callable[[], Any]) -> Any:
-    """Do `action` on every rank; if it fails on any, raise on all."""
-    result: Any = None
-    failure: Exception | None = None
-    try:
-        result = action()
-    except Exception as error:  # noqa: BLE001 - `settle` raises it on every rank
-        failure = error
-    team.settle(failure, doing)
-    return result
 
 
 def _names(engine: Engine) -> set[str]:

@@ -60,9 +60,17 @@ def inspect(
 
 @app.command()
 def verify(path: PathArgument, tag: TagOption = None) -> None:
-    """Read every byte of a checkpoint and compare the checksums; the exit code is 1 if anything is damaged."""
+    """Read every byte of a checkpoint and compare the checksums.
+
+    The exit code is 1 if anything is damaged, or if 'latest' names a checkpoint that is not there.
+    """
+    from ds_engine.checkpoint import folder
+
+    lost = None if tag is not None or folder.is_complete(path) else folder.lost_latest(path)
     with _opened(path, tag) as checkpoint:
         problems = list(checkpoint.verify())
+        if lost is not None:
+            problems.append(f"{path}: 'latest' names {lost!r}, which is not there or not complete")
         checked = sum(entry.numel * entry.dtype.itemsize for _, _, entry in _entries(checkpoint))
         for problem in problems:
             print(problem)
@@ -73,9 +81,13 @@ def verify(path: PathArgument, tag: TagOption = None) -> None:
         )
         print(
             f"{checkpoint.path}: {checkpoint.manifest.num_tensors} tensors, {checked:,} bytes: "
-            f"{f'{len(problems)} problems' if problems else 'no damage found'}{sums}"
+            f"{_counted(len(problems)) if problems else 'no damage found'}{sums}"
         )
     raise typer.Exit(1 if problems else 0)
+
+
+def _counted(problems: int) -> str:
+    return "1 problem" if problems == 1 else f"{problems} problems"
 
 
 @app.command()

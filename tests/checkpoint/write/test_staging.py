@@ -4,6 +4,9 @@ nothing else."""
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -14,9 +17,10 @@ import torch
 
 import ds_checkpoint as checkpoint
 from ds_checkpoint import Checkpoint, CheckpointError
+from ds_checkpoint.disk import synced
 from ds_checkpoint.format import folder
-from ds_checkpoint.format.folder import Staging
-from ds_checkpoint.write import Content, write
+from ds_checkpoint.write import Content, staging, write
+from ds_checkpoint.write.staging import Staging
 
 
 class _DiedError(BaseException):
@@ -76,9 +80,9 @@ def die_before(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, name in (
         (Path, "mkdir"),
         (Path, "rename"),
-        (folder, "sync"),
-        (folder, "write_synced"),
-        (folder.shutil, "rmtree"),
+        (synced, "sync"),
+        (synced, "write_synced"),
+        (staging.shutil, "rmtree"),
     ):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     monkeypatch.setattr(Staging, "abort", lambda self: os.close(self._lock))  # a dead process holds no lock
@@ -151,7 +155,7 @@ def test_what_is_no_checkpoint_is_never_touched(tmp_path: Path) -> None:
 
 
 def test_without_locks_age_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "_lock", lambda path: None)
+    monkeypatch.setattr(staging, "_lock", lambda path: None)
     young, old = tmp_path / "a.tmp-00000001", tmp_path / "b.tmp-00000002"
     for path in (young, old):
         path.mkdir()
@@ -199,7 +203,7 @@ def test_pruning_that_fails_does_not_fail_the_save(tmp_path: Path, monkeypatch: 
     def refuse(*_: object) -> None:
         raise PermissionError("not yours")
 
-    monkeypatch.setattr(folder, "remove", refuse)
+    monkeypatch.setattr(staging, "remove", refuse)
     with pytest.warns(UserWarning, match=r"could not be removed: not yours"):
         save(tmp_path, "b", 2, keep_last=1)
     assert value_of(tmp_path) == 2
@@ -242,3 +246,130 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"saving .* failed: (FileExists|NotADirectory)Error"):
         save(tmp_path / "file", "a")
+
+
+# --- links, clocks, other jobs
+
+
+def test_a_save_over_a_link_replaces_the_link(tmp_path: Path) -> None:
+    save(tmp_path, "a", 1)
+    (tmp_path / "best").symlink_to("a")
+    assert value_of(tmp_path, "best") == 1
+    save(tmp_path, "best", 2)
+    assert value_of(tmp_path, "best") == 2 and value_of(tmp_path, "a") == 1
+    assert not (tmp_path / "best").is_symlink()
+    for number in range(3):
+        save(tmp_path, f"b{number}", number)
+    (tmp_path / "gone").symlink_to("nothing")
+    with pytest.raises(CheckpointError, match="gone exists and is no checkpoint of ours"):
+        save(tmp_path, "gone")
+
+
+def test_what_a_link_points_to_is_not_pruned(tmp_path: Path) -> None:
+    save(tmp_path, "a", 1)
+    (tmp_path / "best").symlink_to("a")
+    for number in range(3):
+        save(tmp_path, f"b{number}", number, keep_last=1)
+    assert value_of(tmp_path, "best") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "best", "b2", "latest"}
+
+
+def test_a_clock_that_is_set_back_changes_no_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 2e9
+    monkeypatch.setattr("time.time", lambda: clock)
+    for number in range(4):
+        clock -= 1000
+        save(tmp_path, f"s{number}", number, keep_last=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"s2", "s3", "latest"}
+    (tmp_path / "latest").unlink()
+    with pytest.warns(UserWarning, match="'s3', is taken"):
+        assert value_of(tmp_path) == 3
+
+
+def test_checkpoints_from_before_there_was_a_sequence_are_ordered_by_time(tmp_path: Path) -> None:
+    golden = Path(__file__).resolve().parents[2] / "golden" / "checkpoints" / "plain" / "saved"
+    shutil.copytree(golden, tmp_path / "old")
+    save(tmp_path, "new", 1)
+    assert folder.by_age(tmp_path) == ["old", "new"]
+
+
+def test_pruning_goes_on_where_somebody_else_removes_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        save(tmp_path, f"s{number}", number)
+    by_age = folder.by_age
+
+    def another_job(root: Path) -> list[str]:
+        tags = by_age(root)
+        shutil.rmtree(root / tags[0])
+        return tags
+
+    monkeypatch.setattr(folder, "by_age", another_job)
+    save(tmp_path, "s3", 3, keep_last=2)
+    assert {p.name for p in tmp_path.iterdir()} == {"s2", "s3", "latest"}
+
+
+def test_pruning_reads_the_beginnings_of_manifests_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        save(tmp_path, f"s{number}", number)
+    monkeypatch.setattr(folder, "read_manifest", lambda path: pytest.fail("read whole"))
+    staging.prune(tmp_path, 2, "s3")
+    assert {p.name for p in tmp_path.iterdir()} == {"s2", "s3", "latest"}
+
+
+def test_two_jobs_save_into_one_directory(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from ds_checkpoint.format.records import Record\n"
+        "from ds_checkpoint.write import Content, write\n"
+        "record = Record('w', 'param', (4,), 0, torch.zeros(4))\n"
+        "for number in range(25):\n"
+        "    tag = f'{sys.argv[2]}{number}' if number % 2 else 'shared'\n"
+        "    write(sys.argv[1], tag, lambda: Content(records=[record]), keep_last=3)\n"
+    )
+    jobs = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", code, tmp_path, name], stderr=subprocess.PIPE)
+        for name in ("a", "b")
+    ]
+    for job in jobs:
+        _, said = job.communicate(timeout=120)
+        assert job.returncode == 0, said.decode()[-1000:]
+    assert not [p for p in tmp_path.iterdir() if ".tmp-" in p.name or ".old-" in p.name]
+    assert value_of(tmp_path) == 0
+
+
+def test_latest_that_is_a_folder(tmp_path: Path) -> None:
+    save(tmp_path, "a", 1)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()
+    with pytest.warns(UserWarning, match="'latest' is a folder; .* 'a', is taken"):
+        assert value_of(tmp_path) == 1
+    with pytest.raises(CheckpointError, match="latest is a folder, where the name of the latest"):
+        save(tmp_path, "b", 2)
+    (tmp_path / "latest").rmdir()
+    (tmp_path / "latest").symlink_to("a")
+    assert value_of(tmp_path) == 1
+    save(tmp_path, "b", 2)
+    assert value_of(tmp_path) == 2 and value_of(tmp_path, "a") == 1
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\xfa", b"x" * 5000, b"a\0b", b""])
+def test_latest_that_holds_anything(tmp_path: Path, content: bytes) -> None:
+    save(tmp_path, "a", 1)
+    (tmp_path / "latest").write_bytes(content)
+    with pytest.warns(UserWarning, match="which is not there"):
+        assert value_of(tmp_path) == 1
+
+
+def test_a_tag_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="it has 300 bytes, at most 240 are possible"):
+        save(tmp_path, "x" * 300)
+    save(tmp_path, "y" * 240, 1)
+    save(tmp_path, "y" * 240, 2, keep_last=1)
+    assert value_of(tmp_path) == 2
+    with pytest.raises(FileNotFoundError, match="no checkpoint 'x"):
+        checkpoint.find(tmp_path, "x" * 300)

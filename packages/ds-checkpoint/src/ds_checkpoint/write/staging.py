@@ -1,0 +1,222 @@
+"""How a checkpoint appears in a directory whole or not at all, and how it is removed.
+
+[Note: commit] A checkpoint is written into `<tag>.tmp-<nonce>/`, every file and the folder synced, the
+manifest last, and so is the text that will replace `latest`: nothing below needs room on the disk. Then
+
+    1. an older checkpoint of the same name is renamed to `<tag>.old-<nonce>`,
+    2. the new one is renamed to `<tag>`, and the directory is synced: from here on it counts,
+    3. `latest` is replaced by rename,
+    4. the older one is renamed to a `.tmp-` name and removed.
+
+A process may die between any two of these. Whatever is called `.tmp-` never counts and is removed by the next
+save; an `.old-` folder stands for its tag exactly where `<tag>` is missing (death between 1 and 2). Nothing
+is ever deleted under a name that counts, and nothing that is no checkpoint is ever renamed or deleted.
+
+The writer holds a lock on its folder, which the system releases when it dies: so a save removes what dead
+ones left, never what another process is writing. Several jobs may save into one directory: what changes names in it
+(clearing up, making and locking the folder, the steps above, pruning) is done under a lock on the directory.
+
+A tag may be a link that a user made (`ln -s global_step100 best`). Saving under it replaces the link; what it points to
+stays as it is, and is not pruned while the link is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ds_checkpoint.disk import synced
+from ds_checkpoint.format import folder
+from ds_checkpoint.format.folder import LATEST, LEFT, OLD, TEMPORARY
+
+UNLOCKABLE_AGE_S = 900.0
+"""On a file system without locks, a temporary folder that was not touched for so long is dead."""
+
+
+class Staging:
+    """The folder that a save writes into, on the rank that commits it."""
+
+    def __init__(self, root: Path, tag: str, *, name_latest: bool = True) -> None:
+        """Clear up after dead saves, and make the folder.
+
+        Args:
+            name_latest: `latest` will name this one.
+
+        Raises:
+            OSError: that is not possible, or `<root>/<tag>` is something else than a checkpoint.
+        """
+        made = [path for path in (root, *root.parents) if not path.exists()]
+        root.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            synced.sync(path.parent)
+        self.root = root
+        self.tag = tag
+        self.nonce = secrets.token_hex(4)
+        self.path = root / f"{tag}{TEMPORARY}{self.nonce}"
+        self.names_latest = name_latest
+        self._pointer = root / f"{LATEST}{TEMPORARY}{self.nonce}" if name_latest else None
+        with _alone_in(root):
+            _recover(root)
+            if os.path.lexists(root / tag) and not folder.is_complete(root / tag):
+                raise FileExistsError(f"{root / tag} exists and is no checkpoint of ours: choose another tag")
+            latest = root / LATEST
+            if name_latest and latest.is_dir() and not latest.is_symlink():
+                raise FileExistsError(
+                    f"{latest} is a folder, where the name of the latest checkpoint has to be kept: rename it"
+                )
+            self.path.mkdir()
+            self._lock = _lock(self.path)
+
+    @property
+    def sequence(self) -> int:
+        """One more than that of any checkpoint which is there."""
+        return 1 + max((age.sequence for age, _ in folder.peeked(self.root).values()), default=0)
+
+    def commit(self) -> Path:
+        """See [Note: commit]; returns the folder under its name that counts."""
+        synced.sync(self.path)
+        if self._pointer is not None:
+            synced.write_synced(self._pointer, self.tag.encode())
+        final = self.root / self.tag
+        old = self.root / f"{self.tag}{OLD}{self.nonce}"
+        with _alone_in(self.root):
+            replaces = os.path.lexists(final)
+            if replaces:
+                final.rename(old)
+            try:
+                self.path.rename(final)
+            except OSError:
+                if replaces:
+                    old.rename(final)
+                raise
+            synced.sync(self.root)
+            if self._pointer is not None:
+                self._pointer.rename(self.root / LATEST)
+                synced.sync(self.root)
+            if replaces:
+                remove(old)
+        self._unlock()
+        return final
+
+    def abort(self) -> None:
+        """Leave nothing behind; safe after a failed commit too."""
+        self._unlock()
+        if self._pointer is not None:
+            self._pointer.unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint: first it loses the name under which it counts, then its files. Of a link only the link goes.
+    That somebody else has removed it meanwhile, or is at it, is no failure.
+    """
+    left = LEFT.fullmatch(path.name)
+    doomed = path.with_name(f"{left['tag'] if left else path.name}{TEMPORARY}{secrets.token_hex(4)}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(doomed)
+        _discard(doomed)
+
+
+def _discard(path: Path) -> None:
+    """Delete a folder, a file or a link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def prune(root: Path, keep_last: int, keep: str) -> None:
+    """Remove all but the newest `keep_last` checkpoints. `keep` stays in any case, and so do links, and what they point
+    to.
+    """
+    with _alone_in(root):
+        there = folder.complete(root)
+        links = {tag for tag, path in there.items() if path.is_symlink()}
+        kept = {keep, *links, *(os.path.basename(os.path.realpath(there[tag])) for tag in links)}
+        ages = [tag for tag in folder.by_age(root) if tag not in links]
+        for tag in ages[:-keep_last]:
+            if tag in there and tag not in kept:
+                remove(there[tag])
+
+
+def _recover(root: Path) -> None:
+    """Finish what a dead save began, and remove what it left."""
+    for path in sorted(root.iterdir()):
+        left = LEFT.fullmatch(path.name)
+        if left is None:
+            continue
+        if left["kind"] == OLD:
+            final = root / left["tag"]
+            if not folder.is_complete(path):
+                continue
+            if os.path.lexists(final):
+                remove(path)
+            else:
+                path.rename(final)
+        elif _is_dead(path):
+            with contextlib.suppress(FileNotFoundError):
+                _discard(path)
+
+
+def _is_dead(path: Path) -> bool:
+    if not path.is_dir() or path.is_symlink():  # a pointer that was not renamed: written and renamed at once
+        try:
+            return time.time() - path.lstat().st_mtime > 1.0
+        except FileNotFoundError:
+            return False
+    try:
+        descriptor = _lock(path)
+    except (BlockingIOError, FileNotFoundError):
+        return False
+    if descriptor is None:
+        return time.time() - max(_times(path)) > UNLOCKABLE_AGE_S
+    os.close(descriptor)
+    return True
+
+
+def _times(path: Path) -> Iterator[float]:
+    yield path.stat().st_mtime
+    for inner in path.iterdir():
+        yield inner.stat().st_mtime
+
+
+def _lock(path: Path) -> int | None:
+    """An exclusive lock on a folder, held until the descriptor is closed; None where the file system has
+    none.
+
+    Raises:
+        BlockingIOError: a living process holds it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextlib.contextmanager
+def _alone_in(root: Path) -> Iterator[None]:
+    """Wait until no other process changes names in a directory, and keep them waiting."""
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
