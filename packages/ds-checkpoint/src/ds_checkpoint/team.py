@@ -85,7 +85,7 @@ class Team:
         Raises:
             FileNotFoundError, CheckpointError: on every rank, whatever goes wrong on rank 0; the first if that is one.
         """
-        answer = {"result": ""}
+        answer: dict[str, str] = {"result": ""}
         if self.first:
             try:
                 answer["result"] = action()
@@ -93,7 +93,7 @@ class Team:
                 answer["missing"] = str(error)
             except Exception as error:  # noqa: BLE001 - raised below, on every rank
                 answer["failure"] = _describe(error)
-        answer = json.loads(self.share(json.dumps(answer).encode()))
+        answer = dict(json.loads(self.share(json.dumps(answer).encode())))
         if "missing" in answer:
             raise FileNotFoundError(answer["missing"])
         if "failure" in answer:
@@ -187,7 +187,7 @@ class Team:
         )
 
 
-def _store() -> dist.Store:
+def _store() -> torch._C._distributed_c10d.Store:
     return dist.distributed_c10d._get_default_store()
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from ds_checkpoint.deepspeed.archive import Archive
 from ds_checkpoint.deepspeed.rebuild import Rebuilder
@@ -25,8 +25,14 @@ __all__ = ["Stand", "read"]
 
 # Python's own implementation, not the one in C: its steps can be replaced one by one, and its memo is a dict, where
 # the other one allocates and touches as much memory as the largest index that a file claims.
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
+class _Unpickler(pickle._Unpickler):
     """Every opcode that would import, call or fill something makes or fills a `Stand`."""
+
+    # What the base class has and its stubs do not.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content), encoding="utf-8")
@@ -107,8 +113,8 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
             raise pickle.UnpicklingError(f"a bytearray of {size} bytes in a file of {self._num_bytes}")
         self.append(bytearray(self.read(size)))
 
-    dispatch: Mapping[int, Callable[..., None]] = {
-        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        **pickle._Unpickler.dispatch,
         pickle.REDUCE[0]: load_reduce,
         pickle.NEWOBJ[0]: load_newobj,
         pickle.NEWOBJ_EX[0]: load_newobj_ex,

@@ -89,6 +89,11 @@ def peeked(root: Path) -> dict[str, tuple[manifest.Age, bool]]:
     return seen
 
 
+def next_sequence(root: Path) -> int:
+    """One more than that of any checkpoint which is there."""
+    return 1 + max((age.sequence for age, _ in peeked(root).values()), default=0)
+
+
 def read_manifest(path: Path) -> manifest.Manifest:
     """CheckpointError if it is damaged."""
     file = path / manifest.NAME

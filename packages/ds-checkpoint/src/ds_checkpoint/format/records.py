@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+PARAM, BUFFER = "param", "buffer"
+"""States that the model itself consists of; every other one is the optimizer's."""
+
 
 @dataclass(frozen=True)
 class Record:

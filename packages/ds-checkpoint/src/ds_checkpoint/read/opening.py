@@ -25,6 +25,11 @@ def locate(root: Path, tag: str | None) -> Path:
     return foreign if foreign is not None else folder.find(root, tag)
 
 
+def locate_any(path: Path, tag: str | None) -> Path:
+    """As `locate`, where `path` may be the folder of one checkpoint, too."""
+    return path if tag is None and folder.is_complete(path) else locate(path, tag)
+
+
 def open_at(path: Path, order: Sequence[Sequence[str]] | None = None) -> Checkpoint:
     """Open the folder that `locate` found; `order` as for `DeepSpeedCheckpoint`."""
     return Checkpoint(path) if folder.is_complete(path) else deepspeed.DeepSpeedCheckpoint(path, order)
@@ -41,8 +46,7 @@ def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> Che
         FileNotFoundError: there is none; says what was looked for.
         CheckpointError: it is damaged or not complete.
     """
-    root = Path(path)
-    return open_at(root if tag is None and folder.is_complete(root) else locate(root, tag))
+    return open_at(locate_any(Path(path), tag))
 
 
 def names(checkpoint: Checkpoint, *, exclude_frozen: bool = False) -> Iterator[tuple[str, str]]:

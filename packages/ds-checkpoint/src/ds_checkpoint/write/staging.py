@@ -73,11 +73,6 @@ class Staging:
             self.path.mkdir()
             self._lock = _lock(self.path)
 
-    @property
-    def sequence(self) -> int:
-        """One more than that of any checkpoint which is there."""
-        return 1 + max((age.sequence for age, _ in folder.peeked(self.root).values()), default=0)
-
     def commit(self) -> Path:
         """See [Note: commit]; returns the folder under its name that counts."""
         synced.sync(self.path)

@@ -185,7 +185,7 @@ def _merge(fragments: Sequence[dict[str, Any]], tag: str, staging: Staging) -> M
         tag=tag,
         world_size=len(fragments),
         saved_at_s=time.time(),
-        sequence=staging.sequence,
+        sequence=folder.next_sequence(staging.root),
         named_latest=staging.names_latest,
         files=files,
         tensors=tensors,

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from ds_checkpoint import rng
 from ds_checkpoint.errors import CheckpointError
-from ds_checkpoint.format import codec, folder
+from ds_checkpoint.format import codec, folder, options
 from ds_checkpoint.format.model_config import MODEL_CONFIG, model_config
 from ds_checkpoint.format.model_part import PARTS, ModelPart
 from ds_checkpoint.interfaces import ShardRecord
+from ds_checkpoint.owners.names import tied
 from ds_checkpoint.read import opening
 from ds_checkpoint.read.checkpoint import Checkpoint
 from ds_checkpoint.team import Team
@@ -27,9 +28,6 @@ from ds_checkpoint.write.writer import Content, write
 
 if TYPE_CHECKING:
     from ds_engine.engine import Engine
-
-FAMILIES = {"FusedAdam": "adam", "CPUAdam": "adam", "Adam": "adam", "AdamW": "adam"}
-"""Optimizers whose states mean the same; others go by their class name, less our prefix."""
 
 _MODEL_STATES = frozenset({"param", "buffer"})
 """What the model itself consists of; every other state is the optimizer's."""
@@ -158,41 +156,16 @@ def _values_of_names(
     """What is said of parameters and groups: the same on all ranks that hold the same part of the model."""
     tensors: dict[str, Tensor] = {}
     values = {
-        "optimizer": {"family": _family(engine.optimizer), "groups": _group_options(engine, tensors, prefix)},
-        "tied": _tied(engine.module),
+        "optimizer": {
+            "family": options.family(engine.optimizer),
+            "groups": options.encode_groups(engine.optimizer, tensors, f"optimizer/{prefix}"),
+        },
+        "tied": tied(engine.module),
         "frozen": [name for name, p in engine.module.named_parameters() if not p.requires_grad],
         "left_out": sorted(left_out),
     }
     blobs.update(tensors)
     return values
-
-
-def _tied(module: nn.Module) -> dict[str, str]:
-    """Every further name of a shared parameter -> its first one, under which it is stored."""
-    first = {id(p): name for name, p in module.named_parameters()}
-    every = module.named_parameters(remove_duplicate=False)
-    return {name: first[id(p)] for name, p in every if name != first[id(p)]}
-
-
-def _family(optimizer: torch.optim.Optimizer) -> str:
-    names = [kind.__name__ for kind in type(optimizer).__mro__]  # a subclass has the states of its base
-    known = next((FAMILIES[name] for name in names if name in FAMILIES), None)
-    return known or names[0].removeprefix("Fused").lower()
-
-
-def _group_options(engine: Engine, tensors: dict[str, Tensor], prefix: str) -> list[Any]:
-    return [
-        {
-            "num_params": len(group["params"]),
-            "options": codec.encode(
-                {k: v for k, v in group.items() if k != "params"},
-                f"optimizer.param_groups[{i}]",
-                tensors,
-                f"optimizer/{prefix}",
-            ),
-        }
-        for i, group in enumerate(engine.optimizer.param_groups)
-    ]
 
 
 def load(
@@ -267,10 +240,13 @@ def _check_fit(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> None:
     saved = checkpoint.manifest.values["optimizer"]
     if not wanted.optimizer:
         return
-    if saved["family"] not in (None, _family(engine.optimizer)):  # None: a foreign format that does not say
+    if saved["family"] not in (
+        None,
+        options.family(engine.optimizer),
+    ):  # None: a foreign format that does not say
         raise CheckpointError(
             f"its optimizer states are those of {saved['family']}, this engine has "
-            f"{_family(engine.optimizer)}: use that one, or pass "
+            f"{options.family(engine.optimizer)}: use that one, or pass "
             "load_optimizer_states=False to begin with fresh states"
         )
     here = [len(group["params"]) for group in engine.optimizer.param_groups]
@@ -321,7 +297,9 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
     values = checkpoint.manifest.values
     rank = engine.world.rank
     client_state: dict[str, Any] = codec.decode(values["client_state"], checkpoint.blob)
-    options = [codec.decode(group["options"], checkpoint.blob) for group in values["optimizer"]["groups"]]
+    group_options = [
+        codec.decode(group["options"], checkpoint.blob) for group in values["optimizer"]["groups"]
+    ]
     schedule = codec.decode(values["schedule"], checkpoint.blob)
     same_ranks = checkpoint.manifest.world_size == engine.world.world_size and f"rng/{rank}" in values
     names = (
@@ -331,7 +309,7 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
 
     def apply() -> dict[str, Any]:
         if wanted.optimizer:
-            _set_options(engine, options)
+            options.set_options(engine.optimizer, group_options)
         if wanted.schedule:
             _set_schedule(engine, schedule)
         if wanted.optimizer:
@@ -358,17 +336,6 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
         return client_state
 
     return apply
-
-
-def _set_options(engine: Engine, options: list[dict[str, Any]]) -> None:
-    for group, saved in zip(engine.optimizer.param_groups, options, strict=bool(options)):
-        for key, value in saved.items():
-            if isinstance(group.get(key), Tensor):
-                group[key].copy_(
-                    torch.as_tensor(value)
-                )  # a rate that a captured graph reads stays the same tensor
-            else:
-                group[key] = value
 
 
 def _set_schedule(engine: Engine, saved: dict[str, Any] | None) -> None:

@@ -1,0 +1,250 @@
+"""`save` and `load`: checkpoints of a model and an optimizer, without an engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ds_checkpoint import rng
+from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format import codec, folder, options
+from ds_checkpoint.format.model_config import MODEL_CONFIG, model_config
+from ds_checkpoint.format.model_part import refuse_parts
+from ds_checkpoint.format.records import BUFFER, PARAM
+from ds_checkpoint.owners import Claim, names, owner_of
+from ds_checkpoint.read import opening
+from ds_checkpoint.read.checkpoint import Checkpoint
+from ds_checkpoint.team import Team
+from ds_checkpoint.write.writer import Content, write
+
+
+def save(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    tag: str | None = None,
+    keep_last: int | None = None,
+    owners: Sequence[Claim] | None = None,
+) -> str:
+    """Write a checkpoint into `directory`, complete or not at all, and let `latest` name it. Every rank calls it.
+
+    The model may be plain, or sharded by ds_zero or FSDP2. What is saved: its parameters and persistent buffers, the
+    optimizer's states and the options of its groups, `extra`, and the random generators of every rank.
+
+    Args:
+        extra: what else is needed to go on, by name: numbers, text, tensors, lists, tuples and dicts of these, or
+            objects with `state_dict` and `load_state_dict` (schedulers, loaders, scalers). Rank 0's is kept.
+        tag: name of the checkpoint's folder; default "save000001" and so on.
+        keep_last: remove older checkpoints until that many are left.
+        owners: who is asked whether the model's state is its own; default the packages that have registered.
+
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        CheckpointError: on every rank, if any could not do its part; nothing has changed then.
+    """
+    team, root = Team(), Path(directory)
+    name = tag if tag is not None else team.by_first(f"saving into {root}", lambda: _next_tag(root))
+    doing = f"saving {root / name}"
+    owner = team.together(doing, lambda: owner_of(model, optimizer, owners))
+    values, blobs = team.together(doing, lambda: _values_of(team, model, optimizer, extra or {}))
+    # Not in `write`: owners may exchange what they have, and there a rank that fails alone would leave them waiting.
+    content = Content(records=owner.records(), blobs=blobs, values=values)
+    return write(root, name, lambda: content, keep_last=keep_last, team=team)
+
+
+def _next_tag(root: Path) -> str:
+    return f"save{folder.next_sequence(root):06d}"
+
+
+def _values_of(
+    team: Team, model: nn.Module, optimizer: Optimizer | None, extra: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What is no model's tensor: values as JSON, and the tensors among them."""
+    random_values, blobs = rng.capture(team.rank)
+    values: dict[str, Any] = {f"rng/{team.rank}": random_values}
+    if team.first:
+        tensors: dict[str, Tensor] = {}
+        plain = {key: value.state_dict() if _is_stateful(value) else value for key, value in extra.items()}
+        values |= {
+            "client_state": codec.encode(plain, "extra", tensors, "client"),
+            "optimizer": None
+            if optimizer is None
+            else {
+                "family": options.family(optimizer),
+                "groups": options.encode_groups(optimizer, tensors, "optimizer"),
+            },
+            "schedule": None,
+            "tied": names.tied(model),
+            "frozen": [name for name, p in names.parameters(model).items() if not p.requires_grad],
+            "versions": {"torch": str(torch.__version__)},
+            MODEL_CONFIG: model_config(model),
+        }
+        blobs |= tensors
+    return values, blobs
+
+
+def _is_stateful(value: object) -> bool:
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def load(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    extra: MutableMapping[str, Any] | None = None,
+    *,
+    tag: str | None = None,
+    strict: bool = True,
+    owners: Sequence[Claim] | None = None,
+) -> dict[str, Any]:
+    """Fill a model and its optimizer from a checkpoint, written on any number of ranks. Every rank calls it.
+
+    On the same number of ranks, random generators are restored, too, and training goes on bitwise as if it had not
+    stopped.
+
+    Args:
+        directory: what was given to `save`, or the folder of one checkpoint.
+        optimizer: None leaves states and options in the checkpoint.
+        extra: receives what was saved; objects with `load_state_dict` in it get their state back.
+        tag: which checkpoint; default the one that `latest` names.
+        strict: refuse a checkpoint with tensors that the model lacks. What the model has must be there in any case.
+        owners: as for `save`.
+
+    Returns:
+        What was saved as `extra`; of an object, its state.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint; says what was looked for and what there is.
+        CheckpointError: on every rank: it is damaged, or does not fit the model.
+    """
+    team, root = Team(), Path(directory)
+    path = Path(team.by_first(f"loading from {root}", lambda: str(opening.locate_any(root, tag))))
+    doing = f"loading {path}"
+    with team.together(doing, lambda: opening.open_at(path)) as checkpoint:
+        team.together(doing, lambda: checkpoint.check_files(team.rank, team.size))
+        team.together(doing, lambda: _check_groups(checkpoint, optimizer))
+        _check_names(team, doing, checkpoint, model, strict=strict)
+        owner = team.together(doing, lambda: owner_of(model, optimizer, owners))
+        team.together(doing, lambda: owner.load_records(checkpoint))
+        read = team.together(doing, lambda: _values(checkpoint, team))
+        records = owner.records()
+        team.together(doing, lambda: _check_read(checkpoint, records, states=optimizer is not None))
+        saved, group_options, generators = read
+        if optimizer is not None:
+            options.set_options(optimizer, group_options)
+        _restore_extra(extra, saved)
+        if generators is not None:
+            rng.restore(team.rank, checkpoint.manifest.values[f"rng/{team.rank}"], generators.__getitem__)
+        elif checkpoint.manifest.world_size != team.size and team.first:
+            warnings.warn(
+                f"{path} was written on {checkpoint.manifest.world_size} ranks and is loaded on {team.size}: random "
+                "generators belong to ranks, and stay as they are",
+                stacklevel=2,
+            )
+    return saved
+
+
+def _check_groups(checkpoint: Checkpoint, optimizer: Optimizer | None) -> None:
+    """Nothing has been changed yet if the optimizer is another one."""
+    refuse_parts(checkpoint)
+    stored = checkpoint.manifest.values.get("optimizer")
+    if optimizer is None or not stored:
+        if optimizer is not None:
+            raise CheckpointError("it has no optimizer's state: pass optimizer=None to load the model alone")
+        return
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    wanted = [group["num_params"] for group in stored["groups"]]
+    if stored["groups"] and sizes != wanted:
+        raise CheckpointError(
+            f"the optimizer has groups of {sizes} parameters, the checkpoint of {wanted}: make the same groups in the "
+            "same order"
+        )
+    if stored.get("family") and stored["family"] != options.family(optimizer):
+        raise CheckpointError(
+            f"it holds the states of the optimizer family {stored['family']!r}, this one is of "
+            f"{options.family(optimizer)!r}: pass optimizer=None to load the model alone"
+        )
+
+
+def _check_names(team: Team, doing: str, checkpoint: Checkpoint, model: nn.Module, *, strict: bool) -> None:
+    """Every tensor of the checkpoint has a place in the model of some rank; nothing has been changed yet if not."""
+    if not strict:
+        return
+    mine = [*names.parameters(model), *names.buffers(model)]
+    everyone = team.gather(json.dumps(mine).encode())
+
+    def compare() -> None:
+        known = {name for part in everyone for name in json.loads(part)}
+        unknown = sorted(set(checkpoint.manifest.tensors) - known)
+        if team.first and unknown:
+            raise CheckpointError(
+                f"it has {len(unknown)} tensors that the model lacks, first {unknown[:5]}: use the model it was "
+                "written for, or pass strict=False"
+            )
+
+    team.together(doing, compare)
+
+
+def _values(
+    checkpoint: Checkpoint, team: Team
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Tensor] | None]:
+    """Extra, options of groups, and this rank's random generators if they are there. All is read before any of it is
+    believed, so that damage anywhere is told by all ranks at once.
+    """
+    values = checkpoint.manifest.values
+    saved = codec.decode(values.get("client_state") or {}, checkpoint.blob)
+    groups = (values.get("optimizer") or {}).get("groups") or []
+    group_options = [codec.decode(group["options"], checkpoint.blob) for group in groups]
+    generators = None
+    if checkpoint.manifest.world_size == team.size and f"rng/{team.rank}" in values:
+        prefix = f"rng/{team.rank}/"
+        generators = {
+            name: checkpoint.blob(name) for name in checkpoint.manifest.blobs if name.startswith(prefix)
+        }
+    return saved, group_options, generators
+
+
+def _check_read(checkpoint: Checkpoint, records: Sequence[Any], *, states: bool) -> None:
+    """No damage, and not one element of this rank that did not come from the checkpoint."""
+    if checkpoint.problems:
+        older = sorted(set(folder.complete(checkpoint.path.parent)) - {checkpoint.manifest.tag})
+        there = f"; there are {', '.join(older)}" if older else ""
+        raise CheckpointError(
+            f"{'; '.join(checkpoint.problems)}. The model is partly loaded now: load another checkpoint with "
+            f"tag=...{there}"
+        )
+    for record in records:
+        if record.state not in (PARAM, BUFFER) and not states:
+            continue
+        end = record.flat_offset + record.data.numel()
+        if not checkpoint.was_read(record.fqn, record.state, record.flat_offset, end):
+            raise CheckpointError(
+                f"elements {record.flat_offset} to {end} of {record.state} of {record.fqn!r} were not restored"
+            )
+
+
+def _restore_extra(extra: MutableMapping[str, Any] | None, saved: Mapping[str, Any]) -> None:
+    if extra is None:
+        return
+    for key, value in saved.items():
+        if _is_stateful(extra.get(key)):
+            extra[key].load_state_dict(value)
+        else:
+            extra[key] = value
+    lacking = [key for key, value in extra.items() if _is_stateful(value) and key not in saved]
+    if lacking:
+        warnings.warn(
+            f"the checkpoint has no state of extra[{lacking[0]!r}], which stays as it is", stacklevel=3
+        )
