@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ds_layers.resting import Kept, Moved, Resting, Slabs
+from ds_layers.input_storage import Kept, Moved, Resting, Slabs
 from ds_layers.rng import RngTracker
 
 T = TypeVar("T")
