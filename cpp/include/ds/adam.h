@@ -3,9 +3,12 @@
 //
 // Per element, every operation rounded to fp32 once, in this order:
 //   g = float(grad) * grad_scale
-//   decoupled:   p = p * (1 - lr * weight_decay)          else, if weight_decay != 0:   g = g + weight_decay
-//   * p m = m * beta1 + (1 - beta1) * g v = v * beta2 + ((1 - beta2) * g) * g p = p + (-lr / (1 - beta1^step)
-//   * m) / (sqrt(v) * (1 / sqrt(1 - beta2^step)) + eps) out = round to nearest even (p)
+//   decoupled:                      p = p * (1 - lr * weight_decay)
+//   else, if weight_decay != 0:     g = g + weight_decay * p
+//   m = m * beta1 + (1 - beta1) * g
+//   v = v * beta2 + ((1 - beta2) * g) * g
+//   p = p + (-lr / (1 - beta1^step) * m) / (sqrt(v) * (1 / sqrt(1 - beta2^step)) + eps)
+//   out = round to nearest even (p)
 // m and v may be stored in bf16: the update then uses the values before rounding.
 #pragma once
 

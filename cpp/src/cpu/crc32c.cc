@@ -69,8 +69,8 @@ std::uint32_t update_portable(std::uint32_t state, const unsigned char* data, st
 
 #if defined(__x86_64__)
 __attribute__((target("sse4.2,crc32"))) std::uint32_t update_one_stream(std::uint32_t state,
-                                                                  const unsigned char* data,
-                                                                  std::size_t size) {
+                                                                        const unsigned char* data,
+                                                                        std::size_t size) {
   std::uint64_t wide = state;
   for (; size >= 8; size -= 8, data += 8) {
     std::uint64_t word;
@@ -83,8 +83,9 @@ __attribute__((target("sse4.2,crc32"))) std::uint32_t update_one_stream(std::uin
 }
 
 // The instruction takes 3 cycles and starts every cycle: three streams side by side, then joined.
-__attribute__((target("sse4.2,crc32"))) std::uint32_t update_sse42(std::uint32_t state, const unsigned char* data,
-                                                             std::size_t size) {
+__attribute__((target("sse4.2,crc32"))) std::uint32_t update_sse42(std::uint32_t state,
+                                                                   const unsigned char* data,
+                                                                   std::size_t size) {
   constexpr std::size_t kStream = 8192;
   static const std::uint32_t shift = zero_bytes(kStream);
   for (; size >= 3 * kStream; size -= 3 * kStream, data += 3 * kStream) {
