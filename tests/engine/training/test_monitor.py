@@ -109,3 +109,38 @@ def test_other_ranks_and_no_section_write_nothing(tmp_path: Path) -> None:
     section = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path)}}
     assert not monitor(section, rank=1).enabled and not monitor({}).enabled
     assert monitor(section).enabled
+
+
+def test_a_full_disk_costs_lines_and_not_the_training(tmp_path: Path) -> None:
+    folder = tmp_path / "job"
+    made = Monitor([CsvWriter(folder), CsvWriter(tmp_path / "other")])
+    (folder / "a.csv").symlink_to("/dev/full")
+    with pytest.warns(
+        UserWarning, match=r"CsvWriter cannot write curves: \[Errno 28\] No space left.*goes on"
+    ):
+        made.write_events([("a", 1.0, 8)])
+    made.write_events([("a", 2.0, 16)])  # says nothing more: warnings are errors here
+    assert (tmp_path / "other" / "a.csv").read_text().splitlines() == ["step,a", "8,1.0", "16,2.0"]
+    (folder / "a.csv").unlink()  # there is space again
+    made.write_events([("a", 3.0, 24)])
+    assert (folder / "a.csv").read_text().splitlines() == ["step,a", "24,3.0"]
+    made.close()
+
+
+def test_a_line_that_a_full_disk_took_in_part_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CsvWriter(tmp_path)
+    writer.write([("a", 1.0, 8)])
+    opened = Path.open
+
+    def fills_up(path: Path, *args: Any, **kwargs: Any) -> Any:
+        with opened(path, "a") as file:
+            file.write("16,2")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", fills_up)
+    with pytest.raises(OSError, match="No space left"):
+        writer.write([("a", 2.0, 16)])
+    monkeypatch.setattr(Path, "open", opened)
+    assert (tmp_path / "a.csv").read_text().splitlines() == ["step,a", "8,1.0"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import math
-from collections.abc import Iterable, Sequence
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,12 +47,19 @@ class CsvWriter:
         for name, value, at in events:
             plain = name.replace("/", "_")
             path = self.folder / f"{plain}.csv"
-            # Opened for each line: what was written is there when the job is killed, and others may look at it.
-            with path.open("a", newline="") as file:
-                writer = csv.writer(file)
-                if file.tell() == 0:
-                    writer.writerow(["step", plain])
-                writer.writerow([at, value])
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                # Opened for each line: what was written is there when the job is killed, and others may look at it.
+                with path.open("a", newline="") as file:
+                    writer = csv.writer(file)
+                    if size == 0:
+                        writer.writerow(["step", plain])
+                    writer.writerow([at, value])
+            except OSError:
+                # A disk that fills up may have taken a part of the line.
+                with contextlib.suppress(OSError):
+                    os.truncate(path, size)
+                raise
 
     def close(self) -> None:
         """Nothing is open."""
@@ -123,6 +133,7 @@ class Monitor:
 
     def __init__(self, writers: Iterable[Writer] = ()) -> None:
         self.writers = list(writers)
+        self._failed: set[int] = set()
 
     @classmethod
     def of(cls, config: DsConfig, rank: int) -> Monitor:
@@ -157,7 +168,8 @@ class Monitor:
         """Write values of your own beside the engine's."""
         if events:
             for writer in self.writers:
-                writer.write(events)
+                with self._lenient(writer):
+                    writer.write(events)
 
     def step(self, report: StepReport, loss: float | None, times_ms: dict[str, float]) -> None:
         """What the engine writes after a step."""
@@ -173,4 +185,20 @@ class Monitor:
         """End runs and close files; safe to call twice."""
         writers, self.writers = self.writers, []
         for writer in writers:
-            writer.close()
+            with self._lenient(writer):
+                writer.close()
+
+    @contextlib.contextmanager
+    def _lenient(self, writer: Writer) -> Iterator[None]:
+        """A full disk or an unreachable service costs curves, not the training: the first failure of a writer warns."""
+        try:
+            yield
+        except OSError as error:
+            if id(writer) not in self._failed:
+                self._failed.add(id(writer))
+                warnings.warn(
+                    f"{type(writer).__name__} cannot write curves: {error}. Training goes on, and every later step "
+                    "tries again; the values of failed steps are missing. Free space, or disable this monitor in "
+                    "the configuration",
+                    stacklevel=4,
+                )
