@@ -1,5 +1,5 @@
-"""Activation checkpointing: keep a layer's inputs, recompute the rest in backward, and choose where inputs
-rest.
+"""Activation checkpointing: keep a layer's inputs, recompute the rest in backward, and choose where the inputs
+are stored.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ds_layers.input_storage import Kept, Moved, Resting, Slabs
+from ds_layers.input_storage import CopiedInput, OriginalInput, Slabs, StoredInput
 from ds_layers.rng import RngTracker
 
 T = TypeVar("T")
@@ -115,17 +115,19 @@ class Checkpointing:
         if self._slabs is not None:
             self._slabs = Slabs(self.config.num_checkpoints or 1)
 
-    def put_to_rest(self, tensor: Tensor) -> Resting:
-        """Move one input to where the configuration wants it; used by the calls."""
+    def store(self, tensor: Tensor) -> StoredInput:
+        """Store one input where the configuration says; used by the calls."""
         config = self.config
         partition = config.partition and config.group is not None and tensor.numel() >= config.group.size()
         on_host = config.on_host and tensor.device.type != "cpu"
         movable = tensor.is_floating_point() and not (tensor.is_leaf and tensor.requires_grad)
         if not movable or not (partition or on_host or self._slabs is not None):
-            return Kept(tensor)  # a leaf lives on in any case
-        rest = Moved(tensor, group=config.group if partition else None, on_host=on_host, slabs=self._slabs)
-        self.statistics.resting_bytes += rest.num_bytes
-        return rest
+            return OriginalInput(tensor)  # a leaf lives on in any case
+        copied = CopiedInput(
+            tensor, group=config.group if partition else None, on_host=on_host, slabs=self._slabs
+        )
+        self.statistics.resting_bytes += copied.num_bytes
+        return copied
 
     @contextlib.contextmanager
     def observe(self, what: str, device: torch.device) -> Iterator[None]:
@@ -150,21 +152,21 @@ class Checkpointing:
             torch.accelerator.synchronize(device)
 
 
-def _input(resting: Resting, requires_grad: bool) -> Tensor:
-    """What the recomputation gets for an input: not a leaf, since the function may write into it."""
+def _input(stored: StoredInput, requires_grad: bool) -> Tensor:
+    """An input of the recomputation. It is no leaf, since the function may write into it."""
     if not requires_grad:
-        return resting.restore()
+        return stored.restore()
     anchor = torch.empty(0, requires_grad=True)
-    value: Tensor = _Computed.apply(anchor, resting)  # type: ignore[no-untyped-call]
+    value: Tensor = _Computed.apply(anchor, stored)  # type: ignore[no-untyped-call]
     return value
 
 
 class _Computed(torch.autograd.Function):
-    """A tensor that looks as if it had been computed from `anchor`. Nobody asks for its gradient."""
+    """Makes a tensor require gradients without being a leaf. Its own gradient is not used."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, resting: Resting) -> Tensor:
-        return resting.restore()
+    def forward(ctx: Any, anchor: Tensor, stored: StoredInput) -> Tensor:
+        return stored.restore()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
@@ -172,7 +174,7 @@ class _Computed(torch.autograd.Function):
 
 
 class _Call:
-    """One call: its function, and its inputs, first as they are, then at rest."""
+    """One call: its function, and its inputs, as they are for the forward pass and stored for the recomputation."""
 
     def __init__(
         self, owner: Checkpointing, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
@@ -182,12 +184,11 @@ class _Call:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.device = tensors[0].device if tensors else torch.get_default_device()
         # Before the function runs: it may write into what it is given.
-        self._resting: list[tuple[Resting, bool] | None] = [
-            (owner.put_to_rest(leaf), leaf.requires_grad) if isinstance(leaf, Tensor) else None
-            for leaf in leaves
+        self._stored: list[tuple[StoredInput, bool] | None] = [
+            (owner.store(leaf), leaf.requires_grad) if isinstance(leaf, Tensor) else None for leaf in leaves
         ]
         self._first: list[Any] | None = leaves
-        self._rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self._others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._streams = owner.rng.states() if owner.rng is not None else None
 
     def run(self, _: Tensor) -> Any:
@@ -196,8 +197,8 @@ class _Call:
             with self._owner.observe("forward", self.device):
                 return self._apply(leaves)
         restored = [
-            leaf if rest is None else _input(*rest)
-            for leaf, rest in zip(self._rest, self._resting, strict=True)
+            leaf if stored is None else _input(*stored)
+            for leaf, stored in zip(self._others, self._stored, strict=True)
         ]
         with self._streams_of_forward(), self._owner.observe("recompute", self.device):
             return self._apply(restored)

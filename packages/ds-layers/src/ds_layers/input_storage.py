@@ -1,4 +1,4 @@
-"""Where the inputs of a checkpointed function rest between forward and backward."""
+"""How the inputs of a checkpointed function are stored between forward and backward."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Resting(Protocol):
-    """One tensor at rest; memory goes back when this object does."""
+class StoredInput(Protocol):
+    """One stored tensor; its memory is freed with this object."""
 
     num_bytes: int
-    """Bytes that rest on this rank because of it; 0 where the caller's own tensor is kept."""
+    """Bytes allocated for it on this rank; 0 where the caller's own tensor is kept."""
 
     def restore(self) -> Tensor:
-        """The tensor, detached, on its device; a new one at every call."""
+        """The tensor, detached, on the device it came from."""
 
 
 class Slab:
-    """One allocation, cut into slots of `numel` elements: so many checkpoints lie side by side, and none of
-    them leaves a hole of its own size behind.
+    """One allocation, cut into slots of `numel` elements each. Inputs that are stored and freed one by one
+    fragment the allocator's memory; slots of one allocation do not.
     """
 
     def __init__(self, numel: int, slots: int, like: Tensor) -> None:
@@ -41,14 +41,14 @@ class Slab:
 
 
 class Slabs:
-    """Slots of any size and dtype: a new slab of `slots` slots whenever nothing that fits is free."""
+    """Slots of any size and dtype. A new slab of `slots` slots is allocated where no slot of that size is free."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._slabs: dict[tuple[torch.dtype, torch.device, int], list[Slab]] = {}
 
-    def place(self, tensor: Tensor, owner: object) -> Tensor:
-        """A 1-D slot of as many elements as `tensor` has, on its device; lives as long as `owner`."""
+    def allocate(self, tensor: Tensor, owner: object) -> Tensor:
+        """A 1-D slot with as many elements as `tensor`, on its device. It is free again once `owner` is gone."""
         slabs = self._slabs.setdefault((tensor.dtype, tensor.device, tensor.numel()), [])
         for slab in slabs:
             slot = slab.take(owner)
@@ -65,7 +65,7 @@ class Slabs:
         return sum(s.storage.nbytes for slabs in self._slabs.values() for s in slabs)
 
 
-class Kept:
+class OriginalInput:
     """The caller's tensor itself."""
 
     num_bytes = 0
@@ -78,17 +78,17 @@ class Kept:
         if self._version is not None and self._tensor._version != self._version:
             raise RuntimeError(
                 f"an input of shape {tuple(self._tensor.shape)} of a checkpointed function was changed in place "
-                "after the function was called: recomputing from it would give other gradients. Change a copy, or "
-                "let inputs rest elsewhere (contiguous=True copies them)"
+                "after the function was called, so that recomputing from it would give wrong gradients. Change a copy "
+                "instead, or have inputs copied (contiguous=True)"
             )
         return self._tensor.detach()
 
 
-class Moved:
-    """A copy elsewhere: a slice of a group's, host memory, a slot of a slab, or any of these together.
+class CopiedInput:
+    """A copy: partitioned over a group, in host memory, in a slot of a slab, or any of these together.
 
-    With a group, every rank of it holds the same tensor (that is what model parallelism does with the
-    activations between its layers), so each keeps 1/N of it and all of them gather it again before backward.
+    Model-parallel ranks hold the same activations between layers. So each rank of the group keeps 1/N of the
+    tensor, and all of them gather it again before backward.
     """
 
     def __init__(
@@ -102,19 +102,19 @@ class Moved:
         if on_host:
             flat = _to_host(flat)
         if slabs is not None:
-            self._rest = slabs.place(flat, self)
-            self._rest.copy_(flat)
+            self._copy = slabs.allocate(flat, self)
+            self._copy.copy_(flat)
         elif flat.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
-            self._rest = flat.clone()  # a view would keep the whole tensor alive
+            self._copy = flat.clone()  # a view would keep the whole tensor alive
         else:
-            self._rest = flat
-        self.num_bytes = self._rest.nbytes
+            self._copy = flat
+        self.num_bytes = self._copy.nbytes
 
     def restore(self) -> Tensor:
-        flat = self._rest
+        flat = self._copy
         if self._group is not None:
             flat = _gathered(flat.to(self._device, non_blocking=True), self._group)[: self._numel]
-        # Memory of its own, and no view of anything: the function may write into what it gets.
+        # New memory, not a view of the copy: the function may write into its inputs.
         out = torch.empty(self._shape, dtype=flat.dtype, device=self._device)
         out.view(-1).copy_(flat, non_blocking=True)
         return out
@@ -140,5 +140,5 @@ def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _to_host(flat: Tensor) -> Tensor:
     if flat.device.type == "cpu":
         return flat
-    # Same stream on both ways, so neither copy needs the host to wait.
+    # Both copies run on the current stream, so the host waits for neither.
     return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)
