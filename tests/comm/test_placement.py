@@ -156,3 +156,12 @@ def test_slurm_incomplete(name: str) -> None:
 def test_contradictions(variables: dict[str, str], message: str) -> None:
     with pytest.raises(PlacementError, match=message):
         detect(variables)
+
+
+@pytest.mark.parametrize("given", [{}, {"LOCAL_RANK": "2"}])
+def test_ranks_that_torch_multiprocessing_started_are_on_one_machine(given: dict[str, str]) -> None:
+    variables = {"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", **given}
+    placement = detect(variables)
+    assert (placement.local_rank, placement.local_size) == (2, 4)
+    with pytest.raises(PlacementError, match="LOCAL_"):
+        detect({**variables, "MASTER_ADDR": "10.0.0.7"})

@@ -19,6 +19,7 @@ from typing import TypeVar
 from ds_comm.nodelist import expand_counts, expand_nodes
 
 _DEFAULT_PORT = 29500  # torch's own
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _T = TypeVar("_T")
 
 
@@ -125,10 +126,14 @@ def _from_torchrun(env: _Variables) -> Placement | None:
         if "LOCAL_RANK" in env:
             local_rank = env.number("LOCAL_RANK", start)
     else:
+        # torch.multiprocessing.spawn and notebooks set what torch asks for, and no more. Where rank 0 is on this very
+        # machine, by an address that no other machine can use, all ranks are.
+        here = "MASTER_ADDR" in env and env.text("MASTER_ADDR", start) in _LOOPBACK
         own = f"{start}, or set it yourself: LOCAL_RANK counts the processes of one machine from 0, "
         own += "LOCAL_WORLD_SIZE is their number (0 and 1 where each machine runs one process)"
-        local_rank = env.number("LOCAL_RANK", own)
-        local_size = env.number("LOCAL_WORLD_SIZE", own)
+        local_rank = rank if here and "LOCAL_RANK" not in env else env.number("LOCAL_RANK", own)
+        alone_here = here and "LOCAL_WORLD_SIZE" not in env
+        local_size = world_size if alone_here else env.number("LOCAL_WORLD_SIZE", own)
     alone = world_size == 1
     host = f"set it to the host name of the machine with rank 0, or {start}"
     return Placement(

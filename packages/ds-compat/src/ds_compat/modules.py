@@ -69,7 +69,17 @@ def _make(package: str, name: str) -> None:
         module = _Alias(full, homes)
     sys.modules[full] = module
     parent, _, leaf = full.rpartition(".")
-    setattr(sys.modules[parent], leaf, module)
+    if leaf not in _names_of(
+        MODULES.get(name.rpartition(".")[0], {})
+    ):  # z3_leaf_module is a function and a module
+        setattr(sys.modules[parent], leaf, module)
+
+
+def _names_of(homes: Mapping[str, str] | str) -> set[str]:
+    """The names that a module of the table has, submodules apart."""
+    if isinstance(homes, str):
+        return set()
+    return {entry.partition("=")[0] for names in homes.values() for entry in names.split()}
 
 
 class _Alias(ModuleType):

@@ -12,8 +12,27 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+import ds_zero
+from ds_compat.checkpoint.state_files import (
+    get_checkpoint_files,
+    get_model_state_file,
+    get_model_state_files,
+    get_optim_files,
+)
 from ds_engine.checkpoint import CheckpointError, export, state_dict
 from ds_engine.cli.sizes import parse_bytes
+
+__all__ = [
+    "convert_zero_checkpoint_to_fp32_state_dict",
+    "convert_zero_checkpoint_to_state_dict",
+    "get_checkpoint_files",
+    "get_fp32_state_dict_from_zero_checkpoint",
+    "get_model_state_file",
+    "get_model_state_files",
+    "get_optim_files",
+    "load_state_dict_from_zero_checkpoint",
+    "main",
+]
 
 
 def get_fp32_state_dict_from_zero_checkpoint(
@@ -42,7 +61,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     exclude_frozen_parameters: bool = False,
 ) -> None:
     """Write the weights as `pytorch_model.bin` or `model.safetensors`, in several files with an index if they are
-    larger than `max_shard_size`.
+    larger than `max_shard_size`. Files of the same names are replaced, each at once; all ranks may convert into one
+    folder at the same time.
     """
     export(
         checkpoint_dir,
@@ -61,8 +81,14 @@ convert_zero_checkpoint_to_state_dict = convert_zero_checkpoint_to_fp32_state_di
 def load_state_dict_from_zero_checkpoint(
     model: nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
 ) -> nn.Module:
-    """The checkpoint's weights into an ordinary model on the CPU; returns it."""
+    """The checkpoint's weights into a model on the CPU; returns it.
+
+    The module of an engine is taken out of the engine first: it is an ordinary model afterwards, as the original asks
+    for, and the engine is of no use any more. Collective then.
+    """
     values = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
+    if any(ds_zero.presence(param) is not None for param in model.parameters()):
+        ds_zero.destroy(model)
     model = model.cpu()
     model.load_state_dict(values, strict=False)
     return model

@@ -5,13 +5,14 @@ The engine steps the torch optimizer inside; this object is what code looks at: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 import ds_engine
 from ds_compat.config.deepspeed_config import DeepSpeedConfig
@@ -128,6 +129,15 @@ class DeepSpeedOptimizer(Optimizer):
 class ZeROOptimizer(DeepSpeedOptimizer):
     """Stages 1 to 3."""
 
+    def offload_states(
+        self, include: Any = None, device: Any = "cpu", pin_memory: bool = True, non_blocking: bool = False
+    ) -> None:
+        """As the engine's method of that name."""
+        self._engine.offload_states(include, device, pin_memory, non_blocking)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        self._engine.reload_states(non_blocking)
+
 
 class DeepSpeedZeroOptimizer(ZeROOptimizer):
     """Stages 1 and 2."""
@@ -135,6 +145,56 @@ class DeepSpeedZeroOptimizer(ZeROOptimizer):
 
 class DeepSpeedZeroOptimizer_Stage3(ZeROOptimizer):
     """Stage 3."""
+
+    @property
+    def parameter_offload(self) -> ParameterHooks:
+        """What code removes before it generates with gathered parameters, and registers again afterwards."""
+        return ParameterHooks(self._engine.module)
+
+
+class ParameterHooks:
+    """The hooks that gather parameters, as TRL handles them: there are none to remove, since gathering what is gathered
+    already costs nothing here.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = ModuleView(module)
+        self.forward_hooks: list[RemovableHandle] = []
+        self.backward_hooks: list[RemovableHandle] = []
+        self.param_coordinator = FetchTrace()
+
+    def _register_deepspeed_module(self, module: nn.Module, count: list[int] | None = None) -> None:
+        """Hooks are registered already."""
+
+
+class ModuleView:
+    """A module, with what the original writes on modules beside its own attributes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def ds_external_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters of other modules that this one reads: ds_zero finds them by itself, so none are listed."""
+        return iter(())
+
+
+class FetchTrace:
+    """The order in which modules fetch parameters: ds_zero notices a new one by itself."""
+
+    def is_invalid_trace(self) -> bool:
+        return True
+
+    def is_record_trace(self) -> bool:
+        return False
+
+    def is_complete_trace(self) -> bool:
+        return False
+
+    def _invalidate_trace(self) -> None:
+        """Nothing to forget."""
 
 
 class FP16_Optimizer(DeepSpeedOptimizer):

@@ -31,10 +31,14 @@ def take_gradients(module: nn.Module, scale: float) -> None:
     Backward leaves no gradients on parameters, so what is there was put there. Rank 0's values count; collective
     where there are some, so every rank has to put them on the same parameters.
 
+    Gradients of parameters that no group of the optimizer holds are dropped, as nothing is trained with them.
+
     Args:
         scale: the loss scale that they carry.
     """
     for param in module.parameters():
         if param.grad is not None and param.requires_grad:
             grad, param.grad = param.grad.float() / scale, None
-            ds_zero.set_full(None, param, "grad", grad)
+            held = ds_zero.presence(param)
+            if held is not None and held.trained:
+                ds_zero.set_full(None, param, "grad", grad)

@@ -8,14 +8,14 @@ import ds_core.optim
 import ds_offload
 
 
-class _OrBase(type):
+class InstanceOfBase(type):
     """`isinstance` holds for what the configuration's name builds, which is the class of ours below these."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, cls.__mro__[1])
 
 
-class FusedAdam(ds_core.optim.FusedAdam, metaclass=_OrBase):
+class FusedAdam(ds_core.optim.FusedAdam, metaclass=InstanceOfBase):
     """Adam and AdamW in one pass."""
 
     def __init__(
@@ -42,7 +42,7 @@ class FusedAdam(ds_core.optim.FusedAdam, metaclass=_OrBase):
         )
 
 
-class DeepSpeedCPUAdam(ds_offload.CPUAdam, metaclass=_OrBase):
+class DeepSpeedCPUAdam(ds_offload.CPUAdam, metaclass=InstanceOfBase):
     """Adam and AdamW whose states rest on the host."""
 
     def __init__(
@@ -69,7 +69,7 @@ class DeepSpeedCPUAdam(ds_offload.CPUAdam, metaclass=_OrBase):
         )
 
 
-class FusedLamb(ds_core.optim.FusedLamb, metaclass=_OrBase):
+class FusedLamb(ds_core.optim.FusedLamb, metaclass=InstanceOfBase):
     """LAMB."""
 
     def __init__(
@@ -99,7 +99,7 @@ class FusedLamb(ds_core.optim.FusedLamb, metaclass=_OrBase):
         )
 
 
-class FusedLion(ds_core.optim.FusedLion, metaclass=_OrBase):
+class FusedLion(ds_core.optim.FusedLion, metaclass=InstanceOfBase):
     """Lion."""
 
     def __init__(
@@ -117,7 +117,7 @@ class DeepSpeedCPULion(FusedLion):
     """Lion on the host."""
 
 
-class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad, metaclass=_OrBase):
+class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad, metaclass=InstanceOfBase):
     """Adagrad on the host."""
 
     def __init__(

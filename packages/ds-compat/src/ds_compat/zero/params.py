@@ -91,6 +91,11 @@ class Divided:
         self._look()
         return torch.distributed.group.WORLD
 
+    @property
+    def ds_active_sub_modules(self) -> set[int]:
+        """Modules that use it at this moment: not told here, a new empty set."""
+        return set()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """An ordinary parameter with the whole value. Collective while the values are divided.
 

@@ -114,8 +114,6 @@ class OneCycle(Schedule):
 
     def momenta(self, t: int) -> list[float]:
         """The first of `betas` of each group at step index t."""
-        if t < 0:
-            return list(self.min_moms)
         if t < self.cycle.total:
             height = self.cycle.height(t)
             return [
@@ -123,6 +121,16 @@ class OneCycle(Schedule):
             ]
         growth = 1.0 + self.decay_mom_rate * self._decayed(t)
         return [high * growth for high in self.max_moms]
+
+    @property
+    def total_size(self) -> float:
+        """Steps of the whole cycle."""
+        return self.cycle.total
+
+    @property
+    def step_ratio(self) -> float:
+        """Share of the rise in the whole cycle."""
+        return self.cycle.first / self.cycle.total
 
     def get_mom(self) -> list[tuple[float, float]] | None:
         """`betas` of each group; None where momentum is left alone."""
@@ -136,8 +144,12 @@ class OneCycle(Schedule):
 
     def _apply(self) -> None:
         super()._apply()
-        for group, betas in zip(self.optimizer.param_groups, self.get_mom() or [], strict=False):
-            group["betas"] = betas
+        betas = self.get_mom() or []
+        if betas and self.last_batch_iteration < 0:
+            # The first step of DeepSpeed's cycle has the lowest momentum, though get_mom() says the highest.
+            betas = [(lowest, SECOND_BETA) for lowest in self.min_moms]
+        for group, pair in zip(self.optimizer.param_groups, betas, strict=False):
+            group["betas"] = pair
 
 
 def _has_betas(optimizer: Optimizer) -> bool:

@@ -32,8 +32,8 @@ class WarmupLR(Schedule):
         last_batch_iteration: int = -1,
     ) -> None:
         super().__init__(optimizer, last_batch_iteration)
-        self.num_steps = _warmup_steps(warmup_num_steps)
-        self.kind = _warmup_type(warmup_type)
+        self.warmup_num_steps = _warmup_steps(warmup_num_steps)
+        self.warmup_type = _warmup_type(warmup_type)
         self.min_lrs = self._per_group(warmup_min_lr, "warmup_min_lr")
         self.max_lrs = (
             self._last_lr if warmup_max_lr is None else self._per_group(warmup_max_lr, "warmup_max_lr")
@@ -46,7 +46,7 @@ class WarmupLR(Schedule):
 
     def share(self, t: int) -> float:
         """Of the way from the lowest to the highest rate, at step index t >= 0."""
-        return warmup_ratio(t, self.num_steps, self.kind) if t < self.num_steps else 1.0
+        return warmup_ratio(t, self.warmup_num_steps, self.warmup_type) if t < self.warmup_num_steps else 1.0
 
 
 class WarmupDecayLR(WarmupLR):
@@ -68,9 +68,9 @@ class WarmupDecayLR(WarmupLR):
         )
 
     def share(self, t: int) -> float:
-        if t < self.num_steps:
+        if t < self.warmup_num_steps:
             return super().share(t)
-        return max(0.0, (self.total_num_steps - t) / max(1.0, self.total_num_steps - self.num_steps))
+        return max(0.0, (self.total_num_steps - t) / max(1.0, self.total_num_steps - self.warmup_num_steps))
 
 
 class WarmupCosineLR(Schedule):
@@ -90,12 +90,16 @@ class WarmupCosineLR(Schedule):
     ) -> None:
         super().__init__(optimizer, last_batch_iteration)
         self.total_num_steps = _total_steps(total_num_steps, warmup_num_steps)
-        self.num_steps = _warmup_steps(warmup_num_steps)
-        self.kind = _warmup_type(warmup_type)
+        self.warmup_num_steps = _warmup_steps(warmup_num_steps)
+        self.warmup_type = _warmup_type(warmup_type)
         self.warmup_min_ratio = warmup_min_ratio
         self.cos_min_ratio = cos_min_ratio
         self.base_lrs = self._last_lr
         self._apply()
+
+    def get_lr_ratio(self) -> float:
+        """Of each group's own rate, at present."""
+        return 0.0 if self.last_batch_iteration < 0 else self.ratio(self.last_batch_iteration)
 
     def rates(self, t: int) -> list[float]:
         ratio = 0.0 if t < 0 else self.ratio(t)
@@ -103,13 +107,15 @@ class WarmupCosineLR(Schedule):
 
     def ratio(self, t: int) -> float:
         """Of each group's own rate, at step index t >= 0."""
-        if t < self.num_steps:
+        if t < self.warmup_num_steps:
             return self.warmup_min_ratio + (1.0 - self.warmup_min_ratio) * warmup_ratio(
-                t, self.num_steps, self.kind
+                t, self.warmup_num_steps, self.warmup_type
             )
         # The first step after warm-up is already one step down, and the end is never passed: a longer run
         # stays at the floor.
-        done = min(1.0, (t - self.num_steps + 1) / max(1, self.total_num_steps - self.num_steps))
+        done = min(
+            1.0, (t - self.warmup_num_steps + 1) / max(1, self.total_num_steps - self.warmup_num_steps)
+        )
         return max(
             0.0, self.cos_min_ratio + (1.0 - self.cos_min_ratio) * (1.0 + math.cos(math.pi * done)) / 2.0
         )

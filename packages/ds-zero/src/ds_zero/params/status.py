@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ds_zero import _registry
+from ds_zero.layout.buckets import FROZEN
 from ds_zero.runtime.bucket import BucketState
 
 
@@ -20,6 +21,8 @@ class Presence:
     """Stage 3 would divide it, but keeps it on every rank because it is small."""
     here: bool
     """Its values can be read now."""
+    trained: bool
+    """A group of the optimizer holds it; False before `shard`."""
     own: Tensor | None
     """This rank's slice in the dtype of the parameter, 1-D; None for a parameter of `deferred_init` before `shard`."""
 
@@ -30,7 +33,9 @@ def presence(param: nn.Parameter) -> Presence | None:
     """
     record = _registry.find_record(param)
     if record is not None:
-        return Presence(divided=True, kept=False, here=not record.hides(param), own=record.own(param))
+        return Presence(
+            divided=True, kept=False, here=not record.hides(param), trained=False, own=record.own(param)
+        )
     state = _registry.find(param)
     if state is None:
         return None
@@ -44,5 +49,6 @@ def presence(param: nn.Parameter) -> Presence | None:
         divided=not bucket.whole,
         kept=bucket.whole and state.stage == 3,
         here=bucket.state in (BucketState.WHOLE, BucketState.GATHERED),
+        trained=bucket.layout.group != FROZEN,
         own=bucket.low.detach()[low:high],
     )
