@@ -109,7 +109,8 @@ class Divided:
         with ds_zero.gathered(self) if hidden else contextlib.nullcontext():  # type: ignore[arg-type]
             value = self.data.clone(memory_format=torch.preserve_format)  # type: ignore[attr-defined]
         kind = type(self).__mro__[2]  # below this class and `Divided`
-        memo[id(self)] = made = kind(value, self.requires_grad)  # type: ignore[attr-defined]
+        made: nn.Parameter = kind(value, self.requires_grad)  # type: ignore[attr-defined]
+        memo[id(self)] = made
         return made
 
     def all_gather(
