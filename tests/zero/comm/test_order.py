@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -134,7 +135,9 @@ def test_one_rank_does_one_more_forward() -> None:
 
 @ranks(2, groups_may_stay=True, timeout_s=120)
 def test_slow_is_not_stuck() -> None:
-    """A rank that is at work much longer than the limit is waited for, and nothing is sent while all goes well."""
+    """A rank that is at work much longer than the limit is waited for; while all goes well only signs of life are
+    sent.
+    """
     import time
 
     with sharded() as (model, optimizer):
@@ -149,7 +152,8 @@ def test_slow_is_not_stuck() -> None:
 
         class Spy:
             def set(self, key: str, value: str) -> None:
-                said.append(key)
+                if "/alive/" not in key:
+                    said.append(key)
 
             def get(self, key: str) -> bytes:
                 return board.get(key)
@@ -168,6 +172,89 @@ def test_slow_is_not_stuck() -> None:
                 enough.fill_(state.waiting.looks >= looks + 3)
                 dist.all_reduce(enough, op=dist.ReduceOp.MIN)
             assert not (silent and said)
+
+
+@ranks(2, groups_may_stay=True, timeout_s=120)
+def test_a_rank_that_waits_alone_is_reported_before_anything_ends() -> None:
+    """As one that saves or evaluates alone: both wait, in the same order of modules so far."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ds_zero").addHandler(handler)
+    try:
+        with sharded() as (model, optimizer):
+            train(model, optimizer, [0])
+
+            def alone() -> None:
+                if dist.get_rank() == 0:
+                    train(model, optimizer, [0])
+                    return
+                try:
+                    dist.barrier(group=_registry.state_of(model).ranks.group)
+                except RuntimeError as error:
+                    raise ds_zero.RankOrderError(f"at the barrier: {error}") from error
+
+            everybody_raises(alone)
+    finally:
+        logging.getLogger("ds_zero").removeHandler(handler)
+    reports = [text for text in said if "have waited" in text]
+    if dist.get_rank() == 0:
+        assert len(reports) == 1 and "rank 1 waits for other ranks at" in reports[0]
+        assert "in alone" in reports[0] and "saving, evaluation, generation" in reports[0]
+    else:
+        assert reports == [], "the first rank that waits speaks for all"
+
+
+@ranks(2, groups_may_stay=True, timeout_s=120)
+def test_a_rank_whose_connection_broke_keeps_its_standing_while_it_asks() -> None:
+    """The watching thread took it back, because the rank had made progress a moment before."""
+    with sharded() as (model, optimizer):
+        train(model, optimizer, [0])
+        waiting = _registry.state_of(model).waiting
+        if dist.get_rank() == 1:
+            waiting.stop()  # as if its process had ended
+        dist.barrier()
+        if dist.get_rank() == 0:
+            waiting.log.note("forward", "")
+
+            def broken() -> None:
+                with waiting.guard("a message"):
+                    raise RuntimeError("Connection closed by peer")
+
+            with pytest.raises(ds_zero.RankOrderError, match=r"; rank 1 do not answer"):
+                broken()
+        dist.barrier()
+
+
+@ranks(2, groups_may_stay=True, timeout_s=120)
+def test_a_machine_that_vanished_is_named_once_it_shows_no_sign_of_life() -> None:
+    with sharded() as (model, optimizer):
+        train(model, optimizer, [0])
+        watch = _registry.state_of(model).waiting
+        watch.stop()
+        texts = {watch._key("alive/0"): "7", watch._key("alive/1"): "3"}
+
+        class Texts:
+            def set(self, key: str, value: str) -> None:
+                texts[key] = value
+
+            def get(self, key: str) -> bytes:
+                return texts[key].encode()
+
+            def check(self, keys: list[str]) -> bool:
+                return keys[0] in texts
+
+        watch._board, watch._index = Texts(), 0
+        watch._say(blocked=True)
+        long_s = 10 * watch._timeout_s
+        assert watch._decide(long_s) is None, "the first look says nothing about silence"
+        watch._signs = {rank: (sign, since - long_s) for rank, (sign, since) in watch._signs.items()}
+        texts[watch._key("alive/0")] = "8"
+        said = watch._decide(long_s)
+        assert said is not None and "rank 1 do not answer" in said and "no sign of life" in said
+        texts[watch._key("alive/1")] = "4"  # it was only stopped
+        assert watch._decide(long_s) is None
+        dist.barrier()
 
 
 @ranks(2)

@@ -140,7 +140,7 @@ def _differs(found: Sequence[Standing], index: int) -> str:
         event = standing.at(index)
         groups.setdefault(str(event) if event else "nothing more", []).append(standing.rank)
     step = next((e.step for s in found if (e := s.at(index)) is not None), found[0].step)
-    parts = "; ".join(f"{_ranks(ranks)} ran {event}" for event, ranks in groups.items())
+    parts = "; ".join(f"{name_ranks(ranks)} ran {event}" for event, ranks in groups.items())
     lines = [
         f"ranks run modules in different order and wait for each other: in step {step}, {parts}.",
         *(_line(s, index) for s in found),
@@ -157,9 +157,9 @@ def _stands(found: Sequence[Standing]) -> str:
     waiting = [s for s in found if s.waiting]
     leaders = [s.rank for s in found if s.count == ahead]
     first = (
-        f"{_ranks([s.rank for s in behind])} stopped while {_ranks(leaders)} went on"
+        f"{name_ranks([s.rank for s in behind])} stopped while {name_ranks(leaders)} went on"
         if behind
-        else f"{_ranks([s.rank for s in (waiting or found)])} wait for what the others do not send"
+        else f"{name_ranks([s.rank for s in (waiting or found)])} wait for what the others do not send"
     )
     lines = [
         f"ranks wait for each other: {first}.",
@@ -191,7 +191,8 @@ def lost(standings: Mapping[int, Standing], size: int, error: str) -> str:
     found = [standings[rank] for rank in sorted(standings)]
     index = min((s.count for s in found), default=0)
     who = (
-        f"{_ranks(silent)} do not answer: the process has ended, or has left the process group, or is at work elsewhere"
+        f"{name_ranks(silent)} do not answer: the process or its machine has ended, or it has left the process group, "
+        "or is at work elsewhere"
         if silent
         else "all ranks answer"
     )
@@ -200,5 +201,6 @@ def lost(standings: Mapping[int, Standing], size: int, error: str) -> str:
     )
 
 
-def _ranks(ranks: Sequence[int]) -> str:
+def name_ranks(ranks: Sequence[int]) -> str:
+    """As words: "rank 1", "ranks 0, 2"."""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

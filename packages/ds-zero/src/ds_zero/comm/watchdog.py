@@ -1,11 +1,12 @@
 """Finds out why ranks stand still, and makes every one of them raise instead of waiting for ever.
 
 [Note: standing still]
-A thread per model looks a few times per `order_timeout_s` whether its rank has made progress. Nothing is sent
-while there is some. A rank that stands still for half the time puts its `Standing` into the process group's
-store, and renews it at every look; once all ranks stand there twice, `order.judge` decides, the same on every
-rank. Who decides writes the verdict into the store and closes this rank's connections, which is what wakes a
-thread that is blocked inside a collective, here and on the other ranks.
+A thread per model looks a few times per `order_timeout_s` whether its rank has made progress. While there is some, it
+writes nothing but a sign of life into the process group's store. A rank that stands still for half the time puts its
+`Standing` into the store, and renews it at every look; soon after, the first of the ranks that wait reports what every
+rank does. Once all ranks stand there twice, `order.judge` decides, the same on every rank. Who decides writes the
+verdict into the store and closes this rank's connections, which is what wakes a thread that is blocked inside a
+collective, here and on the other ranks. A rank without a sign of life is judged as gone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ds_zero.comm.collectives import Comm, Pieces, arrive, settle
-from ds_zero.comm.order import OrderLog, RankOrderError, Standing, judge, lost
+from ds_zero.comm.order import OrderLog, RankOrderError, Standing, judge, lost, name_ranks
 from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.ranks import Ranks
 from ds_zero.interfaces import Work
@@ -37,7 +38,11 @@ from ds_zero.interfaces import Work
 _LOOKS = 8
 """Looks per `order_timeout_s`."""
 _PATIENCE = 4
-"""Times `order_timeout_s` after which ranks that agree on the order so far count as stuck."""
+"""Times `order_timeout_s` after which ranks that agree on the order so far count as stuck, and a rank without a sign of
+life as gone."""
+_REPORT = 0.7
+"""Part of `order_timeout_s` after which a rank that stands still reports what every rank does: with the looks between,
+within `order_timeout_s`."""
 _ANSWER_S = 5.0
 """How long a rank whose connection broke waits for what others have to say about it."""
 _BROKEN = ("Connection", "closed", "pair closure", "Timed out", "timeout", "NCCL", "gloo", "Socket", "abort")
@@ -100,6 +105,8 @@ class StallWatch(Waiting):
         self._beat = 0
         self._first: Mapping[int, Standing] = {}
         self._warned = False
+        self._broken = False
+        self._signs: dict[int, tuple[str, float]] = {}
         self._ends = threading.Event()
         self.looks = 0
         weakref.finalize(self, self._ends.set)
@@ -149,11 +156,12 @@ class StallWatch(Waiting):
         except (
             RuntimeError
         ):  # the process that had the store has ended meanwhile: what is known already has to do
-            return RankOrderError(lost({}, self._size, said))
+            return RankOrderError(lost({self._index: self._standing(blocked=True)}, self._size, said))
 
     def _ask_around(self, error: str) -> str:
         """What all ranks together know about a connection that broke."""
         deadline = time.monotonic() + min(_ANSWER_S, self._timeout_s)
+        self._broken = True  # this rank stands here for good: the watching thread leaves its standing alone
         self._say(blocked=True)
         while (verdict := self._read_verdict()) is None:
             found = self._heard()
@@ -170,9 +178,13 @@ class StallWatch(Waiting):
     def look(self) -> None:
         """What the thread does now and then."""
         self.looks += 1
+        if self._broken:
+            return
         now = time.monotonic()
+        self._board.set(self._key(f"alive/{self._index}"), str(self.looks))
         if self.log.count != self._seen:
             self._seen, self._still_since, self._warned = self.log.count, now, False
+            self._signs.clear()
             if self._said:
                 self._said = ""
                 self._board.set(self._key(self._index), "")
@@ -205,39 +217,70 @@ class StallWatch(Waiting):
         for rank, standing in found.items():
             if rank not in same:
                 self._first = {**self._first, rank: standing}
-        verdict = judge(confirmed, self._size, patient=still_s >= _PATIENCE * self._timeout_s)
+        patient = still_s >= _PATIENCE * self._timeout_s
+        silent_s = self._silences()
+        gone = [rank for rank, seconds in silent_s.items() if seconds >= (_PATIENCE - 1) * self._timeout_s]
+        if gone:
+            present = {rank: standing for rank, standing in found.items() if rank not in gone}
+            verdict: str | None = lost(present, self._size, f"no sign of life for {still_s:.0f} s")
+        else:
+            verdict = judge(confirmed, self._size, patient=patient)
         if verdict is not None:
             self._verdict = verdict
             self._board.set(self._key("verdict"), verdict)
-        elif still_s >= self._timeout_s and not self._warned:
+        elif still_s >= _REPORT * self._timeout_s and not self._warned:
             self._warned = True
-            self._warn(found, still_s)
+            self._warn(found, [r for r, s in silent_s.items() if s > 1.5 * self._timeout_s / _LOOKS], still_s)
         return verdict
 
-    def _warn(self, found: Mapping[int, Standing], still_s: float) -> None:
-        elsewhere = [f"rank {s.rank} is at {s.where}" for s in found.values() if not s.blocked]
-        silent = [str(r) for r in range(self._size) if r not in found]
-        if silent:
-            elsewhere.append(f"ranks {', '.join(silent)} (of this model's {self._size}) are at work")
-        if elsewhere:
-            what = "; ".join(elsewhere)
-            _log.warning("rank %d has waited %.0f s for other ranks: %s", self._global_rank, still_s, what)
+    def _silences(self) -> dict[int, float]:
+        """Seconds since each other rank's watching thread has last shown that it lives, as far as this rank has
+        looked: without connections being closed, the end of a process or of its machine shows in nothing else.
+        """
+        now = time.monotonic()
+        for rank in range(self._size):
+            sign = self._get(self._key(f"alive/{rank}"))
+            if rank not in self._signs or self._signs[rank][0] != sign:
+                self._signs[rank] = sign, now
+        return {rank: now - since for rank, (_, since) in self._signs.items() if rank != self._index}
+
+    def _warn(self, found: Mapping[int, Standing], silent: Sequence[int], still_s: float) -> None:
+        """Report what each rank does; the first of the ranks that wait speaks for all."""
+        if self._index != min(rank for rank, standing in found.items() if standing.blocked):
+            return
+        told = [
+            f"rank {s.rank} waits for {s.waiting or 'other ranks'} at {s.where}"
+            if s.blocked
+            else f"rank {s.rank} is at {s.where}"
+            for s in found.values()
+        ]
+        at_work = [r for r in range(self._size) if r not in found and r not in silent]
+        if at_work:
+            told.append(f"{name_ranks(at_work)} (of this model's {self._size}) go on, and wait for nobody")
+        if missing := [r for r in silent if r not in found]:
+            told.append(f"{name_ranks(missing)} give no sign of life")
+        _log.warning(
+            "ranks have waited %.0f s for each other: %s. Whatever divides the model among ranks (forward, backward, "
+            "step, saving, evaluation, generation) is called by all of them alike",
+            still_s,
+            "; ".join(told),
+        )
 
     def _say(self, *, blocked: bool) -> None:
-        recent = self.log.recent()
-        where = _where(self.log.thread_id)
+        self._said = self._standing(blocked=blocked).to_json()
+        self._board.set(self._key(self._index), self._said)
+
+    def _standing(self, *, blocked: bool) -> Standing:
         self._beat += 1
-        standing = Standing(
+        return Standing(
             rank=self._global_rank,
             count=self.log.count,
-            recent=recent,
+            recent=self.log.recent(),
             waiting=self.log.waiting,
             blocked=blocked,
-            where=where,
+            where=_where(self.log.thread_id),
             beat=self._beat,
         )
-        self._said = standing.to_json()
-        self._board.set(self._key(self._index), self._said)
 
     def _heard(self) -> dict[int, Standing]:
         found: dict[int, Standing] = {}
@@ -300,11 +343,15 @@ def _module(frame: types.FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
 
 
+def _is_library(package: str) -> bool:
+    return package in ("torch", "threading", "contextlib") or package.startswith("ds_")
+
+
 def _where(thread_id: int) -> str:
     """The user's line that a thread is at."""
     frame = sys._current_frames().get(thread_id)
     inner = frame
-    while frame is not None and _module(frame).split(".")[0] in ("torch", "ds_zero", "threading"):
+    while frame is not None and _is_library(_module(frame).partition(".")[0]):
         frame = frame.f_back
     frame = frame or inner
     if frame is None:
