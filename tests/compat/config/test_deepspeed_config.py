@@ -72,19 +72,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a misspelt key": ({"gradient_clip": 1.0}, 'did you mean "gradient_clipping"'),
     "a misspelt section": ({"zero_optimisation": {"stage": 2}}, 'did you mean "zero_optimization"'),
     "a number in quotes": ({"optimizer": {"type": "Adam", "params": {"lr": "3e-4"}}}, "remove the quotes"),
-    "one-bit Adam": ({"optimizer": {"type": "OneBitAdam"}}, "ds-comm will have that optimizer"),
+    "one-bit Adam": ({"optimizer": {"type": "OneBitAdam"}}, "ds-comm will add"),
     "pruning": (
         {"compression_training": {"sparse_pruning": {"shared_parameters": {"enabled": True}}}},
-        "ds-layers will have that",
+        "ds-layers will add",
     ),
-    "tuning": ({"autotuning": {"enabled": True}}, "ds-engine will have that"),
+    "tuning": ({"autotuning": {"enabled": True}}, "ds-engine will add"),
     "parameters on a disk": (
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},
-        "ds-offload will have that",
+        "ds-offload will add",
     ),
     "a template": ({"train_batch_size": "GB_SIZE"}, "it has to be a whole number"),
-    "a removed feature": ({"eigenvalue": {"enabled": True}}, "ds does not have that"),
-    "layers cut across ranks": ({"tensor_parallel": {"autotp_size": 4}}, "ds-layers will have that"),
+    "a removed feature": ({"eigenvalue": {"enabled": True}}, "ds does not support"),
+    "layers cut across ranks": ({"tensor_parallel": {"autotp_size": 4}}, "ds-layers will add"),
     "no batch size": ({"train_micro_batch_size_per_gpu": None, "model": "x"}, "give train_batch_size"),
 }
 

@@ -205,7 +205,7 @@ def test_offload_param_asks_for_nothing_below_stage_3() -> None:
     for stage in (0, 1, 2):
         config = load(config_with("zero_optimization.offload_param.device", "nvme", stage))
         assert "whole on every rank" in effectless(config)["zero_optimization.offload_param.device"]
-    with pytest.raises(ConfigError, match="ds-offload will have that"):
+    with pytest.raises(ConfigError, match="ds-offload will add"):
         load(config_with("zero_optimization.offload_param", {"device": "nvme", "nvme_path": "/x"}, 3))
 
 

@@ -38,6 +38,14 @@ def test_choices_and_reasons() -> None:
     assert rows["schedule"] == ("WarmupLR", "as set")
 
 
+def test_sections_that_are_off_decide_nothing() -> None:
+    off = {"fp16": {"enabled": False}, "bf16": {"enabled": False}}
+    assert table(**off)["precision"][1] == "default"
+    assert table(bf16={"enabled": False})["precision"][1] == "default"
+    on = {"fp16": {"enabled": False}, "bf16": {"enabled": True}}
+    assert table(**on)["precision"][1] == "as set by bf16"
+
+
 def test_dtypes_of_what_is_held_are_told() -> None:
     more = {
         "bf16": {"enabled": True, "bf16_optimizer_states": True},
@@ -76,7 +84,7 @@ def test_what_changes_nothing_is_said_in_one_line() -> None:
         gradient_clipping="auto",
     )
     assert rows["without effect"][0] == "contiguous_gradients, stage3_prefetch, block_size"
-    assert rows['"auto"'] == ("gradient_clipping", "nothing has filled it in: the default")
+    assert rows['"auto"'] == ("gradient_clipping", "no integration has filled it in: the default")
     assert "without effect" not in table()
 
 

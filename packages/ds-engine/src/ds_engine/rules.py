@@ -123,7 +123,7 @@ RULES: tuple[Rule, ...] = (
         first="zero_optimization.offload_param.device cpu",
         second="a model on an accelerator",
         applies=lambda c: _offloads_params(c) and c.stage == 3 and c.device_type != "cpu",
-        reason="ds-offload will keep parameters in host memory, and this version does not yet",
+        reason="this version cannot keep parameters in host memory yet, which ds-offload will add",
         remedy='set zero_optimization.offload_param.device to "none"; offload_optimizer works',
     ),
     Rule(

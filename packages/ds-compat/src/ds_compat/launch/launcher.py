@@ -126,7 +126,14 @@ def _place(options: argparse.Namespace) -> tuple[int, dict[str, str]]:
         raise ValueError("Cannot specify num_nodes/num_gpus with include/exclude")
     if options.module and options.no_python:
         raise ValueError("--no_python and --module are mutually exclusive")
-    pool = fetch_hostfile(options.hostfile) or {"localhost": list(range(_devices(options)))}
+    if options.num_gpus == 0 or options.num_gpus < -1:
+        raise ValueError(
+            f"--num_gpus {options.num_gpus}: there has to be at least 1 rank; leave it out for all devices"
+        )
+    listed = fetch_hostfile(options.hostfile)
+    if listed is None and options.hostfile != DLTS_HOSTFILE:
+        raise ValueError(f"--hostfile {options.hostfile}: there is no such file")
+    pool = listed or {"localhost": list(range(_devices(options)))}
     if len(pool) > 1 and not filtered:
         raise LaunchError(
             f"{options.hostfile} names {len(pool)} machines ({', '.join(pool)}): this launcher starts the ranks of "

@@ -79,10 +79,12 @@ def _refusal(row: Row, path: str, value: Any) -> str:
         shown = f"{path} is set"
     remedy = row.remedy or ("set it to false" if value is True else "remove it")
     if row.state is State.WORKS:
-        return f"{shown}: that is {row.owner}'s, which is not installed; pip install {row.owner}, or {remedy}"
+        return (
+            f"{shown}: this needs {row.owner}, which is not installed; pip install {row.owner}, or {remedy}"
+        )
     if row.state is State.GONE:
-        return f"{shown}: ds does not have that ({row.why}); {remedy}"
-    return f"{shown}: {row.owner} will have that ({row.why}), and this version does not yet; {remedy}"
+        return f"{shown}: ds does not support {row.why}; {remedy}"
+    return f"{shown}: this version does not support {row.why} yet, which {row.owner} will add; {remedy}"
 
 
 def effectless(config: Any) -> Mapping[str, str]:

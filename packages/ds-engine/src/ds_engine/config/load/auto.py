@@ -24,10 +24,10 @@ def unfilled(config: Any) -> Iterator[str]:
     autos = config.origin.autos
     for path in autos:
         if path in _MUST:
-            yield f'{path} is "auto", and nothing has filled it in: {_MUST[path]}'
+            yield f'{path} is "auto", and no integration has filled it in: {_MUST[path]}'
     if all(getattr(config, name) is None for name in _BATCH) and any(name in autos for name in _BATCH):
         yield (
-            f'{" and ".join(name for name in _BATCH if name in autos)}: "auto", and nothing has filled it in. '
+            f'{" and ".join(name for name in _BATCH if name in autos)}: "auto", and no integration has filled it in. '
             "Accelerate and Trainer do; without them, give one of the two"
         )
 

@@ -122,7 +122,7 @@ _DATA: tuple[Combination, ...] = (
             and s.max_batch_size is not None
             and s.max_batch_size < s.min_batch_size
         ),
-        sentence=f"{_TOKENS}.max_batch_size is below min_batch_size: no samples would do",
+        sentence=f"{_TOKENS}.max_batch_size is below min_batch_size: no batch can satisfy both",
     ),
     Combination(
         key=f"{_CURRICULUM}.curriculum_metrics",
@@ -165,8 +165,8 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         key="data_types.param_dtype",
         broken=lambda c: c.data_types.param_dtype not in (None, _param_dtype(c)),
-        sentence="data_types.param_dtype is another dtype than the sections fp16 and bf16 give: remove it, or enable "
-        "the section of its name",
+        sentence="data_types.param_dtype differs from the dtype that the sections fp16 and bf16 select: remove it, or "
+        "enable the section of its name",
     ),
     Combination(
         key="gradient_allreduce_op",
@@ -232,7 +232,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         key="elasticity.max_gpus",
         broken=lambda c: c.elasticity.max_gpus < c.elasticity.min_gpus,
-        sentence="elasticity.max_gpus is less than min_gpus: no number of ranks would do",
+        sentence="elasticity.max_gpus is less than min_gpus: no number of ranks can satisfy both",
     ),
     Combination(
         key="optimizer.params.max_grad_norm",

@@ -31,7 +31,7 @@ def problems(
         if items[0]["type"] != "missing":
             yield path, _explain(path, items, raw)
         elif path in autos:
-            yield path, f'{path} is "auto", and nothing has filled it in: give a value'
+            yield path, f'{path} is "auto", and no integration has filled it in: give a value'
         elif f'did you mean "{path}"?' not in told:
             yield path, f'"{path}" is missing'
 

@@ -20,7 +20,9 @@ ABSENT: Mapping[str, tuple[str, str]] = {
 def _is_there(name: str) -> str:
     if name.lower() in ABSENT:
         owner, instead = ABSENT[name.lower()]
-        raise ValueError(f'{owner} will have that optimizer, and this version does not yet; use "{instead}"')
+        raise ValueError(
+            f'this version does not have this optimizer yet, which {owner} will add; use "{instead}"'
+        )
     return name
 
 
