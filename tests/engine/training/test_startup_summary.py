@@ -84,7 +84,7 @@ def test_what_changes_nothing_is_said_in_one_line() -> None:
         gradient_clipping="auto",
     )
     assert rows["without effect"][0] == "contiguous_gradients, stage3_prefetch, block_size"
-    assert rows['"auto"'] == ("gradient_clipping", "no integration has filled it in: the default")
+    assert rows['"auto"'] == ("gradient_clipping", "nothing has filled it in: the default")
     assert "without effect" not in table()
 
 
