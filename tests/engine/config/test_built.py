@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from ds_engine.build import zero as zero_section
+from ds_engine.build.topology import arranged
 from ds_engine.config import ConfigError, load
 from ds_engine.config.built import BUILT, State, effectless, row_of
 from ds_engine.config.built.row import Row
 from ds_engine.config.built.table import switches
 from ds_engine.config.sections.schema import ANY, Key, by_path, default_of, every_key
+from ds_engine.job import choices_of, describe
 
 TESTS = Path(__file__).parents[2]
 
@@ -80,7 +82,7 @@ TESTED = {
     "seed": "test_engine.py",
     "startup_summary": "training/test_startup_summary.py::test_it_is_printed_once_and_can_be_silenced",
     "zero_optimization.stage": "test_built.py::test_a_key_reaches_ds_zero",
-    "zero_optimization.offload_optimizer.device": "test_built.py::test_offload_chooses_the_store",
+    "zero_optimization.offload_optimizer.device": "test_built.py::test_offload_chooses_where_states_rest",
     "zero_optimization.offload_optimizer.pin_memory": "test_rules.py::test_each_rule_refuses_its_job_and_says_why",
 }
 
@@ -262,18 +264,18 @@ def test_a_key_reaches_ds_zero(row: Row) -> None:
                     config = load(config_with(row.key, value, stage))
                 except ConfigError:
                     continue
-            made = zero_section.options(config, config.batch(2), {}, torch.nn.Linear(1, 1))["config"]
+            job = describe(choices_of(config), arranged(config, 0, 2), "cpu")
+            made = zero_section.zero_config(job, torch.nn.Linear(1, 1))
             seen.add(str(getattr(made, field)))
     assert len(seen) > 1, f"{row.key} does not change ZeroConfig.{field}"
 
 
-def test_offload_chooses_the_store() -> None:
-    def options(device: str) -> dict[str, Any]:
-        config = load(config_with("zero_optimization.offload_optimizer.device", device))
-        return zero_section.options(config, config.batch(1), {}, torch.nn.Linear(1, 1))
+def test_offload_chooses_where_states_rest() -> None:
+    def placement(device: str) -> Any:
+        return choices_of(load(config_with("zero_optimization.offload_optimizer.device", device))).placement
 
-    assert "store" not in options("none")
-    assert type(options("cpu")["store"]).__name__ == "HostStore"
+    assert placement("none").masters != "cpu" and not placement("none").optimizer_on_host
+    assert placement("cpu").masters == "cpu" and placement("cpu").optimizer_on_host
 
 
 def test_a_vocabulary_that_tensor_cores_do_not_like() -> None:
