@@ -76,7 +76,7 @@ def _python(page: str, block: Block, namespace: dict[str, Any]) -> str:
     # Tracebacks and inspect.getsource find the lines in the page.
     code = compile("\n" * (block.line - 1) + block.code, str(ROOT / page), "exec")
     try:
-        with contextlib.redirect_stdout(out):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             exec(code, namespace)
     finally:
         print(out.getvalue(), end="")

@@ -52,6 +52,10 @@ def test_blocks_say_what_they_are(page):
         block.line for block in BLOCKS[page] if len(block.directives.get("not run", "a reason")) < 8
     ]
     assert not unexplained, f"<!-- not run: --> without a reason above lines {unexplained}"
+    empty = [block.line for block in BLOCKS[page] if "output" in block.directives and not block.code.strip()]
+    assert not empty, (
+        f"outputs at lines {empty} are empty: DS_WRITE_OUTPUTS=1 ci/test tests/docs/test_pages.py"
+    )
     # A fence that does not close, or closes with another indentation, would hide what is in it.
     assert len(re.findall(r"^ *```", TEXTS[page], re.MULTILINE)) == 2 * sum(
         _is_fenced(page, b) for b in BLOCKS[page]
