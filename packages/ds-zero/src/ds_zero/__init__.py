@@ -2,6 +2,7 @@
 states.
 """
 
+from ds_zero.api.control import Control, control
 from ds_zero.api.leaf_modules import set_leaf_modules
 from ds_zero.api.loop import clip_grad_norm_, destroy, grad_norm, no_sync
 from ds_zero.api.memory import MemoryReport, Summary, describe, memory
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Away",
     "Comm",
+    "Control",
     "Difference",
     "DynamicScale",
     "GradNorm",
@@ -52,6 +54,7 @@ __all__ = [
     "Verification",
     "ZeroConfig",
     "clip_grad_norm_",
+    "control",
     "counted_memory",
     "cut_by_model_parallelism",
     "deferred_init",

@@ -6,11 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Reduction = Literal["none", "local", "sharded"]
+"""When and by whom gradients are reduced: "none": the optimizer reduces; "local": each rank adds whole gradients, which
+are reduced once before a step; "sharded": every backward reduces.
+"""
 
 
 class Work(Protocol):

@@ -21,6 +21,7 @@ from ds_zero.params.gathered_context import OpenGather
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gathering.gather import Gatherer
 from ds_zero.runtime.gathering.module_hooks import ModuleHooks
+from ds_zero.runtime.gathering.unit_gathering import UnitGathering
 from ds_zero.runtime.gradients.norms import combine
 from ds_zero.runtime.gradients.reduce import Reducer
 from ds_zero.runtime.step import Stepper
@@ -49,6 +50,7 @@ class ZeroState:
     """Groups over which the norm is summed, one after the other; see [Note: where ranks meet]."""
     buckets: list[Bucket]
     gatherer: Gatherer
+    gathering: UnitGathering
     reducer: Reducer
     stepper: Stepper
     hooks: ModuleHooks
@@ -102,7 +104,9 @@ class ZeroState:
         for bucket in self.buckets:
             if not bucket.trainable or bucket.grad is None:
                 continue
-            begin, end = bucket.slice_range
+            # Where nobody reduces, gradients of ranks differ, and each rank answers for all of its own.
+            own = self.reducer.reduction == "none"
+            begin, end = bucket.owned_range if own else bucket.slice_range
             first = bucket.owned_range[0]
             for shard, slot, counted in zip(bucket.shards, bucket.layout.slots, bucket.counted, strict=True):
                 low, high = max(slot.offset, begin), min(slot.end, end)

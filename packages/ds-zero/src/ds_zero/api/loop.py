@@ -28,6 +28,11 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     clipped gradients. See [Note: norm in fixed blocks] and [Note: units of a gradient].
     """
     state = _registry.state_of(model)
+    if state.reducer.reduction == "none":
+        raise ValueError(
+            'clip_grad_norm_ with reduction="none": each rank has gradients of its own, which have no common norm '
+            "before the optimizer reduces them; clip in the optimizer"
+        )
     pending = state.stepper.pending
     with state.comm.guard("clip_grad_norm_"):
         state.reducer.finish()

@@ -116,7 +116,7 @@ def describe(model: nn.Module) -> Summary:
     params = [p for b in state.buckets for p in b.params]
     return Summary(
         stage=state.stage,
-        accumulation="local" if state.reducer.local_plan else "sharded",
+        accumulation="sharded" if state.reducer.reduction == "sharded" else "local",
         num_ranks=state.ranks.total,
         params_numel=sum(p.numel() for p in params),
         trainable_numel=sum(p.numel() for b in state.buckets if b.trainable for p in b.params),

@@ -38,11 +38,14 @@ from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gathering.gather import Gatherer
 from ds_zero.runtime.gathering.module_hooks import ModuleHooks
 from ds_zero.runtime.gathering.prefetch import limits_of
+from ds_zero.runtime.gathering.unit_gathering import UnitGathering
 from ds_zero.runtime.gathering.unit_map import UnitMap, map_units
 from ds_zero.runtime.gradients.backward import BackwardWatch
+from ds_zero.runtime.gradients.grad_scale import ShardGrads
 from ds_zero.runtime.gradients.norms import squared_norm
-from ds_zero.runtime.gradients.reduce import ReducePolicy, Reducer
+from ds_zero.runtime.gradients.reduce import Reducer
 from ds_zero.runtime.gradients.reduce_bucket import WirePolicy
+from ds_zero.runtime.gradients.reduce_policy import ReducePolicy
 from ds_zero.runtime.gradients.sparse_rows import row_parameters
 from ds_zero.runtime.materialize import add_secondary, broadcast_buffers, build, compute_dtype, hand_over
 from ds_zero.runtime.step import Stepper
@@ -151,17 +154,13 @@ def _assemble(
     )
     comm = WatchedComm(comm, waiting)
     gatherer = Gatherer(buckets, comm, waiting)
-    reducer = Reducer(buckets, comm, store, _reduce_policy(config, stage), watch)
-    stepper = Stepper(
-        buckets,
-        comm=comm,
-        reducer=reducer,
-        gatherer=gatherer,
-        overlap=config.overlap_publish,
-        publish_numel=config.publish_bucket_numel,
+    reducer, stepper = _reducer_and_stepper(buckets, gatherer, comm, store, watch, config, stage)
+    gathering = UnitGathering(gatherer, units, limits_of(config), waiting.log)
+    hooks = ModuleHooks(gathering, units, watch)
+    # Reductions come first: they may still read parameters that are gathered.
+    watch.listen(
+        at_end=[reducer.end_backward, gathering.end_backward], at_abort=[reducer.abort, gathering.abort]
     )
-    # Listeners of the end of backward run in this order: reductions first, then gathered parameters go.
-    hooks = ModuleHooks(gatherer, units, watch, limits_of(config), waiting.log)
     state = ZeroState(
         stage=stage,
         config=config,
@@ -172,6 +171,7 @@ def _assemble(
         norm_groups=topology.norm_groups,
         buckets=buckets,
         gatherer=gatherer,
+        gathering=gathering,
         reducer=reducer,
         stepper=stepper,
         hooks=hooks,
@@ -194,10 +194,34 @@ def _assemble(
     return state
 
 
+def _reducer_and_stepper(
+    buckets: list[Bucket],
+    gatherer: Gatherer,
+    comm: Comm,
+    store: ShardStore,
+    watch: BackwardWatch,
+    config: ZeroConfig,
+    stage: int,
+) -> tuple[Reducer, Stepper]:
+    grads = ShardGrads(buckets)
+    policy = _reduce_policy(config, stage)
+    reducer = Reducer(buckets, comm, store, policy, watch, grads.begin_accumulation)
+    stepper = Stepper(
+        buckets,
+        comm=comm,
+        reducer=reducer,
+        grads=grads,
+        gatherer=gatherer,
+        overlap=config.overlap_publish,
+        publish_numel=config.publish_bucket_numel,
+    )
+    return reducer, stepper
+
+
 def _reduce_policy(config: ZeroConfig, stage: int) -> ReducePolicy:
     plan = config.accumulation or ("local" if stage < 2 and not config.rank_invariant else "sharded")
     return ReducePolicy(
-        local=plan == "local",
+        reduction=plan,
         steps=config.accumulation_steps,
         tree=config.rank_invariant,
         overlap=config.overlap_reduce is not False,

@@ -17,7 +17,7 @@ from ds_zero.comm.ranks import Ranks
 from ds_zero.interfaces import FusedStep, SegmentStep, Work
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gathering.gather import Gatherer
-from ds_zero.runtime.gradients.grad_scale import Pending
+from ds_zero.runtime.gradients.grad_scale import ShardGrads
 from ds_zero.runtime.gradients.reduce import Reducer
 from ds_zero.runtime.profiler_ranges import span
 from ds_zero.runtime.segment_sums import whole_sums
@@ -37,6 +37,7 @@ class Stepper:
         *,
         comm: Comm,
         reducer: Reducer,
+        grads: ShardGrads,
         gatherer: Gatherer,
         overlap: bool,
         publish_numel: int | None = None,
@@ -49,11 +50,9 @@ class Stepper:
         self._publish_numel = publish_numel
         self._set_aside: list[tuple[Tensor, Tensor]] = []
         self._entries: list[list[int]] = []
-        self.pending = Pending()
-        begin = weakref.WeakMethod(self._begin_accumulation)
-        reducer.before_accumulation = lambda: _call(begin)
-        self.judge: Callable[[], bool] = _always
-        """Asked once per step, when gradients are complete: whether to take it. Every rank answers alike."""
+        self._grads = grads
+        self.pending = grads.pending
+        self._judge: Callable[[], bool] | None = None
         self._taken = True
         self._segment_sums: dict[int, Tensor] = {}
         self.fused = False
@@ -85,7 +84,7 @@ class Stepper:
         _refuse_grad_scaler()
         self._check_entries(optimizer)
         self._reducer.finish()
-        self._taken = self.judge()
+        self._taken = self._judge is None or self._judge()
         self.wait()
         if not self._taken:
             self.forget()  # without gradients the optimizer's own body does nothing
@@ -95,13 +94,10 @@ class Stepper:
         else:
             self._prepare_plain()
 
-    def _begin_accumulation(self) -> None:
-        """A backward begins, after clipping or a step: bring what stays on the shards into its units."""
-        self._multiply(self.pending.rejoin())
-        self.pending.reset()
-
-    def _grads(self) -> list[Tensor]:
-        return [s.grad for b in self._buckets for s in b.shards if s.grad is not None]
+    def ask(self, judge: Callable[[], bool]) -> None:
+        """Ask `judge` once in every step, when gradients are complete, whether to take it. Every rank answers alike."""
+        assert self._judge is None, "a step has one judge"
+        self._judge = judge
 
     def clip(self, factor: Tensor) -> None:
         """Multiply the gradients on the shards by `factor` (0-dim fp32, CPU), at the latest in the next step."""
@@ -112,14 +108,7 @@ class Stepper:
 
     def apply_pending(self) -> None:
         """Make the gradients on the shards those that the optimizer shall see, [Note: units of a gradient]."""
-        self._multiply(float(self.pending.factor()))
-        self.pending.applied()
-
-    def _multiply(self, factor: float) -> None:
-        grads = self._grads() if factor != 1.0 else []
-        if grads:
-            with torch.no_grad():
-                torch._foreach_mul_(grads, factor)
+        self._grads.apply()
 
     def _prepare_plain(self) -> None:
         """For an optimizer without `step_fused`: true gradients, in the dtype of the shards."""
@@ -242,16 +231,6 @@ class _Spread:
         with torch.no_grad():
             self._columns.copy_(self._whole)
         del self._columns, self._whole
-
-
-def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
-    found = method()
-    if found is not None:
-        found()
-
-
-def _always() -> bool:
-    return True
 
 
 def _refuse_grad_scaler() -> None:

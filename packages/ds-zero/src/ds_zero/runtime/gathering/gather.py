@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ds_zero.comm.collectives import Comm, arrive, settle
@@ -22,6 +24,8 @@ class Gatherer:
         self._buckets = [b for b in buckets if not b.whole]
         self._users = {id(b): 0 for b in self._buckets}
         self._works: dict[int, Work] = {}
+        self._pinned: set[int] = set()
+        """Buckets that are held until `unpin`, or the next step."""
         self._numbers = {id(b): i + 1 for i, b in enumerate(self._buckets)}
 
     def start(self, bucket: Bucket) -> None:
@@ -68,8 +72,31 @@ class Gatherer:
                 self._users[id(bucket)] += 1
 
     def holds(self, buckets: list[Bucket]) -> bool:
-        """Whether somebody already holds all of them."""
-        return all(b.whole or self._users[id(b)] > 0 for b in buckets)
+        """Whether a call already holds all of them. Those that are only pinned are not counted: a pin may end between
+        forward and backward.
+        """
+        return all(b.whole or self._users[id(b)] > (id(b) in self._pinned) for b in buckets)
+
+    def pin(self, buckets: Sequence[Bucket]) -> None:
+        """Start to gather, and hold until `unpin` or the next step; `finish` tells when the values are there."""
+        for bucket in buckets:
+            if not bucket.whole and id(bucket) not in self._pinned:
+                self._pinned.add(id(bucket))
+                self._users[id(bucket)] += 1
+                self.start(bucket)
+
+    def unpin(self, buckets: Sequence[Bucket]) -> None:
+        """Undo `pin`, and drop what no call holds."""
+        for bucket in buckets:
+            if id(bucket) in self._pinned:
+                self._pinned.remove(id(bucket))
+                self._users[id(bucket)] -= 1
+            if not bucket.whole and self._users[id(bucket)] == 0:
+                self.drop(bucket)
+
+    def is_pinned(self, bucket: Bucket) -> bool:
+        """Whether `pin` holds it."""
+        return id(bucket) in self._pinned
 
     def release(self, buckets: list[Bucket], keep: bool = False) -> None:
         """Undo one `acquire`; with `keep` the last one leaves the values there, to be dropped by
@@ -97,6 +124,7 @@ class Gatherer:
 
     def drop_all(self) -> None:
         """After a step (copies are stale) or a failed forward (counts are void)."""
+        self._pinned.clear()
         for bucket in self._buckets:
             self._users[id(bucket)] = 0
             self.drop(bucket)

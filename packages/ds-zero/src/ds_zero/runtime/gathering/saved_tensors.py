@@ -4,32 +4,32 @@
 A module's backward is noticed by the gradients of its outputs. What it leaves elsewhere (an auxiliary loss kept
 as an attribute, a tensor put into a list) has a backward that nobody announces. So the first forward that is
 watched packs what it saves: a tensor that looks into a bucket's `full` is unpacked only after the bucket has
-been gathered, whoever asks. Buckets that were asked for while nobody held them are `loose`, and calls that use
-them go on packing. Other calls save as always: packing costs some microseconds a tensor, and takes torch's
-check for tensors that were changed in place after they were saved.
+been gathered, whoever asks. Calls that use a bucket which was once asked for while nobody held it go on packing.
+Other calls save as always: packing costs some microseconds a tensor, and takes torch's check for tensors that
+were changed in place after they were saved.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.gathering.unit_gathering import UnitGathering
+from ds_zero.runtime.gradients.backward import BackwardWatch, in_backward
 from ds_zero.runtime.uncompiled import opaque
 
 
 class SavedParameters:
-    """Packs saved tensors; the bound method `need`, which is not kept alive, is called with the bucket of every
-    parameter that is unpacked.
-    """
+    """Packs saved tensors, and gathers the bucket of every parameter that is unpacked."""
 
-    def __init__(self, buckets: Iterable[Bucket], need: Callable[[Bucket], None]) -> None:
-        self._bucket_of = {b.full.untyped_storage()._cdata: b for b in buckets}
-        self._need = weakref.WeakMethod(need)
+    def __init__(self, gathering: UnitGathering, watch: BackwardWatch) -> None:
+        self._bucket_of = {b.full.untyped_storage()._cdata: b for b in gathering.buckets}
+        # Packed tensors keep this object alive as long as their graph, and must not keep the model's state.
+        self._gathering, self._watch = weakref.ref(gathering), weakref.ref(watch)
 
     def bucket_of(self, tensor: Tensor) -> Bucket | None:
         """The bucket into whose memory `tensor` looks."""
@@ -55,7 +55,8 @@ class SavedParameters:
         if isinstance(packed, Tensor):
             return packed
         bucket, tensor = packed
-        need = self._need()
-        if need is not None:
-            need(bucket)
+        gathering, watch = self._gathering(), self._watch()
+        if gathering is not None and gathering.hold_for_backward(bucket):
+            if watch is not None and in_backward():
+                watch.arm()
         return tensor

@@ -60,6 +60,16 @@ class Sums:
             if shard.grad is None and shard.numel():
                 shard.grad = view
 
+    def add_own(self, whole: Tensor) -> None:
+        """Add this rank's own gradient of the whole bucket, all of which it owns, without a reduction."""
+        bucket, grad = self._bucket, self._grad()
+        for shard, view, part in zip(bucket.shards, bucket.cut(grad), bucket.cut(whole), strict=True):
+            if shard.grad is None:
+                view.copy_(part)
+                shard.grad = view
+            else:
+                shard.grad.add_(part.to(view.device))
+
     def place(self) -> Tensor | None:
         """Where the next slice may be put at once, since nothing is there that it has to be added to."""
         bucket = self._bucket

@@ -38,8 +38,13 @@ class Arrivals:
 class Pending:
     """Gradients of one bucket that have not been reduced yet."""
 
+    arrivals: Arrivals
     fresh: GradBuffer | FreshGrads | None = None
     """Of the present micro-batch, in their own dtype. After the end of a backward that was reduced: what arrived
     after the bucket had left."""
     local: GradBuffer | None = None
     """Sums over micro-batches that were not reduced, in the dtype of accumulation."""
+
+    def clear(self) -> None:
+        """Drop them."""
+        self.fresh = self.local = None

@@ -11,7 +11,7 @@ a hook on that node's successors then adds the callback to the outer backward.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ class BackwardWatch:
     """Calls its listeners once when the backward pass in which `arm` was called is over, the outermost one."""
 
     def __init__(self) -> None:
-        self._listeners: list[weakref.WeakMethod[Callable[[], None]]] = []
-        self._undoers: list[weakref.WeakMethod[Callable[[], None]]] = []
+        self._at_end: list[weakref.WeakMethod[Callable[[], None]]] = []
+        self._at_abort: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._armed = False
 
     @property
@@ -41,15 +41,16 @@ class BackwardWatch:
         """Whether a backward is running of which hooks have already seen something."""
         return self._armed
 
-    def at_end(self, listener: Callable[[], None]) -> None:
-        """Call the bound method `listener` at the end; listeners run in the order in which they were added
-        and are not kept alive.
-        """
-        self._listeners.append(weakref.WeakMethod(listener))
+    def listen(self, *, at_end: Sequence[Callable[[], None]], at_abort: Sequence[Callable[[], None]]) -> None:
+        """Name all listeners, once: bound methods, which are not kept alive.
 
-    def at_abort(self, listener: Callable[[], None]) -> None:
-        """Call the bound method `listener` when it turns out that a backward was left by an exception."""
-        self._undoers.append(weakref.WeakMethod(listener))
+        Args:
+            at_end: called in this order when the outermost backward is over.
+            at_abort: called in this order when it turns out that a backward was left by an exception.
+        """
+        assert not self._at_end, "the listeners are named once"
+        self._at_end = [weakref.WeakMethod(listener) for listener in at_end]
+        self._at_abort = [weakref.WeakMethod(listener) for listener in at_abort]
 
     def check_abort(self) -> None:
         """Call where no backward of this model can be running, as before a forward that is no
@@ -57,7 +58,7 @@ class BackwardWatch:
         """
         if self._armed and not in_backward():
             self._armed = False
-            _call(self._undoers)
+            _call(self._at_abort)
 
     def install(self, model: nn.Module) -> RemovableHandle:
         """Arm when the gradient of one of the model's outputs arrives: that is in the outermost backward, where
@@ -103,7 +104,7 @@ class BackwardWatch:
         outer: Node | None = torch._C._current_autograd_node()
         if outer is None:
             self._armed = False
-            _call(self._listeners)
+            _call(self._at_end)
         else:
             _before_next(outer, self._call_at_end)
 

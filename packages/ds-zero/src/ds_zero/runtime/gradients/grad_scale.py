@@ -10,10 +10,13 @@ Whoever reads a gradient before the step multiplies it by `Pending.factor()`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ds_zero.runtime.bucket import Bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +70,29 @@ class Pending:
     def found(self, norm: GradNorm) -> None:
         """Keep what was measured of the present gradients."""
         self.norm = self.last_norm = norm
+
+
+class ShardGrads:
+    """The gradients on the shards of some buckets, and what they still have to be multiplied by."""
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self._buckets = buckets
+        self.pending = Pending()
+
+    def begin_accumulation(self) -> None:
+        """A backward begins after clipping or a step: bring what stays on the shards into the units of backward."""
+        self._multiply(self.pending.rejoin())
+        self.pending.reset()
+
+    def apply(self) -> None:
+        """Make the gradients on the shards those that the optimizer shall see, [Note: units of a gradient]."""
+        self._multiply(float(self.pending.factor()))
+        self.pending.applied()
+
+    def _multiply(self, factor: float) -> None:
+        if factor == 1.0:
+            return
+        grads = [s.grad for b in self._buckets for s in b.shards if s.grad is not None]
+        if grads:
+            with torch.no_grad():
+                torch._foreach_mul_(grads, factor)

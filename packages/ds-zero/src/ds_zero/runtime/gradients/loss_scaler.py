@@ -155,7 +155,7 @@ class LossScaler:
         self.culprit: str | None = None
         """Where the last gradient that was not finite came from: the parameter nearest to the loss."""
         state.scaler = self
-        state.stepper.judge = self._judge
+        state.stepper.ask(self._judge)
 
     @property
     def loss_scale(self) -> float:

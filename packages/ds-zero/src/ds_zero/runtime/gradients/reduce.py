@@ -32,20 +32,22 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ds_zero.comm.collectives import Comm
 from ds_zero.comm.piece_exchange import PieceReduce
-from ds_zero.interfaces import ShardStore
+from ds_zero.interfaces import Reduction, ShardStore
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gradients.accumulate import Sums
 from ds_zero.runtime.gradients.arrivals import Arrivals, Pending
 from ds_zero.runtime.gradients.backward import BackwardWatch
 from ds_zero.runtime.gradients.grad_buffer import FreshGrads, GradBuffer
-from ds_zero.runtime.gradients.reduce_bucket import Flight, WirePolicy, launch, launch_pieces, takes_pieces
+from ds_zero.runtime.gradients.reduce_bucket import Flight, launch, launch_pieces, takes_pieces
+from ds_zero.runtime.gradients.reduce_policy import ReducePolicy
 from ds_zero.runtime.gradients.sparse_rows import launch_rows
 from ds_zero.runtime.gradients.usage import Usage, UsageCounts, sum_over_ranks
 from ds_zero.runtime.gradients.zero_grad_watch import Flag
@@ -56,44 +58,30 @@ def _nothing() -> None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReducePolicy:
-    """When gradients are reduced."""
-
-    local: bool
-    """[Note: two plans]"""
-    steps: int | None = None
-    """Backwards between steps; None: as many as last time."""
-    tree: bool = False
-    """Add micro-batches in [Note: tree over micro-batches]."""
-    overlap: bool = True
-    """Whether backward goes on while a reduction travels."""
-    ignore_unused: bool = True
-    """Whether a parameter may stay without gradient."""
-    grad_dtype: torch.dtype = torch.float32
-    """Dtype in which micro-batches are added."""
-    wire: WirePolicy = field(default_factory=WirePolicy)
-
-
 class Reducer:
     """Reduces the trainable buckets of one model. Collective like backward itself."""
 
     def __init__(
-        self, buckets: list[Bucket], comm: Comm, store: ShardStore, policy: ReducePolicy, watch: BackwardWatch
+        self,
+        buckets: list[Bucket],
+        comm: Comm,
+        store: ShardStore,
+        policy: ReducePolicy,
+        watch: BackwardWatch,
+        before_accumulation: Callable[[], None] = _nothing,
     ) -> None:
+        """`before_accumulation` is called when a backward begins after the gradients on the shards were complete."""
         self.buckets = [b for b in buckets if b.trainable]
         self.policy = policy
         self.sync_depth = 0
         """How many `no_sync` contexts are open."""
+        self.requires_sync = True
+        """Whether backwards outside of them are reduced."""
         self._comm = comm
         self._learned_steps = policy.steps
-        self.before_accumulation: Callable[[], None] = _nothing
-        """Called when a backward begins after the gradients on the shards were complete."""
+        self._before_accumulation = before_accumulation
         self._watch = watch
-        watch.at_end(self._end_backward)
-        watch.at_abort(self._forget_all)
-        self._pending = {id(b): Pending() for b in self.buckets}
-        self._arrivals = {id(b): Arrivals(len(b.params)) for b in self.buckets}
+        self._pending = {id(b): Pending(Arrivals(len(b.params))) for b in self.buckets}
         self._sums = {id(b): Sums(b, store, tree=policy.tree) for b in self.buckets}
         self._pieces = {
             id(b): PieceReduce(b.layout, b.ranks) for b in self.buckets if takes_pieces(b, comm, policy.wire)
@@ -124,9 +112,30 @@ class Reducer:
         }
 
     @property
-    def local_plan(self) -> bool:
-        """Whether whole gradients are added on each rank and reduced once, [Note: two plans]."""
-        return self.policy.local
+    def reduction(self) -> Reduction:
+        """When and by whom gradients are reduced."""
+        return self.policy.reduction
+
+    def set_reduction(self, reduction: Reduction) -> None:
+        """Change that, between a step and the next backward."""
+        if reduction not in get_args(Reduction):
+            raise ValueError(
+                f"reduction={reduction!r}: give one of {', '.join(map(repr, get_args(Reduction)))}"
+            )
+        self._notice_drop()
+        waits = not self._consumed and any(s.grad is not None for s in self._shards())
+        if self._touched or waits:
+            raise ValueError(
+                f"reduction={reduction!r} between a backward and its step: the gradients of that backward are reduced "
+                f"as {self.reduction!r} says; change it after optimizer.step() or optimizer.zero_grad()"
+            )
+        divided = next((b for b in self.buckets if b.layout.num_owners > 1), None)
+        if reduction == "none" and divided is not None:
+            raise ValueError(
+                f'reduction="none" where ranks own parts of the masters (such as of {divided.layout.slots[0].fqn!r}): '
+                "an optimizer that reduces by itself needs whole gradients; shard with stage=0"
+            )
+        self.policy = replace(self.policy, reduction=reduction)
 
     # --- hooks
 
@@ -168,7 +177,7 @@ class Reducer:
                 pending.fresh.add(index, grad)
         param.grad = None
         self._usage.add(param)
-        self._arrivals[id(bucket)].count(index)
+        pending.arrivals.count(index)
         if self._final:
             self._launch_ready()
 
@@ -198,7 +207,7 @@ class Reducer:
         else:
             self._flag.raise_on(self._shards(), self.policy.grad_dtype)
         for bucket in self.buckets:
-            self._arrivals[id(bucket)].begin(bucket.params)
+            self._pending[id(bucket)].arrivals.begin(bucket.params)
         self._watch.arm()
 
     def _notice_drop(self) -> None:
@@ -212,9 +221,9 @@ class Reducer:
 
     def _is_final(self) -> bool:
         """Whether the backward that begins now is reduced while it runs."""
-        if self.sync_depth:
+        if self.sync_depth or not self.requires_sync or self.reduction == "none":
             return False
-        return not self.policy.local or (
+        return self.reduction == "sharded" or (
             self._learned_steps is not None and self._backwards >= self._learned_steps
         )
 
@@ -225,7 +234,7 @@ class Reducer:
         elif self._consumed:
             self._note_stale_grads()
         self._consumed = False
-        self.before_accumulation()
+        self._before_accumulation()
 
     def _note_stale_grads(self) -> None:
         """Warn where a step happened and gradients were not cleared.
@@ -244,9 +253,12 @@ class Reducer:
     # --- reduction
 
     def _launch_ready(self) -> None:
-        while self._next < len(self.buckets) and self._arrivals[id(self.buckets[self._next])].missing == 0:
+        while self._next < len(self.buckets):
+            bucket = self.buckets[self._next]
+            if self._pending[id(bucket)].arrivals.missing > 0:
+                return
             self._next += 1
-            self._launch(self.buckets[self._next - 1])
+            self._launch(bucket)
 
     def _launch(self, bucket: Bucket) -> None:
         """Start the reduction of what has accumulated; missing gradients count as zeros."""
@@ -299,9 +311,9 @@ class Reducer:
         must not decide where a tree of sums ends.
         """
         known = self.policy.steps if self.policy.tree else self._learned_steps
-        return self.policy.local or (known is not None and self._backwards >= known)
+        return self.reduction != "sharded" or (known is not None and self._backwards >= known)
 
-    def _end_backward(self) -> None:
+    def end_backward(self) -> None:
         if not self._in_backward:
             return
         if self._final:
@@ -314,7 +326,7 @@ class Reducer:
     def _shards(self) -> list[Tensor]:
         return [s for b in self.buckets for s in b.shards]
 
-    def _forget_all(self) -> None:
+    def abort(self) -> None:
         """A backward raised half-way: drop everything that has accumulated since the last step."""
         warnings.warn(
             "the previous backward did not finish; the gradients accumulated since the last step were dropped",
@@ -338,7 +350,7 @@ class Reducer:
         self._flag.lower()
         self._late_flag.lower()
         for bucket in self.buckets:
-            self._pending[id(bucket)] = Pending()
+            self._pending[id(bucket)].clear()
             for shard in bucket.shards:
                 shard.grad = None
         self._touched = self._deferred = False
@@ -375,7 +387,9 @@ class Reducer:
         self._notice_drop()
         if not self._touched:
             return False
-        if self._deferred:
+        if self._deferred and self.reduction == "none":
+            self._keep_own()
+        elif self._deferred:
             self._next = 0
             self._flush()
         counts = self._reduce_late()
@@ -388,6 +402,17 @@ class Reducer:
         self._touched = False
         self._usage.drop_unused(counts)
         return True
+
+    def _keep_own(self) -> None:
+        """Give this rank's own gradients to the optimizer."""
+        self._flag.lower()
+        for bucket in self.buckets:
+            pending = self._pending[id(bucket)]
+            own = pending.local or self._whole(bucket, self.policy.grad_dtype)
+            pending.local = None
+            own.zero_missing()
+            self._sums[id(bucket)].add_own(own.tensor)
+        self._deferred = False
 
     def _reduce_late(self) -> UsageCounts:
         """Count the users of every parameter, and reduce what arrived late on any rank, [Note: repeated arrivals]."""
@@ -435,7 +460,14 @@ class Reducer:
     def preview(self, bucket: Bucket) -> tuple[Tensor | None, Tensor]:
         """This rank's slice of what waits to be reduced, as it would come out (None if nothing waits on any rank),
         and of what has been reduced. Both stay as they are. Collective.
+
+        Raises:
+            ValueError: nobody but the optimizer reduces.
         """
+        if self.reduction == "none":
+            raise ValueError(
+                'with reduction="none" every rank has gradients of its own: read .grad of the optimizer\'s entries'
+            )
         pending = self._pending[id(bucket)]
         waits = self._deferred
         if not waits:

@@ -1,0 +1,170 @@
+"""What a sharded model can be told: when parameters are gathered, when gradients are reduced, and by whom.
+
+[Note: drivers]
+Module hooks gather and drop units in an ordinary loop. A pipeline executor does the same by actions of its schedule,
+and an optimizer that reduces gradients by itself switches reduction off. All drive the same objects (`Gatherer`,
+`UnitGathering`, `Reducer`); `Control` is how code outside of ds_zero reaches them. The names of its methods are those
+of torch's `FSDPModule`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+from torch import nn
+
+from ds_zero import _registry
+from ds_zero.interfaces import Reduction, Work
+from ds_zero.runtime.bucket import Bucket
+from ds_zero.state import ZeroState
+
+
+class Control:
+    """Controls a sharded model, or the part of it below one module; made by `control`.
+
+    It may be asked for again at any time, and holds nothing by itself.
+    """
+
+    def __init__(self, state: ZeroState, module: nn.Module, name: str, is_model: bool) -> None:
+        self._state, self._name, self._is_model = weakref.ref(state), name, is_model
+        ids = {id(p) for p in module.parameters()}
+        self._buckets: list[Bucket] = [
+            b for b in state.buckets if not b.whole and any(id(p) in ids for p in b.params)
+        ]
+
+    # --- parameters
+
+    def unshard(self, async_op: bool = False) -> Work | None:
+        """Gather the parameters (stage 3; elsewhere they are whole anyway) until `reshard` or the next
+        `optimizer.step()`. They must not be written.
+
+        Module hooks leave alone what is gathered so. Calling it again has no effect. Collective.
+
+        Args:
+            async_op: return at once; the parameters may be read after `wait()` of what is returned.
+        """
+        state = self._live()
+        state.waiting.log.note("unshard", self._name)
+        state.gatherer.pin(self._buckets)
+        work = _Unsharding(state, self._buckets)
+        if async_op:
+            return work
+        work.wait()
+        return None
+
+    def reshard(self) -> None:
+        """Drop the gathered parameters, once no forward or backward that runs needs them. Collective."""
+        state = self._live()
+        state.waiting.log.note("reshard", self._name)
+        state.gatherer.unpin(self._buckets)
+
+    def set_reshard_after_forward(self, reshard_after_forward: bool, *, recurse: bool = True) -> None:
+        """Whether units are dropped between their forward and their backward (the default), which takes less memory and
+        gathers them twice. Alike on every rank.
+
+        Args:
+            recurse: for all units inside of the module, too.
+        """
+        gathering = self._live().gathering
+        inside = f"{self._name}." if self._name else ""
+        units = [
+            u
+            for u in gathering.units
+            if u == self._name or (recurse and (u.startswith(inside) or not inside))
+        ]
+        gathering.set_stay(units, not reshard_after_forward)
+
+    # --- gradients
+
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool, *, recurse: bool = True) -> None:
+        """Whether backwards from now on reduce gradients. Without, they add whole gradients on each rank, as in
+        `ds_zero.no_sync`; the first backward with it, or the next step, reduces them. Alike on every rank.
+
+        Raises:
+            ValueError: for a part of the model, whose gradients are reduced together with the others.
+        """
+        self._check_whole("set_requires_gradient_sync", recurse)
+        self._live().reducer.requires_sync = requires_gradient_sync
+
+    @property
+    def reduction(self) -> Reduction:
+        """When and by whom gradients are reduced."""
+        return self._live().reducer.reduction
+
+    def set_reduction(self, reduction: Reduction) -> None:
+        """Choose when and by whom gradients are reduced. Alike on every rank, between a step and the next backward.
+
+        Args:
+            reduction: "local": each rank adds whole gradients of its micro-batches, and the last backward before a step
+                reduces them. "sharded": every backward reduces, and each rank adds its shard. "none": nobody but the
+                optimizer: `optimizer.param_groups[g]["params"][i]` stays the whole 1-D fp32 master, and its `.grad` is
+                this rank's own gradient. The optimizer has to leave the same values on all ranks.
+
+        Raises:
+            ValueError: an unknown word; a part of the model; gradients that wait for a step; "none" where ranks own
+                parts of the masters (stages 1 to 3).
+        """
+        self._check_whole("set_reduction", True)
+        self._live().reducer.set_reduction(reduction)
+
+    def _check_whole(self, what: str, recurse: bool) -> None:
+        if not self._is_model:
+            raise ValueError(
+                f"{what} on module {self._name!r}: gradients of the whole model are reduced together, so ask for the "
+                "control of the model: ds_zero.control(model)"
+            )
+        if not recurse:
+            raise ValueError(f"{what}(recurse=False): gradients of the whole model are reduced together")
+
+    def _live(self) -> ZeroState:
+        state = self._state()
+        if state is None:
+            raise ValueError("the model of this control is not sharded any more (ds_zero.destroy?)")
+        return state
+
+
+class _Unsharding:
+    """The gathers that one `unshard` has started."""
+
+    def __init__(self, state: ZeroState, buckets: Sequence[Bucket]) -> None:
+        self._state, self._buckets = weakref.ref(state), list(buckets)
+
+    def wait(self) -> None:
+        """Return when the parameters may be read."""
+        state = self._state()
+        if state is None:
+            return
+        for bucket in self._buckets:
+            if state.gatherer.is_pinned(bucket):  # else it was resharded meanwhile
+                state.gatherer.finish(bucket, late=True)
+
+
+def control(model: nn.Module, module: nn.Module | None = None) -> Control:
+    """The control of a sharded model, or of the part of it below `module`, [Note: drivers].
+
+    ::
+
+        block = ds_zero.control(model, model.blocks[3])
+        handle = block.unshard(async_op=True)      # gathers ahead
+        ...
+        handle.wait()
+        y = model.blocks[3](x)
+        block.reshard()
+
+    Args:
+        model: a model that `ds_zero.shard` has returned.
+        module: one of its modules; None: the model itself.
+
+    Raises:
+        ValueError: the model is not sharded, or does not contain the module.
+    """
+    state = _registry.state_of(model)
+    if module is None or module is model:
+        return Control(state, model, "", True)
+    for name, candidate in model.named_modules():
+        if candidate is module:
+            return Control(state, module, name, False)
+    raise ValueError(
+        f"this {type(module).__name__} is not a module of the {type(model).__name__}: pass one of model.modules()"
+    )
