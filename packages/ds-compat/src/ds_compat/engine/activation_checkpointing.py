@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ds_layers import Checkpointing, CheckpointingConfig, RngTracker, model_parallel_seed
@@ -41,6 +41,10 @@ def configure(
         group = ask()
     if options["partition"] and (group is None or group.size() == 1):
         options["partition"] = False  # with one model-parallel rank there is nobody to share with
+    assert not options["contiguous"] or options["num_checkpoints"] is not None, (
+        "contiguous_checkpointing needs the number of layers: pass num_checkpoints, or set "
+        "activation_checkpointing.number_checkpoints"
+    )
     options = {name: value for name, value in options.items() if value is not None}
     config = CheckpointingConfig(group=group, **options)
     _present.update(instance=Checkpointing(config, _tracker()), configured=True)
@@ -84,6 +88,29 @@ class CheckpointFunction:
         outputs = checkpoint(run_function, *args)
         all_outputs += list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
         return outputs
+
+
+_SWITCHES: Mapping[str, str] = {
+    "PARTITION_ACTIVATIONS": "partition",
+    "CONTIGUOUS_CHECKPOINTING": "contiguous",
+    "CPU_CHECKPOINT": "on_host",
+    "SYNCHRONIZE": "synchronize",
+    "num_layers": "num_checkpoints",
+}
+"""Switch of the original's module -> option of `ds_layers.CheckpointingConfig`."""
+
+
+def __getattr__(name: str) -> Any:
+    """The original's module switches, as they are at this moment."""
+    if name in _SWITCHES:
+        return getattr(_instance().config, _SWITCHES[name])
+    if name == "deepspeed_checkpointing_enabled":
+        return is_configured()
+    if name == "PROFILE_TIME":  # torch.profiler shows it
+        return False
+    if name == "mpu":  # what is kept of it is its group
+        return None
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def is_configured() -> bool:

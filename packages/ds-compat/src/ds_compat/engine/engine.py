@@ -20,6 +20,7 @@ import ds_engine
 import ds_zero
 from ds_compat.checkpoint import files as checkpoint
 from ds_compat.checkpoint.consolidated import consolidated, save_weights
+from ds_compat.checkpoint.tags import agreed_tag, tag_validation
 from ds_compat.config.deepspeed_config import DeepSpeedConfig
 from ds_compat.engine import settings
 from ds_compat.engine.optimizer import wrap
@@ -308,7 +309,7 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
             raise ValueError(f"save_dir must be a non-empty string, got {save_dir!r}")
         self._engine.save_checkpoint(
             save_dir,
-            None if tag is None else str(tag),
+            None if tag is None else agreed_tag(str(tag), tag_validation(self.config)),
             client_state,
             save_latest=save_latest,
             exclude_frozen_parameters=exclude_frozen_parameters,

@@ -151,11 +151,18 @@ def _whatever_it_moves(schedule: Any, optimizer: Any) -> Any:
     return lambda _: schedule
 
 
+_TAG_VALIDATION = frozenset({"ignore", "warn", "fail"})
+
+
 def _effective(given: Mapping[str, Any], model: nn.Module, passed: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as the engine gets it: without the optimizer and the schedule where one was passed, which
     wins in the original, and with the leaf modules that were marked on the model.
     """
     config = dict(given)
+    checkpoint = config.get("checkpoint")
+    if isinstance(checkpoint, dict) and str(checkpoint.get("tag_validation")).lower() in _TAG_VALIDATION:
+        # ds_engine refuses different tags always, and would say that the setting has no effect.
+        config["checkpoint"] = {k: v for k, v in checkpoint.items() if k != "tag_validation"}
     for name, value in passed.items():
         if value is not None and config.pop(name, None) is not None:
             logger.warning(f"the {name} passed to deepspeed.initialize is used, not the section {name}")
