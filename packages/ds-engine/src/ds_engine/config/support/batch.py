@@ -106,7 +106,7 @@ def contradictions(train: int | None, micro: int | None, steps: int | None) -> l
     return [
         (
             TRAIN,
-            f"{TRAIN} {train} = {factors} x ranks has no whole solution, whatever the ranks: it has to be a "
+            f"{TRAIN} {train} = {factors} x ranks has no whole solution, on any number of ranks: it has to be a "
             f"multiple of {unit}, such as {works}",
         )
     ]
