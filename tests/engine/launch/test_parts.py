@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from ds_engine.launch import devices, machine
-from ds_engine.launch.failure import RankEnd, exception_line, find_first, last_traceback
+from ds_engine.launch.failure import (
+    SUMMARY_LINES,
+    RankEnd,
+    exception_line,
+    find_first,
+    last_traceback,
+    shortened,
+)
 from ds_engine.launch.output import PassThrough, Prefixed, Tail
 from ds_engine.launch.plan import LaunchError, choose_nproc, make_plan
 
@@ -103,9 +110,29 @@ def test_a_deep_recursion_is_shortened_in_the_middle() -> None:
         [_end(0, 1, 1.0, f"Traceback (most recent call last):\n{frames}RecursionError: deep")]
     )
     assert finding is not None
-    assert len(finding.lines) < 140
+    assert len(finding.lines) <= SUMMARY_LINES
     assert any("lines ..." in line for line in finding.lines)
     assert any("RecursionError: deep" in line for line in finding.lines)
+    assert any("line 499, in f" in line for line in finding.lines), "the innermost frame"
+
+
+def test_a_summary_fits_on_a_screen_and_keeps_the_ranks_own_explanation() -> None:
+    frames = "".join(f'  File "x.py", line {i}, in f\n    f()\n' for i in range(12))
+    cause = f"Traceback (most recent call last):\n{frames}RuntimeError: Connection closed by peer\n"
+    chained = "\nThe above exception was the direct cause of the following exception:\n\n"
+    ranks = "\n".join(f"  rank {r}: step 3, waits at train.py:9" for r in range(40))
+    said = f"ds_zero.RankOrderError: rank 1 do not answer\n{ranks}\nwhat to do"
+    stderr = f"{cause}{chained}Traceback (most recent call last):\n{frames}{said}\n"
+    finding = find_first([_end(r, 1, 1.0 + r, stderr) for r in range(4)])
+    assert finding is not None and len(finding.lines) <= SUMMARY_LINES
+    text = "\n".join(finding.lines)
+    assert "RankOrderError: rank 1 do not answer" in text and "rank 0: step 3" in text
+    assert text.count("RankOrderError") == 1 and "Connection closed" not in text
+    assert "lines more ..." in text and "line 11, in f" in text
+
+
+def test_a_short_traceback_stays_whole() -> None:
+    assert shortened(_VALUE_ERROR.rstrip()) == _VALUE_ERROR.rstrip().split("\n")
 
 
 @pytest.mark.parametrize(

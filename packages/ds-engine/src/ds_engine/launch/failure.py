@@ -7,8 +7,12 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_TAIL_LINES = 30
-_SHOWN_LINES = 120
+SUMMARY_LINES = 30
+"""At most so many lines say how a job failed: they have to fit on a screen, below what the ranks wrote themselves."""
+_SHOWN_LINES = SUMMARY_LINES - 7
+"""Of a traceback, or of the end of stderr: without the lines around them."""
+_MESSAGE_LINES = 14
+"""Of the exception itself, which may explain at length."""
 _LOGGED_S = 5.0  # a traceback older than this, before the first end, was logged and survived
 _FRAMES = re.compile(r"^Traceback \(most recent call last\):$", re.MULTILINE)
 _CHAINED = ("The above exception was the direct cause", "During handling of the above exception")
@@ -101,6 +105,27 @@ def exception_line(traceback: str) -> str:
     return next((line for line in frames if line and not line[0].isspace()), "")
 
 
+def shortened(traceback: str) -> list[str]:
+    """At most `_SHOWN_LINES` lines of a traceback: what it says, and the innermost frames.
+
+    Of chained exceptions the last one is kept, which explains the others; of a long message its beginning.
+    """
+    lines = traceback.split("\n")
+    if len(lines) <= _SHOWN_LINES:
+        return lines
+    start = max(i for i, line in enumerate(lines) if _FRAMES.match(line))
+    first = next(
+        (i for i in range(start + 1, len(lines)) if lines[i] and not lines[i][0].isspace()), len(lines)
+    )
+    message = lines[first:]
+    if len(message) > _MESSAGE_LINES:
+        message = [*message[: _MESSAGE_LINES - 1], f"... {len(message) - _MESSAGE_LINES + 1} lines more ..."]
+    frames = lines[start + 1 : first]
+    kept = frames[-(_SHOWN_LINES - len(message) - 2) :]
+    left_out = len(lines) - len(message) - len(kept) - 1
+    return [lines[start], *([f"  ... {left_out} lines ..."] if left_out > 0 else []), *kept, *message]
+
+
 def describe_exit(returncode: int) -> str:
     """In words: exit code 3, or killed by SIGKILL."""
     if returncode >= 0:
@@ -115,10 +140,7 @@ def _describe(first: RankEnd, ends: Sequence[RankEnd], oom_killed: bool) -> list
     how = "an exception" if first.ended_by_us else describe_exit(first.returncode)
     lines = [f"rank {first.rank} (pid {first.pid}) failed first: {how}"]
     traceback = last_traceback(first.stderr)
-    shown = traceback.split("\n") if traceback else first.stderr.rstrip().split("\n")[-_TAIL_LINES:]
-    if len(shown) > _SHOWN_LINES:  # of a deep recursion both ends matter
-        half = _SHOWN_LINES // 2
-        shown = [*shown[:half], f"... {len(shown) - 2 * half} lines ...", *shown[-half:]]
+    shown = shortened(traceback) if traceback else first.stderr.rstrip().split("\n")[-_SHOWN_LINES:]
     if any(line.strip() for line in shown):
         lines += ["", "its traceback:" if traceback else "the end of its stderr:"]
         lines += [f"  {line}".rstrip() for line in shown]
