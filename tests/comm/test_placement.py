@@ -110,6 +110,12 @@ def test_inside_an_allocation_but_not_started_by_srun() -> None:
     assert detect({**batch, "SLURM_NTASKS": "1"}).source == "single"
 
 
+def test_a_launcher_with_torchruns_variables_is_named() -> None:
+    started = {**TORCHRUN, "DS_LAUNCHER": "ds run"}
+    assert detect(started).source == "ds run"
+    assert detect({**started, "TORCHELASTIC_RUN_ID": "1"}).source == "torchrun", "torchrun inside of it"
+
+
 @pytest.mark.parametrize("name", list(TORCHRUN))
 def test_torchrun_incomplete(name: str) -> None:
     with pytest.raises(PlacementError, match=rf"variable {name} is missing: .*`ds run`"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import logging
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ import torch.distributed as dist
 
 import ds_comm
 from comm import slurm
+from ds_comm import world
 from harness import ranks
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -252,3 +256,46 @@ def test_ending_right_after_a_collective_is_no_crash(tmp_path: Path) -> None:
     for _ in range(3):
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def _waiting(port: int) -> ds_comm.Placement:
+    return ds_comm.Placement(
+        rank=1,
+        world_size=2,
+        local_rank=1,
+        local_size=2,
+        master_addr="127.0.0.1",
+        master_port=port,
+        source="ds run",
+    )
+
+
+def test_a_rank_that_waits_says_early_what_it_has_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before, nothing was heard until the timeout, which is half an hour."""
+    said, lines = threading.Event(), []
+
+    class Heard(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+            said.set()
+
+    handler = Heard()
+    logging.getLogger("ds_comm").addHandler(handler)
+    monkeypatch.setattr(world, "REPORT_S", 0.01)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: said.wait(60))
+    try:
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            port = listening.getsockname()[1]
+            patience = datetime.timedelta(seconds=1800)
+            world._initialise(_waiting(port), torch.device("cpu"), "gloo", patience)
+            assert said.is_set()
+            assert "rank 1 of 2 (placed by ds run) has waited" in lines[0] and "up to 1800 s" in lines[0]
+            assert f"a connection to 127.0.0.1:{port} fails" in lines[0]
+            listening.listen()
+            world._report_waiting(_waiting(port), patience)
+            assert f"127.0.0.1:{port} answers, so another rank is missing" in lines[1]
+    finally:
+        logging.getLogger("ds_comm").removeHandler(handler)

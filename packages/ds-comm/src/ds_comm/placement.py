@@ -20,6 +20,8 @@ from ds_comm.nodelist import expand_counts, expand_nodes
 
 _DEFAULT_PORT = 29500  # torch's own
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+LAUNCHER = "DS_LAUNCHER"
+"""Environment variable with the name of a launcher that sets torchrun's variables."""
 _T = TypeVar("_T")
 
 
@@ -44,7 +46,8 @@ class Placement:
     master_port: int
     """TCP port on that host; 0 for a single process, which needs none."""
     source: str
-    """Where these values come from: "torchrun", "slurm", "mpi", or "single" if there is no launcher."""
+    """Where these values come from: "torchrun" (or another launcher with its variables), "ds run", "slurm", "mpi", or
+    "single" if there is no launcher."""
 
     def __post_init__(self) -> None:
         """Refuses numbers that cannot belong together."""
@@ -145,8 +148,15 @@ def _from_torchrun(env: _Variables) -> Placement | None:
         master_port=0
         if alone
         else env.port(lambda: env.number("MASTER_PORT", f"set it to a free port, or {start}")),
-        source="torchrun",
+        source=_source(env),
     )
+
+
+def _source(env: _Variables) -> str:
+    """`ds run` sets torchrun's variables, and one of its own; torchrun inside of it sets one more."""
+    if LAUNCHER in env and "TORCHELASTIC_RUN_ID" not in env:
+        return env.text(LAUNCHER, "set it to the launcher's name, or unset it")
+    return "torchrun"
 
 
 def _from_open_mpi(env: _Variables) -> Placement | None:

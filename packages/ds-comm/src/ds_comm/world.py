@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import logging
 import os
 import socket
+import threading
 import time
 from dataclasses import dataclass
 
@@ -15,6 +17,10 @@ import torch.distributed as dist
 
 from ds_comm.device import choose_device, default_backend
 from ds_comm.placement import Placement, PlacementError, detect
+
+REPORT_S = 20.0
+"""Seconds after which a rank that has not met the others says so."""
+_log = logging.getLogger("ds_comm")
 
 SETTLE_S = 0.05
 """Seconds that a process of a gloo group waits before it ends; letting go takes well under a millisecond."""
@@ -130,6 +136,9 @@ def _initialise(
         )
         return
     host = f"[{placement.master_addr}]" if ":" in placement.master_addr else placement.master_addr
+    report = threading.Timer(REPORT_S, _report_waiting, (placement, timeout))
+    report.daemon = True
+    report.start()
     try:
         dist.init_process_group(
             backend,
@@ -141,6 +150,32 @@ def _initialise(
         )
     except dist.DistError as error:
         raise StartError(_explain(placement, timeout, str(error))) from error
+    finally:
+        report.cancel()
+
+
+def _report_waiting(placement: Placement, timeout: datetime.timedelta) -> None:
+    """Say, long before the timeout, that the ranks have not met, and what a connection of our own finds."""
+    where = f"{placement.master_addr}:{placement.master_port}"
+    try:
+        socket.create_connection((placement.master_addr, placement.master_port), timeout=5).close()
+        tried = (
+            f"{where} answers, so another rank is missing: are all {placement.world_size} processes running?"
+        )
+    except OSError as error:
+        tried = (
+            f"a connection to {where} fails ({error}): is rank 0 running, are MASTER_ADDR and MASTER_PORT the same on "
+            "every rank, and does a firewall let the port through?"
+        )
+    _log.warning(
+        "rank %d of %d (placed by %s) has waited %.0f s for the other ranks, and waits up to %.0f s: %s",
+        placement.rank,
+        placement.world_size,
+        placement.source,
+        REPORT_S,
+        timeout.total_seconds(),
+        tried,
+    )
 
 
 def _explain(placement: Placement, timeout: datetime.timedelta, error: str) -> str:

@@ -84,6 +84,7 @@ def make_plan(
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "DS_LAUNCHER": "ds run",  # read by ds_comm, for the table at the start and for errors
     }
     environs = tuple({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc))
     return LaunchPlan(command=(*([python] if python else []), *target), environs=environs, reason=reason)
