@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,9 +33,6 @@ class Late:
 
 
 class LateGather:
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
     def __call__(self, output: Tensor, input: Tensor, group: Any, async_op: bool = False) -> Late | None:
         slices = output.view(group.size(), -1)
         for rank in range(group.size()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -277,9 +277,6 @@ class _Slow:
 
     def __init__(self, inner: Callable[..., object]) -> None:
         self.inner, self.pending = inner, 0
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False

@@ -111,9 +111,6 @@ class Watched:
         self.events: list[str] = []
         self._inner = default_comm(CPU).reduce_scatter
 
-    def allocate(self, size: Any, **options: Any) -> Tensor:
-        return self._inner.allocate(size, **options)
-
     def __call__(self, output: Tensor, input: Tensor, group: Any, op: Any, async_op: bool = False) -> Work:
         self.events.append("start")
         work = self._inner(output, input, group, op, async_op=True)

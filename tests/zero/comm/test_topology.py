@@ -180,9 +180,6 @@ class Gathers:
         self.sizes: list[int] = []
         self._inner = default_comm(CPU).all_gather
 
-    def allocate(self, size: Any, **options: Any) -> Tensor:
-        return self._inner.allocate(size, **options)
-
     def __call__(self, output: Tensor, input: Tensor, group: Any, async_op: bool = False) -> Work | None:
         self.sizes.append(group.size())
         return self._inner(output, input, group, async_op)

@@ -24,12 +24,32 @@ class Work(Protocol):
     def wait(self) -> object: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a collective can do beyond the signature of FSDP2's `Comm`, as the class attribute `capabilities`.
+
+    Only the class that declares it is believed: a class that derives from it and overrides what it does has to declare
+    again what it still can.
+    """
+
+    tags: bool = False
+    """Has `bound(number, peer_memory)`: one whose messages meet only those of the same number, and which copies from
+    processes whose memory it can read."""
+    pieces: bool = False
+    """Sends straight from rank to rank and adds in the order of [Note: ordered reduction], so that gradients may be
+    reduced where they lie."""
+
+
+def capabilities_of(collective: object) -> Capabilities:
+    """What the class of `collective` declares; nothing where it declares nothing."""
+    declared = vars(type(collective)).get("capabilities")
+    return declared if isinstance(declared, Capabilities) else Capabilities()
+
+
 class AllGather(Protocol):
     """FSDP2's `Comm` for gathering: `output` has `group.size()` times the elements of `input`, which may be
     its own slice of it.
     """
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor: ...
 
     def __call__(
         self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -42,8 +62,6 @@ class ReduceScatter(Protocol):
     `output` may be wider than `input` (fp32 from bf16): then the sum is taken in the wider dtype if the
     implementation can.
     """
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor: ...
 
     def __call__(
         self,

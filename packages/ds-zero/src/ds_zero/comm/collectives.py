@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ds_zero.comm.peer_memory import Exchange, PeerMemory
 from ds_zero.comm.ranks import Ranks
-from ds_zero.interfaces import AllGather, ReduceScatter, Work
+from ds_zero.interfaces import AllGather, Capabilities, ReduceScatter, Work, capabilities_of
 from ds_zero.tensors.large_pages import in_large_pages
 from ds_zero.tensors.storage import same_place
 
@@ -122,10 +122,6 @@ def _subtree(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.add(_subtree(parts[:middle], dtype), _subtree(parts[middle:], dtype))
 
 
-def _allocate(size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(*size, dtype=dtype, device=device)
-
-
 def exchange(
     sends: Callable[[int], Sequence[Tensor]],
     receives: Callable[[int], Sequence[Tensor]],
@@ -160,17 +156,16 @@ class DirectAllGather:
     there.
     """
 
+    capabilities = Capabilities(tags=True)
+
     def __init__(self, number: int = 0, peer_memory: PeerMemory | None = None) -> None:
         self._tag, self._peer_memory = GATHER_TAG + number, peer_memory
 
-    def numbered(self, number: int, peer_memory: PeerMemory | None) -> DirectAllGather:
+    def bound(self, number: int, peer_memory: PeerMemory | None) -> DirectAllGather:
         """One whose messages meet only those of the same number: ranks that gather different things wait for
         each other, and never take one for the other.
         """
         return DirectAllGather(number, peer_memory)
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return _allocate(size, dtype=dtype, device=device)
 
     def __call__(
         self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -190,15 +185,14 @@ class DirectAllGather:
 class OrderedReduceScatter:
     """[Note: ordered reduction] over [Note: direct exchange]."""
 
+    capabilities = Capabilities(tags=True, pieces=True)
+
     def __init__(self, peer_memory: PeerMemory | None = None) -> None:
         self._peer_memory = peer_memory
 
-    def among(self, peer_memory: PeerMemory | None) -> OrderedReduceScatter:
+    def bound(self, number: int, peer_memory: PeerMemory | None) -> OrderedReduceScatter:
         """The same, over the memory of the peers that can be read."""
         return OrderedReduceScatter(peer_memory)
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return _allocate(size, dtype=dtype, device=device)
 
     def __call__(
         self,
@@ -246,9 +240,6 @@ _reduce_collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce
 class TorchAllGather:
     """The backend's own collective."""
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return _allocate(size, dtype=dtype, device=device)
-
     def __call__(
         self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> Work | None:
@@ -258,9 +249,6 @@ class TorchAllGather:
 
 class TorchReduceScatter:
     """The backend's own collective; it sums in `input`'s dtype, in an order of its own."""
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return _allocate(size, dtype=dtype, device=device)
 
     def __call__(
         self,
@@ -284,6 +272,18 @@ class TorchReduceScatter:
             return then
         then.wait()
         return None
+
+
+class _Gathers(Protocol):
+    """What the capability `tags` of an `AllGather` promises."""
+
+    def bound(self, number: int, peer_memory: PeerMemory | None) -> AllGather: ...
+
+
+class _Reduces(Protocol):
+    """The same of a `ReduceScatter`."""
+
+    def bound(self, number: int, peer_memory: PeerMemory | None) -> ReduceScatter: ...
 
 
 class Pieces(Protocol):
@@ -324,8 +324,8 @@ class Comm:
         if sizes is not None:
             return gather_uneven(whole, sizes, ranks, GATHER_TAG + number)
         collective = self.all_gather
-        if isinstance(collective, DirectAllGather):
-            collective = collective.numbered(number, ranks.peer_memory)
+        if capabilities_of(collective).tags:
+            collective = cast("_Gathers", collective).bound(number, ranks.peer_memory)
         return collective(whole, own, ranks.group, async_op=True) or Done()
 
     def reduce(
@@ -345,8 +345,8 @@ class Comm:
         if sizes is not None:
             return reduce_uneven(out, whole, sizes, ranks, op, REDUCE_TAG)
         collective = self.reduce_scatter
-        if type(collective) is OrderedReduceScatter:  # what derives from it may do something else
-            collective = collective.among(ranks.peer_memory)
+        if capabilities_of(collective).tags:
+            collective = cast("_Reduces", collective).bound(0, ranks.peer_memory)
         return collective(out, whole, ranks.group, op, async_op=True) or Done()
 
     def takes_pieces(self, ranks: Ranks, device: torch.device) -> bool:
@@ -355,7 +355,7 @@ class Comm:
         """
         if ranks.group is None:
             return True
-        direct = type(self.reduce_scatter) is OrderedReduceScatter and device.type == "cpu"
+        direct = capabilities_of(self.reduce_scatter).pieces and device.type == "cpu"
         return direct and ranks.size <= MOST_RANKS_OF_PIECES
 
     def reduce_pieces(

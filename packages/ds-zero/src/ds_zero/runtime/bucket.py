@@ -1,12 +1,12 @@
 """One bucket on one rank: its tensors and how parameters look into them.
 
 [Note: tensors of a bucket]
-`full`    compute dtype, padded_numel. Whole buckets (`unit` None) keep it; stage-3 buckets inflate its
-storage while gathered.
-`low`     compute dtype, this rank's owned range: a view of `full`, or a tensor of its own where `full` comes
-and goes. `master`  fp32, owned range; the same tensor as `low` where parameters are fp32. None for frozen
-parameters.
-`grad`    fp32, owned range: reduced gradients, of which optimizer entries see pieces. Reserved on first use.
+full     compute dtype, padded_numel elements. Whole buckets (`unit` is None) keep it; stage-3 buckets give it
+         memory while they are gathered.
+low      compute dtype, this rank's owned range: a view of `full`, or a tensor of its own where `full` comes and
+         goes.
+master   fp32, owned range; the same tensor as `low` where parameters are fp32. None for frozen parameters.
+grad     fp32, owned range: reduced gradients, of which the optimizer's entries see pieces. Reserved on first use.
 
 [Note: one storage object]
 A tensor saved for backward may be a view of a parameter, for example its transpose. So the gathered storage

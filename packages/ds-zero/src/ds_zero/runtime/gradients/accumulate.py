@@ -71,7 +71,7 @@ class Sums:
                 shard.grad.add_(part.to(view.device))
 
     def place(self) -> Tensor | None:
-        """Where the next slice may be put at once, since nothing is there that it has to be added to."""
+        """Memory into which the next slice may be reduced directly; None where it has to be added to an earlier one."""
         bucket = self._bucket
         grad = bucket.grad
         if grad is None or grad.dtype != torch.float32 or grad.device != bucket.device:

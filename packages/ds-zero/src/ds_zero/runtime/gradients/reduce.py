@@ -228,7 +228,9 @@ class Reducer:
         )
 
     def _begin_accumulation(self) -> None:
-        """New gradients will come to what is on the shards: nothing, or what is added to."""
+        """The first backward after the gradients on the shards were complete begins. It adds to `shard.grad`, or
+        starts it where it is None.
+        """
         if all(s.grad is None for b in self.buckets for s in b.shards):
             self._usage.clear()  # also where a step was left out
         elif self._consumed:
