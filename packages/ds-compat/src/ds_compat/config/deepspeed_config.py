@@ -119,7 +119,7 @@ class DeepSpeedConfig:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name in ("raw", "typed"):
             raise AttributeError(name)
-        from ds_compat.engine.settings import find
+        from ds_compat.config.lookup import find
 
         marker = object()
         value = find(self.typed, self.raw, _PATHS.get(name, name), marker)

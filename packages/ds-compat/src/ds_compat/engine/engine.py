@@ -22,10 +22,11 @@ from ds_compat.checkpoint import files as checkpoint
 from ds_compat.checkpoint.consolidated import consolidated, save_weights
 from ds_compat.checkpoint.tags import agreed_tag, tag_validation
 from ds_compat.config.deepspeed_config import DeepSpeedConfig
-from ds_compat.engine import settings
+from ds_compat.engine.answers import ZeroAnswers, answer, of_config
+from ds_compat.engine.dataloader import loader
+from ds_compat.engine.monitor import monitor
 from ds_compat.engine.optimizer import wrap
 from ds_compat.engine.plain_loops import scale_gradients, take_gradients
-from ds_compat.engine.settings import answer, of_config
 from ds_compat.utils.logs import log_dist, logger
 from ds_engine.build.data import Loader
 from ds_engine.build.optimizer import zero_grad
@@ -36,7 +37,7 @@ _OWN = frozenset(
 """Attributes that are the inner engine's, for reading and writing."""
 
 
-class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
+class DeepSpeedEngine(ZeroAnswers, nn.Module):
     """Made by `deepspeed.initialize`. Attributes that it does not have are looked up in the module."""
 
     _engine: ds_engine.Engine
@@ -211,7 +212,7 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
     local_rank = property(lambda self: self._engine.world.local_rank)
     data_parallel_group = seq_data_parallel_group = property(lambda self: torch.distributed.group.WORLD)
     mp_world_size = property(lambda self: 1)
-    monitor = property(lambda self: settings.monitor(self))
+    monitor = property(lambda self: monitor(self))
     loss_scale_value = property(lambda self: getattr(self.optimizer, "loss_scale", 1.0))
 
     def get_data_parallel_rank(self) -> int:
@@ -293,7 +294,7 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
         num_local_io_workers: int | None = None,
     ) -> Any:
         """A loader of this rank's share; in another route than "train" in order."""
-        return settings.loader(self, dataset, batch_size, route, data_sampler, collate_fn or self.collate_fn)
+        return loader(self, dataset, batch_size, route, data_sampler, collate_fn or self.collate_fn)
 
     # --- checkpoints
 
@@ -459,8 +460,10 @@ class DeepSpeedEngine(settings.ZeroAnswers, nn.Module):
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _OWN:
-            settings.write(self._engine, name, value)
+        if name == "micro_steps":
+            self._engine.accumulation.micro_steps = value
+        elif name in _OWN:
+            setattr(self._engine, name, value)
         elif name in ("module", "optimizer"):
             vars(self)[name] = value  # not registered: an optimizer is no submodule
             if name == "module":

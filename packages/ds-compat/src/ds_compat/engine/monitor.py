@@ -1,0 +1,22 @@
+"""The engine's monitor, or one that is switched off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ds_compat.engine.engine import DeepSpeedEngine
+
+
+class _Silent:
+    """A monitor that is switched off."""
+
+    enabled = False
+
+    def write_events(self, event_list: Any) -> None:
+        """Nothing."""
+
+
+def monitor(engine: DeepSpeedEngine) -> Any:
+    """The engine's monitor, or one that is switched off."""
+    return getattr(engine._engine, "monitor", None) or _Silent()
