@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_zero.tensors.placeholder import ReducedGradient
+
 
 class Block(nn.Module):
     def __init__(self, dim: int) -> None:
@@ -52,3 +54,8 @@ def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * step + rank)
     data = torch.randint(37, (2, 9), generator=generator)
     return data[:, :-1], data[:, 1:]
+
+
+def assert_consumed(model: nn.Module) -> None:
+    """Backward has left no gradient on the parameters: None, or a handle without memory."""
+    assert all(p.grad is None or isinstance(p.grad, ReducedGradient) for p in model.parameters())

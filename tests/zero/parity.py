@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import ds_zero
-from zero.models import Tiny, batch
+from zero.models import Tiny, assert_consumed, batch
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -118,7 +118,7 @@ def sharded(job: Job, stage: int, *, store: Any = None, **config: Any) -> Result
             part = loss / job.accumulation
             (part if scaler is None else scaler.scale(part)).backward()
             losses.append(loss.item())
-            assert all(p.grad is None for p in model.parameters()), "backward must consume param.grad"
+            assert_consumed(model)
         if job.clip is not None:
             norms.append(ds_zero.clip_grad_norm_(model, job.clip).item())
         optimizer.step()

@@ -4,9 +4,10 @@ states.
 
 from ds_zero.api.control import Control, control
 from ds_zero.api.leaf_modules import set_leaf_modules
-from ds_zero.api.loop import clip_grad_norm_, destroy, grad_norm, no_sync
+from ds_zero.api.loop import clip_grad_norm_, destroy, grad_norm, no_sync, set_presentation
 from ds_zero.api.memory import MemoryReport, Summary, describe, memory
-from ds_zero.api.shard import shard
+from ds_zero.api.shard import shard, shard_optimizer
+from ds_zero.comm.agreement import require_same
 from ds_zero.comm.collectives import Comm
 from ds_zero.comm.order import RankOrderError
 from ds_zero.comm.topology import MeshFor, ModelParallel, cut_by_model_parallelism
@@ -75,10 +76,13 @@ __all__ = [
     "presence",
     "plan",
     "records",
+    "require_same",
     "set_full",
     "set_leaf_modules",
     "set_local",
+    "set_presentation",
     "shard",
+    "shard_optimizer",
     "squared_norm",
     "total_norm",
     "update_full_grads",

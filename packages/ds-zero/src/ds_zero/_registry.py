@@ -26,10 +26,14 @@ _leaves: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _places = itertools.count()
 
 
-def put(model: nn.Module, parts: list[nn.Parameter | Optimizer], state: ZeroState) -> None:
+def put(model: nn.Module, params: list[nn.Parameter], state: ZeroState) -> None:
     _of_module[model] = state
-    for part in parts:
-        _of_part[part] = weakref.ref(state)
+    for param in params:
+        put_part(param, state)
+
+
+def put_part(part: nn.Parameter | Optimizer, state: ZeroState) -> None:
+    _of_part[part] = weakref.ref(state)
 
 
 def drop(model: nn.Module, parts: list[nn.Parameter | Optimizer]) -> None:

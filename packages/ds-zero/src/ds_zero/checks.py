@@ -90,6 +90,20 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
                 )
 
 
+def check_coverage(
+    optimizer: Optimizer, trained: Iterable[nn.Parameter], names: Mapping[str, nn.Parameter]
+) -> None:
+    """Raise unless every parameter of `trained`, which has masters and gradients, is in a group of `optimizer`."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left = {id(p) for p in trained} - held
+    missing = [fqn for fqn, p in names.items() if id(p) in left]
+    if missing:
+        raise ValueError(
+            f"the optimizer leaves out {len(missing)} parameters that require a gradient, first {missing[:5]}: freeze "
+            "them with requires_grad_(False) before ds_zero.shard(model), or pass the optimizer to ds_zero.shard"
+        )
+
+
 def _check_inner(optimizer: Optimizer, names: Mapping[int, str]) -> None:
     """Raise if `optimizer` steps through others, which would go on with parameters that get no gradients."""
     own = {id(group) for group in optimizer.param_groups}

@@ -22,8 +22,10 @@ from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gathering.gather import Gatherer
 from ds_zero.runtime.gathering.module_hooks import ModuleHooks
 from ds_zero.runtime.gathering.unit_gathering import UnitGathering
+from ds_zero.runtime.gradients.backward import BackwardWatch
 from ds_zero.runtime.gradients.norms import combine
 from ds_zero.runtime.gradients.reduce import Reducer
+from ds_zero.runtime.optimizer_options import OptimizerOptions
 from ds_zero.runtime.step import Stepper
 
 if TYPE_CHECKING:
@@ -55,14 +57,19 @@ class ZeroState:
     stepper: Stepper
     hooks: ModuleHooks
     waiting: Waiting
+    watch: BackwardWatch
+    options: OptimizerOptions
     model: weakref.ref[nn.Module]
     optimizer: weakref.ref[Optimizer] | None
+    """None until `shard` or `shard_optimizer` was given one."""
     names: Mapping[str, tuple[str, ...]]
     """First name of every parameter -> all its names (tied parameters have several)."""
     scaler: LossScaler | None = None
     handles: list[Removable] = field(default_factory=list)
     open_gathers: list[OpenGather] = field(default_factory=list)
     """`gathered` contexts that are open now, outer ones first."""
+    refuses_state_dict: bool = True
+    """[Note: state_dict of a sharded model]"""
 
     def is_written(self, bucket: Bucket) -> bool:
         """Whether an open `gathered` context will adopt what is written into this bucket."""

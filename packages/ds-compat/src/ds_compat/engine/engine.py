@@ -56,6 +56,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         vars(self).update(module=engine.module, _engine=engine)
         # Loops of the original may step without a backward, or call loss.backward() themselves.
         engine.accumulation.strict = False
+        ds_zero.set_presentation(engine.module, gradients="nothing", refuse_state_dict=False)
         self._config = config
         self.config = config.raw
         self.basic_optimizer = engine.optimizer if has_optimizer else None

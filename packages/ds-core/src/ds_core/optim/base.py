@@ -214,7 +214,7 @@ class FusedOptimizer(Optimizer):
             batch.rows.append(i)
             if out is not None:
                 batch.out.append(out[i])
-            if param.is_contiguous() and grad.is_contiguous():  # states are as the parameter; kernels check
+            if grad.is_contiguous() and param.is_contiguous():  # states are as the parameter; kernels check
                 batch.params.append(param)
                 batch.grads.append(grad)
                 for name, column in zip(names, columns, strict=True):

@@ -87,8 +87,8 @@ def _differences(everyone: list[dict[str, str]]) -> str:
     if len(differing) > _SHOWN:
         said.append(f"{len(differing) - _SHOWN} further values differ")
     return (
-        f"the ranks describe different jobs: {'; '.join(said)}. Call initialize() with the same model and settings on "
-        "every rank"
+        f"the ranks describe different jobs: {'; '.join(said)}. Call ds_engine.initialize() with the same "
+        "model and settings on every rank"
     )
 
 

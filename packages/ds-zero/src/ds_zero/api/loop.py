@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ds_zero import _registry
 from ds_zero.runtime.bucket import BucketState
 from ds_zero.runtime.gradients.grad_scale import GradNorm
 from ds_zero.runtime.gradients.norms import clip_factor
+from ds_zero.runtime.gradients.param_grads import ShownGradient
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
@@ -53,6 +55,29 @@ def grad_norm(model: nn.Module) -> GradNorm | None:
     return _registry.state_of(model).stepper.pending.last_norm
 
 
+def set_presentation(
+    model: nn.Module,
+    *,
+    gradients: Literal["handle", "nothing", "reduced"] | None = None,
+    refuse_state_dict: bool | None = None,
+) -> None:
+    """Choose what a sharded model shows to code that does not know ds_zero. None leaves a choice as it is.
+
+    Args:
+        gradients: what `param.grad` is between two backwards. "handle" (the default of `shard`): a tensor without
+            memory that raises when it is used. "nothing": None, as in DeepSpeed at stages 1 to 3. "reduced": the mean
+            over ranks where every rank has all of it (stage 0) and it is complete, else None; a change of it counts
+            in the next step.
+        refuse_state_dict: whether `model.state_dict()` raises at once while parameters are sharded (the default).
+            False: it gives tensors without memory for those, which raise when they are read.
+    """
+    state = _registry.state_of(model)
+    if gradients is not None:
+        state.reducer.param_grads.shown = ShownGradient(gradients)
+    if refuse_state_dict is not None:
+        state.refuses_state_dict = refuse_state_dict
+
+
 @contextlib.contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
     """Defer the reduction of gradients, at any stage: backwards inside the context add whole gradients on this rank, in
@@ -77,6 +102,7 @@ def destroy(model: nn.Module) -> None:
     state.waiting.stop()
     for handle in state.handles:
         handle.remove()
+    state.reducer.param_grads.forget()
     originals: dict[int, nn.Parameter] = {}
     for bucket in state.buckets:
         state.gatherer.finish(bucket)

@@ -2,60 +2,56 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
-from ds_zero.checks import check_model, check_optimizer, check_stage
+from ds_zero.api.assembly import ShardJob, assemble, attach, install
+from ds_zero.api.bucket_plan import plan_layouts
+from ds_zero.api.job_description import optimizer_description, require_same_job
+from ds_zero.checks import check_coverage, check_model, check_optimizer, check_stage
+from ds_zero.comm.agreement import require_same
 from ds_zero.comm.collectives import Comm, default_comm
 from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.ranks import Group, Ranks, discover_peers
-from ds_zero.comm.topology import MeshFor, ModelParallel, Topology, numbered, topology_of
-from ds_zero.comm.watchdog import WatchedComm, note_steps, watch_ranks
+from ds_zero.comm.topology import MeshFor, ModelParallel, numbered, topology_of
 from ds_zero.config import ZeroConfig
 from ds_zero.interfaces import Norms, ShardStore
-from ds_zero.layout.buckets import (
-    FROZEN,
-    BucketLayout,
-    ParamInfo,
-    default_bucket_numel,
-    default_persistence_numel,
-    keep_small_whole,
-    plan_buckets,
-)
 from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.layout.units import choose_leaves, choose_units, unit_of_params
 from ds_zero.params.deferred import materialize_buffers, stage_expected
-from ds_zero.params.state_dict_guard import guard_state_dicts, wait_in_modules
 from ds_zero.params.stores import ResidentStore
-from ds_zero.runtime.bucket import Bucket
-from ds_zero.runtime.gathering.gather import Gatherer
-from ds_zero.runtime.gathering.module_hooks import ModuleHooks
-from ds_zero.runtime.gathering.prefetch import limits_of
-from ds_zero.runtime.gathering.unit_gathering import UnitGathering
-from ds_zero.runtime.gathering.unit_map import UnitMap, map_units
-from ds_zero.runtime.gradients.backward import BackwardWatch
-from ds_zero.runtime.gradients.grad_scale import ShardGrads
+from ds_zero.runtime.gathering.unit_map import map_units
 from ds_zero.runtime.gradients.norms import squared_norm
-from ds_zero.runtime.gradients.reduce import Reducer
-from ds_zero.runtime.gradients.reduce_bucket import WirePolicy
-from ds_zero.runtime.gradients.reduce_policy import ReducePolicy
 from ds_zero.runtime.gradients.sparse_rows import row_parameters
-from ds_zero.runtime.materialize import add_secondary, broadcast_buffers, build, compute_dtype, hand_over
-from ds_zero.runtime.step import Stepper
-from ds_zero.runtime.uncompiled import opaque
+from ds_zero.runtime.materialize import add_secondary, broadcast_buffers, build, hand_over
 from ds_zero.state import ZeroState
 
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
 
 
+@overload
+def shard(
+    model: M,
+    optimizer: None = None,
+    stage: int = 2,
+    mesh: Group | Ranks | None = None,
+    config: ZeroConfig | None = None,
+    store: ShardStore | None = None,
+    comm: Comm | None = None,
+    *,
+    norms: Norms = squared_norm,
+    mesh_for: MeshFor | None = None,
+    model_parallel: ModelParallel | Group | None = None,
+) -> M: ...
+
+
+@overload
 def shard(
     model: M,
     optimizer: O,
@@ -68,17 +64,34 @@ def shard(
     norms: Norms = squared_norm,
     mesh_for: MeshFor | None = None,
     model_parallel: ModelParallel | Group | None = None,
-) -> tuple[M, O]:
+) -> tuple[M, O]: ...
+
+
+def shard(
+    model: M,
+    optimizer: O | None = None,
+    stage: int = 2,
+    mesh: Group | Ranks | None = None,
+    config: ZeroConfig | None = None,
+    store: ShardStore | None = None,
+    comm: Comm | None = None,
+    *,
+    norms: Norms = squared_norm,
+    mesh_for: MeshFor | None = None,
+    model_parallel: ModelParallel | Group | None = None,
+) -> M | tuple[M, O]:
     """Divide optimizer states (stage 1), gradients (2) and parameters (3) among data-parallel ranks; stage 0
     divides nothing.
 
-    The same objects are returned. The loop stays as it was, except that `ds_zero.clip_grad_norm_` replaces
+    The same objects are changed and returned. The loop stays as it was, except that `ds_zero.clip_grad_norm_` replaces
     torch's; every entry of `optimizer.param_groups[g]["params"]` becomes a 1-D fp32 shard whose `.grad` is
-    the mean over ranks. Rank 0's values win.
+    the mean over ranks. Every rank starts with rank 0's values.
     Collective: all ranks of `mesh` (default: all ranks of the process group, or this process alone) call it
-    alike.
+    with the same arguments, which is checked.
 
     Args:
+        optimizer: an optimizer over parameters of `model`. Without one, make it afterwards over
+            `model.parameters()` and pass it to `shard_optimizer` before the first step.
         mesh: the data axis: ranks that hold the same parameters and see different data. With two axes
             (replicate, shard) buckets are divided inside a row only, and rows hold the same. A process group
             serves, too.
@@ -89,20 +102,22 @@ def shard(
             They are summed over their own ranks and divided by the size of the model's axis.
         model_parallel: the ranks among which the model itself is cut; norms and overflow are shared with them.
 
+    Returns:
+        `(model, optimizer)`; `model` alone where no optimizer was given.
+
     Raises:
         ValueError: an impossible stage or mesh, an optimizer that cannot work on shards, tensors that share
-            memory without being one parameter, a model that is sharded already.
+            memory without being one parameter, a model that is sharded already; on every rank, if ranks were given
+            different models, optimizers or arguments.
 
     Source: Rajbhandari et al., ZeRO (SC 2020), sections 5 and 7.
     """
     config = config or ZeroConfig()
     check_stage(stage)
     check_model(model)
-    check_optimizer(optimizer, model)
-    undivided = undivided_groups(optimizer, config.layout, stage)
+    if optimizer is not None:
+        check_optimizer(optimizer, model)
     params = dict(model.named_parameters())
-    topology = topology_of(params, mesh, mesh_for, model_parallel)
-    store = store or ResidentStore()
     device = _device(params)
     expected = stage_expected(params)
     if expected is not None and expected != stage:
@@ -110,137 +125,96 @@ def shard(
             f"the model was constructed under deferred_init(stage={expected}) and is sharded with "
             f"stage={stage}"
         )
-    materialize_buffers(model, device)
+    topology = topology_of(params, mesh, mesh_for, model_parallel)
+    store = store or ResidentStore()
     comm = comm or default_comm(device, ordered=True if config.rank_invariant else config.ordered_reduction)
-    topology = numbered(topology, device)
+    parts = {"store": store, "comm": comm}
+    # Before the first message whose size or order depends on any of it.
+    require_same_job(params, optimizer, stage, config, parts, topology.axes[0], device)
     abort = AbortFlag()
+    topology = numbered(topology, device)
     if config.read_neighbours:
         topology = replace(topology, axes=tuple(discover_peers(a, device, abort) for a in topology.axes))
-    leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel, _registry.is_leaf)
-    roots = choose_units(model, leaves)
-    unit_of = unit_of_params(model, roots) if stage == 3 else {}
-    rows = row_parameters(model, stage, topology) if config.sparse_gradients else frozenset()
-    layouts = _plan(optimizer, params, stage, config, topology, undivided, unit_of, rows)
-
-    broadcast_buffers(model, topology.axes[0])
-    buckets = build(layouts, params, topology, store, config.grad_dtype, device)
-    hand_over(optimizer, buckets)
-    groups = add_secondary(buckets, config.secondary_ranks, abort if config.read_neighbours else None)
-
-    units = map_units(model, roots, buckets, leaves)
-    state = _assemble(model, optimizer, buckets, units, stage, config, topology, comm, store, norms, abort)
-    state.handles += groups
-    _registry.put(model, [*params.values(), optimizer], state)
-    return model, optimizer
-
-
-def _assemble(
-    model: nn.Module,
-    optimizer: Optimizer,
-    buckets: list[Bucket],
-    units: UnitMap,
-    stage: int,
-    config: ZeroConfig,
-    topology: Topology,
-    comm: Comm,
-    store: ShardStore,
-    norms: Norms,
-    abort: AbortFlag,
-) -> ZeroState:
-    """Everything that acts on the buckets, and the hooks through which it is called."""
-    watch = BackwardWatch()
-    waiting = watch_ranks(
-        topology.axes[0], topology.axes[1:], config.order_timeout_s, abort, buckets[0].device
-    )
-    comm = WatchedComm(comm, waiting)
-    gatherer = Gatherer(buckets, comm, waiting)
-    reducer, stepper = _reducer_and_stepper(buckets, gatherer, comm, store, watch, config, stage)
-    gathering = UnitGathering(gatherer, units, limits_of(config), waiting.log)
-    hooks = ModuleHooks(gathering, units, watch)
-    # Reductions come first: they may still read parameters that are gathered.
-    watch.listen(
-        at_end=[reducer.end_backward, gathering.end_backward], at_abort=[reducer.abort, gathering.abort]
-    )
-    state = ZeroState(
+    job = ShardJob(
         stage=stage,
         config=config,
-        ranks=topology.axes[0],
+        topology=topology,
+        device=device,
         comm=comm,
         store=store,
         norms=norms,
-        norm_groups=topology.norm_groups,
-        buckets=buckets,
-        gatherer=gatherer,
-        gathering=gathering,
-        reducer=reducer,
-        stepper=stepper,
-        hooks=hooks,
-        waiting=waiting,
-        model=weakref.ref(model),
-        optimizer=weakref.ref(optimizer),
-        names=_names(model),
+        abort=abort,
     )
-    state.handles.append(note_steps(optimizer, waiting.log))
-    state.handles += reducer.install() + stepper.install(optimizer)
-    state.handles += guard_state_dicts(model, state)
-    if config.overlap_publish:
-        state.handles += wait_in_modules(model, state)
-    if any(not b.whole for b in buckets):
-        state.handles += hooks.install(model)
-    state.handles.append(
-        model.register_forward_pre_hook(_before_forward(weakref.ref(state), watch.check_abort))
+    state = _materialize(model, params, optimizer, job)
+    install(model, state)
+    if optimizer is None:
+        return model
+    hand_over(optimizer, state.buckets)
+    attach(optimizer, state)
+    return model, optimizer
+
+
+def shard_optimizer(model: nn.Module, optimizer: O) -> O:
+    """Give an optimizer that was made after `shard(model, ...)` the shards in place of its parameters.
+
+    The other order of FSDP2: `ds_zero.shard(model, stage=3)`, `optimizer = AdamW(model.parameters())`,
+    `ds_zero.shard_optimizer(model, optimizer)`. The same object is changed and returned. All parameters share the
+    buckets, whatever the optimizer's groups are; pass the optimizer to `shard` where each group is to be contiguous.
+    Collective.
+
+    Raises:
+        ValueError: the model has an optimizer already; one that leaves out parameters which require a gradient, or that
+            needs whole tensors where the model was sharded without `ZeroConfig(layout="whole")`; on every rank, if
+            ranks were given different optimizers.
+    """
+    state = _registry.state_of(model)
+    if state.optimizer is not None:
+        raise ValueError(
+            "this model has its optimizer already: ds_zero.destroy(model) first, then shard it with the other one"
+        )
+    params = dict(model.named_parameters())
+    check_optimizer(optimizer, model)
+    check_coverage(optimizer, [p for b in state.buckets if b.trainable for p in b.params], params)
+    needs_whole = any(undivided_groups(optimizer, state.config.layout, state.stage)) and state.stage > 0
+    if needs_whole and not all(b.layout.undivided for b in state.buckets if b.trainable):
+        raise ValueError(
+            f"{type(optimizer).__name__} needs whole tensors, and the model was sharded for an element-wise optimizer: "
+            'call ds_zero.shard(model, ..., config=ZeroConfig(layout="whole")), or pass the optimizer to ds_zero.shard'
+        )
+    require_same(
+        "ds_zero.shard_optimizer",
+        optimizer_description(params, optimizer),
+        state.ranks,
+        state.buckets[0].device,
+        "Give every rank the same optimizer",
     )
-    state.handles.append(watch.install(model))
+    hand_over(optimizer, state.buckets)
+    attach(optimizer, state)
+    return optimizer
+
+
+def _materialize(
+    model: nn.Module, params: dict[str, nn.Parameter], optimizer: Optimizer | None, job: ShardJob
+) -> ZeroState:
+    """Plan the buckets, move the model's values into them, and put together what works on them."""
+    config, topology = job.config, job.topology
+    materialize_buffers(model, job.device)
+    if optimizer is not None:
+        groups = [list(group["params"]) for group in optimizer.param_groups]
+        undivided = undivided_groups(optimizer, config.layout, job.stage)
+    else:
+        groups, undivided = [[p for p in params.values() if p.requires_grad]], [config.layout == "whole"]
+    leaves = choose_leaves(model, config.leaf_modules, config.module_granularity_numel, _registry.is_leaf)
+    roots = choose_units(model, leaves)
+    unit_of = unit_of_params(model, roots) if job.stage == 3 else {}
+    rows = row_parameters(model, job.stage, topology) if config.sparse_gradients else frozenset()
+    layouts = plan_layouts(groups, params, job.stage, config, topology, undivided, unit_of, rows)
+    broadcast_buffers(model, topology.axes[0])
+    buckets = build(layouts, params, topology, job.store, config.grad_dtype, job.device)
+    near = add_secondary(buckets, config.secondary_ranks, job.abort if config.read_neighbours else None)
+    state = assemble(model, buckets, map_units(model, roots, buckets, leaves), job)
+    state.handles += near
     return state
-
-
-def _reducer_and_stepper(
-    buckets: list[Bucket],
-    gatherer: Gatherer,
-    comm: Comm,
-    store: ShardStore,
-    watch: BackwardWatch,
-    config: ZeroConfig,
-    stage: int,
-) -> tuple[Reducer, Stepper]:
-    grads = ShardGrads(buckets)
-    policy = _reduce_policy(config, stage)
-    reducer = Reducer(buckets, comm, store, policy, watch, grads.begin_accumulation)
-    stepper = Stepper(
-        buckets,
-        comm=comm,
-        reducer=reducer,
-        grads=grads,
-        gatherer=gatherer,
-        overlap=config.overlap_publish,
-        publish_numel=config.publish_bucket_numel,
-    )
-    return reducer, stepper
-
-
-def _reduce_policy(config: ZeroConfig, stage: int) -> ReducePolicy:
-    plan = config.accumulation or ("local" if stage < 2 and not config.rank_invariant else "sharded")
-    return ReducePolicy(
-        reduction=plan,
-        steps=config.accumulation_steps,
-        tree=config.rank_invariant,
-        overlap=config.overlap_reduce is not False,
-        ignore_unused=config.ignore_unused,
-        grad_dtype=config.grad_dtype,
-        wire=WirePolicy(
-            scatter=config.reduce_scatter,
-            dtype=config.communication_dtype,
-            mean=config.reduce_op == "mean",
-            predivide=config.predivide_factor,
-        ),
-    )
-
-
-def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    names: dict[int, list[str]] = {}
-    for fqn, param in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(fqn)
-    return {found[0]: tuple(found) for found in names.values()}
 
 
 def _device(params: dict[str, nn.Parameter]) -> torch.device:
@@ -251,59 +225,3 @@ def _device(params: dict[str, nn.Parameter]) -> torch.device:
             "first"
         )
     return devices.pop() if devices else torch.get_default_device()
-
-
-def _plan(
-    optimizer: Optimizer,
-    params: dict[str, nn.Parameter],
-    stage: int,
-    config: ZeroConfig,
-    topology: Topology,
-    undivided: Sequence[bool],
-    unit_of: Mapping[str, str],
-    rows: frozenset[int],
-) -> tuple[BucketLayout, ...]:
-    """Describe the parameters to the pure planner; `unit_of` is empty below stage 3, `rows` without
-    `sparse_gradients`. Frozen parameters outside the
-    optimizer are divided in stage 3 only.
-    """
-    group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
-    infos = []
-    for fqn, p in params.items():
-        group = group_of.get(id(p), FROZEN)
-        infos.append(
-            ParamInfo(
-                fqn=fqn,
-                shape=tuple(p.shape),
-                dtype=str(compute_dtype(fqn, p, config)),
-                group=group,
-                unit=unit_of.get(fqn),
-                undivided=group != FROZEN and undivided[group],
-                axis=topology.axis_of.get(fqn, 0),
-                by_rows=group != FROZEN and id(p) in rows,
-            )
-        )
-    if stage == 3:
-        threshold = config.persistence_threshold_numel
-        infos = keep_small_whole(
-            infos,
-            default_persistence_numel(infos) if threshold is None else threshold,
-            config.model_persistence_numel,
-        )
-    bucket_numel = config.reduce_bucket_numel or default_bucket_numel(sum(p.numel for p in infos))
-    counts = [ranks.size for ranks in topology.axes]
-    return plan_buckets(infos, num_ranks=counts, owners=stage > 0, bucket_numel=bucket_numel)
-
-
-def _before_forward(state: weakref.ref[ZeroState], check_abort: Callable[[], None]) -> Callable[..., None]:
-    """What the model's own pre-hook does: published parameters arrive, and a broken backward is noticed."""
-
-    @opaque
-    def before(*_: object) -> None:
-        found = state()
-        if found is not None:
-            check_abort()
-            found.handles += found.reducer.install()
-            found.stepper.wait()
-
-    return before

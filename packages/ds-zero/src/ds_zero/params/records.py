@@ -141,7 +141,7 @@ def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 
 def load_records(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     source: RecordSource,
     *,
     optimizer_states: bool = True,
@@ -153,6 +153,7 @@ def load_records(
     Works from a checkpoint of any stage and number of ranks.
 
     Args:
+        optimizer: the model's; None where no states are to be read.
         optimizer_states: read those too.
         keep: names of tensors that are not read and stay as they are, with their states.
         expect: called before the first read with everything that will be read, in order: name, state, first element,
@@ -172,7 +173,7 @@ def load_records(
             if r.slot.fqn in keep:
                 continue
             source.read(r.fqn, PARAM, r.start, r.values)
-            if r.bucket.shards and optimizer_states:
+            if r.bucket.shards and optimizer_states and optimizer is not None:
                 _load_states(r, optimizer, source)
         for bucket in state.buckets:
             bucket.refresh_low()

@@ -39,11 +39,6 @@ def load_full_state_dict(model: nn.Module, values: Mapping[str, Tensor], *, stri
         ValueError: with `strict` missing or unexpected names; a value of another shape. Nothing has changed then.
     """
     state = _registry.state_of(model)
-    optimizer = state.optimizer() if state.optimizer is not None else None
-    if optimizer is None:
-        raise ValueError(
-            "the model's optimizer is gone: keep a reference to it as long as the model is sharded"
-        )
     by_first = dict(values)
     for first, names in state.names.items():
         given = next((values[name] for name in names if name in values), None)
@@ -59,7 +54,5 @@ def load_full_state_dict(model: nn.Module, values: Mapping[str, Tensor], *, stri
             f"the values do not fit the model: {len(missing)} names are missing, first {missing[:5]}; "
             f"{len(unexpected)} are unexpected, first {unexpected[:5]}; strict=False takes what fits"
         )
-    load_records(
-        model, optimizer, _Values(by_first, buffers), optimizer_states=False, keep=frozenset(missing)
-    )
+    load_records(model, None, _Values(by_first, buffers), optimizer_states=False, keep=frozenset(missing))
     return missing

@@ -1,10 +1,14 @@
 """Reads and writes of a sharded model by torch's own means: `state_dict` and `load_state_dict` say what they
 would lose, and everything that reads waits for published values.
+
+[Note: state_dict of a sharded model]
+At stage 3 `model.state_dict()` outside of `gathered` raises. Inside, the gathered parameters have their values, and the
+others are tensors without memory that raise when they are read or written to a file: PEFT takes the state_dict of the
+whole model to save the adapters alone.
 """
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +18,14 @@ from torch.utils.hooks import RemovableHandle
 
 from ds_zero.runtime.bucket import Bucket, BucketState
 from ds_zero.state import ZeroState
+from ds_zero.tensors.placeholder import Placeholder
+
+_READABLE = (BucketState.WHOLE, BucketState.GATHERED)
+_SHARDED = (
+    "parameters that are sharded at stage 3 have no values here, and a file of them would be full of NaN. Call "
+    "ds_zero.full_state_dict(model) on all ranks, which gives rank 0 whole values; or save inside "
+    "`with ds_zero.gathered(params):`, entered on all ranks"
+)
 
 _Find = Callable[[nn.Module], "tuple[ZeroState, list[Bucket]] | None"]
 
@@ -98,20 +110,29 @@ def _guard(module: nn.Module, find: _Find) -> list[RemovableHandle]:
             return
         state, buckets = found
         state.stepper.wait()
-        whole = (BucketState.WHOLE, BucketState.GATHERED)
         # Asked for its tensors themselves, or as a part of what has been told already.
         if keep_vars or (prefix and state.model() is not module):
             return
-        if any(b.state not in whole for b in buckets):
-            warnings.warn(
-                "state_dict() of a model that is sharded at stage 3 holds NaN for sharded parameters: call "
-                "ds_zero.full_state_dict(model) on all ranks",
-                stacklevel=4,
-            )
+        if (
+            state.refuses_state_dict
+            and not state.open_gathers
+            and any(b.state not in _READABLE for b in buckets)
+        ):
+            raise ValueError(f"state_dict() of {_called(module, prefix)}: {_SHARDED}")
+
+    def after_save(module: nn.Module, saved: dict[str, Any], prefix: str, metadata: object) -> None:
+        hooked = find(module)
+        if hooked is None:
+            return
+        hidden = {id(p) for b in hooked[1] if b.state not in _READABLE for p in b.params}
+        for name, param in module.named_parameters(prefix.rstrip("."), recurse=False, remove_duplicate=False):
+            if id(param) in hidden and name in saved and saved[name] is not param:
+                saved[name] = Placeholder.like(param, f"{name!r}: {_SHARDED}")
 
     return [
         module.register_load_state_dict_pre_hook(before_load),
         module.register_state_dict_pre_hook(before_save),
+        module.register_state_dict_post_hook(after_save),
     ]
 
 

@@ -11,14 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
-from ds_zero.api.shard import _plan
+from ds_zero.api.bucket_plan import plan_layouts
 from ds_zero.layout.buckets import FROZEN, piece_of
 from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.layout.units import choose_leaves, choose_units, unit_of_params
 from ds_zero.predict import allocation_tracker
 from ds_zero.predict.simulate import Job
 from ds_zero.runtime.gradients.sparse_rows import row_parameters
-from ds_zero.runtime.materialize import _dtype_of, _reservations
+from ds_zero.runtime.materialize import dtype_of, reservations
 
 _PURPOSE_OF_KIND: Mapping[str, str] = {
     "param": allocation_tracker.PARAMETERS,
@@ -46,12 +46,13 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     )
     unit_of = unit_of_params(model, choose_units(model, leaves)) if job.stage == 3 else {}
     rows = row_parameters(model, job.stage, topology) if job.config.sparse_gradients else frozenset()
-    layouts = _plan(given, params, job.stage, job.config, topology, undivided, unit_of, rows)
-    in_fp32 = {x.name for x in layouts if x.unit is not None and _dtype_of(x) == torch.float32}
+    groups = [list(group["params"]) for group in given.param_groups]
+    layouts = plan_layouts(groups, params, job.stage, job.config, topology, undivided, unit_of, rows)
+    in_fp32 = {x.name for x in layouts if x.unit is not None and dtype_of(x) == torch.float32}
     device: Counter[str] = Counter()
     host: Counter[str] = Counter()
     device[allocation_tracker.BUFFERS] = sum(b.numel() * b.element_size() for b in model.buffers())
-    for item in _reservations(layouts, topology.axes, job.config.grad_dtype, torch.device("cpu")):
+    for item in reservations(layouts, topology.axes, job.config.grad_dtype, torch.device("cpu")):
         place = host if item.key.kind in job.offload else device
         purpose = _PURPOSE_OF_KIND[item.key.kind]
         if item.key.kind == "master" and item.key.name in in_fp32:
@@ -60,7 +61,7 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     per_element = sum(dtype.itemsize for dtype in job.states.values())
     states = 0
     for layout in layouts:
-        dtype = _dtype_of(layout)
+        dtype = dtype_of(layout)
         if layout.unit is None:
             device[allocation_tracker.PARAMETERS] += layout.padded_numel * dtype.itemsize
         elif 1 < job.config.secondary_ranks < topology.axes[layout.axis].size:

@@ -33,7 +33,8 @@ def compute_dtype(fqn: str, param: nn.Parameter, config: ZeroConfig) -> torch.dt
     return wanted or param.dtype
 
 
-def _dtype_of(layout: BucketLayout) -> torch.dtype:
+def dtype_of(layout: BucketLayout) -> torch.dtype:
+    """The dtype in which the bucket's parameters compute."""
     found: torch.dtype = getattr(torch, layout.dtype.removeprefix("torch."))
     return found
 
@@ -67,17 +68,18 @@ def build(
 ) -> list[Bucket]:
     """Reserve resting memory, then move one bucket after the other, so that at most one exists twice."""
     axes = topology.axes
-    reserved = store.reserve(_reservations(layouts, axes, grad_dtype, device))
+    reserved = store.reserve(reservations(layouts, axes, grad_dtype, device))
     values = recorded_values(params)
     buckets = []
     for layout in layouts:
         members = [params[slot.fqn] for slot in layout.slots]
         initial = [values(slot.fqn, params[slot.fqn]) for slot in layout.slots]
-        bucket = Bucket(layout, axes[layout.axis], members, _dtype_of(layout), device)
+        bucket = Bucket(layout, axes[layout.axis], members, dtype_of(layout), device)
         bucket.counted = [slot.fqn not in topology.uncounted for slot in layout.slots]
         for param in members:
             become_real(param, device)
         _fill(bucket, initial, reserved)
+        _cut_shards(bucket)
         buckets.append(bucket)
     if device.type == "cpu":
         _return_freed_memory()
@@ -94,13 +96,16 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _reservations(
+def reservations(
     layouts: Sequence[BucketLayout], axes: Sequence[Ranks], grad_dtype: torch.dtype, device: torch.device
 ) -> list[Reservation]:
+    """The tensors that this rank needs from a store: per bucket a shard, a gradient and a master, as far as there are
+    such.
+    """
     found: list[Reservation] = []
     for layout in layouts:
         begin, end = layout.owned_range(axes[layout.axis].rank)
-        dtype = _dtype_of(layout)
+        dtype = dtype_of(layout)
         kinds: list[tuple[str, torch.dtype]] = []
         master_is_param = dtype == torch.float32
         if layout.unit is not None and (layout.group == FROZEN or not master_is_param):
@@ -161,22 +166,24 @@ def _flatten(values: list[Tensor], layout: BucketLayout, device: torch.device) -
     return flat
 
 
+def _cut_shards(bucket: Bucket) -> None:
+    """The optimizer's entries: views of the masters."""
+    if bucket.master is None:
+        return
+    # detach: `data` of a view of a permanent buffer, so that in-place updates are seen by the parameter
+    # but not by autograd.
+    bucket.shards += [piece.detach() for piece in bucket.cut(bucket.master)]
+    for shard, param in zip(bucket.shards, bucket.params, strict=True):
+        shard.requires_grad_(param.requires_grad)
+        if bucket.grad is not None and bucket.grad.dtype != bucket.master.dtype:
+            shard.grad_dtype = None  # its gradient may have another dtype than it
+
+
 def hand_over(optimizer: Optimizer, buckets: list[Bucket]) -> None:
     """Put shards where parameters were, with length and order kept, and cut existing optimizer state
     along.
     """
-    place_of: dict[int, tuple[Bucket, int]] = {}
-    for bucket in buckets:
-        if bucket.master is None:
-            continue
-        # detach: `data` of a view of a permanent buffer, so that in-place updates are seen by the parameter
-        # but not by autograd.
-        bucket.shards += [piece.detach() for piece in bucket.cut(bucket.master)]
-        for index, param in enumerate(bucket.params):
-            bucket.shards[index].requires_grad_(param.requires_grad)
-            if bucket.grad is not None and bucket.grad.dtype != bucket.master.dtype:
-                bucket.shards[index].grad_dtype = None  # its gradient may have another dtype than it
-            place_of[id(param)] = (bucket, index)
+    place_of = {id(p): (b, index) for b in buckets if b.trainable for index, p in enumerate(b.params)}
     for group in optimizer.param_groups:
         entries = group["params"]
         for i, param in enumerate(entries):
@@ -185,7 +192,7 @@ def hand_over(optimizer: Optimizer, buckets: list[Bucket]) -> None:
             state = optimizer.state.pop(param, None)
             # Whole tensors rest with one rank, and the others know nothing of them.
             if state and (bucket.shards[index].numel() or not bucket.layout.undivided):
-                optimizer.state[bucket.shards[index]] = _cut_states(bucket, index, state)
+                optimizer.state[bucket.shards[index]] = cut_states(bucket, index, state)
 
 
 NUMBERS = frozenset(["step", "eta", "mu", "mu_product"])
@@ -193,7 +200,7 @@ NUMBERS = frozenset(["step", "eta", "mu", "mu_product"])
 tell them from element-wise ones."""
 
 
-def _cut_states(bucket: Bucket, index: int, state: Mapping[str, object]) -> dict[str, object]:
+def cut_states(bucket: Bucket, index: int, state: Mapping[str, object]) -> dict[str, object]:
     """What this rank needs of the optimizer's states of one parameter."""
     if bucket.layout.undivided:
         return dict(state)

@@ -32,6 +32,7 @@ class BackwardWatch:
     """Calls its listeners once when the backward pass in which `arm` was called is over, the outermost one."""
 
     def __init__(self) -> None:
+        self._at_begin: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._at_end: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._at_abort: list[weakref.WeakMethod[Callable[[], None]]] = []
         self._armed = False
@@ -41,14 +42,22 @@ class BackwardWatch:
         """Whether a backward is running of which hooks have already seen something."""
         return self._armed
 
-    def listen(self, *, at_end: Sequence[Callable[[], None]], at_abort: Sequence[Callable[[], None]]) -> None:
+    def listen(
+        self,
+        *,
+        at_begin: Sequence[Callable[[], None]] = (),
+        at_end: Sequence[Callable[[], None]],
+        at_abort: Sequence[Callable[[], None]],
+    ) -> None:
         """Name all listeners, once: bound methods, which are not kept alive.
 
         Args:
+            at_begin: called when the first hook of a backward runs.
             at_end: called in this order when the outermost backward is over.
             at_abort: called in this order when it turns out that a backward was left by an exception.
         """
         assert not self._at_end, "the listeners are named once"
+        self._at_begin = [weakref.WeakMethod(listener) for listener in at_begin]
         self._at_end = [weakref.WeakMethod(listener) for listener in at_end]
         self._at_abort = [weakref.WeakMethod(listener) for listener in at_abort]
 
@@ -86,6 +95,7 @@ class BackwardWatch:
         if self._armed:
             return
         self._armed = True
+        _call(self._at_begin)
         self._call_at_end()
 
     def _call_at_end(self) -> None:

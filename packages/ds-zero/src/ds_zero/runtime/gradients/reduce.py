@@ -36,7 +36,7 @@ from dataclasses import replace
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_zero.comm.collectives import Comm
 from ds_zero.comm.piece_exchange import PieceReduce
@@ -46,16 +46,14 @@ from ds_zero.runtime.gradients.accumulate import Sums
 from ds_zero.runtime.gradients.arrivals import Arrivals, Pending
 from ds_zero.runtime.gradients.backward import BackwardWatch
 from ds_zero.runtime.gradients.grad_buffer import FreshGrads, GradBuffer
+from ds_zero.runtime.gradients.param_grads import ParamGrads
 from ds_zero.runtime.gradients.reduce_bucket import Flight, launch, launch_pieces, takes_pieces
 from ds_zero.runtime.gradients.reduce_policy import ReducePolicy
 from ds_zero.runtime.gradients.sparse_rows import launch_rows
 from ds_zero.runtime.gradients.usage import Usage, UsageCounts, sum_over_ranks
 from ds_zero.runtime.gradients.zero_grad_watch import Flag
+from ds_zero.runtime.optimizer_options import OptimizerOptions
 from ds_zero.runtime.profiler_ranges import span
-
-
-def _nothing() -> None:
-    return None
 
 
 class Reducer:
@@ -68,11 +66,14 @@ class Reducer:
         store: ShardStore,
         policy: ReducePolicy,
         watch: BackwardWatch,
-        before_accumulation: Callable[[], None] = _nothing,
+        before_accumulation: Callable[[], None],
+        param_grads: ParamGrads,
+        options: OptimizerOptions,
     ) -> None:
         """`before_accumulation` is called when a backward begins after the gradients on the shards were complete."""
         self.buckets = [b for b in buckets if b.trainable]
         self.policy = policy
+        self.param_grads = param_grads
         self.sync_depth = 0
         """How many `no_sync` contexts are open."""
         self.requires_sync = True
@@ -102,7 +103,7 @@ class Reducer:
         """[Note: gradients that wait]"""
         self._late_flag = Flag()
         """The same for gradients that arrived after their bucket had left."""
-        self._usage = Usage(self.buckets, ignore_unused=policy.ignore_unused)
+        self._usage = Usage(self.buckets, options, ignore_unused=policy.ignore_unused)
         self._touched = False
         self._consumed = False
         """Whether a step has used the gradients on the shards."""
@@ -151,18 +152,17 @@ class Reducer:
         self._unwatched = [p for p in self._unwatched if not p.requires_grad]
         me = weakref.ref(self)
 
-        def on_grad(param: Tensor) -> None:
+        def on_grad(param: nn.Parameter) -> None:
             reducer = me()
             if reducer is not None:
                 reducer._arrive(param)
 
         return [p.register_post_accumulate_grad_hook(on_grad) for p in found]
 
-    def _arrive(self, param: Tensor) -> None:
+    def _arrive(self, param: nn.Parameter) -> None:
         position, bucket, index = self._where[id(param)]
+        grad = self.param_grads.take(param)
         self._begin_backward()
-        grad = param.grad
-        assert grad is not None
         if grad.is_sparse and not bucket.layout.by_rows:
             grad = grad.to_dense()
         pending = self._pending[id(bucket)]
@@ -175,7 +175,6 @@ class Reducer:
                 if pending.fresh is None:
                     pending.fresh = self._fresh(bucket)
                 pending.fresh.add(index, grad)
-        param.grad = None
         self._usage.add(param)
         pending.arrivals.count(index)
         if self._final:
@@ -341,9 +340,7 @@ class Reducer:
         self._settle()
         while self._flights:
             self._flights.pop(0).wait()
-        for bucket in self.buckets:
-            for param in bucket.params:
-                param.grad = None
+        self.param_grads.forget()
         self._in_backward = False
         self._drop()
 
@@ -386,6 +383,7 @@ class Reducer:
         Returns:
             Whether gradients have arrived since the last call.
         """
+        self.param_grads.adopt()
         self._notice_drop()
         if not self._touched:
             return False
@@ -435,6 +433,7 @@ class Reducer:
         """The optimizer has used the gradients; what counts as used starts anew."""
         self._usage.clear()
         self._consumed = True
+        self.param_grads.stepped()
 
     def local_bytes(self) -> int:
         """Bytes of gradients that are held now besides the shards': whole fp32 sums of the local plan, and

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_zero.comm.agreement import differences, is_same, own_slot
 from ds_zero.comm.ranks import Ranks
 from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.optimizer_options import OptimizerOptions
 from ds_zero.tensors.storage import is_fake
 
 
@@ -27,8 +29,8 @@ class UsageCounts:
 class Usage:
     """Remembers which parameters of `buckets` had a gradient since the last step."""
 
-    def __init__(self, buckets: Sequence[Bucket], *, ignore_unused: bool) -> None:
-        self._buckets, self._ignore_unused = buckets, ignore_unused
+    def __init__(self, buckets: Sequence[Bucket], options: OptimizerOptions, *, ignore_unused: bool) -> None:
+        self._buckets, self._options, self._ignore_unused = buckets, options, ignore_unused
         self._own: set[int] = set()
         self._anywhere: set[int] = set()
         """What any rank had used when `drop_unused` was called last."""
@@ -52,8 +54,11 @@ class Usage:
         self._anywhere.clear()
 
     def count(self, flagged: Sequence[Bucket]) -> UsageCounts:
-        """Count the users of every parameter, and tell the other ranks which buckets this one flags; one message.
-        Collective.
+        """Count the users of every parameter, tell the other ranks which buckets this one flags, and compare the
+        optimizer's options, with which ranks would step apart; one message. Collective.
+
+        Raises:
+            ValueError: on every rank, where ranks have different options; names them.
         """
         mine = {id(b) for b in flagged}
         users: dict[int, Sequence[int]] = {}
@@ -61,9 +66,15 @@ class Usage:
         for ranks in {id(b.ranks): b.ranks for b in self._buckets}.values():
             buckets = [b for b in self._buckets if b.ranks is ranks]
             own = [self.has(p) for b in buckets for p in b.params] + [id(b) in mine for b in buckets]
+            own += own_slot(ranks, self._options.digest())
             counts = iter(sum_over_ranks(own, ranks, buckets[0].device))
             users |= {id(b): [next(counts) for _ in b.params] for b in buckets}
             anywhere |= {id(b) for b in buckets if next(counts)}
+            if not is_same(list(counts), ranks):
+                raise ValueError(
+                    f"the optimizer's options: {differences(self._options.described(), ranks)}. Set the same on every "
+                    "rank; a schedule that follows a loss needs the same number everywhere, such as the mean over ranks"
+                )
         return UsageCounts(users, frozenset(anywhere))
 
     def drop_unused(self, counts: UsageCounts) -> None:

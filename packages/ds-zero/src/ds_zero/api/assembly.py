@@ -1,0 +1,169 @@
+"""Everything that acts on the buckets of one model, put together in one order."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ds_zero import _registry
+from ds_zero.comm.collectives import Comm
+from ds_zero.comm.peer_memory import AbortFlag
+from ds_zero.comm.topology import Topology
+from ds_zero.comm.watchdog import WatchedComm, note_steps, watch_ranks
+from ds_zero.config import ZeroConfig
+from ds_zero.interfaces import Norms, ShardStore
+from ds_zero.params.optimizer_state_dict import guard_optimizer
+from ds_zero.params.state_dict_guard import guard_state_dicts, wait_in_modules
+from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.gathering.gather import Gatherer
+from ds_zero.runtime.gathering.module_hooks import ModuleHooks
+from ds_zero.runtime.gathering.prefetch import limits_of
+from ds_zero.runtime.gathering.unit_gathering import UnitGathering
+from ds_zero.runtime.gathering.unit_map import UnitMap
+from ds_zero.runtime.gradients.backward import BackwardWatch
+from ds_zero.runtime.gradients.grad_scale import ShardGrads
+from ds_zero.runtime.gradients.param_grads import ParamGrads
+from ds_zero.runtime.gradients.reduce import Reducer
+from ds_zero.runtime.gradients.reduce_bucket import WirePolicy
+from ds_zero.runtime.gradients.reduce_policy import ReducePolicy
+from ds_zero.runtime.optimizer_options import OptimizerOptions
+from ds_zero.runtime.step import Stepper
+from ds_zero.runtime.uncompiled import opaque
+from ds_zero.state import ZeroState
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """What `shard` was asked for, with every default filled in."""
+
+    stage: int
+    config: ZeroConfig
+    topology: Topology
+    device: torch.device
+    comm: Comm
+    store: ShardStore
+    norms: Norms
+    abort: AbortFlag
+    """Stops the waiting for peers' memory when a rank is gone."""
+
+
+def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: ShardJob) -> ZeroState:
+    """The objects that gather, reduce and step the buckets. Nothing is hooked yet: see `install` and `attach`."""
+    config, topology = job.config, job.topology
+    watch = BackwardWatch()
+    waiting = watch_ranks(topology.axes[0], topology.axes[1:], config.order_timeout_s, job.abort, job.device)
+    comm = WatchedComm(job.comm, waiting)
+    options = OptimizerOptions()
+    gatherer = Gatherer(buckets, comm, waiting)
+    grads, param_grads = ShardGrads(buckets), ParamGrads(buckets)
+    policy = reduce_policy(config, job.stage)
+    reducer = Reducer(buckets, comm, job.store, policy, watch, grads.begin_accumulation, param_grads, options)
+    stepper = Stepper(
+        buckets,
+        comm=comm,
+        reducer=reducer,
+        grads=grads,
+        gatherer=gatherer,
+        overlap=config.overlap_publish,
+        publish_numel=config.publish_bucket_numel,
+    )
+    gathering = UnitGathering(gatherer, units, limits_of(config), waiting.log)
+    hooks = ModuleHooks(gathering, units, watch)
+    watch.listen(
+        at_begin=[param_grads.clear],
+        # Reductions come first: they may still read parameters that are gathered.
+        at_end=[reducer.end_backward, gathering.end_backward, param_grads.show],
+        at_abort=[reducer.abort, gathering.abort],
+    )
+    return ZeroState(
+        stage=job.stage,
+        config=config,
+        ranks=topology.axes[0],
+        comm=comm,
+        store=job.store,
+        norms=job.norms,
+        norm_groups=topology.norm_groups,
+        buckets=buckets,
+        gatherer=gatherer,
+        gathering=gathering,
+        reducer=reducer,
+        stepper=stepper,
+        hooks=hooks,
+        waiting=waiting,
+        watch=watch,
+        options=options,
+        model=weakref.ref(model),
+        optimizer=None,
+        names=_names(model),
+    )
+
+
+def install(model: nn.Module, state: ZeroState) -> None:
+    """Hook the model. The order matters where one module gets several hooks: gathering comes before the model's own
+    pre-hook, which waits for what was published.
+    """
+    state.handles += state.reducer.install()
+    state.handles += guard_state_dicts(model, state)
+    if state.config.overlap_publish:
+        state.handles += wait_in_modules(model, state)
+    if any(not b.whole for b in state.buckets):
+        state.handles += state.hooks.install(model)
+    before = _before_forward(weakref.ref(state), state.watch.check_abort)
+    state.handles.append(model.register_forward_pre_hook(before))
+    state.handles.append(state.watch.install(model))
+    _registry.put(model, [p for b in state.buckets for p in b.params], state)
+
+
+def attach(optimizer: Optimizer, state: ZeroState) -> None:
+    """Hook the optimizer, whose groups hold the buckets' shards."""
+    state.optimizer = weakref.ref(optimizer)
+    state.options.follow(optimizer)
+    state.handles.append(note_steps(optimizer, state.waiting.log))
+    state.handles += state.stepper.install(optimizer)
+    state.handles += guard_optimizer(optimizer, state)
+    _registry.put_part(optimizer, state)
+
+
+def reduce_policy(config: ZeroConfig, stage: int) -> ReducePolicy:
+    """When and how gradients are reduced, as `config` says or as the stage suggests."""
+    plan = config.accumulation or ("local" if stage < 2 and not config.rank_invariant else "sharded")
+    return ReducePolicy(
+        reduction=plan,
+        steps=config.accumulation_steps,
+        tree=config.rank_invariant,
+        overlap=config.overlap_reduce is not False,
+        ignore_unused=config.ignore_unused,
+        grad_dtype=config.grad_dtype,
+        wire=WirePolicy(
+            scatter=config.reduce_scatter,
+            dtype=config.communication_dtype,
+            mean=config.reduce_op == "mean",
+            predivide=config.predivide_factor,
+        ),
+    )
+
+
+def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    for fqn, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(fqn)
+    return {of_one[0]: tuple(of_one) for of_one in names.values()}
+
+
+def _before_forward(state: weakref.ref[ZeroState], check_abort: Callable[[], None]) -> Callable[..., None]:
+    """What the model's own pre-hook does: published parameters arrive, and a broken backward is noticed."""
+
+    @opaque
+    def before(*_: object) -> None:
+        live = state()
+        if live is not None:
+            check_abort()
+            live.handles += live.reducer.install()
+            live.stepper.wait()
+
+    return before
