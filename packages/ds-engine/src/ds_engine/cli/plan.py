@@ -11,55 +11,60 @@ if TYPE_CHECKING:
     from ds_zero import Plan
 
 
+Config = Annotated[str, typer.Option("--config", help="A ds_config.json.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="A config.json of a Hugging Face model, a folder with one, or package.module:function or "
+        "file.py:function that makes the model, or (model, inputs).",
+    ),
+]
+Ranks = Annotated[int, typer.Option("--ranks", "-n", min=1, help="Data-parallel ranks.")]
+MicroBatch = Annotated[
+    int | None,
+    typer.Option("--micro-batch", min=1, help="Samples of one forward. Default: the configuration's."),
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens",
+        min=1,
+        help="Tokens of a sample, for a Hugging Face model. Default: its maximum, 2048 at most.",
+    ),
+]
+Budget = Annotated[
+    str | None,
+    typer.Option("--budget", help="Memory of one rank's device: 80GiB, or 80GB = 80G for 80 x 10^9 bytes."),
+]
+HostBudget = Annotated[str | None, typer.Option("--host-budget", help="Host memory of one rank, like 64GiB.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda. Default: what this machine has.")]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Recompute the activations of every block.")
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(
+        "--compare",
+        help="Numbers of ranks, like 1,8,64: a table of the peak at every stage on each of them, instead of one "
+        "plan.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
+
+
 def plan(
-    config: Annotated[str, typer.Option("--config", help="A ds_config.json.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            help="A config.json of a Hugging Face model, a folder with one, or package.module:function or "
-            "file.py:function that makes the model, or (model, inputs).",
-        ),
-    ],
-    ranks: Annotated[int, typer.Option("--ranks", "-n", min=1, help="Data-parallel ranks.")] = 1,
-    micro_batch: Annotated[
-        int | None,
-        typer.Option("--micro-batch", min=1, help="Samples of one forward. Default: the configuration's."),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--tokens",
-            min=1,
-            help="Tokens of a sample, for a Hugging Face model. Default: its maximum, 2048 at most.",
-        ),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget", help="Memory of one rank's device: 80GiB, or 80GB = 80G for 80 x 10^9 bytes."
-        ),
-    ] = None,
-    host_budget: Annotated[
-        str | None, typer.Option("--host-budget", help="Host memory of one rank, like 64GiB.")
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda. Default: what this machine has.")
-    ] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Recompute the activations of every block.")
-    ] = False,
-    compare: Annotated[
-        str | None,
-        typer.Option(
-            "--compare",
-            help="Numbers of ranks, like 1,8,64: a table of the peak at every stage on each of them, instead of one "
-            "plan.",
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of the table.")
-    ] = False,
+    config: Config,
+    model: Model,
+    ranks: Ranks = 1,
+    micro_batch: MicroBatch = None,
+    tokens: Tokens = None,
+    budget: Budget = None,
+    host_budget: HostBudget = None,
+    device: Device = None,
+    checkpointing: Checkpointing = False,
+    compare: Compare = None,
+    as_json: Json = False,
 ) -> None:
     """Say what each rank will hold and send, before anything is started. The exit code is 1 if it does not fit."""
     from ds_engine.cli.sizes import parse_bytes
