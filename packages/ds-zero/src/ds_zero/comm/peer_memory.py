@@ -382,30 +382,30 @@ class Exchange:
         return self._peer_memory.knows(rank)
 
     def receive(self, rank: int, tensors: Sequence[Tensor]) -> None:
-        """Expect `tensors` from `rank`; they are filled by `arrive`."""
+        """Expect `tensors` from `rank`; they are filled by `wait_received`."""
         if tensors:
             self._incoming.append((rank, self._peer_memory.expect(rank, self._tag), tensors))
 
     def send(self, rank: int, tensors: Sequence[Tensor]) -> None:
-        """Let `rank` fetch `tensors`, which must not change before `settle` returns."""
+        """Let `rank` fetch `tensors`, which must not change before `wait_sent` returns."""
         if tensors:
             self._outgoing.append((rank, self._peer_memory.offer(rank, self._tag, tensors)))
 
-    def arrive(self) -> None:
+    def wait_received(self) -> None:
         """Fetch all that is expected."""
         while self._incoming:
             rank, number, tensors = self._incoming.pop(0)
             self._peer_memory.fetch(rank, self._tag, number, tensors)
 
-    def settle(self) -> None:
+    def wait_sent(self) -> None:
         """Return once the others have fetched all that was sent."""
         while self._outgoing:
             rank, descriptor = self._outgoing.pop(0)
             self._peer_memory.wait_fetched(rank, descriptor)
 
     def wait(self) -> None:
-        self.arrive()
-        self.settle()
+        self.wait_received()
+        self.wait_sent()
 
 
 def connect(group: dist.ProcessGroup, device: torch.device, abort: AbortFlag) -> PeerMemory | None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ds_zero.comm.collectives import Comm, Pieces, arrive, settle
+from ds_zero.comm.collectives import Comm, Pieces, wait_received, wait_sent
 from ds_zero.comm.order import OrderLog, RankOrderError, Standing, judge, lost, name_ranks
 from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.ranks import Ranks
@@ -407,13 +407,13 @@ class Watched:
     def __init__(self, work: Work, waiting: Waiting, what: str) -> None:
         self._work, self._waiting, self._what = work, waiting, what
 
-    def arrive(self) -> None:
+    def wait_received(self) -> None:
         with self._waiting.guard(self._what):
-            arrive(self._work)
+            wait_received(self._work)
 
-    def settle(self) -> None:
+    def wait_sent(self) -> None:
         with self._waiting.guard(self._what):
-            settle(self._work)
+            wait_sent(self._work)
 
     def wait(self) -> None:
         self._waiting.wait(self._work, self._what)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_zero.comm.collectives import Comm, arrive, settle
+from ds_zero.comm.collectives import Comm, wait_received, wait_sent
 from ds_zero.comm.watchdog import Waiting
 from ds_zero.interfaces import Work
 from ds_zero.runtime.bucket import Bucket, BucketState
@@ -40,27 +40,27 @@ class Gatherer:
 
     def finish(self, bucket: Bucket, *, late: bool = False) -> None:
         """Return when the parameters show their values. With `late` they must not be written until the bucket is
-        dropped: other ranks may not have taken this rank's part yet, [Note: arriving and settling].
+        dropped: other ranks may not have taken this rank's part yet, [Note: received and sent].
         """
         self.start(bucket)
         if bucket.state is BucketState.GATHERING:
             work = self._works.pop(id(bucket), None)  # None: it failed before
             if work is not None:
                 with self._waiting.guard(f"the values of bucket {bucket.layout.name}"):
-                    arrive(work)
+                    wait_received(work)
                 self._works[id(bucket)] = work
             with torch.no_grad():
                 bucket.gathered()
             bucket.show_values()
             bucket.state = BucketState.GATHERED
         if not late:
-            self._settle(bucket)
+            self._wait_sent(bucket)
 
-    def _settle(self, bucket: Bucket) -> None:
+    def _wait_sent(self, bucket: Bucket) -> None:
         work = self._works.pop(id(bucket), None)
         if work is not None:
             with self._waiting.guard(f"other ranks to take the values of bucket {bucket.layout.name}"):
-                settle(work)
+                wait_sent(work)
 
     def acquire(self, buckets: list[Bucket], *, late: bool = False) -> None:
         """Gather and hold until `release`; `late` as in `finish`."""
@@ -117,7 +117,7 @@ class Gatherer:
         if bucket.state is BucketState.GATHERING:
             self.finish(bucket)  # messages still arrive in the buffer
         if bucket.state is BucketState.GATHERED:
-            self._settle(bucket)
+            self._wait_sent(bucket)
             bucket.show_holes()
             bucket.deflate()
             bucket.state = BucketState.SHARDED

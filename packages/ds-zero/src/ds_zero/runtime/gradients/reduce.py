@@ -90,7 +90,7 @@ class Reducer:
         """[Note: gradients where they lie]"""
         self._flights: list[Flight] = []
         self._landed: Flight | None = None
-        """The last one that landed, [Note: arriving and settling]."""
+        """The last one that landed, [Note: received and sent]."""
         self._next = 0
         """Index of the first bucket that has not left in the present backward."""
         self._backwards = 0
@@ -263,7 +263,7 @@ class Reducer:
 
     def _launch(self, bucket: Bucket) -> None:
         """Start the reduction of what has accumulated; missing gradients count as zeros."""
-        self._settle()
+        self._wait_sent()
         pending = self._pending[id(bucket)]
         sums = self._sums[id(bucket)]
         # The form and dtype are the same on all ranks, also on those without gradients for the bucket.
@@ -291,7 +291,7 @@ class Reducer:
             self._land(self._flights.pop(0))
 
     def _land(self, flight: Flight) -> None:
-        self._settle()
+        self._wait_sent()
         self._landed = flight
         sums = self._sums[id(flight.bucket)]
         with torch.no_grad():
@@ -299,13 +299,13 @@ class Reducer:
             if self._is_last():
                 sums.complete(self._comm)
         if not self.policy.overlap:
-            self._settle()
+            self._wait_sent()
 
-    def _settle(self) -> None:
+    def _wait_sent(self) -> None:
         """Let the gradients of the flight that landed last go."""
         landed, self._landed = self._landed, None
         if landed is not None:
-            landed.settle()
+            landed.wait_sent()
 
     def _is_last(self) -> bool:
         """Whether nothing more is known to come before the step. A number of backwards that was only learnt
@@ -337,7 +337,7 @@ class Reducer:
 
     def forget(self) -> None:
         """Drop every gradient since the last step, of values that are no longer there."""
-        self._settle()
+        self._wait_sent()
         while self._flights:
             self._flights.pop(0).wait()
         self.param_grads.forget()
@@ -373,7 +373,7 @@ class Reducer:
     def _land_all(self) -> None:
         while self._flights:
             self._land(self._flights.pop(0))
-        self._settle()
+        self._wait_sent()
 
     # --- boundary
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_zero.comm.collectives import Comm, Done, arrive, settle
+from ds_zero.comm.collectives import Comm, Done, wait_received, wait_sent
 from ds_zero.comm.piece_exchange import PieceReduce
 from ds_zero.comm.ranks import Ranks
 from ds_zero.interfaces import Work
@@ -62,8 +62,8 @@ class Flight:
         self._work.wait()
 
     def land(self) -> Tensor:
-        """This rank's slice of the result, fp32. `settle` must follow."""
-        arrive(self._work)
+        """This rank's slice of the result, fp32. `wait_sent` must follow."""
+        wait_received(self._work)
         if self.bucket.device.type != "cpu":
             self._travels = ()  # nobody copies it from there
         bucket, result = self.bucket, self._arrives
@@ -75,9 +75,9 @@ class Flight:
             result.mul_(self._factor)
         return result
 
-    def settle(self) -> None:
-        """Return when nobody needs this rank's gradients any more, [Note: arriving and settling]."""
-        settle(self._work)
+    def wait_sent(self) -> None:
+        """Return when nobody needs this rank's gradients any more, [Note: received and sent]."""
+        wait_sent(self._work)
         self._travels = ()
 
 
