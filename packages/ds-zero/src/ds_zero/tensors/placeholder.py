@@ -27,14 +27,14 @@ class Placeholder(Tensor):
     @classmethod
     def like(cls: type[H], tensor: Tensor, explanation: str) -> H:
         """A handle of the shape, dtype and device of `tensor`; errors say `explanation`."""
-        made: H = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: H = torch.Tensor._make_wrapper_subclass(
             cls, tensor.shape, dtype=tensor.dtype, device=tensor.device
         )
         made._explanation = explanation
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func in _SAME:
@@ -51,7 +51,7 @@ class Placeholder(Tensor):
     def _refuse(self, operation: str) -> NoReturn:
         raise ValueError(f"{operation}: {self._explanation}")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, no values)"
 
     # What torch answers without dispatching: an address of 0, which kernels would read, or a file full of nothing.
@@ -115,7 +115,7 @@ class ReducedGradient(Placeholder):
                 return added.clone()
         return super()._answer(func, args)
 
-    def take(self) -> Tensor:
+    def take_arrived(self) -> Tensor:
         """The gradient that autograd added to this handle."""
         arrived, self._arrived = self._arrived, None
         assert arrived is not None, "no gradient has arrived"

@@ -60,7 +60,7 @@ class ParamGrads:
         assert grad is not None
         param.grad = None
         self._taken[id(param)] = param
-        return grad.take() if isinstance(grad, ReducedGradient) else grad
+        return grad.take_arrived() if isinstance(grad, ReducedGradient) else grad
 
     def show(self) -> None:
         """A backward is over and its gradients are reduced, or wait for others."""
