@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import ds_engine
 from ds_engine.build import ranks as running
 from ds_engine.build import zero
 from ds_engine.build.topology import Meshes, arranged
 from ds_engine.config import load
-from ds_engine.engine import Engine, Parts, Roles, Training
-from ds_engine.interfaces import ReducesGradients
+from ds_engine.engine import Engine, Parts, Training
+from ds_engine.interfaces import ReducesGradients, Roles
 from ds_engine.job import Job, choices_of, describe
 from ds_engine.training.monitor import Monitor
 from ds_engine.training.pacing import Pacing
@@ -285,3 +286,26 @@ def test_what_one_has_written_another_goes_on_from(name: str, other: str, tmp_pa
     train(again, 1, STEPS)
     again.destroy()
     same(again, expected()[0])
+
+
+@ranks(2)
+def test_initialize_leaves_the_average_to_an_optimizer_that_takes_it() -> None:
+    def made(**settings: Any) -> Engine:
+        model = net()
+        optimizer = AveragingSGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": MICRO_BATCHES,
+            "gradient_clipping": 0,
+            "startup_summary": False,
+            **settings,
+        }
+        return ds_engine.initialize(model, config, optimizer=optimizer)[0]
+
+    with pytest.raises(ds_engine.ConfigError, match=r"(?s)stage is 2: AveragingSGD.*gradient_clipping is 1"):
+        made(zero_optimization={"stage": 2}, gradient_clipping=1.0)
+    engine = made()
+    train(engine)
+    assert engine.get_global_grad_norm() is None
+    engine.destroy()
+    same(engine, expected()[0])

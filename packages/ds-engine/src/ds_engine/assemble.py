@@ -20,7 +20,7 @@ from ds_engine.build.optimizer import optimizer_of
 from ds_engine.build.schedule import schedule_of
 from ds_engine.build.topology import topology_of
 from ds_engine.config import ConfigError, DsConfig
-from ds_engine.engine import Engine, Parts, Roles, Training
+from ds_engine.engine import Engine, Parts, Training
 from ds_engine.interfaces import World
 from ds_engine.job import Job, agreement, choices_of, describe
 from ds_engine.sampling.build import order_of, sampling_of
@@ -85,6 +85,7 @@ def initialize(
     if world.device.type != "cpu" and not any(p.is_meta for p in model.parameters()):
         model.to(world.device)
     built = optimizer_of(job, optimizer, model, model_parameters)
+    zero.check_reduction(job, built)
     agreement.check(job, model, built, world.device)
     warn_if_too_large(job, model, built, world)
     # The schedule reads the rates of the groups, which sharding leaves alone; states come later, so nothing
@@ -98,11 +99,7 @@ def initialize(
             job=job,
             world=world,
             training=Training(module=model, optimizer=built, schedule=schedule),
-            roles=Roles(
-                guard=zero.guard_of(job, model),
-                norms=zero.ZeroNorms(model),
-                state=zero.ZeroState(model, built),
-            ),
+            roles=zero.roles_of(job, model, built),
             pacing=pacing,
             reporting=reporting,
             background=_background(settings, reporting.progress, built),

@@ -17,7 +17,7 @@ from ds_engine.build.data import Loader
 from ds_engine.build.optimizer import zero_grad
 from ds_engine.config.support.batch import Batch
 from ds_engine.inference.generation import generate_of
-from ds_engine.interfaces import BackgroundWriter, GradientNorms, LossGuard, ModelState, Recompute, World
+from ds_engine.interfaces import BackgroundWriter, Recompute, Roles, World
 from ds_engine.job import Job
 from ds_engine.sampling.build import lr_scaling_of
 from ds_engine.sampling.tokens import rate_factor, scaled_rates
@@ -40,15 +40,6 @@ class Training:
     optimizer: Optimizer
     schedule: LRSchedule | None
     """None: constant rates."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Roles:
-    """Who answers for gradients and state of the module."""
-
-    guard: LossGuard
-    norms: GradientNorms
-    state: ModelState
 
 
 @dataclass(frozen=True, kw_only=True)

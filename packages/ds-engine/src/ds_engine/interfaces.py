@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -178,6 +179,15 @@ class ModelState(Protocol):
 
     def destroy(self) -> None:
         """Give the module back, whole and ordinary. Collective."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Who answers for gradients and state of one module."""
+
+    guard: LossGuard
+    norms: GradientNorms
+    state: ModelState
 
 
 class BackgroundWriter(Protocol):

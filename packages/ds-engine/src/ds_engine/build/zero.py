@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
@@ -18,7 +19,7 @@ from ds_engine.build.offload_states import send_away
 from ds_engine.build.topology import Meshes
 from ds_engine.config import ConfigError
 from ds_engine.config.sections.zero.leaf_module import DEFAULT_CLASSES, LeafModuleConfig
-from ds_engine.interfaces import LossGuard
+from ds_engine.interfaces import LossGuard, ReducesGradients, Roles
 from ds_engine.job import Job, LossScaling
 from ds_engine.job.precision import DTYPES
 
@@ -45,6 +46,52 @@ def shard(job: Job, model: nn.Module, optimizer: Optimizer, meshes: Meshes, devi
             norms=squared_norm,
             model_parallel=meshes.model_parallel,
         )
+    if isinstance(optimizer, ReducesGradients) and optimizer.reduces_gradients:
+        ds_zero.control(model).set_reduction("none")
+
+
+def check_reduction(job: Job, optimizer: Optimizer) -> None:
+    """Refuse what an optimizer that averages gradients by itself cannot have.
+
+    Raises:
+        ConfigError: with every setting that stands against it.
+    """
+    if not (isinstance(optimizer, ReducesGradients) and optimizer.reduces_gradients):
+        return
+    name = type(optimizer).__name__
+    wrong = []
+    if job.stage > 0:
+        wrong.append(f"zero_optimization.stage is {job.stage}: {name} averages whole gradients; set it to 0")
+    if math.isfinite(job.clipping):
+        wrong.append(
+            f"gradient_clipping is {job.clipping:g}: {name} averages gradients inside of its step, so there is no "
+            "common norm before it; set it to 0"
+        )
+    scaling = job.precision.loss_scaling
+    if scaling is not None and (scaling.dynamic or scaling.initial != 1.0):
+        wrong.append(f"fp16.enabled: {name} steps with gradients that carry the loss scale; use bf16")
+    if wrong:
+        raise ConfigError(wrong)
+
+
+def roles_of(job: Job, model: nn.Module, optimizer: Optimizer) -> Roles:
+    """Who answers for gradients and state of a sharded model."""
+    own = isinstance(optimizer, ReducesGradients) and optimizer.reduces_gradients
+    return Roles(
+        guard=Unguarded() if own else guard_of(job, model),
+        norms=NoNorms() if own else ZeroNorms(model),
+        state=ZeroState(model, optimizer),
+    )
+
+
+class NoNorms:
+    """`GradientNorms` where an optimizer averages gradients by itself: there is no common one to measure."""
+
+    def clip(self, max_norm: float) -> None:
+        assert math.isinf(max_norm), "see check_reduction"
+
+    def last(self) -> None:
+        return None
 
 
 def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
