@@ -65,9 +65,8 @@ class Usage:
         anywhere: set[int] = set()
         for ranks in {id(b.ranks): b.ranks for b in self._buckets}.values():
             buckets = [b for b in self._buckets if b.ranks is ranks]
-            own: list[int] = [self.has(p) for b in buckets for p in b.params] + [
-                id(b) in mine for b in buckets
-            ]
+            own = [int(self.has(p)) for b in buckets for p in b.params]
+            own += [int(id(b) in mine) for b in buckets]
             own += own_slot(ranks, self._options.digest())
             counts = iter(sum_over_ranks(own, ranks, buckets[0].device))
             users |= {id(b): [next(counts) for _ in b.params] for b in buckets}
