@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import ds_zero
-from ds_checkpoint.owners import PlainOwner, owner_of
+from ds_checkpoint.owners import owner_of
+from ds_checkpoint.owners.plain import PlainOwner
 
 
 def test_the_owner_of_a_sharded_model_is_ds_zero() -> None:

@@ -127,7 +127,10 @@ def test_what_cannot_be_is_refused(sections: dict[str, Any], wanted: str) -> Non
     ("sections", "wanted"),
     [
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "exclude each other"),
-        ({"fp16": {"enabled": True}, "data_types": {"param_dtype": "bf16"}}, "param_dtype differs from the dtype"),
+        (
+            {"fp16": {"enabled": True}, "data_types": {"param_dtype": "bf16"}},
+            "param_dtype differs from the dtype",
+        ),
         ({"data_types": {"param_dtype": "fp16"}}, "param_dtype differs from the dtype"),
         ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, "16-bit masters"),
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_optimizer_states"),

@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ds_checkpoint.interfaces import RecordOwner
-from ds_checkpoint.owners.plain import PlainOwner
 
 GROUP = "ds_checkpoint.owners"
 """Entry points of packages that own sharded state; each is a `Claim`."""
@@ -32,6 +31,10 @@ def owner_of(
         owner = claim(model, optimizer)
         if owner is not None:
             return owner
+    from ds_checkpoint.owners.plain import (
+        PlainOwner,
+    )  # imports torch's DTensor, and with it sympy: half a second
+
     return PlainOwner(model, optimizer)
 
 
