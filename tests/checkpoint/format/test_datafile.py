@@ -151,7 +151,7 @@ def test_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = sample(tmp_path)
     monkeypatch.undo()
     with pytest.raises(
-        CheckpointError, match="version 2, this ds-engine reads ds-checkpoint up to version 1"
+        CheckpointError, match="version 2, this ds-checkpoint reads ds-checkpoint up to version 1"
     ):
         Checkpoint(path)
 
