@@ -148,6 +148,7 @@ def test_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         ds_comm.start(device=other)
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "node-a")  # on this machine alone the rank is the local rank
     with pytest.raises(ds_comm.PlacementError, match="LOCAL_RANK is missing"):
         ds_comm.start()
     assert not dist.is_initialized()

@@ -50,9 +50,9 @@ def test_first_example_under_torchrun(tmp_path):
     assert len(re.findall(r"rank \d: norm ([\d.]+)", result.stdout)) == 2
 
 
-def test_two_commands_exist():
+def test_the_commands_exist():
     commands = re.findall(r"^\./(ci/\w+)", TEXT, re.MULTILINE)
-    assert commands == ["ci/train", "ci/test"]
+    assert commands[:2] == ["ci/train", "ci/test"]
     assert all((ROOT / command).stat().st_mode & 0o111 for command in commands)
 
 

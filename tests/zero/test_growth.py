@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ds_zero
 from ds_zero import _registry
+from ds_zero.tensors.placeholder import ReducedGradient
 from harness import ranks
 from zero.models import Tiny, batch
 
@@ -23,11 +24,12 @@ def resident_bytes() -> int:
 
 
 def living() -> tuple[int, int]:
-    """Tensors that exist, and the bytes of their distinct storages."""
+    """Tensors that exist, and the bytes of their distinct storages; what `param.grad` shows has none."""
     gc.collect()
-    found = [t for t in gc.get_objects() if isinstance(t, Tensor)]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found}
-    return len(found), sum(storages.values())
+    tensors = [t for t in gc.get_objects() if isinstance(t, Tensor)]
+    with_memory = [t for t in tensors if not isinstance(t, ReducedGradient)]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in with_memory}
+    return len(tensors), sum(storages.values())
 
 
 def places(model: nn.Module) -> list[tuple[int, int, bool]]:

@@ -18,8 +18,8 @@ from ds_engine.job import choices_of, describe
 
 
 def waits_for_values(model: nn.Module) -> bool:
-    """Whether the model was constructed under `ds_zero.deferred_init`, and its values come when it is divided."""
-    return any(p.is_meta and ds_zero.presence(p) is not None for p in model.parameters())
+    """Whether the model was constructed under `deferred_init` or `divided_init`, and is to be divided by `shard`."""
+    return any(ds_zero.presence(p) is not None for p in model.parameters())
 
 
 def divide(model: nn.Module, config: InferenceConfig, world: World, stage_3: dict[str, object]) -> None:
