@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ds_zero.tensors.placeholder import Placeholder
 from ds_zero.tensors.storage import is_fake
 
 _MARK = "ds.counted/"
@@ -166,7 +167,9 @@ def _addresses() -> set[int]:
     for thing in gc.get_objects():
         if issubclass(type(thing), Tensor):
             for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None and tensor.device.type == "cpu" and not is_fake(tensor):
+                if tensor is None or isinstance(tensor, Placeholder) or is_fake(tensor):
+                    continue
+                if tensor.device.type == "cpu":
                     addresses.add(tensor.untyped_storage().data_ptr())
     return addresses
 
