@@ -156,7 +156,9 @@ def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _before_forward(state: weakref.ref[ZeroState], check_abort: Callable[[], None]) -> Callable[..., None]:
-    """What the model's own pre-hook does: published parameters arrive, and a broken backward is noticed."""
+    """What the model's own pre-hook does: published parameters arrive, a broken backward is noticed, and what
+    `param.grad` shows makes way for torch.compile.
+    """
 
     @opaque
     def before(*_: object) -> None:
@@ -165,5 +167,6 @@ def _before_forward(state: weakref.ref[ZeroState], check_abort: Callable[[], Non
             check_abort()
             live.handles += live.reducer.install()
             live.stepper.wait()
+            live.reducer.param_grads.make_way_for_compiler()
 
     return before

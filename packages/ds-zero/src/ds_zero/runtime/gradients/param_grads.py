@@ -11,6 +11,7 @@ begins, since autograd takes over a gradient without a copy only where there is 
 from __future__ import annotations
 
 import enum
+import sys
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -113,6 +114,13 @@ class ParamGrads:
         for param, shown, _ in showing:
             if param.grad is shown:
                 param.grad = None
+
+    def make_way_for_compiler(self) -> None:
+        """Remove handles before a forward that torch.compile may trace: it describes the gradients of the parameters
+        that it meets, and a handle refuses to be described. A backward shows them again.
+        """
+        if self.shown is ShownGradient.HANDLE and "torch._dynamo" in sys.modules:
+            self.clear()
 
     def adopt(self) -> None:
         """Make gradients that were replaced or dropped since those of the step that follows."""
