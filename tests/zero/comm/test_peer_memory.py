@@ -169,9 +169,9 @@ def test_a_rank_that_has_ended_is_named() -> None:
         fetch(first, 1, REDUCE)
 
 
-def test_an_alarm_wakes_who_waits() -> None:
+def test_an_abort_ends_a_wait() -> None:
     first, _ = pair()
-    threading.Timer(0.2, lambda: setattr(first.alarm, "raised", True)).start()
+    threading.Timer(0.2, lambda: setattr(first.abort, "raised", True)).start()
     with pytest.raises(RuntimeError, match="closed while waiting for rank 1"):
         fetch(first, 1, REDUCE)
 
