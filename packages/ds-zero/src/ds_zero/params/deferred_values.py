@@ -100,7 +100,9 @@ class Constructed:
 
     def show(self, param: nn.Parameter) -> None:
         """Make a divided parameter whole; this rank's slice stays until it is divided anew. Collective."""
-        param.data = self.values(param)
+        # A copy: the process group's thread may hold the gathered memory for a moment after it is there, and
+        # `divided_init` leaves a parameter whole whose memory somebody else holds.
+        param.data = self.values(param).clone()
 
     def hide(self, param: nn.Parameter) -> None:
         """Forget what was done to a shown parameter since it was divided."""
