@@ -22,20 +22,20 @@ def adam(**params: Any) -> dict[str, Any]:
 
 
 DIFFERENT: list[tuple[Different, str]] = [
-    (lambda r: adam(lr=0.01 * (1 + r)), "optimizer.params.lr is 0.01 on rank 0, 0.02 on rank 1"),
-    (lambda r: adam(betas=[0.9, 0.99 if r else 0.999]), "is (0.9, 0.999) on rank 0, (0.9, 0.99) on rank 1"),
-    (lambda r: {"gradient_clipping": 1.0 + r}, "gradient_clipping is 1.0 on rank 0, 2.0 on rank 1"),
-    (lambda r: {"zero_optimization": {"stage": 1 + r}}, "zero_optimization.stage is 1 on rank 0, 2 on rank 1"),
+    (lambda r: adam(lr=0.01 * (1 + r)), "optimizer.params.lr is 0.01 on rank 0 and 0.02 on rank 1"),
+    (lambda r: adam(betas=[0.9, 0.99 if r else 0.999]), "is (0.9, 0.999) on rank 0 and (0.9, 0.99) on rank 1"),
+    (lambda r: {"gradient_clipping": 1.0 + r}, "gradient_clipping is 1.0 on rank 0 and 2.0 on rank 1"),
+    (lambda r: {"zero_optimization": {"stage": 1 + r}}, "zero_optimization.stage is 1 on rank 0 and 2 on rank 1"),
     (
         lambda r: {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 4 + r}}},
-        "scheduler.params.warmup_num_steps is 4 on rank 0, 5 on rank 1",
+        "scheduler.params.warmup_num_steps is 4 on rank 0 and 5 on rank 1",
     ),
     (
         lambda r: {"scheduler": {"type": "WarmupLR"}} if r else {"scheduler": None},
-        "scheduler is None on rank 0, 'WarmupLR' on rank 1",
+        "scheduler is None on rank 0 and 'WarmupLR' on rank 1",
     ),
-    (lambda r: {"gradient_accumulation_steps": 1 + r}, "gradient_accumulation_steps is 1 on rank 0, 2 on rank 1"),
-    (lambda r: {"bf16": {"enabled": r == 1}}, "bf16.enabled is False on rank 0, True on rank 1"),
+    (lambda r: {"gradient_accumulation_steps": 1 + r}, "gradient_accumulation_steps is 1 on rank 0 and 2 on rank 1"),
+    (lambda r: {"bf16": {"enabled": r == 1}}, "bf16.enabled is False on rank 0 and True on rank 1"),
 ]  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_settings_that_differ_are_named(number: int) -> None:
     different, said = DIFFERENT[number]
     with pytest.raises(ds_engine.ConfigError) as caught:
         jobs.engine(0, **different(dist.get_rank()))
-    assert said in str(caught.value) and "the ranks describe different jobs" in str(caught.value)
+    assert said in str(caught.value) and "ranks differ" in str(caught.value)
     # Nothing was begun: the next attempt, alike on all ranks, works.
     jobs.engine(1).destroy()
 
@@ -63,14 +63,14 @@ def test_what_is_passed_is_compared_too() -> None:
     rank = dist.get_rank()
     model = jobs.net()
     with pytest.raises(
-        ds_engine.ConfigError, match=r"param_groups\[0\]\.momentum is 0\.0 on rank 0, 0\.5 on rank 1"
+        ds_engine.ConfigError, match=r"param_groups\[0\]\.momentum is 0\.0 on rank 0 and 0\.5 on rank 1"
     ):
         start(model, sgd(model, momentum=0.5 * rank))
-    with pytest.raises(ds_engine.ConfigError, match=r"optimizer is torch.optim.sgd.SGD on rank 0, .*Adam"):
+    with pytest.raises(ds_engine.ConfigError, match=r"optimizer is torch.optim.sgd.SGD on rank 0 and .*Adam"):
         start(model, torch.optim.Adam(model.parameters(), lr=0.1) if rank else sgd(model))
     other = nn.Linear(3 + rank, 2)
     with pytest.raises(
-        ds_engine.ConfigError, match=r"model is Linear with 8 parameters .* on rank 0, .* 10 param"
+        ds_engine.ConfigError, match=r"model is Linear with 8 parameters .* on rank 0 and .* 10 param"
     ):
         start(other, sgd(other))
 

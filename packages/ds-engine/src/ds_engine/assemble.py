@@ -86,7 +86,7 @@ def initialize(
         model.to(world.device)
     built = optimizer_of(job, optimizer, model, model_parameters)
     zero.check_reduction(job, built)
-    agreement.check(job, model, built, world.device)
+    zero.require_same(agreement.entries(job, model, built), world.device)
     warn_if_too_large(job, model, built, world)
     # The schedule reads the rates of the groups, which sharding leaves alone; states come later, so nothing
     # is cut in two.

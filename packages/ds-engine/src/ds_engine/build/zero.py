@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -48,6 +48,19 @@ def shard(job: Job, model: nn.Module, optimizer: Optimizer, meshes: Meshes, devi
         )
     if isinstance(optimizer, ReducesGradients) and optimizer.reduces_gradients:
         ds_zero.control(model).set_reduction("none")
+
+
+def require_same(entries: Mapping[str, str], device: torch.device) -> None:
+    """Compare what describes a job over all ranks. Collective.
+
+    Raises:
+        ConfigError: on every rank, if the ranks differ; with each value and the ranks that have it.
+    """
+    remedy = "Call ds_engine.initialize() with the same model and settings on every rank"
+    try:
+        ds_zero.require_same("ds_engine.initialize", entries, None, device, remedy)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
 
 
 def check_reduction(job: Job, optimizer: Optimizer) -> None:

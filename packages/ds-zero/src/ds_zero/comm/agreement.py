@@ -37,7 +37,7 @@ def _exchanged(slots: Sequence[int], ranks: Ranks, device: torch.device) -> list
 
 
 def require_same(
-    what: str, values: Mapping[str, str], ranks: Ranks, device: torch.device, remedy: str
+    what: str, values: Mapping[str, str], ranks: Ranks | None, device: torch.device, remedy: str
 ) -> None:
     """Compare `values` over `ranks`. Collective: one message of four bytes a rank where they are the same.
 
@@ -65,9 +65,9 @@ def differences(values: Mapping[str, str], ranks: Ranks) -> str:
     of_rank: list[Mapping[str, str]] = [values]
     for axis in ranks.axes:
         if axis.group is not None:
-            told: list[list[Mapping[str, str]]] = [[] for _ in range(axis.size)]
-            dist.all_gather_object(told, of_rank, group=axis.group)
-            of_rank = [one for part in told for one in part]
+            parts: list[list[Mapping[str, str]]] = [[] for _ in range(axis.size)]
+            dist.all_gather_object(parts, of_rank, group=axis.group)
+            of_rank = [one for part in parts for one in part]
     names = {name: None for one in of_rank for name in one}  # in order of appearance
     clauses = []
     for name in names:
@@ -75,15 +75,15 @@ def differences(values: Mapping[str, str], ranks: Ranks) -> str:
         for rank, one in enumerate(of_rank):
             ranks_of.setdefault(one.get(name, "not given"), []).append(rank)
         if len(ranks_of) > 1:
-            parts = " and ".join(f"{value} on rank {_listed(who)}" for value, who in ranks_of.items())
-            clauses.append(f"{name} is {parts}")
+            values_of = " and ".join(f"{value} on {_listed(who)}" for value, who in ranks_of.items())
+            clauses.append(f"{name} is {values_of}")
     more = f"; {len(clauses) - _SHOWN} more differ" if len(clauses) > _SHOWN else ""
     return "ranks differ: " + "; ".join(clauses[:_SHOWN]) + more
 
 
 def _listed(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8]))
-    return f"{shown}, ..." if len(ranks) > 8 else shown
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"ranks {shown}" if len(ranks) > 1 else f"rank {shown}"
 
 
 def gathered_flags(own: bool, ranks: Ranks, device: torch.device) -> list[bool]:
