@@ -24,6 +24,7 @@ from ds_engine.sampling.tokens import rate_factor, scaled_rates
 from ds_engine.schedules import LRSchedule
 from ds_engine.training import timing
 from ds_engine.training.accumulation import Accumulation
+from ds_engine.training.own_backwards import OwnBackwards
 from ds_engine.training.pacing import Pacing
 from ds_engine.training.progress import StepReport
 from ds_engine.training.reporting import Reporting
@@ -96,6 +97,7 @@ class Engine:
         self.skipped_steps = 0
         """Steps that changed nothing because the gradient was not finite."""
         self._norms = parts.roles.norms
+        self._own_backwards = OwnBackwards(parts.roles.state)
         self._reporting = parts.reporting
         self._applied = False
         self._live = True
@@ -136,7 +138,7 @@ class Engine:
         part = loss / self.accumulation.steps if scale_wrt_gas else loss
         self.accumulation.note_backward()
         with self._reporting.part(timing.BACKWARD):
-            self.scaler.scale(part).backward(retain_graph=retain_graph)
+            self._own_backwards.mark(self.scaler.scale(part)).backward(retain_graph=retain_graph)
         self._reporting.add_loss(part)
         return part.detach()
 
@@ -145,7 +147,7 @@ class Engine:
         calls `engine.scale(loss).backward()` itself.
         """
         self.accumulation.note_backward()
-        return self.scaler.scale(loss / self.accumulation.steps)
+        return self._own_backwards.mark(self.scaler.scale(loss / self.accumulation.steps))
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """End a micro-batch; at the boundary clip, update the parameters, forget the gradients, and move the
@@ -164,6 +166,7 @@ class Engine:
         self._refuse_if_away("step")
         self._applied = False
         with self.accumulation.ending() as boundary:
+            self._own_backwards.check()
             if boundary:
                 with self._reporting.part(timing.STEP):
                     report = self._update(lr_kwargs or {})
@@ -176,6 +179,7 @@ class Engine:
             self.optimizer.step()  # asks the scaler, which may leave it out
         self._applied = not self.scaler.step_was_skipped
         zero_grad(self.optimizer)
+        self._own_backwards.forget()
         if not self._applied:
             self.skipped_steps += 1
         elif self.lr_scheduler is not None:

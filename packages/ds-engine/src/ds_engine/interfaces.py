@@ -140,6 +140,10 @@ class ModelState(Protocol):
     def divided(self) -> bool:
         """Whether ranks hold slices of the parameters, so that forward is collective."""
 
+    @property
+    def backwards(self) -> int:
+        """Number of backwards whose gradients wait for the next update."""
+
     def shares(self) -> Shares: ...
     def held(self) -> HeldBytes: ...
 

@@ -239,6 +239,10 @@ class ZeroState:
         self._away: ds_zero.Away | None = None
         self.divided = is_divided(model)
 
+    @property
+    def backwards(self) -> int:
+        return ds_zero.control(self._model).backwards
+
     def shares(self) -> ds_zero.Summary:
         return ds_zero.describe(self._model)
 

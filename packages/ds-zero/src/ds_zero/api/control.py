@@ -88,6 +88,11 @@ class Control:
         self._live().reducer.requires_sync = requires_gradient_sync
 
     @property
+    def backwards(self) -> int:
+        """Number of backwards of the model whose gradients wait for the next step."""
+        return self._live().reducer.backwards
+
+    @property
     def reduction(self) -> Reduction:
         """When and by whom gradients are reduced."""
         return self._live().reducer.reduction

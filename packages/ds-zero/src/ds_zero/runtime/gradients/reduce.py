@@ -425,6 +425,11 @@ class Reducer:
         return counts
 
     @property
+    def backwards(self) -> int:
+        """Number of backwards since the last step that have brought gradients."""
+        return self._backwards
+
+    @property
     def accumulating(self) -> bool:
         """Whether a backward has left something for the next step, here or (once reduced) on any rank."""
         return self._touched or self._usage.any
