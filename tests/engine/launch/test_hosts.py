@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_engine.launch.hosts import Pool, fetch_hostfile, parse_hostfile, parse_resource_filter
+from ds_engine.launch.hosts import Pool, fetch_hostfile, parse_hostfile, parse_resource_filter, read_env_files
 
 HOSTS: Pool = {"worker-0": [0, 1], "worker-1": [0, 1, 2]}
 
@@ -59,3 +59,22 @@ def test_what_is_left(include: str, exclude: str, expected: Pool) -> None:
 def test_what_there_is_not(include: str, exclude: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_resource_filter(HOSTS, include, exclude)
+
+
+def test_files_of_variables_that_no_environment_can_hold_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / ".deepspeed_env"
+    for text, said in (
+        (b"A=1\nB=\0\n", "line 2"),
+        (b"=1\n", "line 1"),
+        (b"A=\xff\n", "is not text in UTF-8"),
+    ):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match=said) as caught:
+            read_env_files(file.name)
+        assert str(file) in str(caught.value)
+    file.write_text("# B=2\nA=x=y\n\n")
+    assert read_env_files(file.name) == {"A": "x=y"}

@@ -16,6 +16,9 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from ds_zero.comm.thread_claim import ThreadClaim
     from ds_zero.interfaces import InitialValues
     from ds_zero.state import ZeroState
 
@@ -23,6 +26,7 @@ _of_module: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _of_part: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _record_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _leaves: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_claim_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _places = itertools.count()
 
 
@@ -78,6 +82,15 @@ def drop_record(tensor: Tensor) -> None:
 def next_place() -> int:
     """The next number in the order in which this process constructs divided parameters."""
     return next(_places)
+
+
+def put_claim(group: ProcessGroup, claim: ThreadClaim) -> None:
+    _claim_of[group] = weakref.ref(claim)
+
+
+def claim_of(group: ProcessGroup) -> ThreadClaim | None:
+    pointer = _claim_of.get(group)
+    return pointer() if pointer is not None else None
 
 
 def mark_leaf(module: nn.Module) -> None:

@@ -45,16 +45,31 @@ def parse_hostfile(lines: Sequence[str]) -> Pool:
 
 
 def read_env_files(name: str) -> dict[str, str]:
-    """KEY=VALUE lines of the files of this name in the home folder and here; the latter wins."""
-    found: dict[str, str] = {}
+    """KEY=VALUE lines of the files of this name in the home folder and here; the latter wins.
+
+    Raises:
+        ValueError: a file that is not text in UTF-8, or a line that no environment can hold; names file and line.
+    """
+    variables: dict[str, str] = {}
     for folder in (Path.home(), Path.cwd()):
         file = folder / name
         if file.is_file():
-            for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines = file.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{file} is not text in UTF-8 ({error.reason} at byte {error.start})"
+                ) from None
+            for number, line in enumerate(lines, 1):
                 key, equals, value = line.strip().partition("=")
                 if equals and not key.startswith("#"):
-                    found[key] = value
-    return found
+                    if "\0" in line or not key:
+                        raise ValueError(
+                            f"{file}, line {number}: {line.strip()!r} cannot be an environment variable: write "
+                            "KEY=VALUE without NUL characters"
+                        )
+                    variables[key] = value
+    return variables
 
 
 def parse_resource_filter(

@@ -18,6 +18,7 @@ from ds_zero.comm.agreement import require_same
 from ds_zero.comm.collectives import Comm, default_comm
 from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.ranks import Group, Ranks, discover_peers
+from ds_zero.comm.thread_claim import GroupClaims
 from ds_zero.comm.topology import MeshFor, ModelParallel, numbered, topology_of
 from ds_zero.config import ZeroConfig
 from ds_zero.interfaces import Norms, ShardStore
@@ -145,7 +146,9 @@ def shard(
         norms=norms,
         abort=abort,
     )
+    claims = GroupClaims(topology.axes, "ds_zero.shard")
     state = _materialize(model, params, optimizer, job)
+    state.handles.append(claims)
     install(model, state)
     if optimizer is None:
         return model

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ds_zero.comm.ranks import Ranks, SimulatedGroup, ranks_of
+from ds_zero.comm.thread_claim import GroupClaims
 
 _SHOWN = 5
 
@@ -49,10 +50,12 @@ def require_same(
 
     Raises:
         ValueError: on every rank, if any rank has others; names what differs, with each rank's value.
+        RuntimeError: another thread trains a model over one of these groups.
     """
     ranks = ranks_of(ranks)
-    if not is_same(_exchanged(own_slot(ranks, digest(values)), ranks, device), ranks):
-        raise ValueError(f"{what}: {differences(values, ranks)}. {remedy}")
+    with GroupClaims([ranks], what):
+        if not is_same(_exchanged(own_slot(ranks, digest(values)), ranks, device), ranks):
+            raise ValueError(f"{what}: {differences(values, ranks)}. {remedy}")
 
 
 def is_same(slots: Sequence[int], ranks: Ranks) -> bool:
