@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import zipfile
 
 import pytest
@@ -25,6 +26,15 @@ def test_the_wheel_holds_the_library_and_fits_every_python(wheels):
         assert LIBRARY in archive.namelist()
         assert archive.getinfo(LIBRARY).file_size < 5 << 20
         assert not any(name.startswith("ds_core/") for name in archive.namelist())
+
+
+@pytest.mark.skipif(shutil.which("cuobjdump") is None, reason="no cuobjdump on the PATH")
+def test_the_library_has_code_for_each_architecture(wheels, tmp_path):
+    with zipfile.ZipFile(wheels["ds-core-cu13"]) as archive:
+        library = archive.extract(LIBRARY, tmp_path)
+    listed = bare.run(["cuobjdump", "--list-elf", library])
+    assert set(re.findall(r"\bsm_\d+", listed)) == {"sm_80", "sm_90", "sm_100"}
+    assert "sm_100" in bare.run(["cuobjdump", "--list-ptx", library])  # for what comes after
 
 
 def test_ds_core_finds_it_and_opens_it(wheels, tmp_path):

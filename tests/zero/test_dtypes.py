@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import ds_zero
 from ds_core.optim import FusedAdam
 from ds_offload import CPUAdam, HostStore
-from ds_zero.comm.collectives import OrderedReduceScatter, TorchAllGather
+from ds_zero.comm.collectives import TorchAllGather
+from ds_zero.comm.direct import OrderedReduceScatter
 from harness import ranks
 from zero.models import Tiny, batch
 from zero.parity import Job, assert_same, sharded

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ds_zero
-from ds_zero.comm.collectives import DirectAllGather, OrderedReduceScatter
+from ds_zero.comm.direct import DirectAllGather, OrderedReduceScatter
 from ds_zero.tensors.fingerprint import fingerprint
 from harness import ranks
 from zero.models import Tiny, batch

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 import ds_offload
 import ds_zero
-from ds_zero.comm.collectives import OrderedReduceScatter, TorchAllGather
+from ds_zero.comm.collectives import TorchAllGather
+from ds_zero.comm.direct import OrderedReduceScatter
 from harness import ranks
 
 

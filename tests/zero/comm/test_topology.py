@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 import ds_zero
 from ds_core.optim import FusedLamb, Muon, muon_groups
 from ds_zero import _registry
-from ds_zero.comm.collectives import Comm, OrderedReduceScatter, default_comm
+from ds_zero.comm.collectives import Comm, default_comm
+from ds_zero.comm.direct import OrderedReduceScatter
 from ds_zero.interfaces import Work
 from harness import ranks
 from zero.models import Tiny, batch

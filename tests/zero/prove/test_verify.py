@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 import ds_zero
-from ds_zero.comm.collectives import DirectAllGather, OrderedReduceScatter
+from ds_zero.comm.direct import DirectAllGather, OrderedReduceScatter
 from ds_zero.prove.deviation import compare, measured, rounded, ulps
 from ds_zero.runtime.step import Stepper
 from harness import ranks

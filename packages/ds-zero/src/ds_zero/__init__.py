@@ -8,7 +8,7 @@ from ds_zero.api.loop import clip_grad_norm_, destroy, grad_norm, no_sync, set_p
 from ds_zero.api.memory import MemoryReport, Summary, describe, memory
 from ds_zero.api.shard import shard, shard_optimizer
 from ds_zero.comm.agreement import require_same
-from ds_zero.comm.collectives import Comm
+from ds_zero.comm.collectives import Collectives, Comm
 from ds_zero.comm.order import RankOrderError
 from ds_zero.comm.topology import MeshFor, ModelParallel, cut_by_model_parallelism
 from ds_zero.config import ZeroConfig
@@ -34,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Away",
+    "Collectives",
     "Comm",
     "Control",
     "Difference",

@@ -35,6 +35,11 @@ class Capabilities:
     tags: bool = False
     """Has `bound(number, peer_memory)`: one whose messages meet only those of the same number, and which copies from
     processes whose memory it can read."""
+    uneven: bool = False
+    """Takes `sizes=`, the number of elements of each rank's slice, where they differ. Without it uneven slices travel
+    straight from rank to rank, or by the backend, past this collective."""
+    dtypes: frozenset[torch.dtype] | None = None
+    """Those it moves; None: all. Others travel by the default collectives of the device."""
     pieces: bool = False
     """Sends straight from rank to rank and adds in the order of [Note: ordered reduction], so that gradients may be
     reduced where they lie."""

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_zero.comm.collectives import REDUCE_TAG, Then, exchange, sum_tree
+from ds_zero.comm.direct import REDUCE_TAG, exchange, sum_tree
 from ds_zero.comm.ranks import Ranks
+from ds_zero.comm.works import Then
 from ds_zero.interfaces import Work
 from ds_zero.layout.buckets import BucketLayout, Piece, piece_of
 from ds_zero.tensors.large_pages import in_large_pages

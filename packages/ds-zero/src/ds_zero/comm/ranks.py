@@ -21,6 +21,11 @@ class SimulatedGroup(dist.ProcessGroup):
         raise NotImplementedError
 
 
+AXES = ("data", "replicate", "expert", "secondary")
+"""Who exchanges values: the ranks that divide buckets; those that hold the same slices in other rows of a mesh; those
+that divide what `mesh_for` gives a mesh of its own; those that hold secondary copies together."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The ranks that divide buckets among themselves, seen from one of them; `group` is None for a single
@@ -37,6 +42,8 @@ class Ranks:
     """Number of ranks over whose gradients the mean is taken; 0: all of these, replicas included."""
     part: tuple[int, int] = (0, 1)
     """Index of these ranks among the sets that hold different values under the same names, and the number of sets."""
+    axis: str = "data"
+    """Which of `AXES` they are, for a `Comm` with collectives of their own for some."""
     peer_memory: PeerMemory | None = field(default=None, compare=False, repr=False)
     """The peers whose memory can be read; None before `discover_peers`, and where there are none."""
 
@@ -110,7 +117,7 @@ def ranks_of(mesh: Group | Ranks | None) -> Ranks:
     names = mesh.mesh_dim_names
     others = [n for n in names or () if n.lower() in _NOT_DATA]
     if mesh.ndim == 2 and not others:
-        across = _of_group(mesh.get_group(0))
+        across = replace(_of_group(mesh.get_group(0)), axis="replicate")
         return _of_group(mesh.get_group(1), across if across.size > 1 else None)
     data = next((n for n in names or ("data",) if n not in others), "data")
     raise ValueError(

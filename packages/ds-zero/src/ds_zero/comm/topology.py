@@ -114,10 +114,10 @@ def _expert_ranks(mesh: DeviceMesh | Ranks, main: Ranks, fqn: str) -> Ranks:
         raise ValueError(
             f"mesh_for gives {fqn!r} a mesh of its own: the model's mesh must have one axis then"
         )
-    found = ranks_of(mesh)
-    if found.replicas is not None or main.total % found.size:
+    divided = ranks_of(mesh)
+    if divided.replicas is not None or main.total % divided.size:
         raise ValueError(
-            f"mesh_for gives {fqn!r} a mesh of {found.total} ranks in {len(found.axes)} axes: give one axis, whose "
+            f"mesh_for gives {fqn!r} a mesh of {divided.total} ranks in {len(divided.axes)} axes: give one axis, whose "
             f"size divides the {main.total} ranks of the model's mesh"
         )
-    return replace(found, mean_over=main.total)
+    return replace(divided, mean_over=main.total, axis="expert")

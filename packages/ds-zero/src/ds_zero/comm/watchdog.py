@@ -29,10 +29,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ds_zero.comm.collectives import Comm, Pieces, wait_received, wait_sent
+from ds_zero.comm.collectives import Comm, Pieces
 from ds_zero.comm.order import OrderLog, RankOrderError, Standing, judge, lost, name_ranks
 from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.ranks import Ranks
+from ds_zero.comm.works import wait_received, wait_sent
 from ds_zero.interfaces import Work
 
 _LOOKS = 8
@@ -424,7 +425,7 @@ class WatchedComm(Comm):
 
     def __init__(self, inner: Comm, waiting: Waiting) -> None:
         self._inner, self._waiting = inner, waiting
-        super().__init__(inner.all_gather, inner.reduce_scatter)
+        super().__init__(inner.all_gather, inner.reduce_scatter, axes=inner.axes)
 
     @property
     def gathered_bytes(self) -> int:

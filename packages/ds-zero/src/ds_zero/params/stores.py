@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ds_zero.comm.collectives import Done
+from ds_zero.comm.works import Done
 from ds_zero.interfaces import Reservation, ShardKey, Work
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ds_zero.comm.collectives import Comm, Then
+from ds_zero.comm.collectives import Comm
 from ds_zero.comm.ranks import Ranks
+from ds_zero.comm.works import Then
 from ds_zero.interfaces import FusedStep, SegmentStep, Work
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gathering.gather import Gatherer

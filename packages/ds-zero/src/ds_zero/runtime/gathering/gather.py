@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ds_zero.comm.collectives import Comm, wait_received, wait_sent
+from ds_zero.comm.collectives import Comm
 from ds_zero.comm.watchdog import Waiting
+from ds_zero.comm.works import wait_received, wait_sent
 from ds_zero.interfaces import Work
 from ds_zero.runtime.bucket import Bucket, BucketState
 from ds_zero.runtime.profiler_ranges import span

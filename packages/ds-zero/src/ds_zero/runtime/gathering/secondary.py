@@ -62,7 +62,7 @@ def secondary_ranks(ranks: Ranks, size: int, device: torch.device, abort: AbortF
     """
     assert ranks.group is not None
     if isinstance(ranks.group, SimulatedGroup) and ranks.size % size == 0:
-        return Ranks(ranks.group.part(size), ranks.rank % size, size)
+        return Ranks(ranks.group.part(size), ranks.rank % size, size, axis="secondary")
     if ranks.size % size:
         raise ValueError(
             f"secondary_ranks={size} does not divide the {ranks.size} ranks that share parameters: give a divisor, "
@@ -72,5 +72,5 @@ def secondary_ranks(ranks: Ranks, size: int, device: torch.device, abort: AbortF
     first = ranks.rank - ranks.rank % size
     group = dist.new_group(members[first : first + size], use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
-    near = Ranks(group, ranks.rank - first, size)
+    near = Ranks(group, ranks.rank - first, size, axis="secondary")
     return near if abort is None else discover_peers(near, device, abort)

@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_zero.comm.collectives import Comm, Done, wait_received, wait_sent
+from ds_zero.comm.collectives import Comm
 from ds_zero.comm.piece_exchange import PieceReduce
 from ds_zero.comm.ranks import Ranks
+from ds_zero.comm.works import Done, wait_received, wait_sent
 from ds_zero.interfaces import Work
 from ds_zero.runtime.bucket import Bucket
 
@@ -90,7 +91,7 @@ def takes_pieces(bucket: Bucket, comm: Comm, policy: WirePolicy) -> bool:
         and not narrowed
         and not bucket.layout.by_rows
         and policy.predivide == 1.0
-        and comm.takes_pieces(bucket.ranks, bucket.device)
+        and comm.takes_pieces(bucket.ranks, bucket.device, bucket.dtype)
     )
 
 

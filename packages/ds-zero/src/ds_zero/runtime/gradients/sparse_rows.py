@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_zero.comm.collectives import SUM_CHUNK_NUMEL, Comm, sum_tree
+from ds_zero.comm.collectives import Comm
+from ds_zero.comm.direct import SUM_CHUNK_NUMEL, sum_tree
 from ds_zero.comm.topology import Topology
 from ds_zero.interfaces import Work
 from ds_zero.runtime.bucket import Bucket

@@ -1,0 +1,211 @@
+"""Collectives of messages that go straight from rank to rank.
+
+[Note: ordered reduction]
+A ring or tree inside a library adds in an order that depends on the number of ranks and on the message size.
+Here every rank sends slice r to rank r, and rank r adds what it received in the order of a fixed binary tree
+over rank indices, in fp32. The bytes on the wire are those of a ring reduce-scatter, (N-1)/N of the buffer,
+and the result depends on nothing but the inputs.
+
+[Note: direct exchange]
+On gloo, `all_gather_into_tensor` and `reduce_scatter_tensor` move each byte several times: for 32 MB of fp32
+on 2 ranks they took 2.8 and 9 times as long as sending each slice straight to the rank that needs it.
+Messages carry a tag of their own for gathering and for reducing, so the two never wait for each other's
+order. Between processes of one machine that can read each other's memory nothing travels at all:
+[Note: peer memory] in `comm/peer_memory.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_zero.comm.peer_memory import Exchange, PeerMemory
+from ds_zero.comm.ranks import Ranks
+from ds_zero.comm.works import Done, Then
+from ds_zero.interfaces import Capabilities, Work
+from ds_zero.tensors.large_pages import in_large_pages
+from ds_zero.tensors.storage import same_place
+
+REDUCE_TAG, GATHER_TAG = 0x6A, 0x1000
+SUM_CHUNK_NUMEL = 1 << 18
+"""Elements summed at a time: the intermediate sums of a chunk stay in the second-level cache."""
+
+
+def sum_tree(parts: Sequence[Tensor], out: Tensor, scale: float = 1.0) -> None:
+    """`out[i] = scale * (sum over parts of parts[p][i])` in the order of a fixed binary tree over p, in `out`'s
+    dtype.
+
+    `out` may be one of `parts`. All are 1-D and of equal length.
+    """
+    if len(parts) == 1:
+        torch.mul(parts[0], scale, out=out) if scale != 1.0 else out.copy_(parts[0])
+        return
+    for begin in range(0, out.numel(), SUM_CHUNK_NUMEL):
+        chunk = [p[begin : begin + SUM_CHUNK_NUMEL] for p in parts]
+        middle = _middle(len(parts))
+        target = out[begin : begin + SUM_CHUNK_NUMEL]
+        torch.add(_subtree(chunk[:middle], out.dtype), _subtree(chunk[middle:], out.dtype), out=target)
+        if scale != 1.0:
+            target.mul_(scale)  # while it is in the cache
+
+
+def _middle(count: int) -> int:
+    """The largest power of two below `count`: where the tree splits."""
+    return 1 << ((count - 1).bit_length() - 1)
+
+
+# A function of its own, not a closure: a closure that calls itself is a reference cycle, which kept every
+# received buffer alive until the garbage collector came by.
+def _subtree(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].to(dtype)
+    middle = _middle(len(parts))
+    return torch.add(_subtree(parts[:middle], dtype), _subtree(parts[middle:], dtype))
+
+
+def exchange(
+    sends: Callable[[int], Sequence[Tensor]],
+    receives: Callable[[int], Sequence[Tensor]],
+    group: dist.ProcessGroup,
+    tag: int,
+    peer_memory: PeerMemory | None = None,
+) -> list[Work]:
+    """Send all of `sends(p)` to and receive all of `receives(p)` from every other rank p; all ranks start with a
+    different peer. What is sent must not change before the works are over.
+    """
+    rank, size = group.rank(), group.size()
+    works: list[Work] = []
+    near = Exchange(peer_memory, tag) if peer_memory is not None else None
+    for step in range(1, size):
+        to, origin = (rank + step) % size, (rank - step) % size
+        # Slices may be empty, and then nobody sends them.
+        coming = [t for t in receives(origin) if t.numel()]
+        going = [t for t in sends(to) if t.numel()]
+        if near is not None and near.reaches(origin):
+            near.receive(origin, coming)
+        else:
+            works += [group.recv([t], origin, tag) for t in coming]
+        if near is not None and near.reaches(to):
+            near.send(to, going)
+        else:
+            works += [group.send([t], to, tag) for t in going]
+    return [near, *works] if near is not None else works
+
+
+class DirectAllGather:
+    """[Note: direct exchange]; `input` should be the rank's own slice of `output`, else it is copied
+    there.
+    """
+
+    capabilities = Capabilities(tags=True)
+
+    def __init__(self, number: int = 0, peer_memory: PeerMemory | None = None) -> None:
+        self._tag, self._peer_memory = GATHER_TAG + number, peer_memory
+
+    def bound(self, number: int, peer_memory: PeerMemory | None) -> DirectAllGather:
+        """One whose messages meet only those of the same number: ranks that gather different things wait for
+        each other, and never take one for the other.
+        """
+        return DirectAllGather(number, peer_memory)
+
+    def __call__(
+        self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> Work | None:
+        slices = output.view(group.size(), -1)
+        own = slices[group.rank()]
+        if not same_place(own, input):
+            own.copy_(input)
+        works = exchange(lambda _: [own], lambda p: [slices[p]], group, self._tag, self._peer_memory)
+        work = Then(works, _nothing)
+        if async_op:
+            return work
+        work.wait()
+        return None
+
+
+class OrderedReduceScatter:
+    """[Note: ordered reduction] over [Note: direct exchange]."""
+
+    capabilities = Capabilities(tags=True, pieces=True)
+
+    def __init__(self, peer_memory: PeerMemory | None = None) -> None:
+        self._peer_memory = peer_memory
+
+    def bound(self, number: int, peer_memory: PeerMemory | None) -> OrderedReduceScatter:
+        """The same, over the memory of the peers that can be read."""
+        return OrderedReduceScatter(peer_memory)
+
+    def __call__(
+        self,
+        output: Tensor,
+        input: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> Work | None:
+        parts = list(input.view(group.size(), -1))
+        work = _ordered(output, parts, group, op, REDUCE_TAG, self._peer_memory)
+        if async_op:
+            return work
+        work.wait()
+        return None
+
+
+def _ordered(
+    out: Tensor,
+    parts: Sequence[Tensor],
+    group: dist.ProcessGroup,
+    op: dist.ReduceOp.RedOpType,
+    tag: int,
+    peer_memory: PeerMemory | None = None,
+) -> Work:
+    """Send `parts[p]` to rank p and sum what arrives, [Note: ordered reduction]."""
+    rank, size = group.rank(), group.size()
+    received = in_large_pages(parts[rank].new_empty(size - 1, parts[rank].numel()))
+    mine = [parts[p] if p == rank else received[p - (p > rank)] for p in range(size)]
+    works = exchange(lambda p: [parts[p]], lambda p: [mine[p]], group, tag, peer_memory)
+    scale = 1.0 / size if op == dist.ReduceOp.AVG else 1.0
+
+    def add_up() -> None:
+        sum_tree(mine, out, scale)
+        mine.clear()  # a finished work may be kept; its messages need not be
+
+    return Then(works, add_up)
+
+
+def gather_uneven(whole: Tensor, sizes: Sequence[int], ranks: Ranks, tag: int) -> Work:
+    """As `Comm.gather` with slices of `sizes` elements: straight from rank to rank on the CPU, by the backend
+    elsewhere.
+    """
+    assert ranks.group is not None
+    parts = list(torch.split(whole, list(sizes)))
+    own = parts[ranks.rank]
+    if whole.device.type == "cpu":
+        works = exchange(lambda _: [own], lambda p: [parts[p]], ranks.group, tag, ranks.peer_memory)
+        return Then(works, _nothing)
+    return dist.all_gather(parts, own, group=ranks.group, async_op=True) or Done()
+
+
+def reduce_uneven(
+    out: Tensor, whole: Tensor, sizes: Sequence[int], ranks: Ranks, op: dist.ReduceOp.RedOpType, tag: int
+) -> Work:
+    """As `Comm.reduce` with slices of `sizes` elements."""
+    assert ranks.group is not None
+    parts = list(torch.split(whole, list(sizes)))
+    if whole.device.type == "cpu":
+        return _ordered(out, parts, ranks.group, op, tag, ranks.peer_memory)
+    result = out if out.dtype == whole.dtype else torch.empty_like(out, dtype=whole.dtype)
+    work: Work | None = dist.reduce_scatter(result, parts, op=op, group=ranks.group, async_op=True)
+    return Then([work] if work is not None else [], lambda: _widen(result, out))
+
+
+def _widen(result: Tensor, out: Tensor) -> None:
+    if result is not out:
+        out.copy_(result)
+
+
+def _nothing() -> None:
+    return None
