@@ -5,8 +5,8 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Piece:
     global_shape: tuple[int, ...]
     flat_offset: int
     data: Tensor
+    coordinates: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class PlainState:
 
     def load_records(self, source: Any, *, optimizer_states: bool = True, **_: Any) -> None:
         for name, param in self._model.named_parameters():
-            for state in source.states(name):
+            for state in source.states(name, {}):
                 if state != "param":
                     if not optimizer_states:
                         continue

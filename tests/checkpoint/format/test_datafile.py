@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,7 @@ class Record:
     global_shape: tuple[int, ...]
     flat_offset: int
     data: Tensor
+    coordinates: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 def save(folder: Path, records: Sequence[Record], **blobs: Tensor) -> Path:
@@ -147,11 +148,11 @@ def test_a_file_that_is_gone_is_told_and_not_raised_in_the_middle_of_a_load(tmp_
 
 
 def test_a_newer_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ds_checkpoint.format.manifest.VERSION", 2)
+    monkeypatch.setattr("ds_checkpoint.format.manifest.VERSION", 3)
     path = sample(tmp_path)
     monkeypatch.undo()
     with pytest.raises(
-        CheckpointError, match="version 2, this ds-checkpoint reads ds-checkpoint up to version 1"
+        CheckpointError, match="version 3, this ds-checkpoint reads ds-checkpoint up to version 2"
     ):
         Checkpoint(path)
 

@@ -11,8 +11,8 @@ import os
 import random
 import struct
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,7 @@ class Record:
     data: Tensor
     state: str = "param"
     flat_offset: int = 0
+    coordinates: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def global_shape(self) -> tuple[int, ...]:
@@ -45,9 +46,8 @@ def problems(path: Path) -> str:
     try:
         with Checkpoint(path) as opened:
             opened.check_files()
-            for fqn, states in opened.manifest.tensors.items():
-                for state, entry in states.items():
-                    opened.read(fqn, state, 0, torch.empty(entry.numel, dtype=entry.dtype))
+            for fqn, state, entry in opened.manifest.entries():
+                opened.read(fqn, state, 0, torch.empty(entry.numel, dtype=entry.dtype), entry.coordinates)
             for name in opened.manifest.blobs:
                 opened.blob(name)
             return "; ".join(opened.problems)

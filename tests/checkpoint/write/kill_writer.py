@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ class Record:
     """A rank's half of one logical tensor, which holds the number of the save in every element."""
 
     state = "param"
+    coordinates: Mapping[str, tuple[int, int]] = {}
 
     def __init__(self, fqn: str, rank: int, ranks: int) -> None:
         self.fqn = fqn

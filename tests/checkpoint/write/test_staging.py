@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,7 @@ def save(root: Path, tag: str, value: float = 0.0, keep_last: int | None = None)
 
 class _Record:
     fqn, state, global_shape, flat_offset = "w", "param", (4,), 0
+    coordinates: Mapping[str, tuple[int, int]] = {}
 
     def __init__(self, data: torch.Tensor) -> None:
         self.data = data
@@ -287,7 +288,7 @@ def test_a_clock_that_is_set_back_changes_no_order(tmp_path: Path, monkeypatch: 
 
 
 def test_checkpoints_from_before_there_was_a_sequence_are_ordered_by_time(tmp_path: Path) -> None:
-    golden = Path(__file__).resolve().parents[2] / "golden" / "checkpoints" / "plain" / "saved"
+    golden = Path(__file__).resolve().parents[2] / "golden" / "checkpoints" / "version1" / "plain" / "saved"
     shutil.copytree(golden, tmp_path / "old")
     save(tmp_path, "new", 1)
     assert folder.by_age(tmp_path) == ["old", "new"]

@@ -137,7 +137,7 @@ def load_parts(folder: Path, stage: int) -> None:
 def load_whole(folder: Path) -> None:
     with engine_of(None, 1) as engine:
         with pytest.raises(
-            CheckpointError, match="cut among 2 model-parallel ranks, this one has 1: load it with"
+            CheckpointError, match="cut into 2 along the axis 'tensor', this one is cut into 1: load it with"
         ):
             engine.load_checkpoint(folder / "saved")
         engine.save_checkpoint(folder / "whole")
@@ -145,7 +145,9 @@ def load_whole(folder: Path) -> None:
         mpu = Mpu()
         with (
             engine_of(mpu, 1) as engine,
-            pytest.raises(CheckpointError, match=r"cut among 1 .* this one has 2"),
+            pytest.raises(
+                CheckpointError, match=r"cut into 1 along the axis 'tensor', this one is cut into 2"
+            ),
         ):
             engine.load_checkpoint(folder / "whole")
         mpu.close()
@@ -159,10 +161,14 @@ def test_parts_are_kept_apart_and_load_on_another_number_of_data_ranks(
     jobs.on_ranks(request, 2, load_parts, folder=tmp_path, stage=stage)
     jobs.on_ranks(request, 4, load_parts, folder=tmp_path, stage=(stage + 1) % 4)
     with checkpoint.open_checkpoint(tmp_path / "saved") as opened:
-        assert {"weight#part0of2", "weight#part1of2", "head#part1of2"} < set(opened.manifest.tensors)
-        assert "head#part0of2" not in opened.manifest.tensors
+        where = {(fqn, *entry.coordinates.items()) for fqn, _, entry in opened.manifest.entries()}
+        parts = [("tensor", (0, 2)), ("tensor", (1, 2))]
+        assert {("weight", parts[0]), ("weight", parts[1]), ("head", parts[1])} < where
+        assert ("head", parts[0]) not in where and {axis for _, axis in where} == set(parts)
         assert list(opened.verify()) == []
-    with pytest.raises(CheckpointError, match="holds the parts of 2 model-parallel ranks"):
+    with pytest.raises(
+        CheckpointError, match=r"holds the parts of a model that is cut among ranks \(tensor 2\)"
+    ):
         checkpoint.state_dict(tmp_path / "saved")
     jobs.on_ranks(request, 2, load_whole, folder=tmp_path)
 
@@ -212,7 +218,8 @@ def save_experts(folder: Path, stage: int) -> None:
 def load_experts(folder: Path, stage: int) -> None:
     model, optimizer, place = sharded(stage, filled=False)
     with Checkpoint(folder / "tag") as opened:
-        assert set(opened.manifest.tensors) == {"dense", "expert#0of2", "expert#1of2"}
+        where = {(fqn, *entry.coordinates.items()) for fqn, _, entry in opened.manifest.entries()}
+        assert where == {("dense",), ("expert", ("expert", (0, 2))), ("expert", ("expert", (1, 2)))}
         ds_zero.load_records(model, optimizer, opened)
         assert opened.problems == []
     found = experts_of(model)

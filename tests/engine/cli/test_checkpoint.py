@@ -24,7 +24,8 @@ def test_inspect_says_what_is_in_it() -> None:
     facts = json.loads(text)
     assert code == 0 and facts["ranks"] == 3 and facts["global_steps"] == 3 and facts["optimizer"] == "adam"
     assert facts["states"]["exp_avg"]["tensors"] == 7 and facts["tied"] == {"head.weight": "emb.weight"}
-    assert {"name": "up.weight", "state": "exp_avg", "dtype": "float32", "shape": [9, 6]} in facts["tensors"]
+    row = {"name": "up.weight", "state": "exp_avg", "dtype": "float32", "shape": [9, 6], "coordinates": {}}
+    assert row in facts["tensors"]
     code, text = ds("inspect", GOLDEN)
     assert code == 0 and "exp_avg_sq" in text and "global_step3" in text
 
@@ -67,3 +68,18 @@ def test_verify_fails_where_latest_names_a_lost_checkpoint(tmp_path: Path) -> No
         code, text = ds("verify", tmp_path)
     assert code == 1 and "'latest' names 'second', which is not there" in text and "1 problem" in text
     assert ds("verify", tmp_path, "--tag", "first")[0] == 0 and ds("verify", tmp_path / "first")[0] == 0
+
+
+def test_inspect_lists_coordinates() -> None:
+    experts = GOLDEN.parents[1] / "checkpoints" / "version2" / "experts"
+    code, text = ds("inspect", experts, "--json", "--tensors")
+    facts = json.loads(text)
+    assert code == 0 and facts["axes along which values differ"] == {"expert": 2}
+    rows = [
+        row["coordinates"] for row in facts["tensors"] if row["name"] == "expert" and row["state"] == "param"
+    ]
+    assert rows == [{"expert": [0, 2]}, {"expert": [1, 2]}]
+    code, text = ds("inspect", experts, "--tensors")
+    assert code == 0 and "expert 0 of 2" in " ".join(text.split())
+    code, text = ds("export", experts, "out")
+    assert code == 1 and "several values under one name" in text

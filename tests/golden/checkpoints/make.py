@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import ds_engine
 import ds_zero
+from ds_checkpoint.format.manifest import VERSION
 from ds_engine.checkpoint import Content, write
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / f"version{VERSION}"
 CONFIG: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
     "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
@@ -142,6 +143,7 @@ def main(kind: str) -> None:
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     folder, part = HERE / kind, 0
+    folder.mkdir(parents=True, exist_ok=True)
     if kind == "experts":
         model, optimizer, part = make_experts(filled=True)
         write(folder, "saved", lambda: Content(records=ds_zero.records(model, optimizer)))

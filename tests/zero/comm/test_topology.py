@@ -412,8 +412,10 @@ def test_experts_have_a_mesh_of_their_own(stage: int) -> None:
         reference.step()
         reference.zero_grad()
     assert norms == pytest.approx(expected, rel=1e-5)
-    names = {r.fqn for r in ds_zero.records(model, optimizer)}
-    assert {n for n in names if n.startswith("experts")} == {f"experts.e0.weight#{place}of2"}
+    records = ds_zero.records(model, optimizer)
+    experts = {(r.fqn, *r.coordinates.items()) for r in records if r.fqn.startswith("experts")}
+    assert experts == {("experts.e0.weight", ("expert", (place, 2)))}
+    assert all(not r.coordinates for r in records if not r.fqn.startswith("experts"))
     values = whole(model)
     torch.testing.assert_close(
         values["dense.weight"], whole_model.dense.weight.detach(), rtol=1e-4, atol=1e-5

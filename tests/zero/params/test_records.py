@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,21 +12,25 @@ from torch import Tensor, nn
 
 import ds_zero
 from ds_offload import CPUAdam
+from ds_zero.interfaces import EVERYWHERE, Coordinates
 from harness import ranks
 from zero.models import Tiny, batch
 
 STAGES = [0, 1, 2, 3]
 
 
+_Name = tuple[str, str, tuple[tuple[str, tuple[int, int]], ...]]
+
+
 class Memory:
     """A checkpoint in memory, assembled from all ranks' records."""
 
     def __init__(self, records: list[ds_zero.ShardRecord]) -> None:
-        self.tensors: dict[tuple[str, str], Tensor] = {}
-        self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
-        self.seen: dict[tuple[str, str], Tensor] = {}
+        self.tensors: dict[_Name, Tensor] = {}
+        self.shapes: dict[_Name, tuple[int, ...]] = {}
+        self.seen: dict[_Name, Tensor] = {}
         for r in records:
-            key = (r.fqn, r.state)
+            key = (r.fqn, r.state, tuple(r.coordinates.items()))
             numel = torch.Size(r.global_shape).numel()
             whole = self.tensors.setdefault(key, torch.zeros(numel, dtype=r.data.dtype))
             seen = self.seen.setdefault(key, torch.zeros(numel, dtype=torch.int64))
@@ -33,19 +38,25 @@ class Memory:
             whole[r.flat_offset : r.flat_offset + r.data.numel()] = r.data
             seen[r.flat_offset : r.flat_offset + r.data.numel()] += 1
 
-    def states(self, fqn: str) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-        return {s: (self.shapes[n, s], t.dtype) for (n, s), t in self.tensors.items() if n == fqn}
+    def states(
+        self, fqn: str, coordinates: Coordinates = EVERYWHERE
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        at = tuple(coordinates.items())
+        return {
+            s: (self.shapes[n, s, c], t.dtype) for (n, s, c), t in self.tensors.items() if (n, c) == (fqn, at)
+        }
 
-    def read(self, fqn: str, state: str, flat_offset: int, out: Tensor) -> None:
-        out.copy_(self.tensors[fqn, state][flat_offset : flat_offset + out.numel()])
+    def read(
+        self, fqn: str, state: str, flat_offset: int, out: Tensor, coordinates: Coordinates = EVERYWHERE
+    ) -> None:
+        whole = self.tensors[fqn, state, tuple(coordinates.items())]
+        out.copy_(whole[flat_offset : flat_offset + out.numel()])
 
 
 def everyones(records: list[ds_zero.ShardRecord]) -> list[ds_zero.ShardRecord]:
     if not dist.is_initialized():
         return records
-    mine = [
-        ds_zero.ShardRecord(r.fqn, r.state, r.global_shape, r.flat_offset, r.data.clone()) for r in records
-    ]
+    mine = [replace(r, data=r.data.clone()) for r in records]
     box: list[list[ds_zero.ShardRecord]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(box, mine)
     return [r for part in box for r in part]
@@ -76,8 +87,8 @@ def test_every_element_once(stage: int) -> None:
     expected = {(n, "param") for n, _ in model.named_parameters()} | {("offset", "buffer")}
     trained = {n for n, p in model.named_parameters() if p.requires_grad and not n.startswith("unused")}
     expected |= {(n, s) for n in trained for s in ("exp_avg", "exp_avg_sq", "step")}
-    assert set(found.tensors) == expected
-    assert all(found.shapes[n, "param"] == p.shape for n, p in model.named_parameters())
+    assert set(found.tensors) == {(n, s, ()) for n, s in expected}
+    assert all(found.shapes[n, "param", ()] == p.shape for n, p in model.named_parameters())
 
 
 @ranks(2)
@@ -107,11 +118,11 @@ def test_loading_names_what_does_not_fit() -> None:
     model, optimizer = job(3, "adamw", None)
     saved = Memory(everyones(ds_zero.records(model, optimizer)))
     before = ds_zero.full_state_dict(model)
-    del saved.tensors["frozen.weight", "param"]
+    del saved.tensors["frozen.weight", "param", ()]
     with pytest.raises(ValueError, match=r"lacks 1 of \d+ tensors.*frozen\.weight"):
         ds_zero.load_records(model, optimizer, saved)
     saved = Memory(everyones(ds_zero.records(model, optimizer)))
-    saved.shapes["frozen.weight", "param"] = (3, 75)
+    saved.shapes["frozen.weight", "param", ()] = (3, 75)
     with pytest.raises(ValueError, match=r"'frozen\.weight' has shape \(15, 15\) in the model and \(3, 75\)"):
         ds_zero.load_records(model, optimizer, saved)
     after = ds_zero.full_state_dict(model)

@@ -229,7 +229,7 @@ def _check_read(checkpoint: Checkpoint, records: Sequence[Any], *, states: bool)
         if record.state not in (PARAM, BUFFER) and not states:
             continue
         end = record.flat_offset + record.data.numel()
-        if not checkpoint.was_read(record.fqn, record.state, record.flat_offset, end):
+        if not checkpoint.was_read(record.fqn, record.state, record.flat_offset, end, record.coordinates):
             raise CheckpointError(
                 f"elements {record.flat_offset} to {end} of {record.state} of {record.fqn!r} were not restored"
             )

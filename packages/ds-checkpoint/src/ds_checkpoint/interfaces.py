@@ -6,10 +6,18 @@ An owner keeps dataclasses of its own: only the attributes count. `tests/contrac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+Coordinates = Mapping[str, tuple[int, int]]
+"""Name of a mesh axis -> (index on it, size of it), for the axes along which the values under one name differ. An axis
+along which all ranks hold the same values, or ranges of one logical tensor, does not appear."""
+
+EVERYWHERE: Coordinates = MappingProxyType({})
+"""Coordinates of a tensor whose values differ along no axis."""
 
 
 class ShardRecord(Protocol):
@@ -35,16 +43,26 @@ class ShardRecord(Protocol):
     def data(self) -> Tensor:
         """1-D and contiguous; may be a view of the live tensor."""
 
+    @property
+    def coordinates(self) -> Coordinates:
+        """Which of the tensors of that name it is, where values differ along axes of the mesh."""
+
 
 class RecordSource(Protocol):
     """A checkpoint seen by logical name, as an owner reads it."""
 
-    def states(self, fqn: str) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+    def states(
+        self, fqn: str, coordinates: Coordinates = EVERYWHERE
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """State name -> (global shape, dtype) of what is stored for a parameter or buffer; empty if the name is
         unknown.
+
+        Raises where the stored values differ along other axes, or along axes of other sizes; the error says which.
         """
 
-    def read(self, fqn: str, state: str, flat_offset: int, out: Tensor) -> None:
+    def read(
+        self, fqn: str, state: str, flat_offset: int, out: Tensor, coordinates: Coordinates = EVERYWHERE
+    ) -> None:
         """Fill the 1-D `out` with elements [flat_offset, flat_offset + out.numel()), cast to its dtype."""
 
 

@@ -5,7 +5,7 @@ The update itself is `torch.optim.Optimizer`'s role: the engine calls `optimizer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 T = TypeVar("T")
+
+Reading = tuple[str, str, Mapping[str, tuple[int, int]], int, int]
+"""What is read from a checkpoint at once: name, state, mesh coordinates, first element, number of elements."""
 
 
 class World(Protocol):
@@ -99,6 +102,9 @@ class Record(Protocol):
     def flat_offset(self) -> int: ...
     @property
     def data(self) -> Tensor: ...
+    @property
+    def coordinates(self) -> Mapping[str, tuple[int, int]]:
+        """Index and size of every mesh axis along which the values under this name differ."""
 
 
 class Shares(Protocol):
@@ -159,15 +165,14 @@ class ModelState(Protocol):
         *,
         optimizer_states: bool = True,
         keep: AbstractSet[str] = frozenset(),
-        expect: Callable[[Sequence[tuple[str, str, int, int]]], None] | None = None,
+        expect: Callable[[Sequence[Reading]], None] | None = None,
     ) -> None:
         """Take the values of every piece from a checkpoint. Collective.
 
         Args:
             optimizer_states: read those too.
             keep: names of tensors that stay as they are, with their states.
-            expect: called before the first read with what will be read: name, state, first element, number of
-                elements.
+            expect: called before the first read with what will be read.
         """
 
     def offload(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -170,17 +171,31 @@ class Norms(Protocol):
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[float, bool]: ...
 
 
+Coordinates = Mapping[str, tuple[int, int]]
+"""Name of a mesh axis -> (index on it, size of it), for the axes along which the values under one name differ. An axis
+along which all ranks hold the same values, or ranges of one logical tensor, does not appear."""
+
+EVERYWHERE: Coordinates = MappingProxyType({})
+"""Coordinates of a tensor whose values differ along no axis."""
+
+
 class RecordSource(Protocol):
     """A checkpoint seen by logical name; `ds_zero.load_records` asks it for exactly the ranges this rank
     owns.
     """
 
-    def states(self, fqn: str) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+    def states(
+        self, fqn: str, coordinates: Coordinates = EVERYWHERE
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """State name -> (global shape, dtype) of what is stored for this parameter or buffer; empty if it is
         unknown.
+
+        Raises where the stored values differ along other axes, or along axes of other sizes; the error says which.
         """
 
-    def read(self, fqn: str, state: str, flat_offset: int, out: Tensor) -> None:
+    def read(
+        self, fqn: str, state: str, flat_offset: int, out: Tensor, coordinates: Coordinates = EVERYWHERE
+    ) -> None:
         """Fill the 1-D `out` with elements [flat_offset, flat_offset + out.numel()) of the flattened tensor,
         cast to its dtype.
         """

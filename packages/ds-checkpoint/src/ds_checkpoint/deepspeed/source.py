@@ -328,7 +328,10 @@ class DeepSpeedCheckpoint(Checkpoint):
             world_size=int(first.get("dp_world_size") or len(self._found.optim) or 1),
             saved_at_s=self._found.model[0].stat().st_mtime,
             files={},
-            tensors=self._entries,
+            tensors={
+                fqn: {state: (entry,) for state, entry in states.items()}
+                for fqn, states in self._entries.items()
+            },
             blobs=entries,
             values=values,
         )

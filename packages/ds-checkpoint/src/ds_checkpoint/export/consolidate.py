@@ -158,10 +158,16 @@ def convert(
     """
     with open_checkpoint(path, tag) as checkpoint:
         manifest = checkpoint.manifest
-        found = [
-            Record(fqn, state, entry.shape, 0, checkpoint.tensor(fqn, state).reshape(-1))
-            for fqn, states in manifest.tensors.items()
-            for state, entry in states.items()
+        records = [
+            Record(
+                fqn,
+                state,
+                entry.shape,
+                0,
+                checkpoint.tensor(fqn, state, entry.coordinates).reshape(-1),
+                entry.coordinates,
+            )
+            for fqn, state, entry in manifest.entries()
         ]
         values = {key: value for key, value in manifest.values.items() if not key.startswith("rng/")}
         blobs = {name: checkpoint.blob(name) for name in manifest.blobs if not name.startswith("rng/")}
@@ -170,13 +176,13 @@ def convert(
                 f"{checkpoint.path}: random generators belong to the ranks that wrote it and are left out",
                 stacklevel=2,
             )
-        content = Content(records=found, blobs=blobs, values=values)
+        content = Content(records=records, blobs=blobs, values=values)
         return write(out_dir, out_tag or manifest.tag, lambda: content)
 
 
 def _num_bytes(checkpoint: Checkpoint, fqn: str, dtype: torch.dtype | None) -> int:
     states = checkpoint.manifest.tensors[fqn]
-    entry = states.get("param") or states["buffer"]
+    (entry,) = states.get("param") or states["buffer"]
     cast = dtype is not None and "param" in states and entry.dtype.is_floating_point
     return math.prod(entry.shape) * (dtype if cast and dtype is not None else entry.dtype).itemsize
 

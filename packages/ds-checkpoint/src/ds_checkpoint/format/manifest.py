@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ import torch
 
 from ds_checkpoint.disk.crc import crc32c
 from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format import coordinates as mesh
 from ds_checkpoint.format.datafile import FileInfo
+from ds_checkpoint.format.version_1 import upgraded
+from ds_checkpoint.interfaces import Coordinates
 
 NAME = "manifest.json"
 FORMAT = "ds-checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,8 @@ class Piece:
 class Entry:
     """One logical tensor: a parameter, a buffer, or a state of a parameter."""
 
+    coordinates: Coordinates = field(default_factory=dict)
+    """Which of the tensors of that name it is, where values differ along axes of the mesh."""
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
@@ -71,8 +76,9 @@ class Manifest:
     named_latest: bool = True
     """Whether the save made `latest` name it."""
     files: Mapping[str, FileInfo]
-    tensors: Mapping[str, Mapping[str, Entry]]
-    """Name of parameter or buffer -> "param", "buffer" or name of an optimizer state -> tensor."""
+    tensors: Mapping[str, Mapping[str, tuple[Entry, ...]]]
+    """Name of parameter or buffer -> "param", "buffer" or name of an optimizer state -> tensor; several where their
+    values differ along axes of the mesh of ranks, each with its coordinates."""
     blobs: Mapping[str, Entry] = field(default_factory=dict)
     """Tensors that belong to no parameter: random generators, the user's own. Each is one piece."""
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -80,7 +86,14 @@ class Manifest:
 
     @property
     def num_tensors(self) -> int:
-        return sum(len(states) for states in self.tensors.values())
+        return sum(1 for _ in self.entries())
+
+    def entries(self) -> Iterator[tuple[str, str, Entry]]:
+        """Name, state and tensor of all that belongs to a parameter or buffer."""
+        for fqn, states in self.tensors.items():
+            for state, entries in states.items():
+                for entry in entries:
+                    yield fqn, state, entry
 
 
 def check_pieces(name: str, shape: tuple[int, ...], pieces: Iterable[Piece]) -> tuple[Piece, ...]:
@@ -116,7 +129,7 @@ def dump(manifest: Manifest) -> bytes:
         "values": dict(manifest.values),
         "files": {name: vars(info) for name, info in manifest.files.items()},
         "tensors": {
-            fqn: {state: _dump_entry(entry) for state, entry in states.items()}
+            fqn: {state: [_dump_entry(entry) for entry in entries] for state, entries in states.items()}
             for fqn, states in manifest.tensors.items()
         },
         "blobs": {name: _dump_entry(entry) for name, entry in manifest.blobs.items()},
@@ -136,6 +149,7 @@ def _dump_entry(entry: Entry) -> dict[str, Any]:
     return {
         "dtype": str(entry.dtype).removeprefix("torch."),
         "shape": list(entry.shape),
+        **({"coordinates": mesh.merged(entry.coordinates)} if entry.coordinates else {}),
         "pieces": [vars(piece) for piece in entry.pieces],
     }
 
@@ -164,6 +178,8 @@ def _read(body: dict[str, Any], path: Path) -> Manifest:
             f"{path} has format {body['format']} version {body['version']}, this ds-checkpoint reads {FORMAT} up "
             f"to version {VERSION}: install a newer one"
         )
+    if body["version"] == 1:
+        body = upgraded(body)
     return Manifest(
         tag=body["tag"],
         world_size=body["world_size"],
@@ -173,7 +189,10 @@ def _read(body: dict[str, Any], path: Path) -> Manifest:
         values=body["values"],
         files={name: FileInfo(**info) for name, info in body["files"].items()},
         tensors={
-            fqn: {state: _load_entry(entry, f"{state} of {fqn!r}") for state, entry in states.items()}
+            fqn: {
+                state: tuple(_load_entry(entry, f"{state} of {fqn!r}") for entry in entries)
+                for state, entries in states.items()
+            }
             for fqn, states in body["tensors"].items()
         },
         blobs={name: _load_entry(entry, name) for name, entry in body["blobs"].items()},
@@ -210,4 +229,9 @@ def peek(raw: bytes) -> tuple[Age, bool] | None:
 def _load_entry(entry: dict[str, Any], name: str) -> Entry:
     shape = tuple(entry["shape"])
     pieces = check_pieces(name, shape, (Piece(**piece) for piece in entry["pieces"]))
-    return Entry(dtype=getattr(torch, entry["dtype"]), shape=shape, pieces=pieces)
+    return Entry(
+        dtype=getattr(torch, entry["dtype"]),
+        shape=shape,
+        pieces=pieces,
+        coordinates=mesh.merged(entry.get("coordinates", {})),
+    )

@@ -1,77 +1,91 @@
 """A model that is itself cut among ranks: the part of each model-parallel rank in one checkpoint.
 
-Ranks of different parts have different tensors, and often different parameters, under the same names. So names get
-the part's coordinate as a suffix, and what is said of parameters by name is kept for each part. A job that reads has
-to be cut in the same way; how many data-parallel ranks it has does not matter.
+Ranks of different parts have different tensors, and often different parameters, under the same names. So records get
+the part's coordinates, and what is said of parameters by name is kept for each part. A job that reads has to be cut in
+the same way; how many data-parallel ranks it has does not matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format.coordinates import merged, sizes
 from ds_checkpoint.format.records import Record
+from ds_checkpoint.interfaces import Coordinates
 
 if TYPE_CHECKING:
     from ds_checkpoint.interfaces import ShardRecord
     from ds_checkpoint.read.checkpoint import Checkpoint
 
-PARTS = "model_parallel_size"
-"""Key of the number of parts in a manifest's values."""
+MODEL_AXES = "model_axes"
+"""Key, in a manifest's values, of the axes along which the model was cut: name -> size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPart:
-    """Part `index` of `count`; a model that is whole is part 0 of 1 and has plain names."""
+    """What one rank holds of a model; a model that is whole has no coordinates."""
 
-    index: int = 0
-    count: int = 1
+    coordinates: Coordinates = field(default_factory=dict)
+    """Along the axes of more than one rank that cut the model, outermost first."""
 
     @property
-    def suffix(self) -> str:
-        return f"#part{self.index}of{self.count}" if self.count > 1 else ""
+    def index(self) -> int:
+        """Number of this part among all."""
+        number = 0
+        for index, size in self.coordinates.values():
+            number = number * size + index
+        return number
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """What `MODEL_AXES` stands for in a manifest's values."""
+        return sizes(self.coordinates)
 
     @property
     def key(self) -> str:
         """Under which a manifest's values have what is this part's own."""
         return f"part/{self.index}"
 
-    def named(self, records: Iterable[ShardRecord]) -> list[ShardRecord]:
-        """The records under names that are theirs alone."""
-        if self.count == 1:
+    def placed(self, records: Iterable[ShardRecord]) -> list[ShardRecord]:
+        """The records, with the coordinates of this part."""
+        if not self.coordinates:
             return list(records)
-        return [Record(r.fqn + self.suffix, r.state, r.global_shape, r.flat_offset, r.data) for r in records]
+        return [
+            Record(
+                r.fqn, r.state, r.global_shape, r.flat_offset, r.data, merged(r.coordinates, self.coordinates)
+            )
+            for r in records
+        ]
 
     def narrow(self, checkpoint: Checkpoint) -> None:
-        """Let `checkpoint` show the tensors and values of this part under the names that the model has.
+        """Let `checkpoint` show the tensors and values of this part alone.
 
         Raises:
-            CheckpointError: it was written by a model that is cut into another number of parts.
+            CheckpointError: it was written by a model that is cut in another way.
         """
         values = checkpoint.manifest.values
-        written = int(values.get(PARTS, 1))
-        if written != self.count:
-            raise CheckpointError(
-                f"it was written by a model cut among {written} model-parallel ranks, this one has {self.count}: load "
-                "it with the same number (the number of data-parallel ranks may differ)"
-            )
-        if self.count > 1:
+        written: Mapping[str, int] = values.get(MODEL_AXES) or {}
+        for axis in (*written, *self.axes):
+            there, here = written.get(axis, 1), self.axes.get(axis, 1)
+            if there != here:
+                raise CheckpointError(
+                    f"it was written by a model that is cut into {there} along the axis {axis!r}, this one is cut into "
+                    f"{here}: load it with the same size of that axis (the number of data-parallel ranks may differ)"
+                )
+        if self.coordinates:
             own: Mapping[str, Any] = values[self.key]
-            checkpoint.show(
-                {fqn.removesuffix(self.suffix): fqn for fqn in self._mine(checkpoint)}, {**values, **own}
-            )
-
-    def _mine(self, checkpoint: Checkpoint) -> list[str]:
-        return [fqn for fqn in checkpoint.manifest.tensors if fqn.endswith(self.suffix)]
+            checkpoint.narrow(self.coordinates, {**values, **own})
 
 
 def refuse_parts(checkpoint: Checkpoint) -> None:
     """CheckpointError for a checkpoint that no single rank's model can hold."""
-    count = int(checkpoint.manifest.values.get(PARTS, 1))
-    if count > 1:
+    axes = checkpoint.manifest.values.get(MODEL_AXES)
+    if axes:
+        cut = " x ".join(f"{axis} {size}" for axis, size in axes.items())
         raise CheckpointError(
-            f"{checkpoint.path} holds the parts of {count} model-parallel ranks, and only the model knows how they "
-            "make a whole: load it into an engine on as many, and put the parts together there"
+            f"{checkpoint.path} holds the parts of a model that is cut among ranks ({cut}), and only the model knows "
+            "how they make a whole: load it into an engine on as many, and put the parts together there"
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from ds_checkpoint.interfaces import Coordinates
 
 PARAM, BUFFER = "param", "buffer"
 """States that the model itself consists of; every other one is the optimizer's."""
@@ -22,3 +24,4 @@ class Record:
     flat_offset: int
     data: Tensor
     """1-D and contiguous."""
+    coordinates: Coordinates = field(default_factory=dict)

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from ds_checkpoint.disk.infile import ReadAhead
 from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format import coordinates as mesh
 from ds_checkpoint.format import folder
 from ds_checkpoint.format.datafile import DataFile
 from ds_checkpoint.format.manifest import Entry, Manifest, Piece
+from ds_checkpoint.interfaces import EVERYWHERE, Coordinates
 
 MAX_PROBLEMS = 10
 
@@ -43,11 +45,16 @@ class Checkpoint:
         self.problems: list[str] = []
         self._files: dict[str, DataFile] = {}
         self._ahead = ReadAhead()
-        self._read: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        self._read: _Ranges = {}
 
-    def show(self, names: Mapping[str, str], values: Mapping[str, Any]) -> None:
-        """From here on have these tensors only (name -> name in the file), and other values."""
-        tensors = {name: self.manifest.tensors[stored] for name, stored in names.items()}
+    def narrow(self, coordinates: Coordinates, values: Mapping[str, Any]) -> None:
+        """From here on have the tensors at these coordinates only, which then count as said; and other values."""
+        tensors: dict[str, dict[str, tuple[Entry, ...]]] = {}
+        for fqn, state, entry in self.manifest.entries():
+            if all(entry.coordinates.get(axis, here) == here for axis, here in coordinates.items()):
+                rest = {axis: at for axis, at in entry.coordinates.items() if axis not in coordinates}
+                states = tensors.setdefault(fqn, {})
+                states[state] = (*states.get(state, ()), replace(entry, coordinates=rest))
         self.manifest = replace(self.manifest, tensors=tensors, values=values)
 
     def check_files(self, first: int = 0, stride: int = 1) -> None:
@@ -75,20 +82,43 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def states(self, fqn: str) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+    def states(
+        self, fqn: str, coordinates: Coordinates = EVERYWHERE
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """State name -> (global shape, dtype) of what there is for a parameter or buffer; empty if it is
         unknown.
-        """
-        return {
-            state: (entry.shape, entry.dtype) for state, entry in self.manifest.tensors.get(fqn, {}).items()
-        }
 
-    def expect(self, ranges: Sequence[tuple[str, str, int, int]]) -> None:
-        """`read` will be asked for these, in this order: name, state, first element, number of elements."""
+        Raises:
+            CheckpointError: its values differ along other axes, or along axes of other sizes.
+        """
+        at = {state: self._at(fqn, state, coordinates) for state in self.manifest.tensors.get(fqn, {})}
+        return {state: (entry.shape, entry.dtype) for state, entry in at.items() if entry is not None}
+
+    def _at(self, fqn: str, state: str, coordinates: Coordinates) -> Entry | None:
+        """The tensor at these coordinates; None if only others have one (a stage of a pipeline).
+
+        Raises:
+            CheckpointError: as `states`.
+        """
+        entries = self.manifest.tensors[fqn][state]
+        mesh.check_sizes(f"{state} of {fqn!r}", (entry.coordinates for entry in entries), coordinates)
+        wanted = mesh.hashable(coordinates)
+        return next((e for e in entries if mesh.hashable(e.coordinates) == wanted), None)
+
+    def _entry(self, fqn: str, state: str, coordinates: Coordinates) -> Entry:
+        entry = self._at(fqn, state, coordinates)
+        if entry is None:
+            raise KeyError(f"there is no {state} of {fqn!r} at {mesh.text(coordinates)}")
+        return entry
+
+    def expect(self, ranges: Sequence[tuple[str, str, Coordinates, int, int]]) -> None:
+        """`read` will be asked for these, in this order: name, state, coordinates, first element, number of
+        elements.
+        """
         self._expect(
             part
-            for fqn, state, first, numel in ranges
-            for part in _parts(self.manifest.tensors[fqn][state], first, first + numel)
+            for fqn, state, coordinates, first, numel in ranges
+            for part in _parts(self._entry(fqn, state, coordinates), first, first + numel)
         )
 
     def _expect(self, parts: Iterable[tuple[Piece, int, int]]) -> None:
@@ -99,11 +129,13 @@ class Checkpoint:
                 spans.append(self._file(piece.file).span(piece.key, first, high - low))
         self._ahead.expect(span for span in spans if span is not None)
 
-    def read(self, fqn: str, state: str, flat_offset: int, out: Tensor) -> None:
+    def read(
+        self, fqn: str, state: str, flat_offset: int, out: Tensor, coordinates: Coordinates = EVERYWHERE
+    ) -> None:
         """Fill the 1-D `out` with elements [flat_offset, flat_offset + out.numel()), cast to its dtype."""
-        entry = self.manifest.tensors[fqn][state]
-        self._fill(entry, f"{state} of {fqn!r}", flat_offset, out)
-        self._read.setdefault((fqn, state), []).append((flat_offset, flat_offset + out.numel()))
+        self._fill(self._entry(fqn, state, coordinates), _name(fqn, state, coordinates), flat_offset, out)
+        ranges = self._read.setdefault((fqn, state, mesh.hashable(coordinates)), [])
+        ranges.append((flat_offset, flat_offset + out.numel()))
 
     def blob(self, name: str) -> Tensor:
         """A tensor that belongs to no parameter, on the CPU; damage is kept in `problems`, as in `read`."""
@@ -112,25 +144,30 @@ class Checkpoint:
         self._fill(entry, name, 0, out)
         return out.view(entry.shape)
 
-    def tensor(self, fqn: str, state: str = "param") -> Tensor:
+    def tensor(self, fqn: str, state: str = "param", coordinates: Coordinates = EVERYWHERE) -> Tensor:
         """A whole logical tensor in its own shape and dtype, on the CPU.
+
+        Args:
+            coordinates: where its values differ along axes of the mesh of ranks, which of them: axis -> (index, size).
 
         Raises:
             KeyError: there is no such tensor.
-            CheckpointError: it is damaged.
+            CheckpointError: it is damaged, or its values differ along other axes.
         """
-        entry = self.manifest.tensors[fqn][state]
+        entry = self._entry(fqn, state, coordinates)
         before = len(self.problems)
         out = torch.empty(entry.numel, dtype=entry.dtype)
-        self._fill(entry, f"{state} of {fqn!r}", 0, out)
+        self._fill(entry, _name(fqn, state, coordinates), 0, out)
         if len(self.problems) > before:
             raise CheckpointError("; ".join(self.problems[before:]))
         return out.view(entry.shape)
 
-    def was_read(self, fqn: str, state: str, begin: int, end: int) -> bool:
+    def was_read(
+        self, fqn: str, state: str, begin: int, end: int, coordinates: Coordinates = EVERYWHERE
+    ) -> bool:
         """Whether every element of that range has been asked for."""
         at = begin
-        for low, high in sorted(self._read.get((fqn, state), [])):
+        for low, high in sorted(self._read.get((fqn, state, mesh.hashable(coordinates)), [])):
             if low <= at:
                 at = max(at, high)
         return at >= end
@@ -142,11 +179,10 @@ class Checkpoint:
                 self._file(name)
             except CheckpointError as error:
                 yield str(error)
-        entries = [entry for states in self.manifest.tensors.values() for entry in states.values()]
-        self._expect((piece, piece.flat_offset, piece.end) for entry in entries for piece in entry.pieces)
-        for fqn, states in self.manifest.tensors.items():
-            for state, entry in states.items():
-                yield from self._check(entry, f"{state} of {fqn!r}")
+        entries = list(self.manifest.entries())
+        self._expect((piece, piece.flat_offset, piece.end) for *_, entry in entries for piece in entry.pieces)
+        for fqn, state, entry in entries:
+            yield from self._check(entry, _name(fqn, state, entry.coordinates))
         for name, entry in self.manifest.blobs.items():
             yield from self._check(entry, name)
 
@@ -172,6 +208,16 @@ class Checkpoint:
             return str(error)
         except OSError as error:
             return f"{self.path / piece.file} cannot be read ({error.strerror})"
+
+
+_Ranges = dict[tuple[str, str, tuple[tuple[str, int, int], ...]], list[tuple[int, int]]]
+"""Name, state and coordinates -> ranges that were asked for."""
+
+
+def _name(fqn: str, state: str, coordinates: Coordinates) -> str:
+    """For people."""
+    where = mesh.text(coordinates)
+    return f"{state} of {fqn!r}" + (f" ({where})" if where else "")
 
 
 def _parts(entry: Entry, first: int, end: int) -> Iterator[tuple[Piece, int, int]]:

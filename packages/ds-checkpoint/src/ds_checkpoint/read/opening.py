@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ds_checkpoint import deepspeed
+from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format import coordinates as mesh
 from ds_checkpoint.format import folder
 from ds_checkpoint.format.model_part import refuse_parts
 from ds_checkpoint.read.checkpoint import Checkpoint
@@ -52,8 +54,12 @@ def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> Che
 def names(checkpoint: Checkpoint, *, exclude_frozen: bool = False) -> Iterator[tuple[str, str]]:
     """Name in a state dict -> name under which it is stored, for parameters, persistent buffers and every
     further name of a shared parameter.
+
+    Raises:
+        CheckpointError: values under one name differ along axes of the mesh of ranks.
     """
     refuse_parts(checkpoint)
+    _refuse_several(checkpoint)
     values = checkpoint.manifest.values
     frozen = set(values.get("frozen") or ()) if exclude_frozen else set()
     kept = {
@@ -63,6 +69,17 @@ def names(checkpoint: Checkpoint, *, exclude_frozen: bool = False) -> Iterator[t
     }
     yield from ((fqn, fqn) for fqn in checkpoint.manifest.tensors if fqn in kept)
     yield from ((other, fqn) for other, fqn in (values.get("tied") or {}).items() if fqn in kept)
+
+
+def _refuse_several(checkpoint: Checkpoint) -> None:
+    for fqn, state, entry in checkpoint.manifest.entries():
+        if entry.coordinates:
+            raise CheckpointError(
+                f"{checkpoint.path} has several values under one name: {state} of {fqn!r} is there for "
+                f"{mesh.text(entry.coordinates)}, and only the model knows how these make a whole. Load it into the "
+                f"model on as many ranks, or read one by one: checkpoint.tensor({fqn!r}, {state!r}, "
+                f"{mesh.merged(entry.coordinates)})"
+            )
 
 
 def tensor(checkpoint: Checkpoint, fqn: str, dtype: torch.dtype | None) -> Tensor:

@@ -324,9 +324,9 @@ class BackgroundSaver:
         for record, item in zip(content.records, items, strict=False):
             data, place = item.data.detach(), image.place(item.key, item.data)
             of = (record.fqn, record.state, record.global_shape, record.flat_offset)
-            records.append(Record(*of, place))
+            records.append(Record(*of, place, record.coordinates))
             if self._optimizer is not None and data.nbytes >= LATE_BYTES and content.only_stepped(record):
-                late.append((Record(*of, data), item.key))
+                late.append((Record(*of, data, record.coordinates), item.key))
             elif data.device.type == "cpu":
                 now.append((data, item.key))
             else:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_checkpoint.disk import synced
 from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format import coordinates as mesh
 from ds_checkpoint.format import datafile, folder, manifest
 from ds_checkpoint.format.datafile import FileInfo, Item
 from ds_checkpoint.format.image import Image
@@ -122,7 +123,8 @@ def described(content: Content) -> tuple[list[Item], list[dict[str, Any]]]:
     items: list[Item] = []
     tensors: list[dict[str, Any]] = []
     for record in content.records:
-        key = f"{record.fqn}/{record.state}@{record.flat_offset}"
+        where = mesh.text(record.coordinates)
+        key = f"{record.fqn}/{record.state}@{record.flat_offset}" + (f" ({where})" if where else "")
         items.append(Item(key=key, data=record.data))
         tensors.append(
             {
@@ -130,6 +132,7 @@ def described(content: Content) -> tuple[list[Item], list[dict[str, Any]]]:
                 "state": record.state,
                 "shape": list(record.global_shape),
                 "offset": record.flat_offset,
+                "coordinates": mesh.merged(record.coordinates),
             }
         )
     for blob_name, tensor in content.blobs.items():
@@ -164,7 +167,7 @@ def _commit(staging: Staging, fragments: Sequence[bytes], tag: str) -> bytes:
 
 def _merge(fragments: Sequence[dict[str, Any]], tag: str, staging: Staging) -> Manifest:
     """One manifest from what the ranks wrote; CheckpointError if that is not every element exactly once."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    by_tensor: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     values: dict[str, Any] = {}
     files: dict[str, FileInfo] = {}
     for fragment in fragments:
@@ -172,15 +175,15 @@ def _merge(fragments: Sequence[dict[str, Any]], tag: str, staging: Staging) -> M
         values.update(fragment["values"])
         for entry in fragment["tensors"]:
             entry["file"] = fragment["file"]
-            kind = ("", entry["blob"]) if "blob" in entry else (entry["fqn"], entry["state"])
-            found.setdefault(kind, []).append(entry)
-    tensors: dict[str, dict[str, Entry]] = {}
+            by_tensor.setdefault(_tensor_of(entry), []).append(entry)
+    tensors: dict[str, dict[str, tuple[Entry, ...]]] = {}
     blobs: dict[str, Entry] = {}
-    for (fqn, name), entries in found.items():
+    for (fqn, name, _), entries in by_tensor.items():
         if "blob" in entries[0]:
             blobs[name] = _entry(name, entries)
         else:
-            tensors.setdefault(fqn, {})[name] = _entry(f"{name} of {fqn!r}", entries)
+            states = tensors.setdefault(fqn, {})
+            states[name] = (*states.get(name, ()), _entry(f"{name} of {fqn!r}", entries))
     return Manifest(
         tag=tag,
         world_size=len(fragments),
@@ -194,16 +197,26 @@ def _merge(fragments: Sequence[dict[str, Any]], tag: str, staging: Staging) -> M
     )
 
 
+def _tensor_of(entry: Mapping[str, Any]) -> tuple[str, str, tuple[tuple[str, int, int], ...]]:
+    """Which logical tensor or blob a piece belongs to."""
+    if "blob" in entry:
+        return "", entry["blob"], ()
+    return entry["fqn"], entry["state"], mesh.hashable(entry["coordinates"])
+
+
 def _entry(name: str, entries: Sequence[dict[str, Any]]) -> Entry:
     kinds = {(entry["dtype"], tuple(entry["shape"])) for entry in entries}
     if len(kinds) > 1:
         raise CheckpointError(f"ranks disagree about {name}: {sorted(map(str, kinds))}")
     dtype, shape = kinds.pop()
+    coordinates = mesh.merged(entries[0].get("coordinates", {}))
+    name += f" ({mesh.text(coordinates)})" if coordinates else ""
     pieces = [
         Piece(file=e["file"], key=e["key"], flat_offset=e["offset"], numel=e["numel"], crc32c=e["crc"])
         for e in entries
     ]
-    return Entry(dtype=getattr(torch, dtype), shape=shape, pieces=manifest.check_pieces(name, shape, pieces))
+    checked = manifest.check_pieces(name, shape, pieces)
+    return Entry(dtype=getattr(torch, dtype), shape=shape, pieces=checked, coordinates=coordinates)
 
 
 def _prune(root: Path, keep_last: int, tag: str) -> None:

@@ -18,7 +18,7 @@ from ds_checkpoint import rng
 from ds_checkpoint.errors import CheckpointError
 from ds_checkpoint.format import codec, folder, options
 from ds_checkpoint.format.model_config import MODEL_CONFIG, model_config
-from ds_checkpoint.format.model_part import PARTS, ModelPart
+from ds_checkpoint.format.model_part import MODEL_AXES, ModelPart
 from ds_checkpoint.interfaces import ShardRecord
 from ds_checkpoint.owners.names import tied
 from ds_checkpoint.read import opening
@@ -56,7 +56,10 @@ class Saving:
 
 
 def _part(engine: Engine) -> ModelPart:
-    return ModelPart(index=engine.topology.model.index, count=engine.topology.model.size)
+    axes = {name: engine.topology.axis(name) for name in ("pipe", "tensor")}
+    return ModelPart(
+        coordinates={name: (axis.index, axis.size) for name, axis in axes.items() if axis.size > 1}
+    )
 
 
 def save(
@@ -104,13 +107,13 @@ def _content(engine: Engine, client_state: Mapping[str, Any], saving: Saving) ->
     values: dict[str, Any] = {f"rng/{rank}": random_values}
     if rank == 0:
         values |= _shared_values(engine, client_state, blobs)
-        values[PARTS] = part.count
+        values[MODEL_AXES] = part.axes
     if engine.topology.samples.index == 0:  # one rank of each part
         own = _values_of_names(engine, left_out, blobs, f"part{part.index}")
-        values |= {part.key: own} if part.count > 1 else own
+        values |= {part.key: own} if part.coordinates else own
     records = [r for r in engine.model_state.records() if r.fqn not in left_out]
     return Content(
-        records=part.named(records), blobs=blobs, values=values, only_stepped=_only_stepped(engine.module)
+        records=part.placed(records), blobs=blobs, values=values, only_stepped=_only_stepped(engine.module)
     )
 
 
@@ -271,11 +274,11 @@ def _check_read(engine: Engine, checkpoint: Checkpoint, wanted: Wanted, team: Te
         if record.fqn not in checkpoint.manifest.tensors:
             continue  # left out when it was saved, or missing from a load that is not strict
         if record.state not in _MODEL_STATES and not (
-            wanted.optimizer and record.state in checkpoint.states(record.fqn)
+            wanted.optimizer and record.state in checkpoint.states(record.fqn, record.coordinates)
         ):
             continue
         begin, end = record.flat_offset, record.flat_offset + record.data.numel()
-        if not checkpoint.was_read(record.fqn, record.state, begin, end):
+        if not checkpoint.was_read(record.fqn, record.state, begin, end, record.coordinates):
             raise CheckpointError(
                 f"elements {begin} to {end} of {record.state} of {record.fqn!r} were not restored on rank "
                 f"{team.rank}"

@@ -19,7 +19,7 @@ from ds_engine.build.offload_states import send_away
 from ds_engine.build.topology import Meshes
 from ds_engine.config import ConfigError
 from ds_engine.config.sections.zero.leaf_module import DEFAULT_CLASSES, LeafModuleConfig
-from ds_engine.interfaces import LossGuard, ReducesGradients, Roles
+from ds_engine.interfaces import LossGuard, Reading, ReducesGradients, Roles
 from ds_engine.job import Job, LossScaling
 from ds_engine.job.precision import DTYPES
 
@@ -261,7 +261,7 @@ class ZeroState:
         *,
         optimizer_states: bool = True,
         keep: AbstractSet[str] = frozenset(),
-        expect: Callable[[Sequence[tuple[str, str, int, int]]], None] | None = None,
+        expect: Callable[[Sequence[Reading]], None] | None = None,
     ) -> None:
         ds_zero.load_records(
             self._model,

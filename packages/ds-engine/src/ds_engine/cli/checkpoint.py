@@ -52,9 +52,12 @@ def inspect(
             states.add_row(name, *(f"{of_state[k]:,}" for k in ("tensors", "elements", "bytes")))
         console.print(states)
         if tensors:
-            listing = Table("name", "state", "dtype", "shape")
+            listing = Table("name", "state", "dtype", "shape", "coordinates")
             for row in _listing(checkpoint):
-                listing.add_row(row["name"], row["state"], row["dtype"], str(tuple(row["shape"])))
+                where = ", ".join(
+                    f"{axis} {index} of {size}" for axis, (index, size) in row["coordinates"].items()
+                )
+                listing.add_row(row["name"], row["state"], row["dtype"], str(tuple(row["shape"])), where)
             console.print(listing)
 
 
@@ -71,7 +74,7 @@ def verify(path: PathArgument, tag: TagOption = None) -> None:
         problems = list(checkpoint.verify())
         if lost is not None:
             problems.append(f"{path}: 'latest' names {lost!r}, which is not there or not complete")
-        checked = sum(entry.numel * entry.dtype.itemsize for _, _, entry in _entries(checkpoint))
+        checked = sum(entry.numel * entry.dtype.itemsize for _, _, entry in checkpoint.manifest.entries())
         for problem in problems:
             print(problem)
         sums = (
@@ -171,12 +174,6 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _entries(checkpoint: Checkpoint) -> Iterator[tuple[str, str, Any]]:
-    for fqn, states in checkpoint.manifest.tensors.items():
-        for state, entry in states.items():
-            yield fqn, state, entry
-
-
 def _listing(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     return [
         {
@@ -184,8 +181,9 @@ def _listing(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             "state": state,
             "dtype": str(entry.dtype).removeprefix("torch."),
             "shape": list(entry.shape),
+            "coordinates": {axis: list(at) for axis, at in entry.coordinates.items()},
         }
-        for fqn, state, entry in _entries(checkpoint)
+        for fqn, state, entry in checkpoint.manifest.entries()
     ]
 
 
@@ -194,15 +192,18 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     tensors: Counter[str] = Counter()
     elements: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    for _, state, entry in _entries(checkpoint):
+    axes: dict[str, int] = {}
+    for _, state, entry in checkpoint.manifest.entries():
         tensors[state] += 1
         elements[state] += entry.numel
         sizes[state] += entry.numel * entry.dtype.itemsize
+        axes |= {axis: size for axis, (_, size) in entry.coordinates.items()}
     return {
         "path": str(checkpoint.path),
         "tag": manifest.tag,
         "written by": ", ".join(f"{k} {v}" for k, v in manifest.values.get("versions", {}).items()),
         "ranks": manifest.world_size,
+        **({"axes along which values differ": axes} if axes else {}),
         **manifest.values.get("counters", {}),
         "optimizer": (manifest.values.get("optimizer") or {}).get("family"),
         "tied": manifest.values.get("tied") or {},

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
-from ds_zero.interfaces import RecordSource
+from ds_zero.interfaces import EVERYWHERE, Coordinates, RecordSource
 from ds_zero.layout.buckets import Slot
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.state import ZeroState
 
 PARAM, BUFFER = "param", "buffer"
+Reading = tuple[str, str, Coordinates, int, int]
+"""What is read from a source at once: name, state, coordinates, first element, number of elements."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,7 @@ class ShardRecord:
     """Elements [flat_offset, flat_offset + data.numel()) of one flattened logical tensor."""
 
     fqn: str
-    """Name of the parameter or buffer; with "#<i>of<n>" behind it where n sets of ranks hold different values under
-    that name (`mesh_for`)."""
+    """Name of the parameter or buffer."""
     state: str
     """"param" (the fp32 master, or the frozen parameter itself), "buffer", or the optimizer's name of a
     state."""
@@ -34,6 +35,9 @@ class ShardRecord:
     flat_offset: int
     data: Tensor
     """1-D, contiguous, a view of the live tensor."""
+    coordinates: Coordinates = field(default_factory=dict)
+    """Which of the tensors of that name it is: {"expert": (i, n)} where n sets of ranks hold different values under it
+    (`mesh_for`)."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,21 @@ class _Range:
 
     @property
     def fqn(self) -> str:
-        return _name(self.bucket, self.slot)
+        return self.slot.fqn
+
+    @property
+    def coordinates(self) -> dict[str, tuple[int, int]]:
+        return _coordinates(self.bucket)
+
+    def record(self, state: str, shape: tuple[int, ...], start: int, data: Tensor) -> ShardRecord:
+        """Elements from `start` on of this parameter, or of one of its states."""
+        return ShardRecord(self.fqn, state, shape, start, data, self.coordinates)
 
 
-def _name(bucket: Bucket, slot: Slot) -> str:
-    """`ShardRecord.fqn`."""
+def _coordinates(bucket: Bucket) -> dict[str, tuple[int, int]]:
+    """`ShardRecord.coordinates`."""
     index, count = bucket.ranks.part
-    return slot.fqn if count == 1 else f"{slot.fqn}#{index}of{count}"
+    return {"expert": (index, count)} if count > 1 else {}
 
 
 def _ranges(state: ZeroState, *, owned: bool) -> Iterator[_Range]:
@@ -95,7 +107,7 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     state.stepper.wait()
     found: list[ShardRecord] = []
     for r in _ranges(state, owned=False):
-        found.append(ShardRecord(r.fqn, PARAM, r.slot.shape, r.start, r.values))
+        found.append(r.record(PARAM, r.slot.shape, r.start, r.values))
         if r.bucket.shards:
             shard = r.bucket.shards[r.index]
             for name, value in optimizer.state.get(shard, {}).items():
@@ -110,15 +122,15 @@ def _state_record(r: _Range, name: str, value: object, shard: Tensor) -> list[Sh
     if isinstance(value, Tensor) and value.ndim > 0 and value.shape == shard.shape:
         begin = r.start - r.shard_start
         own = value.reshape(-1)[begin : begin + r.values.numel()]
-        return [ShardRecord(r.fqn, name, r.slot.shape or (1,), r.start, own)]
+        return [r.record(name, r.slot.shape or (1,), r.start, own)]
     if r.start != 0:
         return []
     if isinstance(value, Tensor) and value.ndim == 0:
-        return [ShardRecord(r.fqn, name, (), 0, value.detach().reshape(1))]
+        return [r.record(name, (), 0, value.detach().reshape(1))]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return [ShardRecord(r.fqn, name, (), 0, torch.tensor([value], dtype=torch.float64))]
+        return [r.record(name, (), 0, torch.tensor([value], dtype=torch.float64))]
     if isinstance(value, Tensor) and r.bucket.layout.undivided:  # of a form of its own, as Adafactor's
-        return [ShardRecord(r.fqn, name, tuple(value.shape), 0, value.detach().reshape(-1))]
+        return [r.record(name, tuple(value.shape), 0, value.detach().reshape(-1))]
     if value is None:
         return []
     raise ValueError(
@@ -146,7 +158,7 @@ def load_records(
     *,
     optimizer_states: bool = True,
     keep: AbstractSet[str] = frozenset(),
-    expect: Callable[[Sequence[tuple[str, str, int, int]]], None] | None = None,
+    expect: Callable[[Sequence[Reading]], None] | None = None,
 ) -> None:
     """Read this rank's ranges of every parameter, buffer and state from `source`, then publish. Collective.
 
@@ -156,8 +168,7 @@ def load_records(
         optimizer: the model's; None where no states are to be read.
         optimizer_states: read those too.
         keep: names of tensors that are not read and stay as they are, with their states.
-        expect: called before the first read with everything that will be read, in order: name, state, first element,
-            number of elements. For sources that read ahead.
+        expect: called before the first read with everything that will be read, in order. For sources that read ahead.
 
     Raises:
         ValueError: a tensor that the source lacks or has in another shape; nothing has been changed then.
@@ -172,7 +183,7 @@ def load_records(
         for r in _ranges(state, owned=True):
             if r.slot.fqn in keep:
                 continue
-            source.read(r.fqn, PARAM, r.start, r.values)
+            source.read(r.fqn, PARAM, r.start, r.values, r.coordinates)
             if r.bucket.shards and optimizer_states and optimizer is not None:
                 _load_states(r, optimizer, source)
         for bucket in state.buckets:
@@ -190,18 +201,20 @@ def load_records(
 
 def _to_be_read(
     state: ZeroState, source: RecordSource, optimizer_states: bool, keep: AbstractSet[str]
-) -> Iterator[tuple[str, str, int, int]]:
-    """What `load_records` will ask for: name, state, first element, number of elements."""
+) -> Iterator[Reading]:
+    """What `load_records` will ask for."""
     for r in _ranges(state, owned=True):
         if r.slot.fqn in keep:
             continue
-        yield r.fqn, PARAM, r.start, r.values.numel()
+        yield r.fqn, PARAM, r.coordinates, r.start, r.values.numel()
         if not (r.bucket.shards and optimizer_states):
             continue
-        for name, (shape, _) in source.states(r.fqn).items():
+        for name, (shape, _) in source.states(r.fqn, r.coordinates).items():
             if name != PARAM:
-                ranged = _is_ranged(r, shape)
-                yield r.fqn, name, r.start if ranged else 0, r.values.numel() if ranged else math.prod(shape)
+                if _is_ranged(r, shape):
+                    yield r.fqn, name, r.coordinates, r.start, r.values.numel()
+                else:
+                    yield r.fqn, name, r.coordinates, 0, math.prod(shape)
 
 
 def _is_ranged(r: _Range, shape: Sequence[int]) -> bool:
@@ -225,26 +238,26 @@ def _share_frozen(state: ZeroState) -> None:
 
 
 def _check(state: ZeroState, model: nn.Module, source: RecordSource, keep: AbstractSet[str]) -> None:
-    wanted = {
-        _name(bucket, slot): (PARAM, slot.shape)
+    wanted: dict[str, tuple[str, Coordinates, tuple[int, ...]]] = {
+        slot.fqn: (PARAM, _coordinates(bucket), slot.shape)
         for bucket in state.buckets
         for slot in bucket.layout.slots
-        if slot.fqn not in keep
     }
-    wanted |= {fqn: (BUFFER, tuple(b.shape)) for fqn, b in _saved_buffers(model).items()}
-    wanted = {fqn: what for fqn, what in wanted.items() if fqn not in keep}
-    missing = [fqn for fqn, (kind, _) in wanted.items() if kind not in source.states(fqn)]
+    wanted |= {fqn: (BUFFER, EVERYWHERE, tuple(b.shape)) for fqn, b in _saved_buffers(model).items()}
+    stored = {fqn: source.states(fqn, where) for fqn, (_, where, _) in wanted.items() if fqn not in keep}
+    missing = [fqn for fqn, states in stored.items() if wanted[fqn][0] not in states]
     if missing:
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} of {len(wanted)} tensors of the model, first "
+            f"the checkpoint lacks {len(missing)} of {len(stored)} tensors of the model, first "
             f"{missing[:5]}: "
             "it was written for another model"
         )
-    for fqn, (kind, shape) in wanted.items():
-        stored = tuple(source.states(fqn)[kind][0])
-        if stored != shape:
+    for fqn, states in stored.items():
+        kind, _, shape = wanted[fqn]
+        there = tuple(states[kind][0])
+        if there != shape:
             raise ValueError(
-                f"{fqn!r} has shape {shape} in the model and {stored} in the checkpoint: use the model it "
+                f"{fqn!r} has shape {shape} in the model and {there} in the checkpoint: use the model it "
                 "was written for"
             )
 
@@ -259,7 +272,7 @@ def _new_state(optimizer: Optimizer, shard: Tensor, dtype: torch.dtype) -> Tenso
 def _load_states(r: _Range, optimizer: Optimizer, source: RecordSource) -> None:
     shard = r.bucket.shards[r.index]
     held = optimizer.state[shard]
-    stored = {name: kind for name, kind in source.states(r.fqn).items() if name != PARAM}
+    stored = {name: kind for name, kind in source.states(r.fqn, r.coordinates).items() if name != PARAM}
     for name in held.keys() - stored.keys():
         del held[name]  # gathered by this run: not what the checkpoint stands for
     for name, (shape, dtype) in stored.items():
@@ -268,8 +281,8 @@ def _load_states(r: _Range, optimizer: Optimizer, source: RecordSource) -> None:
                 held[name] = _new_state(optimizer, shard, dtype)
             begin = r.start - r.shard_start
             own = held[name].view(-1)[begin : begin + r.values.numel()]
-            source.read(r.fqn, name, r.start, own)
+            source.read(r.fqn, name, r.start, own, r.coordinates)
         else:
             flat = torch.empty(math.prod(shape), dtype=dtype, device=shard.device if shape else None)
-            source.read(r.fqn, name, 0, flat)
+            source.read(r.fqn, name, 0, flat, r.coordinates)
             held[name] = flat.view(tuple(shape))

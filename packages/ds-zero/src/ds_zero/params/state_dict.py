@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_zero import _registry
+from ds_zero.interfaces import EVERYWHERE, Coordinates
 from ds_zero.params.records import BUFFER, PARAM, load_records
 
 
@@ -17,13 +18,18 @@ class _Values:
     def __init__(self, values: Mapping[str, Tensor], buffers: frozenset[str]) -> None:
         self._values, self._buffers = values, buffers
 
-    def states(self, fqn: str) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+    def states(
+        self, fqn: str, coordinates: Coordinates = EVERYWHERE
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         value = self._values.get(fqn)
         if value is None:
             return {}
         return {BUFFER if fqn in self._buffers else PARAM: (tuple(value.shape), value.dtype)}
 
-    def read(self, fqn: str, state: str, start: int, out: Tensor) -> None:
+    def read(
+        self, fqn: str, state: str, start: int, out: Tensor, coordinates: Coordinates = EVERYWHERE
+    ) -> None:
+        # Every rank has the values of its own coordinates.
         out.copy_(self._values[fqn].detach().reshape(-1)[start : start + out.numel()])
 
 
