@@ -4,7 +4,7 @@ states.
 
 from ds_zero.api.control import Control, control
 from ds_zero.api.leaf_modules import set_leaf_modules
-from ds_zero.api.loop import clip_grad_norm_, destroy, grad_norm, no_sync, set_presentation
+from ds_zero.api.loop import clip_grad_norm_, destroy, foreign_gradients, grad_norm, no_sync, set_presentation
 from ds_zero.api.memory import MemoryReport, Summary, describe, memory
 from ds_zero.api.shard import shard, shard_optimizer
 from ds_zero.comm.agreement import require_same
@@ -63,6 +63,7 @@ __all__ = [
     "describe",
     "destroy",
     "divided_init",
+    "foreign_gradients",
     "full_state_dict",
     "gathered",
     "grad_norm",

@@ -78,6 +78,16 @@ def set_presentation(
         state.refuses_state_dict = refuse_state_dict
 
 
+def foreign_gradients(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters whose `.grad` is neither what `set_presentation` shows nor put in its place: no step uses it.
+
+    Meant for code that makes gradients without a backward; `set_full(model, param, "grad", value)` makes one count. No
+    communication.
+    """
+    shown = {id(p) for p in _registry.state_of(model).reducer.param_grads.showing()}
+    return [p for p in model.parameters() if p.grad is not None and id(p) not in shown]
+
+
 @contextlib.contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
     """Defer the reduction of gradients, at any stage: backwards inside the context add whole gradients on this rank, in

@@ -47,6 +47,8 @@ class ParamGrads:
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self.shown = ShownGradient.HANDLE
+        self.are_reduced = False
+        """Whether the gradients of the backward that has just ended are complete on the optimizer's shards."""
         self._buckets = [b for b in buckets if b.trainable]
         self._has_values = not any(is_fake(b.full) for b in buckets)
         self._handles: dict[int, ReducedGradient] = {}
@@ -69,7 +71,8 @@ class ParamGrads:
         if not self._has_values or self.shown is ShownGradient.NOTHING:
             return
         if self.shown is ShownGradient.REDUCED:
-            self._show_reduced()
+            if self.are_reduced:
+                self._show_reduced()
             return
         for param in taken.values():
             if param.grad is None:
@@ -92,6 +95,10 @@ class ParamGrads:
                         param.grad_dtype = None
                     param.grad = view = shard.grad.view(param.shape)
                     self._showing.append((param, view, shard))
+
+    def showing(self) -> list[nn.Parameter]:
+        """Parameters on which something is shown, even if it has been replaced or dropped since."""
+        return [param for param, _, _ in self._showing]
 
     def stepped(self) -> None:
         """The gradients that are shown were those of a step that is over."""

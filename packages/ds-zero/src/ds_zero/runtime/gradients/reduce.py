@@ -317,11 +317,14 @@ class Reducer:
     def end_backward(self) -> None:
         if not self._in_backward:
             return
+        late = False
         if self._final:
             self._flush()
             self._late_flag.lower()
-            if any(p.fresh is not None for p in self._pending.values()):
+            late = any(p.fresh is not None for p in self._pending.values())
+            if late:
                 self._late_flag.raise_on(self._shards(), self.policy.grad_dtype)
+        self.param_grads.are_reduced = self._final and not late and self._is_last()
         self._in_backward = False
 
     def _shards(self) -> list[Tensor]:
