@@ -47,6 +47,7 @@ def initialize(
     lr_scheduler: LRSchedule | Callable[[Optimizer], LRSchedule] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     mpu: Any = None,
+    comm: Any = None,
 ) -> tuple[Engine, Optimizer, Loader | None, LRSchedule | None]:
     """Make an engine for `model`. Starts the process group if none stands; every rank calls it alike.
 
@@ -63,6 +64,7 @@ def initialize(
         collate_fn: makes a micro-batch from a list of samples.
         mpu: an object with Megatron's methods (`get_data_parallel_group`, `get_model_parallel_group`, ...) where the
             model itself is cut among ranks.
+        comm: the collectives that training uses, as for `ds_zero.shard(comm=...)`.
 
     Returns:
         Engine, optimizer, loader (None without `training_data`), schedule (None without one).
@@ -90,7 +92,7 @@ def initialize(
     warn_if_too_large(job, model, built, world)
     # The schedule reads the rates of the groups, which sharding leaves alone; states come later, so nothing
     # is cut in two.
-    zero.shard(job, model, built, meshes, world.device)
+    zero.shard(job, model, built, meshes, world.device, comm)
     job.precision.cast_buffers(model)
     schedule = schedule_of(job, lr_scheduler, built)
     reporting = _reporting(job, world, schedule)

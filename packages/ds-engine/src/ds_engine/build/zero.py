@@ -24,7 +24,14 @@ from ds_engine.job import Job, LossScaling
 from ds_engine.job.precision import DTYPES
 
 
-def shard(job: Job, model: nn.Module, optimizer: Optimizer, meshes: Meshes, device: torch.device) -> None:
+def shard(
+    job: Job,
+    model: nn.Module,
+    optimizer: Optimizer,
+    meshes: Meshes,
+    device: torch.device,
+    comm: ds_zero.Comm | None = None,
+) -> None:
     """Divide a model and its optimizer among the ranks, in place. Collective.
 
     What `ds_zero.deferred_init` has put off comes into being here, on `device`.
@@ -43,6 +50,7 @@ def shard(job: Job, model: nn.Module, optimizer: Optimizer, meshes: Meshes, devi
             mesh=meshes.data,
             config=zero_config(job, model),
             store=store,
+            comm=comm,
             norms=squared_norm,
             model_parallel=meshes.model_parallel,
         )
@@ -287,8 +295,17 @@ class ZeroState:
         return self._away.kinds if self._away is not None else frozenset()
 
     def destroy(self) -> None:
+        if not is_sharded(
+            self._model
+        ):  # taken out of the engine already, for example to load a checkpoint into it
+            return
         self.reload(non_blocking=False)
         ds_zero.destroy(self._model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `ds_zero.shard` has the model's parameters, at any stage."""
+    return any(ds_zero.presence(p) is not None for p in model.parameters())
 
 
 def is_divided(model: nn.Module) -> bool:
