@@ -15,20 +15,24 @@ _CONFIG = "ds_compat.config.deepspeed_config"
 _SECTIONS = "ds_compat.config.sections"
 _INFERENCE = "ds_compat.engine.inference"
 _LOGS = "ds_compat.utils.logs"
+_HOST_OPS = "ds_compat.ops.host"
+_OPS = "ds_compat.ops.optimizers"
 _NESTED = "ds_compat.utils.nested"
 _PARAMS = "ds_compat.zero.params"
 _REFUSED = "ds_compat.refused"
+_TILING = "ds_compat.zero.tiling"
 _UTILS = "ds_compat.utils.functions"
 _ZERO = "ds_compat.zero.construction"
 
 _OPTIMIZERS = {
     "adam": {
-        "ds_compat.ops.optimizers": "FusedAdam DeepSpeedCPUAdam",
+        _OPS: "FusedAdam",
+        _HOST_OPS: "DeepSpeedCPUAdam",
         _REFUSED: "ZenFlowCPUAdam ZenFlowSelectiveAdamW",
     },
-    "adagrad": {"ds_compat.ops.optimizers": "DeepSpeedCPUAdagrad"},
-    "lamb": {"ds_compat.ops.optimizers": "FusedLamb"},
-    "lion": {"ds_compat.ops.optimizers": "FusedLion DeepSpeedCPULion"},
+    "adagrad": {_HOST_OPS: "DeepSpeedCPUAdagrad"},
+    "lamb": {_OPS: "FusedLamb"},
+    "lion": {_OPS: "FusedLion", _HOST_OPS: "DeepSpeedCPULion"},
 }
 _LEAVES = (
     "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module z3_leaf_parameter "
@@ -141,14 +145,14 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "ops.adagrad": _OPTIMIZERS["adagrad"],
     "ops.adagrad.cpu_adagrad": _OPTIMIZERS["adagrad"],
     "ops.adam": _OPTIMIZERS["adam"],
-    "ops.adam.cpu_adam": {"ds_compat.ops.optimizers": "DeepSpeedCPUAdam"},
-    "ops.adam.fused_adam": {"ds_compat.ops.optimizers": "FusedAdam"},
+    "ops.adam.cpu_adam": {_HOST_OPS: "DeepSpeedCPUAdam"},
+    "ops.adam.fused_adam": {_OPS: "FusedAdam"},
     "ops.aio": {"ds_compat.ops.builders": "AsyncIOBuilder", _REFUSED: "aio_handle"},
     "ops.lamb": _OPTIMIZERS["lamb"],
     "ops.lamb.fused_lamb": _OPTIMIZERS["lamb"],
     "ops.lion": _OPTIMIZERS["lion"],
-    "ops.lion.cpu_lion": {"ds_compat.ops.optimizers": "DeepSpeedCPULion"},
-    "ops.lion.fused_lion": {"ds_compat.ops.optimizers": "FusedLion"},
+    "ops.lion.cpu_lion": {_HOST_OPS: "DeepSpeedCPULion"},
+    "ops.lion.fused_lion": {_OPS: "FusedLion"},
     "ops.op_builder": "ds_compat.ops.builders",
     "ops.op_builder.all_ops": {"ds_compat.ops.builders": "ALL_OPS"},
     "ops.op_builder.builder": {"ds_compat.ops.builders": "OpBuilder"},
@@ -227,8 +231,9 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "runtime.zenflow": {},
     "runtime.zenflow.zenflow_config": {_REFUSED: "ZenFlowConfig"},
     "runtime.zero": {
-        _ZERO: "Init GatheredParameters register_external_parameter unregister_external_parameter TiledLinear "
-        "TiledLinearReturnBias unwrap_model_for_generation",
+        _ZERO: "Init GatheredParameters register_external_parameter unregister_external_parameter "
+        "unwrap_model_for_generation",
+        _TILING: "TiledLinear TiledLinearReturnBias",
         _PARAMS: "ZeroParamType ZeroParamStatus",
     },
     "runtime.zero.config": {
@@ -251,7 +256,7 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         "ds_compat.zero.estimates": "estimate_zero2_model_states_mem_needs "
         "estimate_zero2_model_states_mem_needs_all_live estimate_zero2_model_states_mem_needs_all_cold",
     },
-    "runtime.zero.tiling": {_ZERO: "TiledLinear TiledLinearReturnBias"},
+    "runtime.zero.tiling": {_TILING: "TiledLinear TiledLinearReturnBias"},
     "runtime.zero.utils": {
         _CONFIG: "ZeRORuntimeException",
         _UTILS: "is_zero_supported_optimizer",
@@ -278,13 +283,15 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "utils.nvtx": {_UTILS: "instrument_w_nvtx"},
     "utils.tensor_fragment": {"ds_compat.zero.fragments": _FRAGMENTS},
     "runtime.zero.tensor_fragment": {"ds_compat.zero.fragments": _FRAGMENTS},
+    "utils.timer": {"ds_compat.utils.timer": "ThroughputTimer"},
     "utils.torch": {_UTILS: "required_torch_version"},
     "utils.types": {},
     "utils.z3_leaf_module": {"ds_compat.zero.leaf_modules": _LEAVES},
     "utils.zero_to_fp32": "ds_compat.zero_to_fp32",
     "zero": {
-        _ZERO: "Init GatheredParameters register_external_parameter unregister_external_parameter TiledLinear "
-        "TiledLinearReturnBias unwrap_model_for_generation",
+        _ZERO: "Init GatheredParameters register_external_parameter unregister_external_parameter "
+        "unwrap_model_for_generation",
+        _TILING: "TiledLinear TiledLinearReturnBias",
         _PARAMS: "ZeroParamType ZeroParamStatus",
         _SECTIONS: "DeepSpeedZeroConfig",
         _UTILS: "partition_parameters",

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import ds_comm
+from ds_compat.comm.slices import gather_slices, reduce_slices
 
 _PROFILING = frozenset({"prof", "log_name", "debug"})
 """Arguments that every collective takes there; what they ask for is torch.profiler's work here."""
@@ -128,18 +129,28 @@ def has_all_reduce_coalesced() -> bool:
 has_coalescing_manager = has_all_reduce_coalesced
 
 
-def allgather_fn(output: torch.Tensor, input: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
-    return dist.all_gather_into_tensor(output, input, group=group, async_op=async_op)
+def allgather_fn(
+    output_tensor: torch.Tensor,
+    input_tensor: torch.Tensor,
+    group: Any = None,
+    async_op: bool = False,
+    debug: Any = None,
+) -> Any:
+    """Equal slices of all ranks, one after the other in `output_tensor`."""
+    return gather_slices(output_tensor, input_tensor, group or dist.group.WORLD, async_op)
 
 
 def reduce_scatter_fn(
-    output: torch.Tensor,
-    input: torch.Tensor,
+    output_tensor: torch.Tensor,
+    tensor: torch.Tensor,
     op: Any = dist.ReduceOp.SUM,
     group: Any = None,
     async_op: bool = False,
+    prof: bool = False,
+    debug: Any = None,
 ) -> Any:
-    return dist.reduce_scatter_tensor(output, input, op=op, group=group, async_op=async_op)
+    """This rank's slice of the sum, or another operation, of `tensor` over ranks. Training reduces gradients by it."""
+    return reduce_slices(output_tensor, tensor, op, group or dist.group.WORLD, async_op)
 
 
 def initialize_mesh_device(mesh_shape: tuple[int, ...], mesh_dim_names: tuple[str, ...]) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ds_engine.config
+from ds_compat.config.adapted import adapted
 from ds_compat.config.sections import DeepSpeedZeroConfig
 from ds_engine.config import Batch, ConfigError, DsConfig
 from ds_engine.config.load import source
@@ -70,7 +71,7 @@ class DeepSpeedConfig:
         with told():
             self.raw = read(config)
             self._param_dict = self.raw
-            self.typed: DsConfig = ds_engine.config.load(self.raw, foreign_keys=True)
+            self.typed: DsConfig = ds_engine.config.load(adapted(self.raw), foreign_keys=True)
             self.take_batch(self.typed.batch(self.world_size))
 
     def take_batch(self, sizes: Batch) -> None:

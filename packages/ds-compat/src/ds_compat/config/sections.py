@@ -72,8 +72,8 @@ class DeepSpeedConfigModel(BaseModel):
 
 def _number(value: Any) -> Any:
     """Pydantic takes true for 1, which nobody means as a scale."""
-    if isinstance(value, bool):
-        raise ValueError(f"it has to be a number, not {value}")
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f"it must be a number, not {value!r}")
     return value
 
 
@@ -87,11 +87,22 @@ class DeepSpeedFP16Config(DeepSpeedConfigModel):
     auto_cast: bool = False
     loss_scale: Annotated[float, _A_NUMBER] = Field(0, ge=0, allow_inf_nan=False)
     initial_scale_power: Annotated[int, _A_NUMBER] = Field(16, ge=0, le=127)
-    loss_scale_window: Annotated[float, _A_NUMBER] = Field(1000, gt=0, allow_inf_nan=False)
-    hysteresis: Annotated[float, _A_NUMBER] = Field(2, gt=0, allow_inf_nan=False)
+    loss_scale_window: Annotated[float, _A_NUMBER] = Field(1000, allow_inf_nan=False)
+    hysteresis: Annotated[float, _A_NUMBER] = Field(2, allow_inf_nan=False)
     consecutive_hysteresis: bool = False
-    min_loss_scale: Annotated[float, _A_NUMBER] = Field(1, gt=0, allow_inf_nan=False)
+    min_loss_scale: Annotated[float, _A_NUMBER] = Field(1, allow_inf_nan=False)
     fp16_master_weights_and_grads: bool = False
+
+    @model_validator(mode="after")
+    def _check_dynamic_scale(self) -> DeepSpeedFP16Config:
+        """What only a dynamic loss scale reads may be anything where there is none."""
+        if self.enabled and self.loss_scale == 0:
+            for name in ("loss_scale_window", "hysteresis", "min_loss_scale"):
+                if getattr(self, name) <= 0:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name):g}: a dynamic loss scale needs a positive number"
+                    )
+        return self
 
     def initial_dynamic_scale(self) -> float:
         return float(2**self.initial_scale_power)

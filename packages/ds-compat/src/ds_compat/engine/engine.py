@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from ds_compat.engine.monitor import monitor
 from ds_compat.engine.optimizer import wrap
 from ds_compat.engine.plain_loops import scale_gradients, take_gradients
 from ds_compat.utils.logs import log_dist, logger
+from ds_compat.utils.timer import ThroughputTimer
 from ds_engine.build.data import Loader
 from ds_engine.build.optimizer import zero_grad
 
@@ -56,7 +57,8 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         vars(self).update(module=engine.module, _engine=engine)
         # Loops of the original may step without a backward, or call loss.backward() themselves.
         engine.accumulation.strict = False
-        ds_zero.set_presentation(engine.module, gradients="nothing", refuse_state_dict=False)
+        shown: Literal["nothing", "reduced"] = "nothing" if self.zero_optimization() else "reduced"
+        ds_zero.set_presentation(engine.module, gradients=shown, refuse_state_dict=False)
         self._config = config
         self.config = config.raw
         self.basic_optimizer = engine.optimizer if has_optimizer else None
@@ -65,6 +67,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         self.collate_fn: Callable[[list[Any]], Any] | None = None
         self.mpu = mpu
         self.client_lr_scheduler: Any = None
+        self.tput_timer = ThroughputTimer(batch_size=engine.train_batch_size())
         self.is_compiled = False
         self.loaded_checkpoint_mp_world_size = self.loaded_checkpoint_dp_world_size = None
         self._backward_depth = 0
@@ -73,6 +76,8 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
     # --- training
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        if self.training:
+            self.tput_timer.start()
         output = self._engine(*inputs, **kwargs)
         if torch.is_grad_enabled() and self.gradient_accumulation_steps() > 1:
             scale_gradients(output, self._factor_of_plain_backward)
@@ -84,7 +89,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         assert self.optimizer is not None, "must provide optimizer during init in order to use backward"
-        assert loss.numel() == 1, "loss must be a scalar tensor"
+        _check_scalar(loss)
         self._backward_depth += 1
         try:
             return self._engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
@@ -93,6 +98,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
 
     def scale(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
         """What to call `.backward()` on by hand, several times if you like: the loss times the loss scale."""
+        _check_scalar(loss)
         return self._engine.scaler.scale(loss)
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
@@ -100,12 +106,14 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         assert not self._in_no_sync, "It is illegal to call Engine.step() inside no_sync context manager"
         if self.zero_optimization_stage() == 0:
             take_gradients(self.module, self._engine.loss_scale)
+        boundary = self.is_gradient_accumulation_boundary()
         self._engine.step(lr_kwargs)
+        self.tput_timer.stop(global_step=boundary)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backwards inside add gradients locally, at every stage."""
-        assert not self._in_no_sync, "no_sync context manager reentry is unsupported"
+        assert not self._in_no_sync, "no_sync and coalesce_grad_reduction cannot be nested in one another"
         self._in_no_sync = True
         try:
             with ds_zero.no_sync(self.module):
@@ -120,7 +128,10 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         accumulation = self._engine.accumulation
-        assert accumulation.managed, "managed_gradient_accumulation is false: every step() is a boundary"
+        assert accumulation.managed, (
+            "set_gradient_accumulation_boundary where managed_gradient_accumulation is false: every step() is a "
+            "boundary; do not call it, or set managed_gradient_accumulation to true"
+        )
         accumulation.forced = is_boundary
 
     def was_step_applied(self) -> bool:
@@ -471,3 +482,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
                 self._modules["module"] = value
         else:
             super().__setattr__(name, value)
+
+
+def _check_scalar(loss: Tensor) -> None:
+    assert loss.numel() == 1, f"loss must be a scalar tensor, and has shape {tuple(loss.shape)}"

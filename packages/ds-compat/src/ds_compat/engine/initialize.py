@@ -14,13 +14,15 @@ from torch.optim import Optimizer
 import ds_engine
 from ds_compat.comm import collectives as comm
 from ds_compat.comm import groups
+from ds_compat.comm.slices import training_comm
 from ds_compat.config import deepspeed_config as configs
+from ds_compat.engine import previous
 from ds_compat.engine.engine import DeepSpeedEngine
 from ds_compat.refused import NotThereError
 from ds_compat.utils.logs import logger, set_log_level_from_string
 from ds_compat.zero import params
 from ds_compat.zero.construction import outside_init
-from ds_compat.zero.leaf_modules import z3_leaf_module
+from ds_compat.zero.leaf_modules import mark_configured, z3_leaf_module
 
 
 @outside_init()
@@ -41,6 +43,8 @@ def initialize(
 ) -> tuple[DeepSpeedEngine, Any, Any, Any]:
     """An engine for `model`, with the arguments of DeepSpeed; see `ds_engine.initialize` for what they do.
 
+    An engine that the model has already is destroyed, with a warning.
+
     Returns:
         (engine, optimizer, loader of `training_data` or None, schedule or None).
 
@@ -50,6 +54,7 @@ def initialize(
     """
     assert model is not None, "deepspeed.initialize requires a model"
     _refuse_parallel(mpu)
+    previous.release(model)
     _rank_from_arguments(args)
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     given = configs.read(_the_config(args, config, config_params))
@@ -70,12 +75,16 @@ def initialize(
             lr_scheduler=_whatever_it_moves(lr_scheduler, optimizer),
             collate_fn=collate_fn,
             mpu=mpu,
+            comm=None if resolved.typed.zero_optimization.rank_invariant else training_comm(),
         )
     _round_masters(engine)
     resolved.raw = given
     groups.set_mpu(mpu)
     params.present(p for p in model.parameters() if params.known(p))
+    if engine.config.zero_optimization.stage == 3:
+        mark_configured(model, engine.config.zero_optimization.leaf_module)
     made = DeepSpeedEngine(engine, resolved, has_optimizer=has_optimizer, mpu=mpu)
+    previous.note(model, made)
     made.training_dataloader, made.collate_fn, made.client_lr_scheduler = loader, collate_fn, lr_scheduler
     return made, made.optimizer, loader, schedule
 

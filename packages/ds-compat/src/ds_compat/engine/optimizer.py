@@ -5,7 +5,7 @@ The engine steps the torch optimizer inside; this object is what code looks at: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 import ds_engine
+import ds_zero
 from ds_compat.config.deepspeed_config import DeepSpeedConfig
 
 _COUNTERS = frozenset({"cur_iter", "scale_window", "min_loss_scale", "last_overflow_iter", "scale_factor"})
@@ -102,6 +103,21 @@ class DeepSpeedOptimizer(Optimizer):
     fp32_groups_flat = single_partition_of_fp32_groups = fp32_partitioned_groups_flat
 
     @property
+    def bit16_groups(self) -> list[list[nn.Parameter]]:
+        """The model's parameters, by group of the optimizer and in the order of `fp32_groups`."""
+        named = dict(self._engine.module.named_parameters())
+        names = ds_zero.group_names(self._engine.module, self.optimizer)
+        return [[named[name] for name in group] for group in names]
+
+    fp16_groups = bit16_groups
+
+    @property
+    def averaged_gradients(self) -> dict[int, list[Tensor] | None]:
+        """This rank's part of the reduced gradients, by index of the group; None for a group that has none."""
+        parts = {i: [p.grad for p in group if p.grad is not None] for i, group in enumerate(self.fp32_groups)}
+        return {i: grads or None for i, grads in parts.items()}
+
+    @property
     def loss_scale(self) -> float:
         return self._engine.loss_scale
 
@@ -142,9 +158,27 @@ class ZeROOptimizer(DeepSpeedOptimizer):
 class DeepSpeedZeroOptimizer(ZeROOptimizer):
     """Stages 1 and 2."""
 
+    @property
+    def bit16_groups_flat(self) -> list[Tensor]:
+        """The memory of the groups' parameters, 1-D and whole: one tensor for each bucket, in the order of
+        the groups. The parameters are views of it; a step writes it anew.
+        """
+        return flat_memory(param for group in self.bit16_groups for param in group)
+
+    @property
+    def accumulated_grads_in_cpu(self) -> dict[int, Tensor]:
+        """Whole gradients that wait on the host: none, since each rank adds the parts that it owns."""
+        return {}
+
 
 class DeepSpeedZeroOptimizer_Stage3(ZeROOptimizer):
     """Stage 3."""
+
+    @property
+    def fp16_partitioned_groups_flat(self) -> list[Tensor]:
+        """This rank's slice of every parameter of the groups, in its own dtype, 1-D."""
+        presences = (ds_zero.presence(param) for group in self.bit16_groups for param in group)
+        return [held.own for held in presences if held is not None and held.own is not None]
 
     @property
     def parameter_offload(self) -> ParameterHooks:
@@ -207,6 +241,18 @@ class FP16_UnfusedOptimizer(DeepSpeedOptimizer):
 
 class BF16_Optimizer(ZeROOptimizer):
     """A name of the original's that no configuration leads to here."""
+
+
+def flat_memory(params: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The storages that parameters are views of, each from the first to the last element that one of them uses."""
+    seen: dict[int, tuple[Tensor, int, int]] = {}
+    for param in params:
+        value = param.detach()
+        begin = int(value.storage_offset())
+        key = value.untyped_storage().data_ptr()
+        _, first, last = seen.get(key, (value, begin, begin))
+        seen[key] = value, min(first, begin), max(last, begin + value.numel())
+    return [value.as_strided((last - first,), (1,), first) for value, first, last in seen.values()]
 
 
 def wrap(engine: ds_engine.Engine, config: DeepSpeedConfig) -> Optimizer:

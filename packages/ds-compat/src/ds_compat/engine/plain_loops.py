@@ -28,17 +28,18 @@ def scale_gradients(output: Any, factor: Callable[[], float]) -> None:
 def take_gradients(module: nn.Module, scale: float) -> None:
     """Make gradients that somebody has put on the parameters of a stage-0 model those of the step that follows.
 
-    Backward leaves no gradients on parameters, so what is there was put there. Rank 0's values count; collective
-    where there are some, so every rank has to put them on the same parameters.
+    What backward shows there, and what has taken its place, ds_zero uses by itself; anything else was put there. Rank
+    0's values count; collective where there are some, so every rank has to put them on the same parameters.
 
     Gradients of parameters that no group of the optimizer holds are dropped, as nothing is trained with them.
 
     Args:
         scale: the loss scale that they carry.
     """
-    for param in module.parameters():
-        if param.grad is not None and param.requires_grad:
-            grad, param.grad = param.grad.float() / scale, None
-            held = ds_zero.presence(param)
-            if held is not None and held.trained:
-                ds_zero.set_full(None, param, "grad", grad)
+    for param in ds_zero.foreign_gradients(module):
+        if not param.requires_grad or param.grad is None:
+            continue
+        grad, param.grad = param.grad.float() / scale, None
+        held = ds_zero.presence(param)
+        if held is not None and held.trained:
+            ds_zero.set_full(None, param, "grad", grad)

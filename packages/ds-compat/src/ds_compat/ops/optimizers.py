@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import ds_core.optim
-import ds_offload
+from ds_compat.ops.any_dtype import StepsAnyDtype
 
 
 class InstanceOfBase(type):
     """`isinstance` holds for what the configuration's name builds, which is the class of ours below these."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, cls.__mro__[1])
+        below = [kind for kind in cls.__mro__[1:] if not kind.__module__.startswith("ds_compat.")]
+        return isinstance(instance, below[0])
 
 
-class FusedAdam(ds_core.optim.FusedAdam, metaclass=InstanceOfBase):
+class FusedAdam(StepsAnyDtype, ds_core.optim.FusedAdam, metaclass=InstanceOfBase):
     """Adam and AdamW in one pass."""
 
     def __init__(
@@ -30,7 +31,7 @@ class FusedAdam(ds_core.optim.FusedAdam, metaclass=InstanceOfBase):
         amsgrad: bool = False,
         set_grad_none: bool = True,
     ) -> None:
-        _refuse(amsgrad=amsgrad)
+        refuse(amsgrad=amsgrad)
         super().__init__(
             params,
             lr=lr,
@@ -38,33 +39,6 @@ class FusedAdam(ds_core.optim.FusedAdam, metaclass=InstanceOfBase):
             eps=eps,
             weight_decay=weight_decay,
             decoupled=adam_w_mode,
-            bias_correction=bias_correction,
-        )
-
-
-class DeepSpeedCPUAdam(ds_offload.CPUAdam, metaclass=InstanceOfBase):
-    """Adam and AdamW whose states rest on the host."""
-
-    def __init__(
-        self,
-        model_params: Any,
-        lr: float = 1e-3,
-        bias_correction: bool = True,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        adamw_mode: bool = True,
-        fp32_optimizer_states: bool = True,
-    ) -> None:
-        _refuse(amsgrad=amsgrad)
-        super().__init__(
-            model_params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            adamw_mode=adamw_mode,
             bias_correction=bias_correction,
         )
 
@@ -86,7 +60,7 @@ class FusedLamb(ds_core.optim.FusedLamb, metaclass=InstanceOfBase):
         **others: Any,
     ) -> None:
         others.pop("max_grad_norm", None)  # the engine clips
-        _refuse(eps_inside_sqrt=eps_inside_sqrt, **others)
+        refuse(eps_inside_sqrt=eps_inside_sqrt, **others)
         super().__init__(
             params,
             lr=lr,
@@ -113,27 +87,7 @@ class FusedLion(ds_core.optim.FusedLion, metaclass=InstanceOfBase):
         super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
 
 
-class DeepSpeedCPULion(FusedLion):
-    """Lion on the host."""
-
-
-class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad, metaclass=InstanceOfBase):
-    """Adagrad on the host."""
-
-    def __init__(
-        self,
-        model_params: Any,
-        lr: float = 1e-2,
-        eps: float = 1e-10,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        fp32_optimizer_states: bool = True,
-    ) -> None:
-        _refuse(amsgrad=amsgrad)
-        super().__init__(model_params, lr=lr, eps=eps, weight_decay=weight_decay)
-
-
-def _refuse(**asked: bool) -> None:
+def refuse(**asked: bool) -> None:
     """RuntimeError for variants that are not there; so does the original for amsgrad."""
     wanted = [name for name, is_asked in asked.items() if is_asked]
     if wanted:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import ds_layers
 import ds_zero
 from ds_compat.config.deepspeed_config import read
 from ds_compat.device import training_device
@@ -189,19 +188,3 @@ def unwrap_model_for_generation(model: Any) -> Iterator[Any]:
     module = getattr(model, "module", model)
     with GatheredParameters(list(module.parameters())):
         yield module
-
-
-class TiledLinear(ds_layers.TiledLinear):
-    """See `ds_layers.TiledLinear`; takes values from layers that are divided, too."""
-
-    @torch.no_grad()
-    def copy_params_from(self, other: nn.Linear) -> None:
-        with GatheredParameters([*self.parameters(), *other.parameters()], modifier_rank=0):
-            super().copy_params_from(other)
-
-
-class TiledLinearReturnBias(TiledLinear):
-    """As TiledLinear, for layers that return their bias beside the product."""
-
-    def forward(self, input: Any) -> Any:
-        return nn.functional.linear(self.whole(input), self.weight), self.bias

@@ -1,7 +1,8 @@
 """Marks on modules whose parameters stage 3 gathers as one, with all inside: by class, by name, by suffix.
 
-The mark is an attribute of the user's own module, set by the user's call and read before the model is sharded; the
-section `leaf_module` of the configuration says the same without touching the model.
+The mark is an attribute of the module, as in the original, so that copies of a model have it too (the reference model
+of a preference training). It is set by the user's call or, for the section `leaf_module` of the configuration, by
+`deepspeed.initialize`, and read before the model is sharded.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
+
+from ds_engine.build.zero import leaf_modules
+from ds_engine.config.sections.zero.leaf_module import LeafModuleConfig
 
 
 def _matching(model: nn.Module, matches: Callable[[str, nn.Module], bool]) -> list[nn.Module]:
@@ -70,6 +74,13 @@ def set_z3_leaf_modules_by_suffix(
     found = [m for name, m in named if any(name == s or name.endswith("." + s) for s in wanted)]
     missing = [s for s in wanted if not any(name == s or name.endswith("." + s) for name, _ in named)]
     return _mark(found, wanted, True, raise_if_not_found), missing
+
+
+def mark_configured(model: nn.Module, section: LeafModuleConfig) -> None:
+    """Mark the modules that the configuration names."""
+    modules = dict(model.named_modules())
+    for name in leaf_modules(section, model):
+        set_z3_leaf_module(modules[name], True)
 
 
 def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:

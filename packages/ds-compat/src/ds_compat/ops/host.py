@@ -1,0 +1,162 @@
+"""The optimizers of `deepspeed.ops` that step on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import ds_core.optim
+import ds_offload
+from ds_compat.ops.any_dtype import StepsAnyDtype
+from ds_compat.ops.optimizers import FusedLion, InstanceOfBase, refuse
+
+
+class DeepSpeedCPUAdam(StepsAnyDtype, ds_offload.CPUAdam, metaclass=InstanceOfBase):
+    """Adam and AdamW whose states rest on the host.
+
+    Args:
+        fp32_optimizer_states: False: the moments of bf16 parameters are bf16, too.
+    """
+
+    def __init__(
+        self,
+        model_params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        adamw_mode: bool = True,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        refuse(amsgrad=amsgrad)
+        super().__init__(
+            model_params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            adamw_mode=adamw_mode,
+            bias_correction=bias_correction,
+        )
+        self._fp32_states = fp32_optimizer_states
+
+    def _new_state(self, param: Tensor) -> Tensor:
+        if param.dtype == torch.float32 or param.device.type != "cpu":
+            return super()._new_state(param)
+        narrow = param.dtype == torch.bfloat16 and not self._fp32_states
+        return torch.zeros_like(param, dtype=torch.bfloat16 if narrow else torch.float32)
+
+    # --- one subgroup at a time
+
+    def step_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the one parameter with a gradient that the groups hold now. Its moments are `state[subgroup_id]`,
+        whatever tensor it is, so that the groups can be refilled with one subgroup after the other.
+        """
+        loss = closure() if closure is not None else None
+        group, param = self._only_parameter()
+        state = self.state[subgroup_id]  # type: ignore[index]
+        if not state:
+            state["step"] = 0
+            state |= {name: self._new_state(param) for name in self.state_names}
+        self._update(group, param, state, state["step"] + 1, 1.0)
+        state["step"] += 1
+        return loss
+
+    def rollback_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:
+        """Undo the last `step_subgroup`: parameter and moments as before it, except for rounding. The gradient of that
+        step has to be there still.
+
+        Raises:
+            RuntimeError: there is no step to undo.
+        """
+        loss = closure() if closure is not None else None
+        if not self.state.get(subgroup_id):  # type: ignore[call-overload]
+            raise RuntimeError(
+                f"Cannot rollback optimizer state for sub_group_id {subgroup_id}: step_subgroup({subgroup_id}) was "
+                "not called"
+            )
+        state = self.state[subgroup_id]  # type: ignore[index]
+        if state["step"] == 0:
+            raise RuntimeError(
+                f"Cannot rollback sub_group_id {subgroup_id}: step count is 0, all its steps are undone already"
+            )
+        group, param = self._only_parameter()
+        self._undo(group, param, state)
+        state["step"] -= 1
+        return loss
+
+    def _only_parameter(self) -> tuple[dict[str, Any], Tensor]:
+        held = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if len(held) != 1:
+            raise ValueError(
+                f"the groups hold {len(held)} parameters with a gradient: a subgroup is one of them, flat; put it into "
+                "param_groups alone"
+            )
+        return held[0]
+
+    @torch.no_grad()
+    def _undo(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+        """Adam's equations, solved for the values before the step."""
+        assert param.grad is not None
+        beta1, beta2 = group["betas"]
+        lr, decay, step = float(group["lr"]), group["weight_decay"], state["step"]
+        correction1 = 1 - beta1**step if self._bias_correction else 1.0
+        correction2 = 1 - beta2**step if self._bias_correction else 1.0
+        mean, square = state["exp_avg"].float(), state["exp_avg_sq"].float()
+        move = (mean / correction1) / ((square / correction2).sqrt() + group["eps"])
+        before = param.float() + lr * move
+        grad = param.grad.float()
+        if group["decoupled_weight_decay"]:
+            before /= 1 - lr * decay
+        else:
+            grad = grad + decay * before
+        state["exp_avg"].copy_((mean - (1 - beta1) * grad) / beta1)
+        state["exp_avg_sq"].copy_(((square - (1 - beta2) * grad.square()) / beta2).clamp_(min=0))
+        param.copy_(before)
+
+
+class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad, metaclass=InstanceOfBase):
+    """Adagrad on the host."""
+
+    def __init__(
+        self,
+        model_params: Any,
+        lr: float = 1e-2,
+        eps: float = 1e-10,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        refuse(amsgrad=amsgrad)
+        super().__init__(model_params, lr=lr, eps=eps, weight_decay=weight_decay)
+
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        params: Sequence[Tensor],
+        out: Sequence[Tensor | None] | None,
+        grad_scale: float,
+    ) -> None:
+        """Sparse gradients count as dense ones with zeros, by which Adagrad without weight decay moves nothing."""
+        sparse = [(param, param.grad) for param in params if param.grad is not None and param.grad.is_sparse]
+        if sparse and group["weight_decay"]:
+            raise ValueError(
+                f"weight_decay {group['weight_decay']:g} with sparse gradients: the decay would touch every row; set "
+                "it to 0, or use sparse=False in the embedding"
+            )
+        for param, grad in sparse:
+            param.grad = grad.to_dense()
+        try:
+            super()._step_group(group, params, out, grad_scale)
+        finally:
+            for param, grad in sparse:
+                param.grad = grad
+
+
+class DeepSpeedCPULion(FusedLion):
+    """Lion on the host."""
