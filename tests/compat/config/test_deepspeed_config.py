@@ -135,6 +135,6 @@ def test_a_factor_beside_prescaling_changes_nothing() -> None:
 @pytest.mark.parametrize("name", ["min_loss_scale", "loss_scale_window", "hysteresis"])
 def test_scales_are_positive_numbers(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
-        DeepSpeedFP16Config(**{name: value})
+        DeepSpeedFP16Config(enabled=True, **{name: value})
     with pytest.raises(DeepSpeedConfigError, match=rf"fp16\.{name} is "):
         DeepSpeedConfig({**BATCH, "fp16": {"enabled": True, name: value}})

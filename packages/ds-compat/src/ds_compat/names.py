@@ -107,6 +107,8 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "comm.torch": "ds_compat.comm.collectives",
     "compression": {_REFUSED: "init_compression redundancy_clean"},
     "constants": {_CONFIG: "TORCH_DISTRIBUTED_DEFAULT_PORT"},
+    "elasticity": {_REFUSED: "compute_elastic_config"},
+    "elasticity.elasticity": {_REFUSED: "compute_elastic_config"},
     "env_report": {"ds_compat.launch.report": "main cli_main=main"},
     "git_version_info": {
         _UTILS: "version git_hash git_branch installed_ops compatible_ops",
@@ -219,8 +221,8 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         _REFUSED: "initialize_sequence_parallel",
     },
     "runtime.sequence_parallel.ulysses_sp": {
-        _REFUSED: "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter TiledFusedLogitsLoss TiledMLP "
-        "sequence_tiled_compute",
+        _REFUSED: "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter TiledFusedLogitsLoss sequence_tiled_compute",
+        _TILING: "TiledMLP",
     },
     "runtime.utils": {
         _LOGS: "see_memory_usage",

@@ -28,13 +28,14 @@ OWNERS: Mapping[str, str] = {
         LAYERS: "tp_model_init set_autotp_mode get_shard_size_list get_shard_size LinearAllreduce LinearLayer "
         "LmHeadLinearAllreduce DistributedAttention _SeqAllToAll _rotate_half _torchembed_available "
         "apply_rotary_pos_emb FPDT_InputConstruct _FPDTGPUOffloadingAttentionImpl_ UlyssesSPAttentionHF "
-        "UlyssesSPDataLoaderAdapter TiledFusedLogitsLoss TiledMLP sequence_tiled_compute SparseSelfAttention "
+        "UlyssesSPDataLoaderAdapter TiledFusedLogitsLoss sequence_tiled_compute SparseSelfAttention "
         "SparsityConfig DenseSparsityConfig FixedSparsityConfig VariableSparsityConfig BigBirdSparsityConfig "
         "BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig SparseAttentionUtils "
         "DeepSpeedTransformerLayer DeepSpeedTransformerConfig initialize_sequence_parallel",
         PROFILER: "FlopsProfiler get_model_profile",
         ENGINE: "Autotuner ResourceManager MultiNodeRunner PDSHRunner OpenMPIRunner SlurmRunner MPICHRunner "
-        "init_compression redundancy_clean ds_to_universal DeepSpeedDataSampler DataAnalyzer RandomLTDScheduler",
+        "init_compression redundancy_clean ds_to_universal DeepSpeedDataSampler DataAnalyzer RandomLTDScheduler "
+        "compute_elastic_config",
         OFFLOAD: "AsyncIOBuilder GDSBuilder aio_handle",
         COMM: "OnebitAdam OnebitLamb ZeroOneAdam CompressedBackend",
         NONE: "LoRAOptimizedLinear OptimizedLinear LoRAConfig QuantizationConfig init_lora DeepSpeedHybridEngine "

@@ -166,7 +166,8 @@ class Engine:
         self._refuse_if_away("step")
         self._applied = False
         with self.accumulation.ending() as boundary:
-            self._own_backwards.check()
+            if self.accumulation.strict:
+                self._own_backwards.check()
             if boundary:
                 with self._reporting.part(timing.STEP):
                     report = self._update(lr_kwargs or {})

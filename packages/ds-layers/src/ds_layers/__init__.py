@@ -1,8 +1,9 @@
-"""Inside a layer: activation checkpointing, token dropping, and random streams for model parallelism."""
+"""Inside a layer: activation checkpointing, token dropping, tiles, and random streams for model parallelism."""
 
 from ds_layers.checkpointing import Checkpointing, CheckpointingConfig, Statistics
 from ds_layers.dropping import DroppingConfig, TokenDropping
 from ds_layers.rng import RngTracker, model_parallel_seed
+from ds_layers.sequence_tiles import tiled_over_sequence
 from ds_layers.tiled import TiledLinear
 
 __version__ = "0.1.0"
@@ -16,4 +17,5 @@ __all__ = [
     "TiledLinear",
     "TokenDropping",
     "model_parallel_seed",
+    "tiled_over_sequence",
 ]

@@ -1,11 +1,12 @@
-"""`deepspeed.zero.TiledLinear`: one weight, shown as the tiles that the original is made of."""
+"""`deepspeed.zero.TiledLinear`: one weight, shown as the tiles that the original is made of; and `TiledMLP`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ds_layers
 from ds_compat.zero.construction import GatheredParameters
@@ -66,7 +67,24 @@ class TiledLinearReturnBias(TiledLinear):
         return nn.functional.linear(self.whole(input), self.weight), self.bias
 
 
-def _part(param: nn.Parameter, where: tuple[slice, ...]) -> nn.Parameter:
+class TiledMLP:
+    """`TiledMLP.apply(forward, mlp, x, shards, compute_params)`, as code puts it into the MLPs of a model."""
+
+    @staticmethod
+    def apply(
+        fn: Callable[[nn.Module, Tensor], Tensor],
+        self: nn.Module,
+        x: Tensor,
+        shards: int,
+        compute_params: Any = None,
+    ) -> Tensor:
+        """`fn(self, x)` over `shards` parts of the sequence, one at a time. `compute_params` is of no use here, since
+        gradients of a parameter may arrive several times.
+        """
+        return ds_layers.tiled_over_sequence(lambda part: fn(self, part), x, shards)
+
+
+def _part(param: Tensor, where: tuple[slice, ...]) -> nn.Parameter:
     """A part of a parameter over its memory, with that part of its gradient."""
     part = nn.Parameter(param.detach()[where], param.requires_grad)
     if param.grad is not None:
