@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import ds_zero
-from ds_zero.comm.collectives import DirectAllGather, OrderedReduceScatter, TorchAllGather, TorchReduceScatter
+from ds_zero.comm.collectives import TorchAllGather, TorchReduceScatter
+from ds_zero.comm.direct import DirectAllGather, OrderedReduceScatter
 from ds_zero.comm.peer_memory import PeerMemory
 from ds_zero.interfaces import AllGather, Capabilities, ReduceScatter, Work
 
