@@ -13,6 +13,7 @@ from ds_zero.comm.order import RankOrderError
 from ds_zero.comm.topology import MeshFor, ModelParallel, cut_by_model_parallelism
 from ds_zero.config import ZeroConfig
 from ds_zero.params.access import get_full, get_local, local_range, set_full, set_local, update_full_grads
+from ds_zero.params.dcp import dcp_state_dict
 from ds_zero.params.deferred import deferred_init
 from ds_zero.params.divided_init import divided_init
 from ds_zero.params.gathered import full_state_dict, gathered
@@ -59,6 +60,7 @@ __all__ = [
     "control",
     "counted_memory",
     "cut_by_model_parallelism",
+    "dcp_state_dict",
     "deferred_init",
     "describe",
     "destroy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,7 @@ def guard_optimizer(optimizer: Optimizer, state: ZeroState) -> list[RemovableHan
     def after_save(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         live = me()
         if live is not None:
+            _refuse_identities()
             saved[MARK] = {
                 "shards": _shards(optimizer, live),
                 "rank": live.ranks.rank,
@@ -41,12 +43,41 @@ def guard_optimizer(optimizer: Optimizer, state: ZeroState) -> list[RemovableHan
 
     def before_load(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any] | None:
         live = me()
+        if live is not None:
+            _refuse_identities()
         return _accepted(optimizer, live, given) if live is not None else None
 
+    def before_step(optimizer: Optimizer, *_: Any) -> None:
+        if me() is not None:
+            _refuse_identities()
+
     return [
+        optimizer.register_step_pre_hook(before_step),
         optimizer.register_state_dict_post_hook(after_save),
         optimizer.register_load_state_dict_pre_hook(before_load),
     ]
+
+
+_BY_IDENTITY = "torch.distributed.checkpoint.state_dict"
+_NUM_FRAMES = 16
+"""Callers that are looked at: the functions of that module are near."""
+
+
+def _refuse_identities() -> None:
+    """Raise where torch's `get_state_dict`, `set_state_dict` or their like ask. They look entries of the optimizer up
+    among the model's parameters, by identity, and those of a sharded optimizer are shards.
+    """
+    frame = sys._getframe(1)
+    for _ in range(_NUM_FRAMES):
+        if frame.f_globals.get("__name__") == _BY_IDENTITY:
+            raise ValueError(
+                f"{_BY_IDENTITY} cannot tell the parameters of an optimizer that ds_zero has sharded: use "
+                "dcp.save(ds_zero.dcp_state_dict(model, optimizer), checkpoint_id=...), and dcp.load with the same, "
+                "which read and write the same names; or ds_checkpoint.save and load"
+            )
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
 
 
 def _accepted(optimizer: Optimizer, state: ZeroState, given: dict[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,9 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
-class _Range:
+class Range:
+    """What one rank has of one parameter."""
+
     slot: Slot
     bucket: Bucket
     index: int
@@ -58,20 +60,20 @@ class _Range:
 
     @property
     def coordinates(self) -> dict[str, tuple[int, int]]:
-        return _coordinates(self.bucket)
+        return coordinates_of(self.bucket)
 
     def record(self, state: str, shape: tuple[int, ...], start: int, data: Tensor) -> ShardRecord:
         """Elements from `start` on of this parameter, or of one of its states."""
         return ShardRecord(self.fqn, state, shape, start, data, self.coordinates)
 
 
-def _coordinates(bucket: Bucket) -> dict[str, tuple[int, int]]:
+def coordinates_of(bucket: Bucket) -> dict[str, tuple[int, int]]:
     """`ShardRecord.coordinates`."""
     index, count = bucket.ranks.part
     return {"expert": (index, count)} if count > 1 else {}
 
 
-def _ranges(state: ZeroState, *, owned: bool) -> Iterator[_Range]:
+def ranges(state: ZeroState, *, owned: bool) -> Iterator[Range]:
     """This rank's ranges: all it holds (`owned`), or its slice only, so that ranks together have every
     element once.
     """
@@ -86,7 +88,7 @@ def _ranges(state: ZeroState, *, owned: bool) -> Iterator[_Range]:
             low, high = max(slot.offset, begin), min(slot.end, end)
             if high <= low and not (slot.numel == 0 and rank == 0):
                 continue
-            yield _Range(
+            yield Range(
                 slot=slot,
                 bucket=bucket,
                 index=index,
@@ -106,19 +108,19 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     state = _registry.state_of(model)
     state.stepper.wait()
     found: list[ShardRecord] = []
-    for r in _ranges(state, owned=False):
+    for r in ranges(state, owned=False):
         found.append(r.record(PARAM, r.slot.shape, r.start, r.values))
         if r.bucket.shards:
             shard = r.bucket.shards[r.index]
             for name, value in optimizer.state.get(shard, {}).items():
                 found += _state_record(r, name, value, shard)
     if state.ranks.first:
-        for fqn, buffer in _saved_buffers(model).items():
+        for fqn, buffer in saved_buffers(model).items():
             found.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
     return found
 
 
-def _state_record(r: _Range, name: str, value: object, shard: Tensor) -> list[ShardRecord]:
+def _state_record(r: Range, name: str, value: object, shard: Tensor) -> list[ShardRecord]:
     if isinstance(value, Tensor) and value.ndim > 0 and value.shape == shard.shape:
         begin = r.start - r.shard_start
         own = value.reshape(-1)[begin : begin + r.values.numel()]
@@ -180,20 +182,26 @@ def load_records(
     if expect is not None:
         expect(list(_to_be_read(state, source, optimizer_states, keep)))
     with torch.no_grad():
-        for r in _ranges(state, owned=True):
+        for r in ranges(state, owned=True):
             if r.slot.fqn in keep:
                 continue
             source.read(r.fqn, PARAM, r.start, r.values, r.coordinates)
             if r.bucket.shards and optimizer_states and optimizer is not None:
                 _load_states(r, optimizer, source)
-        for bucket in state.buckets:
-            bucket.refresh_low()
-        for fqn, buffer in _saved_buffers(model).items():
+        for fqn, buffer in saved_buffers(model).items():
             if fqn in keep:
                 continue
             flat = torch.empty_like(buffer).reshape(-1)
             source.read(fqn, BUFFER, 0, flat)
             buffer.copy_(flat.view(buffer.shape))
+    publish_loaded(state)
+
+
+def publish_loaded(state: ZeroState) -> None:
+    """After masters, and frozen parameters' shards, were filled: every rank sees the new values. Collective."""
+    with torch.no_grad():
+        for bucket in state.buckets:
+            bucket.refresh_low()
     _share_frozen(state)
     state.refresh()
     state.gatherer.drop_all()
@@ -203,7 +211,7 @@ def _to_be_read(
     state: ZeroState, source: RecordSource, optimizer_states: bool, keep: AbstractSet[str]
 ) -> Iterator[Reading]:
     """What `load_records` will ask for."""
-    for r in _ranges(state, owned=True):
+    for r in ranges(state, owned=True):
         if r.slot.fqn in keep:
             continue
         yield r.fqn, PARAM, r.coordinates, r.start, r.values.numel()
@@ -217,14 +225,14 @@ def _to_be_read(
                     yield r.fqn, name, r.coordinates, 0, math.prod(shape)
 
 
-def _is_ranged(r: _Range, shape: Sequence[int]) -> bool:
+def _is_ranged(r: Range, shape: Sequence[int]) -> bool:
     """Whether a state has an element for each of the parameter's; otherwise it is a number, or of a form of its own,
     which only whole tensors have. (1,) is a state of a 0-dim parameter, told apart from a number.
     """
     return tuple(shape) == (r.slot.shape or (1,))
 
 
-def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The persistent buffers by name."""
     persistent = model.state_dict(keep_vars=True).keys()
     return {fqn: buffer for fqn, buffer in model.named_buffers() if fqn in persistent}
@@ -239,11 +247,11 @@ def _share_frozen(state: ZeroState) -> None:
 
 def _check(state: ZeroState, model: nn.Module, source: RecordSource, keep: AbstractSet[str]) -> None:
     wanted: dict[str, tuple[str, Coordinates, tuple[int, ...]]] = {
-        slot.fqn: (PARAM, _coordinates(bucket), slot.shape)
+        slot.fqn: (PARAM, coordinates_of(bucket), slot.shape)
         for bucket in state.buckets
         for slot in bucket.layout.slots
     }
-    wanted |= {fqn: (BUFFER, EVERYWHERE, tuple(b.shape)) for fqn, b in _saved_buffers(model).items()}
+    wanted |= {fqn: (BUFFER, EVERYWHERE, tuple(b.shape)) for fqn, b in saved_buffers(model).items()}
     stored = {fqn: source.states(fqn, where) for fqn, (_, where, _) in wanted.items() if fqn not in keep}
     missing = [fqn for fqn, states in stored.items() if wanted[fqn][0] not in states]
     if missing:
@@ -262,14 +270,14 @@ def _check(state: ZeroState, model: nn.Module, source: RecordSource, keep: Abstr
             )
 
 
-def _new_state(optimizer: Optimizer, shard: Tensor, dtype: torch.dtype) -> Tensor:
+def new_state(optimizer: Optimizer, shard: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for one state, where the optimizer wants it if it has a say (`_new_state`)."""
     make = getattr(optimizer, "_new_state", None)
     made: Tensor = make(shard) if callable(make) else torch.zeros_like(shard, dtype=dtype)
     return made.detach()
 
 
-def _load_states(r: _Range, optimizer: Optimizer, source: RecordSource) -> None:
+def _load_states(r: Range, optimizer: Optimizer, source: RecordSource) -> None:
     shard = r.bucket.shards[r.index]
     held = optimizer.state[shard]
     stored = {name: kind for name, kind in source.states(r.fqn, r.coordinates).items() if name != PARAM}
@@ -278,7 +286,7 @@ def _load_states(r: _Range, optimizer: Optimizer, source: RecordSource) -> None:
     for name, (shape, dtype) in stored.items():
         if _is_ranged(r, shape):
             if name not in held:
-                held[name] = _new_state(optimizer, shard, dtype)
+                held[name] = new_state(optimizer, shard, dtype)
             begin = r.start - r.shard_start
             own = held[name].view(-1)[begin : begin + r.values.numel()]
             source.read(r.fqn, name, r.start, own, r.coordinates)

@@ -24,7 +24,8 @@ _READABLE = (BucketState.WHOLE, BucketState.GATHERED)
 _SHARDED = (
     "parameters that are sharded at stage 3 have no values here, and a file of them would be full of NaN. Call "
     "ds_zero.full_state_dict(model) on all ranks, which gives rank 0 whole values; or save inside "
-    "`with ds_zero.gathered(params):`, entered on all ranks"
+    "`with ds_zero.gathered(params):`, entered on all ranks; or use ds_zero.dcp_state_dict(model, optimizer) for "
+    "torch.distributed.checkpoint"
 )
 
 _Find = Callable[[nn.Module], "tuple[ZeroState, list[Bucket]] | None"]
@@ -100,7 +101,8 @@ def _guard(module: nn.Module, find: _Find) -> list[RemovableHandle]:
             raise ValueError(
                 f"load_state_dict on a sharded model ({_called(module, prefix)}) does not reach its fp32 masters "
                 "and shards, so the next step would undo it: load before ds_zero.shard, or ds_zero.load_records, "
-                "or load inside `with ds_zero.gathered(model, write=True):`"
+                "or load inside `with ds_zero.gathered(model, write=True):`, or with torch.distributed.checkpoint into "
+                "ds_zero.dcp_state_dict(model, optimizer)"
             )
         state.stepper.wait()  # or messages would arrive over what is loaded
 

@@ -4,7 +4,6 @@ without memory.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,18 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-
-def reproduce(optimizer: Optimizer, groups: list[list[Any]]) -> Optimizer:
-    """An optimizer of the same class and options over other tensors, without state or hooks."""
-    made: Optimizer = object.__new__(type(optimizer))
-    for name, value in vars(optimizer).items():
-        made.__dict__[name] = OrderedDict() if isinstance(value, OrderedDict) else value
-    made.state = defaultdict(dict)
-    made.param_groups = [
-        {**group, "params": params} for group, params in zip(optimizer.param_groups, groups, strict=True)
-    ]
-    return made
-
+from ds_zero.layout.optimizer_trial import reproduce
 
 _PROBE_NUMEL = 512
 
