@@ -259,7 +259,8 @@ def test_files_are_exchanged_with_models_that_are_not_sharded_by_us(other: str, 
 @pytest.mark.parametrize(("stage", "steps"), [(0, 0), (1, 1), (3, 0), (3, 1)])
 def test_functions_of_torch_that_cannot_work_name_what_does(stage: int, steps: int) -> None:
     model, optimizer = job(stage, steps=steps)
-    before = whole_first(model)
+    before = whole(model, optimizer) if steps else whole_first(model)
+    rates = [group["lr"] for group in optimizer.param_groups]
     for call in (
         lambda: get_optimizer_state_dict(model, optimizer),
         lambda: set_optimizer_state_dict(
@@ -272,7 +273,9 @@ def test_functions_of_torch_that_cannot_work_name_what_does(stage: int, steps: i
     if stage == 3:
         with pytest.raises(ValueError, match="dcp_state_dict"):
             get_model_state_dict(model)
-    assert not differing(whole_first(model), before)
+    assert not differing(whole(model, optimizer) if steps else whole_first(model), before)
+    assert [group["lr"] for group in optimizer.param_groups] == rates
+    assert all(entry.grad is None for group in optimizer.param_groups for entry in group["params"])
 
 
 @ranks(2, groups_may_stay=True)

@@ -240,9 +240,13 @@ def _check_fit(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> None:
         raise CheckpointError(f"it belongs to another model: {'; '.join(said)}; {remedy}")
     if not model:
         raise CheckpointError("the model has no tensors, so nothing would be restored")
-    saved = checkpoint.manifest.values["optimizer"]
     if not wanted.optimizer:
         return
+    saved = checkpoint.manifest.values["optimizer"]
+    if saved is None:
+        raise CheckpointError(
+            "it was saved without an optimizer: pass load_optimizer_states=False to begin with fresh states"
+        )
     if saved["family"] not in (
         None,
         options.family(engine.optimizer),
@@ -300,9 +304,8 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
     values = checkpoint.manifest.values
     rank = engine.world.rank
     client_state: dict[str, Any] = codec.decode(values["client_state"], checkpoint.blob)
-    group_options = [
-        codec.decode(group["options"], checkpoint.blob) for group in values["optimizer"]["groups"]
-    ]
+    groups = (values["optimizer"] or {}).get("groups", [])
+    group_options = [codec.decode(group["options"], checkpoint.blob) for group in groups]
     schedule = codec.decode(values["schedule"], checkpoint.blob)
     same_ranks = checkpoint.manifest.world_size == engine.world.world_size and f"rng/{rank}" in values
     names = (
@@ -318,7 +321,7 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
         if wanted.optimizer:
             _set_loss_scale(engine, values.get("loss_scale"))
         if wanted.counters:
-            _set_counters(engine, values["counters"])
+            _set_counters(engine, _counters(engine, checkpoint))
             _set_position(engine, values.get("data"))
             if same_ranks:
                 rng.restore(rank, values[f"rng/{rank}"], generators.__getitem__)
@@ -366,6 +369,19 @@ def _set_loss_scale(engine: Engine, saved: dict[str, Any] | None) -> None:
     """A run in fp16 goes on with its scale; one that was not in fp16 has none to give."""
     if saved:
         engine.scaler.load_state_dict(saved)
+
+
+def _counters(engine: Engine, checkpoint: Checkpoint) -> Mapping[str, int]:
+    counters: Mapping[str, int] | None = checkpoint.manifest.values.get("counters")
+    if counters is not None:
+        return counters
+    if engine.world.rank == 0:
+        warnings.warn(
+            f"{checkpoint.path} was written without an engine (ds_checkpoint.save) and has no counters: steps and "
+            "samples are counted from 0",
+            stacklevel=6,
+        )
+    return {"global_steps": 0, "global_samples": 0, "skipped_steps": 0}
 
 
 def _set_counters(engine: Engine, counters: Mapping[str, int]) -> None:

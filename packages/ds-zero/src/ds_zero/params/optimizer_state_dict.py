@@ -34,7 +34,7 @@ def guard_optimizer(optimizer: Optimizer, state: ZeroState) -> list[RemovableHan
     def after_save(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         live = me()
         if live is not None:
-            _refuse_identities()
+            _refuse_identities(optimizer)
             saved[MARK] = {
                 "shards": _shards(optimizer, live),
                 "rank": live.ranks.rank,
@@ -44,12 +44,12 @@ def guard_optimizer(optimizer: Optimizer, state: ZeroState) -> list[RemovableHan
     def before_load(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any] | None:
         live = me()
         if live is not None:
-            _refuse_identities()
+            _refuse_identities(optimizer)
         return _accepted(optimizer, live, given) if live is not None else None
 
     def before_step(optimizer: Optimizer, *_: Any) -> None:
         if me() is not None:
-            _refuse_identities()
+            _refuse_identities(optimizer)
 
     return [
         optimizer.register_step_pre_hook(before_step),
@@ -63,13 +63,14 @@ _NUM_FRAMES = 16
 """Callers that are looked at: the functions of that module are near."""
 
 
-def _refuse_identities() -> None:
+def _refuse_identities(optimizer: Optimizer) -> None:
     """Raise where torch's `get_state_dict`, `set_state_dict` or their like ask. They look entries of the optimizer up
     among the model's parameters, by identity, and those of a sharded optimizer are shards.
     """
     frame = sys._getframe(1)
     for _ in range(_NUM_FRAMES):
         if frame.f_globals.get("__name__") == _BY_IDENTITY:
+            _undo_preparation(optimizer, frame.f_locals.get("lrs"))
             raise ValueError(
                 f"{_BY_IDENTITY} cannot tell the parameters of an optimizer that ds_zero has sharded: use "
                 "dcp.save(ds_zero.dcp_state_dict(model, optimizer), checkpoint_id=...), and dcp.load with the same, "
@@ -78,6 +79,19 @@ def _refuse_identities() -> None:
         if frame.f_back is None:
             return
         frame = frame.f_back
+
+
+def _undo_preparation(optimizer: Optimizer, rates: object) -> None:
+    """To have states, torch steps an optimizer that has none with gradients of zero and a learning rate of 0. The rates
+    of before are in a local variable of that function.
+    """
+    if not isinstance(rates, list):
+        return
+    for group, rate in zip([g for g in optimizer.param_groups if "lr" in g], rates, strict=False):
+        group["lr"] = rate
+    for group in optimizer.param_groups:
+        for entry in group["params"]:
+            entry.grad = None
 
 
 def _accepted(optimizer: Optimizer, state: ZeroState, given: dict[str, Any]) -> dict[str, Any]:
