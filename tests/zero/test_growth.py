@@ -36,7 +36,8 @@ def places(model: nn.Module) -> list[tuple[int, int, bool]]:
     """Address, size and contiguity of everything that a bucket holds between steps."""
     found = []
     for bucket in _registry.state_of(model).buckets:
-        held = [bucket.master, bucket.grad, bucket.full if bucket.whole else bucket.low]
+        kinds = [bucket.storage.addressable(kind) for kind in ("master", "grad", "param")]
+        held = [*kinds, bucket.full] if bucket.whole else kinds
         found += [(t.data_ptr(), t.numel(), t.is_contiguous()) for t in held if t is not None]
     return found
 

@@ -12,6 +12,7 @@ from ds_zero.comm.collectives import Collectives, Comm
 from ds_zero.comm.order import RankOrderError
 from ds_zero.comm.topology import MeshFor, ModelParallel, cut_by_model_parallelism
 from ds_zero.config import ZeroConfig
+from ds_zero.interfaces import ShardStoreError
 from ds_zero.params.access import get_full, get_local, local_range, set_full, set_local, update_full_grads
 from ds_zero.params.dcp import dcp_state_dict
 from ds_zero.params.deferred import deferred_init
@@ -53,6 +54,7 @@ __all__ = [
     "Remedy",
     "ResidentStore",
     "ShardRecord",
+    "ShardStoreError",
     "Summary",
     "Verification",
     "ZeroConfig",

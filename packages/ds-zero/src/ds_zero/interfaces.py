@@ -103,22 +103,29 @@ class Reservation:
 
 
 class ShardStore(Protocol):
-    """Where shards rest between uses: on the device, in host memory, on disk."""
+    """Where shards rest between uses: on the device, in host memory, on disk.
+
+    A key is *addressable* where `reserve` maps it to a tensor, and *away* where it does not: then its values are
+    reached by `load`, `store` and `sink_grad` alone. ds_zero starts a work on a key only after the earlier one on that
+    key has been waited for; works on different keys are under way at the same time. Methods and `wait` may raise; the
+    error reaches the user as a `ShardStoreError` that names bucket and kind.
+    """
 
     def reserve(self, plan: Sequence[Reservation]) -> Mapping[ShardKey, Tensor]:
         """Hold room, zero-filled. Keys that rest in addressable memory map to that tensor, which the
-        optimizer then steps in place.
+        optimizer then steps in place; keys that are away are left out. Called again for partial sums that are added
+        later.
         """
 
     def load(self, key: ShardKey, out: Tensor) -> Work:
-        """Copy the resting tensor into `out`."""
+        """Copy the resting tensor into `out`, which has its size and dtype."""
 
     def store(self, key: ShardKey, src: Tensor) -> Work:
-        """Copy `src` to rest."""
+        """Copy `src` to rest, in the dtype of the reservation; `src` is not changed until the work is waited for."""
 
     def sink_grad(self, key: ShardKey, grad: Tensor, *, offset: int, accumulate: bool) -> Work:
         """Put (or add) a reduced gradient at `offset` of the resting one; `grad` may be reused once the work
-        is waited for.
+        is waited for. A sum is formed in the wider of both dtypes and rounded once.
         """
 
     def release(self, key: ShardKey) -> None:
@@ -126,6 +133,20 @@ class ShardStore(Protocol):
 
     def close(self) -> None:
         """Release everything; safe to call twice."""
+
+
+class ShardStoreError(RuntimeError):
+    """A `ShardStore` failed to load or store a tensor; the message names the bucket, the kind and the store's error."""
+
+
+@runtime_checkable
+class MakesStaging(Protocol):
+    """A store that says in which memory tensors that are away are used: pinned, aligned, on another device."""
+
+    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """New memory, 1-D, with undefined values; without this method it is ordinary memory of `device`, on which the
+        model computes. The optimizer steps where it lies.
+        """
 
 
 @runtime_checkable

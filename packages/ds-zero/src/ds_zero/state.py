@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -27,6 +28,7 @@ from ds_zero.runtime.gradients.norms import combine
 from ds_zero.runtime.gradients.reduce import Reducer
 from ds_zero.runtime.optimizer_options import OptimizerOptions
 from ds_zero.runtime.step import Stepper
+from ds_zero.runtime.storage import GRAD, visit
 
 if TYPE_CHECKING:
     from ds_zero.runtime.gradients.loss_scaler import LossScaler
@@ -94,7 +96,14 @@ class ZeroState:
         """2-norm of the gradients that the optimizer would see now, 0-dim fp32 on the CPU; not finite where an
         element is not. Collective; `reducer.finish` comes first.
         """
-        own, _ = self.norms(self.grad_pieces())
+        here = [b for b in self.buckets if not b.storage.is_away(GRAD)]
+        away = [b for b in self.buckets if b.storage.is_away(GRAD)]
+        own, _ = self.norms(self._grad_pieces(here))
+        if away:
+            sums = [own]
+            with closing(visit(away, (GRAD,))) as visited:
+                sums += [self.norms(self._grad_pieces([bucket]))[0] for bucket in visited]
+            own = math.fsum(sums)
         device = self.buckets[0].device if self.buckets else torch.device("cpu")
         norm = math.sqrt(combine(own, self.norm_groups, device))
         pending = self.stepper.pending
@@ -103,20 +112,23 @@ class ZeroState:
         found = torch.tensor(norm, dtype=torch.float32)
         return found if pending.clip is None else found * pending.clip
 
-    def grad_pieces(self) -> list[Tensor]:
+    def _grad_pieces(self, buckets: Sequence[Bucket]) -> list[Tensor]:
         """This rank's part of every gradient; the parts of all ranks are disjoint and complete, in stage 0
         too.
         """
         pieces: list[Tensor] = []
-        for bucket in self.buckets:
-            if not bucket.trainable or bucket.grad is None:
+        for bucket in buckets:
+            if not bucket.trainable:
                 continue
             # Where nobody reduces, gradients of ranks differ, and each rank answers for all of its own.
             own = self.reducer.reduction == "none"
             begin, end = bucket.owned_range if own else bucket.slice_range
             first = bucket.owned_range[0]
-            for shard, slot, counted in zip(bucket.shards, bucket.layout.slots, bucket.counted, strict=True):
-                low, high = max(slot.offset, begin), min(slot.end, end)
-                if high > low and shard.grad is not None and counted:
-                    pieces.append(bucket.grad[low - first : high - first])
+            with bucket.storage.opened(GRAD) as grad:
+                for shard, slot, counted in zip(
+                    bucket.shards, bucket.layout.slots, bucket.counted, strict=True
+                ):
+                    low, high = max(slot.offset, begin), min(slot.end, end)
+                    if high > low and shard.grad is not None and counted:
+                        pieces.append(grad[low - first : high - first])
         return pieces

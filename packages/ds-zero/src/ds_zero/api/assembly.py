@@ -62,7 +62,7 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
     gatherer = Gatherer(buckets, comm, waiting)
     grads, param_grads = ShardGrads(buckets), ParamGrads(buckets)
     policy = reduce_policy(config, job.stage)
-    reducer = Reducer(buckets, comm, job.store, policy, watch, grads.begin_accumulation, param_grads, options)
+    reducer = Reducer(buckets, comm, policy, watch, grads.begin_accumulation, param_grads, options)
     stepper = Stepper(
         buckets,
         comm=comm,

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ds_zero import _registry
-from ds_zero.runtime.bucket import BucketState
 from ds_zero.runtime.gradients.grad_scale import GradNorm
 from ds_zero.runtime.gradients.norms import clip_factor
 from ds_zero.runtime.gradients.param_grads import ShownGradient
+from ds_zero.runtime.storage import GRAD
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
@@ -72,6 +72,13 @@ def set_presentation(
             False: it gives tensors without memory for those, which raise when they are read.
     """
     state = _registry.state_of(model)
+    away = next((b for b in state.buckets if b.storage.is_away(GRAD)), None)
+    if gradients == "reduced" and away is not None:
+        raise ValueError(
+            f'gradients="reduced" where {type(state.store).__name__} keeps gradients away (such as of '
+            f"{away.layout.slots[0].fqn!r}): there is no tensor to show; read them by "
+            "ds_zero.get_full(model, name, 'grad')"
+        )
     if gradients is not None:
         state.reducer.param_grads.shown = ShownGradient(gradients)
     if refuse_state_dict is not None:
@@ -117,10 +124,10 @@ def destroy(model: nn.Module) -> None:
     for bucket in state.buckets:
         state.gatherer.finish(bucket)
         for index, param in enumerate(bucket.params):
-            param.data = bucket.views[index].clone()
             if bucket.shards:
                 originals[id(bucket.shards[index])] = param
-        bucket.state = BucketState.WHOLE
+        bucket.release_params()
+        bucket.storage.settle()
     optimizer = state.optimizer() if state.optimizer is not None else None
     parts: list[nn.Parameter | torch.optim.Optimizer] = [p for b in state.buckets for p in b.params]
     if optimizer is not None:
@@ -131,3 +138,5 @@ def destroy(model: nn.Module) -> None:
     _registry.drop(model, parts)
     state.scaler = None
     state.store.close()
+    for bucket in state.buckets:
+        bucket.storage.staging.close()

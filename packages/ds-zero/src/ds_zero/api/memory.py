@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
+from ds_zero.runtime.storage import GRAD, MASTER, PARAM
 from ds_zero.tensors.sizes import human_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryReport:
     """Bytes that one rank holds between steps, by purpose. Memory with several purposes counts once, for the first
-    of them in the order of the fields.
+    of them in the order of the fields. What a store keeps away is not counted, but the buffers in which it is used are.
     """
 
     params_bytes: int
@@ -91,12 +92,19 @@ def memory(model: nn.Module, optimizer: Optimizer) -> MemoryReport:
     for bucket in buckets:
         if not bucket.whole and bucket.full.untyped_storage().nbytes():
             seen.add(bucket.full.untyped_storage().data_ptr())
+
+    def staging(kind: str) -> int:
+        return buckets[0].storage.staging.num_bytes(kind) if buckets else 0
+
     return MemoryReport(
         gathered_bytes=gathered,
-        params_bytes=_bytes([b.full if b.whole else b.low for b in buckets], seen)
-        + _bytes([b.secondary.tensor for b in buckets if b.secondary is not None], seen),
-        masters_bytes=_bytes([b.master for b in buckets], seen),
-        grads_bytes=_bytes([b.grad for b in buckets], seen) + state.reducer.local_bytes(),
+        params_bytes=_bytes([b.full if b.whole else b.storage.addressable(PARAM) for b in buckets], seen)
+        + _bytes([b.secondary.tensor for b in buckets if b.secondary is not None], seen)
+        + staging(PARAM),
+        masters_bytes=_bytes([b.storage.addressable(MASTER) for b in buckets], seen) + staging(MASTER),
+        grads_bytes=_bytes([b.storage.addressable(GRAD) for b in buckets], seen)
+        + staging(GRAD)
+        + state.reducer.local_bytes(),
         optimizer_bytes=_bytes(
             [
                 v

@@ -29,7 +29,16 @@ from ds_zero.params.stores import ResidentStore
 from ds_zero.runtime.gathering.unit_map import map_units
 from ds_zero.runtime.gradients.norms import squared_norm
 from ds_zero.runtime.gradients.sparse_rows import row_parameters
-from ds_zero.runtime.materialize import add_secondary, broadcast_buffers, build, hand_over
+from ds_zero.runtime.materialize import (
+    NearGroup,
+    broadcast_buffers,
+    build,
+    check_pages,
+    hand_over,
+    near_ranks,
+    reservations,
+)
+from ds_zero.runtime.storage import Reserved
 from ds_zero.state import ZeroState
 
 M = TypeVar("M", bound=nn.Module)
@@ -177,6 +186,7 @@ def shard_optimizer(model: nn.Module, optimizer: O) -> O:
         )
     params = dict(model.named_parameters())
     check_optimizer(optimizer, model)
+    check_pages(optimizer, [key for b in state.buckets for key in b.storage.away], state.store)
     check_coverage(optimizer, [p for b in state.buckets if b.trainable for p in b.params], params)
     needs_whole = any(undivided_groups(optimizer, state.config.layout, state.stage)) and state.stage > 0
     if needs_whole and not all(b.layout.undivided for b in state.buckets if b.trainable):
@@ -213,10 +223,15 @@ def _materialize(
     rows = row_parameters(model, job.stage, topology) if config.sparse_gradients else frozenset()
     layouts = plan_layouts(groups, params, job.stage, config, topology, undivided, unit_of, rows)
     broadcast_buffers(model, topology.axes[0])
-    buckets = build(layouts, params, topology, job.store, config.grad_dtype, job.device)
-    near = add_secondary(buckets, config.secondary_ranks, job.abort if config.read_neighbours else None)
+    plan = reservations(layouts, topology.axes, config.grad_dtype, job.device)
+    reserved = Reserved(job.store, plan, job.device)
+    if optimizer is not None:
+        check_pages(optimizer, reserved.away, job.store)
+    abort = job.abort if config.read_neighbours else None
+    near = near_ranks(layouts, topology.axes, config.secondary_ranks, job.device, abort)
+    buckets = build(layouts, params, topology, reserved, config.grad_dtype, near)
     state = assemble(model, buckets, map_units(model, roots, buckets, leaves), job)
-    state.handles += near
+    state.handles += [NearGroup(ranks, buckets) for ranks in near.values()]
     return state
 
 

@@ -117,16 +117,17 @@ def update_full_grads(
                 bucket.device,
             )
             places = [p for p, found in zip(places, has, strict=True) if found]
-            if not places or bucket.grad is None:
+            if not places:
                 continue
-            whole = bucket.grad.to(bucket.device)
-            if places[0].divided:
-                sizes = bucket.layout.slice_sizes
-                whole = state.comm.gather_slices(bucket.grad, bucket.ranks, bucket.device, sizes)
-            for place in places:
-                old = whole[place.slot.offset : place.slot.end].clone().view(place.slot.shape)
-                new = place.checked(update(old, bucket.params[place.index]))
-                _write_grad(place, _own(place, new))
+            with bucket.storage.opened(GRAD, write=True) as grad:
+                whole = grad.to(bucket.device)
+                if places[0].divided:
+                    sizes = bucket.layout.slice_sizes
+                    whole = state.comm.gather_slices(grad, bucket.ranks, bucket.device, sizes)
+                for place in places:
+                    old = whole[place.slot.offset : place.slot.end].clone().view(place.slot.shape)
+                    new = place.checked(update(old, bucket.params[place.index]))
+                    _write_grad(place, _own(place, new))
 
 
 # --- this rank's part
@@ -145,16 +146,14 @@ def get_local(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tenso
     bucket, shard = place.bucket, place.shard
     with torch.no_grad():
         if kind == PARAM:
-            return place.part(bucket.master if bucket.master is not None else bucket.low).float().clone()
+            with bucket.storage.opened(bucket.storage.exact) as values:
+                return place.part(values).float().clone()
         if kind == GRAD:
-            if (
-                shard is None
-                or bucket.grad is None
-                or (place.own.numel and not place.state.reducer.is_reduced(shard))
-            ):
+            if shard is None or (place.own.numel and not place.state.reducer.is_reduced(shard)):
                 return None
-            own = place.part(bucket.grad)
-            return own.to(torch.float32, copy=True).mul_(place.state.stepper.pending.factor().to(own.device))
+            with bucket.storage.opened(GRAD) as grad:
+                own = place.part(grad).to(torch.float32, copy=True)
+            return own.mul_(place.state.stepper.pending.factor().to(own.device))
         held = place.held().get(kind)
         if isinstance(held, (int, float)):
             return torch.tensor(held)
@@ -209,8 +208,8 @@ def _whole_param(place: Place) -> Tensor:
     bucket, slot = place.bucket, place.slot
     if not bucket.trainable and bucket.whole:  # whole everywhere, though ranks own slices for saving
         return bucket.full[slot.offset : slot.end].clone().view(slot.shape).float()
-    source = bucket.master if bucket.master is not None else bucket.low
-    return assemble(place, place.part(source).to(bucket.device)).float()
+    with bucket.storage.opened(bucket.storage.exact) as values:
+        return assemble(place, place.part(values).to(bucket.device)).float()
 
 
 def _whole_grad(place: Place) -> Tensor | None:
@@ -260,19 +259,20 @@ def _write_param(place: Place, whole: Tensor) -> None:
     if bucket.state in (BucketState.GATHERING, BucketState.GATHERED):
         place.state.gatherer.finish(bucket)
     own = _own(place, whole)
-    if bucket.master is not None:
-        place.part(bucket.master).copy_(own)
-    place.part(bucket.low).copy_(own)
+    for kind in dict.fromkeys((bucket.storage.exact, PARAM)):
+        with bucket.storage.opened(kind, write=True) as values:
+            place.part(values).copy_(own)
     if bucket.state in (BucketState.WHOLE, BucketState.GATHERED):
         bucket.full[slot.offset : slot.end].copy_(whole.reshape(-1))
 
 
 def _write_grad(place: Place, own: Tensor) -> None:
     bucket, shard = place.bucket, place.shard
-    assert bucket.grad is not None and shard is not None
-    place.part(bucket.grad).copy_(own)
+    assert shard is not None
+    with bucket.storage.opened(GRAD, write=True) as grad:
+        place.part(grad).copy_(own)
     if place.own.numel:
-        shard.grad = bucket.cut(bucket.grad)[place.index]
+        shard.grad = bucket.storage.grads[place.index]
     place.state.reducer.keep(bucket.params[place.index])
 
 

@@ -54,8 +54,9 @@ def dcp_state_dict(model: nn.Module, optimizer: Optimizer | None = None) -> dict
         {"model": ..., "optimizer": ...}: add keys of your own, but leave these at the top level.
 
     Raises:
-        ValueError: the model is not sharded, the optimizer is not the one that was sharded with it, or ranks hold
-            different experts under one name, which torch's checkpoints cannot keep apart.
+        ValueError: the model is not sharded, the optimizer is not the one that was sharded with it, ranks hold
+            different experts under one name, which torch's checkpoints cannot keep apart, or the store keeps the values
+            away.
     """
     state = _registry.state_of(model)
     for bucket in state.buckets:
@@ -63,6 +64,11 @@ def dcp_state_dict(model: nn.Module, optimizer: Optimizer | None = None) -> dict
             raise ValueError(
                 f"{bucket.layout.slots[0].fqn!r} has different values on sets of ranks (mesh_for), and a checkpoint of "
                 "torch.distributed.checkpoint has one tensor for each name: use ds_checkpoint.save and load"
+            )
+        if bucket.storage.is_away(bucket.storage.exact):
+            raise ValueError(
+                f"{type(state.store).__name__} keeps the values of {bucket.layout.slots[0].fqn!r} away, and "
+                "torch.distributed.checkpoint reads and writes tensors where they lie: use ds_checkpoint.save and load"
             )
     entries: dict[str, Stateful] = {"model": _ModelState(model)}
     if optimizer is not None:

@@ -13,6 +13,7 @@ from ds_zero.params.deferred_values import whole_for_a_while
 from ds_zero.params.gathered_context import OpenGather
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.materialize import tell_everybody
+from ds_zero.runtime.storage import MASTER, PARAM
 from ds_zero.state import ZeroState
 
 
@@ -118,13 +119,17 @@ def _adopt(buckets: list[Bucket], writer: int) -> None:
         for bucket in buckets:
             tell_everybody(bucket.full, bucket.ranks, writer)
             begin, end = bucket.owned_range
-            if bucket.low.data_ptr() != bucket.full[begin:end].data_ptr():
-                bucket.low.copy_(bucket.full[begin:end])
+            values, storage = bucket.full[begin:end], bucket.storage
+            if not bucket.whole:
+                with storage.opened(PARAM, write=True, load=False) as param:
+                    param.copy_(values)
             bucket.changed()
-            if bucket.master is not None and bucket.master is not bucket.low:
-                # Keep what the cast cannot express where the low-precision value did not change.
-                same = bucket.master.to(bucket.low.dtype) == bucket.low
-                bucket.master.copy_(torch.where(same, bucket.master, bucket.low.float()))
+            if storage.masters_apart:
+                with storage.opened(MASTER, write=True) as master:
+                    # Keep what the cast cannot express where the low-precision value did not change.
+                    low = values.to(master.device)
+                    same = master.to(low.dtype) == low
+                    master.copy_(torch.where(same, master, low.float()))
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -151,7 +156,8 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def _whole(state: ZeroState, bucket: Bucket) -> Tensor:
     """All of a bucket in the best precision there is."""
-    own = bucket.master if bucket.master is not None else bucket.low
-    if bucket.layout.num_owners == 1 or bucket.ranks.group is None:
-        return own.detach()
-    return state.comm.gather_slices(own.detach(), bucket.ranks, bucket.device, bucket.layout.slice_sizes)
+    with bucket.storage.opened(bucket.storage.exact) as values:
+        own = values.detach()
+        if bucket.layout.num_owners == 1 or bucket.ranks.group is None:
+            return own.clone() if bucket.storage.is_away(bucket.storage.exact) else own
+        return state.comm.gather_slices(own, bucket.ranks, bucket.device, bucket.layout.slice_sizes)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_zero import _registry
+from ds_zero.runtime.storage import GRAD, MASTER, PARAM
 from ds_zero.state import ZeroState
 
 OPTIM_STATES, HP_PARAMS, LP_PARAMS, LP_GRADS = "optim_states", "hp_params", "lp_params", "lp_grads"
@@ -50,8 +51,8 @@ class Away:
     """Moves state of a sharded model from the accelerator to host memory, until `back` is called.
 
     Meanwhile the model cannot be trained or saved; forward works if the parameters ("lp_params") were not moved. State
-    that is in host memory already is not touched. One storage may serve several kinds (fp32 parameters are their own
-    masters): it moves only if all of these kinds are named.
+    that is in host memory already, or that the store keeps away, is not touched. One storage may serve several kinds
+    (fp32 parameters are their own masters): it moves only if all of these kinds are named.
     """
 
     KINDS = (OPTIM_STATES, HP_PARAMS, LP_PARAMS, LP_GRADS)
@@ -132,13 +133,13 @@ def _held(state: ZeroState) -> Iterator[tuple[str, Tensor]]:
     for held in optimizer.state.values() if optimizer is not None else ():
         yield from ((OPTIM_STATES, v) for v in held.values() if isinstance(v, Tensor) and v.ndim > 0)
     for bucket in state.buckets:
-        yield from ((LP_PARAMS, tensor) for tensor in (bucket.full, bucket.low))
+        yield LP_PARAMS, bucket.full
         if bucket.secondary is not None:
             yield LP_PARAMS, bucket.secondary.tensor
-        if bucket.master is not None:
-            yield HP_PARAMS, bucket.master
-        if bucket.grad is not None:
-            yield LP_GRADS, bucket.grad
+        for kind, named in ((PARAM, LP_PARAMS), (MASTER, HP_PARAMS), (GRAD, LP_GRADS)):
+            tensor = bucket.storage.addressable(kind)
+            if tensor is not None:
+                yield named, tensor
         yield from ((LP_GRADS, shard.grad) for shard in bucket.shards if shard.grad is not None)
 
 

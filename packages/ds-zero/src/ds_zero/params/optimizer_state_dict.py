@@ -132,7 +132,13 @@ def _entries(optimizer: Optimizer, state: ZeroState) -> Iterator[tuple[Bucket, i
 def _shards(optimizer: Optimizer, state: ZeroState) -> str:
     """A checksum of which elements of which parameters the entries hold; the same on all ranks of stage 0."""
     owned = [
-        (b.layout.slots[i].fqn, b.pieces[i].start, b.pieces[i].numel, b.layout.undivided, b.ranks.part)
+        (
+            b.layout.slots[i].fqn,
+            b.storage.pieces[i].start,
+            b.storage.pieces[i].numel,
+            b.layout.undivided,
+            b.ranks.part,
+        )
         for b, i in _entries(optimizer, state)
     ]
     return f"{zlib.crc32(repr(owned).encode()):08x}"
@@ -145,7 +151,7 @@ def _cut(optimizer: Optimizer, state: ZeroState, given: dict[str, Any]) -> dict[
         if key not in states:
             continue
         _check_whole(states[key], bucket, index)
-        if bucket.layout.undivided and not bucket.pieces[index].numel:
+        if bucket.layout.undivided and not bucket.storage.pieces[index].numel:
             del states[key]  # whole tensors rest with one rank
         else:
             states[key] = cut_states(bucket, index, states[key])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class ShardRecord:
     global_shape: tuple[int, ...]
     flat_offset: int
     data: Tensor
-    """1-D, contiguous, a view of the live tensor."""
+    """1-D, contiguous: a view of the live tensor, or a copy where the store keeps that away."""
     coordinates: Coordinates = field(default_factory=dict)
     """Which of the tensors of that name it is: {"expert": (i, n)} where n sets of ranks hold different values under it
     (`mesh_for`)."""
@@ -49,10 +50,22 @@ class Range:
     index: int
     start: int
     """First element within the parameter."""
-    values: Tensor
-    """That range of the master, or of the frozen parameter's shard."""
+    numel: int
+    offset: int
+    """First element within what this rank owns of the bucket."""
     shard_start: int
     """Where the optimizer's shard starts within the parameter."""
+
+    def of(self, owned: Tensor) -> Tensor:
+        """This range of a tensor over everything that the rank owns of the bucket."""
+        return owned[self.offset : self.offset + self.numel]
+
+    @property
+    def values(self) -> Tensor:
+        """This range of the master, or of the frozen parameter's shard, where that is addressable."""
+        owned = self.bucket.storage.addressable(self.bucket.storage.exact)
+        assert owned is not None, "values that are away have to be opened"
+        return self.of(owned.detach())
 
     @property
     def fqn(self) -> str:
@@ -83,7 +96,6 @@ def ranges(state: ZeroState, *, owned: bool) -> Iterator[Range]:
             continue  # the first replica speaks for all
         first, last = bucket.owned_range
         begin, end = (first, last) if owned else bucket.slice_range
-        tensor = (bucket.master if bucket.master is not None else bucket.low).detach()
         for index, slot in enumerate(bucket.layout.slots):
             low, high = max(slot.offset, begin), min(slot.end, end)
             if high <= low and not (slot.numel == 0 and rank == 0):
@@ -93,7 +105,8 @@ def ranges(state: ZeroState, *, owned: bool) -> Iterator[Range]:
                 bucket=bucket,
                 index=index,
                 start=low - slot.offset,
-                values=tensor[low - first : high - first],
+                numel=max(high - low, 0),
+                offset=low - first,
                 shard_start=max(slot.offset, first) - slot.offset,
             )
 
@@ -108,12 +121,17 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     state = _registry.state_of(model)
     state.stepper.wait()
     found: list[ShardRecord] = []
-    for r in ranges(state, owned=False):
-        found.append(r.record(PARAM, r.slot.shape, r.start, r.values))
-        if r.bucket.shards:
-            shard = r.bucket.shards[r.index]
-            for name, value in optimizer.state.get(shard, {}).items():
-                found += _state_record(r, name, value, shard)
+    for bucket, parts in groupby(ranges(state, owned=False), key=lambda r: r.bucket):
+        kind = bucket.storage.exact
+        with bucket.storage.opened(kind) as values:
+            for r in parts:
+                own = r.of(values).detach()
+                own = own.clone() if bucket.storage.is_away(kind) else own
+                found.append(r.record(PARAM, r.slot.shape, r.start, own))
+                if bucket.shards:
+                    shard = bucket.shards[r.index]
+                    for name, value in optimizer.state.get(shard, {}).items():
+                        found += _state_record(r, name, value, shard)
     if state.ranks.first:
         for fqn, buffer in saved_buffers(model).items():
             found.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
@@ -123,7 +141,7 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
 def _state_record(r: Range, name: str, value: object, shard: Tensor) -> list[ShardRecord]:
     if isinstance(value, Tensor) and value.ndim > 0 and value.shape == shard.shape:
         begin = r.start - r.shard_start
-        own = value.reshape(-1)[begin : begin + r.values.numel()]
+        own = value.reshape(-1)[begin : begin + r.numel]
         return [r.record(name, r.slot.shape or (1,), r.start, own)]
     if r.start != 0:
         return []
@@ -182,12 +200,14 @@ def load_records(
     if expect is not None:
         expect(list(_to_be_read(state, source, optimizer_states, keep)))
     with torch.no_grad():
-        for r in ranges(state, owned=True):
-            if r.slot.fqn in keep:
-                continue
-            source.read(r.fqn, PARAM, r.start, r.values, r.coordinates)
-            if r.bucket.shards and optimizer_states and optimizer is not None:
-                _load_states(r, optimizer, source)
+        for bucket, parts in groupby(ranges(state, owned=True), key=lambda r: r.bucket):
+            with bucket.storage.opened(bucket.storage.exact, write=True) as values:
+                for r in parts:
+                    if r.slot.fqn in keep:
+                        continue
+                    source.read(r.fqn, PARAM, r.start, r.of(values), r.coordinates)
+                    if bucket.shards and optimizer_states and optimizer is not None:
+                        _load_states(r, optimizer, source)
         for fqn, buffer in saved_buffers(model).items():
             if fqn in keep:
                 continue
@@ -201,7 +221,7 @@ def publish_loaded(state: ZeroState) -> None:
     """After masters, and frozen parameters' shards, were filled: every rank sees the new values. Collective."""
     with torch.no_grad():
         for bucket in state.buckets:
-            bucket.refresh_low()
+            bucket.refresh_params()
     _share_frozen(state)
     state.refresh()
     state.gatherer.drop_all()
@@ -214,13 +234,13 @@ def _to_be_read(
     for r in ranges(state, owned=True):
         if r.slot.fqn in keep:
             continue
-        yield r.fqn, PARAM, r.coordinates, r.start, r.values.numel()
+        yield r.fqn, PARAM, r.coordinates, r.start, r.numel
         if not (r.bucket.shards and optimizer_states):
             continue
         for name, (shape, _) in source.states(r.fqn, r.coordinates).items():
             if name != PARAM:
                 if _is_ranged(r, shape):
-                    yield r.fqn, name, r.coordinates, r.start, r.values.numel()
+                    yield r.fqn, name, r.coordinates, r.start, r.numel
                 else:
                     yield r.fqn, name, r.coordinates, 0, math.prod(shape)
 
@@ -241,7 +261,7 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
 def _share_frozen(state: ZeroState) -> None:
     """Whole frozen buckets that are divided for saving: every rank read its own slice, and needs the rest."""
     for bucket in state.buckets:
-        if bucket.master is None and bucket.whole and bucket.layout.num_owners > 1:
+        if not bucket.trainable and bucket.whole and bucket.layout.num_owners > 1:
             state.comm.gather(bucket.full, bucket.ranks, sizes=bucket.layout.slice_sizes).wait()
 
 
@@ -288,7 +308,7 @@ def _load_states(r: Range, optimizer: Optimizer, source: RecordSource) -> None:
             if name not in held:
                 held[name] = new_state(optimizer, shard, dtype)
             begin = r.start - r.shard_start
-            own = held[name].view(-1)[begin : begin + r.values.numel()]
+            own = held[name].view(-1)[begin : begin + r.numel]
             source.read(r.fqn, name, r.start, own, r.coordinates)
         else:
             flat = torch.empty(math.prod(shape), dtype=dtype, device=shard.device if shape else None)

@@ -144,4 +144,4 @@ def _called(module: nn.Module, prefix: str) -> str:
 
 def _is_apart(bucket: Bucket) -> bool:
     """Whether what parameters show is not what counts."""
-    return not bucket.whole or (bucket.master is not None and bucket.master is not bucket.low)
+    return not bucket.whole or bucket.storage.masters_apart

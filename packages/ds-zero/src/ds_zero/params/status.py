@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ds_zero import _registry
 from ds_zero.layout.buckets import FROZEN
 from ds_zero.runtime.bucket import BucketState
+from ds_zero.runtime.storage import PARAM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,8 @@ class Presence:
     trained: bool
     """A group of the optimizer holds it; False before `shard`."""
     own: Tensor | None
-    """This rank's slice in the dtype of the parameter, 1-D; None for a parameter of `deferred_init` before `shard`."""
+    """This rank's slice in the dtype of the parameter, 1-D; None for a parameter of `deferred_init` before `shard`, and
+    where the store keeps the slice away."""
 
 
 def presence(param: nn.Parameter) -> Presence | None:
@@ -40,7 +42,7 @@ def presence(param: nn.Parameter) -> Presence | None:
     if state is None:
         return None
     bucket, index = state.bucket_of(param)
-    slot = bucket.layout.slots[index]
+    slot, param = bucket.layout.slots[index], bucket.storage.addressable(PARAM)
     first, _ = bucket.owned_range
     begin, end = bucket.slice_range
     low = min(max(slot.offset, begin), slot.end) - first
@@ -50,5 +52,5 @@ def presence(param: nn.Parameter) -> Presence | None:
         kept=bucket.whole and state.stage == 3,
         here=bucket.state in (BucketState.WHOLE, BucketState.GATHERED),
         trained=bucket.layout.group != FROZEN,
-        own=bucket.low.detach()[low:high],
+        own=param.detach()[low:high] if param is not None else None,
     )

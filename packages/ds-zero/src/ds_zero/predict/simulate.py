@@ -39,6 +39,7 @@ from ds_zero.predict.model_copy import fake_copy
 from ds_zero.predict.optimizer_probe import probe_states, stand_in
 from ds_zero.runtime.gradients.loss_scaler import LossScaler
 from ds_zero.runtime.gradients.norms import BLOCK_NUMEL
+from ds_zero.runtime.storage import GRAD, MASTER, PARAM
 from ds_zero.state import ZeroState
 
 MakeOptimizer = Callable[[Any], Optimizer]
@@ -249,9 +250,10 @@ class _Run:
     def _classify(self) -> None:
         """Put everything that has a known purpose under it."""
         ledger, buckets = self.ledger, self.state.buckets
-        ledger.classify([b.grad for b in buckets], allocation_tracker.GRADIENTS)
-        ledger.classify([b.master for b in buckets], allocation_tracker.MASTERS)
-        ledger.classify([b.full if b.whole else b.low for b in buckets], allocation_tracker.PARAMETERS)
+        storages = [b.storage for b in buckets]
+        ledger.classify([s.addressable(GRAD) for s in storages], allocation_tracker.GRADIENTS)
+        ledger.classify([s.addressable(MASTER) for s in storages], allocation_tracker.MASTERS)
+        ledger.classify([s.addressable(PARAM) for s in storages], allocation_tracker.PARAMETERS)
         ledger.classify(list(self.model.buffers()), allocation_tracker.BUFFERS)
         for shard_, held in self.optimizer.state.items():
             where = ledger.purpose(shard_)

@@ -1,12 +1,7 @@
-"""One bucket on one rank: its tensors and how parameters look into them.
+"""One bucket on one rank: the memory in which its parameters are whole, and how they look into it.
 
-[Note: tensors of a bucket]
-full     compute dtype, padded_numel elements. Whole buckets (`unit` is None) keep it; stage-3 buckets give it
-         memory while they are gathered.
-low      compute dtype, this rank's owned range: a view of `full`, or a tensor of its own where `full` comes and
-         goes.
-master   fp32, owned range; the same tensor as `low` where parameters are fp32. None for frozen parameters.
-grad     fp32, owned range: reduced gradients, of which the optimizer's entries see pieces. Reserved on first use.
+What rests between steps (this rank's range of parameters, masters and gradients) belongs to `storage.BucketStorage`,
+[Note: kinds of a bucket].
 
 [Note: one storage object]
 A tensor saved for backward may be a view of a parameter, for example its transpose. So the gathered storage
@@ -19,7 +14,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +21,8 @@ from torch import Tensor, nn
 from ds_zero.comm.collectives import Comm
 from ds_zero.comm.ranks import Ranks
 from ds_zero.interfaces import Work
-from ds_zero.layout.buckets import BucketLayout, Piece, piece_of
 from ds_zero.runtime.gathering.secondary import Secondary
+from ds_zero.runtime.storage import PARAM, BucketStorage
 from ds_zero.tensors.large_pages import in_large_pages
 from ds_zero.tensors.storage import is_fake
 
@@ -37,48 +31,57 @@ class BucketState(enum.Enum):
     """Who holds the values of a bucket's parameters."""
 
     WHOLE = "whole"
-    """`full` is permanent; parameters are views of it; `low` is part of it."""
+    """`full` is permanent; parameters are views of it."""
     SHARDED = "sharded"
-    """Only `low` has values; `full`'s storage is empty; parameters show NaN."""
+    """Only the storage has values; `full`'s memory is empty; parameters show NaN."""
     GATHERING = "gathering"
     """`full` is allocated and messages are arriving; parameters still show NaN."""
     GATHERED = "gathered"
-    """`full` has values and parameters are views of it; `low` stays the owner of this rank's part."""
+    """`full` has values and parameters are views of it; the storage stays the owner of this rank's part."""
 
 
 class Bucket:
-    """The tensors of one bucket, [Note: tensors of a bucket]; starts whole; `shard` decides what stays."""
+    """The parameters of one bucket, and `full`, into which they look while they are whole."""
 
     def __init__(
         self,
-        layout: BucketLayout,
         ranks: Ranks,
         params: Sequence[nn.Parameter],
-        dtype: torch.dtype,
-        device: torch.device,
+        full: Tensor,
+        storage: BucketStorage,
+        *,
+        counted: Sequence[bool],
+        secondary: Secondary | None,
     ) -> None:
-        self.layout = layout
+        """
+        Args:
+            full: all values in compute dtype. In stage 3 its memory is given back at once.
+        """
+        self.layout = layout = storage.layout
         self.ranks = ranks
         """Those that divide this bucket; experts have others than the rest of the model."""
         self.params = list(params)
-        self.counted = [True] * len(self.params)
+        self.counted = list(counted)
         """Whether a parameter's gradient counts in norms on this rank; else another rank counts it."""
-        self.state = BucketState.WHOLE
-        self.full = torch.zeros(layout.padded_numel, dtype=dtype, device=device)
+        self.storage = storage
+        self.shards = storage.shards
+        """Optimizer entries, one a slot; none for frozen parameters."""
+        self.full = full
+        """`padded_numel` elements in compute dtype."""
         self.views = [self._view(i) for i in range(len(self.params))]
         self.holes = [
-            torch.full((1,), float("nan"), dtype=dtype, device=device)
-            if dtype.is_floating_point
-            else self.full.new_zeros(1)
+            torch.full((1,), float("nan"), dtype=full.dtype, device=full.device)
+            if full.dtype.is_floating_point
+            else full.new_zeros(1)
             for _ in self.params
         ]
-        self.low: Tensor = self.full
-        self.master: Tensor | None = None
-        self.grad: Tensor | None = None
-        self.secondary: Secondary | None = None
+        self.secondary = secondary
         """[Note: secondary shards]"""
-        self.shards: list[Tensor] = []
-        """Optimizer entries, one a slot, views of `master`; empty list for frozen parameters."""
+        self.state = BucketState.WHOLE
+        if layout.unit is None:
+            self._show_values()
+        else:
+            self.drop()
 
     @property
     def whole(self) -> bool:
@@ -86,7 +89,7 @@ class Bucket:
 
     @property
     def trainable(self) -> bool:
-        return self.master is not None
+        return bool(self.shards)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,39 +118,24 @@ class Bucket:
         begin, end = self.slice_range
         return tensor[begin:end]
 
-    @cached_property
-    def pieces(self) -> tuple[Piece, ...]:
-        """What this rank owns of every slot; offsets count from the beginning of the owned range."""
-        begin, end = self.owned_range
-        return tuple(piece_of(slot, begin, end) for slot in self.layout.slots)
-
-    def cut(self, tensor: Tensor) -> list[Tensor]:
-        """The pieces of a tensor that has the owned range's elements, in the form of optimizer entries: whole
-        tensors in their own shape where they are not divided, else flat.
-        """
-        found = []
-        for slot, piece in zip(self.layout.slots, self.pieces, strict=True):
-            part = tensor[piece.offset : piece.offset + piece.numel]
-            found.append(part.view(slot.shape) if self.layout.undivided and piece.numel else part)
-        return found
-
     # --- what parameters see
 
-    def show_values(self) -> None:
+    def _show_values(self) -> None:
         for param, view in zip(self.params, self.views, strict=True):
             param.data = view
 
-    def show_holes(self) -> None:
+    def drop(self) -> None:
+        """Give the memory of `full` back; parameters show NaN."""
         for param, hole, slot in zip(self.params, self.holes, self.layout.slots, strict=True):
             param.data = hole.expand(slot.shape)
-
-    def inflate(self) -> None:
-        """Give `full` its memory; the contents are undefined."""
-        self.full.untyped_storage().resize_(self.layout.padded_numel * self.full.element_size())
-        in_large_pages(self.full)
-
-    def deflate(self) -> None:
         self.full.untyped_storage().resize_(0)
+        self.state = BucketState.SHARDED
+
+    def release_params(self) -> None:
+        """Give every parameter memory of its own, with its values. The bucket is not used afterwards."""
+        for param, view in zip(self.params, self.views, strict=True):
+            param.data = view.clone()
+        self.state = BucketState.WHOLE
 
     def check_holes(self) -> None:
         """Raise if code wrote into a parameter while it was sharded; such a write has nowhere to go."""
@@ -163,29 +151,51 @@ class Bucket:
 
     # --- gathering
 
-    def start_gather(self, comm: Comm, number: int) -> Work:
-        """Ask for the values of `full`, from near if they are there."""
+    def begin_gather(self) -> Work | None:
+        """Give `full` its memory, and begin to put this rank's part into it.
+
+        Returns:
+            What `start_gather` has to wait for; None if the part is there.
+        """
+        self.check_holes()
+        self.full.untyped_storage().resize_(self.layout.padded_numel * self.full.element_size())
+        in_large_pages(self.full)
+        self.state = BucketState.GATHERING
         near = self.secondary
         if near is not None and near.fresh:
             near.put(self.full)
+            return None
+        try:
+            loading = self.storage.read_param(self.slice_of(self.full))
+        except BaseException:
+            self.drop()
+            raise
+        return loading if self.storage.is_away(PARAM) else None
+
+    def start_gather(self, comm: Comm, number: int) -> Work:
+        """Ask for the other ranks' parts of `full`, from near if they are there."""
+        near = self.secondary
+        if near is not None and near.fresh:
             return comm.gather(self.full, near.ranks, sizes=near.sizes, number=number)
-        self.slice_of(self.full).copy_(self.low)
         return comm.gather(self.full, self.ranks, sizes=self.layout.slice_sizes, number=number)
 
-    def gathered(self) -> None:
-        """The values have come."""
+    def end_gather(self) -> None:
+        """The values have come: parameters show them."""
         if self.secondary is not None and not self.secondary.fresh:
             self.secondary.keep(self.full)
+        self._show_values()
+        self.state = BucketState.GATHERED
+
+    def drop_secondary(self) -> None:
+        """Gather from all ranks from now on."""
+        self.secondary = None
 
     def changed(self) -> None:
-        """`low` has new values: copies of it are stale."""
+        """The parameters at rest have new values: copies of them are stale."""
         if self.secondary is not None:
-            self.secondary.fresh = False
+            self.secondary.make_stale()
 
-    # --- values
-
-    def refresh_low(self) -> None:
-        """Cast the masters into the compute-dtype shard."""
+    def refresh_params(self) -> None:
+        """Cast the masters into the parameters at rest."""
         self.changed()
-        if self.master is not None and self.master is not self.low:
-            self.low.copy_(self.master)
+        self.storage.refresh_param()

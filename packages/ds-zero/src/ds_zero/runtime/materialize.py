@@ -16,11 +16,12 @@ from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.ranks import Ranks
 from ds_zero.comm.topology import Topology
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import Reservation, ShardKey, ShardStore
-from ds_zero.layout.buckets import FROZEN, BucketLayout, Slot
+from ds_zero.interfaces import FusedStep, Reservation, ShardKey, ShardStore
+from ds_zero.layout.buckets import BucketLayout, Slot
 from ds_zero.params.deferred import become_real, recorded_values
-from ds_zero.runtime.bucket import Bucket, BucketState
+from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gathering.secondary import Secondary, secondary_ranks
+from ds_zero.runtime.storage import BucketStorage, Reserved, kinds_of
 
 
 def compute_dtype(fqn: str, param: nn.Parameter, config: ZeroConfig) -> torch.dtype:
@@ -62,25 +63,39 @@ def build(
     layouts: Sequence[BucketLayout],
     params: dict[str, nn.Parameter],
     topology: Topology,
-    store: ShardStore,
+    reserved: Reserved,
     grad_dtype: torch.dtype,
-    device: torch.device,
+    near: Mapping[int, Ranks],
 ) -> list[Bucket]:
-    """Reserve resting memory, then move one bucket after the other, so that at most one exists twice."""
-    axes = topology.axes
-    reserved = store.reserve(reservations(layouts, axes, grad_dtype, device))
+    """Move one bucket's values after the other to where they rest, so that at most one bucket exists twice.
+
+    Args:
+        near: by index of the axis, the ranks of secondary copies.
+    """
+    axes, device = topology.axes, reserved.device
     values = recorded_values(params)
     buckets = []
     for layout in layouts:
         members = [params[slot.fqn] for slot in layout.slots]
         initial = [values(slot.fqn, params[slot.fqn]) for slot in layout.slots]
-        bucket = Bucket(layout, axes[layout.axis], members, dtype_of(layout), device)
-        bucket.counted = [slot.fqn not in topology.uncounted for slot in layout.slots]
+        ranks = axes[layout.axis]
+        full = torch.zeros(layout.padded_numel, dtype=dtype_of(layout), device=device)
+        exact = _flatten(initial, layout, device)
+        del initial
+        tell_everybody(exact, ranks)
         for param in members:
             become_real(param, device)
-        _fill(bucket, initial, reserved)
-        _cut_shards(bucket)
-        buckets.append(bucket)
+        with torch.no_grad():
+            full.copy_(exact)
+            kinds = kinds_of(layout, full.dtype, grad_dtype)
+            trains = [p.requires_grad for p in members]
+            storage = BucketStorage(layout, ranks.rank, kinds, reserved, full, exact, trains)
+        del exact
+        secondary = None
+        if layout.unit is not None and layout.axis in near:
+            secondary = Secondary(near[layout.axis], layout.padded_numel, full.dtype, device)
+        counted = [slot.fqn not in topology.uncounted for slot in layout.slots]
+        buckets.append(Bucket(ranks, members, full, storage, counted=counted, secondary=secondary))
     if device.type == "cpu":
         _return_freed_memory()
     return buckets
@@ -102,59 +117,21 @@ def reservations(
     """The tensors that this rank needs from a store: per bucket a shard, a gradient and a master, as far as there are
     such.
     """
-    found: list[Reservation] = []
+    items: list[Reservation] = []
     for layout in layouts:
         begin, end = layout.owned_range(axes[layout.axis].rank)
-        dtype = dtype_of(layout)
-        kinds: list[tuple[str, torch.dtype]] = []
-        master_is_param = dtype == torch.float32
-        if layout.unit is not None and (layout.group == FROZEN or not master_is_param):
-            kinds.append(("param", dtype))
-        if layout.group != FROZEN:
-            kinds.append(("grad", grad_dtype))
-            if not (master_is_param and layout.unit is None):
-                kinds.append(("master", torch.float32))
-        for kind, kind_dtype in kinds:
-            found.append(
+        for kind, dtype in kinds_of(layout, dtype_of(layout), grad_dtype).reserved.items():
+            items.append(
                 Reservation(
                     key=ShardKey(name=layout.name, kind=kind),
                     partition=f"group{layout.group}.{kind}",
                     numel=end - begin,
-                    dtype=kind_dtype,
+                    dtype=dtype,
                     device=device,
                 )
             )
     # Grouped by kind, so that each partition is one run.
-    return sorted(found, key=lambda r: r.partition)
-
-
-def _fill(bucket: Bucket, values: list[Tensor], reserved: Mapping[ShardKey, Tensor]) -> None:
-    """The first rank's values into master, low and full, cast once from what was given."""
-    layout = bucket.layout
-    begin, end = bucket.owned_range
-    exact = _flatten(values, layout, bucket.device)
-    tell_everybody(exact, bucket.ranks)
-    with torch.no_grad():
-        bucket.full.copy_(exact)
-        if bucket.whole:
-            bucket.low = bucket.full[begin:end]
-        else:
-            bucket.low = reserved.get(ShardKey(name=layout.name, kind="param"), bucket.low)
-        if layout.group != FROZEN:
-            bucket.grad = reserved.get(ShardKey(name=layout.name, kind="grad"))
-            master = reserved.get(ShardKey(name=layout.name, kind="master"))
-            if master is not None:
-                master.copy_(exact[begin:end])
-            bucket.master = bucket.low if master is None else master
-            if not bucket.whole and bucket.dtype == torch.float32:
-                bucket.low = bucket.master
-        if not bucket.whole:
-            bucket.low.copy_(exact[begin:end])
-            bucket.show_holes()
-            bucket.deflate()
-            bucket.state = BucketState.SHARDED
-        else:
-            bucket.show_values()
+    return sorted(items, key=lambda r: r.partition)
 
 
 def _flatten(values: list[Tensor], layout: BucketLayout, device: torch.device) -> Tensor:
@@ -166,17 +143,22 @@ def _flatten(values: list[Tensor], layout: BucketLayout, device: torch.device) -
     return flat
 
 
-def _cut_shards(bucket: Bucket) -> None:
-    """The optimizer's entries: views of the masters."""
-    if bucket.master is None:
-        return
-    # detach: `data` of a view of a permanent buffer, so that in-place updates are seen by the parameter
-    # but not by autograd.
-    bucket.shards += [piece.detach() for piece in bucket.cut(bucket.master)]
-    for shard, param in zip(bucket.shards, bucket.params, strict=True):
-        shard.requires_grad_(param.requires_grad)
-        if bucket.grad is not None and bucket.grad.dtype != bucket.master.dtype:
-            shard.grad_dtype = None  # its gradient may have another dtype than it
+def check_pages(optimizer: Optimizer, away: Sequence[ShardKey], store: ShardStore) -> None:
+    """Refuse an optimizer that steps everything at once where masters or gradients are away.
+
+    Loading all of them would take the memory that the store is there to save.
+
+    Raises:
+        ValueError: names optimizer, store and a bucket.
+    """
+    needed = next((key for key in away if key.kind != "param"), None)
+    if needed is not None and not isinstance(optimizer, FusedStep):
+        raise ValueError(
+            f"{type(optimizer).__name__} steps all its parameters in one call, and {type(store).__name__} keeps the "
+            f"{needed.kind} of bucket {needed.name!r} out of memory: use an optimizer that has `step_fused`, which "
+            "steps one bucket after the other (ds_core.optim.FusedAdam, ds_offload.CPUAdam), or a store that keeps "
+            "masters and gradients in memory (ds_offload.HostStore)"
+        )
 
 
 def hand_over(optimizer: Optimizer, buckets: list[Bucket]) -> None:
@@ -204,7 +186,7 @@ def cut_states(bucket: Bucket, index: int, state: Mapping[str, object]) -> dict[
     """What this rank needs of the optimizer's states of one parameter."""
     if bucket.layout.undivided:
         return dict(state)
-    slot, piece = bucket.layout.slots[index], bucket.pieces[index]
+    slot, piece = bucket.layout.slots[index], bucket.storage.pieces[index]
     return {k: v if k in NUMBERS else _cut(v, slot, piece.start, piece.numel) for k, v in state.items()}
 
 
@@ -218,28 +200,33 @@ def _cut(value: object, slot: Slot, start: int, numel: int) -> object:
     return value
 
 
-class _NearGroup:
+class NearGroup:
     """Takes secondary copies away with the hooks of a model, and their process group."""
 
     def __init__(self, ranks: Ranks, buckets: Sequence[Bucket]) -> None:
-        self._group, self._buckets = ranks.group, list(buckets)
+        self._group = ranks.group
+        self._buckets = [b for b in buckets if b.secondary is not None and b.secondary.ranks is ranks]
 
     def remove(self) -> None:
         for bucket in self._buckets:
-            bucket.secondary = None
+            bucket.drop_secondary()
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
 
 
-def add_secondary(buckets: Sequence[Bucket], size: int, abort: AbortFlag | None) -> list[_NearGroup]:
-    """Give stage-3 buckets a copy that is divided among groups of `size` ranks, where these are fewer than all."""
-    found = []
-    for ranks in {id(b.ranks): b.ranks for b in buckets if not b.whole}.values():
-        if 1 < size < ranks.size:
-            near = secondary_ranks(ranks, size, buckets[0].device, abort)
-            mine = [b for b in buckets if b.ranks is ranks and not b.whole]
-            for bucket in mine:
-                bucket.secondary = Secondary(near, bucket.layout.padded_numel, bucket.dtype, bucket.device)
-            found.append(_NearGroup(near, mine))
-    return found
+def near_ranks(
+    layouts: Sequence[BucketLayout],
+    axes: Sequence[Ranks],
+    size: int,
+    device: torch.device,
+    abort: AbortFlag | None,
+) -> dict[int, Ranks]:
+    """By index of the axis, groups of `size` ranks among which stage-3 buckets have a second copy, where these are
+    fewer than all. Collective.
+    """
+    near: dict[int, Ranks] = {}
+    for axis in dict.fromkeys(layout.axis for layout in layouts if layout.unit is not None):
+        if 1 < size < axes[axis].size:
+            near[axis] = secondary_ranks(axes[axis], size, device, abort)
+    return near

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from ds_zero.interfaces import SegmentStep
 from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.storage import GRAD, MASTER, visit
+
+STEPPED = (MASTER, GRAD)
+"""What an optimizer needs of a bucket."""
 
 
 def whole_sums(optimizer: SegmentStep, buckets: Sequence[Bucket], scale: Tensor) -> dict[int, Tensor]:
@@ -19,12 +24,13 @@ def whole_sums(optimizer: SegmentStep, buckets: Sequence[Bucket], scale: Tensor)
         id of an entry -> the sums over all parts of its tensor.
     """
     rows: dict[int, Tensor] = {}
-    for bucket in buckets:
-        live = [s for s in bucket.shards if s.grad is not None]
-        # Also where nothing lives here: the other ranks need as many columns.
-        sums = optimizer.segment_sums(live, grad_scale=scale)
-        width = sums.shape[1]
-        rows |= {id(shard): row for shard, row in zip(live, sums, strict=True)}
+    with closing(visit(buckets, STEPPED)) as visited:
+        for bucket in visited:
+            live = [s for s in bucket.shards if s.grad is not None]
+            # Also where nothing lives here: the other ranks need as many columns.
+            sums = optimizer.segment_sums(live, grad_scale=scale)
+            width = sums.shape[1]
+            rows |= {id(shard): row for shard, row in zip(live, sums, strict=True)}
     for ranks in {id(b.ranks): b.ranks for b in buckets}.values():
         divided = [b for b in buckets if b.ranks is ranks and b.layout.num_owners > 1]
         entries = [s for b in divided for s in b.shards]

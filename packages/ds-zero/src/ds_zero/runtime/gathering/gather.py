@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,8 @@ class Gatherer:
         self._buckets = [b for b in buckets if not b.whole]
         self._users = {id(b): 0 for b in self._buckets}
         self._works: dict[int, Work] = {}
+        self._loading: deque[tuple[Bucket, Work | None]] = deque()
+        """Buckets whose own part is on its way from the store. While one is loaded, the module before it computes."""
         self._pinned: set[int] = set()
         """Buckets that are held until `unpin`, or the next step."""
         self._numbers = {id(b): i + 1 for i, b in enumerate(self._buckets)}
@@ -33,11 +36,25 @@ class Gatherer:
         """Begin to gather; nothing happens if the bucket is whole, gathered or on its way."""
         if bucket.state is not BucketState.SHARDED:
             return
-        bucket.check_holes()
-        bucket.inflate()
-        bucket.state = BucketState.GATHERING
-        with span(f"ds.zero.all_gather/{bucket.layout.name}"), torch.no_grad():
-            self._works[id(bucket)] = bucket.start_gather(self._comm, self._numbers[id(bucket)])
+        with torch.no_grad():
+            loading = bucket.begin_gather()
+        self._send_loaded()
+        self._loading.append((bucket, loading))
+        if loading is None:
+            self._send_loaded()
+
+    def _send_loaded(self) -> None:
+        """Begin the gathers of buckets whose own part had to be loaded first, in the order of `start` on every rank."""
+        while self._loading:
+            bucket, loading = self._loading.popleft()
+            try:
+                if loading is not None:
+                    loading.wait()
+            except BaseException:
+                bucket.drop()
+                raise
+            with span(f"ds.zero.all_gather/{bucket.layout.name}"), torch.no_grad():
+                self._works[id(bucket)] = bucket.start_gather(self._comm, self._numbers[id(bucket)])
 
     def finish(self, bucket: Bucket, *, late: bool = False) -> None:
         """Return when the parameters show their values. With `late` they must not be written until the bucket is
@@ -45,15 +62,14 @@ class Gatherer:
         """
         self.start(bucket)
         if bucket.state is BucketState.GATHERING:
+            self._send_loaded()
             work = self._works.pop(id(bucket), None)  # None: it failed before
             if work is not None:
                 with self._waiting.guard(f"the values of bucket {bucket.layout.name}"):
                     wait_received(work)
                 self._works[id(bucket)] = work
             with torch.no_grad():
-                bucket.gathered()
-            bucket.show_values()
-            bucket.state = BucketState.GATHERED
+                bucket.end_gather()
         if not late:
             self._wait_sent(bucket)
 
@@ -119,9 +135,7 @@ class Gatherer:
             self.finish(bucket)  # messages still arrive in the buffer
         if bucket.state is BucketState.GATHERED:
             self._wait_sent(bucket)
-            bucket.show_holes()
-            bucket.deflate()
-            bucket.state = BucketState.SHARDED
+            bucket.drop()
 
     def drop_all(self) -> None:
         """After a step (copies are stale) or a failed forward (counts are void)."""

@@ -45,6 +45,10 @@ class Secondary:
         self._part.copy_(self._own(whole))
         self.fresh = True
 
+    def make_stale(self) -> None:
+        """The parameters have new values."""
+        self.fresh = False
+
     def put(self, whole: Tensor) -> None:
         """Put this rank's part into `whole`, from where the others gather it."""
         self._own(whole).copy_(self._part)

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.storage import GRAD, visit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,16 @@ class ShardGrads:
     def _multiply(self, factor: float) -> None:
         if factor == 1.0:
             return
-        grads = [s.grad for b in self._buckets for s in b.shards if s.grad is not None]
-        if grads:
-            with torch.no_grad():
-                torch._foreach_mul_(grads, factor)
+        paged = [b for b in self._buckets if b.storage.is_away(GRAD)]
+        here = [b for b in self._buckets if not b.storage.is_away(GRAD)]
+        with torch.no_grad():
+            _multiply(here, factor)
+            with closing(visit(paged, (GRAD,), write=(GRAD,))) as visited:
+                for bucket in visited:
+                    _multiply([bucket], factor)
+
+
+def _multiply(buckets: Sequence[Bucket], factor: float) -> None:
+    grads = [s.grad for b in buckets for s in b.shards if s.grad is not None]
+    if grads:
+        torch._foreach_mul_(grads, factor)

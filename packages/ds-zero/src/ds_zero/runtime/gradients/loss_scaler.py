@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from ds_zero import _registry
 from ds_zero.runtime.gradients.grad_scale import GradNorm
+from ds_zero.runtime.storage import GRAD, visit
 from ds_zero.state import ZeroState
 
 FACTOR = 2.0
@@ -267,11 +269,12 @@ def first_not_finite(state: ZeroState) -> str:
     """
     order: dict[str, int] = {}
     bad: set[str] = set()
-    for bucket in state.buckets:
-        for slot, shard in reversed(list(zip(bucket.layout.slots, bucket.shards, strict=False))):
-            order[slot.fqn] = len(order)
-            if shard.grad is not None and not bool(torch.isfinite(shard.grad).all()):
-                bad.add(slot.fqn)
+    with closing(visit([b for b in state.buckets if b.trainable], (GRAD,))) as visited:
+        for bucket in visited:
+            for slot, shard in reversed(list(zip(bucket.layout.slots, bucket.shards, strict=True))):
+                order[slot.fqn] = len(order)
+                if shard.grad is not None and not bool(torch.isfinite(shard.grad).all()):
+                    bad.add(slot.fqn)
     for ranks in state.norm_groups:
         if ranks.group is not None:
             told: list[Any] = [None] * ranks.size

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from ds_zero.comm.collectives import Comm
 from ds_zero.comm.piece_exchange import PieceReduce
-from ds_zero.interfaces import Reduction, ShardStore
+from ds_zero.interfaces import Reduction
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gradients.accumulate import Sums
 from ds_zero.runtime.gradients.arrivals import Arrivals, Pending
@@ -54,6 +54,7 @@ from ds_zero.runtime.gradients.usage import Usage, UsageCounts, sum_over_ranks
 from ds_zero.runtime.gradients.zero_grad_watch import Flag
 from ds_zero.runtime.optimizer_options import OptimizerOptions
 from ds_zero.runtime.profiler_ranges import span
+from ds_zero.runtime.storage import GRAD
 
 
 class Reducer:
@@ -63,7 +64,6 @@ class Reducer:
         self,
         buckets: list[Bucket],
         comm: Comm,
-        store: ShardStore,
         policy: ReducePolicy,
         watch: BackwardWatch,
         before_accumulation: Callable[[], None],
@@ -83,7 +83,7 @@ class Reducer:
         self._before_accumulation = before_accumulation
         self._watch = watch
         self._pending = {id(b): Pending(Arrivals(len(b.params))) for b in self.buckets}
-        self._sums = {id(b): Sums(b, store, tree=policy.tree) for b in self.buckets}
+        self._sums = {id(b): Sums(b, tree=policy.tree) for b in self.buckets}
         self._pieces = {
             id(b): PieceReduce(b.layout, b.ranks) for b in self.buckets if takes_pieces(b, comm, policy.wire)
         }
@@ -135,6 +135,13 @@ class Reducer:
             raise ValueError(
                 f'reduction="none" where ranks own parts of the masters (such as of {divided.layout.slots[0].fqn!r}): '
                 "an optimizer that reduces by itself needs whole gradients; shard with stage=0"
+            )
+        away = next((b for b in self.buckets if b.storage.is_away(GRAD)), None)
+        if reduction == "none" and away is not None:
+            raise ValueError(
+                'reduction="none" where the store keeps gradients away (such as of '
+                f"{away.layout.slots[0].fqn!r}): an optimizer that reduces by itself reads them all; use a store that "
+                "keeps gradients in memory"
             )
         self.policy = replace(self.policy, reduction=reduction)
 
@@ -377,6 +384,8 @@ class Reducer:
         while self._flights:
             self._land(self._flights.pop(0))
         self._wait_sent()
+        for sums in self._sums.values():
+            sums.settle()
 
     # --- boundary
 
