@@ -42,7 +42,7 @@ def presence(param: nn.Parameter) -> Presence | None:
     if state is None:
         return None
     bucket, index = state.bucket_of(param)
-    slot, param = bucket.layout.slots[index], bucket.storage.addressable(PARAM)
+    slot, owned = bucket.layout.slots[index], bucket.storage.addressable(PARAM)
     first, _ = bucket.owned_range
     begin, end = bucket.slice_range
     low = min(max(slot.offset, begin), slot.end) - first
@@ -52,5 +52,5 @@ def presence(param: nn.Parameter) -> Presence | None:
         kept=bucket.whole and state.stage == 3,
         here=bucket.state in (BucketState.WHOLE, BucketState.GATHERED),
         trained=bucket.layout.group != FROZEN,
-        own=param.detach()[low:high] if param is not None else None,
+        own=owned.detach()[low:high] if owned is not None else None,
     )

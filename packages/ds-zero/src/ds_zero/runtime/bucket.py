@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ds_zero.comm.collectives import Comm
 from ds_zero.comm.ranks import Ranks
 from ds_zero.interfaces import Work
+from ds_zero.layout.buckets import BucketLayout
 from ds_zero.runtime.gathering.secondary import Secondary
 from ds_zero.runtime.storage import PARAM, BucketStorage
 from ds_zero.tensors.large_pages import in_large_pages
@@ -38,6 +39,11 @@ class BucketState(enum.Enum):
     """`full` is allocated and messages are arriving; parameters still show NaN."""
     GATHERED = "gathered"
     """`full` has values and parameters are views of it; the storage stays the owner of this rank's part."""
+
+
+def whole_memory(layout: BucketLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros for all elements of a bucket, the gaps between slots included."""
+    return torch.zeros(layout.padded_numel, dtype=dtype, device=device)
 
 
 class Bucket:

@@ -19,7 +19,7 @@ from ds_zero.config import ZeroConfig
 from ds_zero.interfaces import FusedStep, Reservation, ShardKey, ShardStore
 from ds_zero.layout.buckets import BucketLayout, Slot
 from ds_zero.params.deferred import become_real, recorded_values
-from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.bucket import Bucket, whole_memory
 from ds_zero.runtime.gathering.secondary import Secondary, secondary_ranks
 from ds_zero.runtime.storage import BucketStorage, Reserved, kinds_of
 
@@ -79,7 +79,7 @@ def build(
         members = [params[slot.fqn] for slot in layout.slots]
         initial = [values(slot.fqn, params[slot.fqn]) for slot in layout.slots]
         ranks = axes[layout.axis]
-        full = torch.zeros(layout.padded_numel, dtype=dtype_of(layout), device=device)
+        full = whole_memory(layout, dtype_of(layout), device)
         exact = _flatten(initial, layout, device)
         del initial
         tell_everybody(exact, ranks)

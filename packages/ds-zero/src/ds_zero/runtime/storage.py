@@ -15,7 +15,7 @@ was not reserved is an error. All reading and writing goes through `BucketStorag
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -171,6 +171,7 @@ class BucketStorage:
             self._rests[PARAM] = InMemory(full[begin:end], key, reserved.store, reserved.staging, pieces)
         for kind, other in kinds.alias.items():
             self._rests[kind] = self._rests[other]
+        self._away = frozenset(kind for kind, rest in self._rests.items() if rest.tensor is None)
         self.shards: Sequence[Tensor] = ()
         """Optimizer entries, one a slot, pieces of the master; none for frozen parameters."""
         self.grads: Sequence[Tensor] = ()
@@ -206,7 +207,7 @@ class BucketStorage:
 
     def is_away(self, *kinds: str) -> bool:
         """Whether one of these kinds is not addressable."""
-        return any(kind in self._rests and self._rests[kind].tensor is None for kind in kinds)
+        return not self._away.isdisjoint(kinds)
 
     @property
     def away(self) -> Sequence[ShardKey]:
@@ -286,7 +287,7 @@ class BucketStorage:
 
 def visit(
     buckets: Sequence[Bucket], kinds: Sequence[str], *, write: Collection[str] = ()
-) -> Iterator[Bucket]:
+) -> Generator[Bucket, None, None]:
     """Each bucket in turn with its `kinds` in memory; those of the next one are loaded and those of the last one stored
     meanwhile. Wrap it in `contextlib.closing` where the loop may raise: a bucket that is left so is not stored.
 
