@@ -25,7 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ds_zero.comm.collectives import Done
+from ds_zero.comm.works import Done
 from ds_zero.interfaces import Reservation, ShardKey, ShardStore, ShardStoreError, Work
 from ds_zero.runtime.staging import Staging
 

@@ -48,13 +48,12 @@ from ds_zero.runtime.gradients.backward import BackwardWatch
 from ds_zero.runtime.gradients.grad_buffer import FreshGrads, GradBuffer
 from ds_zero.runtime.gradients.param_grads import ParamGrads
 from ds_zero.runtime.gradients.reduce_bucket import Flight, launch, launch_pieces, takes_pieces
-from ds_zero.runtime.gradients.reduce_policy import ReducePolicy
+from ds_zero.runtime.gradients.reduce_policy import ReducePolicy, require_whole_grads
 from ds_zero.runtime.gradients.sparse_rows import launch_rows
 from ds_zero.runtime.gradients.usage import Usage, UsageCounts, sum_over_ranks
 from ds_zero.runtime.gradients.zero_grad_watch import Flag
 from ds_zero.runtime.optimizer_options import OptimizerOptions
 from ds_zero.runtime.profiler_ranges import span
-from ds_zero.runtime.storage import GRAD
 
 
 class Reducer:
@@ -130,19 +129,8 @@ class Reducer:
                 f"reduction={reduction!r} between a backward and its step: the gradients of that backward are reduced "
                 f"as {self.reduction!r} says; change it after optimizer.step() or optimizer.zero_grad()"
             )
-        divided = next((b for b in self.buckets if b.layout.num_owners > 1), None)
-        if reduction == "none" and divided is not None:
-            raise ValueError(
-                f'reduction="none" where ranks own parts of the masters (such as of {divided.layout.slots[0].fqn!r}): '
-                "an optimizer that reduces by itself needs whole gradients; shard with stage=0"
-            )
-        away = next((b for b in self.buckets if b.storage.is_away(GRAD)), None)
-        if reduction == "none" and away is not None:
-            raise ValueError(
-                'reduction="none" where the store keeps gradients away (such as of '
-                f"{away.layout.slots[0].fqn!r}): an optimizer that reduces by itself reads them all; use a store that "
-                "keeps gradients in memory"
-            )
+        if reduction == "none":
+            require_whole_grads(self.buckets)
         self.policy = replace(self.policy, reduction=reduction)
 
     # --- hooks
