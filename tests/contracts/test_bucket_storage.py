@@ -313,6 +313,14 @@ def test_what_needs_gradients_in_memory_is_refused() -> None:
         ds_zero.control(model).set_reduction("none")
 
 
+def test_torchs_checkpoints_need_values_in_memory() -> None:
+    model, optimizer = make(DistantStore())
+    with pytest.raises(
+        ValueError, match=r"DistantStore keeps the values of .* away.*use ds_checkpoint\.save"
+    ):
+        ds_zero.dcp_state_dict(model, optimizer)
+
+
 class _Forgets(DistantStore):
     """Neither maps masters nor holds them."""
 

@@ -174,7 +174,9 @@ def test_no_rank_writes_or_copies_more_than_its_own(tmp_path: Path) -> None:
     model, optimizer = job(3, steps=1)
     entries = {name: value.state_dict() for name, value in ds_zero.dcp_state_dict(model, optimizer).items()}
     masters = {
-        b.master.untyped_storage().data_ptr() for b in _registry.state_of(model).buckets if b.trainable
+        b.storage.addressable("master").untyped_storage().data_ptr()
+        for b in _registry.state_of(model).buckets
+        if b.trainable
     }
     for name, entry in entries["model"].items():
         if name not in ("frozen", "seen"):
