@@ -39,21 +39,17 @@ import torch
 from torch import Tensor, nn
 
 from ds_zero.comm.collectives import Comm
-from ds_zero.comm.piece_exchange import PieceReduce
 from ds_zero.interfaces import Reduction
 from ds_zero.runtime.bucket import Bucket
-from ds_zero.runtime.gradients.accumulate import Sums
 from ds_zero.runtime.gradients.arrivals import Arrivals, Pending
 from ds_zero.runtime.gradients.backward import BackwardWatch
 from ds_zero.runtime.gradients.grad_buffer import FreshGrads, GradBuffer
 from ds_zero.runtime.gradients.param_grads import ParamGrads
-from ds_zero.runtime.gradients.reduce_bucket import Flight, launch, launch_pieces, takes_pieces
 from ds_zero.runtime.gradients.reduce_policy import ReducePolicy, require_whole_grads
-from ds_zero.runtime.gradients.sparse_rows import launch_rows
+from ds_zero.runtime.gradients.reductions import Reductions, whole_buffer
 from ds_zero.runtime.gradients.usage import Usage, UsageCounts, sum_over_ranks
 from ds_zero.runtime.gradients.zero_grad_watch import Flag
 from ds_zero.runtime.optimizer_options import OptimizerOptions
-from ds_zero.runtime.profiler_ranges import span
 
 
 class Reducer:
@@ -77,19 +73,11 @@ class Reducer:
         """How many `no_sync` contexts are open."""
         self.requires_sync = True
         """Whether backwards outside of them are reduced."""
-        self._comm = comm
         self._learned_steps = policy.steps
         self._before_accumulation = before_accumulation
         self._watch = watch
         self._pending = {id(b): Pending(Arrivals(len(b.params))) for b in self.buckets}
-        self._sums = {id(b): Sums(b, tree=policy.tree) for b in self.buckets}
-        self._pieces = {
-            id(b): PieceReduce(b.layout, b.ranks) for b in self.buckets if takes_pieces(b, comm, policy.wire)
-        }
-        """[Note: gradients where they lie]"""
-        self._flights: list[Flight] = []
-        self._landed: Flight | None = None
-        """The last one that landed, [Note: received and sent]."""
+        self._reductions = Reductions(self.buckets, comm, policy)
         self._next = 0
         """Index of the first bucket that has not left in the present backward."""
         self._backwards = 0
@@ -164,26 +152,16 @@ class Reducer:
         with torch.no_grad():
             if self._deferred and position >= self._next:
                 if pending.local is None:
-                    pending.local = self._whole(bucket, self.policy.grad_dtype)
+                    pending.local = whole_buffer(bucket, self.policy.grad_dtype)
                 pending.local.add(index, grad)
             else:
                 if pending.fresh is None:
-                    pending.fresh = self._fresh(bucket)
+                    pending.fresh = self._reductions.room_for(bucket)
                 pending.fresh.add(index, grad)
         self._usage.add(param)
         pending.arrivals.count(index)
         if self._final:
             self._launch_ready()
-
-    def _fresh(self, bucket: Bucket) -> GradBuffer | FreshGrads:
-        """What holds the gradients of one micro-batch until they travel."""
-        if id(bucket) in self._pieces:
-            return FreshGrads(bucket.layout, bucket.dtype, bucket.device)
-        return self._whole(bucket, bucket.dtype)
-
-    @staticmethod
-    def _whole(bucket: Bucket, dtype: torch.dtype) -> GradBuffer:
-        return GradBuffer(bucket.layout, dtype, bucket.device)
 
     def _begin_backward(self) -> None:
         if self._in_backward:
@@ -258,49 +236,18 @@ class Reducer:
 
     def _launch(self, bucket: Bucket) -> None:
         """Start the reduction of what has accumulated; missing gradients count as zeros."""
-        self._wait_sent()
+        self._reductions.wait_sent()  # before there is more to hold
         pending = self._pending[id(bucket)]
-        sums = self._sums[id(bucket)]
         # The form and dtype are the same on all ranks, also on those without gradients for the bucket.
         source: GradBuffer | FreshGrads
         if self._deferred:
-            source = pending.local or self._whole(bucket, self.policy.grad_dtype)
+            source = pending.local or whole_buffer(bucket, self.policy.grad_dtype)
             if pending.fresh is not None:
                 pending.fresh.add_to(source)
         else:
-            source = pending.fresh or self._fresh(bucket)
+            source = pending.fresh or self._reductions.room_for(bucket)
         pending.local = pending.fresh = None
-        with span(f"ds.zero.reduce_scatter/{bucket.layout.name}"), torch.no_grad():
-            if isinstance(source, FreshGrads):
-                pieces = self._pieces[id(bucket)]
-                grads = source.take()
-                flight = launch_pieces(bucket, grads, pieces, self._comm, self.policy.wire, sums.place())
-            else:
-                source.zero_missing()
-                send = launch_rows if bucket.layout.by_rows else launch
-                flight = send(bucket, source.tensor, self._comm, self.policy.wire, sums.place())
-        self._flights.append(flight)
-        # One reduction is in flight and one settles while the next bucket fills: memory is bounded by three buckets,
-        # whatever the model's size.
-        while len(self._flights) > (1 if self.policy.overlap else 0):
-            self._land(self._flights.pop(0))
-
-    def _land(self, flight: Flight) -> None:
-        self._wait_sent()
-        self._landed = flight
-        sums = self._sums[id(flight.bucket)]
-        with torch.no_grad():
-            sums.add(flight.land())
-            if self._is_last():
-                sums.complete(self._comm)
-        if not self.policy.overlap:
-            self._wait_sent()
-
-    def _wait_sent(self) -> None:
-        """Let the gradients of the flight that landed last go."""
-        landed, self._landed = self._landed, None
-        if landed is not None:
-            landed.wait_sent()
+        self._reductions.start(bucket, source, last=self._is_last())
 
     def _is_last(self) -> bool:
         """Whether nothing more is known to come before the step. A number of backwards that was only learnt
@@ -335,9 +282,7 @@ class Reducer:
 
     def forget(self) -> None:
         """Drop every gradient since the last step, of values that are no longer there."""
-        self._wait_sent()
-        while self._flights:
-            self._flights.pop(0).wait()
+        self._reductions.drop()
         self.param_grads.forget()
         self._in_backward = False
         self._drop()
@@ -366,14 +311,7 @@ class Reducer:
             self._launch(bucket)
         self._next = len(self.buckets)
         self._deferred = False
-        self._land_all()
-
-    def _land_all(self) -> None:
-        while self._flights:
-            self._land(self._flights.pop(0))
-        self._wait_sent()
-        for sums in self._sums.values():
-            sums.settle()
+        self._reductions.land_all(last=self._is_last())
 
     # --- boundary
 
@@ -393,9 +331,7 @@ class Reducer:
             self._next = 0
             self._flush()
         counts = self._reduce_late()
-        with torch.no_grad():
-            for bucket in self.buckets:
-                self._sums[id(bucket)].complete(self._comm)
+        self._reductions.complete()
         if self.policy.steps is None:
             self._learned_steps = self._backwards
         self._backwards = 0
@@ -408,10 +344,10 @@ class Reducer:
         self._flag.lower()
         for bucket in self.buckets:
             pending = self._pending[id(bucket)]
-            own = pending.local or self._whole(bucket, self.policy.grad_dtype)
+            own = pending.local or whole_buffer(bucket, self.policy.grad_dtype)
             pending.local = None
             own.zero_missing()
-            self._sums[id(bucket)].add_own(own.tensor)
+            self._reductions.sums_of(bucket).add_own(own.tensor)
         self._deferred = False
 
     def _reduce_late(self) -> UsageCounts:
@@ -420,7 +356,7 @@ class Reducer:
         for bucket in self.buckets:
             if id(bucket) in counts.flagged:
                 self._launch(bucket)
-        self._land_all()
+        self._reductions.land_all(last=self._is_last())
         self._late_flag.lower()
         return counts
 
@@ -444,9 +380,9 @@ class Reducer:
         """Bytes of gradients that are held now besides the shards': whole fp32 sums of the local plan, and
         sums of micro-batches that wait for others.
         """
-        found = [p.local.tensor for p in self._pending.values() if p.local is not None]
-        found += [t for sums in self._sums.values() for t in sums.waiting()]
-        return sum(t.numel() * t.element_size() for t in found)
+        held = [p.local.tensor for p in self._pending.values() if p.local is not None]
+        held += self._reductions.waiting()
+        return sum(t.numel() * t.element_size() for t in held)
 
     # --- looking on, for access by name
 
@@ -479,12 +415,11 @@ class Reducer:
         if not waits:
             [late] = sum_over_ranks([pending.fresh is not None], bucket.ranks, bucket.device)
             waits = late > 0
-        arrives: Tensor | None = None
-        if waits:
-            whole = self._whole(bucket, self.policy.grad_dtype)
-            for part in (pending.local, pending.fresh):
-                if part is not None:
-                    part.add_to(whole)
-            whole.zero_missing()
-            arrives = launch(bucket, whole.tensor, self._comm, self.policy.wire).land()
-        return arrives, self._sums[id(bucket)].so_far()
+        if not waits:
+            return None, self._reductions.sums_of(bucket).so_far()
+        whole = whole_buffer(bucket, self.policy.grad_dtype)
+        for part in (pending.local, pending.fresh):
+            if part is not None:
+                part.add_to(whole)
+        whole.zero_missing()
+        return self._reductions.tried(bucket, whole), self._reductions.sums_of(bucket).so_far()
