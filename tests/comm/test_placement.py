@@ -143,7 +143,7 @@ def test_slurm_incomplete(name: str) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({**TORCHRUN, "RANK": "8"}, "torchrun: rank 8 is not below the number of ranks, 8"),
+        ({**TORCHRUN, "RANK": "8"}, "torchrun: rank 8 must be less than the number of ranks, 8"),
         ({**TORCHRUN, "RANK": "-1"}, "rank -1"),
         ({**TORCHRUN, "LOCAL_RANK": "4"}, "local rank 4 of 4 on this machine does not fit"),
         (
@@ -156,7 +156,7 @@ def test_slurm_incomplete(name: str) -> None:
         ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "four"}, "SLURM_STEP_TASKS_PER_NODE='four' cannot be read"),
         ({**SLURM, "SLURM_NODEID": "3"}, "SLURM_NODEID=3, 3 hosts in SLURM_STEP_NODELIST and 3 counts"),
         ({**SLURM, "SLURM_STEP_NODELIST": "gpu[07-08]"}, "2 hosts in SLURM_STEP_NODELIST and 3 counts"),
-        ({**SLURM, "SLURM_STEP_NUM_TASKS": "3"}, "slurm: rank 9 is not below the number of ranks, 3"),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "3"}, "slurm: rank 9 must be less than the number of ranks, 3"),
     ],
 )
 def test_contradictions(variables: dict[str, str], message: str) -> None:

@@ -108,7 +108,7 @@ def test_a_group_of_somebody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     world = ds_comm.start()
     assert (world.rank, world.world_size, world.local_rank, world.local_size) == (rank, 2, rank, 2)
     assert (world.source, world.backend, world.device) == ("user", "gloo", torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"backend 'mpi' was asked for, but .* already runs with 'gloo'"):
+    with pytest.raises(ValueError, match=r"backend 'mpi' was requested, but .* already runs with 'gloo'"):
         ds_comm.start(backend="mpi")
 
 
@@ -133,7 +133,7 @@ def test_nobody_is_there() -> None:
     rank = dist.get_rank()
     dist.destroy_process_group()
     if rank == 1:
-        with pytest.raises(ds_comm.StartError, match=r"rank 1 of 2 \(placed by torchrun\) did not meet"):
+        with pytest.raises(ds_comm.StartError, match=r"rank 1 of 2 \(placed by torchrun\) did not connect"):
             ds_comm.start(device="cpu", timeout_s=1)
     assert not dist.is_initialized()
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"backend 'glou' is not in torch .* available: .*gloo"):
         ds_comm.start(device="cpu", backend="glou")
     other = "xpu" if torch.accelerator.is_available() else "cuda"
-    with pytest.raises(ValueError, match=rf"device '{other}' was asked for, but torch .* finds"):
+    with pytest.raises(ValueError, match=rf"device '{other}' was requested, but torch .* finds"):
         ds_comm.start(device=other)
     monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setenv("WORLD_SIZE", "2")

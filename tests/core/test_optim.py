@@ -393,7 +393,7 @@ def test_copies_and_pickles_keep_working() -> None:
             lambda p: optim.FusedAdam(p, state_dtype=torch.float16),
             "state_dtype must be torch.float32 or torch.bfl",
         ),
-        (lambda p: optim.FusedSGD(p, nesterov=True), "nesterov needs momentum above 0"),
+        (lambda p: optim.FusedSGD(p, nesterov=True), "nesterov needs momentum > 0"),
         (lambda p: optim.FusedLamb(p, min_ratio=2.0, max_ratio=1.0), "min_ratio must not exceed max_ratio"),
     ],
 )

@@ -394,5 +394,5 @@ def test_activation_checkpointing_follows_the_configuration() -> None:
         assert checkpointing.statistics.recomputations == 2 and checkpointing.statistics.recompute_s > 0
     config["activation_checkpointing"] = {"partition_activations": True}
     engine, *_ = ds_engine.initialize(model=nn.Linear(2, 2), config=config)
-    with engine, pytest.raises(ValueError, match="give their group="):
+    with engine, pytest.raises(ValueError, match="pass their process group"):
         engine.activation_checkpointing()

@@ -210,7 +210,7 @@ def test_autocast_holds_in_the_recomputation() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"partition": True}, "give their group"),
+        ({"partition": True}, "pass their process group"),
         ({"contiguous": True}, "num_checkpoints"),
         ({"num_checkpoints": 0}, "num_checkpoints=0"),
     ],

@@ -57,7 +57,7 @@ def test_names_and_seeds_are_taken_once() -> None:
     tracker.add("a", 1)
     with pytest.raises(ValueError, match="'a' already"):
         tracker.add("a", 2)
-    with pytest.raises(ValueError, match="belongs to the stream 'a'"):
+    with pytest.raises(ValueError, match="is used by the stream 'a'"):
         tracker.add("b", 1)
     with pytest.raises(ValueError, match="no stream 'c'"), tracker.fork("c"):
         pass

@@ -1,11 +1,11 @@
-"""Start-up of ranks from any launcher, and device meshes over them.
+"""Initialises torch.distributed under any launcher, and makes device meshes.
 
 ::
 
     world = ds_comm.start()  # under torchrun, ds run, srun or mpirun, or in a single process
     mesh = ds_comm.data_mesh(world, axes={"data": world.world_size})
 
-Importing this package starts nothing. Its only state is the process group of torch.distributed.
+Importing this package has no effect. Its only state is the default process group of torch.distributed.
 """
 
 from ds_comm.mesh import data_mesh

@@ -1,4 +1,4 @@
-"""The device of a rank, and the backend that moves data between such devices."""
+"""The device of a rank, and the torch.distributed backend for it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ds_comm.placement import Placement, PlacementError
 
 
 def choose_device(wish: torch.device | str | None, placement: Placement) -> torch.device:
-    """The device this rank computes on: `wish`, else the accelerator of its local rank, else the CPU.
+    """Returns the device of this rank: `wish`, else the accelerator with the number of the local rank, else the CPU.
 
-    A wish without a number ("xpu" rather than "xpu:1") gets the local rank's. Raises PlacementError if there
-    are fewer devices than local ranks need, and ValueError for a wish that this machine cannot fulfil.
+    A `wish` without an index ("xpu" rather than "xpu:1") gets the local rank as its index. Raises PlacementError if
+    there are fewer devices than local ranks, and ValueError if this machine does not have the device.
     """
     available = torch.accelerator.current_accelerator(check_available=True)
     if wish is None:
@@ -23,8 +23,8 @@ def choose_device(wish: torch.device | str | None, placement: Placement) -> torc
     if available is None or available.type != device.type:
         found = "no accelerator" if available is None else f"an accelerator of type {available.type!r}"
         raise ValueError(
-            f"device {str(device)!r} was asked for, but torch {torch.__version__} finds {found}: install a "
-            f"torch build for it, or ask for {'cpu' if available is None else available.type!r}"
+            f"device {str(device)!r} was requested, but torch {torch.__version__} finds {found}: install a "
+            f"torch build for it, or request {'cpu' if available is None else available.type!r}"
         )
     return device if device.index is not None else torch.device(device.type, _index(device.type, placement))
 
@@ -32,7 +32,7 @@ def choose_device(wish: torch.device | str | None, placement: Placement) -> torc
 def _index(kind: str, placement: Placement) -> int:
     num_devices = torch.accelerator.device_count()
     if num_devices == 1:
-        return 0  # Slurm and containers often show each process its own device only
+        return 0  # Slurm and containers often make only its own device visible to each process
     if placement.local_rank >= num_devices:
         raise PlacementError(
             f"{placement.source}: local rank {placement.local_rank} has no {kind} device of its own, "
@@ -43,5 +43,5 @@ def _index(kind: str, placement: Placement) -> int:
 
 
 def default_backend(device: torch.device) -> str:
-    """The backend that torch.distributed uses for this type of device: gloo for CPU, nccl for NVIDIA, ..."""
+    """Returns the backend that torch.distributed uses for this type of device: gloo for CPU, nccl for NVIDIA, ..."""
     return str(dist.get_default_backend_for_device(device))

@@ -8,7 +8,7 @@ _COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 
 
 def expand_nodes(text: str) -> list[str]:
-    """Host names of a Slurm node list in its order; numbers keep their leading zeros.
+    """Returns the host names of a Slurm node list, in order; numbers keep their leading zeros.
 
     `n[1-2,5]`, several brackets in one name (`r[1-2]n[1-2]`) and plain names, separated by commas. Raises
     ValueError for anything else.
@@ -22,7 +22,7 @@ def expand_nodes(text: str) -> list[str]:
 
 
 def expand_counts(text: str) -> list[int]:
-    """Numbers of a list in which `4(x2)` stands for two times 4. Raises ValueError for anything else."""
+    """Returns the numbers of a list in which `4(x2)` stands for 4,4. Raises ValueError for anything else."""
     counts: list[int] = []
     for item in text.strip().split(","):
         match = _COUNT.fullmatch(item.strip())
@@ -50,7 +50,7 @@ def _split_outside_brackets(text: str) -> list[str]:
 
 
 def _expand_item(item: str) -> list[str]:
-    """One item: a prefix, one bracket, and a rest that may have further brackets, which vary fastest."""
+    """Expands one item: a prefix, a bracket, and a rest that may contain further brackets, which vary fastest."""
     prefix, bracket, after = item.partition("[")
     if not bracket:
         return [item]

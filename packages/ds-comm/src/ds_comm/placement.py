@@ -1,4 +1,4 @@
-"""Which rank this process is, read from the environment that its launcher left: a pure function.
+"""Determines the rank of this process from the environment variables of its launcher: a pure function.
 
 Order of the readers, and why:
 1. torchrun's variables (also `ds run`, Kubernetes operators): a launcher that runs inside an allocation sets
@@ -26,12 +26,14 @@ _T = TypeVar("_T")
 
 
 class PlacementError(ValueError):
-    """The environment is incomplete or contradicts itself; the message names the variable and the remedy."""
+    """The environment variables are incomplete or contradict each other. The message names the variable and the
+    remedy.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where this process stands among all processes of a job."""
+    """The rank of this process in its job, and the address of rank 0."""
 
     rank: int
     """0 <= rank < world_size."""
@@ -42,18 +44,19 @@ class Placement:
     local_size: int
     """Number of processes of the job on this machine."""
     master_addr: str
-    """Host where rank 0 listens for the others."""
+    """Host on which rank 0 listens for the other ranks."""
     master_port: int
-    """TCP port on that host; 0 for a single process, which needs none."""
+    """TCP port on that host; 0 for a single process, which opens none."""
     source: str
-    """Where these values come from: "torchrun" (or another launcher with its variables), "ds run", "slurm", "mpi", or
-    "single" if there is no launcher."""
+    """Launcher that set the variables: "torchrun" (or another launcher with its variables), "ds run", "slurm", "mpi",
+    or "single" if there is none.
+    """
 
     def __post_init__(self) -> None:
-        """Refuses numbers that cannot belong together."""
+        """Raises PlacementError if the numbers contradict each other."""
         if not 0 <= self.rank < self.world_size:
             raise PlacementError(
-                f"{self.source}: rank {self.rank} is not below the number of ranks, {self.world_size}; "
+                f"{self.source}: rank {self.rank} must be less than the number of ranks, {self.world_size}; "
                 f"ranks count from 0. Is a variable left over from another job?"
             )
         if not 0 <= self.local_rank < self.local_size <= self.world_size:
@@ -67,8 +70,7 @@ class Placement:
 def detect(environ: Mapping[str, str]) -> Placement:
     """Reads the placement of this process from `environ` (usually os.environ).
 
-    Raises PlacementError if the variables of the launcher found are incomplete, not numbers, or
-    contradictory.
+    Raises PlacementError if the variables of that launcher are incomplete, not numbers, or contradictory.
     """
     for reader in (_from_torchrun, _from_open_mpi, _from_pmi, _from_slurm):
         placement = reader(_Variables(environ))
@@ -86,7 +88,7 @@ def detect(environ: Mapping[str, str]) -> Placement:
 
 
 class _Variables:
-    """The environment, with complaints."""
+    """Reads environment variables; raises PlacementError if one is missing or malformed."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
@@ -129,8 +131,8 @@ def _from_torchrun(env: _Variables) -> Placement | None:
         if "LOCAL_RANK" in env:
             local_rank = env.number("LOCAL_RANK", start)
     else:
-        # torch.multiprocessing.spawn and notebooks set what torch asks for, and no more. Where rank 0 is on this very
-        # machine, by an address that no other machine can use, all ranks are.
+        # torch.multiprocessing.spawn and notebooks set only the variables that torch needs. If the address of rank 0
+        # is a loopback address, all ranks are on this machine.
         here = "MASTER_ADDR" in env and env.text("MASTER_ADDR", start) in _LOOPBACK
         own = f"{start}, or set it yourself: LOCAL_RANK counts the processes of one machine from 0, "
         own += "LOCAL_WORLD_SIZE is their number (0 and 1 where each machine runs one process)"
@@ -153,7 +155,9 @@ def _from_torchrun(env: _Variables) -> Placement | None:
 
 
 def _source(env: _Variables) -> str:
-    """`ds run` sets torchrun's variables, and one of its own; torchrun inside of it sets one more."""
+    """Names the launcher. `ds run` sets torchrun's variables and one of its own; torchrun inside `ds run` sets one
+    more.
+    """
     if LAUNCHER in env and "TORCHELASTIC_RUN_ID" not in env:
         return env.text(LAUNCHER, "set it to the launcher's name, or unset it")
     return "torchrun"
@@ -173,13 +177,13 @@ def _from_open_mpi(env: _Variables) -> Placement | None:
 
 
 def _from_pmi(env: _Variables) -> Placement | None:
-    """MPICH's Hydra and Intel MPI, which share their variables."""
+    """Reads the variables of MPICH's Hydra and of Intel MPI, which are the same."""
     if "PMI_RANK" not in env:
         return None
     remedy = "start the processes with mpiexec, which sets it"
     rank, world_size = env.number("PMI_RANK", remedy), env.number("PMI_SIZE", remedy)
     if "MPI_LOCALRANKID" not in env and "SLURM_PROCID" in env:
-        return None  # `srun --mpi=pmi2`: Slurm's own variables say the same, and the rest
+        return None  # `srun --mpi=pmi2`: Slurm's own variables contain the same and more
     local_rank, local_size = env.number("MPI_LOCALRANKID", remedy), env.number("MPI_LOCALNRANKS", remedy)
     return _from_mpi(env, rank, world_size, local_rank, local_size, forward="mpiexec -genv MASTER_ADDR ")
 
@@ -187,7 +191,9 @@ def _from_pmi(env: _Variables) -> Placement | None:
 def _from_mpi(
     env: _Variables, rank: int, world_size: int, local_rank: int, local_size: int, *, forward: str
 ) -> Placement:
-    """MPI tells a process its numbers, but not the host of rank 0: known only if all are on this machine."""
+    """MPI sets rank and world size, but not the host of rank 0. That host is known only if all ranks are on this
+    machine.
+    """
     if "MASTER_ADDR" not in env and local_size < world_size:
         raise PlacementError(
             f"the environment variable MASTER_ADDR is missing, and {world_size} ranks span several machines "
@@ -209,10 +215,10 @@ def _from_mpi(
 
 def _from_slurm(env: _Variables) -> Placement | None:
     if "SLURM_PROCID" not in env:
-        return None  # also in the shell of salloc, where a single process is what one starts
+        return None  # also set in the shell of salloc, from which users start a single process
     count_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     remedy = "start the processes with srun, which sets it"
-    if "SLURM_STEP_NODELIST" not in env:  # the batch script itself, which is no step of srun's
+    if "SLURM_STEP_NODELIST" not in env:  # the batch script itself, which was not started by srun
         if count_name not in env or env.number(count_name, remedy) == 1:
             return None
         raise PlacementError(
@@ -242,7 +248,7 @@ def _slurm_local_size(env: _Variables, num_nodes: int, remedy: str) -> int:
     if not 0 <= node < len(counts) or len(counts) != num_nodes:
         raise PlacementError(
             f"SLURM_NODEID={node}, {num_nodes} hosts in SLURM_STEP_NODELIST and {len(counts)} counts in "
-            f"{name} do not belong together: {remedy}"
+            f"{name} contradict each other: {remedy}"
         )
     return counts[node]
 
@@ -256,5 +262,7 @@ def _parsed(env: _Variables, name: str, parse: Callable[[str], list[_T]], remedy
 
 
 def _port_of_job(job: str) -> int:
-    """The same port on all ranks of a job, another for most other jobs; below the ephemeral ports."""
+    """Computes a port from the job id: the same on all ranks, different for most other jobs, and below the ephemeral
+    ports.
+    """
     return 20_000 + zlib.crc32(job.encode()) % 10_000

@@ -1,4 +1,4 @@
-"""`start`: from wherever this process was launched to a running process group."""
+"""`start`: initialises the default process group under any launcher."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ from ds_comm.device import choose_device, default_backend
 from ds_comm.placement import Placement, PlacementError, detect
 
 REPORT_S = 20.0
-"""Seconds after which a rank that has not met the others says so."""
+"""Seconds after which a rank that still waits for the other ranks logs a warning."""
 _log = logging.getLogger("ds_comm")
 
 SETTLE_S = 0.05
-"""Seconds that a process of a gloo group waits before it ends; letting go takes well under a millisecond."""
+"""Seconds that a process with a gloo group sleeps before it exits. Releasing the tensors takes well under a
+millisecond.
+"""
 
 
 class StartError(RuntimeError):
-    """The ranks did not find each other; the message says which rank, where it looked, and what to check."""
+    """The ranks could not connect. The message names the rank and the address, and says what to check."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This rank's place among the ranks of the job, its device and backend: plain values. The process group itself is
+    """The rank of this process, its device and its backend, as plain values. The process group itself is
     torch.distributed's default group.
     """
 
@@ -41,35 +43,37 @@ class World:
     world_size: int
     """Number of ranks of the job."""
     local_rank: int
-    """Number of this rank among those of its machine."""
+    """0 <= local_rank < local_size: number of this rank on its machine."""
     local_size: int
     """Number of ranks on this machine."""
     device: torch.device
-    """What this rank computes on; the current accelerator if it is one."""
+    """Device of this rank. If it is an accelerator, `start` has made it the current one."""
     backend: str
-    """What moves data between ranks: "gloo", "nccl", ..."""
+    """Backend of torch.distributed: "gloo", "nccl", ..."""
     source: str
-    """Where these values come from: "torchrun", "slurm", "mpi", "single" (no launcher), or "user" (a process group that
-    existed already and matches no launcher)."""
+    """Launcher that set the variables: "torchrun", "slurm", "mpi", "single" (none), or "user" (the process group
+    existed already and matches no launcher).
+    """
 
 
 def start(
     *, device: torch.device | str | None = None, backend: str | None = None, timeout_s: float = 1800
 ) -> World:
-    """Initialises the default process group if there is none, and returns this rank's place in it.
+    """Initialises the default process group if there is none, and describes this rank.
 
-    Every rank has to call it. A second call returns the same values. Without a launcher it makes a group of one rank
-    and opens no port.
+    All ranks must call it. A second call returns the same values. Without a launcher it makes a group of one rank and
+    opens no port.
 
     Args:
-        device: what this rank computes on; None: the accelerator whose number is the local rank, or the CPU.
+        device: device of this rank. None: the accelerator with the number of the local rank, or the CPU if there is
+            none.
         backend: None: torch.distributed's for the device, gloo for the CPU, nccl for NVIDIA GPUs.
-        timeout_s: seconds until ranks that do not find each other, or a collective that does not end, is an error.
+        timeout_s: limit in seconds for connecting all ranks, and for each collective.
 
     Raises:
-        PlacementError: the environment is incomplete or contradicts itself.
-        StartError: the ranks did not find each other.
-        ValueError: the device or backend does not exist here.
+        PlacementError: the environment variables are incomplete or contradict each other.
+        StartError: the ranks could not connect.
+        ValueError: the device or backend does not exist on this machine.
     """
     if dist.is_initialized():
         world = _existing(device, backend)
@@ -95,7 +99,7 @@ def start(
 
 
 def _settle_at_exit(world_size: int, backend: str) -> None:
-    """Give gloo's threads time to let go of the last collective before the interpreter goes.
+    """Gives gloo's threads time to release the tensors of the last collective before the interpreter exits.
 
     A thread of torch's gloo group drops the tensors of a finished collective shortly after the caller got its
     result, and needs the GIL for that. A script that ends right after a collective (a checkpoint ends with one)
@@ -130,7 +134,7 @@ def _initialise(
     device_id = device if device.type != "cpu" and backend == default_backend(device) else None
     if placement.world_size == 1:
         store = dist.HashStore()  # type: ignore[attr-defined]  # not in its __all__
-        # in this process: nothing to listen on, so nothing can clash
+        # a store in this process opens no port, so ports cannot clash
         dist.init_process_group(
             backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id
         )
@@ -155,7 +159,7 @@ def _initialise(
 
 
 def _report_waiting(placement: Placement, timeout: datetime.timedelta) -> None:
-    """Say, long before the timeout, that the ranks have not met, and what a connection of our own finds."""
+    """Warns, long before the timeout, that ranks are missing, and reports whether rank 0 accepts a connection."""
     where = f"{placement.master_addr}:{placement.master_port}"
     try:
         socket.create_connection((placement.master_addr, placement.master_port), timeout=5).close()
@@ -188,18 +192,18 @@ def _explain(placement: Placement, timeout: datetime.timedelta, error: str) -> s
             f"to a free port on every rank, or start with `ds run`, which picks one ({first_line})"
         )
     return (
-        f"{who} did not meet the others at {where} within {timeout.total_seconds():g} s. Are all "
+        f"{who} did not connect to the other ranks at {where} within {timeout.total_seconds():g} s. Are all "
         f"{placement.world_size} processes running, does {placement.master_addr!r} reach the machine of rank "
         f"0 from here, and does a firewall let port {placement.master_port} through? ({first_line})"
     )
 
 
 def _existing(device: torch.device | str | None, backend: str | None) -> World:
-    """The world of a process group that somebody made before, perhaps without any launcher's variables."""
+    """Describes a process group that exists already, perhaps without any launcher's variables."""
     running = dist.get_backend()
     if backend is not None and backend != running:
         raise ValueError(
-            f"backend {backend!r} was asked for, but torch.distributed already runs with {running!r}: call "
+            f"backend {backend!r} was requested, but torch.distributed already runs with {running!r}: call "
             f"torch.distributed.destroy_process_group() first, or leave backend out"
         )
     placement = _placement_of_existing()
@@ -217,12 +221,12 @@ def _existing(device: torch.device | str | None, backend: str | None) -> World:
 
 def _placement_of_existing() -> Placement:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    with contextlib.suppress(PlacementError):  # the group runs, so the variables cannot have mattered
+    with contextlib.suppress(PlacementError):  # the group exists, so the variables were not needed
         found = detect(os.environ)
         if found.world_size == world_size and found.rank == rank:
             return found
-    # Who shares a machine is then asked of the ranks. All of them come here or none does: what decides is
-    # whether the launcher's variables describe this group.
+    # The ranks then exchange their host names. Either all of them come here or none, because the condition depends
+    # only on whether the launcher's variables describe this group.
     hosts: list[str] = [""] * world_size
     dist.all_gather_object(hosts, socket.gethostname())
     local = [i for i, host in enumerate(hosts) if host == hosts[rank]]
@@ -238,7 +242,7 @@ def _placement_of_existing() -> Placement:
 
 
 def _device_of(backend: str) -> torch.device:
-    """What a group that is already there computes on: the current accelerator, unless it is a CPU group."""
+    """The device for an existing group: the current accelerator, or the CPU for a CPU group."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or backend == default_backend(torch.device("cpu")):
         return torch.device("cpu")

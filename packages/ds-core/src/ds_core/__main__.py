@@ -8,7 +8,7 @@ from ds_core import report
 
 
 def main() -> int:
-    """Prints the report; 1 and a message when the environment asks for what this CPU cannot run."""
+    """Prints the report. Returns 1 and prints a message if DS_CPU_TARGET names a target that this CPU cannot run."""
     try:
         print(report.text())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Finding and opening the GPU library, on the first tensor that needs it and never at import."""
+"""Finds and loads the GPU library, on the first tensor that needs it and never at import."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ LIBRARY = "libds_core_cuda.so"
 
 @dataclass(frozen=True)
 class GpuLibrary:
-    """The outcome of the search."""
+    """The result of the search for the GPU library."""
 
     path: Path | None
-    """The file that was opened; None when there is none."""
+    """The loaded file; None if there is none."""
     reason: str
-    """Why there is none; empty when there is one."""
+    """Why no library was loaded; empty if one was."""
 
 
 def companion() -> str:
-    """The name of the package that would hold the library for this torch, e.g. "ds_core_cu13"."""
+    """The import name of the package with the library for this torch, e.g. "ds_core_cu13"."""
     return f"ds_core_cu{(torch.version.cuda or '13').split('.')[0]}"
 
 
@@ -48,7 +48,7 @@ def library() -> GpuLibrary:
     if torch.version.cuda is None and "DS_CUDA_LIBRARY" not in os.environ:
         idle = [path for path in _candidates() if path.is_file()]
         return GpuLibrary(
-            None, "this torch is built without CUDA" + "".join(f"; {p} stays closed" for p in idle)
+            None, "this torch is built without CUDA" + "".join(f"; {p} is not loaded" for p in idle)
         )
     candidates = _candidates()
     for path in candidates:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 __all__ = ["MISSING", "core", "has_native"]
 
 MISSING: str | None = None
-"""Why the native module is absent; None when it is there."""
+"""Why the native module cannot be imported; None if it was imported."""
 
 if TYPE_CHECKING:
     from ds_core import _core as core
@@ -20,5 +20,5 @@ else:
 
 
 def has_native() -> bool:
-    """Whether the compiled CPU kernels are there."""
+    """Whether the compiled CPU kernels are available."""
     return MISSING is None

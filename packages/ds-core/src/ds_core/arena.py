@@ -14,23 +14,23 @@ from ds_core import _native
 
 @dataclass(frozen=True)
 class ArenaStats:
-    """What the arena of this process holds."""
+    """Memory counts of the arena of this process."""
 
     reserved_bytes: int
     """Address space taken from the system, in whole slabs of huge pages."""
     in_use_bytes: int
-    """Held by living tensors, each rounded up to 64 bytes."""
+    """Bytes of live tensors, each rounded up to 64 bytes."""
     num_blocks: int
-    """Living blocks."""
+    """Number of live blocks."""
     huge_pages: bool
     """Whether the system accepted the advice to use huge pages for every slab."""
 
 
 def empty(size: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A CPU tensor with undefined contents, 64-byte aligned, in memory advised to 2 MiB pages.
+    """Returns a CPU tensor with undefined contents, 64-byte aligned, in memory for which 2 MiB pages were requested.
 
-    `size` is a number of elements or a shape. The memory goes back to the arena with the last tensor that views it.
-    Where the native module is absent this is `torch.empty`.
+    `size` is a number of elements or a shape. The memory returns to the arena with the last tensor that views it.
+    Without the native module this is `torch.empty`.
     """
     shape = (size,) if isinstance(size, int) else tuple(size)
     numel = math.prod(shape)
@@ -46,7 +46,7 @@ def zeros(size: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tens
 
 
 def stats() -> ArenaStats:
-    """Counts of the whole process; all zero where the native module is absent."""
+    """Returns the counts of the whole process; all are zero without the native module."""
     if not _native.has_native():
         return ArenaStats(0, 0, 0, False)
     return ArenaStats(*_native.core.arena_stats())

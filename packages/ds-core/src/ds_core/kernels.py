@@ -1,9 +1,10 @@
-"""The kernels: native where there is a variant for the tensors' device, else their reference in plain torch.
+"""The kernels: native if there is a variant for the tensors' device, else the reference in plain torch.
 
 Multi-tensor functions take lists (or any other iterable of tensors) and make one native call for all of them, without
 the GIL, on `torch.get_num_threads()` threads (on a GPU: on torch's current stream). Tensors must be contiguous, have
-memory, and be on one device; what is unfit raises ValueError naming the argument. Results do not depend on the number
-of threads, on how a tensor is cut, or on the CPU target. `python -m ds_core` prints which kernels are native here.
+memory, and be on one device; any other tensor raises a ValueError that names the argument. Results do not depend on
+the number of threads, on how a tensor is split, or on the CPU target. `python -m ds_core` prints which kernels are
+native here.
 
 Common arguments of the optimizer steps, all of which work in place:
 
@@ -37,7 +38,7 @@ def _is_native(tensor: Tensor) -> bool:
 
 
 def _listed(function: str, name: str, tensors: Iterable[T]) -> Sequence[T]:
-    """A list argument as a sequence, made once: an iterator is read by the kernel and by `_written`."""
+    """Converts a list argument to a sequence once, because both the kernel and `_written` iterate over it."""
     if isinstance(tensors, (list, tuple)):
         return tensors
     if isinstance(tensors, Tensor):
@@ -50,7 +51,7 @@ def _listed(function: str, name: str, tensors: Iterable[T]) -> Sequence[T]:
 
 
 def _lists(function: str, **arguments: Iterable[Tensor]) -> list[Sequence[Tensor]]:
-    """Several list arguments of one function."""
+    """Converts several list arguments of one function."""
     return [_listed(function, name, tensors) for name, tensors in arguments.items()]
 
 
@@ -219,8 +220,8 @@ def lamb_step(
 ) -> None:
     """One step of LAMB (You et al. 2020, algorithm 2): each tensor is a segment with a trust ratio of its own.
 
-    Where segments continue on other ranks, call `lamb_moments`, add up its result over the ranks, then
-    `trust_ratios` and `lamb_apply`. Equations: docs/notes/lamb.md.
+    If segments continue on other ranks, call `lamb_moments`, sum its result over the ranks, then call `trust_ratios`
+    and `lamb_apply`. Equations: docs/notes/lamb.md.
     """
     params, exp_avgs, exp_avg_sqs, grads = _lists(
         "lamb_step", params=params, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, grads=grads
@@ -280,7 +281,7 @@ def lamb_moments(
 
 
 def _in_order(block_sums: Tensor) -> list[float]:
-    """Sums of two columns, added from the first block to the last as the CPU kernels do."""
+    """Sums two columns from the first block to the last, as the CPU kernels do."""
     totals = [0.0, 0.0]
     for first, second in block_sums.tolist():
         totals[0] += first
@@ -289,7 +290,7 @@ def _in_order(block_sums: Tensor) -> list[float]:
 
 
 def trust_ratios(norms: Tensor, min_ratio: float = 0.0, max_ratio: float = math.inf) -> list[float]:
-    """|p| / |u| from the rows of `lamb_moments`, kept in [min_ratio, max_ratio]; 1 where either norm is 0."""
+    """Returns |p| / |u| from the rows of `lamb_moments`, clamped to [min_ratio, max_ratio]; 1 if either norm is 0."""
     ratios = []
     for param_squared, direction_squared in norms.tolist():
         if param_squared == 0.0 or direction_squared == 0.0:
@@ -335,7 +336,8 @@ def lamb_apply(
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> tuple[float, bool]:
-    """The sum of squares of all elements (fp32, bf16 or fp16) in fp64, and whether all are finite, in one pass.
+    """Returns the sum of squares of all elements (fp32, bf16 or fp16) in fp64, and whether all are finite, in one
+    pass.
 
     Added in blocks of `NORM_BLOCK_NUMEL` elements from each tensor's start, blocks in order.
     """
@@ -382,8 +384,8 @@ def cast(src: Tensor | Iterable[Tensor], dst: Tensor | Iterable[Tensor]) -> None
 def pack_signs(x: Tensor, bits: Tensor | None = None) -> tuple[Tensor, float]:
     """Packs the signs of `x` (fp32, bf16, fp16) into uint8, eight to a byte, lowest bit first, 1 for negative.
 
-    Returns `bits` (made when None; ceil(numel / 8) bytes) and the mean of |x|, the scale for which `unpack_signs`
-    comes closest to `x` in the sum of squares. The sum behind the mean is fp64 in fixed order.
+    Returns `bits` (allocated if None; ceil(numel / 8) bytes) and the mean of |x|. With this scale, `unpack_signs`
+    approximates `x` with the least sum of squared errors. The mean is summed in fp64 in a fixed order.
     """
     if not _is_native(x):
         return reference.pack_signs(x, bits)

@@ -1,4 +1,5 @@
-"""The kernels of `ds_core.kernels` in plain torch: the oracle of their tests, and the fallback where none is native.
+"""The kernels of `ds_core.kernels` in plain torch: the reference in their tests, and the fallback if no native kernel
+exists.
 
 Each function performs the same fp32 operations in the same order as its native twin, so that results agree bit by
 bit on every device whose torch rounds as IEEE 754 says. Formulas: `cpp/include/ds/*.h`.
@@ -72,14 +73,14 @@ def squared_norm_blocks(tensor: Tensor, block_numel: int = NORM_BLOCK_NUMEL) -> 
         raise ValueError("squared_norm_blocks: block_numel must be positive")
     flat = tensor.detach().reshape(-1)
     blocks = -(-flat.numel() // block_numel)
-    block_numel = min(block_numel, max(flat.numel(), 1))  # one short block needs no filling up
+    block_numel = min(block_numel, max(flat.numel(), 1))  # a single short block needs no padding
     rows = -(-block_numel // 16)
     wide = torch.zeros(blocks * block_numel, dtype=torch.float64, device=flat.device)
     wide[: flat.numel()] = flat
     squares = torch.zeros(blocks, rows * 16, dtype=torch.float64, device=flat.device)
     squares[:, :block_numel] = wide.view(blocks, block_numel).square()
     lanes = torch.zeros(blocks, 16, dtype=torch.float64, device=flat.device)
-    for row in squares.view(blocks, rows, 16).unbind(1):  # in order: torch's own sum may add in any
+    for row in squares.view(blocks, rows, 16).unbind(1):  # in order: torch's own sum may add in any order
         lanes += row
     for half in (8, 4, 2, 1):
         lanes = lanes[:, :half] + lanes[:, half : 2 * half]

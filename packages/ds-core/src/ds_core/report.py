@@ -1,4 +1,4 @@
-"""What is live on this machine, and why the rest is not: the text of `python -m ds_core`."""
+"""Which kernels are native on this machine, and why the others are not: the text of `python -m ds_core`."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ CPU_ONLY = ("crc32c",)
 
 @dataclass(frozen=True)
 class Variant:
-    """Which implementation of a kernel runs for one device."""
+    """The implementation of a kernel for one type of device."""
 
     kernel: str
     device: str
     """"cpu" or "gpu"."""
     native: bool
     reason: str
-    """The CPU target or the library of a native variant; otherwise why it is the reference."""
+    """The CPU target or the library of a native variant; for the reference, why there is no native variant."""
 
 
 def variants() -> list[Variant]:
-    """One entry per kernel and device, CPU first."""
+    """Returns one entry per kernel and device, CPU first."""
     cpu_native = _native.has_native()
     cpu_reason = f"target {_native.core.cpu_target()}" if cpu_native else str(_native.MISSING)
     library = _gpu.library()
@@ -61,7 +61,11 @@ def _cpu_lines() -> list[str]:
         f"CPU target       {core.cpu_target()} (this CPU can run {', '.join(core.available_cpu_targets())}; "
         "DS_CPU_TARGET chooses)",
         f"threads          {torch.get_num_threads()}, "
-        + ("of the OpenMP team in this process" if core.thread_source() == "openmp" else "of an own pool"),
+        + (
+            "of the OpenMP team in this process"
+            if core.thread_source() == "openmp"
+            else "of the module's own pool"
+        ),
     ]
 
 
@@ -82,7 +86,7 @@ def _arena_line() -> str:
 
 
 def text() -> str:
-    """The whole report. Raises ValueError when DS_CPU_TARGET names a target that this CPU cannot run."""
+    """Returns the whole report. Raises ValueError if DS_CPU_TARGET names a target that this CPU cannot run."""
     from ds_core import __version__
 
     lines = [

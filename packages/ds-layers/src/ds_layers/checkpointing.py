@@ -23,13 +23,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointingConfig:
-    """Where a recomputed layer's inputs are kept until backward. The default keeps them where they are."""
+    """Where the inputs of a recomputed layer are stored until backward. By default they stay where they are."""
 
     group: dist.ProcessGroup | None = None
-    """Model-parallel ranks, all of which hold the same inputs. Needed to partition."""
+    """Model-parallel ranks, all of which hold the same inputs. Required by `partition`."""
 
     partition: bool = False
-    """Each rank of `group` keeps 1/N of every input; backward gathers them."""
+    """Each rank of `group` stores 1/N of every input; backward gathers the parts."""
 
     on_host: bool = False
     """Keep inputs in pinned host memory. No effect without an accelerator."""
@@ -38,7 +38,7 @@ class CheckpointingConfig:
     """Keep inputs of one size in one allocation of `num_checkpoints` slots, so that they do not fragment memory."""
 
     num_checkpoints: int | None = None
-    """How many calls one forward makes, usually the number of layers. Required by `contiguous`."""
+    """Number of calls in one forward, usually the number of layers. Required by `contiguous`."""
 
     preserve_rng_state: bool = True
     """Recompute with the random numbers of the forward pass. Required for layers with dropout."""
@@ -49,28 +49,35 @@ class CheckpointingConfig:
 
     def __post_init__(self) -> None:
         if self.partition and self.group is None:
-            raise ValueError("partition=True divides inputs among model-parallel ranks: give their group=")
+            raise ValueError(
+                "partition=True divides inputs among model-parallel ranks: pass their process group as group="
+            )
         if self.contiguous and self.num_checkpoints is None:
-            raise ValueError("contiguous=True needs num_checkpoints=, usually the number of layers")
+            raise ValueError(
+                "contiguous=True needs num_checkpoints=, the number of calls in one forward "
+                "(usually the number of layers)"
+            )
         if self.num_checkpoints is not None and self.num_checkpoints < 1:
             raise ValueError(f"num_checkpoints={self.num_checkpoints}: give 1 or more")
 
 
 @dataclass
 class Statistics:
-    """What a `Checkpointing` has done since it was made or `reset`."""
+    """Counts and times of a `Checkpointing` object since it was constructed or `reset`."""
 
     checkpoints: int = 0
     """Calls with gradients enabled."""
     recomputations: int = 0
     resting_bytes: int = 0
-    """Bytes of inputs that were moved to other memory on this rank, over all calls; inputs left in place count 0."""
+    """Bytes of inputs that were copied to other memory on this rank, over all calls; an input that stays in place
+    counts 0.
+    """
     forward_s: float = 0.0
     recompute_s: float = 0.0
 
 
 class Checkpointing:
-    """Activation checkpointing: keeps only a layer's inputs, and computes the rest again in backward.
+    """Activation checkpointing: keeps only the inputs of a layer, and recomputes the rest in backward.
 
     `out = checkpointing(layer, x, mask)` returns what `layer(x, mask)` returns, and gives the same gradients, including
     those of the layer's parameters. It works whether or not inputs require gradients. Objects are independent.
@@ -82,7 +89,8 @@ class Checkpointing:
     def __init__(self, config: CheckpointingConfig | None = None, rng: RngTracker | None = None) -> None:
         """
         Args:
-            rng: random streams that layers use besides torch's default generators; restored for the recomputation.
+            rng: random number streams that layers use besides torch's default generators; they are restored for the
+                recomputation.
         """
         self.config = config or CheckpointingConfig()
         self.rng = rng
@@ -90,16 +98,16 @@ class Checkpointing:
         self._slabs = Slabs(self.config.num_checkpoints or 1) if self.config.contiguous else None
 
     def __call__(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """`function(*args, **kwargs)`, recomputed in backward. Tensors may lie anywhere inside lists, tuples
+        """`function(*args, **kwargs)`, recomputed in backward. Arguments may contain tensors in nested lists, tuples
         and dicts.
         """
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)
-        # Loads torch._dynamo, which takes seconds: not before somebody needs it.
+        # Imports torch._dynamo, which takes seconds, so it is done only when it is needed.
         from torch.utils.checkpoint import checkpoint
 
         call = _Call(self, function, args, kwargs)
-        # Inputs travel inside `call`: handed to torch's function they would be kept as they are. It reads the
+        # Inputs are passed inside `call`: torch's function would keep tensor arguments alive. It determines the
         # device from its arguments, hence the empty tensor.
         result: T = checkpoint(
             call.run,
@@ -110,19 +118,19 @@ class Checkpointing:
         return result
 
     def reset(self) -> None:
-        """Set the statistics to zero; slabs are freed once the backwards that use them have ended."""
+        """Sets the statistics to zero. Slabs are freed once the backwards that use them have ended."""
         self.statistics = Statistics()
         if self._slabs is not None:
             self._slabs = Slabs(self.config.num_checkpoints or 1)
 
     def store(self, tensor: Tensor) -> StoredInput:
-        """Store one input where the configuration says; used by the calls."""
+        """Stores one input as configured; for internal use."""
         config = self.config
         partition = config.partition and config.group is not None and tensor.numel() >= config.group.size()
         on_host = config.on_host and tensor.device.type != "cpu"
         movable = tensor.is_floating_point() and not (tensor.is_leaf and tensor.requires_grad)
         if not movable or not (partition or on_host or self._slabs is not None):
-            return OriginalInput(tensor)  # a leaf lives on in any case
+            return OriginalInput(tensor)  # a leaf stays alive in any case
         copied = CopiedInput(
             tensor, group=config.group if partition else None, on_host=on_host, slabs=self._slabs
         )
@@ -131,7 +139,7 @@ class Checkpointing:
 
     @contextlib.contextmanager
     def observe(self, what: str, device: torch.device) -> Iterator[None]:
-        """A named range for profilers, and the time it took."""
+        """Marks a range for profilers, and measures its time."""
         self._synchronize(device)
         start = time.perf_counter()
         try:
@@ -153,7 +161,7 @@ class Checkpointing:
 
 
 def _input(stored: StoredInput, requires_grad: bool) -> Tensor:
-    """An input of the recomputation. It is no leaf, since the function may write into it."""
+    """Returns an input of the recomputation. It is not a leaf, since the function may write into it."""
     if not requires_grad:
         return stored.restore()
     anchor = torch.empty(0, requires_grad=True)
@@ -174,7 +182,7 @@ class _Computed(torch.autograd.Function):
 
 
 class _Call:
-    """One call: its function, and its inputs, as they are for the forward pass and stored for the recomputation."""
+    """One call: its function, its inputs for the forward pass, and the stored inputs for the recomputation."""
 
     def __init__(
         self, owner: Checkpointing, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
@@ -183,7 +191,7 @@ class _Call:
         leaves, self._spec = pytree.tree_flatten((tuple(args), kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.device = tensors[0].device if tensors else torch.get_default_device()
-        # Before the function runs: it may write into what it is given.
+        # Stored before the function runs, because it may write into its inputs.
         self._stored: list[tuple[StoredInput, bool] | None] = [
             (owner.store(leaf), leaf.requires_grad) if isinstance(leaf, Tensor) else None for leaf in leaves
         ]

@@ -1,12 +1,12 @@
-"""Layers that see a random part of the tokens.
+"""Layers that process a random subset of the tokens.
 
 [Note: tokens that pass by]
-In training, a layer gets `kept` of the S tokens of every sequence, drawn anew for each sequence, layer and call, in
-their order; the others pass by it unchanged. The result stands at the places of the tokens that went in, so that layers
-before and after see whole sequences. Masks and positions are those of the tokens that are kept, so that a causal mask
-stays one.
+In training, a layer processes `kept` of the S tokens of every sequence. They are drawn anew for each sequence, layer
+and call, and keep their order; the other tokens skip the layer unchanged. The outputs replace the kept tokens in the
+sequence, so layers before and after process whole sequences. Masks and positions are restricted to the kept tokens,
+so a causal mask stays causal.
 
-Nothing is replaced: hooks around the layers' forwards do it, so names of parameters and checkpoints stay as they were.
+No module is replaced: forward hooks do the work, so names of parameters and checkpoints stay the same.
 
 Source: Yao et al., Random-LTD: Random and Layerwise Token Dropping (2022), section 3.
 """
@@ -26,12 +26,14 @@ from torch.utils.hooks import RemovableHandle
 
 @dataclass(frozen=True, kw_only=True)
 class DroppingConfig:
-    """The form of a layer's arguments. The first argument, and the result or its first element, are hidden states."""
+    """The layout of a layer's arguments. The first argument, and the result or its first element, must be hidden
+    states.
+    """
 
     batch_first: bool = True
-    """(batch, tokens, ...); else (tokens, batch, ...)."""
+    """Whether hidden states have shape (batch, tokens, ...) or (tokens, batch, ...)."""
     mask: str | None = None
-    """Name of the argument that is the attention mask; its last dims, or last dim, are tokens."""
+    """Name of the argument with the attention mask, whose last dim, or last two dims, are tokens."""
     along: tuple[str, ...] = ("position_ids", "position_embeddings")
     """Names of further arguments with one entry per token: tensors, or tuples of tensors, whose dim 1 is tokens (dim 0:
     batch, or 1). Names that a call does not have are ignored."""
@@ -44,12 +46,12 @@ class TokenDropping:
     """
 
     def __init__(self, layers: Sequence[nn.Module], config: DroppingConfig | None = None) -> None:
-        """ValueError: no layers."""
+        """Raises ValueError if `layers` is empty."""
         if not layers:
             raise ValueError("TokenDropping needs at least one layer")
         self.config = config or DroppingConfig()
         self.kept: int | None = None
-        """Tokens that a layer gets; None, or as many as there are: all of them."""
+        """Number of tokens per sequence that a layer processes. None: all of them."""
         self._open: dict[int, list[tuple[Tensor, Tensor] | None]] = {id(layer): [] for layer in layers}
         self._handles: list[RemovableHandle] = []
         for layer in layers:
@@ -57,7 +59,7 @@ class TokenDropping:
             self._handles.append(layer.register_forward_hook(self._after, always_call=True))
 
     def remove(self) -> None:
-        """The layers see all tokens again."""
+        """Removes the hooks: the layers process all tokens again."""
         for handle in self._handles:
             handle.remove()
 
@@ -84,7 +86,7 @@ class TokenDropping:
         return tuple(found), given
 
     def _draw(self, hidden: Tensor, kept: int) -> Tensor:
-        """Places of the tokens that are kept: (batch, kept), ascending."""
+        """Draws the indices of the kept tokens: shape (batch, kept), ascending."""
         batch, tokens = hidden.shape[:2] if self.config.batch_first else hidden.shape[1::-1]
         order = torch.rand(batch, tokens, device=hidden.device).argsort(1)
         return order[:, :kept].sort(1).values
@@ -93,13 +95,13 @@ class TokenDropping:
         return hidden.gather(1 if self.config.batch_first else 0, self._wide(hidden, index))
 
     def _wide(self, hidden: Tensor, index: Tensor) -> Tensor:
-        """`index` in the form of the hidden states that are kept."""
+        """Expands `index` to the shape of the kept hidden states."""
         place = index if self.config.batch_first else index.t()
         rest = hidden.shape[2:]
         return place.view(*place.shape, *[1] * len(rest)).expand(*place.shape, *rest)
 
     def _fit(self, name: str, value: Any, index: Tensor, tokens: int) -> Any:
-        """An argument for the tokens that are kept."""
+        """Restricts an argument to the kept tokens."""
         if name == self.config.mask and isinstance(value, Tensor):
             return _mask_of(value, index, tokens)
         if name in self.config.along:
@@ -127,7 +129,7 @@ class TokenDropping:
 
 
 def _along(value: Any, index: Tensor, tokens: int) -> Any:
-    """Dim 1 of a tensor that has the tokens there."""
+    """Selects the kept tokens along dim 1."""
     if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[1] != tokens:
         return value
     value = value.expand(index.shape[0], *value.shape[1:])
@@ -136,21 +138,23 @@ def _along(value: Any, index: Tensor, tokens: int) -> Any:
 
 
 def _mask_of(mask: Tensor, index: Tensor, tokens: int) -> Tensor:
-    """The mask among the tokens that are kept: last dim, and the one before where it is tokens, too."""
+    """Restricts the mask to the kept tokens: along the last dim, and along the one before if that is tokens, too."""
     batch, kept = index.shape
     if mask.shape[-1] != tokens:
         raise ValueError(
-            f"the mask has shape {tuple(mask.shape)}, and sequences have {tokens} tokens: its last dim has to be those"
+            f"the mask has shape {tuple(mask.shape)}, and sequences have {tokens} tokens: its last dim must be "
+            "the number of tokens"
         )
     if mask.dim() == 2 and mask.shape[0] == batch == tokens:
         raise ValueError(
-            f"the mask has shape {tuple(mask.shape)}, which may be (batch, tokens) or (tokens, tokens): give it as "
+            f"the mask has shape {tuple(mask.shape)}, which is ambiguous: (batch, tokens) or (tokens, tokens). "
+            "Pass it as "
             "(batch, 1, 1, tokens) or (1, 1, tokens, tokens)"
         )
     if mask.dim() == 2 and mask.shape[0] != tokens:  # (batch or 1, tokens)
         return mask.expand(batch, tokens).gather(1, index)
     square = mask.dim() >= 2 and mask.shape[-2] == tokens
-    while mask.dim() < 4:  # (batch, heads, rows, tokens); a square one is alike for all
+    while mask.dim() < 4:  # (batch, heads, rows, tokens); a square mask is the same for all sequences
         mask = mask.unsqueeze(0) if mask.dim() == 2 else mask.unsqueeze(1)
     mask = mask.expand(batch, *mask.shape[1:])
     place = index.view(batch, 1, 1, kept).expand(-1, mask.shape[1], mask.shape[2], -1)

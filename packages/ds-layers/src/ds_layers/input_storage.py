@@ -1,4 +1,4 @@
-"""How the inputs of a checkpointed function are stored between forward and backward."""
+"""Storage of the inputs of a checkpointed function between forward and backward."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 class StoredInput(Protocol):
-    """One stored tensor; its memory is freed with this object."""
+    """One stored tensor. Its memory is freed with this object."""
 
     num_bytes: int
-    """Bytes allocated for it on this rank; 0 where the caller's own tensor is kept."""
+    """Bytes allocated on this rank; 0 if the caller's own tensor is kept."""
 
     def restore(self) -> Tensor:
-        """The tensor, detached, on the device it came from."""
+        """Returns the tensor, detached, on its original device."""
 
 
 class Slab:
-    """One allocation, cut into slots of `numel` elements each. Inputs that are stored and freed one by one
-    fragment the allocator's memory; slots of one allocation do not.
+    """One allocation, divided into slots of `numel` elements. Inputs that are allocated and freed one by one fragment
+    memory; slots of one allocation do not.
     """
 
     def __init__(self, numel: int, slots: int, like: Tensor) -> None:
@@ -32,7 +32,7 @@ class Slab:
         self._free = list(range(slots))
 
     def take(self, owner: object) -> Tensor | None:
-        """A slot for as long as `owner` lives; None when all are taken."""
+        """Returns a slot that is taken until `owner` is deleted; None if all slots are taken."""
         if not self._free:
             return None
         index = self._free.pop(0)
@@ -41,14 +41,14 @@ class Slab:
 
 
 class Slabs:
-    """Slots of any size and dtype. A new slab of `slots` slots is allocated where no slot of that size is free."""
+    """Slots of any size and dtype. A new slab of `slots` slots is allocated if no slot of that size is free."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
         self._slabs: dict[tuple[torch.dtype, torch.device, int], list[Slab]] = {}
 
     def allocate(self, tensor: Tensor, owner: object) -> Tensor:
-        """A 1-D slot with as many elements as `tensor`, on its device. It is free again once `owner` is gone."""
+        """Returns a 1-D slot with as many elements as `tensor`, on its device. It is taken until `owner` is deleted."""
         slabs = self._slabs.setdefault((tensor.dtype, tensor.device, tensor.numel()), [])
         for slab in slabs:
             slot = slab.take(owner)
@@ -66,7 +66,7 @@ class Slabs:
 
 
 class OriginalInput:
-    """The caller's tensor itself."""
+    """The caller's tensor itself, not a copy."""
 
     num_bytes = 0
 
@@ -78,8 +78,8 @@ class OriginalInput:
         if self._version is not None and self._tensor._version != self._version:
             raise RuntimeError(
                 f"an input of shape {tuple(self._tensor.shape)} of a checkpointed function was changed in place "
-                "after the function was called, so that recomputing from it would give wrong gradients. Change a copy "
-                "instead, or have inputs copied (contiguous=True)"
+                "after the call, so the recomputation would give wrong gradients. Change a copy instead, or let "
+                "inputs be copied (contiguous=True)"
             )
         return self._tensor.detach()
 
@@ -87,8 +87,8 @@ class OriginalInput:
 class CopiedInput:
     """A copy: partitioned over a group, in host memory, in a slot of a slab, or any of these together.
 
-    Model-parallel ranks hold the same activations between layers. So each rank of the group keeps 1/N of the
-    tensor, and all of them gather it again before backward.
+    Model-parallel ranks hold the same activations between layers. Each rank of the group therefore stores 1/N of the
+    tensor, and all of them gather it before backward.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ def _own_slice(flat: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
     whole = own.new_empty(own.numel() * group.size())
-    # Newer versions of torch warn about the old name, older ones do not have the new one.
+    # New versions of torch warn about the old name; old versions do not have the new one.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(whole, own, group=group)
     return whole
@@ -140,5 +140,5 @@ def _gathered(own: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _to_host(flat: Tensor) -> Tensor:
     if flat.device.type == "cpu":
         return flat
-    # Both copies run on the current stream, so the host waits for neither.
+    # Both copies run on the current stream, so the host does not wait for them.
     return torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True).copy_(flat, non_blocking=True)

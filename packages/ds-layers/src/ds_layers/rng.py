@@ -1,4 +1,4 @@
-"""Random streams beside the default one: what model-parallel ranks draw apart, and what they draw alike."""
+"""Named random number streams, for numbers that differ between model-parallel ranks."""
 
 from __future__ import annotations
 
@@ -10,35 +10,39 @@ from torch import Tensor
 
 MODEL_PARALLEL = "model-parallel-rng"
 """The stream that differs between the ranks of a model-parallel group."""
-_MODEL_PARALLEL_OFFSET = 2718  # any constant that keeps it apart from the seeds of data-parallel ranks
+_MODEL_PARALLEL_OFFSET = 2718  # any constant that avoids the seeds of data-parallel ranks
 
 
 class RngTracker:
-    """Named random streams for one device, beside its default generator. Outside of `fork`, nothing changes.
+    """Named random number streams for one device, in addition to its default generator. Outside of `fork` it has no
+    effect.
 
-    A dropout on activations that all ranks of a model-parallel group hold alike draws from the default
-    stream, seeded alike; one on activations that are divided among them draws inside `fork()`, from a stream
-    that is seeded apart on every rank.
+    Dropout on activations that all ranks of a model-parallel group hold draws from the default stream, which has the
+    same seed on all of them. Dropout on activations that are divided among the ranks draws inside `fork()`, from a
+    stream with a different seed on each rank.
 
     Source: Shoeybi et al., Megatron-LM (2019), section "random number generation" of the appendix.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
-        """`device`: whose generator; default torch's present default device."""
+        """`device`: device of the generator; default torch's current default device."""
         self.device = torch.device(device) if device is not None else torch.get_default_device()
         self._states: dict[str, Tensor] = {}
         self._seeds: dict[int, str] = {}
 
     def add(self, name: str, seed: int) -> None:
-        """Make a stream that starts from `seed`.
+        """Adds a stream that starts from `seed`.
 
         Raises:
-            ValueError: the name or the seed is taken; two streams of one seed would draw the same numbers.
+            ValueError: the name or the seed is taken. Two streams with one seed would draw the same numbers.
         """
         if name in self._states:
-            raise ValueError(f"there is a stream {name!r} already; reset() forgets all of them")
+            raise ValueError(
+                f"there is a stream {name!r} already; choose another name, or call reset() to "
+                "remove all streams"
+            )
         if seed in self._seeds:
-            raise ValueError(f"seed {seed} belongs to the stream {self._seeds[seed]!r}: give another one")
+            raise ValueError(f"seed {seed} is used by the stream {self._seeds[seed]!r}: choose another seed")
         self._seeds[seed] = name
         with self._default_kept():
             self._seed_default(seed)
@@ -46,7 +50,7 @@ class RngTracker:
 
     @contextlib.contextmanager
     def fork(self, name: str = MODEL_PARALLEL) -> Iterator[None]:
-        """Draw from the stream `name` inside the block; the default stream goes on after it as if nothing
+        """Draws from the stream `name` inside the block. After the block the default stream continues as if nothing
         had been drawn.
 
         Raises:
@@ -62,16 +66,16 @@ class RngTracker:
                 self._states[name] = self._get()
 
     def states(self) -> dict[str, Tensor]:
-        """A copy of where every stream stands."""
+        """Returns a copy of the state of every stream."""
         return {name: state.clone() for name, state in self._states.items()}
 
     def set_states(self, states: Mapping[str, Tensor]) -> None:
-        """Put every stream where `states` says, and forget the others."""
+        """Restores the streams in `states`, and removes all others."""
         self._states = {name: state.clone() for name, state in states.items()}
         self._seeds = {seed: name for seed, name in self._seeds.items() if name in states}
 
     def reset(self) -> None:
-        """Forget all streams."""
+        """Removes all streams."""
         self._states.clear()
         self._seeds.clear()
 
@@ -103,8 +107,8 @@ class RngTracker:
 
 
 def model_parallel_seed(tracker: RngTracker, seed: int, model_parallel_rank: int) -> None:
-    """Seed the default stream with `seed` on every rank, and the stream `MODEL_PARALLEL` of `tracker` apart
-    on each rank of a model-parallel group. Streams that were there before are forgotten.
+    """Seeds the default stream with `seed` on every rank, and the stream `MODEL_PARALLEL` of `tracker` with a
+    different seed on each model-parallel rank. All earlier streams of `tracker` are removed.
     """
     tracker.reset()
     torch.manual_seed(seed)

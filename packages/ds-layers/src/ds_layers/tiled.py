@@ -1,4 +1,4 @@
-"""A linear layer whose input or output comes in parts."""
+"""A linear layer whose input or output is split into several tensors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class TiledLinear(nn.Linear):
-    """DeepSpeed's `TiledLinear`: a linear layer whose input or output comes in parts.
+    """A linear layer with the interface of DeepSpeed's `TiledLinear`: its input or output is split into several
+    tensors.
 
-    DeepSpeed cuts the weight into tiles to gather them one by one under ZeRO-3. This class keeps one weight, and
-    offers the same interface.
+    DeepSpeed splits the weight into tiles and gathers them one by one at ZeRO stage 3. This class keeps one weight.
 
     Args:
         in_splits: number of parts of the input, at most `in_features`.
@@ -51,17 +51,17 @@ class TiledLinear(nn.Linear):
             self.copy_params_from(init_linear)
 
     def whole(self, input: Any) -> Tensor:
-        """The input in one piece: (..., in_features)."""
+        """Returns the input as one tensor of shape (..., in_features)."""
         return torch.cat(list(input), dim=-1) if self.split_input else input
 
     def forward(self, input: Any) -> Any:
-        """(..., out_features), or a list of its parts."""
+        """Returns a tensor of shape (..., out_features), or a list of its parts."""
         output = super().forward(self.whole(input))
         return output if self.combine_out_splits else list(output.tensor_split(self.out_splits, dim=-1))
 
     @torch.no_grad()
     def copy_params_from(self, other: nn.Linear) -> None:
-        """Take over the values of a linear layer of the same size."""
+        """Copies the values of a linear layer of the same size."""
         self.weight.copy_(other.weight)
         if self.bias is not None and other.bias is not None:
             self.bias.copy_(other.bias)

@@ -12,13 +12,13 @@ from ds_core import arena
 
 
 class Work(Protocol):
-    """A started copy."""
+    """A copy that was started and may still run."""
 
     def wait(self) -> object: ...
 
 
 class Key(Protocol):
-    """Names one resting tensor; hashable."""
+    """Identifies one stored tensor; hashable."""
 
     @property
     def name(self) -> str: ...
@@ -27,7 +27,7 @@ class Key(Protocol):
 
 
 class Reservation(Protocol):
-    """What a sharding package asks a store to hold; `partition` groups tensors that lie side by side."""
+    """A tensor that a sharding package asks a store to hold. Tensors of one `partition` are stored contiguously."""
 
     @property
     def key(self) -> Key: ...
@@ -70,13 +70,15 @@ class HostStore:
     """
 
     RESTING = ("master", "grad")
-    """Kinds that move to the host. Parameters are read in every forward and stay."""
+    """Kinds of tensors that are moved to the host. Parameters are read in every forward and stay on the device."""
 
     def __init__(self) -> None:
         self._resting: dict[Key, Tensor] = {}
 
     def reserve(self, plan: Sequence[Reservation]) -> Mapping[Key, Tensor]:
-        """Hold zero-filled room; tensors of one partition are views of one allocation, in the order given."""
+        """Allocates zero-filled tensors. Tensors of one partition are views of one allocation, in the order of
+        `plan`.
+        """
         partitions: dict[tuple[str, torch.dtype], list[Reservation]] = {}
         for item in plan:
             partitions.setdefault((item.partition, item.dtype), []).append(item)
@@ -91,15 +93,15 @@ class HostStore:
         return reserved
 
     def load(self, key: Key, out: Tensor) -> Work:
-        """Copy the stored tensor into `out`."""
+        """Copies the stored tensor into `out`."""
         return _copy(self._resting[key], out)
 
     def store(self, key: Key, src: Tensor) -> Work:
-        """Copy `src` into the store."""
+        """Copies `src` into the store."""
         return _copy(src, self._resting[key])
 
     def sink_grad(self, key: Key, grad: Tensor, *, offset: int, accumulate: bool) -> Work:
-        """Put or add a reduced gradient; adding happens on the host."""
+        """Copies a reduced gradient into the store, or adds it if `accumulate`; the host adds."""
         place = self._resting[key][offset : offset + grad.numel()]
         if not accumulate:
             return _copy(grad, place)
@@ -107,11 +109,11 @@ class HostStore:
         return Done()
 
     def release(self, key: Key) -> None:
-        """Forget one tensor; its partition's memory goes with the last one."""
+        """Removes one tensor. The memory of its partition is freed with the last one."""
         self._resting.pop(key, None)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Removes all tensors."""
         self._resting.clear()
 
 

@@ -1,4 +1,4 @@
-"""Optimizers for state that rests in host memory."""
+"""Optimizers for state in host memory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from ds_core.optim import FusedAdam
 class CPUAdam(FusedAdam):
     """AdamW (or Adam, with `adamw_mode=False`) on the host: one pass over memory, states on huge pages.
 
-    An ordinary `torch.optim.Optimizer` for fp32 CPU parameters. With sharded models it also unscales, clips
-    and writes the low-precision copy of the parameters in the same pass. Its arithmetic is
+    An ordinary `torch.optim.Optimizer` for fp32 CPU parameters. For a sharded model, the same pass also unscales and
+    clips the gradients and writes the low-precision copy of the parameters. Its arithmetic is
     `ds_core.optim.FusedAdam`'s, bit for bit.
 
     Args:
         lr: step size.
-        betas: decay of the two moments.
+        betas: decay rates of the two moments.
         eps: added to the denominator.
-        weight_decay: per step, times lr (decoupled); added to the gradient where `adamw_mode` is False.
+        weight_decay: decoupled decay per step, multiplied by lr; with `adamw_mode=False`, L2 regularisation added to
+            the gradient.
         adamw_mode: decouple the decay (Loshchilov and Hutter 2019).
-        bias_correction: divide the moments by 1 - beta^t, as the paper has it.
+        bias_correction: divide the moments by 1 - beta^t, as in the paper.
         state_dtype: torch.float32, or torch.bfloat16 to halve the states.
 
     Raises:
@@ -64,8 +65,8 @@ class CPUAdam(FusedAdam):
             )
         if param.dtype != torch.float32:
             raise ValueError(
-                f"CPUAdam: a parameter of shape {tuple(param.shape)} is {param.dtype}: it steps fp32 "
-                "masters; "
-                "shard the model with ds_zero, which makes them, or convert it with model.float()"
+                f"CPUAdam: a parameter of shape {tuple(param.shape)} is {param.dtype}: CPUAdam steps fp32 "
+                "parameters; shard the model with ds_zero, which creates fp32 masters, or convert it with "
+                "model.float()"
             )
         return arena.empty(param.numel(), self._state_dtype).zero_().as_strided(param.size(), param.stride())

@@ -1,4 +1,4 @@
-"""Optimizers over the kernels: ordinary `torch.optim.Optimizer`s that step all tensors in one native call."""
+"""Optimizers that use the kernels: ordinary `torch.optim.Optimizer`s that step all tensors in one native call."""
 
 from ds_core.optim.adagrad import FusedAdagrad
 from ds_core.optim.adam import FusedAdam

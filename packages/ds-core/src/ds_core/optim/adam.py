@@ -16,8 +16,8 @@ class FusedAdam(FusedOptimizer):
 
     One pass over memory for all tensors. Agrees with `torch.optim.AdamW` within a few units in the last place per
     step and shares its `state_dict` format in both directions. `state_dtype=torch.bfloat16` halves the states.
-    `bias_correction=False` leaves the moments as they are, as BERT's first AdamW did: early steps are smaller by
-    (1 - beta1^t) / sqrt(1 - beta2^t).
+    `bias_correction=False` does not correct the moments, like BERT's first AdamW: early steps are scaled by (1 -
+    beta1^t) / sqrt(1 - beta2^t).
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -63,7 +63,7 @@ def apply_adam(
     """One step of Adam, or AdamW where the weight decay is `decoupled`, over the tensors of `batch`.
 
     Args:
-        step: what the moments are corrected for. Default: the step of `batch`.
+        step: the step t of the bias correction. Default: the step of `batch`.
     """
     beta1, beta2 = group["betas"]
     kernels.adam_step(

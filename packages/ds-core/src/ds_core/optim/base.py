@@ -1,4 +1,4 @@
-"""What the fused optimizers share: states, batches of equal step, and torch's optimizer surface."""
+"""The base of the fused optimizers: states, batches of tensors with the same step, and torch's optimizer interface."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from ds_core.optim import counters
 Group = dict[str, Any]
 
 NO_CORRECTION_STEP = 2**53
-"""A step so late that beta ** step is 0 for every beta below 1 - 1e-12: the moments stay as they are."""
+"""A step so large that beta ** step is 0 for every beta below 1 - 1e-12: the bias correction is then 1."""
 
 ARENA_BYTES = 1 << 20
-"""CPU states from this size on live in the arena: smaller ones gain nothing from huge pages."""
+"""CPU states of at least this size are allocated in the arena; smaller ones gain nothing from huge pages."""
 
 
 @dataclass
 class Batch:
-    """Tensors of one group that share device and step: the arguments of one kernel call. 1-D or contiguous."""
+    """Tensors of one group with the same device and step: the arguments of one kernel call. 1-D or contiguous."""
 
     step: int
-    """Of this update, counted from 1."""
+    """Number of this update, from 1."""
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     states: dict[str, list[Tensor]] = field(default_factory=dict)
-    """One list per name of a state."""
+    """Name of a state -> one tensor per parameter."""
     out: list[Tensor | None] = field(default_factory=list)
-    """Where copies of the new parameters go: one entry per tensor, or none at all."""
+    """Tensors that receive copies of the new parameters: one entry per tensor, or an empty list."""
     rows: list[int] = field(default_factory=list)
-    """Where each tensor stands in the list that was given."""
+    """Index of each tensor in the list that was passed."""
 
     def outs(self) -> list[Tensor | None] | None:
-        """`out`, or None where no tensor wants a copy."""
+        """`out`, or None if no tensor is copied."""
         return self.out if any(o is not None for o in self.out) else None
 
     def split(self, steps: Sequence[int]) -> list[Batch]:
-        """One batch for each device and number of the update, given one number per tensor. Usually it is this one."""
+        """Splits the batch by step, given one step per tensor. Usually the result is this batch alone."""
         first = self.params[0].get_device()
         if len(set(steps)) == 1 and all(p.get_device() == first for p in self.params):
             self.step = steps[0]
@@ -84,7 +84,7 @@ class FusedOptimizer(Optimizer):
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, but is {state_dtype}")
         self._state_dtype = state_dtype
-        # Not in the groups: a loaded state of torch's, whose groups have no such entry, would turn it on again.
+        # Not in the groups: loading a state dict of torch's, whose groups have no such entry, would turn it on again.
         self._bias_correction = bias_correction
         self._places: dict[int, tuple[int, int]] = {}
         super().__init__(params, defaults)
@@ -95,17 +95,17 @@ class FusedOptimizer(Optimizer):
         return self._state_dtype
 
     def _corrected_step(self, batch: Batch) -> int:
-        """The step that Adam's moments are corrected for."""
+        """The step t of Adam's bias correction."""
         return batch.step if self._bias_correction else NO_CORRECTION_STEP
 
-    # -- what a subclass adds
+    # -- implemented by a subclass
 
     @abstractmethod
     def _apply(self, group: Group, batch: Batch, grad_scale: float) -> None:
-        """Calls the kernel with the group's options. `grad_scale` is negative where the group maximizes."""
+        """Calls the kernel with the group's options. `grad_scale` is negative if the group maximizes."""
 
     def _new_state(self, param: Tensor) -> Tensor:
-        """A zeroed state for `param`, in its memory order. Override it to place states elsewhere."""
+        """Returns a zero-filled state for `param`, in its memory order. Override it to allocate states elsewhere."""
         if param.device.type == "cpu" and param.numel() * self._state_dtype.itemsize >= ARENA_BYTES:
             return arena.zeros(param.numel(), self._state_dtype).as_strided(param.size(), param.stride())
         return torch.zeros_like(param, dtype=self._state_dtype)
@@ -128,9 +128,10 @@ class FusedOptimizer(Optimizer):
             self._step_group(group, params, None, 1.0)
         return loss
 
-    # [Note: light step] torch wraps the `step` of every optimizer for hooks and profilers, and the wrapper takes some
-    # 25 us a call without either: as long as the kernel on 100,000 parameters. `step.hooked` (below) keeps it away,
-    # and it is called where somebody listens. A subclass that overrides `step` gets torch's wrapper around its own.
+    # [Note: light step] torch wraps the `step` of every optimizer for hooks and profilers. Without either, the
+    # wrapper still takes some 25 us per call, as long as the kernel on 100,000 parameters. `step.hooked` (below)
+    # prevents the wrapping; the wrapper is called only if hooks or a profiler are active. A subclass that overrides
+    # `step` gets torch's wrapper.
     _watched_step = Optimizer.profile_hook_step(_plain_step)
 
     def _is_watched(self) -> bool:
@@ -148,8 +149,8 @@ class FusedOptimizer(Optimizer):
     ) -> None:
         """Steps exactly `params`, any subset of this optimizer's parameters, reading `p.grad`.
 
-        One pass over memory: each gradient is multiplied by `grad_scale` (0-dim), the parameter is updated, and
-        `out[i]`, where not None, receives `params[i]` rounded to its dtype. No step hooks run.
+        In one pass over memory, each gradient is multiplied by `grad_scale` (0-dim), the parameter is updated, and
+        `out[i]`, unless None, receives `params[i]` rounded to its dtype. No step hooks run.
         """
         if len(out) != len(params):
             raise ValueError(f"step_fused: out has {len(out)} entries, but params has {len(params)}")
@@ -159,7 +160,7 @@ class FusedOptimizer(Optimizer):
             self._step_group(self.param_groups[index], members, copies, scale)
 
     def _by_group(self, params: Sequence[Tensor]) -> dict[int, list[int]]:
-        """Index of a group -> places in `params` of those that belong to it."""
+        """Index of each group -> indices in `params` of its parameters."""
         found: dict[int, list[int]] = {}
         for i, param in enumerate(params):
             index = self._group_of(param)
@@ -169,7 +170,7 @@ class FusedOptimizer(Optimizer):
         return found
 
     def _group_of(self, param: Tensor) -> int | None:
-        """The index of the parameter's group. Places are remembered; each is looked at again before it is believed."""
+        """Returns the index of the parameter's group. Cached positions are verified before use."""
         for _ in range(2):
             place = self._places.get(id(param))
             if place is not None and place[0] < len(self.param_groups):
@@ -189,16 +190,16 @@ class FusedOptimizer(Optimizer):
         batches, counts = self._batches(group, params, out)
         for batch in batches:
             self._apply(group, batch, -grad_scale if group.get("maximize", False) else grad_scale)
-        counters.advance(counts)  # after the kernels: a refused batch leaves the counters as they were
+        counters.advance(counts)  # after the kernels: an error in a kernel must leave the counters unchanged
 
     def _batches(
         self, group: Group, params: Sequence[Tensor], out: Sequence[Tensor | None] | None
     ) -> tuple[list[Batch], list[Tensor]]:
-        """What the kernels get, and the counters of steps that are to be moved afterwards."""
+        """Returns the batches for the kernels, and the step counters to advance afterwards."""
         names = self._names(group)
         batch = Batch(0, states={name: [] for name in names})
         columns = [batch.states[name] for name in names]
-        steps: list[int | None] = []  # None: as the state's counter says
+        steps: list[int | None] = []  # None: use the counter in the state
         counts: list[Tensor] = []
         for i, param in enumerate(params):
             grad = param.grad
@@ -232,11 +233,13 @@ class FusedOptimizer(Optimizer):
         return batch.split(numbers), counts
 
     def _names(self, group: Group) -> tuple[str, ...]:
-        """The states that the group's options need, of `state_names`."""
+        """The names of the states that the group's options need."""
         return self.state_names
 
     def _prepare(self, param: Tensor, group: Group) -> tuple[dict[str, Any], int | None]:
-        """The parameter's state, made on first use, and the number of this update where no counter in it has that."""
+        """Returns the parameter's state, created on first use, and the number of this update if the state has no
+        counter.
+        """
         state = cast(dict[str, Any], self.state[param])
         if not state:
             with torch.no_grad():
@@ -245,8 +248,9 @@ class FusedOptimizer(Optimizer):
                     state[name] = self._new_state(param)
         return state, None
 
-    # -- torch's surface. [Note: no dynamo] torch wraps these four so that their first call imports torch._dynamo,
-    # which costs seconds and some hundred MB. They compile nothing, so the functions inside the wrappers are called.
+    # -- torch's surface. [Note: no dynamo] torch wraps these four methods; their first call would import
+    # torch._dynamo, which takes seconds and some hundred MB. They compile nothing, so the wrapped functions are
+    # called directly.
 
     def add_param_group(self, param_group: Group) -> None:
         """As `torch.optim.Optimizer.add_param_group`."""
@@ -261,7 +265,7 @@ class FusedOptimizer(Optimizer):
         return cast(dict[str, Any], _unwrapped(Optimizer.state_dict)(self))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`. States are copied into tensors of this optimizer's own."""
+        """As `torch.optim.Optimizer.load_state_dict`. States are copied into this optimizer's own tensors."""
         _unwrapped(Optimizer.load_state_dict)(self, state_dict)
         for param, state in self.state.items():
             for name in self.state_names:
@@ -272,7 +276,7 @@ class FusedOptimizer(Optimizer):
         self._check_groups()
 
     def _check_groups(self) -> None:
-        """Raises ValueError where loaded groups ask for what the kernel does not do."""
+        """Raises ValueError if loaded groups have an option that the kernel does not support."""
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_state_dtype": self._state_dtype, "_bias_correction": self._bias_correction, "_places": {}}
@@ -300,7 +304,9 @@ def _unwrapped(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:
-    """A contiguous view of the same memory: element-wise kernels need no more of e.g. a channels_last tensor."""
+    """Returns a contiguous view of the same memory, which is enough for element-wise kernels on e.g. a channels_last
+    tensor.
+    """
     if tensor.is_contiguous():
         return tensor
     if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
@@ -312,7 +318,7 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
 
 
 def _like(grad: Tensor, param: Tensor) -> Tensor:
-    """The gradient, its elements in the parameter's memory order."""
+    """Returns the gradient with its elements in the parameter's memory order."""
     if grad.is_sparse:
         raise ValueError(
             "the fused optimizers take no sparse gradients; use sparse=False or torch.optim.SparseAdam"

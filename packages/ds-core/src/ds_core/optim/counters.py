@@ -1,6 +1,6 @@
-"""The counters of updates: 0-dim tensors, as torch's state format has them.
+"""Step counters: 0-dim tensors, as in torch's state format.
 
-torch's own `item()` and `add_(1)` take some 8 us a tensor, more than the kernel on 10,000 parameters.
+torch's own `item()` and `add_(1)` take some 8 us per tensor, longer than the kernel on 10,000 parameters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ds_core import _native
 
 
 def read(counts: Sequence[Tensor]) -> list[int]:
-    """The values, as integers."""
+    """Returns the values as integers."""
     values = _native.core.read_counts(counts) if _native.has_native() else None
     return [int(count.item()) for count in counts] if values is None else values
 

@@ -15,11 +15,11 @@ from ds_core.optim.base import Batch, FusedOptimizer, Group, check_betas, check_
 
 
 class FusedLamb(FusedOptimizer):
-    """LAMB (You et al. 2020): Adam's direction, scaled per parameter to the parameter's own norm.
+    """LAMB (You et al. 2020): Adam's update direction, scaled for each parameter to the norm of that parameter.
 
-    The trust ratio |p| / |u| is kept in [`min_ratio`, `max_ratio`]; the defaults leave it as the paper has it. `step`
-    needs whole parameters. Where they are cut among ranks, `segment_sums` and `step_segments` are its two halves, with
-    the sums over ranks to be taken in between. `bias_correction=False` leaves the moments as they are.
+    The trust ratio |p| / |u| is clamped to [`min_ratio`, `max_ratio`]; the defaults do not clamp, as in the paper.
+    `step` needs whole parameters. If they are sharded, call the two halves `segment_sums` and `step_segments`, and
+    sum over ranks in between. `bias_correction=False` does not correct the moments.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -55,11 +55,11 @@ class FusedLamb(FusedOptimizer):
 
     @torch.no_grad()
     def segment_sums(self, params: Sequence[Tensor], *, grad_scale: Tensor) -> Tensor:
-        """First half of a step: update the moments of `params`, any subset of the optimizer's.
+        """First half of a step: updates the moments of `params`, any subset of this optimizer's parameters.
 
         Returns:
-            fp64 on the CPU, shape (len(params), 2): sums of squares of each parameter and of its direction; zeros
-            where there is no gradient.
+            An fp64 CPU tensor of shape (len(params), 2): sums of squares of each parameter and of its direction;
+            zeros for a parameter without a gradient.
         """
         sums = torch.zeros(len(params), 2, dtype=torch.float64)
         scale = float(grad_scale)
@@ -83,8 +83,8 @@ class FusedLamb(FusedOptimizer):
 
     @torch.no_grad()
     def step_segments(self, params: Sequence[Tensor], sums: Tensor, *, out: Sequence[Tensor | None]) -> None:
-        """Second half: move `params` by their direction, scaled by the trust ratios that `sums` give; a copy goes to
-        `out[i]` where that is not None.
+        """Second half of a step: updates `params` by their directions, scaled by the trust ratios computed from
+        `sums`. `out[i]`, unless None, receives a copy.
         """
         for index, places in self._by_group(params).items():
             group, members = self.param_groups[index], [params[i] for i in places]

@@ -13,11 +13,12 @@ from ds_core.optim.adam import apply_adam
 from ds_core.optim.base import Batch, FusedOptimizer, Group, check_betas, check_not_negative
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the iteration: steep at zero, so that five steps bring every singular value near 1."""
+"""Coefficients of the iteration. Its polynomial is steep at zero, so five steps bring every singular value near 1."""
 
 
 def orthogonalize(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: singular values between 0.5 and 1.5, singular vectors kept.
+    """Returns approximately the nearest semi-orthogonal matrix: singular vectors are kept, singular values lie
+    between 0.5 and 1.5.
 
     Shape (rows, columns); the result is in `dtype`. Equations: docs/notes/muon.md.
     """
@@ -26,7 +27,7 @@ def orthogonalize(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.bfl
     tall = x.size(0) > x.size(1)
     if tall:
         x = x.T
-    x = x / x.norm().clamp(min=1e-7)  # then no singular value is above 1
+    x = x / x.norm().clamp(min=1e-7)  # now no singular value exceeds 1
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -38,8 +39,8 @@ def muon_groups(
 ) -> list[dict[str, Any]]:
     """Two parameter groups for `Muon`: matrices, updated by Muon, and all others, updated by AdamW.
 
-    The others are vectors, and parameters whose name contains one of `others` (embeddings and heads, which are lookup
-    tables and not linear maps between features).
+    The AdamW group contains vectors, and parameters whose name contains one of `others` (embeddings and heads, which
+    are lookup tables rather than linear maps between features).
     """
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
@@ -55,7 +56,8 @@ def muon_groups(
 
 
 class Muon(FusedOptimizer):
-    """Muon (Jordan et al. 2024): the momentum of each matrix, made orthogonal; AdamW in groups with `use_muon` False.
+    """Muon (Jordan et al. 2024): updates each matrix by its orthogonalised momentum; AdamW for groups with `use_muon`
+    False.
 
     Parameters given without groups are sorted by shape: those with two or more dimensions are updated by Muon, as
     matrices of (first dim, product of the others), the rest by AdamW. Embeddings and heads train better under AdamW:
@@ -107,12 +109,12 @@ class Muon(FusedOptimizer):
             flat = [tuple(p.shape) for p in group["params"] if p.ndim < 2] if group["use_muon"] else []
             if flat:
                 raise ValueError(
-                    f"param_groups[{index}] has use_muon=True and a parameter of shape {flat[0]}: only matrices can be "
-                    "made orthogonal; put the others into a group with use_muon=False"
+                    f"param_groups[{index}] has use_muon=True and a parameter of shape {flat[0]}: only matrices "
+                    "can be orthogonalised; put this parameter into a group with use_muon=False"
                 )
 
     def needs_whole(self, group: Mapping[str, Any]) -> bool:
-        """Whether the tensors of a group must not be cut among ranks."""
+        """Whether the tensors of a group must stay whole on one rank."""
         return bool(group["use_muon"])
 
     def _names(self, group: Group) -> tuple[str, ...]:

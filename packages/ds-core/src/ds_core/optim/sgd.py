@@ -15,7 +15,7 @@ from ds_core.optim.base import Batch, FusedOptimizer, Group, check_not_negative
 class FusedSGD(FusedOptimizer):
     """SGD with momentum, with the options and the `state_dict` format of `torch.optim.SGD`.
 
-    The only state is "momentum_buffer", and none where `momentum` is 0.
+    The only state is "momentum_buffer"; there is none if `momentum` is 0.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
@@ -35,7 +35,7 @@ class FusedSGD(FusedOptimizer):
         check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and (momentum <= 0.0 or dampening != 0.0):
             raise ValueError(
-                f"nesterov needs momentum above 0 and no dampening, but they are {momentum} and {dampening}"
+                f"nesterov needs momentum > 0 and dampening 0, but they are {momentum} and {dampening}"
             )
         defaults = {
             "lr": lr,
@@ -52,7 +52,7 @@ class FusedSGD(FusedOptimizer):
 
     def _prepare(self, param: Tensor, group: Group) -> tuple[dict[str, Any], int | None]:
         if not self._names(group):
-            return {}, 2  # nothing to remember, and no entry in `state`, as in torch
+            return {}, 2  # no state, and no entry in `state`, as in torch
         state: dict[str, Any] = self.state[param]
         if state.get("momentum_buffer") is not None:
             return state, 2
