@@ -45,7 +45,7 @@ def test_a_single_visible_device_is_everybodys_own(monkeypatch: pytest.MonkeyPat
 def test_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, None, 0)
     assert choose_device(None, _placement(0)) == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"finds no accelerator: .*ask for 'cpu'"):
+    with pytest.raises(ValueError, match=r"finds no accelerator: .*request 'cpu'"):
         choose_device("xpu", _placement(0))
     _pretend(monkeypatch, "mps", 1)
     with pytest.raises(ValueError, match="finds an accelerator of type 'mps'"):
