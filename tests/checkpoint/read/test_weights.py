@@ -37,20 +37,20 @@ def test_sound_files_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"{", "no safetensors header"),
-        (b"[1]", "no safetensors header"),
-        (b"[" * 100_000, "no safetensors header"),
+        (b"{", "not a safetensors header"),
+        (b"[1]", "not a safetensors header"),
+        (b"[" * 100_000, "not a safetensors header"),
         ({"a": entry(0, 16), "b": entry(8, 16)}, "'b' overlaps"),
-        ({"a": entry(0, 4), "b": entry(8, 16)}, "'b' leaves a gap"),
+        ({"a": entry(0, 4), "b": entry(8, 16)}, "'b' follows a gap"),
         ({"a": entry(0, 8)}, "8 bytes belong to no tensor"),
-        ({"a": entry(0, 32)}, "does not lie inside"),
-        ({"a": entry(0, 16, [2**62, 2**62])}, "does not lie inside"),
-        ({"a": entry(0, 16, [-4])}, "no safetensors header"),
-        ({"a": entry(0, 16, ["4"])}, "no safetensors header"),
-        ({"a": entry(0, 16, dtype="F33")}, "no safetensors header"),
-        ({"a": {"dtype": "F32"}}, "no safetensors header"),
-        ({"a": 5}, "no safetensors header"),
-        (b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "a": 1}', "one key twice"),
+        ({"a": entry(0, 32)}, "lies outside of"),
+        ({"a": entry(0, 16, [2**62, 2**62])}, "lies outside of"),
+        ({"a": entry(0, 16, [-4])}, "not a safetensors header"),
+        ({"a": entry(0, 16, ["4"])}, "not a safetensors header"),
+        ({"a": entry(0, 16, dtype="F33")}, "not a safetensors header"),
+        ({"a": {"dtype": "F32"}}, "not a safetensors header"),
+        ({"a": 5}, "not a safetensors header"),
+        (b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, "a": 1}', "a key twice"),
     ],
 )
 def test_damaged_safetensors(tmp_path: Path, header: bytes | dict[str, object], message: str) -> None:
@@ -63,7 +63,7 @@ def test_a_header_that_claims_more_than_there_is(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     for content in (b"", b"1234", struct.pack("<Q", 2**60) + b"{}"):
         file.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"is no file of safetensors|its header claims"):
+        with pytest.raises(CheckpointError, match=r"is not a safetensors file|its header claims"):
             with open_weights(file):
                 pass
 
@@ -83,11 +83,11 @@ def test_damaged_torch_files_and_names_that_come_twice(tmp_path: Path) -> None:
             with open_weights(tmp_path):
                 pass
     torch.save([1], tmp_path / "list.bin")
-    with pytest.raises(CheckpointError, match="holds a list, and not tensors by name"):
+    with pytest.raises(CheckpointError, match="contains a list instead of a dict"):
         with open_weights(tmp_path / "list.bin"):
             pass
     for name in ("x.safetensors", "y.safetensors"):
         save_file({"a": torch.zeros(2)}, tmp_path / name)
-    with pytest.raises(CheckpointError, match="'a', which another of the files has, too"):
+    with pytest.raises(CheckpointError, match="'a', which another of the files contains, too"):
         with open_weights({"checkpoints": ["x.safetensors", "y.safetensors"]}, str(tmp_path)):
             pass

@@ -143,7 +143,7 @@ def test_what_is_no_checkpoint_is_never_touched(tmp_path: Path) -> None:
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
     with pytest.raises(
-        CheckpointError, match=r"best exists and is no checkpoint of ours: choose another tag"
+        CheckpointError, match=r"best exists and is not a checkpoint of ds-checkpoint: choose another tag"
     ):
         save(tmp_path, "best")
     save(tmp_path, "good")
@@ -170,7 +170,7 @@ def test_the_newest_is_taken_where_latest_is_wrong(tmp_path: Path) -> None:
         save(tmp_path, f"step{step}", step)
     (tmp_path / "latest").write_text("step77")
     with pytest.warns(
-        UserWarning, match=r"'latest' names 'step77', which is not there; .* 'step1', is taken"
+        UserWarning, match=r"'latest' names 'step77', which does not exist; .* 'step1', is loaded"
     ):
         assert value_of(tmp_path) == 1
     (tmp_path / "latest").unlink()
@@ -183,7 +183,7 @@ def test_the_newest_is_a_sound_one(tmp_path: Path) -> None:
     save(tmp_path, "good", 1)
     (save(tmp_path, "bad", 2) / "manifest.json").write_text("{}")
     (tmp_path / "latest").unlink()
-    with pytest.warns(UserWarning, match=r"'good', is taken"):
+    with pytest.warns(UserWarning, match=r"'good', is loaded"):
         assert value_of(tmp_path) == 1
 
 
@@ -232,7 +232,9 @@ def test_what_is_not_there_is_explained(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"it is empty"):
         checkpoint.find(root, None)
     (root / "events").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"it has events, none of which is a complete checkpoint"):
+    with pytest.raises(
+        FileNotFoundError, match=r"it contains events, none of which is a complete checkpoint"
+    ):
         checkpoint.find(root, None)
     save(root, "global_step5")
     with pytest.raises(
@@ -262,7 +264,7 @@ def test_a_save_over_a_link_replaces_the_link(tmp_path: Path) -> None:
     for number in range(3):
         save(tmp_path, f"b{number}", number)
     (tmp_path / "gone").symlink_to("nothing")
-    with pytest.raises(CheckpointError, match="gone exists and is no checkpoint of ours"):
+    with pytest.raises(CheckpointError, match="gone exists and is not a checkpoint of ds-checkpoint"):
         save(tmp_path, "gone")
 
 
@@ -283,7 +285,7 @@ def test_a_clock_that_is_set_back_changes_no_order(tmp_path: Path, monkeypatch: 
         save(tmp_path, f"s{number}", number, keep_last=2)
     assert {p.name for p in tmp_path.iterdir()} == {"s2", "s3", "latest"}
     (tmp_path / "latest").unlink()
-    with pytest.warns(UserWarning, match="'s3', is taken"):
+    with pytest.warns(UserWarning, match="'s3', is loaded"):
         assert value_of(tmp_path) == 3
 
 
@@ -347,9 +349,9 @@ def test_latest_that_is_a_folder(tmp_path: Path) -> None:
     save(tmp_path, "a", 1)
     (tmp_path / "latest").unlink()
     (tmp_path / "latest").mkdir()
-    with pytest.warns(UserWarning, match="'latest' is a folder; .* 'a', is taken"):
+    with pytest.warns(UserWarning, match="'latest' is a folder; .* 'a', is loaded"):
         assert value_of(tmp_path) == 1
-    with pytest.raises(CheckpointError, match="latest is a folder, where the name of the latest"):
+    with pytest.raises(CheckpointError, match="latest is a folder, but a file"):
         save(tmp_path, "b", 2)
     (tmp_path / "latest").rmdir()
     (tmp_path / "latest").symlink_to("a")
@@ -362,12 +364,12 @@ def test_latest_that_is_a_folder(tmp_path: Path) -> None:
 def test_latest_that_holds_anything(tmp_path: Path, content: bytes) -> None:
     save(tmp_path, "a", 1)
     (tmp_path / "latest").write_bytes(content)
-    with pytest.warns(UserWarning, match="which is not there"):
+    with pytest.warns(UserWarning, match="which does not exist"):
         assert value_of(tmp_path) == 1
 
 
 def test_a_tag_that_is_too_long(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="it has 300 bytes, at most 240 are possible"):
+    with pytest.raises(CheckpointError, match="it has 300 bytes, but at most 240 are allowed"):
         save(tmp_path, "x" * 300)
     save(tmp_path, "y" * 240, 1)
     save(tmp_path, "y" * 240, 2, keep_last=1)

@@ -36,30 +36,30 @@ def save(
     keep_last: int | None = None,
     owners: Sequence[Claim] | None = None,
 ) -> str:
-    """Write a checkpoint into `directory`, complete or not at all, and let `latest` name it. Every rank calls it.
+    """Writes a checkpoint into `directory`, atomically, and makes `latest` name it. All ranks must call it.
 
-    The model may be plain, or sharded by ds_zero or FSDP2. What is saved: its parameters and persistent buffers, the
-    optimizer's states and the options of its groups, `extra`, and the random generators of every rank.
+    The model may be plain, or sharded by ds_zero or FSDP2. It saves parameters, persistent buffers, optimizer states,
+    the options of parameter groups, `extra`, and the random generators of every rank.
 
     Args:
-        extra: what else is needed to go on, by name: numbers, text, tensors, lists, tuples and dicts of these, or
-            objects with `state_dict` and `load_state_dict` (schedulers, loaders, scalers). Rank 0's is kept.
-        tag: name of the checkpoint's folder; default "save000001" and so on.
-        keep_last: remove older checkpoints until that many are left.
-        owners: who is asked whether the model's state is its own; default the packages that have registered.
+        extra: name -> other state to save: numbers, strings, tensors, lists, tuples and dicts of these, or objects
+            with `state_dict` and `load_state_dict` (schedulers, loaders, scalers). Rank 0's values are saved.
+        tag: name of the checkpoint's folder. Default: "save000001", "save000002", ...
+        keep_last: number of checkpoints to keep; older ones are removed. Default: all are kept.
+        owners: functions that may claim the model's state. Default: the entry points of imported packages.
 
     Returns:
         The path of the checkpoint.
 
     Raises:
-        CheckpointError: on every rank, if any could not do its part; nothing has changed then.
+        CheckpointError: on every rank, if any rank failed. The directory is unchanged.
     """
     team, root = Team(), Path(directory)
     name = tag if tag is not None else team.by_first(f"saving into {root}", lambda: _next_tag(root))
     doing = f"saving {root / name}"
     owner = team.together(doing, lambda: owner_of(model, optimizer, owners))
     values, blobs = team.together(doing, lambda: _values_of(team, model, optimizer, extra or {}))
-    # Not in `write`: owners may exchange what they have, and there a rank that fails alone would leave them waiting.
+    # Not in `write`: owners may use collectives, and a rank that failed alone there would leave the others waiting.
     content = Content(records=owner.records(), blobs=blobs, values=values)
     return write(root, name, lambda: content, keep_last=keep_last, team=team)
 
@@ -71,7 +71,7 @@ def _next_tag(root: Path) -> str:
 def _values_of(
     team: Team, model: nn.Module, optimizer: Optimizer | None, extra: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What is no model's tensor: values as JSON, and the tensors among them."""
+    """Encodes everything but the model's tensors: values as JSON, and the tensors among them."""
     random_values, blobs = rng.capture(team.rank)
     values: dict[str, Any] = {f"rng/{team.rank}": random_values}
     if team.first:
@@ -109,25 +109,26 @@ def load(
     strict: bool = True,
     owners: Sequence[Claim] | None = None,
 ) -> dict[str, Any]:
-    """Fill a model and its optimizer from a checkpoint, written on any number of ranks. Every rank calls it.
+    """Loads a checkpoint, written on any number of ranks, into a model and its optimizer. All ranks must call it.
 
-    On the same number of ranks, random generators are restored, too, and training goes on bitwise as if it had not
+    On the same number of ranks, random generators are restored, too, and training continues bitwise as if it had not
     stopped.
 
     Args:
-        directory: what was given to `save`, or the folder of one checkpoint.
-        optimizer: None leaves states and options in the checkpoint.
-        extra: receives what was saved; objects with `load_state_dict` in it get their state back.
-        tag: which checkpoint; default the one that `latest` names.
-        strict: refuse a checkpoint with tensors that the model lacks. What the model has must be there in any case.
+        directory: the directory that was passed to `save`, or the folder of one checkpoint.
+        optimizer: None loads the model alone.
+        extra: receives the saved values; the state of objects with `load_state_dict` is restored in place.
+        tag: name of the checkpoint. Default: the one that `latest` names.
+        strict: refuse a checkpoint with tensors that the model lacks. A tensor of the model that the checkpoint lacks
+            is always an error.
         owners: as for `save`.
 
     Returns:
-        What was saved as `extra`; of an object, its state.
+        The saved `extra`, with the state of each object in place of the object.
 
     Raises:
-        FileNotFoundError: there is no checkpoint; says what was looked for and what there is.
-        CheckpointError: on every rank: it is damaged, or does not fit the model.
+        FileNotFoundError: there is no checkpoint. The message lists the contents of the directory.
+        CheckpointError: on every rank, if the checkpoint is damaged or does not match the model.
     """
     team, root = Team(), Path(directory)
     path = Path(team.by_first(f"loading from {root}", lambda: str(opening.locate_any(root, tag))))
@@ -157,29 +158,32 @@ def load(
 
 
 def _check_groups(checkpoint: Checkpoint, optimizer: Optimizer | None) -> None:
-    """Nothing has been changed yet if the optimizer is another one."""
+    """Raises, before anything is changed, if the optimizer does not match the checkpoint."""
     refuse_parts(checkpoint)
     stored = checkpoint.manifest.values.get("optimizer")
     if optimizer is None or not stored:
         if optimizer is not None:
-            raise CheckpointError("it has no optimizer's state: pass optimizer=None to load the model alone")
+            raise CheckpointError(
+                "it contains no optimizer states: pass optimizer=None to load the model alone"
+            )
         return
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     wanted = [group["num_params"] for group in stored["groups"]]
     if stored["groups"] and sizes != wanted:
         raise CheckpointError(
-            f"the optimizer has groups of {sizes} parameters, the checkpoint of {wanted}: make the same groups in the "
-            "same order"
+            f"the optimizer has groups of {sizes} parameters, the checkpoint has groups of {wanted}: create the "
+            "same groups in the same order"
         )
     if stored.get("family") and stored["family"] != options.family(optimizer):
         raise CheckpointError(
-            f"it holds the states of the optimizer family {stored['family']!r}, this one is of "
+            f"it contains the states of an optimizer of the family {stored['family']!r}, but this optimizer is "
+            "of the family "
             f"{options.family(optimizer)!r}: pass optimizer=None to load the model alone"
         )
 
 
 def _check_names(team: Team, doing: str, checkpoint: Checkpoint, model: nn.Module, *, strict: bool) -> None:
-    """Every tensor of the checkpoint has a place in the model of some rank; nothing has been changed yet if not."""
+    """Raises, before anything is changed, if a tensor of the checkpoint is in no rank's model."""
     if not strict:
         return
     mine = [*names.parameters(model), *names.buffers(model)]
@@ -190,7 +194,8 @@ def _check_names(team: Team, doing: str, checkpoint: Checkpoint, model: nn.Modul
         unknown = sorted(set(checkpoint.manifest.tensors) - known)
         if team.first and unknown:
             raise CheckpointError(
-                f"it has {len(unknown)} tensors that the model lacks, first {unknown[:5]}: use the model it was "
+                f"it has {len(unknown)} tensors that the model lacks, the first are {unknown[:5]}: use the model "
+                "it was "
                 "written for, or pass strict=False"
             )
 
@@ -200,8 +205,8 @@ def _check_names(team: Team, doing: str, checkpoint: Checkpoint, model: nn.Modul
 def _values(
     checkpoint: Checkpoint, team: Team
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Tensor] | None]:
-    """Extra, options of groups, and this rank's random generators if they are there. All is read before any of it is
-    believed, so that damage anywhere is told by all ranks at once.
+    """Reads extra, group options, and this rank's random generators if present. Everything is read before any of it
+    is used, so that all ranks report damage together.
     """
     values = checkpoint.manifest.values
     saved = codec.decode(values.get("client_state") or {}, checkpoint.blob)
@@ -217,12 +222,12 @@ def _values(
 
 
 def _check_read(checkpoint: Checkpoint, records: Sequence[Any], *, states: bool) -> None:
-    """No damage, and not one element of this rank that did not come from the checkpoint."""
+    """Raises if data was damaged, or if an element of this rank was not loaded."""
     if checkpoint.problems:
         older = sorted(set(folder.complete(checkpoint.path.parent)) - {checkpoint.manifest.tag})
         there = f"; there are {', '.join(older)}" if older else ""
         raise CheckpointError(
-            f"{'; '.join(checkpoint.problems)}. The model is partly loaded now: load another checkpoint with "
+            f"{'; '.join(checkpoint.problems)}. The model is now partly loaded: load another checkpoint with "
             f"tag=...{there}"
         )
     for record in records:
@@ -246,5 +251,5 @@ def _restore_extra(extra: MutableMapping[str, Any] | None, saved: Mapping[str, A
     lacking = [key for key, value in extra.items() if _is_stateful(value) and key not in saved]
     if lacking:
         warnings.warn(
-            f"the checkpoint has no state of extra[{lacking[0]!r}], which stays as it is", stacklevel=3
+            f"the checkpoint has no state for extra[{lacking[0]!r}], which is left unchanged", stacklevel=3
         )

@@ -1,9 +1,9 @@
-"""What is raised when a checkpoint cannot be written or must not be used."""
+"""The error for a checkpoint that cannot be written or must not be used."""
 
 from __future__ import annotations
 
 
 class CheckpointError(RuntimeError):
-    """Names the file and the tensor, what is wrong with them, and what to do. The same text is raised on
-    every rank.
+    """A checkpoint could not be written, is damaged, or does not match the model. The message names the file and the
+    tensor, the fault, and the remedy. All ranks raise the same message.
     """

@@ -1,6 +1,7 @@
-"""What this package asks of those who own state, and offers to them, in torch types only.
+"""The protocols between this package and owners of state, in torch types only.
 
-An owner keeps dataclasses of its own: only the attributes count. `tests/contracts` runs every owner against one suite.
+An owner may use its own dataclasses, because only the attributes matter. `tests/contracts` runs one suite for every
+owner.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class ShardRecord(Protocol):
 
 
 class RecordSource(Protocol):
-    """A checkpoint seen by logical name, as an owner reads it."""
+    """A checkpoint from which an owner reads by logical name."""
 
     def states(
         self, fqn: str, coordinates: Coordinates = EVERYWHERE
@@ -67,10 +68,12 @@ class RecordSource(Protocol):
 
 
 class RecordOwner(Protocol):
-    """Whoever holds the state of a model and its optimizer."""
+    """The owner of the state of a model and its optimizer."""
 
     def records(self) -> Sequence[ShardRecord]:
-        """What this rank writes: over all ranks, every element of every logical tensor exactly once."""
+        """Returns the records that this rank writes. Over all ranks they contain every element of every logical
+        tensor exactly once.
+        """
 
     def load_records(self, source: RecordSource) -> None:
-        """Read this rank's ranges from `source`. Collective."""
+        """Loads this rank's ranges from `source`. Collective."""

@@ -14,7 +14,7 @@ Values = dict[str, Any]
 
 
 def capture(rank: int) -> tuple[Values, dict[str, Tensor]]:
-    """States as JSON values and named tensors; `restore` takes both."""
+    """Returns the states as JSON values and named tensors, for `restore`."""
     version, words, gauss = random.getstate()
     blobs = {
         f"rng/{rank}/torch": torch.get_rng_state(),
@@ -33,7 +33,7 @@ def capture(rank: int) -> tuple[Values, dict[str, Tensor]]:
 
 
 def restore(rank: int, values: Values, blob: Callable[[str], Tensor]) -> None:
-    """Put this rank's generators where they were when `capture` was called."""
+    """Restores this rank's generators to the state at the call of `capture`."""
     torch.set_rng_state(blob(f"rng/{rank}/torch"))
     version, gauss = values["python"]
     random.setstate((version, tuple(blob(f"rng/{rank}/python").tolist()), gauss))
@@ -48,11 +48,9 @@ def restore(rank: int, values: Values, blob: Callable[[str], Tensor]) -> None:
 
 
 def derive(rank: int, step: int) -> None:
-    """Generators that differ between ranks and steps, for when the states that were saved are those of other
-    ranks.
-    """
-    # Any injective mix serves; the factor keeps (rank, step) pairs apart and away from small seeds people
-    # choose.
+    """Seeds the generators differently for each rank and step, for a checkpoint from another number of ranks."""
+    # Any injective function will do; the factor keeps (rank, step) pairs distinct, and away from the small seeds that
+    # people choose.
     seed = (step * 1_000_003 + rank + 1) % 2**63
     random.seed(seed)
     torch.manual_seed(seed)

@@ -1,6 +1,6 @@
-"""The ranks that write or read a checkpoint together: they share bytes, and they fail together.
+"""The ranks that write or read a checkpoint together. They exchange bytes, and an error on one is raised on all.
 
-Bytes travel as uint8 tensors; torch's object collectives would pickle them.
+Bytes are sent as uint8 tensors; torch's object collectives would pickle them.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from ds_checkpoint.errors import CheckpointError
 T = TypeVar("T")
 
 LOST = "ds_checkpoint/lost"
-"""Key of the store under which ranks say that a collective has broken."""
+"""Key in the process group's store under which ranks report that a collective has failed."""
 ANSWER_S = 10.0
-"""How long ranks that are still there may take to say so, once a collective has broken."""
+"""Seconds in which the remaining ranks must answer after a collective has failed."""
 
 
 class Team:
-    """All ranks of the default process group, or this process alone where there is none.
+    """All ranks of the default process group, or this process alone if there is none.
 
-    [Note: a rank that is gone] A rank that dies breaks the collectives of its neighbours at once, but others wait for
-    those neighbours, which have given up, until a timeout of half an hour. So the first rank to notice says so in the
-    store of the process group; the others look there while they wait, and each names the ranks that do not answer.
+    [Note: a rank that died] If a rank dies, the collectives of the ranks connected to it fail at once, but other
+    ranks wait for those until the timeout, half an hour. So the first rank that notices writes this to the store of
+    the process group. The others check the store while they wait, and each names the ranks that do not answer.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        """`group`: all ranks again, over gloo, for a thread of its own; default the default group."""
+        """`group`: a gloo group of all ranks, for use in another thread. Default: the default process group."""
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.device = torch.device("cpu")
@@ -49,7 +49,7 @@ class Team:
         return self.rank == 0
 
     def share(self, payload: bytes) -> bytes:
-        """Rank 0's `payload`, on every rank."""
+        """Returns rank 0's `payload` on every rank."""
         if self.size == 1:
             return payload
         count = torch.tensor([len(payload)], dtype=torch.int64, device=self.device)
@@ -59,7 +59,7 @@ class Team:
         return _bytes(content)
 
     def gather(self, payload: bytes) -> list[bytes]:
-        """Every rank's `payload` in order on rank 0; empty elsewhere."""
+        """Returns every rank's `payload`, in order, on rank 0; an empty list on other ranks."""
         if self.size == 1:
             return [payload]
         lengths = self._lengths(len(payload))
@@ -69,7 +69,7 @@ class Team:
         return [_bytes(part[:n]) for part, n in zip(parts, lengths, strict=True)] if parts is not None else []
 
     def together(self, doing: str, action: Callable[[], T]) -> T:
-        """Do `action` on every rank; if it fails on any, raise one CheckpointError on all."""
+        """Calls `action` on every rank. If it fails on any, raises the same CheckpointError on all."""
         result: list[T] = []
         failure: Exception | None = None
         try:
@@ -80,10 +80,11 @@ class Team:
         return result[0]
 
     def by_first(self, doing: str, action: Callable[[], str]) -> str:
-        """What `action` returns on rank 0, on every rank.
+        """Calls `action` on rank 0, and returns its result on every rank.
 
         Raises:
-            FileNotFoundError, CheckpointError: on every rank, whatever goes wrong on rank 0; the first if that is one.
+            FileNotFoundError, CheckpointError: on every rank, if `action` fails on rank 0; FileNotFoundError if it
+                raised that.
         """
         answer: dict[str, str] = {"result": ""}
         if self.first:
@@ -101,10 +102,9 @@ class Team:
         return answer["result"]
 
     def settle(self, error: Exception | None, doing: str) -> None:
-        """Wait for all ranks; if any of them has an `error`, raise one that names all of those, on every
-        rank.
+        """Waits for all ranks. If any of them has an `error`, raises an error on every rank that names them all.
 
-        A rank that raised alone would leave the others waiting in their next collective.
+        If a rank raised alone, the others would wait in their next collective.
         """
         text = "" if error is None else _describe(error)
         if self.size == 1:
@@ -129,17 +129,18 @@ class Team:
         return [int(count) for count in counts]
 
     def _tensor(self, payload: bytes, length: int) -> Tensor:
-        """`payload` followed by zeros, on the device that the backend can send from."""
+        """Returns `payload` padded with zeros, on a device from which the backend can send."""
         content = torch.frombuffer(bytearray(payload.ljust(max(length, 1), b"\0")), dtype=torch.uint8)
         return content[:length].to(self.device)
 
-    # --- [Note: a rank that is gone]
+    # --- [Note: a rank that died]
 
     def _finish(self, work: dist.Work | None) -> None:
-        """Wait for a collective.
+        """Waits for a collective.
 
         Raises:
-            CheckpointError: it is broken, here or on another rank; names the ranks that do not answer.
+            CheckpointError: the collective failed, here or on another rank. The message names the ranks that do not
+                answer.
         """
         assert work is not None
         pause_s, looked_s = 1e-4, time.monotonic()
@@ -150,7 +151,7 @@ class Team:
                 looked_s = time.monotonic()
                 if self._is_broken():
                     raise CheckpointError(
-                        self._who_is_gone("another rank has said that its connection broke")
+                        self._who_is_gone("another rank reported that its connection failed")
                     )
         try:
             work.wait()
@@ -160,10 +161,10 @@ class Team:
     def _is_broken(self) -> bool:
         with suppress(RuntimeError, ValueError):
             return bool(_store().check([LOST]))
-        return True  # the store itself is gone
+        return True  # the store does not answer
 
     def _who_is_gone(self, why: str) -> str:
-        """Say in the store that this rank is here, and look who else does."""
+        """Reports in the store that this rank is alive, and returns an error that names the ranks that do not."""
         silent = list(range(self.size))
         silent.remove(self.rank)
         try:
@@ -176,14 +177,14 @@ class Team:
                 silent = [rank for rank in silent if not store.check([f"{LOST}/{rank}"])]
         except (RuntimeError, ValueError) as error:
             return (
-                f"ranks can no longer talk to each other, seen by rank {self.rank} ({why}); the process that keeps the "
+                f"the ranks have lost their connection, noticed by rank {self.rank} ({why}); the process with the "
                 f"store does not answer either ({str(error).splitlines()[0]}): rank 0, or the launcher, has ended"
             )
         names = f"rank{'s' if len(silent) > 1 else ''} {', '.join(map(str, silent[:8]))}"
-        who = f"{names} did not answer within {ANSWER_S:.0f} s" if silent else "all ranks are still there"
+        who = f"{names} did not answer within {ANSWER_S:.0f} s" if silent else "all ranks are still running"
         return (
-            f"ranks can no longer talk to each other, seen by rank {self.rank} ({why}); {who}: look there for the "
-            "cause. What was being saved is not there; the checkpoint before is"
+            f"the ranks have lost their connection, noticed by rank {self.rank} ({why}); {who}: look at their "
+            "output for the cause. The checkpoint that was being written does not exist; the previous one does"
         )
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoints, read as if they were ours. Nothing here imports DeepSpeed, or runs what is pickled."""
+"""Reads DeepSpeed's checkpoints through the interface of ours. It neither imports DeepSpeed nor executes pickles."""
 
 from ds_checkpoint.deepspeed.files import is_checkpoint, locate
 from ds_checkpoint.deepspeed.source import DeepSpeedCheckpoint

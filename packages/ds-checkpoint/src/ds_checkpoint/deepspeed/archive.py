@@ -21,18 +21,18 @@ class Archive:
     """The records of one file, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
-        """Open it.
+        """Opens the archive.
 
         Raises:
-            CheckpointError: it is no such archive, or one of TorchScript, which holds code.
+            CheckpointError: the file is not such an archive, or it is a TorchScript archive, which contains code.
             OSError: the system cannot open it.
         """
         self.path = path
         with path.open("rb") as file:
             if not zipfile.is_zipfile(file):
                 raise CheckpointError(
-                    f"{path} cannot be read: it is no archive of torch.save's (a zip file, as torch writes since "
-                    "1.6); it is damaged, was not written completely, or is something else"
+                    f"{path} cannot be read: it is not an archive of torch.save (a zip file, since torch 1.6); "
+                    "it is damaged, incomplete, or another kind of file"
                 )
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         try:
@@ -42,23 +42,23 @@ class Archive:
             raise CheckpointError(f"{path} is damaged: its table of contents cannot be read") from error
         names = [entry.filename for entry in entries]
         if len(set(names)) < len(names):
-            raise CheckpointError(f"{path} is damaged: it has two records of one name")
+            raise CheckpointError(f"{path} is damaged: two of its records have the same name")
         pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise CheckpointError(f"{path} is no file of torch.save's: it has no record data.pkl")
+            raise CheckpointError(f"{path} was not written by torch.save: it has no record data.pkl")
         self._folder = pickles[0].removesuffix("data.pkl")
         self._entries = {entry.filename.removeprefix(self._folder): entry for entry in entries}
         code = [name for name in self._entries if name == "constants.pkl" or name.startswith("code/")]
         if code:
             raise CheckpointError(
-                f"{path} is a TorchScript archive (it has {code[0]}), which torch would execute: it is not read. A "
-                "checkpoint of DeepSpeed's is written by torch.save"
+                f"{path} is a TorchScript archive (it has {code[0]}), which torch would execute, so it is not "
+                "read. DeepSpeed's checkpoints are written by torch.save"
             )
         if "byteorder" in self._entries and self._record("byteorder") != b"little":
-            raise CheckpointError(f"{path} was written on a big-endian machine, which is not read")
+            raise CheckpointError(f"{path} was written on a big-endian machine, which is not supported")
 
     def pickle(self) -> bytes:
-        """The pickle."""
+        """Returns the bytes of the pickle."""
         return self._record("data.pkl")
 
     def _record(self, name: str) -> bytes:
@@ -71,10 +71,10 @@ class Archive:
         return raw
 
     def storage(self, key: str, dtype: torch.dtype, numel: int) -> Tensor:
-        """The storage `key` as a 1-D tensor over the mapped file.
+        """Returns the storage `key` as a 1-D tensor over the mapped file.
 
         Raises:
-            CheckpointError: the file has no such record, or it has another size.
+            CheckpointError: the file has no such record, or the record has another size.
         """
         name = f"data/{key}"
         if name not in self._entries:
@@ -87,15 +87,17 @@ class Archive:
             )
         if numel == 0:
             return torch.empty(0, dtype=dtype)
-        if begin % dtype.itemsize:  # torch aligns its records; other programs may not
+        if begin % dtype.itemsize:  # torch aligns its records; other programs might not
             return torch.frombuffer(bytearray(self._map[begin : begin + size]), dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=begin)
 
     def _span(self, name: str) -> tuple[int, int]:
-        """First byte and size of a record."""
+        """Returns the first byte and the size of a record."""
         entry = self._entries[name]
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-            raise CheckpointError(f"{self.path} is no file of torch.save's: its record {name} is compressed")
+            raise CheckpointError(
+                f"{self.path} was not written by torch.save: its record {name} is compressed"
+            )
         at = entry.header_offset
         if at < 0 or at + _LOCAL_HEADER.size > len(self._map):
             raise CheckpointError(f"{self.path} is damaged: its record {name} lies outside the file")

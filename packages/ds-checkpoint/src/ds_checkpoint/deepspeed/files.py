@@ -1,4 +1,4 @@
-"""Which files a folder of DeepSpeed's has, and what each of them is."""
+"""The files of a DeepSpeed checkpoint, and the role of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from ds_checkpoint.errors import CheckpointError
 
 MAX_NAME_BYTES = 4096
-"""No path is longer."""
+"""Maximum length of a path, in bytes."""
 
 _MODEL = re.compile(r"^(?:zero_pp_rank_(?P<dp>\d+)_)?mp_rank_(?P<mp>\d+)_model_states\.pt$")
 _OPTIM = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\d+)_optim_states\.pt$")
@@ -18,44 +18,43 @@ _OPTIM = re.compile(r"^(?:bf16_|fp16_)?zero_pp_rank_(?P<dp>\d+)_mp_rank_(?P<mp>\
 
 @dataclass(frozen=True)
 class Files:
-    """The files of one checkpoint, in the order of data-parallel ranks."""
+    """The files of one checkpoint, ordered by data-parallel rank."""
 
     path: Path
     model: tuple[Path, ...]
-    """One for all ranks (stages 0 to 2), or one for each (stage 3)."""
+    """One file for all ranks (stages 0 to 2), or one for each rank (stage 3)."""
     optim: tuple[Path, ...]
-    """One for each rank; none at stage 0."""
+    """One file for each rank; none at stage 0."""
 
     @property
     def universal(self) -> bool:
-        """Whether it went through DeepSpeed's conversion: one folder for each parameter."""
+        """Whether it is in DeepSpeed's universal format: one folder for each parameter."""
         return (self.path / "zero").is_dir()
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is the folder of one checkpoint of DeepSpeed's."""
-    # Unlike Path.is_dir, os.path.isdir says no to a name that is too long, or has a zero byte.
+    # Unlike Path.is_dir, os.path.isdir returns False for a name that is too long or contains a zero byte.
     return os.path.isdir(path) and any(_MODEL.match(child.name) for child in path.iterdir())
 
 
 def locate(root: Path, tag: str | None) -> Path | None:
-    """The folder of the checkpoint `tag`, or of the one that `latest` names; None if there is none of
-    DeepSpeed's.
-    """
+    """Returns the folder of the DeepSpeed checkpoint `tag`, or of the one in `latest`; None if there is none."""
     if tag is None:
         latest = next((root / n for n in ("latest", "latest_universal") if (root / n).is_file()), None)
         if latest is None:
             return root if is_checkpoint(root) else None
-        # Whatever bytes it holds: a name that is no folder's is not found, and that is said.
+        # `latest` may contain any bytes: a name without a folder is reported as not found.
         tag = latest.read_bytes()[:MAX_NAME_BYTES].decode(errors="replace").strip()
     return root / tag if is_checkpoint(root / tag) else None
 
 
 def find(path: Path) -> Files:
-    """The files in `path`.
+    """Returns the checkpoint files in `path`.
 
     Raises:
-        CheckpointError: files of some ranks are missing, or it was written with model or pipeline parallelism.
+        CheckpointError: files of some ranks are missing, or the checkpoint was written with model or pipeline
+            parallelism.
     """
     model: dict[int, Path] = {}
     optim: dict[int, Path] = {}
@@ -66,15 +65,19 @@ def find(path: Path) -> Files:
                 continue
             if int(match["mp"]) != 0:
                 raise CheckpointError(
-                    f"{path} was written by {int(match['mp']) + 1} or more model-parallel ranks ({child.name}): their "
-                    "parameters are parts, and only the model knows of what; convert it with the tool of the model "
-                    "that wrote it"
+                    f"{path} was written by {int(match['mp']) + 1} or more model-parallel ranks ({child.name}): "
+                    "only the model's code knows how to join their parameters; convert it with the tool of the "
+                    "model that wrote it"
                 )
             found[int(match["dp"] or 0)] = child
     if any(child.name.startswith("layer_") for child in path.iterdir()):
-        raise CheckpointError(f"{path} was written by a pipeline or has expert layers, which is not read yet")
+        raise CheckpointError(
+            f"{path} was written by a pipeline or contains expert layers, which is not supported yet"
+        )
     for kind, found in (("model", model), ("optimizer", optim)):
         gone = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
         if gone:
-            raise CheckpointError(f"{path} has no {kind} states of rank {gone[0]}: the copy is not complete")
+            raise CheckpointError(
+                f"{path} has no {kind} states of rank {gone[0]}: the checkpoint was not copied completely"
+            )
     return Files(path, tuple(model[r] for r in sorted(model)), tuple(optim[r] for r in sorted(optim)))

@@ -1,10 +1,10 @@
-"""Reads files of `torch.save` without executing anything that is in them.
+"""Reads files of `torch.save` without executing any code in them.
 
 A pickle names classes and functions, and an ordinary reader imports and calls them. Here the pickle is read into
-plain containers and `Stand` objects, which remember how an object was to be made and do nothing. Only when the whole
-pickle has been read are those that stand for tensors and common containers turned into these, with every number
-checked against the file. The pickle never gets hold of an object of torch's. So a file of unknown origin can be read,
-and what an unknown class held can be looked at.
+plain containers and `Stand` objects, which only record how an object would be constructed. After the whole pickle has
+been read, the `Stand` objects for tensors and common containers are converted to these, and every number is checked
+against the file. The pickle never gets access to an object of torch. So a file of unknown origin can be read, and the
+contents of unknown classes can be inspected.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ds_checkpoint.errors import CheckpointError
 __all__ = ["Stand", "read"]
 
 
-# Python's own implementation, not the one in C: its steps can be replaced one by one, and its memo is a dict, where
-# the other one allocates and touches as much memory as the largest index that a file claims.
+# Python's own implementation instead of the one in C: its opcodes can be overridden, and its memo is a dict, while
+# the C version allocates memory up to the largest index that a file claims.
 class _Unpickler(pickle._Unpickler):
-    """Every opcode that would import, call or fill something makes or fills a `Stand`."""
+    """Creates or fills a `Stand` for every opcode that would import, call or fill something."""
 
-    # What the base class has and its stubs do not.
+    # Attributes of the base class that its stubs lack.
     stack: list[Any]
     append: Callable[[Any], None]
     read: Callable[[int], bytes]
@@ -135,7 +135,7 @@ def _stand(value: Any) -> Stand:
 
 
 def _called(function: Any, args: Any, keywords: Any = None) -> Stand:
-    """What stands for the result of a call."""
+    """Returns the `Stand` for the result of a call."""
     made = Stand(_stand(function).cls)
     if not isinstance(args, tuple) or not isinstance(keywords, (dict, type(None))):
         raise pickle.UnpicklingError("arguments of a call are no tuple")
@@ -145,12 +145,12 @@ def _called(function: Any, args: Any, keywords: Any = None) -> Stand:
 
 
 def read(path: Path) -> Any:
-    """The content of a file that `torch.save` wrote. Tensors are mapped from the file, so only what is touched is
-    read.
+    """Returns the content of a file that `torch.save` wrote. Tensors are memory-mapped, so only the accessed parts
+    are read.
 
     Raises:
-        CheckpointError: it is cut off, damaged, a TorchScript archive, of the format before torch 1.6, or not such a
-            file at all.
+        CheckpointError: the file is truncated, damaged, a TorchScript archive, in the format before torch 1.6, or
+            another kind of file.
         OSError: the system cannot open it.
     """
     try:
@@ -161,6 +161,6 @@ def read(path: Path) -> Any:
     except Exception as error:  # a damaged pickle can fail at any step, in any way
         why = str(error).splitlines()[0] if str(error) else "no reason given"
         raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}: {why}): it is damaged, was not written completely, or is "
-            "not a file of torch.save's"
+            f"{path} cannot be read ({type(error).__name__}: {why}): it is damaged, incomplete, or was not "
+            "written by torch.save"
         ) from error

@@ -1,8 +1,8 @@
-"""Where the elements of each parameter lie in DeepSpeed's flat tensors. Pure arithmetic over what files say.
+"""The position of each parameter's elements in DeepSpeed's flat tensors: pure arithmetic.
 
-Stages 1 and 2 put the parameters of a group one behind the other, and cut the result into as many parts as
-there are ranks; a parameter may begin on one rank and end on another. Stage 3 cuts every parameter by itself into
-parts of ceil(numel / ranks) elements, the last ones padded, and puts a rank's parts one behind the other.
+Stages 1 and 2 concatenate the parameters of a group and divide the result into one part per rank; a parameter may
+begin on one rank and end on another. Stage 3 divides every parameter into parts of ceil(numel / ranks) elements, pads
+the last ones, and concatenates the parts of each rank.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [flat_offset, flat_offset + numel) of a parameter, at `start` of the flat tensor `index` of a
-    rank.
+    """Elements [flat_offset, flat_offset + numel) of a parameter, which begin at element `start` of the flat tensor
+    `index` of a rank.
     """
 
     fqn: str
@@ -56,10 +56,10 @@ def contiguous_slices(
     ranks: int,
     paddings: Sequence[Sequence[int]],
 ) -> list[list[dict[str, tuple[int, int]]]]:
-    """What `contiguous` needs: parameters in order, cut at multiples of `part_numel[g]`.
+    """Computes the argument `slices` of `contiguous`: parameters in order, divided at multiples of `part_numel[g]`.
 
     Args:
-        paddings: for each group, elements that follow each parameter and mean nothing; empty for none.
+        paddings: for each group, the number of padding elements after each parameter; empty for none.
     """
     slices: list[list[dict[str, tuple[int, int]]]] = [[{} for _ in groups] for _ in range(ranks)]
     for g, shapes in enumerate(groups):
@@ -79,11 +79,10 @@ def divided(groups: Sequence[Mapping[str, Shape]], flats: Sequence[Sequence[int]
 
     Args:
         groups: for each group, name -> shape.
-        flats: for each rank, the number of elements of its flat tensors, in order. One of them holds whole
-            parts only.
+        flats: for each rank, the number of elements of its flat tensors, in order. A part never spans two of them.
 
     Raises:
-        CheckpointError: they do not hold what the groups need.
+        CheckpointError: the flat tensors are too small for the groups.
     """
     ranks = len(flats)
     for rank, sizes in enumerate(flats):

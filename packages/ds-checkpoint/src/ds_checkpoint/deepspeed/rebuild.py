@@ -1,4 +1,4 @@
-"""From what a pickle says to tensors and containers: the only place where it is believed, number by number."""
+"""Converts `Stand` objects to tensors and containers. Every number in the pickle is checked here before it is used."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ _DTYPES: Mapping[str, torch.dtype] = {
     str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)
 }
 MAX_EXPANDED_NUMEL = 1 << 24
-"""A tensor may show an element many times (stride 0), but at most this many more than are stored: a few bytes must not
-claim gigabytes."""
+"""A tensor may repeat an element (stride 0), but may have at most this many more elements than its storage: a few
+bytes must not claim gigabytes.
+"""
 
 
 class Rebuilder:
-    """Turns the stands of one archive into objects; what is shared in the file is shared in the result."""
+    """Converts the `Stand` objects of one archive; objects that are shared in the file are shared in the result."""
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
         self._storages: dict[tuple[str, torch.dtype], Tensor] = {}
         self._made: dict[int, Any] = {}
         self._kept: list[Any] = []
-        """What ids of `_made` belong to: an id is of use only while its object lives."""
+        """Keeps the objects whose ids are keys of `_made` alive: an id is unique only while its object exists."""
 
     def rebuild(self, value: Any) -> Any:
-        """`value` with every stand that is known replaced; the others stay, with their contents rebuilt."""
+        """Returns `value` with every known `Stand` converted. Others stay, with their contents converted."""
         if id(value) in self._made:
             return self._made[id(value)]
         if isinstance(value, dict):
@@ -139,12 +140,12 @@ class Rebuilder:
         return self.tensor(value, dtype)
 
     def first_argument(self, value: Stand) -> Any:
-        """A parameter: the tensor that it was made from."""
+        """Returns the tensor of a parameter."""
         return self.rebuild(value.args[0])
 
     def of_any_type(self, value: Stand) -> Any:
-        """`torch._tensor._rebuild_from_type_v2(function, type, args, state)`: a tensor that had attributes, or was of a
-        subclass, becomes the plain tensor without them.
+        """`torch._tensor._rebuild_from_type_v2(function, type, args, state)`: a tensor with attributes, or of a
+        subclass, becomes a plain tensor.
         """
         function, _, args, *_ = value.args
         inner = Stand(function.cls)
@@ -153,23 +154,23 @@ class Rebuilder:
         return self.rebuild(inner)
 
     def container(self, value: Stand) -> Any:
-        """A set, a size, bytes and the like, from their first argument."""
+        """Converts a set, a size, bytes and the like, from the first argument."""
         kind = value.cls.rpartition(".")[2]
         items = self.rebuild(value.args[0]) if value.args else ()
         if kind == "Size":
             return torch.Size(_whole_numbers(items))
-        if kind in ("bytearray", "encode"):  # protocol 2 has bytes as text in latin-1
+        if kind in ("bytearray", "encode"):  # protocol 2 stores bytes as latin-1 text
             raw = items.encode("latin-1") if isinstance(items, str) else items or b""
             return bytearray(raw) if kind == "bytearray" and isinstance(raw, bytes) else bytes(raw)
         return (set if kind == "set" else frozenset)(map(_key, [*items, *map(self.rebuild, value.items)]))
 
     def number(self, value: Stand) -> Any:
-        """A complex number or a slice."""
+        """Converts a complex number or a slice."""
         args = [self.rebuild(v) for v in value.args]
         return complex(*args) if value.cls.endswith("complex") else slice(*args)
 
     def device(self, value: Stand) -> torch.device:
-        """A device."""
+        """Converts a device."""
         return torch.device(*value.args)
 
 
@@ -206,4 +207,4 @@ _MAKERS: Mapping[str, Callable[[Rebuilder, Stand], Any]] = {
         )
     },
 }
-"""Functions and classes whose results are rebuilt."""
+"""Functions and classes whose results are converted."""

@@ -1,4 +1,4 @@
-"""A checkpoint of DeepSpeed's behind the interface of ours."""
+"""A DeepSpeed checkpoint with the interface of ours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ds_checkpoint.read.checkpoint import Checkpoint
 _OPTIONS = frozenset(
     {"lr", "initial_lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "alpha", "rho"}
 )
-"""What of a parameter group means the same in another implementation of the optimizer."""
+"""Options of a parameter group that have the same meaning in every implementation of the optimizer."""
 _OURS = frozenset(
     [
         "buffer_names",
@@ -46,7 +46,7 @@ _OURS = frozenset(
         "universal_checkpoint_info",
     ]
 )
-"""Keys of the model file that are not the user's client state."""
+"""Keys of the model file that are not part of the client state."""
 _FAMILIES: Mapping[str, str] = {
     "adam": "adam",
     "adamw": "adam",
@@ -60,20 +60,20 @@ Raw = Mapping[str, Any]
 
 
 class DeepSpeedCheckpoint(Checkpoint):
-    """Stages 0 to 3 and the universal format, by logical name and range like any checkpoint of ours.
+    """Reads stages 0 to 3 and the universal format by logical name and range.
 
-    There are no checksums in these files, so damage shows only where a file cannot be read at all.
+    These files have no checksums, so damage is detected only if a file cannot be parsed.
     """
 
     def __init__(self, path: Path, order: Sequence[Sequence[str]] | None = None) -> None:
-        """Open the folder of one checkpoint.
+        """Opens the folder of one checkpoint.
 
         Args:
-            order: names of the parameters in the optimizer's groups, for stage 0, whose files number them
-                only. Default: the model's own order, which is right unless the groups changed it.
+            order: names of the parameters in the order of the optimizer's groups, for stage 0, whose files contain
+                only numbers. Default: the order of the model, which is right unless the groups have another order.
 
         Raises:
-            CheckpointError: files are missing or cannot be read, or hold what this reader does not know.
+            CheckpointError: files are missing, unreadable, or have unknown contents.
         """
         self.path = Path(path)
         self.problems = []
@@ -86,10 +86,10 @@ class DeepSpeedCheckpoint(Checkpoint):
             self._enter_all(order)
         except (CheckpointError, OSError):
             raise
-        except Exception as error:  # what a damaged or foreign file holds can fail anywhere
+        except Exception as error:  # the contents of a damaged or foreign file can cause any error
             raise CheckpointError(
-                f"{self.path} does not hold what DeepSpeed writes ({type(error).__name__}: {error}): it is "
-                "damaged, or of a version that is not known"
+                f"{self.path} is not what DeepSpeed writes ({type(error).__name__}: {error}): it is damaged, or "
+                "was written by an unknown version"
             ) from error
 
     def _enter_all(self, order: Sequence[Sequence[str]] | None) -> None:
@@ -97,7 +97,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         first: Raw = models[0]
         if not isinstance(first, Mapping) or not isinstance(first.get("module"), Mapping):
             raise CheckpointError(
-                f"{self._found.model[0]} has no 'module': it is not a model file of DeepSpeed's"
+                f"{self._found.model[0]} has no 'module': it is not a model file of DeepSpeed"
             )
         self._tied = dict(first.get("shared_params") or {})
         groups = [dict(group) for group in first.get("param_shapes") or []]
@@ -115,14 +115,14 @@ class DeepSpeedCheckpoint(Checkpoint):
         self.manifest = self._manifest(first, optimizer)
 
     def check_files(self, first: int = 0, stride: int = 1) -> None:
-        """All files were opened by the constructor."""
+        """Does nothing: the constructor has opened all files."""
 
     # --- tensors
 
     def _put(
         self, fqn: str, state: str, shape: Iterable[int], parts: Iterable[tuple[Path, int, Tensor]]
     ) -> None:
-        """Enter a logical tensor that consists of `(file, flat_offset, 1-D tensor)`."""
+        """Adds a logical tensor that consists of `(file, flat_offset, 1-D tensor)`."""
         pieces, dtype = [], torch.float32
         for file, offset, tensor in parts:
             key = f"{fqn}/{state}@{offset}"
@@ -134,14 +134,14 @@ class DeepSpeedCheckpoint(Checkpoint):
         self._entries.setdefault(fqn, {})[state] = Entry(dtype=dtype, shape=size, pieces=checked)
 
     def _expect(self, parts: Iterable[tuple[Piece, int, int]]) -> None:
-        """Nothing is read ahead: its files are mapped."""
+        """Does nothing: the files are memory-mapped, not read ahead."""
 
     def _read_piece(self, piece: Piece, first: int, out: Tensor) -> str | None:
         out.copy_(self._tensors[piece.file, piece.key][first : first + out.numel()])
         return None
 
     def _module(self, models: Sequence[Raw]) -> None:
-        """What the model files hold: parameters that no optimizer has, and buffers."""
+        """Adds the tensors of the model files: parameters without an optimizer, and buffers."""
         file, first = self._found.model[0], models[0]
         buffers = set(first.get("buffer_names") or ())
         whole = [name for name, value in first["module"].items() if isinstance(value, Tensor)]
@@ -178,20 +178,22 @@ class DeepSpeedCheckpoint(Checkpoint):
                 parts.append((self._found.model[rank], rank * part, fragment))
         self._put(name, "param", shape, parts)
 
-    # --- the optimizer, one method for each layout. Each returns its parameter groups.
+    # --- The optimizer: one method for each layout, which returns the parameter groups.
 
     def _sharded(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ranks = [inert.read(file)["optimizer_state_dict"] for file in self._found.optim]
         stage3 = "fp32_flat_groups" in ranks[0]
         masters = "fp32_flat_groups" if stage3 else "single_partition_of_fp32_groups"
         if masters not in ranks[0]:
-            raise CheckpointError(f"{self._found.optim[0]} has neither layout of DeepSpeed's that is known")
+            raise CheckpointError(
+                f"{self._found.optim[0]} has neither of the two known layouts of DeepSpeed's optimizer files"
+            )
         written = _number(ranks[0].get("partition_count"), len(ranks))
         models = len(self._found.model) if stage3 else written
         if not len(ranks) == written == models:
             raise CheckpointError(
                 f"{self.path} was written by {max(written, models)} ranks, but has {len(ranks)} optimizer files and "
-                f"{len(self._found.model)} model files: the copy is not complete"
+                f"{len(self._found.model)} model files: the checkpoint was not copied completely"
             )
         bases = [rank["optimizer_state_dict" if stage3 else "base_optimizer_state"] for rank in ranks]
         if stage3:
@@ -212,13 +214,13 @@ class DeepSpeedCheckpoint(Checkpoint):
         state: str,
         flats: Sequence[Sequence[Tensor]],
     ) -> None:
-        """One state of every parameter, from the flat tensors of each rank."""
+        """Adds one state of every parameter, from the flat tensors of each rank."""
         shapes = {fqn: tuple(shape) for group in groups for fqn, shape in group.items()}
         found: dict[str, list[tuple[Path, int, Tensor]]] = {fqn: [] for fqn in shapes}
         for part in parts:
             flat = flats[part.rank][part.index]
             file = self._found.optim[part.rank]
-            if flat.ndim == 0:  # a number, alike on all ranks
+            if flat.ndim == 0:  # a number, the same on all ranks
                 found[part.fqn] = [(file, 0, flat.reshape(1))]
                 shapes[part.fqn] = ()
             else:
@@ -243,7 +245,7 @@ class DeepSpeedCheckpoint(Checkpoint):
                 ):
                     self._put(fqn, state, (), [(file, 0, torch.as_tensor(tensor).reshape(1))])
                 else:
-                    # Files of all parameters have the same names.
+                    # The files of all parameters have the same names.
                     self._put(fqn, state, shapes[fqn], [(file, 0, tensor.reshape(-1))])
         missing = [fqn for fqn in shapes if "param" not in self._entries.get(fqn, {})]
         if missing:
@@ -260,7 +262,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         return _param_groups(base, [len(group) for group in groups])
 
     def _whole(self, first: Raw, order: Sequence[Sequence[str]] | None) -> list[dict[str, Any]]:
-        """Stage 0: parameters are numbered, in the order of the optimizer's groups."""
+        """Stage 0 numbers the parameters in the order of the optimizer's groups."""
         file, saved = self._found.model[0], first.get("optimizer")
         if not saved:
             return []
@@ -271,8 +273,9 @@ class DeepSpeedCheckpoint(Checkpoint):
         names = _names_of_numbers(first, base, counts, order)
         if names is None:
             warnings.warn(
-                f"{self.path} numbers its optimizer states, and the model's order does not say which parameter each "
-                "belongs to (frozen parameters?): the states are left out, only parameters are read",
+                f"{self.path} numbers its optimizer states, and the order of the model does not tell which "
+                "parameter each belongs to (frozen parameters?): only parameters are read, and optimizer states "
+                "are left out",
                 stacklevel=2,
             )
             return []
@@ -344,7 +347,7 @@ class DeepSpeedCheckpoint(Checkpoint):
         try:
             return {"type": kind, "state": codec.encode(dict(state), "lr_scheduler", blobs, "schedule")}
         except ValueError as error:
-            warnings.warn(f"{self.path}: the schedule is left out: {error}", stacklevel=2)
+            warnings.warn(f"{self.path}: the schedule is not read: {error}", stacklevel=2)
             return None
 
     def _client_state(self, first: Raw, blobs: dict[str, Tensor]) -> dict[str, Any]:
@@ -368,12 +371,14 @@ def _number(value: Any, default: int) -> int:
 def _slices(
     ranks: Sequence[Raw], groups: Sequence[Mapping[str, Any]], masters: str
 ) -> list[list[dict[str, tuple[int, int]]]]:
-    """Stages 1 and 2: parameters lie in the order of `param_shapes`.
+    """Stages 1 and 2: parameters are stored in the order of `param_shapes`.
 
-    Not where `param_slice_mappings` says: with `round_robin_gradients` those name the order from before the
-    reordering, and masters that are read by them differ from the 16-bit parameters beside them.
+    `param_slice_mappings` is not used: with `round_robin_gradients` it has the order before the reordering, and
+    masters that are read by it differ from the 16-bit parameters of the same checkpoint.
     """
-    sizes = [ranks[0][masters][g].numel() for g in range(len(groups))]  # only the last ranks' parts are short
+    sizes = [
+        ranks[0][masters][g].numel() for g in range(len(groups))
+    ]  # only the parts of the last ranks are shorter
     paddings = ranks[0].get("param_alignment_paddings") or [[] for _ in groups]
     return layout.contiguous_slices(groups, sizes, len(ranks), paddings)
 
@@ -410,7 +415,7 @@ def _param_groups(base: Any, counts: Sequence[int]) -> list[dict[str, Any]]:
 def _names_of_numbers(
     first: Raw, base: Raw, counts: Sequence[int], order: Sequence[Sequence[str]] | None
 ) -> list[str] | None:
-    """Which parameter each number of a plain optimizer's state stands for; None where nothing tells."""
+    """Returns the parameter name for each number in a plain optimizer's state; None if it cannot be determined."""
     module: Mapping[str, Tensor] = first["module"]
     if order is not None and [len(group) for group in order] == list(counts):
         names = [name for group in order for name in group]
@@ -433,7 +438,7 @@ def _names_of_numbers(
 def _cut(
     flats: Sequence[Tensor], names: Sequence[str], counts: Sequence[int], module: Mapping[str, Tensor]
 ) -> list[Tensor]:
-    """The fused fp16 optimizer of stage 0 keeps one flat master for each group."""
+    """Splits the flat masters of the fused fp16 optimizer of stage 0, which has one for each group."""
     cut, at = [], 0
     for flat, count in zip(flats, counts, strict=True):
         start = 0

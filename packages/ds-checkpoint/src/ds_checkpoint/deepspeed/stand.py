@@ -1,4 +1,4 @@
-"""What stands for an object of a class that was not imported."""
+"""A placeholder for an object whose class was not imported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Stand:
-    """Stands for an object of a class that was not imported, or for that class or function itself."""
+    """Placeholder for an object whose class was not imported, or for that class or function itself."""
 
     __slots__ = ("args", "called", "cls", "items", "pairs", "state")
 
@@ -14,18 +14,18 @@ class Stand:
         self.cls = cls
         """Module and name of the class or function."""
         self.called = False
-        """Whether this stands for an object of the class, and not for the class."""
+        """Whether this is a placeholder for an object of the class rather than for the class."""
         self.args: tuple[Any, ...] = ()
-        """What it was to be constructed from."""
+        """The arguments of its constructor."""
         self.state: dict[Any, Any] = {}
         """Its attributes."""
         self.items: list[Any] = []
-        """What was appended to it, where it is a list or a set by another name."""
+        """The items that were appended to it, if it is a subclass of list or set."""
         self.pairs: list[tuple[Any, Any]] = []
-        """What was put into it, where it is a dict by another name."""
+        """The pairs that were put into it, if it is a subclass of dict."""
 
     def fill(self, state: Any) -> None:
-        """Take over the attributes that a pickle gives it."""
+        """Sets the attributes that a pickle assigns."""
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, dict):
                 self.state.update(part)

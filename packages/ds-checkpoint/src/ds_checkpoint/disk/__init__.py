@@ -1,1 +1,1 @@
-"""Bytes to a disk and back, past the page cache where that pays, and their checksums."""
+"""Reading and writing of files, with direct I/O where it is faster, and their checksums."""

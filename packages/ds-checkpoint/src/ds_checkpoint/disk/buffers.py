@@ -1,8 +1,8 @@
-"""Memory that disks write from and read to, past the page cache.
+"""Buffers for direct I/O, which bypasses the page cache.
 
-It lies on huge pages where the system has them: a disk takes some hundred pieces of memory in one request, and of
-small pages each is a piece. One set is kept for the next file, because memory that was never touched costs more than
-the copy into it; whoever needs one while it is in use gets another.
+They use huge pages if the system has them: one request to a disk has at most some hundred memory segments, and every
+small page is a segment. One set of buffers is kept for the next file, because the first access to new memory costs
+more than the copy into it. A second user at the same time gets another set.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ds_core import arena
 
 BUFFER_BYTES = 8 << 20
 NUM_BUFFERS = 3
-"""One is being filled or emptied, one is at the disk, one waits, so that the disk need not."""
+"""One buffer is being filled or emptied, one is being transferred, and one is ready, so that the disk never waits."""
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _kept: list[list[Bytes]] = []
-"""At most one set."""
+"""At most one unused set of buffers."""
 
 
 def take() -> list[Bytes]:
-    """`NUM_BUFFERS` of `BUFFER_BYTES`, each of which begins at a page."""
+    """Returns `NUM_BUFFERS` page-aligned buffers of `BUFFER_BYTES` each."""
     try:
         found = _kept.pop()
     except IndexError:
@@ -38,13 +38,13 @@ def take() -> list[Bytes]:
 
 
 def give(buffers: list[Bytes]) -> None:
-    """Nobody uses them any more."""
+    """Returns buffers that are no longer used."""
     if not _kept:
         _kept.append(buffers)
 
 
 def aligned(num_bytes: int) -> Tensor:
-    """1-D uint8 on huge pages where there are such. It begins at a page, which is all that disks ask for."""
+    """Returns a 1-D uint8 tensor on huge pages, if available. It is page-aligned, as direct I/O requires."""
     room = arena.empty(num_bytes + mmap.PAGESIZE, torch.uint8)
     first = -room.data_ptr() % mmap.PAGESIZE
     return room[first : first + num_bytes]

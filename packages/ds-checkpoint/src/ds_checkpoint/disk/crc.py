@@ -1,7 +1,7 @@
-"""The checksum of everything on disk: CRC-32C (Castagnoli), which processors compute at memory speed.
+"""The checksum of checkpoints: CRC-32C (Castagnoli), which processors compute at memory speed.
 
-It finds every error of up to 32 neighbouring bits, every odd number of flipped bits, and any other damage
-but for one in 4 billion.
+It detects every error within 32 consecutive bits, every odd number of flipped bits, and all but one in 4 billion of
+other errors.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ from ds_core import kernels
 
 
 def crc32c(data: Tensor | bytes | bytearray | memoryview) -> str:
-    """Eight lower-case hexadecimal digits."""
+    """Returns the checksum as eight lower-case hexadecimal digits."""
     return f"{kernels.crc32c(data):08x}"

@@ -1,9 +1,9 @@
-"""Reading files ahead of who asks.
+"""Reads files ahead of their use.
 
-[Note: read ahead] A thread reads pieces into a few buffers, past the page cache where the file system can (O_DIRECT)
-and the cache does not have them already: the disk then writes to where the checksum is taken, while the piece before
-is checked and copied to its place. Who reads says before what it will read, and in which order: a rank's part of the
-files of other ranks is many ranges, and what is read beyond them is lost.
+[Note: read ahead] A thread reads pieces of files into a few buffers. It uses direct I/O (O_DIRECT) if the file system
+supports it and the page cache does not contain the piece. Meanwhile the previous piece is checked and copied to its
+destination. The reader announces all ranges in advance and in order: a rank reads many small ranges of other ranks'
+files, and bytes read between them would be wasted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ds_checkpoint.disk import buffers
 from ds_checkpoint.disk.buffers import Bytes
 
 LITTLE_BYTES = 1 << 17
-"""What lies alone and is not larger is read when it is asked for: numbers are not worth a buffer."""
+"""A single range of at most this size is read when it is requested: it is not worth a buffer."""
 
 
 class InFile:
@@ -39,27 +39,28 @@ class InFile:
         self._direct = -1
         self._has_direct = hasattr(os, "O_DIRECT")
         self._in_cache = True
-        """As far as it was looked at: to look takes time, too."""
+        """Cached result of the check, because the check takes time, too."""
         self.num_bytes = os.fstat(self._cached).st_size
 
     def rest(self) -> None:
-        """Nothing of it is being read, and perhaps nothing will be: a process can have so many files open."""
+        """Closes the descriptor until the next read, because the number of open files of a process is limited."""
         if self._direct >= 0:
             os.close(self._direct)
             self._direct = -1
 
     def close(self) -> None:
-        """Nothing of it is being read ahead any more. Safe to call twice."""
+        """Closes the file. No read-ahead may be under way. Safe to call twice."""
         self.rest()
         if self._cached >= 0:
             os.close(self._cached)
             self._cached = -1
 
     def read(self, begin: int, room: Bytes, *, past_cache: bool = False) -> int:
-        """Fill `room` with what lies from `begin` on; how many bytes there were before the end of the file.
+        """Fills `room` from byte `begin` on. Returns the number of bytes read, which is less at the end of the file.
 
         Args:
-            past_cache: begin, room and its size are multiples of a page.
+            past_cache: use direct I/O; `begin`, the address of `room` and its size must be multiples of the page
+                size.
         """
         done = 0
         if past_cache and self._in_cache:
@@ -69,7 +70,7 @@ class InFile:
                 if self._direct < 0:
                     self._direct = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
                 done = os.preadv(self._direct, [room.data], begin)
-            except OSError as error:  # some file systems do not open it so, or open it and do not read it
+            except OSError as error:  # some file systems refuse O_DIRECT on open, others only on read
                 if error.errno != errno.EINVAL:
                     raise
                 self._has_direct = False
@@ -87,7 +88,7 @@ _Span = tuple[InFile, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """Bytes [begin, end) of a file, once they are there."""
+    """Bytes [begin, end) of a file that are being read or were read."""
 
     file: InFile
     begin: int
@@ -97,18 +98,18 @@ class _Piece:
 
 
 class ReadAhead:
-    """Reads files in the order in which they will be asked for."""
+    """Reads announced ranges of files in order, in a thread."""
 
     def __init__(self) -> None:
         self._plan: deque[_Span] = deque()
-        """What is not being read yet."""
+        """Announced ranges that are not being read yet."""
         self._queue: deque[_Piece] = deque()
         self._buffers: list[Bytes] = []
         self._free: list[Bytes] = []
         self._thread: ThreadPoolExecutor | None = None
 
     def close(self) -> None:
-        """The thread has ended, and no file of others is in use; safe to call twice."""
+        """Ends the thread; afterwards no file is in use. Safe to call twice."""
         self._drop()
         if self._thread is not None:
             self._thread.shutdown()
@@ -117,7 +118,9 @@ class ReadAhead:
             self._buffers = self._free = []
 
     def expect(self, spans: Iterable[_Span]) -> None:
-        """Bytes [begin, end) of these files will be asked for, in this order, by one request or several."""
+        """Announces that bytes [begin, end) of these files will be requested, in this order, by one request or
+        several.
+        """
         self._drop()
         for file, begin, end in spans:
             last = self._plan[-1] if self._plan else None
@@ -127,8 +130,8 @@ class ReadAhead:
                 self._plan.append((file, begin, end))
 
     def views(self, file: InFile, begin: int, end: int) -> Iterator[Bytes]:
-        """Bytes [begin, end) of a file, in order; each view is good until the next is asked for. They end early where
-        the file does.
+        """Yields views of bytes [begin, end) of a file, in order. Each view is valid until the next is requested.
+        They end early if the file does.
 
         Raises:
             OSError: the system cannot read it.
@@ -140,13 +143,13 @@ class ReadAhead:
             self.expect([(file, begin, end)])
         while begin < end:
             piece = self._piece(file, begin)
-            if piece is None:  # less was expected
+            if piece is None:  # fewer bytes were announced
                 yield from _at_once(file, begin, end)
                 return
             try:
                 there = piece.begin + piece.done.result()
             except OSError:
-                self._drop()  # who asks again tries again
+                self._drop()  # a new request tries again
                 raise
             last = min(end, there)
             if last <= begin:
@@ -155,12 +158,12 @@ class ReadAhead:
             begin = last
 
     def _is_coming(self, file: InFile, at: int) -> bool:
-        """Whether that byte is read already, or will be."""
+        """Whether that byte was read or will be read."""
         pieces = ((piece.file, piece.begin, piece.end) for piece in self._queue)
         return any(other is file and low <= at < high for other, low, high in chain(pieces, self._plan))
 
     def _piece(self, file: InFile, at: int) -> _Piece | None:
-        """The one that holds a byte, while others are on their way; None if there is none, nor will be."""
+        """Returns the piece that contains a byte, while others are being read; None if it was not announced."""
         if not self._is_coming(file, at):
             return None
         while True:
@@ -172,7 +175,7 @@ class ReadAhead:
             self._retire()
 
     def _start(self) -> None:
-        """Begin to read the next piece of the plan."""
+        """Starts to read the next announced piece."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="ds-checkpoint-disk")
             self._buffers = buffers.take()
@@ -187,10 +190,10 @@ class ReadAhead:
         self._queue.append(_Piece(file=file, begin=begin, end=begin + size, room=room, done=done))
 
     def _retire(self) -> None:
-        """The first piece's room can be used again."""
+        """Frees the buffer of the first piece."""
         piece = self._queue.popleft()
         if not piece.done.cancel():
-            with suppress(OSError):  # of bytes that nobody has asked for
+            with suppress(OSError):  # an error in bytes that were not requested
                 piece.done.result()
         self._free.append(piece.room)
         if not any(other.file is piece.file for other in self._queue):
@@ -203,7 +206,7 @@ class ReadAhead:
 
 
 def _at_once(file: InFile, begin: int, end: int) -> Iterator[Bytes]:
-    """`ReadAhead.views`, of what was not expected."""
+    """`ReadAhead.views` for ranges that were not announced."""
     room = np.empty(min(end - begin, buffers.BUFFER_BYTES), dtype=np.uint8)
     while begin < end:
         found = file.read(begin, room[: end - begin])
@@ -214,21 +217,21 @@ def _at_once(file: InFile, begin: int, end: int) -> Iterator[Bytes]:
 
 
 def _is_cached(descriptor: int, begin: int, size: int) -> bool:
-    """Whether the page cache has all of these bytes, as far as the system tells."""
+    """Whether the page cache contains all of these bytes, as far as the system reports it."""
     mincore = getattr(_LIBC, "mincore", None)
     if mincore is None:
         return False
     try:
         size = max(min(size, os.fstat(descriptor).st_size - begin), 1)
         pages = mmap.mmap(descriptor, size, prot=mmap.PROT_READ, offset=begin)
-    except (OSError, ValueError):  # no such thing on this file system, or the file ends before
+    except (OSError, ValueError):  # not supported by this file system, or the file ends earlier
         return False
     with pages:
         there = np.zeros(-(-size // mmap.PAGESIZE), dtype=np.uint8)
         mapped = np.frombuffer(pages, dtype=np.uint8)
         address = ctypes.c_void_p(mapped.__array_interface__["data"][0])
         failed = mincore(address, ctypes.c_size_t(size), ctypes.c_void_p(there.ctypes.data))
-        del mapped  # or the mapping could not be closed
+        del mapped  # otherwise the mapping could not be closed
     return not failed and bool((there & 1).all())
 
 

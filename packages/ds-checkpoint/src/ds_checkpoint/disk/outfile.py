@@ -1,9 +1,10 @@
-"""A new file that is written once from its beginning to its end, and is on the disk when it is closed.
+"""A new file that is written sequentially, and is on the disk when it is closed.
 
-[Note: past the cache] Large files are written past the page cache where the file system can (O_DIRECT): the cache
-would be filled with what nobody reads, and a disk that waits for `fsync` stands idle. That needs aligned memory, so
-bytes go through a few buffers (`buffers.py`), which a thread writes while another one is filled. What is left at the
-end is less than a page and goes through the cache. Elsewhere the cache is used, and handed to the disk bit by bit.
+[Note: past the cache] Large files are written by direct I/O (O_DIRECT) if the file system supports it. The page cache
+would be filled with data that nobody reads, and the disk would be idle until `fsync`. Direct I/O needs aligned
+memory, so bytes are copied to a few buffers (`buffers.py`), which a thread writes while another one is filled. The
+remainder of less than a page is written through the cache. On other file systems the cache is used, and flushed to
+the disk in small steps.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from ds_checkpoint.disk import buffers
 from ds_checkpoint.disk.buffers import Bytes
 
 LARGE_BYTES = 16 << 20
-"""Smaller files are not worth a thread."""
+"""Smaller files are written without a thread."""
 FLUSH_BYTES = 8 << 20
-"""So much is handed to the disk at a time where the page cache is used."""
+"""Number of bytes that are flushed at a time if the page cache is used."""
 _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
 
 
 class OutFile:
-    """Use it as a context; leaving it without an error closes the file properly."""
+    """A context manager; leaving it without an error completes the file and syncs it."""
 
     def __init__(self, path: Path, num_bytes: int) -> None:
-        """Make the file, which must not be there; `num_bytes` are expected."""
+        """Creates the file, which must not exist. `num_bytes` is its expected size."""
         self._written = self._flushed = 0
         self._descriptor, direct = _open(path, large=num_bytes >= LARGE_BYTES)
         self._past = _PastCache(self._descriptor) if direct else None
@@ -52,10 +53,10 @@ class OutFile:
             os.close(self._descriptor)
 
     def write(self, content: bytes | Tensor) -> None:
-        """Append bytes, or those of a contiguous 1-D uint8 tensor on the CPU, which may change afterwards.
+        """Appends bytes, or the contents of a contiguous 1-D uint8 CPU tensor, which may be changed afterwards.
 
         Raises:
-            OSError: of this or an earlier call: the disk is full, ...
+            OSError: this or an earlier write failed, for example because the disk is full.
         """
         raw: Bytes = np.frombuffer(content, dtype=np.uint8) if isinstance(content, bytes) else content.numpy()
         if self._past is not None:
@@ -87,7 +88,7 @@ class _PastCache:
         if self._fill == 0 and content.nbytes >= size and _address(content) % mmap.PAGESIZE == 0:
             self._wait()
             whole = content.nbytes // mmap.PAGESIZE * mmap.PAGESIZE
-            _write_all(self._descriptor, content[:whole])  # as it is
+            _write_all(self._descriptor, content[:whole])  # without a copy
             content = content[whole:]
         while content.nbytes:
             taken = min(content.nbytes, size - self._fill)
@@ -103,14 +104,14 @@ class _PastCache:
                 self._fill = 0
 
     def _wait(self, all_but: int = 0) -> None:
-        """Until no more than so many buffers are being written."""
+        """Waits until at most `all_but` buffers are being written."""
         while len(self._busy) > all_but:
             buffer, done = self._busy.popleft()
             self._free.append(buffer)
             done.result()
 
     def end(self, *, complete: bool) -> None:
-        """Write what is left, if the file is to be `complete`; the thread has ended when this returns or raises."""
+        """Writes the remainder if `complete`. The thread has ended when this returns or raises."""
         try:
             if complete:
                 self._wait()
@@ -126,15 +127,15 @@ def _address(content: Bytes) -> int:
 
 
 def _open(path: Path, *, large: bool) -> tuple[int, bool]:
-    """A descriptor, and whether it goes past the cache."""
+    """Returns a descriptor, and whether it uses direct I/O."""
     direct = getattr(os, "O_DIRECT", 0) if large else 0
     if direct:
         try:
             return os.open(path, _FLAGS | direct, 0o644), True
         except OSError as error:
-            if error.errno != errno.EINVAL:  # this file system has no such thing
+            if error.errno != errno.EINVAL:  # this file system does not support O_DIRECT
                 raise
-            path.unlink(missing_ok=True)  # some make the file before they find out
+            path.unlink(missing_ok=True)  # some file systems create the file before they refuse
     return os.open(path, _FLAGS, 0o644), False
 
 
@@ -158,8 +159,8 @@ def _goes_past_cache(descriptor: int) -> bool:
 
 
 def _start_flush(descriptor: int, begin: int, length: int) -> None:
-    """Let the system begin to write a range to the disk; nobody waits for it."""
+    """Makes the system start to write a range to the disk, without waiting."""
     if hasattr(os, "posix_fadvise"):
-        # Linux starts to write pages back that are said to be of no more use; dirty ones are not dropped.
+        # Linux starts writeback for pages that are marked as not needed; it does not drop dirty pages.
         with contextlib.suppress(OSError):
             os.posix_fadvise(descriptor, begin, length, os.POSIX_FADV_DONTNEED)

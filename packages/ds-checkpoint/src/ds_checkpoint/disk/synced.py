@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Make renames inside a directory survive a power cut."""
+    """Syncs a directory, so that renames in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -16,7 +16,7 @@ def sync(path: Path) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """A new file that is on the disk when this returns."""
+    """Writes a new file, which is on the disk when this returns."""
     with path.open("xb") as file:
         file.write(content)
         file.flush()

@@ -1,4 +1,4 @@
-"""To what other programs read."""
+"""Export to formats that other programs read."""
 
 from ds_checkpoint.export.consolidate import Exported, convert, export, load_into, state_dict
 

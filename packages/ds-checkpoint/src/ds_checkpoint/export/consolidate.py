@@ -1,4 +1,4 @@
-"""From a checkpoint to what other programs read: one state dict, safetensors or torch files, our own format."""
+"""Converts a checkpoint to one state dict, to safetensors or torch files, or to our own format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _STEMS: Mapping[str, tuple[str, str]] = {
     "safetensors": ("model", "safetensors"),
     "pt": ("pytorch_model", "bin"),
 }
-"""What Hugging Face's loaders look for."""
+"""File names that Hugging Face's loaders look for."""
 
 
 def state_dict(
@@ -42,13 +42,14 @@ def state_dict(
     dtype: torch.dtype | None = torch.float32,
     exclude_frozen: bool = False,
 ) -> dict[str, Tensor]:
-    """The whole model of a checkpoint on the CPU; shared parameters are one tensor under all their names.
+    """Returns the whole model of a checkpoint on the CPU: name -> tensor. Shared parameters are one tensor under all
+    their names.
 
     Args:
-        dtype: of floating-point parameters; None: as stored.
+        dtype: dtype of floating-point parameters. None: as stored.
 
     Raises:
-        FileNotFoundError, CheckpointError: as `open_checkpoint`; also where nothing would be returned.
+        FileNotFoundError, CheckpointError: as `open_checkpoint`; also if the result would be empty.
     """
     with open_checkpoint(path, tag) as checkpoint:
         made: dict[str, Tensor] = {}
@@ -58,15 +59,15 @@ def state_dict(
                 made[fqn] = tensor(checkpoint, fqn, dtype)
             found[name] = made[fqn]
     if not found:
-        raise CheckpointError(f"{path} has no parameters to return")
+        raise CheckpointError(f"{path} contains no parameters to return")
     return found
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str], tag: str | None = None) -> nn.Module:
-    """Fill an ordinary model on the CPU with the fp32 values of a checkpoint, cast to its own dtypes.
+    """Loads the fp32 values of a checkpoint into an ordinary model on the CPU, cast to the model's dtypes.
 
     Raises:
-        RuntimeError: names or shapes differ (torch's, from a strict `load_state_dict`).
+        RuntimeError: names or shapes differ (from torch's strict `load_state_dict`).
     """
     model.load_state_dict(state_dict(path, tag), strict=True)
     return model
@@ -74,7 +75,7 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], tag: str | None = 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The result of `export`."""
 
     files: tuple[Path, ...]
     num_tensors: int
@@ -93,26 +94,26 @@ def export(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exported:
-    """Write the model as Hugging Face's loaders expect it: one file, or shards and an index, and its config.json if the
-    model has a configuration. At most one shard is held in memory. Several processes may do it at once: each file
-    appears complete, and is the same from all of them.
+    """Writes the model in Hugging Face's layout: one file, or shards and an index, and config.json if the model has a
+    configuration. At most one shard is held in memory. Several processes may export at the same time: each file
+    appears atomically, with the same content from each.
 
     Args:
-        dtype: of floating-point parameters; None: as stored.
-        overwrite: replace files of these names, and remove the others of an earlier export.
-        progress: called with (bytes written, bytes in all) after every tensor.
+        dtype: dtype of floating-point parameters. None: as stored.
+        overwrite: replace files of these names, and remove other files of an earlier export.
+        progress: called with (bytes written, total bytes) after every tensor.
 
     Raises:
-        FileExistsError: a file of that name is there already; nothing is written then.
-        FileNotFoundError, CheckpointError: as `open_checkpoint`.
+        FileExistsError: a file of that name exists already. Nothing was written. FileNotFoundError, CheckpointError:
+        as `open_checkpoint`.
     """
     target = Path(out_dir)
     with open_checkpoint(path, tag) as checkpoint:
-        # safetensors has no second name for a tensor; loaders tie by the model's own rule.
+        # A tensor has only one name in safetensors; the model ties the others when it loads.
         wanted = dict(names(checkpoint, exclude_frozen=exclude_frozen))
         stored = {name: fqn for name, fqn in wanted.items() if name == fqn}
         if not stored:
-            raise CheckpointError(f"{checkpoint.path} has no parameters to export")
+            raise CheckpointError(f"{checkpoint.path} contains no parameters to export")
         sizes = {fqn: _num_bytes(checkpoint, fqn, dtype) for fqn in stored}
         shards = _shards(sizes, max_shard_bytes)
         stem, suffix = _STEMS[layout]
@@ -121,7 +122,9 @@ def export(
         index = target / f"{stem}.{suffix}.index.json"
         for there in [] if overwrite else [*(target / file for file in files), index]:
             if there.exists():
-                raise FileExistsError(f"{there} exists: export into another directory, or remove it first")
+                raise FileExistsError(
+                    f"{there} exists: export into another directory, or pass overwrite=True"
+                )
         total, done = sum(sizes.values()), 0
         weight_map: dict[str, str] = {}
         for shard, file in zip(shards, files, strict=True):
@@ -151,10 +154,11 @@ def convert(
     tag: str | None = None,
     out_tag: str | None = None,
 ) -> str:
-    """Copy a checkpoint of either kind into our format: parameters, states, counters, schedule, client state.
+    """Copies a checkpoint of ours or of DeepSpeed into our format: parameters, states, counters, schedule, client
+    state.
 
     Returns:
-        The new checkpoint's path.
+        The path of the new checkpoint.
     """
     with open_checkpoint(path, tag) as checkpoint:
         manifest = checkpoint.manifest
@@ -173,7 +177,7 @@ def convert(
         blobs = {name: checkpoint.blob(name) for name in manifest.blobs if not name.startswith("rng/")}
         if manifest.values.keys() != values.keys():
             warnings.warn(
-                f"{checkpoint.path}: random generators belong to the ranks that wrote it and are left out",
+                f"{checkpoint.path}: random generators are saved per rank, so they are left out",
                 stacklevel=2,
             )
         content = Content(records=records, blobs=blobs, values=values)
@@ -188,7 +192,7 @@ def _num_bytes(checkpoint: Checkpoint, fqn: str, dtype: torch.dtype | None) -> i
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut where the next one would not fit."""
+    """Groups names, in order, into shards of at most `limit` bytes."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():
@@ -207,7 +211,7 @@ def _file_names(stem: str, suffix: str, count: int) -> Sequence[str]:
 
 
 def _remove_others(target: Path, stem: str, suffix: str, kept: set[str]) -> None:
-    """Files of an earlier export that loaders would take for a part of this one."""
+    """Removes files of an earlier export that loaders would take for parts of this one."""
     pattern = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?\.{suffix}(\.index\.json)?")
     for path in target.iterdir():
         if pattern.fullmatch(path.name) and path.name not in kept:
@@ -235,7 +239,7 @@ def _write_text(path: Path, content: str) -> None:
 
 @contextlib.contextmanager
 def _complete(path: Path) -> Iterator[Path]:
-    """Where to write what appears as `path` when it is complete, or not at all. Each process has a place of its own."""
+    """Yields a temporary path, unique to this process, that is renamed to `path` if no error occurs."""
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield part

@@ -1,1 +1,1 @@
-"""What a checkpoint is: the directory, the manifest, the data files and the values in them."""
+"""The format of a checkpoint: the directory, the manifest, the data files and the encoded values."""

@@ -1,5 +1,5 @@
-"""User values as JSON and tensors: what `client_state` and schedules may hold. No pickle: reading a
-checkpoint never runs code.
+"""Encodes user values (`client_state`, schedules) as JSON and tensors. There is no pickle: reading a checkpoint never
+runs code.
 
 JSON has fewer types than Python; the others are written as an object with one key that starts with "$".
 """
@@ -28,18 +28,18 @@ _OTHERS: Mapping[str, Callable[[Any], Any]] = {
     "$dtype": lambda name: getattr(torch, name),
     "$ndarray": lambda tensor: tensor.numpy(),
 }
-"""What becomes of values that JSON has no word for."""
+"""How values without a JSON type are encoded."""
 
 
 def encode(value: Any, where: str, tensors: dict[str, Tensor], prefix: str) -> Any:
-    """`value` as something that json.dumps takes, and that `decode` turns back into an equal value.
+    """Returns `value` as an object for json.dumps, from which `decode` makes an equal value.
 
     Args:
-        where: how to name the value in an error, for example 'client_state'.
+        where: name of the value in errors, for example 'client_state'.
         tensors: receives the tensors under names that start with `prefix`.
 
     Raises:
-        ValueError: a value of another type; names its place.
+        ValueError: a value of another type; the message names its path in `value`.
     """
     if value is None or type(value) in (bool, int, str):
         return value
@@ -66,8 +66,8 @@ def encode(value: Any, where: str, tensors: dict[str, Tensor], prefix: str) -> A
 
 
 def _encode_other(value: Any, where: str, tensors: dict[str, Tensor], prefix: str) -> Any:
-    """What training scripts keep besides plain values; None for a type that is none of these."""
-    if isinstance(value, (bool, int, str)):  # subclasses, such as an IntEnum: the value counts
+    """Encodes further types that training scripts use; None for any other type."""
+    if isinstance(value, (bool, int, str)):  # a subclass, such as an IntEnum, is saved as the plain value
         return (
             value.value if isinstance(value, Enum) else str(value) if isinstance(value, str) else int(value)
         )
@@ -92,7 +92,7 @@ def _encode_dict(value: dict[Any, Any], where: str, tensors: dict[str, Tensor], 
     for key in value:
         if type(key) not in Scalar and key is not None:
             raise ValueError(
-                f"{where} has a key of type {type(key).__qualname__}, {key!r}: use a text or a number"
+                f"{where} has a key of type {type(key).__qualname__}, {key!r}: use a string or a number"
             )
     plain = all(type(k) is str and not k.startswith("$") for k in value) and not isinstance(value, Counter)
     if plain:
@@ -105,7 +105,7 @@ def _encode_dict(value: dict[Any, Any], where: str, tensors: dict[str, Tensor], 
 
 
 def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
-    """The value that `encode` was given; `tensor` finds one by its name."""
+    """Returns the value that was passed to `encode`; `tensor` returns a tensor by its name."""
     if isinstance(value, list):
         return [decode(v, tensor) for v in value]
     if not isinstance(value, dict):

@@ -1,11 +1,10 @@
 """One rank's data file: the safetensors format, written and read in blocks whose checksums the manifest
 keeps.
 
-Written here rather than by the safetensors library, because that needs all tensors at once in host memory,
-and because checksums are taken in the same pass. Anything that reads safetensors reads these files: 8 bytes
-of header length, a JSON header, then the tensors without gaps. [Note: blocks] A tensor is checksummed in
-blocks of `block_bytes` counted from its first byte, so that a rank which needs a range verifies what it
-reads and nothing else.
+The safetensors library is not used, because it needs all tensors in host memory at once, and because checksums are
+computed in the same pass. Every safetensors reader reads these files: 8 bytes of header length, a JSON header, then
+the tensors without gaps. [Note: blocks] Each block of `block_bytes` bytes of a tensor, counted from its first byte,
+has a checksum. So a rank that needs a range verifies only the blocks that it reads.
 """
 
 from __future__ import annotations
@@ -48,27 +47,28 @@ NAMES: Mapping[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What safetensors calls a dtype."""
+"""Name of each dtype in safetensors."""
 DTYPES: Mapping[str, torch.dtype] = {name: dtype for dtype, name in NAMES.items()}
 
 MIN_BLOCK_BYTES = 1 << 20
-"""A block stays in a core's second-level cache between the read, its checksum and the copy to where it
-belongs."""
+"""Small enough that a block stays in a core's second-level cache between the read, the checksum and the copy."""
 MAX_BLOCKS = 4096
-"""A file larger than that many smallest blocks has larger ones: the manifest must not grow with the model."""
+"""Approximate maximum number of blocks per file: larger files have larger blocks, so that the manifest does not grow
+with the model.
+"""
 DATA_ALIGN_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A tensor to be written."""
+    """One tensor to write."""
 
     key: str
-    """Name in the file, unique there."""
+    """Unique name in the file."""
     data: Tensor
     """1-D and contiguous, on any device."""
     shape: tuple[int, ...] | None = None
-    """What the header says; default 1-D."""
+    """Shape in the header. Default: that of `data`."""
 
     @property
     def num_bytes(self) -> int:
@@ -77,26 +77,28 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class FileInfo:
-    """What the manifest says of a data file."""
+    """The manifest's entry for a data file."""
 
     num_bytes: int
     header_bytes: int
-    """Of the length field and the header together; the data starts there."""
+    """Bytes of the length field and the header, which is the position of the first tensor."""
     header_crc32c: str
     block_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """The outcome of writing a file."""
+    """The result of writing a file."""
 
     info: FileInfo
     crc32c: Mapping[str, str]
-    """Key -> the checksums of its blocks, eight digits each."""
+    """Key -> concatenated checksums of its blocks, eight digits each."""
 
 
 def block_bytes_for(total_bytes: int) -> int:
-    """The power of two from `MIN_BLOCK_BYTES` on that cuts a file into at most about `MAX_BLOCKS` blocks."""
+    """Returns the smallest power of two, at least `MIN_BLOCK_BYTES`, with which a file has at most about `MAX_BLOCKS`
+    blocks.
+    """
     block = MIN_BLOCK_BYTES
     while block * MAX_BLOCKS < total_bytes:
         block *= 2
@@ -105,7 +107,7 @@ def block_bytes_for(total_bytes: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where everything lies in a file that is to be written."""
+    """Positions of the tensors in a file to write."""
 
     header: bytes
     begins: Mapping[str, int]
@@ -115,7 +117,7 @@ class Layout:
 
 
 def layout(items: Sequence[Item], kind: str = "ds-checkpoint") -> Layout:
-    """Where the items will lie; ValueError for a dtype that safetensors has no name for."""
+    """Computes the positions of the items. Raises ValueError for a dtype that safetensors does not have."""
     # Wide dtypes first: without gaps, each tensor then still starts at a multiple of its element size.
     ordered = sorted(items, key=lambda item: -item.data.element_size())
     header = _header(ordered, kind)
@@ -129,15 +131,15 @@ def layout(items: Sequence[Item], kind: str = "ds-checkpoint") -> Layout:
 def write(
     path: Path, items: Sequence[Item], *, kind: str = "ds-checkpoint", image: Image | None = None
 ) -> Written:
-    """Write a new file and wait until it is on the disk.
+    """Writes a new file and waits until it is on the disk.
 
     Args:
-        kind: the "format" among the header's metadata; transformers reads files of "pt" only.
-        image: has the bytes of the whole file already; the items are views of it.
+        kind: the "format" in the header's metadata; transformers reads only files with "pt".
+        image: contains the whole file already; the items are views of it.
 
     Raises:
-        OSError: the disk is full, or whatever else the system says; what is there then is no use.
-        ValueError: a dtype that safetensors has no name for.
+        OSError: the write failed, for example because the disk is full. The file is then incomplete.
+        ValueError: a dtype that safetensors does not have.
     """
     plan = layout(items, kind) if image is None else image.layout
     sums: dict[str, str] = {}
@@ -184,8 +186,8 @@ def _header(items: Sequence[Item], kind: str) -> bytes:
 
 
 def _blocks(data: Tensor, block_bytes: int) -> Iterator[Tensor]:
-    """The bytes of a tensor in pieces on the CPU; a tensor on a device never has more than a block of it
-    there.
+    """Yields the bytes of a tensor in pieces on the CPU. Of a tensor on a device, at most one block is copied at a
+    time.
     """
     raw = data.detach().view(torch.uint8)
     for begin in range(0, raw.numel(), block_bytes):
@@ -194,14 +196,14 @@ def _blocks(data: Tensor, block_bytes: int) -> Iterator[Tensor]:
 
 @dataclass
 class _Place:
-    """Where a tensor lies in a file."""
+    """The position of a tensor in a file."""
 
     dtype: torch.dtype
     numel: int
     begin: int
-    """Byte in the file."""
+    """First byte in the file."""
     verified: set[int] = field(default_factory=set)
-    """Blocks whose checksum was right."""
+    """Indices of blocks whose checksums were verified."""
 
     @property
     def num_bytes(self) -> int:
@@ -209,13 +211,13 @@ class _Place:
 
 
 class DataFile:
-    """Reads ranges of tensors, and verifies each block that it touches once."""
+    """Reads ranges of tensors, and verifies each accessed block once."""
 
     def __init__(self, path: Path, info: FileInfo, ahead: ReadAhead | None = None) -> None:
-        """Open the file and check its size and header; CheckpointError if they are not as the manifest says.
+        """Opens the file and checks its size and header. Raises CheckpointError if they differ from the manifest.
 
         Args:
-            ahead: shared by files that are read in turn; by default it has one of its own.
+            ahead: shared by files that are read one after another. Default: one for this file alone.
         """
         self.path = path
         self.info = info
@@ -223,7 +225,7 @@ class DataFile:
             self._file = InFile(path)
         except OSError as error:
             raise CheckpointError(
-                f"{path} cannot be opened ({error.strerror}): the checkpoint is not complete"
+                f"{path} cannot be opened ({error.strerror}): the checkpoint is incomplete"
             ) from error
         try:
             self._places = self._read_header()
@@ -234,7 +236,7 @@ class DataFile:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def close(self) -> None:
-        """Safe to call twice. Nothing is read ahead any more, of other files neither."""
+        """Closes the file and ends all read-ahead, also of other files. Safe to call twice."""
         self._ahead.close()
         self._file.close()
 
@@ -242,7 +244,7 @@ class DataFile:
         size = self._file.num_bytes
         if size != self.info.num_bytes:
             raise CheckpointError(
-                f"{self.path} has {size} bytes, the manifest says {self.info.num_bytes}: it was cut off or "
+                f"{self.path} has {size} bytes, the manifest says {self.info.num_bytes}: it was truncated or "
                 "changed"
             )
         room = np.empty(self.info.header_bytes, dtype=np.uint8)
@@ -260,7 +262,7 @@ class DataFile:
         return places
 
     def span(self, key: str, first: int, numel: int) -> tuple[InFile, int, int] | None:
-        """The bytes of the file that `read` looks at for these elements; None if there are no such elements."""
+        """Returns the range of bytes that `read` accesses for these elements; None if they do not exist."""
         place = self._places.get(key)
         if place is None or first + numel > place.numel:
             return None
@@ -268,20 +270,20 @@ class DataFile:
         return self._file, place.begin + begin, place.begin + end
 
     def _blocks_around(self, place: _Place, first: int, numel: int) -> tuple[int, int]:
-        """Bytes of a tensor: whole blocks, since only those have checksums."""
+        """Extends a range of bytes to whole blocks, since only blocks have checksums."""
         size, width = self.info.block_bytes, place.dtype.itemsize
         end = -(-(first + numel) * width // size) * size
         return first * width // size * size, min(end, place.num_bytes)
 
     def read(self, key: str, first: int, out: Tensor, sums: str) -> str | None:
-        """Fill `out` with elements [first, first + out.numel()) of the tensor `key`, cast to its dtype.
+        """Fills `out` with elements [first, first + out.numel()) of the tensor `key`, cast to its dtype.
 
         Args:
             out: 1-D, on any device.
             sums: the checksums of the tensor's blocks.
 
         Returns:
-            None, or what is wrong with the bytes that were read; `out` then holds whatever was there.
+            None, or a description of the damage; the contents of `out` are then undefined.
 
         Raises:
             OSError: the system cannot read the file.
@@ -293,7 +295,7 @@ class DataFile:
         begin, end = first * width, (first + out.numel()) * width
         if begin == end:
             return None
-        # Whole blocks, since only those have checksums.
+        # Whole blocks, since only blocks have checksums.
         at, stop = (
             begin // block_bytes * block_bytes,
             min(-(-end // block_bytes) * block_bytes, place.num_bytes),
@@ -324,8 +326,8 @@ class DataFile:
         return problem and f"{self.path}: {problem}"
 
     def _taker(self, out: Tensor, dtype: torch.dtype, begin: int, stop: int) -> Callable[[int, Bytes], None]:
-        """What copies bytes of a tensor in the file, from the byte `at` on, to where `out` has them, which begins with
-        the byte `begin`.
+        """Returns a function that copies bytes of a tensor, from byte `at` on, into `out`, which begins at byte
+        `begin`.
         """
         end = begin + out.numel() * dtype.itemsize
         if out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
@@ -345,7 +347,7 @@ class DataFile:
         def cast(at: int, part: Bytes) -> None:
             base = at // block_bytes * block_bytes
             scratch.numpy()[at - base : at - base + part.nbytes] = part
-            if at + part.nbytes == min(base + block_bytes, stop):  # elements may lie across two parts
+            if at + part.nbytes == min(base + block_bytes, stop):  # an element may span two parts
                 low, high = max(base, begin), min(at + part.nbytes, end)
                 first, last = (low - begin) // dtype.itemsize, (high - begin) // dtype.itemsize
                 out[first:last].copy_(scratch[low - base : high - base].view(dtype))

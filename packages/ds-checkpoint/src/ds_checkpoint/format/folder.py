@@ -1,6 +1,6 @@
-"""A directory of checkpoints, as one reads it: which are there, which is the latest, and where each lies.
+"""Reads a directory of checkpoints: which exist, which is the latest, and where each is.
 
-How one appears there whole or not at all is in `write/staging.py`, [Note: commit].
+`write/staging.py`, [Note: commit], describes how a checkpoint appears atomically.
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ from ds_checkpoint.format import manifest
 LATEST = "latest"
 TEMPORARY, OLD = ".tmp-", ".old-"
 LEFT = re.compile(r"(?P<tag>.+)(?P<kind>\.tmp-|\.old-)[0-9a-f]{8}")
-"""Names that only a save gives."""
+"""Pattern of the names that only a save creates."""
 MAX_TAG_BYTES = 240
-"""A name has at most 255 bytes, and a save needs 13 for the name of its temporary folder."""
+"""A file name has at most 255 bytes, and the name of a temporary folder has 13 more than the tag."""
 
 
 def check_tag(tag: str) -> str:
-    """`tag`, if it can be the name of a checkpoint; else ValueError."""
+    """Returns `tag`; raises ValueError if it cannot be the name of a checkpoint."""
     if not tag or tag in (".", "..", LATEST) or "/" in tag or "\0" in tag or TEMPORARY in tag or OLD in tag:
         raise ValueError(
-            f'tag {tag!r} cannot name a checkpoint: it is a folder\'s name, without "/", "{TEMPORARY}" and '
+            f'tag {tag!r} cannot name a checkpoint: it must be the name of a folder, without "/", "{TEMPORARY}" and '
             f'"{OLD}", and not "{LATEST}"'
         )
     if len(os.fsencode(tag)) > MAX_TAG_BYTES:
         raise ValueError(
-            f"tag {tag[:20]!r}... cannot name a checkpoint: it has {len(os.fsencode(tag))} bytes, at most "
-            f"{MAX_TAG_BYTES} are possible"
+            f"tag {tag[:20]!r}... cannot name a checkpoint: it has {len(os.fsencode(tag))} bytes, but at most "
+            f"{MAX_TAG_BYTES} are allowed"
         )
     return tag
 
 
 def is_complete(path: Path) -> bool:
-    """The manifest is written last, so where it is, everything is."""
-    return os.path.isfile(path / manifest.NAME)  # unlike Path.is_file, it says no to a name that is too long
+    """Whether the checkpoint is complete: its manifest is written last."""
+    return os.path.isfile(
+        path / manifest.NAME
+    )  # unlike Path.is_file, it returns False for a name that is too long
 
 
 def complete(root: Path) -> dict[str, Path]:
-    """Tag -> folder of every complete checkpoint below `root`; empty if there is no such directory."""
+    """Returns tag -> folder of every complete checkpoint in `root`; empty if the directory does not exist."""
     there: dict[str, Path] = {}
     if not os.path.isdir(root):
         return there
@@ -59,8 +61,8 @@ def complete(root: Path) -> dict[str, Path]:
 
 
 def newest(root: Path) -> str | None:
-    """The tag of the checkpoint that was saved last, by what the manifests say; damaged manifests do not
-    count.
+    """Returns the tag of the checkpoint that was saved last, according to the manifests. Damaged manifests are
+    ignored.
     """
     there = complete(root)
     for tag in reversed(by_age(root)):
@@ -71,14 +73,14 @@ def newest(root: Path) -> str | None:
 
 
 def by_age(root: Path) -> list[str]:
-    """The tags of all checkpoints whose manifest says when it was saved, oldest first."""
-    # Not the files' times: copying a directory changes those, and pruning would take the wrong ones.
+    """Returns the tags of all checkpoints with a readable manifest, oldest first."""
+    # Not by the files' times: copying a directory changes them, and pruning would remove the wrong checkpoints.
     return [tag for _, tag in sorted((age, tag) for tag, (age, _) in peeked(root).items())]
 
 
 def peeked(root: Path) -> dict[str, tuple[manifest.Age, bool]]:
-    """Tag -> age, and whether it became the latest. Only the beginnings of manifests are read, since there may be
-    many and large ones; so nothing is verified.
+    """Returns tag -> age, and whether the save made `latest` name it. Only the beginning of each manifest is read,
+    because manifests may be many and large, so nothing is verified.
     """
     seen: dict[str, tuple[manifest.Age, bool]] = {}
     for tag, path in complete(root).items():
@@ -90,18 +92,20 @@ def peeked(root: Path) -> dict[str, tuple[manifest.Age, bool]]:
 
 
 def next_sequence(root: Path) -> int:
-    """One more than that of any checkpoint which is there."""
+    """Returns one more than the largest sequence number in `root`."""
     return 1 + max((age.sequence for age, _ in peeked(root).values()), default=0)
 
 
 def read_manifest(path: Path) -> manifest.Manifest:
-    """CheckpointError if it is damaged."""
+    """Reads the manifest; raises CheckpointError if it is damaged."""
     file = path / manifest.NAME
     return manifest.load(file.read_bytes(), file)
 
 
 def named_latest(root: Path) -> str | None:
-    """What `latest` says, if there is such a file; a link to a checkpoint beside it says that one's name."""
+    """Returns the tag in the file `latest`, if it exists. If `latest` is a link to a checkpoint beside it, returns
+    that name.
+    """
     path = root / LATEST
     try:
         return path.read_bytes()[: 2 * MAX_TAG_BYTES].decode(errors="replace").strip()
@@ -112,13 +116,14 @@ def named_latest(root: Path) -> str | None:
 
 
 def lost_latest(root: Path) -> str | None:
-    """What `latest` names, if there is no such checkpoint among those which are there."""
+    """Returns the tag that `latest` names if no such checkpoint exists; else None."""
     named, there = named_latest(root), complete(root)
     return named if there and named is not None and named not in there else None
 
 
 def latest(root: str | os.PathLike[str]) -> str | None:
-    """The tag that a load from `root` would take; None if there is nothing complete (or no such directory).
+    """Returns the tag that a load from `root` would use; None if there is no complete checkpoint or no such
+    directory.
 
     Examples:
         `if ds_checkpoint.latest(directory): engine.load_checkpoint(directory)`
@@ -129,10 +134,10 @@ def latest(root: str | os.PathLike[str]) -> str | None:
 
 
 def find(root: Path, tag: str | None) -> Path:
-    """The folder of a checkpoint.
+    """Returns the folder of a checkpoint.
 
     Raises:
-        FileNotFoundError: says what was looked for and what there is.
+        FileNotFoundError: there is none. The message lists the contents of `root`.
     """
     there = complete(root)
     if tag is not None:
@@ -146,7 +151,7 @@ def find(root: Path, tag: str | None) -> Path:
         if later is not None:
             warnings.warn(
                 f"{root}: 'latest' names {named!r}, but {later!r} was saved after it: an interrupted save, an edit by "
-                f"hand, or damage; {named!r} is taken, tag={later!r} takes the other",
+                f"hand, or damage; {named!r} is loaded; pass tag={later!r} to load the other",
                 stacklevel=2,
             )
         return there[named]
@@ -156,14 +161,16 @@ def find(root: Path, tag: str | None) -> Path:
     if named is None:
         why = "'latest' is a folder" if os.path.isdir(root / LATEST) else "there is no file 'latest'"
     else:
-        why = f"'latest' names {named!r}, which is not there"
-    warnings.warn(f"{root}: {why}; the newest complete checkpoint, {taken!r}, is taken instead", stacklevel=2)
+        why = f"'latest' names {named!r}, which does not exist"
+    warnings.warn(
+        f"{root}: {why}; the newest complete checkpoint, {taken!r}, is loaded instead", stacklevel=2
+    )
     return there[taken]
 
 
 def _later(root: Path, named: str) -> str | None:
-    """The newest of the checkpoints that became the latest after `named`: the file `latest` has no checksum, and a
-    flipped bit in it can make the name of another checkpoint.
+    """Returns the newest checkpoint that became the latest after `named`, if any. The file `latest` has no checksum,
+    and a flipped bit in it can produce the name of another checkpoint.
     """
     seen = peeked(root)
     if named not in seen:
@@ -185,4 +192,8 @@ def _contents(root: Path, there: dict[str, Path]) -> str:
     if there:
         return f"complete ones are {', '.join(sorted(there))}"
     inside = sorted(p.name for p in root.iterdir())[:8]
-    return f"it has {', '.join(inside)}, none of which is a complete checkpoint" if inside else "it is empty"
+    return (
+        f"it contains {', '.join(inside)}, none of which is a complete checkpoint"
+        if inside
+        else "it is empty"
+    )

@@ -1,4 +1,6 @@
-"""The bytes of a data file in memory from which a disk can read: a copy that is taken once and written as it is."""
+"""The bytes of a data file in page-aligned memory: tensors are copied into it once, and it is written without a
+further copy.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,13 @@ from ds_checkpoint.format.datafile import Layout
 
 
 class Image:
-    """Begins at a page, so that [Note: past the cache] needs no further copy."""
+    """The bytes of one data file, page-aligned for direct I/O ([Note: past the cache])."""
 
     def __init__(self, layout: Layout, *, pinned: bool) -> None:
-        """`pinned`: page-locked, for copies from an accelerator."""
+        """`pinned`: use page-locked memory, for copies from an accelerator."""
         self.layout = layout
         size = layout.num_bytes
-        # What is page-locked begins at a page.
+        # Page-locked memory is page-aligned.
         self.content = torch.empty(size, dtype=torch.uint8, pin_memory=True) if pinned else aligned(size)
         """1-D uint8."""
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
@@ -26,19 +28,19 @@ class Image:
         self._places: dict[str, Tensor] = {}
 
     def place(self, key: str, like: Tensor) -> Tensor:
-        """Where the tensor `key` lies: 1-D, with the dtype and number of elements of `like`."""
+        """Returns a 1-D view at the position of the tensor `key`, with the dtype and number of elements of `like`."""
         if key not in self._places:
             begin = self.layout.begins[key]
             self._places[key] = self.content[begin : begin + like.nbytes].view(like.dtype)
         return self._places[key]
 
     def copy(self, key: str, data: Tensor) -> None:
-        """Copy a tensor of the CPU to its place, without the interpreter's lock."""
+        """Copies a CPU tensor to its position, without holding the GIL."""
         self.place(key, data).view(torch.uint8).numpy()[:] = data.detach().view(torch.uint8).numpy()
 
     def fill(self, key: str, data: Tensor) -> None:
-        """Copy a tensor of the CPU to its place, and take the checksums of what was copied, block by block while it is
-        in the cache. One core, without the interpreter's lock: torch's own copy would start a team of threads.
+        """Copies a CPU tensor to its position, and computes the checksum of each block while it is in the cache. Uses
+        one core without holding the GIL; torch's own copy would start a team of threads.
         """
         source, target = data.detach().view(torch.uint8).numpy(), self.place(key, data).view(torch.uint8)
         digits = []
@@ -49,11 +51,11 @@ class Image:
         self._sums[key] = "".join(digits)
 
     def forget_sums(self) -> None:
-        """The tensors will change."""
+        """Discards the checksums, because the tensors will change."""
         self._sums.clear()
 
     def sums(self, key: str, like: Tensor) -> str:
-        """The checksums of a tensor's blocks, eight digits each."""
+        """Returns the concatenated checksums of a tensor's blocks, eight digits each."""
         if key not in self._sums:
             raw, size = self.place(key, like).view(torch.uint8), self.layout.block_bytes
             self._sums[key] = "".join(crc32c(raw[i : i + size]) for i in range(0, raw.numel(), size))

@@ -1,8 +1,7 @@
-"""`manifest.json`: which logical tensors a checkpoint has, where every piece of them is, and all else that
-training needs.
+"""`manifest.json`: the logical tensors of a checkpoint, the position of every piece of them, and all other values.
 
-The file is ordinary JSON, {"crc32c": "xxxxxxxx", "manifest": {...}}, with its own checksum over the bytes of
-the inner object in front.
+The file is ordinary JSON, {"crc32c": "xxxxxxxx", "manifest": {...}}. The checksum covers the bytes of the inner
+object.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Piece:
     """First element within the logical tensor."""
     numel: int
     crc32c: str
-    """Of its blocks, eight digits each; see [Note: blocks]."""
+    """Concatenated checksums of its blocks, eight digits each; see [Note: blocks]."""
 
     @property
     def end(self) -> int:
@@ -64,23 +63,23 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The content of a manifest."""
+    """The contents of a manifest."""
 
     tag: str
     world_size: int
-    """Ranks that wrote it."""
+    """Number of ranks that wrote the checkpoint."""
     saved_at_s: float
     """Seconds since 1970, by the clock of rank 0."""
     sequence: int = 0
     """See `Age.sequence`."""
     named_latest: bool = True
-    """Whether the save made `latest` name it."""
+    """Whether the save made `latest` name this checkpoint."""
     files: Mapping[str, FileInfo]
     tensors: Mapping[str, Mapping[str, tuple[Entry, ...]]]
     """Name of parameter or buffer -> "param", "buffer" or name of an optimizer state -> tensor; several where their
     values differ along axes of the mesh of ranks, each with its coordinates."""
     blobs: Mapping[str, Entry] = field(default_factory=dict)
-    """Tensors that belong to no parameter: random generators, the user's own. Each is one piece."""
+    """Tensors that belong to no parameter, such as those of random generators and of the user. Each has one piece."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """Counters, schedule, optimizer options, config, ...: JSON."""
 
@@ -97,10 +96,10 @@ class Manifest:
 
 
 def check_pieces(name: str, shape: tuple[int, ...], pieces: Iterable[Piece]) -> tuple[Piece, ...]:
-    """The pieces in order.
+    """Returns the pieces in order.
 
     Raises:
-        CheckpointError: they do not cover every element exactly once.
+        CheckpointError: the pieces do not cover every element exactly once.
     """
     ordered = tuple(sorted(pieces, key=lambda p: (p.flat_offset, p.numel)))
     at = 0
@@ -117,7 +116,7 @@ def check_pieces(name: str, shape: tuple[int, ...], pieces: Iterable[Piece]) -> 
 
 
 def dump(manifest: Manifest) -> bytes:
-    """The bytes of the file, which `load` turns back into an equal manifest."""
+    """Returns the bytes of the file, from which `load` makes an equal manifest."""
     body = {
         "format": FORMAT,
         "version": VERSION,
@@ -155,20 +154,20 @@ def _dump_entry(entry: Entry) -> dict[str, Any]:
 
 
 def load(raw: bytes, path: Path) -> Manifest:
-    """Check and read the bytes of a manifest.
+    """Verifies and parses the bytes of a manifest.
 
     Raises:
-        CheckpointError: any byte was changed, or it is of a newer version.
+        CheckpointError: a byte was changed, or the format is newer than this package.
     """
     length = len(_opening(b""))
     inner = raw[length : -len(_CLOSING)]
     if len(raw) <= length or raw != _opening(inner) + inner + _CLOSING:
-        raise CheckpointError(f"{path} is damaged: its checksum does not fit its content")
+        raise CheckpointError(f"{path} is damaged: its checksum does not match its contents")
     try:
         return _read(json.loads(inner), path)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is no manifest, though its checksum fits ({type(error).__name__}: {error})"
+            f"{path} is not a manifest, although its checksum matches ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -176,7 +175,7 @@ def _read(body: dict[str, Any], path: Path) -> Manifest:
     if body["format"] != FORMAT or body["version"] > VERSION:
         raise CheckpointError(
             f"{path} has format {body['format']} version {body['version']}, this ds-checkpoint reads {FORMAT} up "
-            f"to version {VERSION}: install a newer one"
+            f"to version {VERSION}: install a newer ds-checkpoint"
         )
     if body["version"] == 1:
         body = upgraded(body)
@@ -200,22 +199,24 @@ def _read(body: dict[str, Any], path: Path) -> Manifest:
 
 
 PEEK_BYTES = 2048
-"""Enough of a file's beginning for `peek`: a tag has at most 255 bytes."""
+"""Number of bytes that `peek` needs from the beginning of a manifest: a tag has at most 255 bytes."""
 _PEEK = re.compile(rb'"saved_at_s":([0-9.]+),(?:"sequence":(\d{1,18}),)?"named_latest":(true|false)')
 
 
 @dataclass(frozen=True, order=True)
 class Age:
-    """How late a checkpoint was saved; later ones are larger."""
+    """When a checkpoint was saved; a later one compares as larger."""
 
     sequence: int
-    """Each save into a directory has one more than those that it finds there. Clocks are set back, this is not."""
+    """Each save into a directory uses one more than the largest in it. Unlike a clock, it is never set back."""
     saved_at_s: float
-    """Decides between checkpoints that were written before there was a sequence, and have 0."""
+    """Orders checkpoints from before sequence numbers existed, whose sequence is 0."""
 
 
 def peek(raw: bytes) -> tuple[Age, bool] | None:
-    """Age and `named_latest` from the beginning of a manifest, not verified; None if they are not there."""
+    """Returns age and `named_latest` from the beginning of a manifest, without verification; None if they are
+    missing.
+    """
     match = _PEEK.search(raw)
     if match is None:
         return None

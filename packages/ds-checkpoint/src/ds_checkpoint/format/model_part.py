@@ -1,4 +1,4 @@
-"""A model that is itself cut among ranks: the part of each model-parallel rank in one checkpoint.
+"""Model-parallel models: one checkpoint contains the part of each model-parallel rank.
 
 Ranks of different parts have different tensors, and often different parameters, under the same names. So records get
 the part's coordinates, and what is said of parameters by name is kept for each part. A job that reads has to be cut in
@@ -46,7 +46,7 @@ class ModelPart:
 
     @property
     def key(self) -> str:
-        """Under which a manifest's values have what is this part's own."""
+        """Key of this part's values in a manifest."""
         return f"part/{self.index}"
 
     def placed(self, records: Iterable[ShardRecord]) -> list[ShardRecord]:

@@ -1,4 +1,4 @@
-"""The options of an optimizer's groups (lr, betas, ...), and which optimizers have the same states."""
+"""The options of an optimizer's groups (lr, betas, ...), and the families of optimizers with the same states."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from torch.optim import Optimizer
 from ds_checkpoint.format import codec
 
 FAMILIES: Mapping[str, str] = {"FusedAdam": "adam", "CPUAdam": "adam", "Adam": "adam", "AdamW": "adam"}
-"""Optimizers whose states mean the same; others go by their class name, less our prefix."""
+"""Class name -> family of optimizers with the same states. The family of another class is its name without our
+prefix.
+"""
 
 
 def family(optimizer: Optimizer) -> str:
-    """The name under which optimizers share their states."""
-    names = [kind.__name__ for kind in type(optimizer).__mro__]  # a subclass has the states of its base
+    """Returns the name of the family whose optimizers share states."""
+    names = [kind.__name__ for kind in type(optimizer).__mro__]  # a subclass has the states of its base class
     known = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     return known or names[0].removeprefix("Fused").lower()
 
 
 def encode_groups(optimizer: Optimizer, tensors: dict[str, Tensor], prefix: str) -> list[dict[str, Any]]:
-    """Size and options of each group as JSON; `tensors` receives tensors among them."""
+    """Encodes size and options of each group as JSON; `tensors` receives the tensors among them."""
     return [
         {
             "num_params": len(group["params"]),
@@ -39,11 +41,11 @@ def encode_groups(optimizer: Optimizer, tensors: dict[str, Tensor], prefix: str)
 
 
 def set_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
-    """Give each group its options back; none at all leaves them as they are."""
+    """Restores the options of each group; an empty list changes nothing."""
     for group, saved in zip(optimizer.param_groups, options, strict=bool(options)):
         for key, value in saved.items():
             if isinstance(group.get(key), Tensor):
-                # A rate that a captured graph reads stays the same tensor.
+                # A learning rate that a captured graph reads must stay the same tensor.
                 group[key].copy_(torch.as_tensor(value))
             else:
                 group[key] = value

@@ -1,4 +1,4 @@
-"""What is stored: ranges of logical tensors, by name."""
+"""Records: ranges of logical tensors, by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from ds_checkpoint.interfaces import Coordinates
 
 PARAM, BUFFER = "param", "buffer"
-"""States that the model itself consists of; every other one is the optimizer's."""
+"""States of the model itself; every other state belongs to the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Record:
     fqn: str
     """Name of the parameter or buffer."""
     state: str
-    """"param", "buffer", or the optimizer's name of a state."""
+    """"param", "buffer", or the name of an optimizer state."""
     global_shape: tuple[int, ...]
     flat_offset: int
     data: Tensor

@@ -1,4 +1,4 @@
-"""Who owns the state of a model and its optimizer: another package, or the tensors themselves."""
+"""The owner of the state of a model and its optimizer: another package, or `PlainOwner`."""
 
 from ds_checkpoint.owners.lookup import Claim, owner_of
 

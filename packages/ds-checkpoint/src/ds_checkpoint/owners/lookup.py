@@ -1,4 +1,4 @@
-"""Which owner speaks for a model."""
+"""Finds the owner of a model."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from torch.optim import Optimizer
 from ds_checkpoint.interfaces import RecordOwner
 
 GROUP = "ds_checkpoint.owners"
-"""Entry points of packages that own sharded state; each is a `Claim`."""
+"""Entry point group of packages that own sharded state; each entry is a `Claim`."""
 
 Claim = Callable[[nn.Module, Optimizer | None], RecordOwner | None]
-"""From a model and its optimizer (None: the model alone) to what speaks for them, or None if they are not its own."""
+"""A function from a model and its optimizer (None: the model alone) to their owner, or None if the package does not
+own them.
+"""
 
 
 def owner_of(
     model: nn.Module, optimizer: Optimizer | None, claims: Sequence[Claim] | None = None
 ) -> RecordOwner:
-    """The first owner that claims the model, or else the model's own tensors, plain or DTensor.
+    """Returns the first owner that claims the model, or else a `PlainOwner` for plain tensors and DTensors.
 
     Args:
-        claims: who is asked; default the entry points of packages that are imported already. A model can only be
-            theirs if they are, and nothing is imported for a question.
+        claims: functions to try. Default: the entry points of packages that are imported already. A package that is
+            not imported cannot own the model, and none is imported here.
     """
     for claim in _registered() if claims is None else claims:
         owner = claim(model, optimizer)

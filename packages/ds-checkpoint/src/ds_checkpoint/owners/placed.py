@@ -1,4 +1,4 @@
-"""Where the elements of a tensor on this rank lie in the logical tensor."""
+"""The range of a logical tensor that this rank holds."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ class Placed:
     """This rank's elements of one logical tensor."""
 
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     flat_offset: int
     """First element within the flattened tensor."""
     data: Tensor
     """1-D and contiguous: a view of the live tensor, or a copy of it."""
     replicated: bool
-    """Every rank that has the tensor has all of it."""
+    """Whether every rank that has the tensor holds all of it."""
     writes: bool
-    """Of the ranks with these elements, this is the one that writes them. Undecided where it is `replicated`."""
+    """Whether this rank writes the elements. Not decided yet if `replicated`."""
     put_back: Callable[[], None]
-    """After `data` was filled: bring the values into the live tensor. Collective where `place` was."""
+    """Copies `data` into the live tensor after a load. Collective if `place` was."""
 
 
 def place(tensor: Tensor) -> Placed:
-    """This rank's elements of an ordinary tensor or a DTensor. Collective for a DTensor that is divided otherwise than
-    by rows: its elements would lie in many ranges, so that they are divided by rows on the way.
+    """Returns this rank's elements of an ordinary tensor or a DTensor. Collective for a DTensor that is not sharded
+    by rows: its elements would form many ranges, so it is redistributed by rows.
     """
     live = tensor.detach()
     if not isinstance(live, DTensor):
@@ -58,7 +58,7 @@ def place(tensor: Tensor) -> Placed:
 
 
 def _nothing() -> None:
-    """The data is the live tensor."""
+    """Does nothing: `data` is the live tensor."""
 
 
 def _copy(target: Tensor, value: Tensor) -> None:
@@ -67,7 +67,7 @@ def _copy(target: Tensor, value: Tensor) -> None:
 
 
 def _is_by_rows(placement: object) -> bool:
-    # Subclasses, as of 2-D parallelism, count rows otherwise.
+    # Subclasses, as in 2-D parallelism, order rows differently.
     return isinstance(placement, Replicate) or (type(placement) is Shard and placement.dim == 0)
 
 

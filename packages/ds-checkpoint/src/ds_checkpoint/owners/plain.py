@@ -1,4 +1,4 @@
-"""The state of a model that no package has taken over: ordinary tensors, alike on all ranks, and DTensors (FSDP2)."""
+"""The owner of models that no package claims: ordinary tensors, equal on all ranks, and DTensors (FSDP2)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MODEL_STATES = frozenset({PARAM, BUFFER})
 
 
 class PlainOwner:
-    """Reads and writes the tensors where they are."""
+    """Reads and writes the tensors of the model and the optimizer directly."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """
         Raises:
-            ValueError: the model is one of FSDP1, whose parameters have lost their names.
+            ValueError: the model is wrapped by FSDP1, whose parameters do not keep their names.
         """
         if any(type(p).__name__ == "FlatParameter" for p in model.parameters()):
             raise ValueError(
@@ -37,7 +37,9 @@ class PlainOwner:
         self._optimizer = optimizer
 
     def records(self) -> Sequence[Record]:
-        """What this rank writes. Collective: ranks agree on who writes what several of them have."""
+        """Returns the records that this rank writes. Collective: the ranks agree on which of them writes a replicated
+        tensor.
+        """
         tensors = Team().together("collecting the state", lambda: list(self._tensors()))
         made = [(fqn, state, place(tensor)) for fqn, state, tensor in tensors]
         elsewhere = _written_elsewhere([(f, s) for f, s, placed in made if placed.replicated])
@@ -58,7 +60,7 @@ class PlainOwner:
                     yield fqn, state, _checked(fqn, state, value, param)
 
     def _stepped(self) -> list[tuple[str, nn.Parameter]]:
-        """The optimizer's parameters with their names, in the order of the model, which is that of all ranks."""
+        """Returns the optimizer's parameters with their names, in the order of the model, which all ranks share."""
         if self._optimizer is None:
             return []
         known = names.of_optimizer(self._model, self._optimizer.param_groups)
@@ -70,11 +72,11 @@ class PlainOwner:
         return dict(self._optimizer.state.get(param, {}))
 
     def load_records(self, source: RecordSource) -> None:
-        """Read every tensor of the model, and every state that `source` has. Collective.
+        """Loads every tensor of the model, and every state in `source`. Collective.
 
         Raises:
-            CheckpointError: on every rank: a tensor that the source lacks, or has in another shape. Nothing has been
-                changed then.
+            CheckpointError: on every rank, if the source lacks a tensor or has it in another shape. Nothing was
+                changed.
         """
         buffers = names.buffers(self._model)
         wanted: list[tuple[str, str, Tensor]] = [
@@ -92,7 +94,7 @@ class PlainOwner:
         stored = {state: kind for state, kind in source.states(fqn).items() if state not in MODEL_STATES}
         held = self._optimizer.state[param]
         for state in held.keys() - stored.keys():
-            del held[state]  # gathered by this run: not what the checkpoint stands for
+            del held[state]  # a state of this run, which the checkpoint does not contain
         for state, (shape, dtype) in stored.items():
             if tuple(shape) == (tuple(param.shape) or (1,)):
                 if not isinstance(held.get(state), Tensor) or held[state].shape != param.shape:
@@ -106,7 +108,7 @@ class PlainOwner:
             del self._optimizer.state[param]
 
     def _device_of(self, state: str, param: nn.Parameter) -> torch.device:
-        """Steps are counted on the host, unless the kernel of the optimizer reads them on the device."""
+        """Step counters are on the host, unless the optimizer's kernel reads them on the device."""
         assert self._optimizer is not None
         group = next(g for g in self._optimizer.param_groups if any(p is param for p in g["params"]))
         on_device = state != "step" or group.get("capturable") or group.get("fused")
@@ -114,29 +116,29 @@ class PlainOwner:
 
 
 def _checked(fqn: str, state: str, value: object, param: nn.Parameter) -> Tensor:
-    """A state as a tensor to be written.
+    """Returns a state as a tensor to write.
 
     Raises:
-        ValueError: it can't be written by logical range.
+        ValueError: the state cannot be written by logical range.
     """
     if isinstance(value, (int, float)):
         return torch.tensor(value, dtype=torch.float64)
     if not isinstance(value, Tensor):
         raise ValueError(
-            f"optimizer state {state!r} of parameter {fqn!r} is a {type(value).__name__}: a checkpoint holds "
-            "tensors and numbers"
+            f"optimizer state {state!r} of parameter {fqn!r} is a {type(value).__name__}: a checkpoint can "
+            "contain tensors and numbers"
         )
     if isinstance(param, DTensor) and not isinstance(value, DTensor) and value.ndim > 0:
         raise ValueError(
             f"optimizer state {state!r} of parameter {fqn!r} is an ordinary tensor of shape "
-            f"{tuple(value.shape)}, while the parameter is a DTensor: nothing says which part of it this rank has"
+            f"{tuple(value.shape)}, while the parameter is a DTensor: which part of it this rank holds is unknown"
         )
-    # A state with an element for each of a 0-dim parameter is told apart from a number by its shape.
+    # The shape distinguishes an element-wise state of a 0-dim parameter from a number.
     return value.view(1) if value.shape == param.shape == () and state != "step" else value
 
 
 def _as_before(old: object, value: Tensor) -> object:
-    """A number where the optimizer had one."""
+    """Converts to a number if the optimizer had a number."""
     return type(old)(value.item()) if isinstance(old, (int, float)) else value
 
 
@@ -144,8 +146,8 @@ def _check(wanted: Sequence[tuple[str, str, Tensor]], source: RecordSource) -> N
     missing = [fqn for fqn, state, _ in wanted if state not in source.states(fqn)]
     if missing:
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} of {len(wanted)} tensors of the model, first {missing[:5]}: it was "
-            "written for another model"
+            f"the checkpoint lacks {len(missing)} of {len(wanted)} tensors of the model, the first are "
+            f"{missing[:5]}: it was written for another model"
         )
     for fqn, state, tensor in wanted:
         stored = tuple(source.states(fqn)[state][0])
@@ -162,7 +164,7 @@ def _read(source: RecordSource, fqn: str, state: str, placed: Placed) -> None:
 
 
 def _written_elsewhere(mine: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Of what this rank has whole, what another one writes: the first rank that has it. Collective."""
+    """Returns the replicated tensors that another rank writes: the first rank that holds one writes it. Collective."""
     team = Team()
     if team.size == 1:
         return set()
@@ -171,7 +173,7 @@ def _written_elsewhere(mine: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
     for rank, names_of_rank in enumerate(everyone):
         for fqn, state in json.loads(names_of_rank):
             writer.setdefault((fqn, state), rank)
-    # Nearly always rank 0 writes all, and nothing has to be said.
+    # Nearly always rank 0 writes all of them, and nothing is exchanged.
     others = [[fqn, state, rank] for (fqn, state), rank in writer.items() if rank > 0]
     known = {(fqn, state): rank for fqn, state, rank in json.loads(team.share(json.dumps(others).encode()))}
     return {name for name in mine if known.get(name, 0) != team.rank}

@@ -1,1 +1,1 @@
-"""Finding, opening and reading, by name and range."""
+"""Finding, opening and reading checkpoints, by name and range."""

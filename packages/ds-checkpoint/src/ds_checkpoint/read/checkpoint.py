@@ -1,6 +1,4 @@
-"""Reading a checkpoint: by logical name and range, from any number of ranks, each byte verified before it is
-believed.
-"""
+"""Reads a checkpoint by logical name and range, on any number of ranks, and verifies each byte before it is used."""
 
 from __future__ import annotations
 
@@ -27,14 +25,14 @@ MAX_PROBLEMS = 10
 
 
 class Checkpoint:
-    """An open checkpoint; owners of state take it as a `RecordSource`.
+    """An open checkpoint, from which owners of state read (`RecordSource`).
 
-    Damage does not raise in `read`: in the middle of a collective load that would leave the other ranks
-    waiting. It is kept in `problems`, and whoever reads asks for those afterwards.
+    `read` does not raise if data is damaged, because in the middle of a collective load the other ranks would wait
+    forever. It records damage in `problems`, which the caller checks after the load.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open the folder of one checkpoint (see `find`) and check its manifest; data files are opened when
+        """Opens the folder of one checkpoint (see `find`) and verifies its manifest. Data files are opened when
         needed.
 
         Raises:
@@ -58,10 +56,10 @@ class Checkpoint:
         self.manifest = replace(self.manifest, tensors=tensors, values=values)
 
     def check_files(self, first: int = 0, stride: int = 1) -> None:
-        """Check size and header of every `stride`-th data file, beginning with the `first`.
+        """Checks size and header of every `stride`-th data file, beginning with number `first`.
 
         Raises:
-            CheckpointError: one of them is missing, cut off or damaged.
+            CheckpointError: a file is missing, truncated or damaged.
         """
         for name in sorted(self.manifest.files)[first::stride]:
             self._file(name)
@@ -124,7 +122,7 @@ class Checkpoint:
     def _expect(self, parts: Iterable[tuple[Piece, int, int]]) -> None:
         spans = []
         for piece, low, high in parts:
-            with suppress(CheckpointError):  # the read will say so
+            with suppress(CheckpointError):  # `read` will report it
                 first = low - piece.flat_offset
                 spans.append(self._file(piece.file).span(piece.key, first, high - low))
         self._ahead.expect(span for span in spans if span is not None)
@@ -138,7 +136,7 @@ class Checkpoint:
         ranges.append((flat_offset, flat_offset + out.numel()))
 
     def blob(self, name: str) -> Tensor:
-        """A tensor that belongs to no parameter, on the CPU; damage is kept in `problems`, as in `read`."""
+        """Returns a tensor that belongs to no parameter, on the CPU. Damage is recorded in `problems`, as in `read`."""
         entry = self.manifest.blobs[name]
         out = torch.empty(entry.numel, dtype=entry.dtype)
         self._fill(entry, name, 0, out)
@@ -173,7 +171,7 @@ class Checkpoint:
         return at >= end
 
     def verify(self) -> Iterator[str]:
-        """Read everything; yields what is damaged, one sentence for each tensor or file."""
+        """Reads everything, and yields one sentence for each damaged tensor or file."""
         for name in sorted(self.manifest.files):
             try:
                 self._file(name)
@@ -194,14 +192,14 @@ class Checkpoint:
 
     def _fill(self, entry: Entry, name: str, first: int, out: Tensor) -> None:
         end = first + out.numel()
-        assert end <= entry.numel, f"{name} has {entry.numel} elements, {first} to {end} were asked for"
+        assert end <= entry.numel, f"{name} has {entry.numel} elements, {first} to {end} were requested"
         for piece, low, high in _parts(entry, first, end):
             problem = self._read_piece(piece, low - piece.flat_offset, out[low - first : high - first])
             if problem and len(self.problems) < MAX_PROBLEMS:
                 self.problems.append(f"{problem}, in {name}")
 
     def _read_piece(self, piece: Piece, first: int, out: Tensor) -> str | None:
-        """Fill `out` from element `first` of a piece on; what is wrong, if anything is."""
+        """Fills `out` from element `first` of a piece on. Returns a description of the damage, or None."""
         try:
             return self._file(piece.file).read(piece.key, first, out, piece.crc32c)
         except CheckpointError as error:
@@ -221,7 +219,7 @@ def _name(fqn: str, state: str, coordinates: Coordinates) -> str:
 
 
 def _parts(entry: Entry, first: int, end: int) -> Iterator[tuple[Piece, int, int]]:
-    """The pieces that hold elements [first, end) of a tensor, and which of these elements each one holds."""
+    """Yields the pieces with elements [first, end) of a tensor, and the range of elements in each."""
     index = max(0, bisect.bisect_right(entry.pieces, first, key=lambda piece: piece.flat_offset) - 1)
     for piece in entry.pieces[index:]:
         low, high = max(first, piece.flat_offset), min(end, piece.end)

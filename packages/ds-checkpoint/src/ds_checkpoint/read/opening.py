@@ -1,4 +1,4 @@
-"""Finding and opening a checkpoint of either kind, and the names under which it has a model's tensors."""
+"""Finds and opens a checkpoint of ours or of DeepSpeed, and lists the names of its tensors."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from ds_checkpoint.read.checkpoint import Checkpoint
 
 
 def locate(root: Path, tag: str | None) -> Path:
-    """The folder of a checkpoint in `root`, of ours or, where there is none of ours, of DeepSpeed's.
+    """Returns the folder of a checkpoint in `root`: one of ours, or else one of DeepSpeed.
 
     Raises:
-        FileNotFoundError: there is none; says what was looked for and what there is.
+        FileNotFoundError: there is none. The message lists the contents of `root`.
     """
     foreign = None if folder.complete(root) else deepspeed.locate(root, tag)
     return foreign if foreign is not None else folder.find(root, tag)
 
 
 def locate_any(path: Path, tag: str | None) -> Path:
-    """As `locate`, where `path` may be the folder of one checkpoint, too."""
+    """As `locate`, but `path` may also be the folder of one checkpoint."""
     return path if tag is None and folder.is_complete(path) else locate(path, tag)
 
 
 def open_at(path: Path, order: Sequence[Sequence[str]] | None = None) -> Checkpoint:
-    """Open the folder that `locate` found; `order` as for `DeepSpeedCheckpoint`."""
+    """Opens the folder that `locate` returned; `order` as for `DeepSpeedCheckpoint`."""
     return Checkpoint(path) if folder.is_complete(path) else deepspeed.DeepSpeedCheckpoint(path, order)
 
 
 def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> Checkpoint:
-    """Open a checkpoint for reading, ours or DeepSpeed's (stages 0 to 3, universal). No pickle is executed.
+    """Opens a checkpoint for reading, ours or DeepSpeed's (stages 0 to 3, universal). No pickle is executed.
 
     Args:
-        path: what was given to `save_checkpoint`, or the folder of one checkpoint.
-        tag: which one; default the one that `latest` names.
+        path: the directory that was passed to `save_checkpoint`, or the folder of one checkpoint.
+        tag: name of the checkpoint. Default: the one that `latest` names.
 
     Raises:
-        FileNotFoundError: there is none; says what was looked for.
-        CheckpointError: it is damaged or not complete.
+        FileNotFoundError: there is none. The message says what was looked for.
+        CheckpointError: the checkpoint is damaged or incomplete.
     """
     return open_at(locate_any(Path(path), tag))
 
@@ -83,7 +83,7 @@ def _refuse_several(checkpoint: Checkpoint) -> None:
 
 
 def tensor(checkpoint: Checkpoint, fqn: str, dtype: torch.dtype | None) -> Tensor:
-    """A stored parameter in `dtype`, or a buffer as it is."""
+    """Returns a stored parameter in `dtype`, or a buffer unchanged."""
     if "param" in checkpoint.manifest.tensors[fqn]:
         value = checkpoint.tensor(fqn, "param")
         return value.to(dtype) if dtype is not None and value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""Weights that somebody stored, read tensor by tensor."""
+"""Reads stored weights of several formats, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ds_checkpoint.format.datafile import DTYPES
 from ds_checkpoint.read import opening
 
 Weights = Mapping[str, Callable[[], Tensor]]
-"""Name in the model -> what reads the value, on the CPU."""
+"""Name in the model -> function that reads the value, on the CPU."""
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -31,15 +31,15 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 def open_weights(
     where: str | os.PathLike[str] | Mapping[str, object], base_dir: str = ""
 ) -> Iterator[Weights]:
-    """What is stored at a place: one of our checkpoints or of DeepSpeed's, a folder in Hugging Face's layout, a file of
-    safetensors or torch, a JSON file with "checkpoints": [files], or its content.
+    """Opens stored weights: a checkpoint of ours or of DeepSpeed, a folder in Hugging Face's layout, a safetensors or
+    torch file, a JSON file with "checkpoints": [files], or its contents.
 
     Args:
-        base_dir: where relative names of files begin; default beside the JSON file.
+        base_dir: directory of relative file names. Default: that of the JSON file.
 
     Raises:
-        FileNotFoundError: there is nothing; says what was looked for.
-        CheckpointError: it is damaged, or no such thing.
+        FileNotFoundError: there are no weights. The message says what was looked for.
+        CheckpointError: the weights are damaged, or in none of these formats.
     """
     if isinstance(where, Mapping):
         yield _of_files(_listed(where, Path(base_dir or str(where.get("base_dir") or "."))))
@@ -62,7 +62,7 @@ def open_weights(
                 yield _of_files(_of_index(path / name) if name in _INDEXES else [path / name])
                 return
         raise FileNotFoundError(
-            f"{path} has no weights: looked for a checkpoint, {', '.join(_INDEXES)} and {', '.join(_SINGLE)}"
+            f"{path} contains no weights: looked for a checkpoint, {', '.join(_INDEXES)} and {', '.join(_SINGLE)}"
         )
 
 
@@ -70,7 +70,8 @@ def _listed(content: Mapping[str, object], base: Path) -> list[Path]:
     files = content.get("checkpoints")
     if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
         raise CheckpointError(
-            'a list of weights is {"checkpoints": ["file", ...]}: layers that were cut are not read'
+            'a list of weights is {"checkpoints": ["file", ...]}: layers that were split for tensor parallelism '
+            "are not supported"
         )
     return [base / file for file in files]
 
@@ -80,19 +81,19 @@ def _of_index(index: Path) -> list[Path]:
     names = content.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) and name for name in names.values()):
         raise CheckpointError(
-            f"{index} is damaged: its weight_map has to give a file's name for every tensor's name"
+            f"{index} is damaged: its weight_map must map names of tensors to names of files"
         )
     return [index.parent / file for file in sorted(set(names.values()))]
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of unknown origin."""
+    """Reads the object in a JSON file of unknown origin."""
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read: it is no JSON ({error})") from error
+        raise CheckpointError(f"{file} cannot be read: it is not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is no list of weights: it holds a {type(content).__name__}")
+        raise CheckpointError(f"{file} is not a list of weights: it contains a {type(content).__name__}")
     return content
 
 
@@ -100,21 +101,22 @@ def _of_files(files: Iterable[Path]) -> Weights:
     found: dict[str, Callable[[], Tensor]] = {}
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is named among the weights, and is not there")
+            raise FileNotFoundError(f"{file} is in the list of weights, but does not exist")
         stored = _safetensors(file) if file.suffix == ".safetensors" else _torch(file)
         if twice := sorted(found.keys() & stored.keys()):
             raise CheckpointError(
-                f"{file} has {twice[0]!r}, which another of the files has, too: which one counts?"
+                f"{file} has {twice[0]!r}, which another of the files contains, too: remove one of the files "
+                "from the list"
             )
         found |= stored
     return found
 
 
 def _torch(file: Path) -> dict[str, Callable[[], Tensor]]:
-    """Mapped into memory; no pickle is executed."""
+    """Opens a torch file, memory-mapped. No pickle is executed."""
     content = inert.read(file)
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}, and not tensors by name")
+        raise CheckpointError(f"{file} contains a {type(content).__name__} instead of a dict of tensors")
     return {
         str(name): lambda value=value: value  # type: ignore[misc]
         for name, value in content.items()
@@ -123,13 +125,13 @@ def _torch(file: Path) -> dict[str, Callable[[], Tensor]]:
 
 
 MAX_HEADER_BYTES = 100 << 20
-"""The limit of the safetensors library."""
+"""The same limit as in the safetensors library."""
 
 
 def _safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
     size = file.stat().st_size
     if size < 8:
-        raise CheckpointError(f"{file} is no file of safetensors: it has {size} bytes")
+        raise CheckpointError(f"{file} is not a safetensors file: it has only {size} bytes")
     raw = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
     start = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
     if start > min(size, 8 + MAX_HEADER_BYTES):
@@ -138,16 +140,16 @@ def _safetensors(file: Path) -> dict[str, Callable[[], Tensor]]:
     at = 0
     for name, (dtype, shape, first, last) in sorted(places.items(), key=lambda item: item[1][2:]):
         if last - first != math.prod(shape) * dtype.itemsize or not 0 <= first <= last <= size - start:
-            raise CheckpointError(f"{file} is damaged: {name!r} does not lie inside it")
+            raise CheckpointError(f"{file} is damaged: {name!r} lies outside of the file")
         if first != at:
-            wrong = "overlaps the tensor before it" if first < at else "leaves a gap before it"
+            wrong = "overlaps the previous tensor" if first < at else "follows a gap"
             raise CheckpointError(f"{file} is damaged: {name!r} {wrong}")
         at = last
     if at != size - start:
         raise CheckpointError(f"{file} is damaged: {size - start - at} bytes belong to no tensor")
 
     def reader(dtype: torch.dtype, shape: tuple[int, ...], first: int, last: int) -> Callable[[], Tensor]:
-        # Copied, for what follows may begin at any byte, and a view of it in another dtype may not.
+        # Copied, because a tensor may begin at any byte, while a view in another dtype must be aligned.
         return lambda: raw[start + first : start + last].clone().view(dtype).reshape(shape)
 
     return {name: reader(*place) for name, place in places.items()}
@@ -158,12 +160,12 @@ _Place = tuple[torch.dtype, tuple[int, ...], int, int]
 
 
 def _places(file: Path, header: bytes) -> dict[str, _Place]:
-    """Where each tensor lies, as a header of unknown origin says."""
+    """Returns the position of each tensor, from a header of unknown origin."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) < len(pairs):
-            raise ValueError("it has one key twice")
+            raise ValueError("it has a key twice")
         return content
 
     try:
@@ -172,7 +174,7 @@ def _places(file: Path, header: bytes) -> dict[str, _Place]:
         return {name: _place(entry) for name, entry in content.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{file} cannot be read: its header is no safetensors header ({error})"
+            f"{file} cannot be read: its header is not a safetensors header ({error})"
         ) from error
 
 

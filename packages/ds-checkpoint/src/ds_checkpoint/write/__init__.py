@@ -1,4 +1,4 @@
-"""Writing with all ranks, at once or in the background."""
+"""Writing of checkpoints with all ranks, synchronously or in the background."""
 
 from ds_checkpoint.write.writer import Content, write
 

@@ -1,13 +1,13 @@
-"""Saving while training goes on: a thread copies the state aside and writes it.
+"""Saves while training continues: a thread copies the state and writes it.
 
-Memory is bounded: there is one copy, its buffers are used again, and a save waits for the one before. A crash at any
-moment leaves what a crash in an ordinary save leaves: the checkpoint is complete or absent.
+Memory is bounded: there is one copy, its buffers are reused, and a save waits for the previous one. A crash at any
+moment has the same effect as in a synchronous save: the checkpoint is complete or absent.
 
-[Note: copied late] What only a step of the optimizer changes (its states, masters that the module does not show) need
-not be copied while training waits: the thread copies it during the next forward and backward, with little claim to a
-core, and before the optimizer's next step the training thread copies what is left. Everything that other code can
-reach, which is what the module shows, is copied in the call, on two cores. Should something else than a step change
-such a tensor meanwhile, the version that torch counts tells, and the save fails rather than write a mixture.
+[Note: copied late] Tensors that only an optimizer step changes (optimizer states, masters that are not the module's
+parameters) need not be copied while training waits. The thread copies them during the next forward and backward, at
+low priority, and the training thread copies the rest before the optimizer's next step. Parameters and buffers of the
+module, which other code can change, are copied in the call, on two cores. If anything but a step changes a tensor
+before it is copied, torch's version counter shows it, and the save fails instead of writing a mixture.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ from ds_checkpoint.team import Team
 from ds_checkpoint.write.writer import Content, described, write
 
 LATE_BYTES = 1 << 12
-"""Smaller tensors are copied in the call: it costs less than to keep them in mind."""
+"""Smaller tensors are copied in the call, which costs less than tracking them."""
 HELPED_BYTES = 4 << 20
-"""Copies of less are not worth a second thread."""
+"""Smaller copies are not worth a second thread."""
 NICENESS = 10
-"""Of the thread: about a tenth of a core that a training thread wants too. Not the least that the system has: the
-thread holds the interpreter's lock now and then."""
+"""Niceness of the thread: it gets about a tenth of a core that a training thread uses, too. It is not the maximum,
+because the thread holds the GIL now and then.
+"""
 
 
 class _LateCopy:
-    """Fills buffers from tensors in another thread, and holds back the optimizer's step until they are filled."""
+    """Copies tensors into buffers in another thread, and delays the optimizer's step until all are copied."""
 
     def __init__(self, optimizer: Optimizer, image: Image, work: Sequence[tuple[Record, str]]) -> None:
         """`work`: what to copy, and its key in the image. Copies from an accelerator are under way at once."""
@@ -65,7 +66,7 @@ class _LateCopy:
         self._hook = _before_each_step_of(optimizer, self._hold_back)
 
     def _hold_back(self) -> None:
-        """Before a step, in the thread that trains; work on an accelerator waits there and not here."""
+        """Called before a step, in the training thread. On an accelerator, the stream waits instead of the host."""
         self._check()
         if self._copied is not None:
             torch.accelerator.current_stream().wait_event(self._copied)
@@ -74,7 +75,7 @@ class _LateCopy:
             self._filled.wait()
 
     def _check(self) -> None:
-        """Note, once, what was changed since the call: before the step, or when all is copied if that is earlier."""
+        """Records, once, which tensors were changed since the call: before the step, or earlier if all are copied."""
         with self._checking:
             for record, version in self._work:
                 if record.data._version != version and self._changed is None:
@@ -87,10 +88,10 @@ class _LateCopy:
             self._image.fill(key, record.data)
 
     def run(self) -> None:
-        """In the thread: return when every buffer is filled.
+        """Runs in the thread; returns when every buffer is filled.
 
         Raises:
-            CheckpointError: something changed a tensor meanwhile.
+            CheckpointError: a tensor was changed before it was copied.
         """
         try:
             self._fill()
@@ -101,17 +102,17 @@ class _LateCopy:
             self._filled.set()
         if self._changed is not None:
             raise CheckpointError(
-                f"{self._changed} was changed by something else than a step of the optimizer before it was copied: "
-                "call engine.wait_for_checkpoint() before changing states by hand"
+                f"{self._changed} was changed before it was copied, by something other than an optimizer step: "
+                "call engine.wait_for_checkpoint() before you change states"
             )
 
     def cancel(self) -> None:
-        """Nobody will run it."""
+        """Cancels the copy before `run` was called."""
         self._host.clear()
         self._filled.set()
 
     def end(self) -> None:
-        """In the thread that trains: return when all is copied; nothing is held back any more."""
+        """Called in the training thread: returns when all is copied, and stops delaying steps."""
         self._hold_back()
         self._hook.remove()
 
@@ -120,22 +121,22 @@ T = TypeVar("T")
 
 
 def _taken(work: deque[T]) -> Iterator[T]:
-    """What is left, each item to one of the threads that ask."""
+    """Yields the remaining items, each to one of the calling threads."""
     with suppress(IndexError):
         while True:
             yield work.popleft()
 
 
 class _TwoCores:
-    """Copies with a second thread, which is there already when it is needed: to start one takes as long as to copy
-    some megabytes.
+    """Copies with a second thread, which is started in advance, because starting one takes as long as copying some
+    megabytes.
     """
 
     def __init__(self) -> None:
         self._other = ThreadPoolExecutor(1, thread_name_prefix="ds-checkpoint-copy")
 
     def copy(self, image: Image, work: Sequence[tuple[Tensor, str]]) -> None:
-        """Copy tensors of the CPU to their places."""
+        """Copies CPU tensors to their positions."""
         left = deque(work)
 
         def some() -> None:
@@ -154,14 +155,16 @@ class _TwoCores:
 
 
 def _yield_to_training() -> None:
-    """Let this thread have little of a core that the training wants, too."""
-    if sys.platform == "linux":  # elsewhere that would be the whole process
+    """Lowers the priority of this thread."""
+    if sys.platform == "linux":  # on other systems it would apply to the whole process
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 def _before_each_step_of(optimizer: Optimizer, action: Callable[[], None]) -> RemovableHandle:
-    """Not by the optimizer's own hooks: ds_zero's does the whole step, and is before any that comes later."""
+    """Not an optimizer hook: ds_zero's hook performs the whole step, and runs before hooks that were registered
+    later.
+    """
     wanted = weakref.ref(optimizer)
 
     def before(stepping: Optimizer, *_: object) -> None:
@@ -172,7 +175,7 @@ def _before_each_step_of(optimizer: Optimizer, action: Callable[[], None]) -> Re
 
 
 def _on_a_stream_of_its_own(work: Sequence[tuple[Tensor, Tensor]]) -> torch.Event | None:
-    """Start copies from an accelerator beside what it computes next; the event of their end."""
+    """Starts copies from an accelerator on a stream of their own. Returns the event of their end."""
     if not work:
         return None
     here = torch.accelerator.current_stream()
@@ -185,13 +188,16 @@ def _on_a_stream_of_its_own(work: Sequence[tuple[Tensor, Tensor]]) -> torch.Even
 
 
 class BackgroundSaver:
-    """Writes one checkpoint at a time beside training. Every rank calls each method alike."""
+    """Writes one checkpoint at a time while training continues. All ranks must call each method with the same
+    arguments.
+    """
 
     def __init__(self, say: Callable[[str], None], optimizer: Optimizer | None = None) -> None:
         """
         Args:
-            say: tells a failure the moment it happens.
-            optimizer: its next step waits for what is copied late, [Note: copied late]; without one nothing is.
+            say: called with the message of a failure as soon as it happens.
+            optimizer: its next step waits for late copies, [Note: copied late]. None: everything is copied in the
+                call.
         """
         self._say = say
         self._optimizer = optimizer
@@ -203,17 +209,17 @@ class BackgroundSaver:
         self._group: dist.ProcessGroup | None = None
 
     def save(self, root: Path, tag: str, content: Callable[[], Content], **options: Any) -> str:
-        """Take the copy, start writing, and return the path that the checkpoint will have.
+        """Copies the state, starts writing, and returns the path of the future checkpoint.
 
-        A failure of the save before is a warning: training goes on, and the last good checkpoint is there.
+        If the previous save failed, it warns: training continues, and the last complete checkpoint still exists.
 
         Raises:
-            CheckpointError: on every rank, if any could not take its copy.
+            CheckpointError: on every rank, if any rank could not copy its state.
         """
         try:
             self.wait()
         except CheckpointError as error:
-            warnings.warn(f"the checkpoint before was not written: {error}", stacklevel=5)
+            warnings.warn(f"the previous checkpoint was not written: {error}", stacklevel=5)
         copy: Content | None = None
         failure: Exception | None = None
         try:
@@ -228,7 +234,7 @@ class BackgroundSaver:
             self._let_go()
             raise
         assert copy is not None
-        # A group of its own: collectives of two threads in one group would meet each other.
+        # A separate process group: collectives of two threads in one group would be matched with each other.
         if self._group is None and dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")
         self._thread = threading.Thread(
@@ -236,19 +242,19 @@ class BackgroundSaver:
             args=(root, tag, copy, Team(self._group), self._late, options),
             name="ds-checkpoint",
         )
-        # Not a daemon: a process that ends in good order ends after its last checkpoint is complete.
+        # Not a daemon thread: a process that exits normally waits until its last checkpoint is complete.
         self._thread.start()
         return str(root / tag)
 
     def _work(
         self, root: Path, tag: str, copy: Content, team: Team, late: _LateCopy | None, options: dict[str, Any]
     ) -> None:
-        """In the thread."""
+        """Runs in the thread."""
         _yield_to_training()
         failure: Exception | None = None
         try:
             if late is not None:
-                late.run()  # before anything that waits for other ranks: the next step waits for it
+                late.run()  # before any collective, because the next step waits for it
         except Exception as error:  # noqa: BLE001 - `write` raises it on every rank
             failure = error
 
@@ -262,22 +268,22 @@ class BackgroundSaver:
         except Exception as error:  # noqa: BLE001 - raised by `wait`
             self._failure = error
             if team.first:
-                self._say(f"saving {root / tag} in the background failed, training goes on: {error}")
+                self._say(f"saving {root / tag} in the background failed; training continues: {error}")
 
     @property
     def busy(self) -> bool:
-        """Whether this rank is writing."""
+        """Whether this rank is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
     def hold(self) -> None:
-        """Return when training may change anything: what is being written is copied."""
+        """Returns when everything is copied, so that training may change any tensor."""
         self._let_go()
 
     def wait(self) -> None:
-        """Return when nothing is being written.
+        """Returns when nothing is being written.
 
         Raises:
-            CheckpointError: what was being written is not there, and why.
+            CheckpointError: the checkpoint could not be written, and why.
         """
         self._join()
         failure, self._failure = self._failure, None
@@ -287,7 +293,7 @@ class BackgroundSaver:
             raise CheckpointError(f"{type(failure).__name__}: {failure}") from failure
 
     def close(self) -> None:
-        """Wait, and give buffers and group back; a failure that nobody asked for was told when it happened."""
+        """Waits, and frees buffers and process group. A failure is not raised: it was reported when it happened."""
         self._join()
         self._image = None
         if self._cores is not None:
@@ -309,12 +315,12 @@ class BackgroundSaver:
             self._late = None
 
     def _copied(self, content: Content) -> Content:
-        """The content as of now, in an image of the file that may be filled late."""
+        """Returns the current content, in an image of the file, part of which may be copied late."""
         items, _ = described(content)
         layout = datafile.layout(items)
         on_device = any(item.data.device.type != "cpu" for item in items)
         if self._image is None or self._image.layout != layout:
-            self._image = None  # never two of them
+            self._image = None  # only one of them exists
             self._image = Image(layout, pinned=on_device)
         image = self._image
         image.forget_sums()

@@ -1,23 +1,24 @@
-"""How a checkpoint appears in a directory whole or not at all, and how it is removed.
+"""Commits a checkpoint atomically, and removes checkpoints.
 
-[Note: commit] A checkpoint is written into `<tag>.tmp-<nonce>/`, every file and the folder synced, the
-manifest last, and so is the text that will replace `latest`: nothing below needs room on the disk. Then
+[Note: commit] A checkpoint is written into `<tag>.tmp-<nonce>/`. Every file is synced, the manifest last, and then
+the folder. The new contents of `latest` are written in advance, too, so the following steps need no disk space:
 
     1. an older checkpoint of the same name is renamed to `<tag>.old-<nonce>`,
-    2. the new one is renamed to `<tag>`, and the directory is synced: from here on it counts,
+    2. the new one is renamed to `<tag>`, and the directory is synced: from now on it is valid,
     3. `latest` is replaced by rename,
     4. the older one is renamed to a `.tmp-` name and removed.
 
-A process may die between any two of these. Whatever is called `.tmp-` never counts and is removed by the next
-save; an `.old-` folder stands for its tag exactly where `<tag>` is missing (death between 1 and 2). Nothing
-is ever deleted under a name that counts, and nothing that is no checkpoint is ever renamed or deleted.
+A process may die between any two of these steps. A `.tmp-` folder is never valid, and the next save removes it. An
+`.old-` folder is valid under its tag only if `<tag>` is missing (death between 1 and 2). Nothing is deleted under a
+valid name, and nothing but checkpoints is renamed or deleted.
 
-The writer holds a lock on its folder, which the system releases when it dies: so a save removes what dead
-ones left, never what another process is writing. Several jobs may save into one directory: what changes names in it
-(clearing up, making and locking the folder, the steps above, pruning) is done under a lock on the directory.
+The writer holds a lock on its folder, which the system releases when the process dies. So a save removes the remains
+of dead saves, and never a folder that another process is writing. Several jobs may save into one directory: every
+operation that changes names in it (cleaning up, creating and locking the folder, the steps above, pruning) holds a
+lock on the directory.
 
-A tag may be a link that a user made (`ln -s global_step100 best`). Saving under it replaces the link; what it points to
-stays as it is, and is not pruned while the link is there.
+A tag may be a symbolic link of the user (`ln -s global_step100 best`). Saving under that tag replaces the link. Its
+target is not changed, and it is not pruned while the link exists.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from ds_checkpoint.format import folder
 from ds_checkpoint.format.folder import LATEST, LEFT, OLD, TEMPORARY
 
 UNLOCKABLE_AGE_S = 900.0
-"""On a file system without locks, a temporary folder that was not touched for so long is dead."""
+"""On a file system without locks, a temporary folder that was not modified for this time is treated as dead."""
 
 
 class Staging:
     """The folder that a save writes into, on the rank that commits it."""
 
     def __init__(self, root: Path, tag: str, *, name_latest: bool = True) -> None:
-        """Clear up after dead saves, and make the folder.
+        """Removes the remains of dead saves, and creates the folder.
 
         Args:
-            name_latest: `latest` will name this one.
+            name_latest: whether `latest` will name this checkpoint.
 
         Raises:
-            OSError: that is not possible, or `<root>/<tag>` is something else than a checkpoint.
+            OSError: the folder cannot be created, or `<root>/<tag>` exists and is not a checkpoint.
         """
         made = [path for path in (root, *root.parents) if not path.exists()]
         root.mkdir(parents=True, exist_ok=True)
@@ -64,17 +65,20 @@ class Staging:
         with _alone_in(root):
             _recover(root)
             if os.path.lexists(root / tag) and not folder.is_complete(root / tag):
-                raise FileExistsError(f"{root / tag} exists and is no checkpoint of ours: choose another tag")
+                raise FileExistsError(
+                    f"{root / tag} exists and is not a checkpoint of ds-checkpoint: choose another tag"
+                )
             latest = root / LATEST
             if name_latest and latest.is_dir() and not latest.is_symlink():
                 raise FileExistsError(
-                    f"{latest} is a folder, where the name of the latest checkpoint has to be kept: rename it"
+                    f"{latest} is a folder, but a file of this name must contain the name of the latest "
+                    "checkpoint: rename the folder"
                 )
             self.path.mkdir()
             self._lock = _lock(self.path)
 
     def commit(self) -> Path:
-        """See [Note: commit]; returns the folder under its name that counts."""
+        """Commits the checkpoint, see [Note: commit], and returns its final path."""
         synced.sync(self.path)
         if self._pointer is not None:
             synced.write_synced(self._pointer, self.tag.encode())
@@ -100,7 +104,7 @@ class Staging:
         return final
 
     def abort(self) -> None:
-        """Leave nothing behind; safe after a failed commit too."""
+        """Removes the temporary folder. Safe after a failed commit, too."""
         self._unlock()
         if self._pointer is not None:
             self._pointer.unlink(missing_ok=True)
@@ -113,8 +117,8 @@ class Staging:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint: first it loses the name under which it counts, then its files. Of a link only the link goes.
-    That somebody else has removed it meanwhile, or is at it, is no failure.
+    """Deletes a checkpoint: first it is renamed to an invalid name, then its files are deleted. Of a link, only the
+    link is deleted. It is not an error if another process has removed it or is removing it.
     """
     left = LEFT.fullmatch(path.name)
     doomed = path.with_name(f"{left['tag'] if left else path.name}{TEMPORARY}{secrets.token_hex(4)}")
@@ -124,7 +128,7 @@ def remove(path: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Delete a folder, a file or a link."""
+    """Deletes a folder, a file or a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -132,9 +136,7 @@ def _discard(path: Path) -> None:
 
 
 def prune(root: Path, keep_last: int, keep: str) -> None:
-    """Remove all but the newest `keep_last` checkpoints. `keep` stays in any case, and so do links, and what they point
-    to.
-    """
+    """Removes all but the newest `keep_last` checkpoints. `keep`, links and their targets are never removed."""
     with _alone_in(root):
         there = folder.complete(root)
         links = {tag for tag, path in there.items() if path.is_symlink()}
@@ -146,7 +148,7 @@ def prune(root: Path, keep_last: int, keep: str) -> None:
 
 
 def _recover(root: Path) -> None:
-    """Finish what a dead save began, and remove what it left."""
+    """Completes the renames of a dead save, and removes its remains."""
     for path in sorted(root.iterdir()):
         left = LEFT.fullmatch(path.name)
         if left is None:
@@ -165,7 +167,7 @@ def _recover(root: Path) -> None:
 
 
 def _is_dead(path: Path) -> bool:
-    if not path.is_dir() or path.is_symlink():  # a pointer that was not renamed: written and renamed at once
+    if not path.is_dir() or path.is_symlink():  # a temporary `latest` that was not renamed
         try:
             return time.time() - path.lstat().st_mtime > 1.0
         except FileNotFoundError:
@@ -187,11 +189,11 @@ def _times(path: Path) -> Iterator[float]:
 
 
 def _lock(path: Path) -> int | None:
-    """An exclusive lock on a folder, held until the descriptor is closed; None where the file system has
-    none.
+    """Returns an exclusive lock on a folder, held until the descriptor is closed; None if the file system has no
+    locks.
 
     Raises:
-        BlockingIOError: a living process holds it.
+        BlockingIOError: another process holds the lock.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -207,7 +209,7 @@ def _lock(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def _alone_in(root: Path) -> Iterator[None]:
-    """Wait until no other process changes names in a directory, and keep them waiting."""
+    """Holds the lock on a directory, so that no other process changes names in it."""
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with contextlib.suppress(OSError):  # a file system without locks

@@ -1,4 +1,4 @@
-"""Writing a checkpoint with all ranks: each its own data file, rank 0 the manifest and the commit."""
+"""Writes a checkpoint with all ranks: each writes its data file; rank 0 writes the manifest and commits."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from ds_checkpoint.write.staging import Staging
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What one rank contributes."""
+    """The part of a checkpoint that one rank writes."""
 
     records: Sequence[ShardRecord]
-    """Over all ranks every element of every logical tensor exactly once."""
+    """Records of this rank. Over all ranks they contain every element of every logical tensor exactly once."""
     blobs: Mapping[str, Tensor] = field(default_factory=dict)
-    """Other tensors; names are unique over all ranks."""
+    """Other tensors. Names must be unique over all ranks."""
     values: Mapping[str, Any] = field(default_factory=dict)
-    """JSON; keys are unique over all ranks (rank 0 writes what all share)."""
+    """JSON values. Keys must be unique over all ranks (rank 0 passes the values that all ranks share)."""
     only_stepped: Callable[[ShardRecord], bool] = lambda record: False
-    """Whether nothing but a step of the optimizer changes a record's tensor; it may be copied until then."""
+    """Whether only an optimizer step changes a record's tensor. It may then be copied until the next step."""
     image: Image | None = None
-    """The file of this rank, of which all tensors are views."""
+    """The image of this rank's file; all tensors are views of it."""
 
 
 def file_name(rank: int, size: int) -> str:
-    """Of the data file that a rank writes."""
+    """Returns the name of a rank's data file."""
     return f"rank-{rank:05d}-of-{size:05d}.safetensors"
 
 
@@ -57,19 +57,19 @@ def write(
     name_latest: bool = True,
     team: Team | None = None,
 ) -> str:
-    """Write `<root>/<tag>` and point `latest` to it. Every rank calls it.
+    """Writes `<root>/<tag>` and makes `latest` name it. All ranks must call it.
 
     Args:
-        content: called once on each rank; if it raises, the save fails on every rank.
-        keep_last: remove older checkpoints until that many are left.
-        name_latest: False leaves `latest` as it is.
-        team: the ranks, and how they talk; default by the default process group.
+        content: returns this rank's content; called once. If it raises, the save fails on every rank.
+        keep_last: number of checkpoints to keep; older ones are removed.
+        name_latest: False leaves `latest` unchanged.
+        team: the ranks. Default: those of the default process group.
 
     Returns:
         The path of the checkpoint.
 
     Raises:
-        CheckpointError: on every rank, if any could not do its part; nothing has changed then.
+        CheckpointError: on every rank, if any rank failed. The directory is unchanged.
     """
     team = team or Team()
     directory = Path(root)
@@ -98,7 +98,7 @@ def _attempt(action: Callable[[], bytes]) -> tuple[bytes, Exception | None]:
 
 
 def _begin(team: Team, root: Path, tag: str, name_latest: bool) -> Staging | None:
-    """Agree on the tag, and make the folder on rank 0."""
+    """Checks that all ranks have the same tag, and creates the folder on rank 0."""
     agreed = team.share(tag.encode()).decode()
     error: Exception | None = None
     staging: Staging | None = None
@@ -119,7 +119,7 @@ def _begin(team: Team, root: Path, tag: str, name_latest: bool) -> Staging | Non
 
 
 def described(content: Content) -> tuple[list[Item], list[dict[str, Any]]]:
-    """What goes into this rank's file, records first, and what the manifest says of each."""
+    """Returns the items of this rank's file, records first, and the manifest's entry for each."""
     items: list[Item] = []
     tensors: list[dict[str, Any]] = []
     for record in content.records:
@@ -142,10 +142,10 @@ def described(content: Content) -> tuple[list[Item], list[dict[str, Any]]]:
 
 
 def _write_file(path: Path, team: Team, content: Content) -> bytes:
-    """Write this rank's file; what the manifest has to say about it, as JSON."""
+    """Writes this rank's file, and returns its part of the manifest as JSON."""
     if not path.is_dir():
         raise FileNotFoundError(
-            f"rank 0 made {path}, this rank does not see it: save where all ranks share a file system"
+            f"rank 0 created {path}, but this rank does not see it: save to a file system that all ranks share"
         )
     name = file_name(team.rank, team.size)
     items, tensors = described(content)
@@ -159,7 +159,7 @@ def _write_file(path: Path, team: Team, content: Content) -> bytes:
 
 
 def _commit(staging: Staging, fragments: Sequence[bytes], tag: str) -> bytes:
-    """Put the manifest beside the data files, and give the folder its name."""
+    """Writes the manifest, and commits the folder."""
     content = manifest.dump(_merge([json.loads(fragment) for fragment in fragments], tag, staging))
     synced.write_synced(staging.path / manifest.NAME, content)
     return os.fsencode(staging.commit())
@@ -220,9 +220,7 @@ def _entry(name: str, entries: Sequence[dict[str, Any]]) -> Entry:
 
 
 def _prune(root: Path, keep_last: int, tag: str) -> None:
-    """The new checkpoint is safe already, so that old ones which cannot be removed are no reason to stop
-    training.
-    """
+    """Removes old checkpoints. A failure only warns, because the new checkpoint is complete."""
     try:
         directory_of.prune(root, keep_last, tag)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
