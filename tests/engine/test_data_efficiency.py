@@ -177,7 +177,7 @@ def test_other_batches_begin_anew_and_say_so(tmp_path: Path) -> None:
     with engine:
         with pytest.warns(UserWarning, match="not restored: batches were packed with packing"):
             engine.load_checkpoint(tmp_path / "saved")
-        with pytest.raises(ValueError, match="the batch sizes are those with which data_efficiency"):
+        with pytest.raises(ValueError, match="the batch sizes are fixed, because data_efficiency"):
             engine.set_train_batch_size(8)
 
 
@@ -254,7 +254,7 @@ def test_single_cluster_only_tells_and_custom_comes_from_code(tmp_path: Path) ->
         assert told[:8] == [{"seqlen": 3}] * 4 + [{"seqlen": 6}] * 4
         assert len({i for s in found for i in s}) == 88, "all samples, each once before any comes again"
     engine, loader = start({})
-    with engine, pytest.raises(ValueError, match="curriculum_learning is not switched on"):
+    with engine, pytest.raises(ValueError, match="curriculum_learning is not enabled"):
         loader.set_difficulties({"seqlen": lambda step: 3})
 
 

@@ -307,7 +307,7 @@ class TestInitialize:
             ({"model": nn.Linear(1, 1)}, "pass config="),
             (
                 {"model": nn.Linear(1, 1), "config": {"train_batch_size": 1}},
-                "no optimizer: add a section like",
+                "no optimizer: add a section such as",
             ),
             (
                 {"model": nn.Linear(1, 1), "config": jobs.config(train_batch_size=15)},

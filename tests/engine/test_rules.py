@@ -143,7 +143,7 @@ def test_initialize_asks_the_table() -> None:
     model = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="closure"):
         ds_engine.initialize(model=model, config={"train_batch_size": 2, "optimizer": {"type": "LBFGS"}})
-    with pytest.raises(ConfigError, match="there can be one optimizer"):
+    with pytest.raises(ConfigError, match="a job has one optimizer"):
         ds_engine.initialize(
             model=model,
             config={"train_batch_size": 2, "optimizer": {"type": "Adam"}},

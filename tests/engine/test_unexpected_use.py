@@ -39,7 +39,7 @@ def test_loading_in_the_middle_of_an_accumulation_forgets_its_gradients(tmp_path
 def test_a_schedule_of_another_optimizer_is_refused() -> None:
     model = nn.Linear(8, 8)
     schedule = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=1.0), 1)
-    with pytest.raises(ds_engine.ConfigError, match="StepLR moves the rates of another optimizer"):
+    with pytest.raises(ds_engine.ConfigError, match="StepLR sets the learning rates of another optimizer"):
         ds_engine.initialize(
             model=model,
             config={k: v for k, v in jobs.config().items() if k != "scheduler"},

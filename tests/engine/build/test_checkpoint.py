@@ -252,7 +252,7 @@ class TestWhatIsLoaded:
 
     def test_a_schedule_that_is_not_there_warns(self, tmp_path: Path) -> None:
         self.saved(tmp_path)
-        with pytest.warns(UserWarning, match=r"the checkpoint has one, this engine has none"):
+        with pytest.warns(UserWarning, match=r"the checkpoint has a schedule, but this engine has none"):
             job(1, scheduler=None).load_checkpoint(tmp_path)
         other = {"type": "WarmupCosineLR", "params": {"total_num_steps": 9, "warmup_num_steps": 3}}
         with pytest.warns(UserWarning, match=r"the checkpoint has WarmupLR, this engine WarmupCosineLR"):
@@ -278,7 +278,9 @@ class TestWhatIsLoaded:
         tokens, wanted = jobs.micro_batches(engine, 1)[0]
         engine.backward(jobs.loss_of(engine, tokens, wanted))
         engine.step()
-        with pytest.warns(UserWarning, match=r"after 1 of 2 micro-batches: their gradients are not in it"):
+        with pytest.warns(
+            UserWarning, match=r"after 1 of 2 micro-batches: it does not contain their gradients"
+        ):
             engine.save_checkpoint(tmp_path)
 
     def test_an_older_tag(self, tmp_path: Path) -> None:
@@ -316,7 +318,8 @@ class TestRefusals:
     def test_another_model(self, saved: Path) -> None:
         engine, *_ = ds_engine.initialize(model=Other(), config=jobs.config())
         with pytest.raises(
-            CheckpointError, match=r"0 of 4 tensors of the model are in it; 4 are missing, first"
+            CheckpointError,
+            match=r"0 of 4 tensors of the model are in the checkpoint; 4 are missing, the first are",
         ) as caught:
             engine.load_checkpoint(saved)
         assert "unknown to the model" in str(caught.value)
@@ -326,7 +329,7 @@ class TestRefusals:
         model.inner = jobs.net().inner
         engine, *_ = ds_engine.initialize(model=model, config=jobs.config())
         with pytest.raises(
-            CheckpointError, match=r"3 are unknown to the model, first .* or load_module_strict=False"
+            CheckpointError, match=r"3 are unknown to the model, the first are .* or load_module_strict=False"
         ):
             engine.load_checkpoint(saved)
         engine.load_checkpoint(saved, load_module_strict=False, load_module_only=True)
@@ -340,7 +343,7 @@ class TestRefusals:
 
     def test_another_optimizer(self, saved: Path) -> None:
         engine = job(1, optimizer={"type": "RMSprop", "params": {"lr": 0.1}})
-        with pytest.raises(CheckpointError, match=r"states are those of adam, this engine has rmsprop"):
+        with pytest.raises(CheckpointError, match=r"states are those of adam, but this engine has rmsprop"):
             engine.load_checkpoint(saved)
         engine.load_checkpoint(saved, load_optimizer_states=False)
 
@@ -348,7 +351,9 @@ class TestRefusals:
         model = jobs.net()
         groups = [{"params": model.inner.parameters()}, {"params": model.embed.parameters()}]
         engine, *_ = ds_engine.initialize(model=model, config=jobs.config(), model_parameters=groups)
-        with pytest.raises(CheckpointError, match=r"groups of \[7\] parameters, this one of \[6, 1\]"):
+        with pytest.raises(
+            CheckpointError, match=r"groups of \[7\] parameters, but this optimizer has groups of \[6, 1\]"
+        ):
             engine.load_checkpoint(saved)
 
     def test_a_missing_directory(self, tmp_path: Path) -> None:

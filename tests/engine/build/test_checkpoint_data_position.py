@@ -92,7 +92,8 @@ def test_other_data_begins_anew_and_says_so(tmp_path: Path) -> None:
     engine, loader = start(count=16)
     with engine:
         with pytest.warns(
-            UserWarning, match=r"position in training_data is not restored: .* 40 samples, here are 16"
+            UserWarning,
+            match=r"position in training_data is not restored: .* 40 samples, but now there are 16",
         ):
             engine.load_checkpoint(tmp_path)
         assert len(steps(engine, iter(loader), 2)) == 2

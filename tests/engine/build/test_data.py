@@ -118,7 +118,7 @@ def test_position_counts_what_was_given_and_the_next_pass_is_whole() -> None:
 
 
 def test_another_data_set_is_refused() -> None:
-    with pytest.raises(ValueError, match="of 21 samples, here are 22"):
+    with pytest.raises(ValueError, match="of 21 samples, but now there are 22"):
         loader(0).load_state_dict({"epoch": 1, "seen": 4, "num_samples": 21, "seed": 0})
 
 

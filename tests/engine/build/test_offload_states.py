@@ -99,7 +99,8 @@ def test_on_a_cpu_nothing_moves_and_the_engine_still_refuses(tmp_path: Path) -> 
         lambda: engine.load_checkpoint(tmp_path),
     ):
         with pytest.raises(
-            RuntimeError, match=r"are away since offload_states\(\): call engine.reload_states\(\)"
+            RuntimeError,
+            match=r"were moved to host memory by offload_states\(\): call engine.reload_states\(\)",
         ):
             refused()
     engine.reload_states()
@@ -125,6 +126,6 @@ def test_what_can_be_asked_for() -> None:
         engine.offload_states(device="none")
     with pytest.raises(ValueError, match='can be moved to "cpu" only'):
         engine.offload_states(device="nvme")
-    with pytest.raises(ValueError, match=r"include=\['optim_state'\]\): unknown; there are optim_states,"):
+    with pytest.raises(ValueError, match=r"include=\['optim_state'\]\): unknown; known are optim_states,"):
         engine.offload_states(["optim_state"])
     jobs.train(engine, 1)

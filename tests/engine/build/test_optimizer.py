@@ -169,9 +169,9 @@ def test_settings_of_deepspeeds_optimizers(name: str, params: dict[str, Any], ki
         (
             "AdamW",
             {"amsgrad": True},
-            "optimizer.params.amsgrad is True: our AdamW has no such mode; set it to false",
+            "optimizer.params.amsgrad is True: our AdamW does not support this value; set it to false",
         ),
-        ("Adam", {"fp32_optimizer_states": False}, "states rest in fp32"),
+        ("Adam", {"fp32_optimizer_states": False}, "states are kept in fp32"),
         ("AdamW", {"adam_w_mode": False}, 'set optimizer.type to "Adam"'),
         ("Lamb", {"eps_inside_sqrt": True}, "our Lamb has no such mode"),
         ("AdamX", {}, 'optimizer.type is "AdamX": there is no such optimizer. Did you mean "Adam'),

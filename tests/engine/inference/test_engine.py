@@ -203,7 +203,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     ):
         ds_engine.init_inference(build(), checkpoint=str(tmp_path / "shape.pt"))
     torch.save(values | {"more": torch.zeros(3)}, tmp_path / "more.pt")
-    with pytest.warns(UserWarning, match="1 stored tensors are not part of the model: more"):
+    with pytest.warns(UserWarning, match="1 stored tensors are not in the model: more"):
         ds_engine.init_inference(build(), checkpoint=str(tmp_path / "more.pt"))
     with pytest.raises(FileNotFoundError, match=r"has no weights: looked for"):
         ds_engine.init_inference(build(), checkpoint=str(tmp_path / "nothing"))

@@ -107,7 +107,7 @@ def test_dtypes_in_every_spelling() -> None:
     ("sections", "wanted"),
     [
         ({"torch_autocast": {"enabled": True, "lower_precision_safe_modules": "torch.nn.Linearr"}}, "Linear"),
-        ({"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["Linear"]}}, "its full name"),
+        ({"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["Linear"]}}, "the full name"),
         (
             {"torch_autocast": {"enabled": True, "lower_precision_safe_modules": ["no.such.Module"]}},
             "no.such",

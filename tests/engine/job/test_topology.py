@@ -24,7 +24,7 @@ def test_every_axis_has_a_name_and_an_alias() -> None:
 
 def test_experts_are_folded_inside_of_data() -> None:
     assert Topology(data=Axis(5, 8), expert=Axis(1, 4)).world_size == 8
-    with pytest.raises(ValueError, match="3 expert ranks do not divide the 8 data ranks"):
+    with pytest.raises(ValueError, match="3 expert ranks do not divide the 8 data-parallel ranks"):
         Topology(data=Axis(5, 8), expert=Axis(1, 3))
 
 
@@ -40,7 +40,7 @@ def test_ranks_of_samples_and_of_model_parts_are_counted_once_each() -> None:
 
 
 def test_a_coordinate_lies_on_its_axis() -> None:
-    with pytest.raises(ValueError, match="coordinate 4 is not on an axis of 4 ranks"):
+    with pytest.raises(ValueError, match="coordinate 4 is outside of an axis with 4 ranks"):
         Axis(4, 4)
 
 

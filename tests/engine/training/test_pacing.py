@@ -81,7 +81,7 @@ def test_custom_schedules_come_from_code() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"min_difficulty": None}, "give min_difficulty and max_difficulty"),
+        ({"min_difficulty": None}, "set min_difficulty and max_difficulty"),
         ({"min_difficulty": 65}, "min_difficulty 65 is above max_difficulty 64"),
         ({"schedule_config": {"difficulty_step": 8}}, "fixed_linear needs total_curriculum_step"),
         ({"schedule_type": "fixed_root"}, "fixed_root needs root_degree"),
@@ -125,7 +125,7 @@ def test_middle_layers_see_a_growing_number_of_tokens(stage: int) -> None:
     model = nn.Sequential(*[Block() for _ in range(4)])
     engine, *_ = ds_engine.initialize(model=model, config=config)
     with engine:
-        with pytest.raises(ValueError, match="nothing says which layers drop tokens"):
+        with pytest.raises(ValueError, match="layers that drop tokens are not set"):
             engine(torch.ones(4, 8, 4))
         engine.pacing.drop_tokens(engine.module, Block)
         for _ in range(5):
@@ -154,9 +154,9 @@ def test_what_random_ltd_needs(more: dict[str, Any], message: str) -> None:
 
 def test_layers_that_are_not_those_of_the_configuration() -> None:
     model = nn.Sequential(Block(), Block())
-    with pytest.raises(ValueError, match=r"2 layers Block; .* counts from 0"):
+    with pytest.raises(ValueError, match=r"2 layers Block; .* indices start at 0"):
         Pacing(load({"train_batch_size": 4} | routing())).drop_tokens(model, Block)
-    with pytest.raises(ValueError, match="random_ltd is not switched on"):
+    with pytest.raises(ValueError, match="random_ltd is not enabled"):
         Pacing(load({"train_batch_size": 4})).drop_tokens(model, Block)
 
 

@@ -58,7 +58,7 @@ def test_dtypes_of_what_is_held_are_told() -> None:
         ds_zero.describe(engine.module).owned_numel,
     )
     assert rows["reduced gradients, fp16"] == startup_summary.human(2 * owned)
-    assert rows["whole gradients while micro-batches are summed, fp16"] == startup_summary.human(2 * numel)
+    assert rows["whole gradients during accumulation, fp16"] == startup_summary.human(2 * numel)
     (states,) = [
         choice for why, choice in rows.items() if why.startswith("optimizer states") and "bf16" in why
     ]
@@ -84,7 +84,7 @@ def test_what_changes_nothing_is_said_in_one_line() -> None:
         gradient_clipping="auto",
     )
     assert rows["without effect"][0] == "contiguous_gradients, stage3_prefetch, block_size"
-    assert rows['"auto"'] == ("gradient_clipping", "nothing has filled it in: the default")
+    assert rows['"auto"'] == ("gradient_clipping", "not replaced by an integration: default")
     assert "without effect" not in table()
 
 

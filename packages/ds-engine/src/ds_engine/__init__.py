@@ -1,7 +1,6 @@
 """Training with ZeRO, offload and safe checkpoints from a `ds_config.json`.
 
-Names are looked up on first use, so that `import ds_engine` (and the command `ds`, which imports it) costs
-next to nothing.
+Names are imported on first use, so that `import ds_engine` (and the command `ds`, which imports it) is fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m ds_engine` is the command `ds`, for an interpreter whose scripts are not on PATH."""
+"""`python -m ds_engine` is the command `ds`, for an interpreter whose script directory is not on PATH."""
 
 from ds_engine.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`initialize`: from a model and a configuration to an engine, in one readable order."""
+"""`initialize`: builds an engine from a model and a configuration."""
 
 from __future__ import annotations
 
@@ -49,34 +49,35 @@ def initialize(
     mpu: Any = None,
     comm: Any = None,
 ) -> tuple[Engine, Optimizer, Loader | None, LRSchedule | None]:
-    """Make an engine for `model`. Starts the process group if none stands; every rank calls it alike.
+    """Builds an engine for `model`. Initialises the process group if there is none. All ranks must call it with the
+    same arguments.
 
     Args:
-        model: an ordinary module; it is sharded in place, so use it through the engine from here on.
-        config: path of a `ds_config.json`, or the same as a dict. See docs/guide/configuration.md.
-        optimizer: an optimizer over the model's parameters, or a function that makes one; default: the
-            config's.
-        model_parameters: what the config's optimizer gets: parameters or groups; default: those that require
+        model: an ordinary module. It is sharded in place; from now on call it through the engine.
+        config: path of a `ds_config.json`, or a dict with the same content. See docs/guide/configuration.md.
+        optimizer: an optimizer over the model's parameters, or a function that makes one from them. Default: the one
+            of the configuration.
+        model_parameters: parameters or groups for the configuration's optimizer. Default: all parameters that require
             a gradient.
-        training_data: a data set; each rank gets its share in micro-batches.
-        lr_scheduler: a schedule over the optimizer, or a function that makes one; default: the config's,
-            else a constant rate.
+        training_data: a data set, of which each rank gets its part in micro-batches.
+        lr_scheduler: a schedule of the optimizer, or a function that makes one from it. Default: the one of the
+            configuration, or a constant rate.
         collate_fn: makes a micro-batch from a list of samples.
         mpu: an object with Megatron's methods (`get_data_parallel_group`, `get_model_parallel_group`, ...) where the
             model itself is cut among ranks.
         comm: the collectives that training uses, as for `ds_zero.shard(comm=...)`.
 
     Returns:
-        Engine, optimizer, loader (None without `training_data`), schedule (None without one).
+        Engine, optimizer, data loader (None without `training_data`), schedule (None if there is none).
 
     Raises:
-        ConfigError: a mistake in the configuration, or settings that do not go together.
+        ConfigError: a mistake in the configuration, or incompatible settings.
     """
     if model is None:
         raise ValueError("initialize() needs a model: pass model=...")
     if config is None:
-        raise ConfigError(["there is none: pass config=, the path of a JSON file or a dict"])
-    # Before anything is started or moved: what can be refused is refused at once.
+        raise ConfigError(["no configuration: pass config=, the path of a JSON file or a dict"])
+    # Checked before a process group is started or a tensor is moved.
     settings = rules.load(config, lambda read: choices_of(read, optimizer, lr_scheduler))
     choices = choices_of(settings, optimizer, lr_scheduler)
     pacing = Pacing(settings)
@@ -152,9 +153,7 @@ def _announce(engine: Engine, settings: DsConfig) -> None:
 
 
 def _seed(seed: int | None, rank: int) -> None:
-    """Different on every rank, or all ranks would drop out the same units. Rank 0's parameters win in any
-    case.
-    """
+    """Seeds every rank differently, so that dropout masks differ. All ranks get rank 0's parameters anyway."""
     if seed is not None:
         random.seed(seed + rank)
         torch.manual_seed(seed + rank)

@@ -1,5 +1,5 @@
-"""The training engine: orders precision, accumulation, clipping, optimizer, schedule and checkpoints, each
-its own object.
+"""The training engine: combines precision, accumulation, clipping, optimizer, schedule and checkpoints, each an
+object of its own.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What updates the parameters."""
+    """The objects that update the parameters."""
 
     module: nn.Module
     optimizer: Optimizer
     schedule: LRSchedule | None
-    """None: constant rates."""
+    """None: constant learning rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What `initialize` assembled."""
+    """The objects that `initialize` has built."""
 
     job: Job
     world: World
@@ -58,11 +58,10 @@ class Parts:
 
 
 class Engine:
-    """Trains one model: `loss = engine(x)`, `engine.backward(loss)`, `engine.step()`, the last two for every
-    micro-batch.
+    """Trains one model: `loss = engine(x)`, `engine.backward(loss)`, `engine.step()`, once for every micro-batch.
 
-    Made by `ds_engine.initialize`. Attributes that it does not have are looked up in the module. Engines are
-    independent of each other.
+    `ds_engine.initialize` constructs it. Attributes that the engine does not have are looked up in the module.
+    Engines are independent of each other.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -71,31 +70,31 @@ class Engine:
         self.optimizer = parts.training.optimizer
         self.lr_scheduler = parts.training.schedule
         self.job = job
-        """What was resolved from configuration and arguments; everything below it is what runs."""
+        """The job as resolved from configuration and arguments."""
         self.config = job.settings
         self.world = parts.world
         self.batch = job.batch
         self.precision = job.precision
         self.topology = job.topology
-        """Where this rank stands among those that see other data, or hold other parts of the model."""
+        """The position of this rank on the data-parallel and model-parallel axes."""
         self.scaler = parts.roles.guard
         self.model_state = parts.roles.state
-        """What owns parameters, gradients and optimizer states."""
+        """The owner of parameters, gradients and optimizer states."""
         self.accumulation = Accumulation(steps=job.batch.steps, managed=job.accumulating.managed)
         self.progress = parts.reporting.progress
         self.monitor = parts.reporting.monitor
-        """Where curves go; `write_events` takes values of your own."""
+        """Writes curves; `write_events` writes your own values."""
         self.pacing = parts.pacing
         self.background = parts.background
-        """What writes checkpoints beside training; None: `save_checkpoint` writes itself."""
+        """Writes checkpoints in the background; None: `save_checkpoint` writes synchronously."""
         self.training_dataloader = parts.loader
-        """What `training_data` was made into; its position is part of checkpoints."""
+        """The loader over `training_data`, or None. Checkpoints contain its position."""
         self.global_steps = 0
-        """Optimizer steps since the beginning of training, skipped ones included."""
+        """Number of optimizer steps since the beginning of training, including skipped ones."""
         self.global_samples = 0
-        """Samples that all ranks together have seen."""
+        """Number of samples that all ranks together have processed."""
         self.skipped_steps = 0
-        """Steps that changed nothing because the gradient was not finite."""
+        """Number of steps that were skipped because the gradient was not finite."""
         self._norms = parts.roles.norms
         self._own_backwards = OwnBackwards(parts.roles.state)
         self._reporting = parts.reporting
@@ -103,7 +102,7 @@ class Engine:
         self._live = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward of the module; floating-point tensors in the arguments are cast to the compute dtype."""
+        """Runs the module's forward. Floating-point tensors in the arguments are cast to the compute dtype."""
         self._refuse_if_away("forward", ("lp_params",))
         if self.module.training:
             kwargs |= self.pacing.arguments(self.global_steps)
@@ -112,23 +111,23 @@ class Engine:
             return self.module(*self.precision.cast(args), **self.precision.cast(kwargs))
 
     def backward(self, loss: Tensor, *, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
-        """Backward of `loss / gradient_accumulation_steps`, so that the micro-batches of a step are averaged,
-        times the loss scale.
+        """Runs backward of `loss / gradient_accumulation_steps`, multiplied by the loss scale, so that gradients are
+        averaged over the micro-batches of a step.
 
         Args:
             retain_graph: keep the graph for another backward.
-            scale_wrt_gas: False: the loss is divided already.
+            scale_wrt_gas: divide the loss by gradient_accumulation_steps; False if it is divided already.
 
         Returns:
-            The divided loss, detached, without the loss scale.
+            The loss after that division, detached, without the loss scale.
 
         Raises:
-            ValueError: `loss` is not one number, or does not depend on a parameter that is trained.
+            ValueError: `loss` is not a single number, or does not depend on a trained parameter.
         """
         self._refuse_if_away("backward")
         if loss.numel() != 1:
             raise ValueError(
-                f"loss has shape {tuple(loss.shape)}: reduce it to one number, for example with loss.mean()"
+                f"loss has shape {tuple(loss.shape)}: reduce it to a single number, for example with loss.mean()"
             )
         if not loss.requires_grad:
             raise ValueError(
@@ -143,25 +142,25 @@ class Engine:
         return part.detach()
 
     def scale(self, loss: Tensor) -> Tensor:
-        """What `backward` propagates: `loss / gradient_accumulation_steps` times the loss scale, for code that
-        calls `engine.scale(loss).backward()` itself.
+        """Returns `loss / gradient_accumulation_steps` times the loss scale, for code that calls
+        `engine.scale(loss).backward()` instead of `engine.backward(loss)`.
         """
         self.accumulation.note_backward()
         return self._own_backwards.mark(self.scaler.scale(loss / self.accumulation.steps))
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
-        """End a micro-batch; at the boundary clip, update the parameters, forget the gradients, and move the
-        schedule. With `managed_gradient_accumulation` false every call is a boundary.
+        """Ends a micro-batch. At the accumulation boundary it clips, updates the parameters, clears the gradients,
+        and steps the schedule. With `managed_gradient_accumulation` false, every call is a boundary.
 
         Args:
             lr_kwargs: arguments for the schedule's `step()`, such as `{"metrics": loss}`.
 
-        A gradient that is not finite skips the update on every rank: parameters, optimizer states and
-        schedule stay as they are (not with `bf16.check_grad_overflow` false). In fp16 the loss scale follows.
+        If the gradient is not finite, the update is skipped on every rank: parameters, optimizer states and schedule
+        do not change (except with `bf16.check_grad_overflow` false). In fp16 the loss scale is lowered.
 
         Raises:
-            ds_zero.LossScaleError: on every rank, when the loss scale is at its minimum and the gradient still
-                not finite; names a parameter.
+            ds_zero.LossScaleError: on every rank, if the gradient is not finite although the loss scale is at its
+            minimum. The message names a parameter.
         """
         self._refuse_if_away("step")
         self._applied = False
@@ -175,9 +174,9 @@ class Engine:
 
     def _update(self, lr_kwargs: Mapping[str, Any]) -> StepReport:
         self._norms.clip(self.job.clipping)
-        lr, scale = self.get_lr()[0], self.loss_scale  # of this update; both move below
+        lr, scale = self.get_lr()[0], self.loss_scale  # of this update, before the schedule is stepped
         with scaled_rates(self.optimizer, self._rate_factor()):
-            self.optimizer.step()  # asks the scaler, which may leave it out
+            self.optimizer.step()  # the scaler may skip it
         self._applied = not self.scaler.step_was_skipped
         zero_grad(self.optimizer)
         self._own_backwards.forget()
@@ -200,7 +199,7 @@ class Engine:
         )
 
     def _samples(self) -> int:
-        """Of the step that ends, over all ranks."""
+        """Number of samples of this step, over all ranks."""
         drawn = self.training_dataloader.samples() if self.training_dataloader is not None else None
         if drawn is not None:
             return drawn
@@ -212,87 +211,87 @@ class Engine:
         return rate_factor(self._samples(), self.batch.train, lr_scaling_of(self.config))
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the next `step()` updates the parameters; with `managed_gradient_accumulation` false, whether one
-        runs.
+        """Whether the next `step()` updates the parameters; with `managed_gradient_accumulation` false, whether a
+        `step()` is running.
         """
         return self.accumulation.at_boundary()
 
     def get_global_grad_norm(self, clipped: bool = False) -> float | None:
-        """Global 2-norm of the last step's gradient before clipping, or after it where `clipped`; of true
-        values, without the loss scale. None before the first step.
+        """Returns the global 2-norm of the last step's gradient before clipping, or after it if `clipped`, without
+        the loss scale. None before the first step.
         """
         norm = self._norms.last() if self._live else None
         return None if norm is None else norm.after if clipped else norm.before
 
     def was_step_applied(self) -> bool:
-        """Whether the last `step()` changed the parameters; False off the boundary, and where it was skipped."""
+        """Whether the last `step()` updated the parameters. False if it was not at a boundary, or was skipped."""
         return self._applied
 
     @property
     def loss_scale(self) -> float:
-        """What the next loss is multiplied by before backward; 1 outside fp16."""
+        """Factor of the next loss in backward; 1 except in fp16."""
         return self.scaler.loss_scale
 
     def get_lr(self) -> list[float]:
-        """Learning rate of each parameter group, as the next step will use it; 0 for a group without. Where rates
-        follow the size of batches, for the batch that was begun last.
+        """Returns the learning rate of each parameter group for the next step; 0 for a group without one. If rates
+        follow the batch size, the rate is that for the current batch.
         """
         factor = self._rate_factor()
         return [float(group.get("lr", 0.0)) * factor for group in self.optimizer.param_groups]
 
     @property
     def micro_steps(self) -> int:
-        """Micro-batches since the beginning of training."""
+        """Number of micro-batches since the beginning of training."""
         return self.accumulation.micro_steps
 
     def train_batch_size(self) -> int:
-        """Samples per optimizer step over all ranks."""
+        """Returns the number of samples per optimizer step over all ranks."""
         return self.batch.train
 
     def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples per forward pass on one rank."""
+        """Returns the number of samples per forward pass on one rank."""
         return self.batch.micro
 
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches per optimizer step."""
+        """Returns the number of micro-batches per optimizer step."""
         return self.batch.steps
 
     def set_train_batch_size(self, train: int) -> None:
-        """Change the samples of a step from here on, and with them the number of micro-batches.
+        """Changes the number of samples per step from now on, and with it the number of micro-batches.
 
         Raises:
-            ValueError: `train` is no multiple of micro-batch times ranks.
+            ValueError: `train` is not a multiple of micro-batch size times ranks.
         """
         unit = self.batch.micro * self.batch.ranks
         if train < 1 or train % unit:
             raise ValueError(
-                f"train_batch_size {train} has to be a multiple of train_micro_batch_size_per_gpu "
+                f"train_batch_size {train} must be a multiple of train_micro_batch_size_per_gpu "
                 f"{self.batch.micro} x ranks {self.batch.ranks} = {unit}"
             )
         self._set_batch(replace(self.batch, train=train, steps=train // unit))
 
     def set_train_micro_batch_size(self, micro: int) -> None:
-        """Change the samples of a forward from here on, and with them those of a step."""
+        """Changes the number of samples per forward from now on, and with it the number per step."""
         if micro < 1:
-            raise ValueError(f"train_micro_batch_size_per_gpu {micro} has to be at least 1")
+            raise ValueError(f"train_micro_batch_size_per_gpu {micro} must be at least 1")
         self._set_batch(replace(self.batch, micro=micro, train=micro * self.batch.steps * self.batch.ranks))
 
     def _set_batch(self, batch: Batch) -> None:
         if self.training_dataloader is not None and self.training_dataloader.fixed:
             raise ValueError(
-                "the batch sizes are those with which data_efficiency.data_sampling has made its batches: change them "
-                "in the configuration"
+                "the batch sizes are fixed, because data_efficiency.data_sampling makes batches of these sizes: "
+                "change them in the configuration"
             )
         self.batch = batch
         self.accumulation.steps = batch.steps
 
     def train(self, mode: bool = True) -> Engine:
-        """Put the module into training mode."""
+        """Puts the module into training mode."""
         self.module.train(mode)
         return self
 
     def eval(self) -> Engine:
-        """Put the module into evaluation mode."""
+        """Puts the module into evaluation mode."""
         return self.train(False)
 
     def save_checkpoint(
@@ -304,21 +303,21 @@ class Engine:
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> str:
-        """Write `<save_dir>/<tag>`, complete or not at all, and name it in `<save_dir>/latest`. Every rank
-        calls it.
+        """Writes `<save_dir>/<tag>` atomically, and makes `<save_dir>/latest` name it. All ranks must call it.
 
         Args:
-            tag: default `global_step<number of steps>`. An existing checkpoint of that name is replaced.
-            client_state: anything of yours: numbers, texts, lists, dicts and tensors; rank 0's is kept.
-            save_latest: False leaves `latest` as it is.
-            exclude_frozen_parameters: leave out what does not require a gradient, for example the base model
-                under adapters; a load keeps what the model has.
+            tag: name of the checkpoint. Default: `global_step<number of steps>`. An existing checkpoint of that name
+                is replaced.
+            client_state: values of your own: numbers, strings, lists, dicts and tensors. Rank 0's values are saved.
+            save_latest: False leaves `latest` unchanged.
+            exclude_frozen_parameters: leave out parameters that do not require a gradient, such as the base model of
+                adapters. A load keeps the model's values of these.
 
         Returns:
-            The checkpoint's path.
+            The path of the checkpoint.
 
         Raises:
-            CheckpointError: on every rank, if any rank could not write; what was there before is untouched.
+            CheckpointError: on every rank, if any rank could not write. Earlier checkpoints are untouched.
         """
         from ds_engine.build.checkpoint import Saving, save
 
@@ -327,10 +326,11 @@ class Engine:
         return save(self, save_dir, tag, client_state or {}, saving)
 
     def wait_for_checkpoint(self) -> None:
-        """Return when no checkpoint is being written (`checkpoint.writer.decoupled`). Every rank calls it.
+        """Returns when no checkpoint is being written (`checkpoint.writer.decoupled`). All ranks must call it.
 
         Raises:
-            CheckpointError: on every rank, if the last one could not be written; the one before is untouched.
+            CheckpointError: on every rank, if the last checkpoint could not be written. Earlier checkpoints are
+                untouched.
         """
         if self.background is not None:
             self.background.wait()
@@ -345,23 +345,24 @@ class Engine:
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
     ) -> tuple[str, dict[str, Any]]:
-        """Continue from a checkpoint that was written on any number of ranks, at any stage, in any
-        precision. Every rank calls it.
+        """Loads a checkpoint that was written on any number of ranks, at any stage, in any precision. All ranks must
+        call it.
 
         Args:
-            tag: default the one that `<load_dir>/latest` names, or the newest complete one if that is gone.
-            load_module_strict: refuse a checkpoint that has tensors which the model lacks, or lacks tensors that
-                it has.
-            load_module_only: parameters and buffers alone: no optimizer, schedule, counters, random
+            tag: name of the checkpoint. Default: the one that `<load_dir>/latest` names, or the newest complete one
+                if that does not exist.
+            load_module_strict: refuse a checkpoint if the model lacks one of its tensors, or if it lacks one of the
+                model's.
+            load_module_only: load only parameters and buffers: no optimizer states, schedule, counters or random
                 generators.
 
         Returns:
-            The checkpoint's path, and the client state.
+            The path of the checkpoint, and the client state.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint; names what was looked for and what there is.
-            CheckpointError: on every rank, if it is damaged (names file and tensor) or belongs to another
-                model.
+            FileNotFoundError: there is no such checkpoint. The message lists the contents of the directory.
+            CheckpointError: on every rank, if the checkpoint is damaged (the message names file and tensor) or was
+                written for another model.
         """
         from ds_engine.build.checkpoint import Wanted, load
 
@@ -381,16 +382,16 @@ class Engine:
         pin_memory: bool = True,
         non_blocking: bool = False,
     ) -> None:
-        """Move sharded state to host memory, so that something else can use the accelerator; `reload_states` brings it
-        back. Until then the engine refuses to train, save and load, and to run forward without its parameters. What
-        rests in host memory already stays there: on a CPU nothing moves.
+        """Moves sharded state to host memory, to free accelerator memory for other work. `reload_states` moves it
+        back. Until then training, saving and loading raise, and forward raises if parameters were moved. State that
+        is in host memory already stays there: on a CPU nothing moves.
 
         Args:
-            include: of "optim_states", "hp_params" (fp32 masters), "lp_params" (parameters in their compute dtype),
-                "lp_grads" (reduced gradients), "contiguous_grad_buffer" (this engine keeps none between steps);
-                default all.
+            include: any of "optim_states", "hp_params" (fp32 masters), "lp_params" (parameters in their compute
+                dtype), "lp_grads" (reduced gradients), "contiguous_grad_buffer" (this engine keeps none between
+                steps). Default: all.
             device: "cpu"; "none" moves nothing.
-            pin_memory: page-lock the host's copies.
+            pin_memory: use page-locked host memory for the copies.
             non_blocking: return before the copies are complete.
 
         Raises:
@@ -401,7 +402,7 @@ class Engine:
         self.model_state.offload(include, device, pin_memory=pin_memory, non_blocking=non_blocking)
 
     def reload_states(self, non_blocking: bool = False) -> None:
-        """Bring back what `offload_states` moved; nothing happens where nothing was."""
+        """Moves back what `offload_states` has moved. No effect if nothing was moved."""
         self.model_state.reload(non_blocking=non_blocking)
 
     def _refuse_if_away(self, doing: str, kinds: Collection[str] | None = None) -> None:
@@ -409,25 +410,28 @@ class Engine:
         missing = sorted(away if kinds is None else away.intersection(kinds))
         if missing:
             raise RuntimeError(
-                f"{doing}: {', '.join(missing)} are away since offload_states(): call engine.reload_states() first"
+                f"{doing}: {', '.join(missing)} were moved to host memory by offload_states(): call "
+                "engine.reload_states() first"
             )
 
     def activation_checkpointing(self, group: ProcessGroup | None = None) -> Recompute:
-        """What recomputes layers as the section `activation_checkpointing` says: `h = recompute(layer, h)`.
+        """Returns an object that recomputes layers, configured by the section `activation_checkpointing`: `h =
+        recompute(layer, h)`.
 
         Args:
-            group: the model-parallel ranks, which hold the same activations; needed for `partition_activations`.
+            group: process group of the model-parallel ranks, which hold the same activations; required by
+                `partition_activations`.
 
         Raises:
             ModuleNotFoundError: ds-layers is not installed.
-            ValueError: settings that do not go together.
+            ValueError: incompatible settings.
         """
         from ds_engine.build.layers import recompute
 
         return recompute(self.config.activation_checkpointing, group)
 
     def destroy(self) -> None:
-        """Undo the sharding: the module is an ordinary one again, whole on every rank. Safe to call twice."""
+        """Undoes the sharding: the module is an ordinary module again, whole on every rank. Safe to call twice."""
         if self._live:
             self._live = False
             self.monitor.close()
@@ -443,7 +447,7 @@ class Engine:
         self.destroy()
 
     def __getattr__(self, name: str) -> Any:
-        if name == "module":  # not set yet: asking it would never end
+        if name == "module":  # not set yet: looking it up would recurse forever
             raise AttributeError(name)
         try:
             if name == "generate":

@@ -1,6 +1,7 @@
-"""The roles that the engine talks to. `ds_engine.build` fills them from other packages; anything else may.
+"""The protocols of the objects that the engine uses. `ds_engine.build` makes them from other packages; other
+implementations are possible.
 
-The update itself is `torch.optim.Optimizer`'s role: the engine calls `optimizer.step()`.
+For the update the engine calls `torch.optim.Optimizer.step()`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Reading = tuple[str, str, Mapping[str, tuple[int, int]], int, int]
 
 
 class World(Protocol):
-    """All ranks of the job, seen from this one."""
+    """The rank of this process, its device and its backend."""
 
     @property
     def rank(self) -> int: ...
@@ -30,7 +31,7 @@ class World(Protocol):
     def world_size(self) -> int: ...
     @property
     def local_rank(self) -> int:
-        """Number of this rank among those of its machine."""
+        """Number of this rank on its machine."""
 
     @property
     def local_size(self) -> int:
@@ -38,15 +39,15 @@ class World(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """What this rank computes on."""
+        """Device of this rank."""
 
     @property
     def backend(self) -> str:
-        """What moves data between ranks, such as "gloo" or "nccl"."""
+        """Backend of torch.distributed, such as "gloo" or "nccl"."""
 
     @property
     def source(self) -> str:
-        """Which launcher placed this rank."""
+        """Name of the launcher that started this rank."""
 
 
 class Norm(Protocol):
@@ -62,27 +63,27 @@ class Norm(Protocol):
 
 
 class GradientNorms(Protocol):
-    """Answers for the norm of the gradient that the next update uses."""
+    """Measures and clips the norm of the gradient of the next update."""
 
     def clip(self, max_norm: float) -> None:
-        """Scale the gradient so that its global norm is at most `max_norm`; inf measures it only. Collective."""
+        """Scales the gradient so that its global norm is at most `max_norm`; inf only measures it. Collective."""
 
     def last(self) -> Norm | None:
-        """The norm that was measured last; None before the first one."""
+        """Returns the last measured norm; None before the first one."""
 
 
 class LossGuard(Protocol):
-    """Scales losses, and leaves out an update whose gradient is not finite."""
+    """Scales losses, and skips an update whose gradient is not finite."""
 
     @property
     def loss_scale(self) -> float: ...
     @property
     def step_was_skipped(self) -> bool:
-        """Whether the last `optimizer.step()` left the parameters as they were."""
+        """Whether the last `optimizer.step()` was skipped."""
 
     @property
     def culprit(self) -> str | None:
-        """The parameter nearest to the loss whose gradient was not finite in the last step."""
+        """Of the parameters whose gradients were not finite in the last step, the one nearest to the loss."""
 
     def scale(self, loss: Tensor) -> Tensor: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -90,7 +91,7 @@ class LossGuard(Protocol):
 
 
 class Record(Protocol):
-    """One contiguous piece of one tensor of the training state."""
+    """One contiguous range of one flattened tensor of the training state."""
 
     @property
     def fqn(self) -> str: ...
@@ -108,11 +109,11 @@ class Record(Protocol):
 
 
 class Shares(Protocol):
-    """How the state of a model is divided among ranks."""
+    """How the state of a model is divided among the ranks."""
 
     @property
     def accumulation(self) -> str:
-        """When micro-batches are reduced: "local" at the boundary, "sharded" each."""
+        """When gradients are reduced: "local" at the accumulation boundary, "sharded" in every micro-batch."""
 
     @property
     def params_numel(self) -> int: ...
@@ -120,14 +121,14 @@ class Shares(Protocol):
     def trainable_numel(self) -> int: ...
     @property
     def owned_numel(self) -> int:
-        """Elements whose optimizer states this rank holds, padding included."""
+        """Number of elements whose optimizer states this rank holds, including padding."""
 
     @property
     def compute_dtypes(self) -> tuple[str, ...]: ...
 
 
 class HeldBytes(Protocol):
-    """Bytes of the state that this rank holds now."""
+    """Bytes of state that this rank holds now."""
 
     @property
     def params_bytes(self) -> int: ...
@@ -144,7 +145,7 @@ class ModelState(Protocol):
 
     @property
     def divided(self) -> bool:
-        """Whether ranks hold slices of the parameters, so that forward is collective."""
+        """Whether ranks hold shards of the parameters, so that forward is collective."""
 
     @property
     def backwards(self) -> int:
@@ -154,10 +155,10 @@ class ModelState(Protocol):
     def held(self) -> HeldBytes: ...
 
     def records(self) -> Sequence[Record]:
-        """Every piece that this rank owns, for a checkpoint."""
+        """Returns every range that this rank owns, for a checkpoint."""
 
     def group_names(self) -> list[list[str]]:
-        """Names of the parameters of each optimizer group, in its order."""
+        """Returns the names of the parameters of each optimizer group, in order."""
 
     def load_records(
         self,
@@ -167,7 +168,7 @@ class ModelState(Protocol):
         keep: AbstractSet[str] = frozenset(),
         expect: Callable[[Sequence[Reading]], None] | None = None,
     ) -> None:
-        """Take the values of every piece from a checkpoint. Collective.
+        """Loads the values of every range from a checkpoint. Collective.
 
         Args:
             optimizer_states: read those too.
@@ -181,18 +182,18 @@ class ModelState(Protocol):
         """See `Engine.offload_states`."""
 
     def reload(self, *, non_blocking: bool) -> None:
-        """Bring back what `offload` moved; no effect where nothing was."""
+        """Moves back what `offload` has moved. No effect if nothing was moved."""
 
     def offloaded(self) -> frozenset[str]:
-        """Kinds of state that `offload` has moved and `reload` has not brought back."""
+        """Kinds of state that `offload` has moved and `reload` has not moved back."""
 
     def destroy(self) -> None:
-        """Give the module back, whole and ordinary. Collective."""
+        """Makes the module an ordinary module again, whole on every rank. Collective."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """Who answers for gradients and state of one module."""
+    """The objects that own gradients and state of one module."""
 
     guard: LossGuard
     norms: GradientNorms
@@ -200,47 +201,47 @@ class Roles:
 
 
 class BackgroundWriter(Protocol):
-    """Writes checkpoints beside training."""
+    """Writes checkpoints while training continues."""
 
     def save(
         self, root: Path, tag: str, content: Callable[[], Any], *, keep_last: int | None, name_latest: bool
     ) -> str:
-        """Begin to write a checkpoint; returns its path."""
+        """Starts to write a checkpoint, and returns its path."""
 
     def wait(self) -> None:
-        """Return when nothing is being written. Collective."""
+        """Returns when nothing is being written. Collective."""
 
     def hold(self) -> None:
-        """Return when nothing of the training state is still to be copied."""
+        """Returns when all training state is copied."""
 
     def close(self) -> None: ...
 
 
 @runtime_checkable
 class ReducesGradients(Protocol):
-    """An optimizer that averages gradients over ranks inside of `step()`; read once, at assembly."""
+    """An optimizer that averages gradients over ranks inside of `step()`; read once, in `initialize`."""
 
     reduces_gradients: bool
 
 
 class Recompute(Protocol):
-    """Calls layers so that only their inputs are kept for backward: `h = recompute(layer, h)`."""
+    """Calls layers and keeps only their inputs for backward: `h = recompute(layer, h)`."""
 
     def __call__(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T: ...
 
     def reset(self) -> None:
-        """Start the statistics anew."""
+        """Resets the statistics."""
 
 
 class TokenDropper(Protocol):
-    """Lets some layers see a random part of the tokens."""
+    """Makes some layers process only a random subset of the tokens."""
 
     kept: int | None
-    """Number of tokens that the layers see; None: all of them."""
+    """Number of tokens that the layers process; None: all of them."""
 
     def remove(self) -> None:
-        """The layers see all tokens again."""
+        """Makes the layers process all tokens again."""
 
 
 MakeOptimizer = Callable[[Any], Optimizer]
-"""From parameters or groups to an optimizer."""
+"""Makes an optimizer from parameters or groups."""

@@ -1,7 +1,6 @@
-"""Which settings do not go together: one row each, with the reason. Every row has a test in
-tests/engine/test_rules.py.
+"""Incompatible settings: one row for each pair, with the reason. Every row has a test in tests/engine/test_rules.py.
 
-A pair that does not compose is added here, never as an `if` in the engine.
+A new incompatible pair is added here, never as an `if` in the engine.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ds_engine.job.choices import Choices
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """Two settings that do not compose."""
+    """Two incompatible settings."""
 
     first: str
     second: str
@@ -30,11 +29,11 @@ class Rule:
     reason: str
     remedy: str
     refuse: bool = True
-    """False: the job runs, but one of the two has no effect, which is said as a warning."""
+    """True: an error. False: a warning that the first has no effect."""
 
 
 def _named(choices: Choices) -> str:
-    """Name of the optimizer in lower case; empty where there is none."""
+    """Returns the name of the optimizer in lower case; empty if there is none."""
     return choices.optimizer.name.lower() if choices.optimizer is not None else ""
 
 
@@ -43,7 +42,7 @@ def _passed(choices: Choices) -> bool:
 
 
 def _passed_for_device(choices: Choices) -> bool:
-    """Whether an optimizer was passed that was not made for host memory."""
+    """Whether the passed optimizer was not made for host memory."""
     return choices.optimizer is not None and choices.optimizer.passed and not choices.optimizer.steps_on_host
 
 
@@ -64,28 +63,28 @@ RULES: tuple[Rule, ...] = (
         first="bf16.bf16_optimizer_states",
         second="an optimizer object that was passed in",
         applies=lambda c: c.settings.bf16.enabled and c.settings.bf16.bf16_optimizer_states and _passed(c),
-        reason="the object makes its own states",
+        reason="the object creates its own states",
         remedy="name the optimizer in the config, or give the object state_dtype=torch.bfloat16 and remove it",
     ),
     Rule(
         first="optimizer LBFGS",
         second="engine.step()",
         applies=lambda c: _named(c) == "lbfgs",
-        reason="it evaluates the model again inside its step, through a closure",
-        remedy="use an optimizer without closure, for example AdamW",
+        reason="its step evaluates the model again through a closure",
+        remedy="use an optimizer without a closure, for example AdamW",
     ),
     Rule(
         first="optimizer SparseAdam",
         second="dense gradient buckets",
         applies=lambda c: _named(c) == "sparseadam",
-        reason="it accepts sparse gradients only, and gradients are reduced in dense buckets",
+        reason="it accepts only sparse gradients, but gradients are reduced in dense buckets",
         remedy="use AdamW, and sparse=False in nn.Embedding",
     ),
     Rule(
         first="offload_optimizer.device cpu",
         second="an optimizer object that was passed in",
         applies=lambda c: _offloads(c) and _passed_for_device(c) and c.settings.zero_force_ds_cpu_optimizer,
-        reason="masters and states rest in host memory, and an optimizer that was not made for it is slow there",
+        reason="masters and states are in host memory, where an optimizer that was not made for it is slow",
         remedy="pass a ds_offload.CPUAdam, name the optimizer in the config instead, or set "
         "zero_force_ds_cpu_optimizer to false",
     ),
@@ -93,21 +92,21 @@ RULES: tuple[Rule, ...] = (
         first="an optimizer object that was passed in",
         second="the section optimizer",
         applies=lambda c: _passed(c) and c.settings.optimizer is not None,
-        reason="there can be one optimizer, and nothing says which of the two is meant",
+        reason="a job has one optimizer, and it is not clear which of the two to use",
         remedy="remove one of them",
     ),
     Rule(
         first="a scheduler object that was passed in",
         second="the section scheduler",
         applies=lambda c: _schedule_passed(c) and c.settings.scheduler is not None,
-        reason="there can be one schedule, and nothing says which of the two is meant",
+        reason="a job has one schedule, and it is not clear which of the two to use",
         remedy="remove one of them",
     ),
     Rule(
         first="zero_optimization.offload_param",
         second="a stage below 3",
         applies=lambda c: _offloads_params(c) and c.stage < 3,
-        reason="below stage 3, parameters are whole on every rank and stay with the model",
+        reason="below stage 3, parameters are whole on every rank and stay on the model's device",
         remedy="remove the section, or set zero_optimization.stage to 3",
         refuse=False,
     ),
@@ -130,7 +129,8 @@ RULES: tuple[Rule, ...] = (
         first="zero_optimization.offload_optimizer.pin_memory false",
         second="offload_optimizer.device cpu",
         applies=lambda c: _offloads(c) and not c.settings.zero_optimization.offload_optimizer.pin_memory,
-        reason="host memory is page-locked beside an accelerator and ordinary elsewhere, whatever this says",
+        reason="host memory is page-locked on a machine with an accelerator, and not page-locked on others, "
+        "whatever the value",
         remedy="remove it",
         refuse=False,
     ),
@@ -143,15 +143,15 @@ def load(
     *,
     autos_may_stay: bool = False,
 ) -> DsConfig:
-    """Read and check a configuration together with what was passed to `initialize`.
+    """Reads a configuration, and checks it together with the arguments of `initialize`.
 
     Args:
         config: as for `config.load`.
-        choices_for: from the configuration to the choices that are checked.
+        choices_for: returns the choices to check for a configuration.
         autos_may_stay: as for `check`.
 
     Raises:
-        ConfigError: with everything that is wrong in either.
+        ConfigError: lists all mistakes in both.
     """
     if isinstance(config, DsConfig):
         check(choices_for(config), autos_may_stay=autos_may_stay)
@@ -166,13 +166,13 @@ def load(
 
 
 def check(choices: Choices, *, autos_may_stay: bool = False) -> None:
-    """Refuse, or warn about, settings that do not go together, and "auto" where it has to be a value.
+    """Raises for, or warns about, incompatible settings; raises for an "auto" that needs a value.
 
     Args:
-        autos_may_stay: something will still fill them in.
+        autos_may_stay: accept "auto", because an integration will replace it later.
 
     Raises:
-        ConfigError: with everything that is wrong.
+        ConfigError: lists all mistakes.
     """
     problems = mistakes(choices, autos_may_stay=autos_may_stay)
     if problems:
@@ -181,17 +181,15 @@ def check(choices: Choices, *, autos_may_stay: bool = False) -> None:
 
 
 def mistakes(choices: Choices, *, autos_may_stay: bool = False) -> list[str]:
-    """A sentence for each mistake that `check` would raise."""
+    """Yields a sentence for each mistake that `check` raises."""
     refused = [rule for rule in RULES if rule.refuse and rule.applies(choices)]
     problems = [] if autos_may_stay else list(auto.unfilled(choices.settings))
     problems += _wrong_names(choices)
-    return problems + [
-        f"{r.first} and {r.second} do not go together: {r.reason}; {r.remedy}" for r in refused
-    ]
+    return problems + [f"{r.first} and {r.second} are incompatible: {r.reason}; {r.remedy}" for r in refused]
 
 
 def _warn(choices: Choices) -> None:
-    """Settings that have no effect in this job, on the rank that speaks for all."""
+    """Warns about settings that have no effect in this job, on rank 0."""
     for rule in RULES:
         if not rule.refuse and rule.applies(choices):
             warnings.warn(
@@ -200,13 +198,13 @@ def _warn(choices: Choices) -> None:
 
 
 def _wrong_names(choices: Choices) -> list[str]:
-    """What is wrong with the names in the sections optimizer and scheduler, where those are built."""
+    """Yields mistakes in the sections optimizer and scheduler, if these are used."""
     problems: list[str] = []
     if choices.optimizer is not None and not choices.optimizer.passed:
         problems += optimizer_section.check(choices.optimizer)
     schedule = choices.schedule
     if schedule is not None and not schedule.passed:
-        # What "auto" stands for is missing on purpose, and told by `auto.unfilled`.
+        # A missing value with "auto" is reported by `auto.unfilled`.
         left = {path.rpartition(".")[2] for path in choices.settings.origin.autos}
         problems += [
             problem

@@ -1,1 +1,1 @@
-"""From a configuration to the objects of a job. Only this room imports the packages beside ds-engine."""
+"""Builds the objects of a job from its configuration. Only this folder imports the packages below ds-engine."""

@@ -1,6 +1,4 @@
-"""What of a training run goes into a checkpoint, and back: parameters, states, counters, schedule, random
-generators.
-"""
+"""Saves the state of a training run, and restores it: parameters, states, counters, schedule, random generators."""
 
 from __future__ import annotations
 
@@ -30,29 +28,29 @@ if TYPE_CHECKING:
     from ds_engine.engine import Engine
 
 _MODEL_STATES = frozenset({"param", "buffer"})
-"""What the model itself consists of; every other state is the optimizer's."""
+"""States of the model itself; every other state belongs to the optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a load restores besides parameters and buffers."""
+    """What a load restores in addition to parameters and buffers."""
 
     strict: bool = True
-    """Refuse a checkpoint with tensors that the model lacks, or without tensors that it has."""
+    """Whether to refuse a checkpoint if the model lacks one of its tensors, or if it lacks one of the model's."""
     optimizer: bool = True
-    """Optimizer states and the options of its groups."""
+    """Whether to restore optimizer states and the options of parameter groups."""
     schedule: bool = True
     counters: bool = True
-    """Steps, samples and random generators."""
+    """Whether to restore counters of steps and samples, and random generators."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """What a save writes besides the trained parameters and states, and whether it becomes the latest."""
+    """What a save writes in addition to trained parameters and states, and whether `latest` will name it."""
 
     name_latest: bool = True
     frozen: bool = True
-    """Parameters that do not require a gradient, too."""
+    """Whether to save parameters that do not require a gradient."""
 
 
 def _part(engine: Engine) -> ModelPart:
@@ -73,10 +71,9 @@ def save(
     pending = engine.accumulation.pending
     if pending and engine.world.rank == 0:
         warnings.warn(
-            f"this checkpoint is saved after {pending} of {_wanted(engine)} micro-batches: their "
-            "gradients are "
-            "not in it, and a run that continues from it begins with the first of them; save after a "
-            "boundary",
+            f"this checkpoint was saved after {pending} of {_wanted(engine)} micro-batches: it does not contain "
+            "their gradients, and a run that resumes from it repeats these micro-batches; save after an "
+            "accumulation boundary",
             stacklevel=3,
         )
     name = tag if tag is not None else f"global_step{engine.global_steps}"
@@ -118,7 +115,9 @@ def _content(engine: Engine, client_state: Mapping[str, Any], saving: Saving) ->
 
 
 def _only_stepped(module: nn.Module) -> Callable[[ShardRecord], bool]:
-    """False for what can be reached through the module, where a user's own code may change it at any time."""
+    """Returns a predicate for records that only an optimizer step changes: False for tensors of the module, which
+    user code may change at any time.
+    """
     shown = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     return lambda record: record.data.untyped_storage().data_ptr() not in shown
 
@@ -126,7 +125,7 @@ def _only_stepped(module: nn.Module) -> Callable[[ShardRecord], bool]:
 def _shared_values(
     engine: Engine, client_state: Mapping[str, Any], blobs: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """What is the same on every rank, written by rank 0."""
+    """Returns the values that are the same on every rank; rank 0 writes them."""
     tensors: dict[str, Tensor] = {}
     schedule = engine.lr_scheduler
     values = {
@@ -156,7 +155,9 @@ def _shared_values(
 def _values_of_names(
     engine: Engine, left_out: set[str], blobs: dict[str, Tensor], prefix: str
 ) -> dict[str, Any]:
-    """What is said of parameters and groups: the same on all ranks that hold the same part of the model."""
+    """Returns the values that refer to parameters and groups. They are the same on all ranks that hold the same part
+    of the model.
+    """
     tensors: dict[str, Tensor] = {}
     values = {
         "optimizer": {
@@ -178,20 +179,20 @@ def load(
     if engine.background is not None:
         engine.background.wait()
     team = Team()
-    # Rank 0 looks, all ranks take what it found: file systems show new names at different times.
+    # Rank 0 locates the checkpoint for all ranks: file systems may show new names at different times.
     root = Path(load_dir)
     path = Path(team.by_first(f"loading from {root}", lambda: str(opening.locate(root, tag))))
     doing = f"loading {path}"
     order = engine.model_state.group_names()
     checkpoint = team.together(doing, lambda: opening.open_at(path, order))
     with checkpoint:
-        # Each rank looks at some of the files, so that none is opened by all; damage inside shows when it is
-        # read.
+        # Each rank checks some of the files, so that no file is opened by all ranks. Damage of data is detected on
+        # reading.
         team.together(doing, lambda: checkpoint.check_files(team.rank, team.size))
         team.together(doing, lambda: _part(engine).narrow(checkpoint))
         team.together(doing, lambda: _check_fit(engine, checkpoint, wanted))
         if wanted.optimizer and not _has_states(checkpoint):
-            engine.optimizer.state.clear()  # saved before the first step: what this run has gathered must not stay
+            engine.optimizer.state.clear()  # saved before the first step: drop this run's optimizer states
         team.together(
             doing,
             lambda: engine.model_state.load_records(
@@ -201,8 +202,7 @@ def load(
                 expect=checkpoint.expect,
             ),
         )
-        # Blobs too are read before anything is believed, so that damage anywhere is told by all ranks at
-        # once.
+        # Blobs are also read before anything is used, so that all ranks report damage together.
         apply = team.together(doing, lambda: _prepare(engine, checkpoint, wanted))
         team.together(doing, lambda: _check_read(engine, checkpoint, wanted, team))
         client_state = apply()
@@ -210,8 +210,8 @@ def load(
 
 
 def _names(engine: Engine) -> set[str]:
-    """Parameters under their first name, and persistent buffers: what a checkpoint of this model has to
-    have.
+    """Returns the names that a checkpoint of this model must contain: parameters under their first name, and
+    persistent buffers.
     """
     persistent = set(engine.module.state_dict(keep_vars=True))
     buffers = {name for name, _ in engine.module.named_buffers() if name in persistent}
@@ -223,7 +223,7 @@ def _has_states(checkpoint: Checkpoint) -> bool:
 
 
 def _check_fit(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> None:
-    """Names, optimizer and groups are those of this engine; nothing has been changed if not."""
+    """Raises, before anything is changed, if names, optimizer or groups do not match this engine."""
     model, stored = _names(engine), set(checkpoint.manifest.tensors)
     left_out = set(checkpoint.manifest.values.get("left_out", []))
     missing = sorted(model - stored - left_out) if wanted.strict else []
@@ -231,13 +231,13 @@ def _check_fit(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> None:
     if not model & stored:
         missing = sorted(model)
     if missing or (unexpected and wanted.strict):
-        said = [f"{len(model & stored)} of {len(model)} tensors of the model are in it"]
+        said = [f"{len(model & stored)} of {len(model)} tensors of the model are in the checkpoint"]
         if missing:
-            said.append(f"{len(missing)} are missing, first {missing[:5]}")
+            said.append(f"{len(missing)} are missing, the first are {missing[:5]}")
         if unexpected:
-            said.append(f"{len(unexpected)} are unknown to the model, first {unexpected[:5]}")
+            said.append(f"{len(unexpected)} are unknown to the model, the first are {unexpected[:5]}")
         remedy = "use the model it was written for, or load_module_strict=False"
-        raise CheckpointError(f"it belongs to another model: {'; '.join(said)}; {remedy}")
+        raise CheckpointError(f"it was written for another model: {'; '.join(said)}; {remedy}")
     if not model:
         raise CheckpointError("the model has no tensors, so nothing would be restored")
     if not wanted.optimizer:
@@ -250,33 +250,33 @@ def _check_fit(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> None:
     if saved["family"] not in (
         None,
         options.family(engine.optimizer),
-    ):  # None: a foreign format that does not say
+    ):  # None: another format, which does not contain it
         raise CheckpointError(
-            f"its optimizer states are those of {saved['family']}, this engine has "
-            f"{options.family(engine.optimizer)}: use that one, or pass "
-            "load_optimizer_states=False to begin with fresh states"
+            f"its optimizer states are those of {saved['family']}, but this engine has "
+            f"{options.family(engine.optimizer)}: use the same optimizer, or pass load_optimizer_states=False to "
+            "start with new states"
         )
     here = [len(group["params"]) for group in engine.optimizer.param_groups]
     there = [group["num_params"] for group in saved["groups"]]
     if there and here != there:
         raise CheckpointError(
-            f"its optimizer has groups of {there} parameters, this one of {here}: make the same groups, or "
-            "pass load_optimizer_states=False"
+            f"its optimizer has groups of {there} parameters, but this optimizer has groups of {here}: create "
+            "the same groups, or pass load_optimizer_states=False"
         )
 
 
 def _check_read(engine: Engine, checkpoint: Checkpoint, wanted: Wanted, team: Team) -> None:
-    """No damage, and not one element of this rank's shards that did not come from the checkpoint."""
+    """Raises if data was damaged, or if an element of this rank's shards was not loaded."""
     if checkpoint.problems:
         older = [t for t in folder.complete(checkpoint.path.parent) if t != checkpoint.manifest.tag]
         there = f"; there are {', '.join(sorted(older))}" if older else ""
         raise CheckpointError(
-            f"{'; '.join(checkpoint.problems)}. The model is partly loaded now: load another checkpoint with "
+            f"{'; '.join(checkpoint.problems)}. The model is now partly loaded: load another checkpoint with "
             f"tag=...{there}"
         )
     for record in engine.model_state.records():
         if record.fqn not in checkpoint.manifest.tensors:
-            continue  # left out when it was saved, or missing from a load that is not strict
+            continue  # left out of the checkpoint, or missing in a load that is not strict
         if record.state not in _MODEL_STATES and not (
             wanted.optimizer and record.state in checkpoint.states(record.fqn, record.coordinates)
         ):
@@ -290,7 +290,7 @@ def _check_read(engine: Engine, checkpoint: Checkpoint, wanted: Wanted, team: Te
 
 
 def _restored(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> int:
-    """Logical tensors of the checkpoint that some rank has taken over; `_check_read` has made sure of it."""
+    """Number of logical tensors that were restored; `_check_read` has verified it."""
     names = _names(engine)
     return sum(
         fqn in names and (wanted.optimizer or state in _MODEL_STATES)
@@ -300,7 +300,7 @@ def _restored(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> int:
 
 
 def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable[[], dict[str, Any]]:
-    """Read all that is not the model's, and return what puts it in place."""
+    """Reads everything except the model's tensors, and returns a function that restores it."""
     values = checkpoint.manifest.values
     rank = engine.world.rank
     client_state: dict[str, Any] = codec.decode(values["client_state"], checkpoint.blob)
@@ -331,7 +331,7 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
                     f"written on {checkpoint.manifest.world_size} ranks, loaded on {engine.world.world_size}"
                 )
                 if f"rng/{rank}" not in values and "rng/0" not in values:
-                    why = "there are no random generators in it"
+                    why = "it contains no random generators"
                 _tell(engine, f"{why}: random generators are seeded anew from rank and step")
         _tell(
             engine,
@@ -349,9 +349,9 @@ def _set_schedule(engine: Engine, saved: dict[str, Any] | None) -> None:
     if schedule is None or saved is None:
         if (schedule is None) != (saved is None):
             which = (
-                "the checkpoint has one, this engine has none"
+                "the checkpoint has a schedule, but this engine has none"
                 if schedule is None
-                else "the checkpoint has none, this engine has one"
+                else "the checkpoint has no schedule, but this engine has one"
             )
             warnings.warn(f"the schedule is not restored: {which}", stacklevel=5)
         return
@@ -366,7 +366,7 @@ def _set_schedule(engine: Engine, saved: dict[str, Any] | None) -> None:
 
 
 def _set_loss_scale(engine: Engine, saved: dict[str, Any] | None) -> None:
-    """A run in fp16 goes on with its scale; one that was not in fp16 has none to give."""
+    """Restores the loss scale. A checkpoint of a run without fp16 has none."""
     if saved:
         engine.scaler.load_state_dict(saved)
 

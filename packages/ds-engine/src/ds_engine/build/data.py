@@ -1,4 +1,4 @@
-"""The loader that `initialize(training_data=...)` returns, and the order in which ranks see samples."""
+"""The loader that `initialize(training_data=...)` returns, and the order of its samples."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ds_engine.sampling.order import Order
 
 
 class MicroBatches:
-    """The plain order. Indices of this rank's micro-batches in one pass, from any sample of it on.
+    """The default order: the indices of this rank's micro-batches in one epoch, from any sample on.
 
-    The shuffled pass is cut into micro-batches, and those are dealt round: rank r of W has number k W + r of
-    them. So a step over so many samples sees the same samples on any number of ranks, and a pass that stopped at
-    a sample goes on there on another number of ranks. What is left at the end, less than one micro-batch for
-    each rank, is dropped, or shared out with a few samples taken twice.
+    The shuffled epoch is divided into micro-batches, which are assigned round-robin: rank r of W gets the
+    micro-batches k W + r. So a step with the same number of samples has the same samples on any number of ranks, and
+    an epoch can continue on another number of ranks. The rest of the epoch, less than one micro-batch per rank, is
+    dropped, or divided among the ranks with some samples repeated.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class MicroBatches:
         self.rank, self.ranks, self.seed, self.drop_last = rank, ranks, seed, drop_last
         self.epoch = 0
         self.start = 0
-        """Samples of this pass that were seen before, on all ranks together."""
+        """Number of samples of this epoch that all ranks together have already processed."""
 
     goes_on = False
 
@@ -42,7 +42,7 @@ class MicroBatches:
         return self.num_samples
 
     def __len__(self) -> int:
-        """Micro-batches that are left of the pass on this rank."""
+        """Number of remaining micro-batches of the epoch on this rank."""
         whole, rest = divmod(self.num_samples - self.start, self.micro_batch * self.ranks)
         return whole + (rest > 0 and not self.drop_last)
 
@@ -59,21 +59,21 @@ class MicroBatches:
             yield share
 
     def samples_at(self, position: int) -> None:
-        """As many as the configuration says."""
+        """Returns None: the number of samples of a step is the configured one."""
 
     def told(self, position: int) -> Mapping[str, Any]:
         return {}
 
     def passed(self, position: int) -> None:
-        """Nothing is kept of what was."""
+        """Does nothing: this order keeps no history."""
 
     def state_dict(self, position: int) -> dict[str, Any]:
         return {"seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if "order" in state:
-            raise ValueError(f"samples were drawn in order {state['order']!r}, here they are shuffled")
-        self.seed = state["seed"]  # or the pass would be another permutation
+            raise ValueError(f"samples were drawn in the order {state['order']!r}, but are shuffled here")
+        self.seed = state["seed"]  # otherwise the epoch would be another permutation
 
     def _order(self) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -82,8 +82,8 @@ class MicroBatches:
 
 
 class Loader:
-    """Micro-batches of this rank's share of a data set; each pass over it is shuffled anew, the same way on
-    every rank. Its position is part of a checkpoint, and is found again on any number of ranks.
+    """Yields this rank's micro-batches of a data set. Each epoch is shuffled anew, with the same permutation on every
+    rank. Checkpoints contain its position, which can be restored on any number of ranks.
     """
 
     def __init__(
@@ -102,26 +102,28 @@ class Loader:
     ) -> None:
         """
         Args:
-            order: another one than `MicroBatches`; None: that.
-            num_workers: processes that load, beside this one.
+            order: makes the order of samples; None: `MicroBatches`.
+            num_workers: number of worker processes that load samples; 0: this process loads them.
         """
         self.epoch = 0
-        """Passes that were started."""
+        """Number of epochs that were started."""
         self._seen = 0
-        """Units of the present pass that all ranks have been given: samples, or what the order counts in."""
+        """Number of units of this epoch that all ranks together have got: samples, or the unit of the order."""
         self._resumed = False
         self.sampler: Order | None = order
         self.fixed = order is not None
-        """Whether samples are put together for one size of optimizer steps."""
+        """Whether the order depends on the batch sizes, which therefore must not change."""
         self.post_process_func: Callable[[Any, Mapping[str, Any]], Any] | None = None
-        """Applied to every micro-batch: gets it, and what the order tells of it (`current_difficulties`)."""
+        """Called with every micro-batch and the information of the order about it (`current_difficulties`); returns
+        the micro-batch to use.
+        """
         options: dict[str, Any] = {"collate_fn": collate_fn, "pin_memory": pin_memory}
         options["num_workers"] = num_workers
         if isinstance(dataset, IterableDataset):
             if ranks > 1:
                 warnings.warn(
-                    "training_data is an IterableDataset, which has to give each rank its own samples "
-                    "itself: it is used as it is, and its position is not in checkpoints",
+                    "training_data is an IterableDataset, which must divide its samples among the ranks itself: "
+                    "it is used unchanged, and checkpoints do not contain its position",
                     stacklevel=4,
                 )
             options |= {"batch_size": micro_batch, "drop_last": drop_last}
@@ -141,7 +143,7 @@ class Loader:
         self.loader: DataLoader[Any] = DataLoader(dataset, **options)
 
     def __iter__(self) -> Iterator[Any]:
-        """A new pass; the first one after `load_state_dict` begins where that one stood."""
+        """Starts a new epoch; the first one after `load_state_dict` starts at the restored position."""
         goes_on = self.sampler is not None and self.sampler.goes_on and self.epoch > 0
         if not self._resumed and not goes_on:
             self.epoch += 1
@@ -158,7 +160,7 @@ class Loader:
         for batch in self.loader:
             told = sampler.told(place) if self.post_process_func is not None else {}
             place = min(place + sampler.together, sampler.total)
-            if self.epoch == epoch:  # of several passes under way the youngest one counts
+            if self.epoch == epoch:  # of several iterators, the latest one determines the position
                 self._seen = place
                 sampler.passed(place)
             yield batch if self.post_process_func is None else self.post_process_func(batch, told)
@@ -168,26 +170,30 @@ class Loader:
             yield batch if self.post_process_func is None else self.post_process_func(batch, {})
 
     def samples(self) -> int | None:
-        """Samples, over all ranks, of the optimizer step to which the last micro-batch belongs; None: as many as the
-        configuration says.
+        """Number of samples, over all ranks, of the optimizer step of the last micro-batch; None: the configured
+        number.
         """
         return None if self.sampler is None else self.sampler.samples_at(max(0, self._seen - 1))
 
     def set_difficulties(self, functions: Mapping[str, Difficulty]) -> None:
-        """The schedules of `"schedule_type": "custom"` in `data_efficiency.data_sampling.curriculum_learning`.
+        """Sets the schedules of measures with `"schedule_type": "custom"` in
+        `data_efficiency.data_sampling.curriculum_learning`.
 
         Args:
-            functions: name of a measure -> function from the step, counted from 1, to its difficulty.
+            functions: name of a measure -> function from the step, counted from 1, to the difficulty.
 
         Raises:
-            ValueError: samples are not chosen by difficulty, or there is no such measure.
+            ValueError: the section is not enabled, or there is no such measure.
         """
         if not isinstance(self.sampler, CurriculumOrder):
-            raise ValueError("data_efficiency.data_sampling.curriculum_learning is not switched on")
+            raise ValueError(
+                "data_efficiency.data_sampling.curriculum_learning is not enabled: set its key "
+                "enabled, and those of the sections around it, to true"
+            )
         self.sampler.set_difficulties(functions)
 
     def __len__(self) -> int:
-        """Micro-batches in one whole pass on this rank."""
+        """Number of micro-batches in a whole epoch on this rank."""
         if self.sampler is None:
             return len(self.loader)
         start, self.sampler.start = self.sampler.start, 0
@@ -197,23 +203,24 @@ class Loader:
             self.sampler.start = start
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the present pass stands: the same on all ranks."""
+        """Returns the position in the current epoch, which is the same on all ranks."""
         more: dict[str, Any] = {"num_samples": None, "seed": None}
         if self.sampler is not None:
             more = {"num_samples": self.sampler.num_samples, **self.sampler.state_dict(self._seen)}
         return {"epoch": self.epoch, "seen": self._seen, **more}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken, on any number of ranks and with any micro-batch size.
+        """Restores the position, on any number of ranks and with any micro-batch size.
 
         Raises:
-            ValueError: it belongs to a data set of another size, or another order.
+            ValueError: `state` was saved with a data set of another size, or with another order.
         """
         here = self.sampler.num_samples if self.sampler is not None else None
         if state["num_samples"] != here:
             raise ValueError(
-                f"the position belongs to training_data of {state['num_samples']} samples, here are {here}: "
-                "samples would be left out or seen twice; use the same data, or load without the loader's position"
+                f"the position was saved with training_data of {state['num_samples']} samples, but now there are "
+                f"{here}: samples would be skipped or repeated; use the same data, or load without the position "
+                "of the loader"
             )
         if self.sampler is not None:
             self.sampler.epoch = max(0, state["epoch"] - 1)
@@ -228,7 +235,7 @@ class Loader:
 
 
 class RepeatingLoader:
-    """An iterator over a loader that begins again at its end."""
+    """An endless iterator over a loader, which starts again at its end."""
 
     def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
@@ -245,5 +252,5 @@ class RepeatingLoader:
             return next(self.data_iter)
 
     def __len__(self) -> int:
-        """Of one pass."""
+        """Number of micro-batches of one epoch."""
         return len(self.loader)  # type: ignore[arg-type]

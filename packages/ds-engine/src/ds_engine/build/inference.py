@@ -1,4 +1,4 @@
-"""ds_zero for a model that only answers: divided among ranks, without an optimizer worth the name."""
+"""ds_zero for inference: parameters are sharded, and the optimizer is a placeholder."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ds_engine.job import choices_of, describe
 
 
 def waits_for_values(model: nn.Module) -> bool:
-    """Whether the model was constructed under `deferred_init` or `divided_init`, and is to be divided by `shard`."""
+    """Whether the model was constructed under `deferred_init` or `divided_init`, and was not sharded yet."""
     return any(ds_zero.presence(p) is not None for p in model.parameters())
 
 
 def divide(model: nn.Module, config: InferenceConfig, world: World, stage_3: dict[str, object]) -> None:
-    """Shard the parameters. Collective.
+    """Shards the parameters. Collective.
 
     Args:
         stage_3: the section `zero_optimization`.
@@ -33,12 +33,12 @@ def divide(model: nn.Module, config: InferenceConfig, world: World, stage_3: dic
     rules.check(choices)
     topology, meshes = topology_of(settings, world)
     job = describe(choices, topology, world.device.type)
-    # A model that answers computes in one dtype, which no training section says.
+    # Inference uses one dtype, which is not in a training section.
     job = replace(job, precision=replace(job.precision, param_dtype=config.dtype))
     nothing = torch.optim.SGD([{"params": []}], lr=0.0)
     zero.shard(job, model, nothing, meshes, world.device)
 
 
 def undivide(model: nn.Module) -> None:
-    """The model is an ordinary one again, whole on every rank. Collective."""
+    """Makes the model an ordinary model again, whole on every rank. Collective."""
     ds_zero.destroy(model)

@@ -1,4 +1,4 @@
-"""ds-layers for an engine: activation checkpointing and token dropping, as the configuration says."""
+"""ds-layers for an engine: activation checkpointing and token dropping, as configured."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Parameter groups of MuAdam, MuAdamW and MuSGD: learning rates that carry over from a narrow model to a wide one.
+"""Parameter groups of MuAdam, MuAdamW and MuSGD: learning rates that transfer from a narrow model to a wide one.
 
-Source: Yang et al. 2022, Tensor Programs V (table 8). `mup.set_base_shapes` marks every parameter with an `infshape`,
-which knows the dimensions that grow with the width and by how much they have grown; no other part of mup is needed.
+Source: Yang et al. 2022, Tensor Programs V (table 8). `mup.set_base_shapes` sets an attribute `infshape` on every
+parameter. It contains the dimensions that grow with the width, and their growth factors. No other part of mup is
+needed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from ds_engine.config.support.errors import ConfigError
 
 NAMES = ("muadam", "muadamw", "musgd")
-"""In lower case, as `optimizer.type` has them."""
+"""Values of `optimizer.type`, in lower case."""
 
 
 def groups(
@@ -24,17 +25,17 @@ def groups(
     scale_decay: bool,
     names: Mapping[int, str],
 ) -> list[dict[str, Any]]:
-    """Each group cut by how its parameters scale with the width, with the learning rate of each part.
+    """Splits each group by how its parameters scale with the width, and sets the learning rate of each part.
 
     Args:
         name: one of `NAMES`, in any case.
-        lr: of groups that have none of their own, at the base width.
-        weight_decay: likewise.
-        scale_decay: keep lr x weight_decay as it is at the base width.
+        lr: learning rate, at the base width, of groups without their own.
+        weight_decay: weight decay, at the base width, of groups without their own.
+        scale_decay: scale weight_decay so that lr x weight_decay is the same as at the base width.
         names: id of a parameter -> its name, for errors.
 
     Raises:
-        ConfigError: a parameter without `infshape`, or with more than two dimensions that grow.
+        ConfigError: a parameter without `infshape`, or with more than two growing dimensions.
     """
     items = list(parameters)
     loose = [item for item in items if not isinstance(item, dict)]
@@ -52,21 +53,22 @@ def groups(
 
 
 def _factor(name: str, parameter: Any, names: Mapping[int, str]) -> float:
-    """What the learning rate of a parameter is multiplied by."""
+    """Returns the factor of the learning rate of a parameter."""
     shape = getattr(parameter, "infshape", None)
     where = names.get(id(parameter), f"of shape {tuple(parameter.shape)}")
     if shape is None:
         raise ConfigError(
             [
                 f"optimizer.type is {name}, and the parameter {where} has no infshape: call "
-                "mup.set_base_shapes(model, base_model) before the engine is made"
+                "mup.set_base_shapes(model, base_model) before initialize()"
             ]
         )
     growing = shape.ninf()
     if growing > 2:
         raise ConfigError(
             [
-                f"optimizer.type is {name}, and {growing} dimensions of the parameter {where} grow; at most 2 may"
+                f"optimizer.type is {name}, and {growing} dimensions of the parameter {where} grow with the "
+                "width, but at most 2 may"
             ]
         )
     if name.lower() == "musgd":

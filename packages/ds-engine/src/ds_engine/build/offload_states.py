@@ -1,4 +1,4 @@
-"""`offload_states` in DeepSpeed's words, on `ds_zero.Away`."""
+"""`offload_states` with DeepSpeed's names of states, implemented by `ds_zero.Away`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 import ds_zero
 
 NOT_KEPT = "contiguous_grad_buffer"
-"""Gradients are reduced in buffers that do not outlive a step."""
+"""A kind of state that does not exist between steps: gradients are reduced in temporary buffers."""
 
 
 def send_away(
     module: nn.Module, include: Collection[str] | None, device: str, *, pin_memory: bool, non_blocking: bool
 ) -> ds_zero.Away | None:
-    """See `Engine.offload_states`; names may be texts or members of an enumeration of texts."""
+    """See `Engine.offload_states`; names may be strings or members of a string enumeration."""
     where = _text(device)
     if where == "none":
         warnings.warn('offload_states(device="none") moves nothing', stacklevel=3)
@@ -28,7 +28,7 @@ def send_away(
     known = (*ds_zero.Away.KINDS, NOT_KEPT)
     for kind in kinds:
         if kind not in known:
-            raise ValueError(f"offload_states(include=[{kind!r}]): unknown; there are {', '.join(known)}")
+            raise ValueError(f"offload_states(include=[{kind!r}]): unknown; known are {', '.join(known)}")
     wanted = [kind for kind in kinds if kind != NOT_KEPT]
     return ds_zero.Away(module, wanted, pin_memory=pin_memory, non_blocking=non_blocking)
 

@@ -1,4 +1,4 @@
-"""From the section `optimizer` to an optimizer over a model's parameters."""
+"""Builds an optimizer over a model's parameters from the section `optimizer`."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ from ds_engine.job.choices import Choices, OptimizerChoice
 
 @dataclass(frozen=True, kw_only=True)
 class Own:
-    """One of our optimizers under its name in the config."""
+    """One of our optimizers, by its name in the configuration."""
 
     class_name: str
-    """In ds_core.optim."""
+    """Name of the class in ds_core.optim."""
     host_class_name: str | None = None
-    """In ds_offload, for offload_optimizer.device cpu."""
+    """Name of the class in ds_offload, for offload_optimizer.device "cpu"."""
     accepts: tuple[str, ...]
     renames: Mapping[str, str] = field(default_factory=dict)
-    """Config key -> argument of the class."""
+    """Key in the configuration -> argument of the class."""
     host_renames: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Config key -> DeepSpeed's default, where the class has another one: a config means the same."""
+    """Key in the configuration -> DeepSpeed's default, if that of the class differs."""
     only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
-    """Config key that DeepSpeed has and the class has not -> values that ask for nothing, and what to do about
-    others."""
+    """Key that DeepSpeed has and the class lacks -> accepted values without effect, and the remedy for other values."""
 
 
 _ANY_GRAD = ((True, False), "remove it")
-_FP32_STATES = ((True, None), "remove it: states rest in fp32")
+_FP32_STATES = ((True, None), "remove it: states are kept in fp32")
 _ADAM = Own(
     class_name="FusedAdam",
     host_class_name="CPUAdam",
@@ -110,7 +109,7 @@ OWN: Mapping[str, Own] = {
             "ns_method": (("gram", "standard"), "remove it"),
             "adam_w_mode": ((True,), "remove it: vectors decay as in AdamW"),
             "torch_adam": ((False,), "remove it"),
-            "per_head_muon": ((False,), "remove it: a matrix is made orthogonal as a whole"),
+            "per_head_muon": ((False,), "remove it: each matrix is orthogonalised as a whole"),
             "fp32_optimizer_states": _FP32_STATES,
         },
     ),
@@ -122,13 +121,12 @@ OWN: Mapping[str, Own] = {
         accepts=("lr", "momentum", "dampening", "weight_decay", "nesterov", "decoupled_wd"),
     ),
 }
-"""Names that mean our kernels where ds_core has them, and torch's class of the same name where it does
-not."""
+"""Names of our optimizers. If ours does not support the settings, torch's class of the same name is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meant:
-    """The class that a name and its settings mean, and the arguments in its words."""
+    """The class that a name and its settings select, and the arguments for it."""
 
     make: Any
     accepts: tuple[str, ...]
@@ -137,10 +135,10 @@ class Meant:
 
 
 def choose(choice: OptimizerChoice) -> Meant:
-    """What `build` will call.
+    """Returns the class and arguments that `build` will use.
 
     Raises:
-        ConfigError: no such optimizer.
+        ConfigError: there is no such optimizer.
     """
     name, params, on_host = choice.name, choice.params, choice.on_host
     own = next((entry for key, entry in OWN.items() if key.lower() == name.lower()), None)
@@ -150,7 +148,7 @@ def choose(choice: OptimizerChoice) -> Meant:
         rest = {k: v for k, v in values.items() if k not in ("torch_adam", "adam_w_mode")}
         return _torch_choice(torch.optim.AdamW if decoupled else torch.optim.Adam, rest)
     kernels = _own_class(own, on_host) if own is not None else None
-    # Torch's class of the name serves what ours has not, such as foreach or maximize.
+    # torch's class of the same name is used for options that ours lacks, such as foreach or maximize.
     if own is None or kernels is None or (own is not _ADAM and _torch_serves(name, own, values)):
         return _torch_choice(_torch_class(name), values)
     renames = own.host_renames if on_host and own.host_class_name is not None else own.renames
@@ -165,7 +163,9 @@ def choose(choice: OptimizerChoice) -> Meant:
 
 
 def _muon_rates(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`lr` is the rate of both halves that have none of their own; DeepSpeed's defaults without it."""
+    """Applies `lr` to matrices and to other parameters, unless they have a rate of their own; without `lr`,
+    DeepSpeed's defaults.
+    """
     rest = {key: value for key, value in values.items() if key not in ("lr", "muon_lr", "adam_lr")}
     return {
         **rest,
@@ -175,7 +175,7 @@ def _muon_rates(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(choice: OptimizerChoice) -> list[str]:
-    """What is wrong with a section `optimizer`, before there are parameters."""
+    """Yields mistakes in a section `optimizer`, before there are parameters."""
     name, params = choice.name, choice.params
     try:
         meant = choose(choice)
@@ -186,15 +186,18 @@ def check(choice: OptimizerChoice) -> list[str]:
         quiet, remedy = meant.only.get(key, (None, ""))
         if quiet is not None:
             if not any(value is q for q in quiet):
-                wrong.append(f"optimizer.params.{key} is {value!r}: our {name} has no such mode; {remedy}")
+                wrong.append(
+                    f"optimizer.params.{key} is {value!r}: our {name} does not support this value; {remedy}"
+                )
         elif key not in meant.accepts and not (
             key in ("torch_adam", "adam_w_mode") and params.get("torch_adam")
         ):
             hint = did_you_mean(key, meant.accepts)
-            wrong.append(f"optimizer.params.{key}: {name} has no such setting.{hint}")
+            wrong.append(f"optimizer.params.{key}: {name} has no such argument.{hint}")
     if name.lower() == "adamw" and params.get("adam_w_mode") is False:
         wrong.append(
-            'optimizer.params.adam_w_mode is False, and AdamW is decoupled by its name: set optimizer.type to "Adam"'
+            "optimizer.params.adam_w_mode is False, but AdamW always decouples weight decay: set optimizer.type "
+            'to "Adam"'
         )
     return wrong
 
@@ -202,14 +205,14 @@ def check(choice: OptimizerChoice) -> list[str]:
 def optimizer_of(
     choices: Choices, given: Optimizer | MakeOptimizer | None, model: nn.Module, parameters: Any = None
 ) -> Optimizer:
-    """The optimizer of a job over `model`: the given one, or the one that the configuration names.
+    """Returns the optimizer of a job over `model`: the passed one, or the one that the configuration names.
 
     Args:
-        given: what was passed to `initialize`.
-        parameters: what the optimizer gets, parameters or groups; None: those that require a gradient.
+        given: the argument of `initialize`.
+        parameters: parameters or groups for the optimizer; None: all that require a gradient.
 
     Raises:
-        ConfigError: there is none, or the configuration's cannot be built.
+        ConfigError: there is none, or the configured one cannot be built.
     """
     if isinstance(given, Optimizer):
         return given
@@ -219,7 +222,7 @@ def optimizer_of(
     if choices.optimizer is None:
         raise ConfigError(
             [
-                'no optimizer: add a section like "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, or '
+                'no optimizer: add a section such as "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, or '
                 "pass optimizer="
             ]
         )
@@ -227,8 +230,8 @@ def optimizer_of(
 
 
 def maker_of(choices: Choices, model: nn.Module) -> MakeOptimizer | None:
-    """The same optimizer for copies of the model's parameters, in their order: a plan is made over copies. None: the
-    configuration names none.
+    """Returns a function that builds the configured optimizer over copies of the model's parameters, in order, for a
+    plan. None: the configuration names no optimizer.
     """
     choice = choices.optimizer
     if choice is None or choice.passed:
@@ -243,20 +246,20 @@ def maker_of(choices: Choices, model: nn.Module) -> MakeOptimizer | None:
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that require a gradient."""
+    """Returns the parameters that require a gradient."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
 def build(choice: OptimizerChoice, parameters: Iterable[Any], names: Mapping[int, str]) -> Optimizer:
-    """The optimizer that the configuration names.
+    """Builds the optimizer that the configuration names.
 
     Args:
         parameters: tensors or groups, as for any torch optimizer.
-        names: id of a parameter -> its name, by which Muon leaves embeddings and heads to AdamW.
+        names: id of a parameter -> its name, by which Muon recognises embeddings and heads, which AdamW updates.
 
     Raises:
-        ConfigError: no such optimizer, an argument that it does not have, a value that it refuses, or a
-            `state_dtype` for one of torch's, whose states have the dtype of what they step.
+        ConfigError: there is no such optimizer, it does not have an argument or refuses a value, or `state_dtype` is
+            set for an optimizer of torch, whose states have the dtype of the parameters.
     """
     name = choice.name
     wrong = check(choice)
@@ -297,7 +300,7 @@ def _mu_groups(
     parameters: Iterable[Any],
     names: Mapping[int, str],
 ) -> list[dict[str, Any]]:
-    """Groups with the rates of muP; takes `decoupled_wd` out of the arguments, which is not the optimizer's."""
+    """Returns groups with muP's learning rates. Removes `decoupled_wd`, which is not an argument of the optimizer."""
     defaults = inspect.signature(meant.make).parameters
     return mup.groups(
         name,
@@ -310,7 +313,7 @@ def _mu_groups(
 
 
 def _muon_halves(parameters: Iterable[Any], names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """Each group in two: its matrices, and what AdamW updates; a group's own settings stay with both."""
+    """Splits each group into matrices and parameters that AdamW updates. Both parts keep the settings of the group."""
     items = list(parameters)
     loose = [item for item in items if not isinstance(item, dict)]
     groups = [item for item in items if isinstance(item, dict)] + ([{"params": loose}] if loose else [])
@@ -328,7 +331,7 @@ def _torch_choice(found: Any, values: Mapping[str, Any]) -> Meant:
 
 
 def _torch_serves(name: str, own: Own, values: Mapping[str, Any]) -> bool:
-    """Whether torch has a class of that name for settings that ours lacks."""
+    """Whether torch has a class of that name that supports the settings, while ours does not."""
     lacking = set(values) - set(own.accepts) - set(own.only)
     theirs = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}
     found = theirs.get(name.lower())
@@ -358,8 +361,8 @@ def _torch_class(name: str) -> Any:
 
 
 def zero_grad(optimizer: Optimizer) -> None:
-    """`optimizer.zero_grad()`; torch wraps its own so that the first call imports torch._dynamo (seconds),
-    so look inside.
+    """Calls `optimizer.zero_grad()` without torch's wrapper, whose first call imports torch._dynamo, which takes
+    seconds.
     """
     method = type(optimizer).zero_grad
     getattr(method, "__wrapped__", method)(optimizer)

@@ -1,4 +1,4 @@
-"""The ranks of the job, started."""
+"""Starts the process group of the job."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from ds_engine.interfaces import World
 
 
 def start() -> World:
-    """Start the process group, unless one stands. Every rank calls it."""
+    """Initialises the process group, unless there is one. All ranks must call it."""
     return ds_comm.start()

@@ -1,4 +1,4 @@
-"""From the section `scheduler`, or from what was passed to `initialize`, to a learning-rate schedule."""
+"""Builds the learning-rate schedule from the section `scheduler` or the argument of `initialize`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ds_engine.schedules import LRSchedule
 def schedule_of(
     choices: Choices, given: LRSchedule | Callable[[Optimizer], LRSchedule] | None, optimizer: Optimizer
 ) -> LRSchedule | None:
-    """The schedule of a job: the given one, or the configuration's; None for a constant rate.
+    """Returns the schedule of a job: the passed or the configured one; None for a constant rate.
 
     Raises:
-        ConfigError: a given one that moves the rates of another optimizer.
+        ConfigError: the passed schedule belongs to another optimizer.
     """
     if given is None:
         choice = choices.schedule
@@ -30,8 +30,8 @@ def schedule_of(
         if getattr(schedule, "optimizer", optimizer) is not optimizer:
             raise ConfigError(
                 [
-                    f"lr_scheduler: this {type(schedule).__name__} moves the rates of another optimizer than the "
-                    "engine's, so it would have no effect: pass the optimizer it was made with as optimizer=, or a "
+                    f"lr_scheduler: this {type(schedule).__name__} sets the learning rates of another optimizer "
+                    "than the engine's, so it would have no effect: pass its optimizer as optimizer=, or pass a "
                     "function lr_scheduler=lambda optimizer: ..."
                 ]
             )

@@ -1,4 +1,4 @@
-"""The topology of a job: from the configuration, or from an `mpu` object with Megatron-LM's methods."""
+"""Determines the topology of a job from the configuration, or from an `mpu` object with Megatron-LM's methods."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ds_engine.job.topology import Axis, Topology
 
 @dataclass(frozen=True, kw_only=True)
 class Meshes:
-    """The process groups of a topology, in torch's words."""
+    """The process groups of a topology."""
 
     data: DeviceMesh | None = None
-    """Over the axes `replicate` (if it has several ranks) and `data`; None: all ranks of the process group."""
+    """Mesh over the axes `replicate` (if it has several ranks) and `data`; None: all ranks of the process group."""
     model_parallel: ds_zero.ModelParallel | None = None
-    """The ranks among which the model itself is cut."""
+    """Process group of the model-parallel ranks."""
 
 
 def arranged(settings: DsConfig, rank: int, num_ranks: int) -> Topology:
-    """The topology that the configuration asks for, seen from one rank.
+    """Returns the configured topology, with the coordinates of one rank.
 
     Raises:
-        ConfigError: `mics_shard_size` does not divide the ranks.
+        ConfigError: `mics_shard_size` does not divide the number of ranks.
     """
     size = settings.zero_optimization.mics_shard_size
     if size <= 0:
@@ -46,14 +46,15 @@ def arranged(settings: DsConfig, rank: int, num_ranks: int) -> Topology:
 
 
 def topology_of(settings: DsConfig, world: World, mpu: Any = None) -> tuple[Topology, Meshes]:
-    """The topology of the running ranks, and its groups. Collective where groups have to be made.
+    """Returns the topology of the running ranks, and its groups. Collective if it creates groups.
 
-    A parameter that carries `tensor_model_parallel` or `model_parallel` counts in norms on every rank of the
-    model-parallel group, any other on those of tensor-parallel rank 0, so that stages of a pipeline count all.
+    In norms, a parameter with the attribute `tensor_model_parallel` or `model_parallel` counts on every rank of the
+    model-parallel group. Any other parameter counts on tensor-parallel rank 0 only, which includes all pipeline
+    stages.
 
     Raises:
         ValueError: `mpu` lacks a method.
-        ConfigError: settings that choose groups beside `mpu`, or that do not fit the number of ranks.
+        ConfigError: settings that contradict `mpu`, or do not fit the number of ranks.
     """
     if mpu is None:
         topology = arranged(settings, world.rank, world.world_size)
@@ -61,7 +62,8 @@ def topology_of(settings: DsConfig, world: World, mpu: Any = None) -> tuple[Topo
     if settings.zero_optimization.mics_shard_size > 0:
         raise ConfigError(
             [
-                "zero_optimization.mics_shard_size makes groups of all ranks, and mpu has groups of its own: remove one"
+                "zero_optimization.mics_shard_size divides all ranks into groups, but mpu defines its own "
+                "groups: remove one of them"
             ]
         )
     group = _ask(mpu, "get_data_parallel_group")
@@ -74,7 +76,7 @@ def topology_of(settings: DsConfig, world: World, mpu: Any = None) -> tuple[Topo
     across = _ask(mpu, "get_model_parallel_group", "get_tensor_model_parallel_group")
     first = int(_ask(mpu, *_TENSOR_RANK)) == 0
     model_parallel = ds_zero.ModelParallel(group=across, is_cut=_counts(first))
-    # Pipeline stages and parts of layers are one axis here: what matters is which part of the model a rank holds.
+    # Pipeline and tensor parallelism form one axis here: only the part of the model that a rank holds matters.
     topology = Topology(data=Axis(rank, size), tensor=Axis(dist.get_rank(across), parts))
     return topology, Meshes(data=data, model_parallel=model_parallel)
 
@@ -83,7 +85,7 @@ _TENSOR_RANK = ("get_tensor_model_parallel_rank", "get_slice_parallel_rank", "ge
 
 
 def _data_mesh(topology: Topology, world: World) -> DeviceMesh | None:
-    """Neighbouring ranks divide the model; the groups hold the same. None: one group."""
+    """Returns a mesh in which consecutive ranks share a model and the groups are replicas. None: one group."""
     if topology.replicate.size == 1:
         return None
     sizes = {"replicate": topology.replicate.size, "data": topology.data.size}

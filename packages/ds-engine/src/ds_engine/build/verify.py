@@ -1,4 +1,4 @@
-"""`verify`: a configuration trained by the engine and by plain PyTorch, step by step beside each other."""
+"""`verify`: trains a configuration with the engine and with plain PyTorch, and compares them step by step."""
 
 from __future__ import annotations
 
@@ -46,23 +46,25 @@ def verify(
     bitwise: bool = False,
     seed: int = 0,
 ) -> ds_zero.Verification:
-    """Train `steps` steps with an engine and in plain PyTorch; where do they first differ? Collective, as
-    `ds_zero.verify`, which explains what is compared and what is allowed.
+    """Trains `steps` steps with an engine and in plain PyTorch, and reports the first difference. Collective.
+    `ds_zero.verify` describes what is compared and which differences are allowed.
 
     Args:
-        factory: makes the model, or the model and example inputs of one forward (as for `ds plan`); always the same
-            values after the same `torch.manual_seed`.
-        batches: micro-batches, as for `ds_zero.verify`; or a data set, whose samples are collated. None: made from the
-            example inputs: normal numbers where those are floating-point, else their own elements, shuffled.
-        loss: from the engine and a micro-batch to a scalar; default: the micro-batch is what the model is called with.
-        optimizer: makes the optimizer, where the configuration has none.
-        lr_scheduler: makes the schedule, where the configuration has none.
-        bitwise: whether only bitwise equality is `ok`.
-        seed: of weights and random numbers.
+        factory: returns the model, or the model and example inputs of one forward (as for `ds plan`). After the same
+            `torch.manual_seed` it must return the same values.
+        batches: micro-batches, as for `ds_zero.verify`; or a data set, whose samples are collated. None: generated
+            from the example inputs: normally distributed numbers for floating-point inputs, shuffled elements for
+            others.
+        loss: a function of the engine and a micro-batch that returns a scalar. Default: the output of the model for
+            the micro-batch.
+        optimizer: makes the optimizer, if the configuration has none.
+        lr_scheduler: makes the schedule, if the configuration has none.
+        bitwise: accept only bitwise equality.
+        seed: seed of weights and random numbers.
 
     Raises:
         ConfigError: a mistake in the configuration.
-        ValueError: a factory, micro-batches or settings that cannot work.
+        ValueError: an invalid factory, micro-batches or settings.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: give 1 or more")
@@ -110,7 +112,7 @@ def verify(
 
 
 class _Trained:
-    """An engine as a candidate."""
+    """An engine as the training to verify."""
 
     def __init__(self, engine: Engine, recipe: Recipe) -> None:
         self._engine, self._recipe = engine, recipe
@@ -131,7 +133,7 @@ class _Trained:
 
 
 class _Plain:
-    """What a loss function is given in the plain training: a model that casts as the engine does."""
+    """The argument of the loss function in the plain training: a model that casts its inputs as the engine does."""
 
     def __init__(
         self,
@@ -155,16 +157,16 @@ class _Plain:
 
 
 def _made(factory: Factory) -> tuple[nn.Module, Any]:
-    """What the factory makes.
+    """Returns the model and the inputs of the factory.
 
     Raises:
-        ValueError: it makes no model.
+        ValueError: the factory returned no model.
     """
     made = factory()
     model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"the factory returned a {type(model).__name__}: it has to return a model, or (model, inputs)"
+            f"the factory returned a {type(model).__name__}: it must return a model, or (model, inputs)"
         )
     return model, inputs
 
@@ -176,20 +178,20 @@ def _batches(given: Batches | Dataset[Any] | None, inputs: Any, batch: Batch) ->
         return given
     if inputs is None:
         raise ValueError(
-            "there are no micro-batches: give a function that makes them (--batches), or let the factory return "
+            "there are no micro-batches: pass a function that makes them (--batches), or let the factory return "
             "(model, inputs)"
         )
     size = batch_size(inputs)
     if size == 0:
         raise ValueError(
-            "the example inputs have no first dimension in common, so micro-batches cannot be made from them: give a "
-            "function that makes them (--batches)"
+            "the first dimensions of the example inputs differ, so micro-batches cannot be generated from them: "
+            "pass a function that makes them (--batches)"
         )
     return (_like(inputs, batch.micro, number) for number in itertools.count())
 
 
 def _like(inputs: Any, size: int, number: int) -> Any:
-    """Inputs of the same shapes and another first dimension."""
+    """Returns inputs of the same shapes, except for the first dimension."""
     generator = torch.Generator().manual_seed(number)
 
     def one(example: Tensor) -> Tensor:
@@ -204,7 +206,7 @@ def _like(inputs: Any, size: int, number: int) -> Any:
 
 
 def _quiet(settings: DsConfig) -> DsConfig:
-    """The same training without its records: it is a trial, not a run."""
+    """Returns the same settings without output, since this is a test and not a run."""
     nothing = {
         name: type(getattr(settings, name))() for name in ("csv_monitor", "tensorboard", "wandb", "comet")
     }

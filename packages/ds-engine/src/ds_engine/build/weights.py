@@ -1,4 +1,4 @@
-"""Stored weights into a model of which no rank need hold more than a module."""
+"""Loads stored weights into a model; no rank holds more than one whole module."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Weights", "fill", "open_weights"]
 
 
 def fill(model: nn.Module, weights: Weights) -> int:
-    """Stored values into the parameters and persistent buffers of a model, in its own dtypes, module by module; sharded
-    or not. Collective if it is sharded. Only rank 0 reads what is divided.
+    """Loads stored values into the parameters and persistent buffers of a model, in its own dtypes, module by module.
+    Collective if the model is sharded; then only rank 0 reads the sharded parameters.
 
     Returns:
         The number of tensors.
 
     Raises:
-        CheckpointError: on every rank: values that are missing, have another shape, or cannot be read.
+        CheckpointError: on every rank, if values are missing, have another shape, or cannot be read.
     """
     team, done, missing = Team(), set[int](), []
     error: Exception | None = None
@@ -55,14 +55,14 @@ def fill(model: nn.Module, weights: Weights) -> int:
         )
     team.settle(error, "loading weights")
     if extra := sorted(set(weights) - known):
-        warnings.warn(f"{len(extra)} stored tensors are not part of the model: {_some(extra)}", stacklevel=2)
+        warnings.warn(f"{len(extra)} stored tensors are not in the model: {_some(extra)}", stacklevel=2)
     return len(done)
 
 
 def _copy(name: str, tensor: Tensor, value: Tensor) -> CheckpointError | None:
     if value.shape != tensor.shape:
         return CheckpointError(
-            f"{name} is stored as {tuple(value.shape)}, the model has {tuple(tensor.shape)}"
+            f"{name} is stored as {tuple(value.shape)}, but the model has {tuple(tensor.shape)}"
         )
     tensor.copy_(value)
     return None

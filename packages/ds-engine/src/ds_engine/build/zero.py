@@ -1,4 +1,4 @@
-"""A job in ds_zero's words, and ds_zero in the roles that the engine knows."""
+"""Translates a job to arguments of ds_zero, and implements the engine's protocols with ds_zero."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def shard(
 ) -> None:
     """Divide a model and its optimizer among the ranks, in place. Collective.
 
-    What `ds_zero.deferred_init` has put off comes into being here, on `device`.
+    A model that was constructed under `ds_zero.deferred_init` is materialised here, on `device`.
     """
     deferred = any(p.is_meta for p in model.parameters())
     store: Any = None
@@ -72,10 +72,10 @@ def require_same(entries: Mapping[str, str], device: torch.device) -> None:
 
 
 def check_reduction(job: Job, optimizer: Optimizer) -> None:
-    """Refuse what an optimizer that averages gradients by itself cannot have.
+    """Raises for settings that are incompatible with an optimizer that averages gradients by itself.
 
     Raises:
-        ConfigError: with every setting that stands against it.
+        ConfigError: lists all incompatible settings.
     """
     if not (isinstance(optimizer, ReducesGradients) and optimizer.reduces_gradients):
         return
@@ -85,8 +85,8 @@ def check_reduction(job: Job, optimizer: Optimizer) -> None:
         wrong.append(f"zero_optimization.stage is {job.stage}: {name} averages whole gradients; set it to 0")
     if math.isfinite(job.clipping):
         wrong.append(
-            f"gradient_clipping is {job.clipping:g}: {name} averages gradients inside of its step, so there is no "
-            "common norm before it; set it to 0"
+            f"gradient_clipping is {job.clipping:g}: {name} averages gradients inside of its step, so the global "
+            "norm is unknown before; set it to 0"
         )
     scaling = job.precision.loss_scaling
     if scaling is not None and (scaling.dynamic or scaling.initial != 1.0):
@@ -96,7 +96,7 @@ def check_reduction(job: Job, optimizer: Optimizer) -> None:
 
 
 def roles_of(job: Job, model: nn.Module, optimizer: Optimizer) -> Roles:
-    """Who answers for gradients and state of a sharded model."""
+    """Returns the objects that own gradients and state of a sharded model."""
     own = isinstance(optimizer, ReducesGradients) and optimizer.reduces_gradients
     return Roles(
         guard=Unguarded() if own else guard_of(job, model),
@@ -106,7 +106,7 @@ def roles_of(job: Job, model: nn.Module, optimizer: Optimizer) -> Roles:
 
 
 class NoNorms:
-    """`GradientNorms` where an optimizer averages gradients by itself: there is no common one to measure."""
+    """`GradientNorms` for an optimizer that averages gradients by itself: the global norm cannot be measured."""
 
     def clip(self, max_norm: float) -> None:
         assert math.isinf(max_norm), "see check_reduction"
@@ -116,13 +116,13 @@ class NoNorms:
 
 
 def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
-    """The policy of `ds_zero.shard`.
+    """Returns the `ZeroConfig` for `ds_zero.shard`.
 
     Args:
-        model: for `leaf_module`, whose entries are looked up in it.
+        model: the model in which the entries of `leaf_module` are looked up.
 
     Raises:
-        ConfigError: an entry that fits no module.
+        ConfigError: an entry matches no module.
     """
     settings, zero = job.settings, job.settings.zero_optimization
     wire = settings.communication_data_type
@@ -130,7 +130,8 @@ def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
         accumulation=zero.accumulation_plan,
         rank_invariant=job.accumulating.rank_invariant,
         secondary_ranks=max(1, zero.zero_hpz_partition_size),
-        # Where the caller decides, no backward is known to be the last one: sums wait for step().
+        # If the caller decides about boundaries, no backward is known to be the last, so gradients are reduced in
+        # step().
         accumulation_steps=job.batch.steps if job.accumulating.managed else sys.maxsize,
         sparse_gradients=settings.sparse_gradients,
         param_dtype=job.precision.param_dtype,
@@ -142,7 +143,7 @@ def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
         ignore_unused=zero.ignore_unused_parameters,
         communication_dtype=DTYPES[wire] if wire is not None else None,
         reduce_op=settings.gradient_allreduce_op,
-        # To divide before the sum is to predivide by all ranks.
+        # Division before the sum is predivision by the number of ranks.
         predivide_factor=float(job.batch.ranks)
         if settings.prescale_gradients
         else settings.gradient_predivide_factor,
@@ -160,11 +161,11 @@ def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
 
 
 def leaf_modules(section: LeafModuleConfig, model: nn.Module) -> tuple[str, ...]:
-    """Names of the modules that stage 3 gathers whole.
+    """Returns the names of the modules that stage 3 gathers as a whole.
 
     Raises:
-        ConfigError: a name, a suffix or a class that no module has, except for the classes of the default, which most
-            models lack.
+        ConfigError: no module has a given name, suffix or class. The default classes are exempt, since most models
+            lack them.
     """
     modules = dict(model.named_modules())
     chosen: set[str] = set()
@@ -190,7 +191,7 @@ def _class_names(kind: type) -> tuple[str, str]:
 
 
 def loss_scale_of(scaling: LossScaling | None) -> float | ds_zero.DynamicScale | None:
-    """What `ds_zero.LossScaler` is told; None: there is none."""
+    """Returns the argument of `ds_zero.LossScaler`; None: no loss scaling."""
     if scaling is None or not scaling.dynamic:
         return None if scaling is None else scaling.initial
     return ds_zero.DynamicScale(
@@ -204,13 +205,13 @@ def loss_scale_of(scaling: LossScaling | None) -> float | ds_zero.DynamicScale |
 
 
 def guard_of(job: Job, model: nn.Module) -> LossGuard:
-    """What scales the losses of a sharded model and guards its updates."""
+    """Returns the `LossGuard` of a sharded model."""
     scale = loss_scale_of(job.precision.loss_scaling)
     return Unguarded() if scale is None else ds_zero.LossScaler(model, scale)
 
 
 class Unguarded:
-    """A guard that scales nothing and lets every update happen."""
+    """A `LossGuard` that neither scales losses nor skips updates."""
 
     loss_scale = 1.0
     step_was_skipped = False

@@ -1,4 +1,4 @@
-"""The names of ds_checkpoint; `ds_engine.build.checkpoint` says what of an engine goes into a checkpoint."""
+"""The public names of ds_checkpoint. `ds_engine.build.checkpoint` saves and restores an engine."""
 
 from ds_checkpoint.errors import CheckpointError
 from ds_checkpoint.export import consolidate

@@ -1,4 +1,4 @@
-"""Models that only answer: `init_inference` and generation."""
+"""Inference: `init_inference` and generation."""
 
 from ds_engine.inference.engine import InferenceEngine, init_inference
 

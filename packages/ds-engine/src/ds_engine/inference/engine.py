@@ -1,4 +1,4 @@
-"""`init_inference`: a model that only answers, whole on every rank or divided among them."""
+"""`init_inference`: inference with a model that is whole on every rank or sharded."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def init_inference(
     config: str | os.PathLike[str] | Mapping[str, Any] | InferenceConfig | None = None,
     **settings: Any,
 ) -> InferenceEngine:
-    """An engine that runs `model` without gradients. Starts the process group if none stands; every rank
-    calls it alike.
+    """Builds an engine that runs `model` without gradients. Initialises the process group if there is none. All ranks
+    must call it with the same arguments.
 
-    With `zero={"stage": 3}`, with `tensor_parallel={"tp_size": N}`, or where the model was constructed under
-    `deferred_init(stage=3)`, the parameters are divided, and gathered module by module while it runs: a model that no
-    rank can hold needs 1/N of its memory on each of N ranks. Layers themselves are not cut.
+    With `zero={"stage": 3}`, with `tensor_parallel={"tp_size": N}`, or if the model was constructed under
+    `deferred_init(stage=3)`, the parameters are sharded, and gathered module by module during forward. A model that
+    is too large for one rank then needs 1/N of its memory on each of N ranks. Layers are not split.
 
     Args:
         config: path of a JSON file, or a dict; see `InferenceConfig`.
         settings: the same keys, as arguments.
 
     Raises:
-        ConfigError: a mistake in the configuration, or a key whose loss would change results.
-        CheckpointError, FileNotFoundError: weights that are damaged, do not fit, or are not there.
+        ConfigError: a mistake in the configuration, or an unsupported key that would change results. CheckpointError,
+            FileNotFoundError: the weights are damaged, do not match the model, or do not exist.
     """
     wanted = config if isinstance(config, InferenceConfig) else read_inference(merged(config, settings))
     world = ranks.start()
@@ -64,10 +64,10 @@ def init_inference(
 def merged(
     config: str | os.PathLike[str] | Mapping[str, Any] | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """One dict of both.
+    """Merges both into one dict.
 
     Raises:
-        ValueError: a key with two values.
+        ValueError: a key has two different values.
     """
     given: dict[str, Any] = {}
     if isinstance(config, (str, os.PathLike)):
@@ -81,14 +81,16 @@ def merged(
 
 
 def _divide(model: nn.Module, config: InferenceConfig, world: World, waiting: bool) -> bool:
-    """Shard the parameters where that is wanted; whether it was."""
+    """Shards the parameters if configured. Returns whether it did."""
     section = dict(config.zero)
     stage, copy = section.get("stage", 0), config.copy_ranks
     if world.world_size % copy:
         raise ConfigError([f"tensor_parallel.tp_size {copy} does not divide {world.world_size} ranks"])
     if stage in (1, 2):
         warnings.warn(
-            f"init_inference: zero.stage {stage} divides nothing that inference has: 3 would", stacklevel=3
+            f"init_inference: zero.stage {stage} has no effect in inference, which has no gradients and "
+            "optimizer states: set it to 3 to shard parameters, or to 0",
+            stacklevel=3,
         )
     if not waiting and stage != 3 and copy == 1:
         return False
@@ -113,21 +115,21 @@ class InferenceEngine(nn.Module):
         self.module = module
         self.inference_config = config
         self.sharded = sharded
-        """Whether the parameters are divided among ranks: then all of them run it at the same time."""
-        self.training = False  # as the module is
+        """Whether the parameters are sharded. Then all ranks must run forward at the same time."""
+        self.training = False  # the current mode of the module
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward."""
+        """Runs the module's forward."""
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own `generate`; ranks may finish at different lengths."""
+        """Runs the module's own `generate`. Ranks may finish at different lengths."""
         return generate_of(self.module, divided=is_divided(self.module))(*args, **kwargs)
 
     def destroy(self) -> None:
-        """Undo the sharding: the module is an ordinary one again, whole on every rank. Safe to call twice."""
+        """Undoes the sharding: the module is an ordinary module again, whole on every rank. Safe to call twice."""
         if self.sharded:
             self.sharded = False
             sharding.undivide(self.module)

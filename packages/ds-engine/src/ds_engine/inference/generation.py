@@ -1,4 +1,4 @@
-"""Text from a model that is divided among ranks."""
+"""Text generation with a sharded model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 
 
 def generate_of(module: nn.Module, *, divided: bool) -> Callable[..., Any]:
-    """The module's own `generate`.
+    """Returns the module's own `generate`.
 
-    Where its parameters are `divided` among ranks, every token takes gathers, in which all ranks have to take part. A
-    model of transformers then gets `synced_gpus=True`: a rank that has finished goes on computing, and drops the
+    If its parameters are sharded (`divided`), every token needs gathers, in which all ranks must take part. A
+    transformers model then gets `synced_gpus=True`: a rank that has finished continues to run forward, and drops the
     result, until the last rank has finished.
 
     Raises:
@@ -31,7 +31,8 @@ def generate_of(module: nn.Module, *, divided: bool) -> Callable[..., Any]:
         if synced and kwargs.get("synced_gpus") is None:
             kwargs["synced_gpus"] = True
         with warnings.catch_warnings():
-            # An encoder runs once, and a decoder once for each token: to generate is to run modules in another order.
+            # In generation modules run in another order than in training: an encoder once, a decoder once for each
+            # token.
             warnings.filterwarnings("ignore", message="modules run in another order")
             return own(*args, **kwargs)
 

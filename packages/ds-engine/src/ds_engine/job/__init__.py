@@ -1,4 +1,4 @@
-"""What a job is: one frozen value, resolved once, that everything else reads."""
+"""The description of a job: one frozen value, resolved once, that all other modules read."""
 
 from ds_engine.job.choices import Choices, OptimizerChoice, Placement, ScheduleChoice, choices_of
 from ds_engine.job.description import Accumulating, Job, describe

@@ -1,4 +1,4 @@
-"""What describes a job on one rank; `initialize` compares it over all ranks before it divides anything."""
+"""The description of a job on one rank, which `initialize` compares over all ranks before it shards anything."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _OWN_AFFAIR = frozenset(
         "timers",
     }
 )
-"""Keys that may differ between ranks: they say what a rank reports."""
+"""Keys that may differ between ranks, because they only control output."""
 
 
 def entries(job: Job, model: nn.Module, optimizer: Optimizer) -> dict[str, str]:
-    """What has to be the same on all ranks, as name -> value."""
+    """Returns the values that must be equal on all ranks, by name."""
     values = dict(_flat("", job.settings.model_dump(exclude=set(_OWN_AFFAIR))))
     values |= {
         "ranks": str(job.topology),
@@ -41,7 +41,7 @@ def entries(job: Job, model: nn.Module, optimizer: Optimizer) -> dict[str, str]:
         "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
         "scheduler": repr(None if job.schedule is None else job.schedule.name),
     }
-    if job.topology.model.size > 1:  # each rank has parameters of its own
+    if job.topology.model.size > 1:  # model-parallel ranks have different parameters
         return values
     values["model"] = f"{type(model).__name__} with {_shape_of(model)}"
     values["number of parameter groups"] = str(len(optimizer.param_groups))
@@ -65,12 +65,12 @@ def _flat(prefix: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(f"{prefix}{name}.", value)
-        elif not callable(value):  # a function's address differs in every process
+        elif not callable(value):  # the address in a function's repr differs in every process
             yield f"{prefix}{name}", _text(value)
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, torch.Tensor):  # a capturable optimizer's rate
+    if isinstance(value, torch.Tensor):  # the learning rate of a capturable optimizer
         return (
             repr(value.item()) if value.numel() == 1 and not value.is_meta else f"a tensor of {value.numel()}"
         )

@@ -1,4 +1,4 @@
-"""What the settings and the arguments of `initialize` choose, before ranks and model are known."""
+"""The choices that follow from the settings and the arguments of `initialize` alone, without ranks and model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch.optim import Optimizer
 from ds_engine.config.sections.model import DsConfig
 
 Where = Literal["device", "cpu"]
-"""On the device that computes, or in host memory."""
+"""On the training device, or in host memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where each kind of state rests between steps."""
+    """Where each kind of state is stored between steps."""
 
     params: Where = "device"
-    """Parameters in the dtype in which they compute."""
+    """Parameters in their compute dtype."""
     gradients: Where = "device"
     """Reduced gradients."""
     masters: Where = "device"
-    """fp32 values that the optimizer updates."""
+    """fp32 masters, which the optimizer updates."""
     optimizer_states: Where = "device"
 
     @classmethod
@@ -44,20 +44,20 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerChoice:
-    """The optimizer of a job: which one, and with which settings."""
+    """The optimizer of a job, and its settings."""
 
     name: str
-    """As the configuration spells it, or the class of what was passed; "function" for a function that makes one."""
+    """Name in the configuration, or the class of the passed object; "function" for a function that makes one."""
     passed: bool = False
-    """Whether it was passed to `initialize`; then everything below is the passed object's own affair."""
+    """Whether it was passed to `initialize`. Then the fields below have their defaults."""
     steps_on_host: bool = False
-    """Whether what was passed runs in host memory."""
+    """Whether the passed object steps in host memory."""
     params: Mapping[str, Any] = field(default_factory=dict)
-    """The section's `params`."""
+    """`params` of the section."""
     on_host: bool = False
-    """Build the version that runs in host memory."""
+    """Whether to build the class that steps in host memory."""
     state_dtype: torch.dtype | None = None
-    """Dtype of its states; None: the optimizer's own."""
+    """Dtype of its states; None: the default of the optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,32 +65,34 @@ class ScheduleChoice:
     """The learning-rate schedule of a job."""
 
     name: str
-    """As the configuration spells it, or the class of what was passed."""
+    """Name in the configuration, or the class of the passed object."""
     passed: bool = False
     params: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """Everything that is chosen without looking at ranks or model; what `ds_engine.rules` checks."""
+    """All choices that do not depend on ranks or model. `ds_engine.rules` checks them."""
 
     settings: DsConfig
-    """Where the choices come from; sections that no field below covers are read from here."""
+    """The configuration. Sections without a field below are read from it."""
     stage: int
-    """Of ZeRO, 0 to 3."""
+    """ZeRO stage, 0 to 3."""
     placement: Placement
     optimizer: OptimizerChoice | None
-    """None: neither named nor passed."""
+    """None: neither configured nor passed."""
     schedule: ScheduleChoice | None
     """None: a constant rate."""
     device_type: str
-    """Type of the device that computes: "cpu", "cuda", ..."""
+    """Type of the training device: "cpu", "cuda", ..."""
     clipping: float
-    """Largest global norm of a gradient; inf: norms are measured, and gradients stay as they are."""
+    """Maximum global norm of the gradient; inf: the norm is measured, but not limited."""
 
 
 def training_device() -> str:
-    """Type of the device that `initialize` will choose: that of the process group, else this machine's."""
+    """Returns the type of the device that `initialize` will choose: that of the process group, else that of this
+    machine.
+    """
     if dist.is_available() and dist.is_initialized() and dist.get_backend() == "gloo":
         return "cpu"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -103,12 +105,12 @@ def choices_of(
     lr_scheduler: object = None,
     device_type: str | None = None,
 ) -> Choices:
-    """Read the choices.
+    """Makes the choices.
 
     Args:
-        optimizer: what was passed to `initialize`: an optimizer, a class, a function, or None.
-        lr_scheduler: what was passed to `initialize`, or None.
-        device_type: what computes; None: see `training_device`.
+        optimizer: the argument of `initialize`: an optimizer, a class, a function, or None.
+        lr_scheduler: the argument of `initialize`, or None.
+        device_type: type of the training device; None: see `training_device`.
     """
     placement = Placement.of(settings)
     return Choices(

@@ -1,4 +1,4 @@
-"""A job: its choices, resolved for the ranks and the device on which it runs."""
+"""A job: its choices, resolved for the ranks and the device."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ds_engine.job.topology import Topology
 
 @dataclass(frozen=True, kw_only=True)
 class Accumulating:
-    """How the micro-batches of an optimizer step become one gradient."""
+    """How the gradients of the micro-batches of a step are accumulated."""
 
     plan: Literal["local", "sharded"]
-    """"local": summed on each rank and reduced once; "sharded": each is reduced, and the shards are summed."""
+    """"local": gradients are summed on each rank and reduced once; "sharded": each is reduced, shards are summed."""
     plan_is_default: bool
     managed: bool
-    """The engine counts micro-batches; False: every `step()` updates."""
+    """True: the engine counts micro-batches. False: every `step()` updates."""
     rank_invariant: bool
-    """Sums have an order that does not depend on the number of ranks."""
+    """Whether the order of sums is independent of the number of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +35,10 @@ class Job(Choices):
 
 
 def describe(choices: Choices, topology: Topology, device_type: str) -> Job:
-    """Resolve choices for some ranks and a device.
+    """Resolves choices for a topology and a device.
 
     Raises:
-        ConfigError: batch sizes that contradict each other on so many ranks, or a class of modules that does not
+        ConfigError: the batch sizes contradict each other on this number of ranks, or a class of modules does not
             exist.
     """
     settings = choices.settings

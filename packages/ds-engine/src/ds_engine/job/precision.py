@@ -1,4 +1,4 @@
-"""In which dtypes the model computes and gradients are summed, and what guards a step against overflow."""
+"""The dtypes of computation and gradient sums, and the loss scaling of a job."""
 
 from __future__ import annotations
 
@@ -18,58 +18,58 @@ from ds_engine.config.support.suggest import did_you_mean
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SAFE_MODULES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-"""Modules that `torch.autocast` computes in the lower precision: their parameters may rest and travel in it."""
+"""Modules that `torch.autocast` runs in the lower precision: their parameters can be stored and sent in it."""
 
 DtypeFor = Callable[[str, nn.Parameter], torch.dtype | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossScaling:
-    """How losses are scaled before backward. With the constant 1 they are not, and a step is left out all the same
-    whose gradient is not finite.
+    """How losses are scaled before backward. With the constant 1 they are not scaled, but steps whose gradient is not
+    finite are skipped.
     """
 
     initial: float = 1.0
     dynamic: bool = False
-    """The scale follows overflows; otherwise it stays as it is, and the fields below mean nothing."""
+    """Whether the scale is dynamic. If not, the fields below are unused."""
     window: int = 1000
-    """Steps without overflow after which the scale doubles."""
+    """Number of steps without overflow after which the scale is doubled."""
     hysteresis: int = 2
-    """Overflows before the scale is halved."""
+    """Number of overflows until the scale is halved."""
     consecutive_hysteresis: bool = False
-    """A step without overflow restores the hysteresis."""
+    """Whether a step without overflow restores the hysteresis."""
     minimum: float = 1.0
     raise_at_minimum: bool = True
-    """An overflow at the smallest scale is an error; False: the step is left out, and training goes on."""
+    """Whether an overflow at the smallest scale raises an error. False: the step is skipped, and training continues."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """What the sections `fp16`, `bf16`, `torch_autocast` and `data_types` ask for."""
+    """The precision that the sections `fp16`, `bf16`, `torch_autocast` and `data_types` configure."""
 
     param_dtype: torch.dtype | None = None
-    """In which parameters compute, with fp32 masters behind them; None: as the model is."""
+    """Compute dtype of parameters, which then have fp32 masters; None: the dtype of the model."""
     autocast_dtype: torch.dtype | None = None
-    """`torch.autocast` around forward; None: none."""
+    """Dtype of `torch.autocast` around forward; None: no autocast."""
     safe_modules: tuple[type[nn.Module], ...] = SAFE_MODULES
-    """With autocast: classes whose parameters rest and travel in `autocast_dtype`."""
+    """With autocast: classes whose parameters are stored and sent in `autocast_dtype`."""
     cast_inputs: bool = False
-    """Cast floating-point arguments of forward to `param_dtype`."""
+    """Whether floating-point arguments of forward are cast to `param_dtype`."""
     grad_dtype: torch.dtype = torch.float32
-    """In which gradients of micro-batches are summed."""
+    """Dtype in which gradients of micro-batches are summed."""
     buffer_dtype: torch.dtype | None = None
-    """Of the module's buffers; None: they stay as they are."""
+    """Dtype of the module's buffers; None: unchanged."""
     keep_fp32: tuple[str, ...] | None = None
-    """Patterns of names of buffers that are fp32 in any case; None: the model's own, if it has some."""
+    """Patterns of the names of buffers that always stay in fp32; None: the patterns of the model, if it has some."""
     loss_scaling: LossScaling | None = LossScaling()
-    """None: losses are not scaled, and every step is taken."""
+    """None: losses are not scaled, and no step is skipped."""
 
     @classmethod
     def of(cls, config: DsConfig, device_type: str = "cpu") -> Precision:
-        """Read the four sections.
+        """Reads the four sections.
 
         Args:
-            device_type: decides the dtype of `torch_autocast` where the section has none.
+            device_type: determines the default dtype of `torch_autocast`.
 
         Raises:
             ConfigError: a class in lower_precision_safe_modules that does not exist.
@@ -95,15 +95,15 @@ class Precision:
         )
 
     def dtype_for(self, module: nn.Module) -> DtypeFor | None:
-        """From a parameter's name and the parameter to the dtype in which it rests and travels; None: every
-        parameter has `param_dtype`.
+        """Returns a function from a parameter's name and the parameter to the dtype in which it is stored and sent;
+        None: all have `param_dtype`.
         """
         if self.autocast_dtype is None or self.param_dtype is not None:
             return None
         return lowered(module, self.safe_modules, self.autocast_dtype)
 
     def cast_buffers(self, module: nn.Module) -> None:
-        """Bring the buffers into their dtypes, each in place of what was there."""
+        """Casts the buffers to their dtypes, and replaces them in the module."""
         half = self.param_dtype or torch.float32
         kept = _matcher(module, self.keep_fp32, half) if half != torch.float32 else None
         for prefix, owner in module.named_modules():
@@ -116,15 +116,13 @@ class Precision:
                     buffer.data = buffer.data.to(wanted)
 
     def around_forward(self, device_type: str) -> contextlib.AbstractContextManager[object]:
-        """The context in which the module computes."""
+        """Returns the context for the module's forward."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device_type, dtype=self.autocast_dtype)
 
     def cast(self, value: Any) -> Any:
-        """`value` with the floating-point tensors in it (inside lists, tuples and dicts) in the compute
-        dtype.
-        """
+        """Casts the floating-point tensors in `value` (inside lists, tuples and dicts) to the compute dtype."""
         if not self.cast_inputs:
             return value
         if isinstance(value, Tensor):
@@ -143,7 +141,7 @@ class Precision:
         elif self.autocast_dtype is not None:
             told = f"torch.autocast to {name_of(self.autocast_dtype)}"
         else:
-            told = "as the model is, usually fp32"
+            told = "dtype of the model, usually fp32"
         told += f"; gradients summed in {name_of(self.grad_dtype)}"
         scaling = self.loss_scaling
         if scaling is not None and scaling.dynamic:
@@ -154,7 +152,7 @@ class Precision:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """fp16, bf16, fp32; another dtype as torch writes it."""
+    """Returns fp16, bf16, fp32, or torch's name of another dtype."""
     return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
 
 
@@ -169,7 +167,8 @@ def _loss_scaling(config: DsConfig) -> LossScaling:
         hysteresis=section.hysteresis,
         consecutive_hysteresis=section.consecutive_hysteresis,
         minimum=float(section.min_loss_scale),
-        raise_at_minimum=config.zero_optimization.stage > 0,  # as DeepSpeed: its fp16 without ZeRO goes on
+        raise_at_minimum=config.zero_optimization.stage
+        > 0,  # as in DeepSpeed, whose fp16 without ZeRO continues
     )
 
 
@@ -189,7 +188,8 @@ def _classes(names: Iterable[str] | None) -> tuple[type[nn.Module], ...]:
         else:
             near = did_you_mean(last, dir(module)) if module is not None else ""
             wrong.append(
-                f'torch_autocast.lower_precision_safe_modules: "{name}" is no module class; write its full name, '
+                f'torch_autocast.lower_precision_safe_modules: "{name}" is not a module class; write the full '
+                "name, "
                 f'for example "torch.nn.Linear".{near}'
             )
     if wrong:
@@ -198,10 +198,12 @@ def _classes(names: Iterable[str] | None) -> tuple[type[nn.Module], ...]:
 
 
 def lowered(module: nn.Module, safe: tuple[type[nn.Module], ...], dtype: torch.dtype) -> DtypeFor:
-    """Gives `dtype` to fp32 parameters that only modules of exactly the classes `safe` hold.
+    """Returns a function that assigns `dtype` to fp32 parameters which belong only to modules of exactly the classes
+    `safe`.
 
-    Autocast would cast these in every forward; resting in that dtype they need no copy, and travel at half the
-    size. A weight that a head shares with an embedding stays: the embedding computes in its parameter's dtype.
+    Autocast would cast these in every forward. Stored in that dtype, they need no copy, and are sent in half the
+    bytes. A weight that a head shares with an embedding is not cast, since the embedding computes in the dtype of its
+    parameter.
     """
     holders: dict[int, list[type]] = {}
     for owner in module.modules():
@@ -218,9 +220,9 @@ def lowered(module: nn.Module, safe: tuple[type[nn.Module], ...], dtype: torch.d
 def _matcher(
     module: nn.Module, patterns: tuple[str, ...] | None, dtype: torch.dtype
 ) -> Callable[[str], bool] | None:
-    """Tells the buffers that stay in fp32: `*` in a pattern stands for anything, and it may match anywhere in a
-    name, as in transformers, whose models say themselves which (`_keep_in_fp32_modules_strict`, and in fp16
-    also `_keep_in_fp32_modules`).
+    """Returns a predicate for the names of buffers that stay in fp32. `*` in a pattern matches anything, and a
+    pattern may match anywhere in a name, as in transformers, whose models have such patterns
+    (`_keep_in_fp32_modules_strict`, and in fp16 also `_keep_in_fp32_modules`).
     """
     if patterns is not None:
         sources = [re.escape(p).replace(r"\*", ".*") for p in patterns]

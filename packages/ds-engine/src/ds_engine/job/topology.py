@@ -1,4 +1,4 @@
-"""How the ranks of a job are arranged: named axes, and where one rank stands on each of them."""
+"""The topology of a job: named axes, and the coordinates of one rank on them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 AXES = ("pipe", "replicate", "data", "expert", "sequence", "tensor")
-"""Names of the axes, outermost first: ranks that differ only in the last one are neighbours. The dimensions of a
-`DeviceMesh` that crosses packages have these names, in this order."""
+"""Names of the axes, outermost first: ranks that differ only in the last one have consecutive numbers. A `DeviceMesh`
+that is passed between packages has these dimension names, in this order.
+"""
 
 ALIASES: Mapping[str, str] = {
     "pp": "pipe",
@@ -23,17 +24,17 @@ ALIASES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis, seen from one rank."""
+    """One axis, and the coordinate of one rank on it."""
 
     index: int
     """0 <= index < size."""
     size: int
 
     def __post_init__(self) -> None:
-        """Refuses a coordinate outside the axis."""
+        """Raises ValueError for a coordinate outside of the axis."""
         if not 0 <= self.index < self.size:
             raise ValueError(
-                f"coordinate {self.index} is not on an axis of {self.size} ranks, which count from 0"
+                f"coordinate {self.index} is outside of an axis with {self.size} ranks, which are numbered from 0"
             )
 
 
@@ -42,30 +43,30 @@ ALONE = Axis(0, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """All ranks of a job, as this rank sees them."""
+    """The axes of a job, with the coordinates of this rank."""
 
     pipe: Axis = ALONE
     """Ranks that hold different layers."""
     replicate: Axis = ALONE
-    """Groups of `data` ranks that hold the same."""
+    """Groups of `data` ranks that hold replicas of each other."""
     data: Axis = ALONE
-    """Ranks that see different samples and divide the state of the model among themselves."""
+    """Ranks that process different samples, and among which the state of the model is divided."""
     expert: Axis = ALONE
-    """Ranks that hold different experts. It is folded inside of `data`, so it adds no ranks."""
+    """Ranks that hold different experts. The axis is part of `data`, so it adds no ranks."""
     sequence: Axis = ALONE
-    """Ranks that see different tokens of the same samples."""
+    """Ranks that process different tokens of the same samples."""
     tensor: Axis = ALONE
     """Ranks that hold different parts of each layer."""
 
     def __post_init__(self) -> None:
-        """Refuses experts that do not fit into the data axis."""
+        """Raises ValueError if the expert ranks do not divide the data axis."""
         if self.data.size % self.expert.size:
             raise ValueError(
-                f"{self.expert.size} expert ranks do not divide the {self.data.size} data ranks that hold them"
+                f"{self.expert.size} expert ranks do not divide the {self.data.size} data-parallel ranks"
             )
 
     def axis(self, name: str) -> Axis:
-        """The axis of a name in `AXES` or `ALIASES`.
+        """Returns the axis with a name in `AXES` or `ALIASES`.
 
         Raises:
             ValueError: there is no such axis.
@@ -83,18 +84,18 @@ class Topology:
 
     @property
     def samples(self) -> Axis:
-        """Over all ranks that see different samples: `replicate` x `data`."""
+        """The combined axis of all ranks that process different samples: `replicate` x `data`."""
         return Axis(
             self.replicate.index * self.data.size + self.data.index, self.replicate.size * self.data.size
         )
 
     @property
     def model(self) -> Axis:
-        """Over all ranks that together hold one copy of the model: `pipe` x `tensor`."""
+        """The combined axis of all ranks that together hold one model: `pipe` x `tensor`."""
         return Axis(self.pipe.index * self.tensor.size + self.tensor.index, self.pipe.size * self.tensor.size)
 
     def sizes(self) -> dict[str, int]:
-        """Name -> size of every axis of more than one rank, outermost first."""
+        """Returns name -> size of every axis with more than one rank, outermost first."""
         return {name: self.axis(name).size for name in AXES if self.axis(name).size > 1}
 
     def __str__(self) -> str:

@@ -1,1 +1,1 @@
-"""What runs in the engine's loop beside the optimizer: accumulation, pacing, progress, curves, timing."""
+"""Parts of the engine's loop other than the optimizer: accumulation, pacing, progress, curves, timing."""

@@ -1,4 +1,4 @@
-"""When a micro-batch completes a batch."""
+"""Counts micro-batches, and decides which of them is an accumulation boundary."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from dataclasses import dataclass
 
 @dataclass
 class Accumulation:
-    """Counts micro-batches; the last one of every `steps` is the boundary, where the optimizer runs."""
+    """Counts micro-batches. The last one of every `steps` is the boundary, at which the optimizer runs."""
 
     steps: int
-    """Micro-batches per optimizer step; where the caller decides, only what losses are divided by."""
+    """Number of micro-batches per optimizer step. With `managed` False, only the divisor of losses."""
     micro_steps: int = 0
-    """Micro-batches completed since the beginning of training."""
+    """Number of completed micro-batches since the beginning of training."""
     forced: bool | None = None
-    """What the caller says about the present micro-batch, and the following ones until it says something else;
-    None counts."""
+    """Whether the current and following micro-batches are boundaries, as set by the caller; None: decided by
+    counting.
+    """
     managed: bool = True
-    """False: every `step()` is a boundary, after as many micro-batches as the caller likes."""
+    """False: every `step()` is a boundary, after any number of micro-batches."""
     arrived: int = 0
-    """Losses that went backward since the last boundary."""
+    """Number of backwards since the last boundary."""
     strict: bool = True
-    """A `step()` without a backward before it is an error; False: it ends a micro-batch without gradients."""
+    """Whether a `step()` without a preceding backward is an error. False: it ends a micro-batch without gradients."""
     _fresh: bool = False
     _in_step: bool = False
 
     def at_boundary(self) -> bool:
-        """Whether the micro-batch that is being worked on completes a batch; where the caller decides, that is known
-        inside `step()` only.
-        """
+        """Whether the current micro-batch is a boundary. With `managed` False it is known only inside `step()`."""
         if not self.managed:
             return self._in_step
         if self.forced is not None:
@@ -38,25 +37,26 @@ class Accumulation:
         return (self.micro_steps + 1) % self.steps == 0
 
     def note_backward(self) -> None:
-        """Count a loss that goes backward, divided by `steps`."""
+        """Counts a backward."""
         self.arrived += 1
         self._fresh = True
 
     @property
     def pending(self) -> int:
-        """Micro-batches whose gradients wait for the next boundary."""
+        """Number of micro-batches whose gradients have not been used by a step yet."""
         return self.micro_steps % self.steps if self.managed else self.arrived
 
     @contextmanager
     def ending(self) -> Iterator[bool]:
-        """Around a `step()`: gives whether it is a boundary, and counts when it has succeeded.
+        """Context manager around a `step()`: yields whether it is a boundary, and counts the micro-batch if the step
+        succeeded.
 
         Raises:
-            RuntimeError: no loss went backward through the engine since the last `step()`.
+            RuntimeError: there was no backward through the engine since the last `step()`.
         """
         if self.strict and not self._fresh:
             raise RuntimeError(
-                "engine.step(): no engine.backward(loss) came before it. Call engine.backward(loss), or "
+                "engine.step(): there was no engine.backward(loss) before it. Call engine.backward(loss), or "
                 "engine.scale(loss).backward(), once for every micro-batch: the engine divides the loss by "
                 f"gradient_accumulation_steps ({self.steps}), and a plain loss.backward() does not"
             )

@@ -1,4 +1,4 @@
-"""Where curves go: CSV files, TensorBoard, Weights & Biases, Comet."""
+"""Writes curves to CSV files, TensorBoard, Weights & Biases and Comet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ds_engine.training.progress import StepReport
 
 Event = tuple[str, float, int]
-"""Name, value, and where on the x axis: samples seen, for what the engine writes."""
+"""Name, value, and position on the x axis. For curves of the engine, x is the number of processed samples."""
 
 LOSS = "Train/Samples/train_loss"
 LR = "Train/Samples/lr"
@@ -29,7 +29,7 @@ TIME = "Train/Samples/elapsed_time_ms_"
 
 
 class Writer(Protocol):
-    """One place for curves."""
+    """A destination of curves."""
 
     def write(self, events: Sequence[Event]) -> None: ...
 
@@ -37,7 +37,7 @@ class Writer(Protocol):
 
 
 class CsvWriter:
-    """One file for each name, `<folder>/<name with _ for />.csv`, with a header and a line for each value."""
+    """Writes one file for each name, `<folder>/<name with _ for />.csv`, with a header and a line for each value."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,24 +49,25 @@ class CsvWriter:
             path = self.folder / f"{plain}.csv"
             size = path.stat().st_size if path.exists() else 0
             try:
-                # Opened for each line: what was written is there when the job is killed, and others may look at it.
+                # Opened for each line, so that nothing is lost if the job is killed, and other processes can read the
+                # file.
                 with path.open("a", newline="") as file:
                     writer = csv.writer(file)
                     if size == 0:
                         writer.writerow(["step", plain])
                     writer.writerow([at, value])
             except OSError:
-                # A disk that fills up may have taken a part of the line.
+                # If the disk is full, a part of the line may have been written.
                 with contextlib.suppress(OSError):
                     os.truncate(path, size)
                 raise
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file is open."""
 
 
 class TensorBoardWriter:
-    """Event files in `folder`."""
+    """Writes event files to `folder`."""
 
     def __init__(self, folder: Path) -> None:
         module = _import("torch.utils.tensorboard", "tensorboard", "tensorboard")
@@ -82,7 +83,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """A run of Weights & Biases."""
+    """Writes to a run of Weights & Biases."""
 
     def __init__(self, *, project: str, group: str | None, team: str | None) -> None:
         self._module = _import("wandb", "wandb", "wandb")
@@ -98,7 +99,7 @@ class WandbWriter:
 
 
 class CometWriter:
-    """An experiment of Comet's."""
+    """Writes to an experiment of Comet."""
 
     def __init__(self, *, every: int, options: dict[str, Any]) -> None:
         module = _import("comet_ml", "comet", "comet_ml")
@@ -124,12 +125,12 @@ def _import(module: str, section: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        said = f"{section}.enabled is true, and the package {package} is not installed"
+        said = f"{section}.enabled is true, but the package {package} is not installed"
         raise ConfigError([f"{said}: pip install {package}, or set it to false"]) from error
 
 
 class Monitor:
-    """Gives events to every writer; without one nothing is computed for it. Only rank 0 has writers."""
+    """Passes events to every writer. Only rank 0 has writers; without writers nothing is computed."""
 
     def __init__(self, writers: Iterable[Writer] = ()) -> None:
         self.writers = list(writers)
@@ -137,10 +138,10 @@ class Monitor:
 
     @classmethod
     def of(cls, config: DsConfig, rank: int) -> Monitor:
-        """The writers that a configuration asks for.
+        """Makes the configured writers.
 
         Raises:
-            ConfigError: one of them needs a package that is not installed.
+            ConfigError: a writer needs a package that is not installed.
         """
         if rank != 0:
             return cls()
@@ -165,14 +166,14 @@ class Monitor:
         return bool(self.writers)
 
     def write_events(self, events: Sequence[Event]) -> None:
-        """Write values of your own beside the engine's."""
+        """Writes values of your own."""
         if events:
             for writer in self.writers:
                 with self._lenient(writer):
                     writer.write(events)
 
     def step(self, report: StepReport, loss: float | None, times_ms: dict[str, float]) -> None:
-        """What the engine writes after a step."""
+        """Writes the curves of the engine after a step."""
         if not self.enabled:
             return
         values = {LOSS: loss, LR: report.lr, GRAD_NORM: report.grad_norm, LOSS_SCALE: report.loss_scale}
@@ -182,7 +183,7 @@ class Monitor:
         )
 
     def close(self) -> None:
-        """End runs and close files; safe to call twice."""
+        """Ends runs and closes files. Safe to call twice."""
         writers, self.writers = self.writers, []
         for writer in writers:
             with self._lenient(writer):
@@ -190,15 +191,17 @@ class Monitor:
 
     @contextlib.contextmanager
     def _lenient(self, writer: Writer) -> Iterator[None]:
-        """A full disk or an unreachable service costs curves, not the training: the first failure of a writer warns."""
+        """Runs a writer without stopping the training on errors, such as a full disk or an unreachable service. The
+        first failure of each writer warns.
+        """
         try:
             yield
         except OSError as error:
             if id(writer) not in self._failed:
                 self._failed.add(id(writer))
                 warnings.warn(
-                    f"{type(writer).__name__} cannot write curves: {error}. Training goes on, and every later step "
-                    "tries again; the values of failed steps are missing. Free space, or disable this monitor in "
-                    "the configuration",
+                    f"{type(writer).__name__} cannot write curves: {error}. Training continues, and every later "
+                    "step tries again; the values of failed steps are lost. Fix the cause, or disable this "
+                    "monitor in the configuration",
                     stacklevel=4,
                 )

@@ -1,4 +1,4 @@
-"""One line every so many steps, on rank 0."""
+"""Progress lines on rank 0, one every `steps_per_print` steps."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from dataclasses import dataclass
 
 
 def to_stderr(line: str) -> None:
-    """Standard output belongs to the user's script."""
+    """Writes a line to stderr; stdout is left to the user's script."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one optimizer step did."""
+    """The result of one optimizer step."""
 
     step: int
     samples: int
-    """Samples seen since the beginning of training."""
+    """Number of samples processed since the beginning of training."""
     lr: float
     grad_norm: float
-    """Before clipping."""
+    """Global norm before clipping."""
     clipped_norm: float
-    """After clipping."""
+    """Global norm after clipping."""
     loss_scale: float = 1.0
-    """Of this step's losses."""
+    """Loss scale of this step."""
     next_scale: float = 1.0
-    """Of the next step's."""
+    """Loss scale of the next step."""
     culprit: str | None = None
-    """Where a gradient that is not finite was found, if that made the step be skipped."""
+    """Parameter whose gradient was not finite, if the step was skipped for that."""
 
     @property
     def skipped(self) -> bool:
@@ -39,8 +39,8 @@ class StepReport:
 
 
 class Progress:
-    """Writes a line for every `every`-th step (0: none), and one for each step that was skipped. Ranks other
-    than 0 are silent.
+    """Writes a line for every `every`-th step (0: none), and one for each skipped step. Ranks other than 0 write
+    nothing.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Progress:
     ) -> None:
         """
         Args:
-            total_steps: optimizer steps of the whole training, for the time that is left; None: nobody knows.
+            total_steps: number of optimizer steps of the whole training, for the remaining time; None: unknown.
         """
         self.every = every
         self.silent = rank != 0
@@ -75,14 +75,14 @@ class Progress:
         return self.active and step % self.every == 0
 
     def resume(self, samples: int, step: int = 0) -> None:
-        """Count from here: a checkpoint was loaded."""
+        """Restarts the measurement of speed, because a checkpoint was loaded."""
         self._since, self._samples, self._step = self._clock(), samples, step
 
     def report(self, step: StepReport, loss: float | None = None) -> None:
-        """Write what there is to say about a step.
+        """Writes the lines about a step, if any.
 
         Args:
-            loss: its mean over this rank's micro-batches; None: not known.
+            loss: mean over this rank's micro-batches; None: unknown.
         """
         if self.silent:
             return
@@ -113,7 +113,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    """Formats a duration: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"

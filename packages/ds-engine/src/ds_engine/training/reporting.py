@@ -1,4 +1,4 @@
-"""What an engine reports of its steps, and to whom: lines, curves, times."""
+"""Collects the results of a step, and passes them to progress lines, curves and timers."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ds_engine.training.timing import Breakdown
 
 @dataclass(kw_only=True)
 class Reporting:
-    """Collects what one optimizer step did, and hands it on at its end."""
+    """Collects the results of an optimizer step, and reports them at its end."""
 
     progress: Progress
     monitor: Monitor
     breakdown: Breakdown
     _loss: Tensor | None = field(default=None, init=False)
-    """Mean over the micro-batches of this step so far, on this rank."""
+    """Mean loss over the micro-batches of this step so far, on this rank."""
 
     def part(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Around one part of a step, for its time and memory."""
+        """Context manager around one part of a step, which measures time and memory."""
         return self.breakdown.part(name)
 
     def add_loss(self, part: Tensor) -> None:
-        """Add one micro-batch's share of the loss; read only where somebody wants it."""
+        """Adds the loss of one micro-batch, divided by their number. It is read only if something reports it."""
         if self.monitor.enabled or self.progress.active:
             self._loss = part.detach() if self._loss is None else self._loss + part.detach()
 
     def step(self, report: StepReport) -> None:
-        """The end of a step."""
+        """Reports the step that has ended."""
         loss, self._loss = self._loss, None
         wanted = self.monitor.enabled or self.progress.due(report.step)
         value = loss.item() if loss is not None and wanted else None

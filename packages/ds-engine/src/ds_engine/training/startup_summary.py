@@ -1,4 +1,4 @@
-"""The table that rank 0 prints at the start: what was chosen, and why, and what each rank holds."""
+"""The start-up table of rank 0: settings, their reasons, and the memory of a rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Row = tuple[str, str, str]
 
 
 def human(num_bytes: float) -> str:
-    """12.3 MB, powers of 1000."""
+    """Formats bytes in powers of 1000, for example 12.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -33,7 +33,7 @@ def human(num_bytes: float) -> str:
 
 
 def rows(engine: Engine) -> list[Row]:
-    """What was chosen and why; pure, for tests and for other front ends."""
+    """Returns the rows of the table. Pure, for tests and other front ends."""
     job, config, batch, world = engine.job, engine.config, engine.batch, engine.world
     shares, held = engine.model_state.shares(), engine.model_state.held()
     set_keys = config.model_fields_set
@@ -81,14 +81,14 @@ def rows(engine: Engine) -> list[Row]:
 
 
 def _remarks(config: DsConfig) -> list[Row]:
-    """One row for all keys that were set and change nothing, and one for what was left to defaults."""
+    """Returns a row with all keys that have no effect, and one with all keys that are still "auto"."""
     idle, autos = effectless(config), auto.defaults(config)
     remarks = []
     if idle:
         names = ", ".join(path.rpartition(".")[2] for path in idle)
-        remarks.append(("without effect", names, "done anyway, or not needed: ds config explain says why"))
+        remarks.append(("without effect", names, "done anyway, or not needed: see ds config explain"))
     if autos:
-        remarks.append(('"auto"', ", ".join(autos), "nothing has filled it in: the default"))
+        remarks.append(('"auto"', ", ".join(autos), "not replaced by an integration: default"))
     return remarks
 
 
@@ -97,9 +97,7 @@ def _origin(config: DsConfig, key: str) -> str:
 
 
 def _precision_origin(config: DsConfig) -> str:
-    """Names the sections that decide: those that are switched on, and `data_types`; a section that is switched off
-    changes nothing.
-    """
+    """Names the sections that determine the precision: those that are enabled, and `data_types`."""
     sections = {"fp16": config.fp16.enabled, "bf16": config.bf16.enabled}
     sections |= {"torch_autocast": config.torch_autocast.enabled, "data_types": True}
     keys = [key for key, on in sections.items() if on and key in config.model_fields_set]
@@ -119,7 +117,7 @@ def _optimizer(engine: Engine) -> str:
 
 
 def _full_rates(engine: Engine) -> list[float]:
-    """The rates that were asked for; a schedule has already lowered those in the groups."""
+    """Returns the configured learning rates; the schedule has already changed those in the groups."""
     return [
         float(g.get("initial_lr", engine.optimizer.defaults.get("lr", g.get("lr", 0.0))))
         for g in engine.optimizer.param_groups
@@ -127,13 +125,13 @@ def _full_rates(engine: Engine) -> list[float]:
 
 
 def _memory_rows(engine: Engine, shares: Shares, held: HeldBytes) -> list[Row]:
-    """Counted where memory is there already, by formula where it comes with the first step."""
+    """Memory that exists is measured; memory that the first step will allocate is computed."""
     sums = engine.precision.grad_dtype
     state_dtype = getattr(engine.optimizer, "state_dtype", torch.float32)
     states = getattr(engine.optimizer, "state_names", None)
-    masters = "fp32 masters" if held.masters_bytes else "fp32 masters: the parameters are their own"
+    masters = "fp32 masters" if held.masters_bytes else "fp32 masters: the parameters themselves"
     table = [
-        ("a rank holds", human(held.params_bytes), "parameters it computes with"),
+        ("a rank holds", human(held.params_bytes), "parameters in the compute dtype"),
         ("", human(held.masters_bytes), masters),
         ("", human(held.grads_bytes), f"reduced gradients, {name_of(sums)}"),
     ]
@@ -142,15 +140,15 @@ def _memory_rows(engine: Engine, shares: Shares, held: HeldBytes) -> list[Row]:
             (
                 "",
                 human(sums.itemsize * shares.trainable_numel),
-                f"whole gradients while micro-batches are summed, {name_of(sums)}",
+                f"whole gradients during accumulation, {name_of(sums)}",
             )
         )
     if states is None:
         table.append(
-            ("", human(held.optimizer_bytes), "optimizer states so far; more may come with the first step")
+            ("", human(held.optimizer_bytes), "optimizer states so far; the first step may allocate more")
         )
     else:
-        # Shards are padded to whole cache lines: a small model's padding is more than its elements.
+        # Shards are padded to whole cache lines, so a small model may have more padding than elements.
         owned = (
             f"for {min(shares.owned_numel, shares.trainable_numel):,} of {shares.trainable_numel:,} elements"
         )
@@ -162,7 +160,7 @@ def _memory_rows(engine: Engine, shares: Shares, held: HeldBytes) -> list[Row]:
 
 
 def render(engine: Engine) -> str:
-    """The table as text, as wide as the terminal."""
+    """Returns the table as text, in the width of the terminal."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""`wall_clock_breakdown` and `memory_breakdown`: where the time of a step goes, and what its parts leave in memory."""
+"""`wall_clock_breakdown` and `memory_breakdown`: time of the parts of a step, and memory after them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ PARTS = (FORWARD, BACKWARD, STEP)
 
 
 class Breakdown:
-    """Measures the parts of a step. Turned off it does nothing and waits for nothing.
+    """Measures the parts of a step. Turned off, it does nothing and does not synchronise.
 
-    With time on, an accelerator is waited for at both ends of each part: parts then add up, and overlap between
-    them is lost, so the sum is above what a step takes otherwise.
+    With times on, it synchronises the accelerator before and after each part. The times then add up, but parts no
+    longer overlap, so the step is slower.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Breakdown:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """One of the parts; several micro-batches of a step add up."""
+        """Context manager around one part; the times of all micro-batches of a step are added."""
         if not self.time_on and not self.memory_on:
             yield
             return
@@ -51,7 +51,9 @@ class Breakdown:
                 self._write(f"memory after {name}: {memory(self._device)}")
 
     def end_step(self, step: int) -> dict[str, float]:
-        """Milliseconds of each part of the step that has ended; a line with means every so many steps."""
+        """Returns the milliseconds of each part of the step that has ended, and prints means every `steps_per_print`
+        steps.
+        """
         if not self.time_on:
             return {}
         done, self._step_ms = self._step_ms, dict.fromkeys(PARTS, 0.0)
@@ -70,7 +72,7 @@ class Breakdown:
 
 
 def memory(device: torch.device) -> str:
-    """What this process holds now and held at most, in MiB: the device's allocator, or the process on a CPU."""
+    """Describes current and peak memory in MiB: of the device's allocator, or, on a CPU, of the process."""
     if device.type != "cpu":
         held, most = (
             torch.accelerator.memory_allocated(device),
