@@ -88,5 +88,5 @@ def test_a_rank_that_dies_is_named_by_all_others(tmp_path: Path) -> None:
     said = [process.communicate(timeout=100) for process in started]
     assert [process.returncode for process in started] == [3, 3, 9, 3], said
     for rank in (0, 1, 3):
-        assert f"seen by rank {rank}" in said[rank][0]
+        assert f"noticed by rank {rank}" in said[rank][0]
         assert "rank 2 did not answer within 3 s" in said[rank][0], said[rank][0]

@@ -120,7 +120,7 @@ def test_a_loss_that_was_not_scaled_is_refused() -> None:
     engine = jobs.engine(1, fp16=FP16, gradient_accumulation_steps=1)
     (tokens, wanted), *_ = jobs.micro_batches(engine, 1)
     jobs.loss_of(engine, tokens, wanted).backward()
-    with pytest.raises(RuntimeError, match=r"no engine\.backward\(loss\) came before it"):
+    with pytest.raises(RuntimeError, match=r"there was no engine\.backward\(loss\) before it"):
         engine.step()
 
 

@@ -86,10 +86,10 @@ def test_what_goes_together_passes(raw: dict[str, Any], more: dict[str, Any]) ->
     ("raw", "wanted"),
     [
         ({"zero_optimization": {"stage": "auto"}}, 'zero_optimization.stage is "auto"'),
-        ({"train_batch_size": "auto"}, 'train_batch_size: "auto", and no integration has filled it in'),
+        ({"train_batch_size": "auto"}, 'train_batch_size: "auto", and no integration has replaced it'),
         (
             {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}},
-            'scheduler.params.total_num_steps is "auto", and no integration has filled it in: give the number of '
+            'scheduler.params.total_num_steps is "auto", and no integration has replaced it: set it to the number of '
             "optimizer steps",
         ),
     ],

@@ -185,7 +185,7 @@ def test_archives_that_are_not_torchs(tmp_path: Path) -> None:
         else:
             with zipfile.ZipFile(file, "w", compression) as made:
                 made.writestr("a/data.pkl" if case == "compressed" else "a/other", pickle.dumps([1] * 100))
-        with pytest.raises(CheckpointError, match=r"a\.pt (is|cannot)"):
+        with pytest.raises(CheckpointError, match=r"a\.pt (is|was|cannot)"):
             inert.read(file)
 
 

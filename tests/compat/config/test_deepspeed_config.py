@@ -82,7 +82,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},
         "ds-offload will add",
     ),
-    "a template": ({"train_batch_size": "GB_SIZE"}, "it has to be a whole number"),
+    "a template": ({"train_batch_size": "GB_SIZE"}, "it must be an integer"),
     "a removed feature": ({"eigenvalue": {"enabled": True}}, "ds does not support"),
     "layers cut across ranks": ({"tensor_parallel": {"autotp_size": 4}}, "ds-layers will add"),
     "no batch size": ({"train_micro_batch_size_per_gpu": None, "model": "x"}, "give train_batch_size"),

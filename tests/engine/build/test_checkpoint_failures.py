@@ -153,7 +153,7 @@ def test_a_rank_that_does_not_see_the_directory(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(
         CheckpointError,
         match=r"rank 1: .*this rank does not see it: save to a file system "
-        "share",
+        "that all ranks share",
     ):
         engine.save_checkpoint(tmp_path)
 

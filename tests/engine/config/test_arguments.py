@@ -20,7 +20,7 @@ def said(section: str, **params: Any) -> list[str]:
 def test_a_number_in_quotes_is_refused_under_any_name(text: str) -> None:
     for name in ("lr", "my_own_argument"):
         assert said("optimizer", **{name: text}) == [
-            f'optimizer.params.{name} is "{text}": it has to be a number: remove the quotes'
+            f'optimizer.params.{name} is "{text}": it must be a number: remove the quotes'
         ]
 
 

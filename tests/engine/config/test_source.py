@@ -59,7 +59,9 @@ def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
 
 
 def test_broken_json_says_where(tmp_path: Path) -> None:
-    assert "not JSON at line 2, column 3: a key is missing" in message(write(tmp_path, '{"seed": 1,\n  ]}'))
+    assert "not valid JSON: line 2, column 3: a key is missing" in message(
+        write(tmp_path, '{"seed": 1,\n  ]}')
+    )
 
 
 def test_a_dict_that_holds_itself_is_refused() -> None:
@@ -69,7 +71,7 @@ def test_a_dict_that_holds_itself_is_refused() -> None:
 
 
 def test_json_of_another_kind(tmp_path: Path) -> None:
-    assert "holds a list" in message(write(tmp_path, "[1]"))
+    assert "contains a list" in message(write(tmp_path, "[1]"))
 
 
 def test_no_text_at_all(tmp_path: Path) -> None:
@@ -93,7 +95,7 @@ def test_errors_name_the_file_and_the_line(tmp_path: Path) -> None:
     assert message(path) == (
         f"{path} has 2 mistakes:\n"
         '  1. line 2: unknown key "sed": did you mean "seed"?\n'
-        "  2. line 4: bf16.enabled is 3: it has to be true or false"
+        "  2. line 4: bf16.enabled is 3: it must be true or false"
     )
 
 

@@ -205,7 +205,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     torch.save(values | {"more": torch.zeros(3)}, tmp_path / "more.pt")
     with pytest.warns(UserWarning, match="1 stored tensors are not in the model: more"):
         ds_engine.init_inference(build(), checkpoint=str(tmp_path / "more.pt"))
-    with pytest.raises(FileNotFoundError, match=r"has no weights: looked for"):
+    with pytest.raises(FileNotFoundError, match=r"contains no weights: looked for"):
         ds_engine.init_inference(build(), checkpoint=str(tmp_path / "nothing"))
     (tmp_path / "bad.safetensors").write_bytes(b"\x09" + bytes(7) + b'{"a": 123' + bytes(20))
     with pytest.raises(ds_engine.CheckpointError, match="not a safetensors header"):

@@ -115,7 +115,7 @@ def test_the_engine_counts_unless_it_is_told() -> None:
 def test_a_step_without_a_backward_is_refused_and_changes_nothing() -> None:
     engine = jobs.engine(1)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"no engine\.backward\(loss\) came before it"):
+        with pytest.raises(RuntimeError, match=r"there was no engine\.backward\(loss\) before it"):
             engine.step()
     assert engine.micro_steps == engine.global_steps == 0
     jobs.train(engine, 1)

@@ -144,7 +144,10 @@ def test_middle_layers_see_a_growing_number_of_tokens(stage: int) -> None:
         ({"random_ltd_layer_id": []}, "needs random_ltd_layer_id"),
         ({"random_ltd_layer_num": 3}, "is not the number of layers in random_ltd_layer_id"),
         ({"random_ltd_schedule": {"min_value": 3}}, "needs min_value, max_value"),
-        ({"layer_token_lr_schedule": {"enabled": True}}, "rates that follow the tokens that layers see"),
+        (
+            {"layer_token_lr_schedule": {"enabled": True}},
+            "learning rates that follow the number of processed tokens",
+        ),
     ],
 )
 def test_what_random_ltd_needs(more: dict[str, Any], message: str) -> None:

@@ -81,7 +81,7 @@ def plan(
     model, inputs = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"the factory returned a {type(model).__name__}: it has to return a model, or (model, inputs)"
+            f"the factory returned a {type(model).__name__}: it must return a model, or (model, inputs)"
         )
     if inputs is not None:
         inputs = with_batch_size(inputs, micro_batch or job.batch.micro)

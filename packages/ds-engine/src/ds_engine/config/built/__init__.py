@@ -1,6 +1,6 @@
-"""What this version does with every key: works, has no effect, or is refused; one table.
+"""The status of every key in this version: it works, has no effect, or is refused.
 
-A feature that lands flips its row from `later` to `works`; nothing else decides what is accepted.
+A new feature changes its row from `later` to `works`. Only this table decides what is accepted.
 """
 
 from ds_engine.config.built.row import Row, State

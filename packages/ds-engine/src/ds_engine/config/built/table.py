@@ -1,4 +1,4 @@
-"""The table of all rows, and the questions that are asked of it."""
+"""The table of all rows, and its queries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUILT: Mapping[str, Row] = {row.key: row for row in top.ROWS + zero.ROWS}
 
 @cache
 def row_of(path: str) -> Row | None:
-    """The row of a key: its own, or that of the nearest section around it."""
+    """Returns the row of a key: its own, or that of the nearest section around it."""
     while path:
         if path in BUILT:
             return BUILT[path]
@@ -27,19 +27,19 @@ def row_of(path: str) -> Row | None:
 
 
 def switches(row: Row) -> Mapping[str, Inert]:
-    """Path -> values that ask for nothing."""
+    """Returns path -> values that turn the feature off."""
     if row.switches:
         return row.switches
     key = by_path()[row.key]
     if key.section is not None and default_of(key) is not None:
         inner = keys_of(key.section, row.key)
-        assert "enabled" in inner, f"{row.key} has no key `enabled`: its row has to name the switches"
+        assert "enabled" in inner, f"{row.key} has no key `enabled`: its row must name the switches"
         return {f"{row.key}.enabled": (False,)}
     return {row.key: (default_of(key),)}
 
 
 def refusals(config: Any) -> Iterator[tuple[str, str]]:
-    """Path and sentence for everything that is asked for and is not there."""
+    """Yields path and sentence for each configured feature that is not supported."""
     for row in BUILT.values():
         if row.only is not None and not row.only(config):
             continue
@@ -55,7 +55,7 @@ def refusals(config: Any) -> Iterator[tuple[str, str]]:
 
 @cache
 def common_row(path: str) -> Row | None:
-    """The row of a section where everything in it has the same state; None where keys differ, or have no row."""
+    """Returns the row of a section if all keys in it have the same state; None if they differ, or have no row."""
     inside = [key.path for key in every_key() if key.path.startswith(f"{path}.") and key.section is None]
     rows = [row_of(name) for name in inside]
     states = {row.state if row is not None else None for row in rows}
@@ -63,13 +63,13 @@ def common_row(path: str) -> Row | None:
 
 
 def unbuilt_values(path: str) -> Row | None:
-    """The row that refuses some values of a key which otherwise works."""
+    """Returns the row that refuses some values of a key which otherwise works."""
     rows = (row for row in BUILT.values() if row.state in (State.LATER, State.GONE) and row.key != path)
     return next((row for row in rows if path in row.switches), None)
 
 
 def _equal(value: Any, quiet: Any) -> bool:
-    """Without 1 == True."""
+    """Compares values so that 1 is not equal to True."""
     return isinstance(value, bool) == isinstance(quiet, bool) and value == quiet
 
 
@@ -88,7 +88,7 @@ def _refusal(row: Row, path: str, value: Any) -> str:
 
 
 def effectless(config: Any) -> Mapping[str, str]:
-    """Path -> why, for every key that was set and has no effect."""
+    """Returns path -> reason for every key that was set and has no effect."""
     found = {}
     for path in given(config):
         row = row_of(path)

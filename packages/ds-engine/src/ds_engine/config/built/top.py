@@ -28,7 +28,7 @@ WORKING: tuple[Row, ...] = (
         "ds-zero",
         "ZeroConfig.predivide_factor",
         only=lambda config: not config.prescale_gradients,
-        otherwise="prescale_gradients divides by all ranks before the sum",
+        otherwise="prescale_gradients is true",
     ),
     works("gradient_allreduce_op", "ds-zero", "ZeroConfig.reduce_op"),
     works("communication_data_type", "ds-zero", "ZeroConfig.communication_dtype"),
@@ -80,37 +80,41 @@ WORKING: tuple[Row, ...] = (
 )
 
 EFFECTLESS: tuple[Row, ...] = (
-    no_effect("checkpoint.load_universal", _ENGINE, "load_checkpoint sees by itself what it is given"),
+    no_effect("checkpoint.load_universal", _ENGINE, "load_checkpoint detects the format"),
     no_effect("optimizer.legacy_fusion", _ENGINE, "the fused step has one code path"),
-    no_effect("disable_allgather", "ds-zero", "parameters are always published by all-gather"),
+    no_effect("disable_allgather", "ds-zero", "updated parameters are always gathered by all-gather"),
     no_effect(
         "zero_allow_untested_optimizer",
         "ds-zero",
-        "shard tries an unknown optimizer on a small tensor itself",
+        "unknown optimizers are tested on a small tensor instead",
     ),
-    no_effect("seq_parallel_communication_data_type", _LAYERS, "no sequence is shared between ranks"),
+    no_effect("seq_parallel_communication_data_type", _LAYERS, "there is no sequence parallelism"),
     no_effect(
-        "log_level", _ENGINE, "nothing is logged: steps_per_print and startup_summary choose what is printed"
+        "log_level", _ENGINE, "there is no logger: steps_per_print and startup_summary control the output"
     ),
     no_effect(
-        "timers", _ENGINE, "speed is part of the line that steps_per_print asks for, and costs no waiting"
+        "timers",
+        _ENGINE,
+        "the progress lines of steps_per_print contain the speed, which is measured without synchronisation",
     ),
-    no_effect("aio", "ds-offload", "nothing rests on a disk"),
-    no_effect("checkpoint.tag_validation", _ENGINE, "ranks that pass different tags are refused, always"),
-    no_effect("checkpoint.parallel_write", _ENGINE, "every rank always writes its own share"),
+    no_effect("aio", "ds-offload", "nothing is offloaded to a disk"),
+    no_effect("checkpoint.tag_validation", _ENGINE, "different tags are always an error"),
+    no_effect("checkpoint.parallel_write", _ENGINE, "every rank always writes its own part"),
     no_effect("checkpoint.checkpoint_serialization", _ENGINE, "nothing is pickled"),
-    no_effect("checkpoint.writer", _ENGINE, "there is one writer, and it writes in blocks"),
+    no_effect("checkpoint.writer", _ENGINE, "there is only one writer, which writes in blocks"),
 )
 
 NOT_YET: tuple[Row, ...] = (
-    no_effect("bf16.immediate_grad_update", "ds-zero", "gradients are always summed as they come"),
+    no_effect(
+        "bf16.immediate_grad_update", "ds-zero", "gradients are always added as soon as they are computed"
+    ),
     later("disable_python_gc", _ENGINE, "garbage collection between steps", "call gc.disable() yourself"),
     later("sequence_parallel_size", _LAYERS, "sequence parallelism", "set it to 1"),
     later("use_data_before_expert_parallelism", "ds-moe", "expert parallelism"),
     later(
         "checkpoint.use_node_local_storage",
         _ENGINE,
-        "files that stay on each node",
+        "checkpoint files on node-local storage",
         "save to a shared directory",
     ),
     later(
@@ -123,18 +127,22 @@ NOT_YET: tuple[Row, ...] = (
     no_effect(
         "activation_checkpointing.number_checkpoints",
         _LAYERS,
-        "it only counts for contiguous_memory_optimization",
+        "the number is counted in the first step",
     ),
     later("flops_profiler", "ds-profiler", "FLOPs and time of modules"),
     later("comms_logger", "ds-profiler", "records of collectives"),
     no_effect(
         "data_efficiency.data_sampling.curriculum_learning.data_cluster_path",
         _ENGINE,
-        "lists of samples are computed from the index and the seed, and not written",
+        "lists of samples are computed from the index and the seed, so none are stored",
     ),
     no_effect(f"{_LTD}.micro_batch_size", _ENGINE, "any batch will do"),
     no_effect(f"{_LTD}.global_batch_size", _ENGINE, "any batch will do"),
-    later(f"{_LTD}.layer_token_lr_schedule", _ENGINE, "rates that follow the tokens that layers see"),
+    later(
+        f"{_LTD}.layer_token_lr_schedule",
+        _ENGINE,
+        "learning rates that follow the number of processed tokens",
+    ),
     later(
         "pipeline",
         "ds-pipe",
@@ -154,10 +162,10 @@ NOT_YET: tuple[Row, ...] = (
         switches={"tensor_parallel.autotp_size": (0, 1), "tensor_parallel.tp.tp_size": (1,)},
     ),
     later("expert_parallel", "ds-moe", "expert parallelism"),
-    later("sparse_attention", _LAYERS, "attention by blocks", "remove the section"),
-    later("autotuning", _ENGINE, "the search for settings"),
-    later("elasticity", _ENGINE, "elastic batch sizes", "set it to false, and give the batch sizes"),
-    later("hybrid_engine", _ENGINE, "generation with the training weights"),
+    later("sparse_attention", _LAYERS, "block-sparse attention", "remove the section"),
+    later("autotuning", _ENGINE, "autotuning"),
+    later("elasticity", _ENGINE, "elastic batch sizes", "set it to false, and set the batch sizes"),
+    later("hybrid_engine", _ENGINE, "the hybrid engine"),
     later(
         "compression_training",
         _LAYERS,
@@ -175,19 +183,17 @@ NOT_YET: tuple[Row, ...] = (
         }
         | {"compression_training.layer_reduction.enabled": (False,)},
     ),
-    later("weight_quantization", _LAYERS, "weights in few bits", "remove the section"),
+    later("weight_quantization", _LAYERS, "quantised weights for inference", "remove the section"),
     later(
         "datastates_ckpt",
         _ENGINE,
         "the DataStates checkpoint library",
-        "remove it: checkpoints here need none",
+        "remove it: checkpoints are written without it",
     ),
 )
 
-_MASTERS = "16-bit masters, which would lose every update below their last place"
-_INSTEAD = (
-    "remove it; data_types.grad_accum_dtype halves gradients, bf16.bf16_optimizer_states optimizer states"
-)
+_MASTERS = "16-bit master weights, which lose every update smaller than their last place"
+_INSTEAD = "remove it; to save memory, set data_types.grad_accum_dtype or bf16.bf16_optimizer_states"
 
 REMOVED: tuple[Row, ...] = (
     gone("fp16.fp16_master_weights_and_grads", "ds-zero", _MASTERS, _INSTEAD),
@@ -195,7 +201,7 @@ REMOVED: tuple[Row, ...] = (
     gone("amp", _ENGINE, "NVIDIA Apex", 'use "bf16": {"enabled": true}'),
     gone("nebula", _ENGINE, "Azure's checkpoint service", "remove it: save_checkpoint() is safe without it"),
     gone("quantize_training", _LAYERS, "mixture of quantisation (MoQ)", "remove it"),
-    gone("eigenvalue", _LAYERS, "curvature for mixture of quantisation (MoQ)", "remove it"),
+    gone("eigenvalue", _LAYERS, "eigenvalues for mixture of quantisation (MoQ)", "remove it"),
     gone("graph_harvesting", "ds-zero", "the replay of CUDA graphs", "remove it, and use torch.compile"),
     gone(
         "compile",

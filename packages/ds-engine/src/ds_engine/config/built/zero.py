@@ -27,10 +27,13 @@ def _on_host(config: Any) -> bool:
     return bool(config.zero_optimization.offload_optimizer.device != "none")
 
 
-_STAGE3 = {"only": _stage3, "otherwise": "parameters are whole on every rank below stage 3"}
-_PUBLISH = {"only": _publishes, "otherwise": "only stages 1 and 2 gather parameters at the end of a step"}
-_DIVIDED = {"only": _divides, "otherwise": "below stage 1 every rank keeps the whole sum"}
-_DISK = "nothing rests on a disk"
+_STAGE3 = {"only": _stage3, "otherwise": "the stage is below 3"}
+_PUBLISH = {
+    "only": _publishes,
+    "otherwise": "the stage is 0 or 3",
+}
+_DIVIDED = {"only": _divides, "otherwise": "the stage is 0"}
+_DISK = "nothing is offloaded to a disk"
 
 ROWS: tuple[Row, ...] = (
     works(f"{_ZERO}.stage", "ds-zero", "ds_zero.shard(stage=...)"),
@@ -69,7 +72,7 @@ ROWS: tuple[Row, ...] = (
         "ds-offload",
         "ds_engine.rules",
         only=_on_host,
-        otherwise="nothing rests in host memory",
+        otherwise="nothing is offloaded to host memory",
     ),
     works(f"{_ZERO}.stage3_prefetch_bucket_size", "ds-zero", "ZeroConfig.prefetch_numel", **_STAGE3),
     works(f"{_ZERO}.stage3_max_live_parameters", "ds-zero", "ZeroConfig.max_live_numel", **_STAGE3),
@@ -87,7 +90,7 @@ ROWS: tuple[Row, ...] = (
         **_STAGE3,
     ),
     works(f"{_ZERO}.leaf_module", "ds-zero", "ds_engine.build.zero.leaf_modules", **_STAGE3),
-    later(f"{_ZERO}.mics_hierarchical_params_gather", "ds-zero", "gathering inside nodes first"),
+    later(f"{_ZERO}.mics_hierarchical_params_gather", "ds-zero", "hierarchical gathering"),
     later(f"{_ZERO}.zero_quantized_weights", "ds-comm", "gathering parameters as int8"),
     later(f"{_ZERO}.zero_quantized_nontrainable_weights", "ds-comm", "frozen parameters as int8"),
     later(f"{_ZERO}.zero_quantized_gradients", "ds-comm", "reducing gradients as int4"),
@@ -97,7 +100,7 @@ ROWS: tuple[Row, ...] = (
         f"{_ZERO}.load_from_fp32_weights",
         "ds-engine",
         "loading masters from 16-bit copies",
-        "set it to true: checkpoints here always have fp32 masters",
+        "set it to true: checkpoints always contain fp32 masters",
     ),
     later(
         f"{_OFFLOAD}",
@@ -106,7 +109,7 @@ ROWS: tuple[Row, ...] = (
         f'set {_OFFLOAD}.device to "cpu" or "none"',
         switches={f"{_OFFLOAD}.device": ("none", "cpu")},
     ),
-    later(f"{_OFFLOAD}.ratio", "ds-offload", "offloading a part of the states", "set it to 1.0"),
+    later(f"{_OFFLOAD}.ratio", "ds-offload", "offloading a fraction of the states", "set it to 1.0"),
     later(
         f"{_OFFLOAD}.super_offload", "ds-offload", "offload for hosts that share memory with the accelerator"
     ),
@@ -122,34 +125,40 @@ ROWS: tuple[Row, ...] = (
         f"{_ZERO}.legacy_stage1",
         "ds-zero",
         "DeepSpeed's first implementation of stage 1",
-        "remove it: stage 1 does the same",
+        "remove it: stage 1 gives the same result",
     ),
     no_effect(f"{_OFFLOAD}.nvme_path", "ds-offload", _DISK),
     no_effect(f"{_OFFLOAD}.buffer_count", "ds-offload", _DISK),
     no_effect(f"{_OFFLOAD}.pipeline_read", "ds-offload", _DISK),
     no_effect(f"{_OFFLOAD}.pipeline_write", "ds-offload", _DISK),
     no_effect(f"{_OFFLOAD}.fast_init", "ds-offload", _DISK),
-    no_effect(f"{_OFFLOAD}.cpuadam_cores_perc", "ds-offload", "the host's step uses torch's threads"),
     no_effect(
-        f"{_ZERO}.sub_group_size", "ds-zero", "the step is cut into parts only where states rest on a disk"
+        f"{_OFFLOAD}.cpuadam_cores_perc", "ds-offload", "the optimizer on the host uses torch's threads"
     ),
+    no_effect(f"{_ZERO}.sub_group_size", "ds-zero", "steps are divided into parts only for states on a disk"),
     no_effect(f"{_ZERO}.contiguous_gradients", "ds-zero", "gradients always go into contiguous buckets"),
-    no_effect(f"{_ZERO}.use_multi_rank_bucket_allreduce", "ds-zero", "one message always serves all ranks"),
-    no_effect(f"{_ZERO}.allgather_partitions", "ds-zero", "parameters are always published by all-gather"),
     no_effect(
-        f"{_ZERO}.round_robin_gradients", "ds-zero", "every rank copies its own share to the host anyway"
+        f"{_ZERO}.use_multi_rank_bucket_allreduce",
+        "ds-zero",
+        "one message always contains the parts of all ranks",
     ),
     no_effect(
-        f"{_ZERO}.compute_grad_norm", "ds-zero", "the norm is always measured: it decides about skipping"
+        f"{_ZERO}.allgather_partitions", "ds-zero", "updated parameters are always gathered by all-gather"
+    ),
+    no_effect(f"{_ZERO}.round_robin_gradients", "ds-zero", "every rank copies only its own part to the host"),
+    no_effect(
+        f"{_ZERO}.compute_grad_norm",
+        "ds-zero",
+        "the norm is always computed, because it decides whether a step is skipped",
     ),
     no_effect(f"{_ZERO}.parameter_alignment", "ds-zero", "buffers are always aligned"),
     no_effect(f"{_ZERO}.elastic_checkpoint", "ds-engine", "every checkpoint loads on any number of ranks"),
     no_effect(
         f"{_ZERO}.pipeline_loading_checkpoint", "ds-engine", "a rank reads only the ranges that it needs"
     ),
-    no_effect(f"{_ZERO}.memory_efficient_linear", "ds-zero", "no layer keeps gathered weights for backward"),
-    no_effect(f"{_ZERO}.override_module_apply", "ds-zero", "ds_zero.deferred_init sees to it"),
-    no_effect(f"{_ZERO}.log_trace_cache_warnings", "ds-zero", "a changed order is found without a cache"),
+    no_effect(f"{_ZERO}.memory_efficient_linear", "ds-zero", "no layer saves gathered weights for backward"),
+    no_effect(f"{_ZERO}.override_module_apply", "ds-zero", "ds_zero.deferred_init always does it"),
+    no_effect(f"{_ZERO}.log_trace_cache_warnings", "ds-zero", "there is no cache of the order of modules"),
     no_effect(f"{_ZERO}.enable_sanity_checks", "ds-zero", "the checks are always on"),
     no_effect(f"{_ZERO}.save_muon_momentum_buffer_in_memory", "ds-offload", _DISK),
     no_effect(

@@ -1,4 +1,4 @@
-"""From a file, a text or a dict to a checked `DsConfig`."""
+"""Reads a file, a string or a dict into a checked `DsConfig`."""
 
 from ds_engine.config.load.loader import load
 

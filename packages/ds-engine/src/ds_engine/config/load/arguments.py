@@ -1,7 +1,6 @@
-"""Arguments of the optimizer and of the schedule: no keys of the schema, but numbers all the same.
+"""Checks that numeric arguments of optimizers and schedules are numbers. They are not keys of the schema.
 
-An optimizer takes `"lr": "3e-4"` apart in its own way, deep inside a step or not at all, so it is refused here, with
-its line.
+Optimizers would fail on `"lr": "3e-4"` late, inside a step, or not at all. So it is refused here, with its line.
 """
 
 from __future__ import annotations
@@ -54,13 +53,13 @@ NUMBERS = frozenset(
         "lr_range_test_step_rate",
     }
 )
-"""Arguments that are a number, or a list of numbers, in every optimizer and schedule that has them."""
+"""Arguments that are numbers, or lists of numbers, in every optimizer and schedule that has them."""
 
 _NUMBER_AS_TEXT = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*")
 
 
 def mistakes(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Path and sentence for each argument that is meant as a number and is none."""
+    """Yields path and sentence for each argument that should be a number and is not."""
     for path in SECTIONS:
         section, _, name = path.partition(".")
         holder = raw.get(section)
@@ -72,15 +71,15 @@ def mistakes(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _remedy(value: Any, *, meant: bool) -> str:
-    """What it has to be instead; empty where nothing is wrong."""
+    """Returns what the value must be instead; empty if it is valid."""
     if isinstance(value, (list, tuple)):
         return next((remedy for item in value if (remedy := _remedy(item, meant=meant))), "")
     if isinstance(value, str) and _NUMBER_AS_TEXT.fullmatch(value):
-        return "it has to be a number: remove the quotes"
+        return "it must be a number: remove the quotes"
     if isinstance(value, float) and not math.isfinite(value):
-        return "it has to be a finite number"
+        return "it must be a finite number"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
-        return "it has to be a number below 2^63"
+        return "it must be a number below 2^63"
     if meant and value != "auto" and isinstance(value, (str, bool, dict)):
-        return "it has to be a number"
+        return "it must be a number"
     return ""

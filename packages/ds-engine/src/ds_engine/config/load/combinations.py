@@ -1,4 +1,4 @@
-"""Settings of one file that exclude each other, whatever the job; `ds_engine.rules` has those that depend on it."""
+"""Settings of one file that exclude each other in every job. `ds_engine.rules` has those that depend on the job."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ds_engine.config.sections.model import DsConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Combination:
-    """What cannot be true at the same time."""
+    """A combination of settings that is an error."""
 
     key: str
-    """Where the mistake is shown."""
+    """Path of the key at which the error is reported."""
     broken: Callable[[DsConfig], bool]
     sentence: str
 
@@ -29,7 +29,7 @@ def _param_dtype(config: DsConfig) -> str:
 
 
 def _sampling(config: DsConfig) -> DataSamplingConfig | None:
-    """`data_sampling`, where it is switched on."""
+    """Returns the section `data_sampling` if it is enabled."""
     section = config.data_efficiency
     return section.data_sampling if section.enabled and section.data_sampling.enabled else None
 
@@ -51,7 +51,7 @@ def _dropping(config: DsConfig) -> RandomLtdConfig | None:
 
 
 def _grows(section: RandomLtdConfig) -> bool:
-    """Whether the schedule is complete."""
+    """Whether the schedule is complete and consistent."""
     growth = section.random_ltd_schedule
     low, high, numbers = growth.min_value, growth.max_value, growth.schedule_config
     return (
@@ -72,7 +72,7 @@ _DATA: tuple[Combination, ...] = (
     Combination(
         key=f"{_LTD}.random_ltd_layer_id",
         broken=lambda c: (s := _dropping(c)) is not None and not s.random_ltd_layer_id,
-        sentence=f"{_LTD} needs random_ltd_layer_id, the numbers of the layers that drop tokens, from 0",
+        sentence=f"{_LTD} needs random_ltd_layer_id, the indices (from 0) of the layers that drop tokens",
     ),
     Combination(
         key=f"{_LTD}.random_ltd_layer_num",
@@ -87,8 +87,8 @@ _DATA: tuple[Combination, ...] = (
     Combination(
         key=f"{_LTD}.random_ltd_schedule",
         broken=lambda c: (s := _dropping(c)) is not None and not _grows(s),
-        sentence=f"{_LTD}.random_ltd_schedule needs min_value, max_value (not less), schedule_config.require_steps and "
-        "schedule_config.seq_per_step",
+        sentence=f"{_LTD}.random_ltd_schedule needs min_value, max_value (at least min_value), "
+        "schedule_config.require_steps and schedule_config.seq_per_step",
     ),
     Combination(
         key=f"{_TOKENS}.enabled",
@@ -101,13 +101,13 @@ _DATA: tuple[Combination, ...] = (
         broken=lambda c: (
             not c.managed_gradient_accumulation and (_tokens(c) is not None or _curriculum(c) is not None)
         ),
-        sentence=f"{_SAMPLING} and managed_gradient_accumulation false exclude each other: it makes batches of "
-        "train_batch_size; remove one of them",
+        sentence=f"{_SAMPLING} and managed_gradient_accumulation false exclude each other: data_sampling makes "
+        "batches of train_batch_size; remove one of them",
     ),
     Combination(
         key=f"{_TOKENS}.max_tokens",
         broken=lambda c: (s := _tokens(c)) is not None and s.max_tokens is None,
-        sentence=f"{_TOKENS} needs max_tokens, the tokens that samples are packed into",
+        sentence=f"{_TOKENS} needs max_tokens, the maximum number of tokens in a pack",
     ),
     Combination(
         key=f"{_TOKENS}.metrics_path",
@@ -147,8 +147,8 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         key="fp16.enabled",
         broken=lambda c: c.fp16.enabled and c.bf16.enabled,
-        sentence="fp16.enabled and bf16.enabled exclude each other: set one of them to false; bf16 where the hardware "
-        "has it, since it needs no loss scale",
+        sentence="fp16.enabled and bf16.enabled exclude each other: set one of them to false. Use bf16 if the "
+        "hardware supports it, since it needs no loss scale",
     ),
     Combination(
         key="fp16.initial_scale_power",
@@ -159,8 +159,8 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         key="sparse_gradients",
         broken=lambda c: c.sparse_gradients and c.zero_optimization.stage > 0,
-        sentence="sparse_gradients needs zero_optimization.stage 0: above it, each rank receives only its part of "
-        "every gradient, and rows are cut; set it to false, or stage to 0",
+        sentence="sparse_gradients needs zero_optimization.stage 0: at higher stages each rank receives only its "
+        "part of every gradient, which does not consist of whole rows; set it to false, or stage to 0",
     ),
     Combination(
         key="data_types.param_dtype",
@@ -182,8 +182,8 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         key="zero_optimization.zero_hpz_partition_size",
         broken=lambda c: c.zero_optimization.zero_hpz_partition_size > 1 and c.zero_optimization.stage != 3,
-        sentence="zero_optimization.zero_hpz_partition_size needs stage 3: below it, parameters are whole on every "
-        "rank; remove it, or set stage to 3",
+        sentence="zero_optimization.zero_hpz_partition_size needs stage 3, because at lower stages parameters "
+        "are whole on every rank; remove it, or set stage to 3",
     ),
     Combination(
         key="zero_optimization.mics_shard_size",
@@ -195,8 +195,8 @@ COMBINATIONS: tuple[Combination, ...] = (
         broken=lambda c: (
             c.zero_optimization.mics_shard_size > 0 and c.zero_optimization.zero_hpz_partition_size > 1
         ),
-        sentence="zero_optimization.mics_shard_size and zero_hpz_partition_size exclude each other: groups that hold "
-        "the whole model need no second copy; remove one of them",
+        sentence="zero_optimization.mics_shard_size and zero_hpz_partition_size exclude each other: a group that "
+        "holds the whole model needs no second copy; remove one of them",
     ),
     Combination(
         key="zero_optimization.offload_optimizer.nvme_path",
@@ -237,7 +237,7 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination(
         key="optimizer.params.max_grad_norm",
         broken=lambda c: c.optimizer is not None and "max_grad_norm" in c.optimizer.params,
-        sentence='optimizer.params.max_grad_norm has no effect there: the key is "gradient_clipping", at the top level',
+        sentence='optimizer.params.max_grad_norm is not supported: set "gradient_clipping" at the top level',
     ),
     *_DATA,
 )

@@ -1,4 +1,4 @@
-"""Old and other names of keys, and keys of old configurations that never had an effect."""
+"""Old and alternative names of keys, and keys of old configurations that never had an effect."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Rename:
-    """A key that means another one."""
+    """An old or alternative name of a key."""
 
     old: str
     new: str
     value: Callable[[Any], Any] | None = None
-    """What the value becomes; None: as it is. A result of None drops the key."""
+    """Converts the value; None: unchanged. If it returns None, the key is dropped."""
     warn: bool = True
-    """False: a second name that is as good as the first."""
+    """Whether to warn. False for an alternative name that is not deprecated."""
 
 
 def _device(value: Any) -> Any:
-    """True and false of `cpu_offload` as the device; anything else is left for the check of types."""
+    """Converts true and false of `cpu_offload` to the device. Other values are left to the check of types."""
     return {True: "cpu", False: "none"}[value] if isinstance(value, bool) else value
 
 
 ZERO = "zero_optimization"
 SCHEMA = "$schema"
-"""Where an editor finds the JSON schema of the file; no setting."""
+"""Key with the address of the JSON schema, for editors; not a setting."""
 STAGE3 = (
     "prefetch_bucket_size",
     "param_persistence_threshold",
@@ -71,38 +71,38 @@ EXTRAS: Mapping[str, str] = {
     "bf16.check_overflow": "the name in DeepSpeed's old example; the key is check_grad_overflow",
     "bf16.auto_cast": "bf16 always casts floating-point inputs",
     "fp16.opt_level": "an argument of Apex, which fp16 does not use",
-    "fp16.type": "fp16 has one kind",
+    "fp16.type": "fp16 has only one type",
     "zero_optimization.load_from_fp32_weight": "a misspelling in old examples of load_from_fp32_weights",
     "zero_optimization.offload_optimizer.buffer_size": "only offload_param has it",
     "zero_optimization.offload_optimizer.max_in_cpu": "only offload_param has it",
     "zero_optimization.offload_param.pipeline_read": "only offload_optimizer has it",
     "zero_optimization.offload_param.pipeline_write": "only offload_optimizer has it",
-    "pipeline.activation_checkpoint_func": "a function cannot stand in a file; pass it to the model",
+    "pipeline.activation_checkpoint_func": "a file cannot contain a function; pass it to the model",
     "compile.disable": "a switch of older versions of DeepSpeed; the model is compiled where the script calls "
     "torch.compile",
     "compile.backend": "a setting of older versions of DeepSpeed; torch.compile(model, backend=...) has it",
     "compile.kwargs": "a setting of older versions of DeepSpeed; torch.compile has these arguments",
-    "monitor_config": "each monitor is a section of its own: tensorboard, csv_monitor, wandb, comet",
+    "monitor_config": "each monitor has its own section: tensorboard, csv_monitor, wandb, comet",
 }
-"""Written in real configurations, without effect in DeepSpeed: a warning, not an error."""
+"""Keys that real configurations contain although they have no effect in DeepSpeed: a warning, not an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modern:
-    """A configuration in today's names."""
+    """A configuration with current names."""
 
     raw: dict[str, Any]
     renamed: dict[str, str] = field(default_factory=dict)
-    """Path as written -> path that it means."""
+    """Path as written -> current path."""
     ignored: dict[str, str] = field(default_factory=dict)
     """Path -> why it is ignored."""
     warnings: list[str] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
-    """Path and sentence: the same setting under two names."""
+    """Path and sentence for each setting that is given under two names."""
 
 
 def modernise(raw: dict[str, Any]) -> Modern:
-    """Map old names to new ones, and take out what never had an effect."""
+    """Maps old names to current ones, and removes keys that never had an effect."""
     done = Modern(raw={key: _copied(value) for key, value in raw.items() if key != SCHEMA})
     for name in ("optimizer", "scheduler"):
         section = done.raw.get(name)
@@ -110,7 +110,7 @@ def modernise(raw: dict[str, Any]) -> Modern:
             done.raw[name] = None  # whatever its arguments are, there is nothing to give them to
     if isinstance(done.raw.get(ZERO), bool):
         stage = int(done.raw[ZERO])
-        # null and false mean "off" for every section, so only true is an old form.
+        # null and false turn off any section, so only true is an old form.
         if stage:
             done.raw[ZERO] = {"stage": stage}
             done.renamed[ZERO] = f"{ZERO}.stage"
@@ -139,7 +139,7 @@ def _rename(rule: Rename, done: Modern) -> None:
     target, last = _holder(done.raw, rule.new, make=True)
     if target is None:
         return  # what stands in the section's place is no object, which is said later
-    # The old name says no more than the new one beside it, as long as they agree.
+    # An old name beside the new one is harmless as long as the values agree.
     if last in target and target[last] != value:
         done.problems.append(
             (rule.old, f'"{rule.old}" and "{rule.new}" are the same setting: remove the first')
@@ -153,7 +153,7 @@ def _copied(value: Any) -> Any:
 
 
 def _holder(raw: dict[str, Any], path: str, make: bool = False) -> tuple[dict[str, Any] | None, str]:
-    """The dict that holds the last part of the path, if there is one."""
+    """Returns the dict that contains the last key of the path, if it exists."""
     here: Any = raw
     *way, name = path.split(".")
     for part in way:

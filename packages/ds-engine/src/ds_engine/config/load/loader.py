@@ -1,4 +1,4 @@
-"""From a file, a text or a dict to a `DsConfig`, with every mistake named."""
+"""Reads a file, a string or a dict into a `DsConfig`, and reports all mistakes."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ from ds_engine.config.support.origin import Origin
 AUTO = "auto"
 
 UNKNOWN_KEYS_EXPLAINED = 20
-"""Unknown keys that get a sentence each. A search for the nearest key takes milliseconds, and a file with a hundred
-thousand unknown keys is no configuration."""
+"""Maximum number of unknown keys with a sentence each. The search for the nearest key takes milliseconds, and a file
+with a hundred thousand unknown keys is not a configuration.
+"""
 
 Problem = tuple[str, str]
-"""Dotted path of a key, as written, and a sentence about it."""
+"""Dotted path of a key as written, and a sentence about it."""
 
 
 def load(
     config: str | os.PathLike[str] | Mapping[str, Any] | DsConfig, *, foreign_keys: bool = False
 ) -> DsConfig:
-    """Read and check a configuration.
+    """Reads and checks a configuration.
 
     Args:
-        config: path of a file with JSON (comments and trailing commas are welcome); the same as a dict, as a text,
-            or as a text in URL-safe base64; or a ready `DsConfig` (returned as it is).
-        foreign_keys: ignore unknown keys at the top level, with one warning that names them, as DeepSpeed does. A key
-            that looks like a misspelt one is an error all the same.
+        config: path of a JSON file (comments and trailing commas are allowed); a dict; a JSON string; JSON in
+            URL-safe base64; or a `DsConfig`, which is returned unchanged.
+        foreign_keys: ignore unknown keys at the top level, as DeepSpeed does, with one warning that names them. A key
+            that resembles a known one is still an error.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: it cannot be read, a key is given twice, unknown keys, wrong types or values, settings that
-            exclude each other, or that this version does not have; all of them at once.
+        ConfigError: the file cannot be parsed, a key is given twice or unknown, a type or value is wrong, settings
+            exclude each other, or this version does not support a setting. The message lists all mistakes.
     """
     if isinstance(config, DsConfig):
         return config
@@ -53,18 +54,18 @@ def load(
 
 
 def accept(examined: Examined, more: Iterable[str] = ()) -> DsConfig:
-    """The configuration, with its remarks as warnings.
+    """Returns the configuration, and issues its remarks as warnings.
 
     Args:
-        more: mistakes that were found beside those of `examined`.
+        more: further mistakes, in addition to those of `examined`.
 
     Raises:
-        ConfigError: all mistakes.
+        ConfigError: lists all mistakes.
     """
     problems = [*examined.problems, *more]
     if examined.config is None or problems:
         raise ConfigError(problems, examined.origin.where)
-    if os.environ.get("RANK", "0") == "0":  # once for a job, not once for each rank
+    if os.environ.get("RANK", "0") == "0":  # once per job, not once per rank
         for text in examined.remarks:
             warnings.warn(f"{examined.origin.where}: {text}", stacklevel=3)
     return examined.config
@@ -72,19 +73,19 @@ def accept(examined: Examined, more: Iterable[str] = ()) -> DsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Examined:
-    """A configuration with everything that is to be said about it."""
+    """A configuration with its mistakes and remarks."""
 
     config: DsConfig | None
-    """All that is right in it: keys with mistakes have their defaults. None where not even that makes sense."""
+    """The configuration with defaults in place of wrong values; None if that is impossible."""
     origin: Origin
     problems: tuple[str, ...]
     """One sentence for each mistake, with its line, in the order of the lines."""
     remarks: tuple[str, ...]
-    """What is to be warned about."""
+    """Sentences to issue as warnings."""
 
 
 def examine(source: Source, *, foreign_keys: bool = False) -> Examined:
-    """Check a configuration without raising; arguments as for `load`."""
+    """Checks a configuration without raising; arguments as for `load`."""
     modern = legacy.modernise({str(key): value for key, value in source.raw.items()})
     found = _Findings(problems=list(modern.problems), foreign_keys=foreign_keys)
     known = _known_part(modern.raw, DsConfig, "", found)
@@ -113,15 +114,15 @@ def examine(source: Source, *, foreign_keys: bool = False) -> Examined:
 
 @dataclass
 class _Findings:
-    """What came up on the way."""
+    """The mistakes and remarks collected so far."""
 
     problems: list[Problem] = field(default_factory=list)
     autos: list[str] = field(default_factory=list)
     foreign_keys: bool = False
     foreign: dict[str, str] = field(default_factory=dict)
-    """Key of the top level that belongs to another program -> what is said about it."""
+    """Key of the top level that belongs to another program -> sentence about it."""
     unexplained: int = 0
-    """Unknown keys beyond those that have a sentence."""
+    """Number of unknown keys without a sentence."""
     unknown_keys: int = 0
 
     def add_unknown(self, path: str, name: str) -> None:
@@ -136,8 +137,8 @@ class _Findings:
 
 
 def _known_part(raw: dict[str, Any], model: type[BaseModel], path: str, found: _Findings) -> dict[str, Any]:
-    """`raw` without unknown keys, each of which becomes a problem, so that values are checked in the same go;
-    without "auto", which is remembered; and without sections that are null or false, which means off.
+    """Returns `raw` without unknown keys, which are recorded as problems, so that the remaining values can be checked
+    in the same run; without "auto", which is recorded; and without sections that are null or false, which means off.
     """
     kept: dict[str, Any] = {}
     for name, value in raw.items():
@@ -158,7 +159,7 @@ def _inside(key: Key, value: Any, found: _Findings) -> Any:
         found.autos += [join(key.path, str(name)) for name, inner in value.items() if inner == AUTO]
         kept = {name: inner for name, inner in value.items() if inner != AUTO}
         if value.get("warmup_max_lr") == AUTO and key.path == "scheduler.params":
-            kept["warmup_max_lr"] = None  # the rate of each group, which is what integrations fill in
+            kept["warmup_max_lr"] = None  # the learning rate of each group, which integrations set
         return kept
     if key.section is None or not isinstance(value, dict):
         return value
@@ -168,7 +169,7 @@ def _inside(key: Key, value: Any, found: _Findings) -> Any:
 
 
 def _named(key: Key, name: str, value: Any, found: _Findings) -> Any:
-    """A section under a name that the user chose; problems show that name."""
+    """Handles a section under a name that the user chose; problems contain that name."""
     if key.section is None or not isinstance(value, dict):
         return value
     anonymous, before = join(key.path, ANY), len(found.problems)
@@ -183,11 +184,11 @@ def _named(key: Key, name: str, value: Any, found: _Findings) -> Any:
 def _validate(
     known: dict[str, Any], raw: Mapping[str, Any], found: _Findings
 ) -> tuple[DsConfig | None, tuple[str, ...]]:
-    """The configuration without the values that are wrong, and the paths of those."""
+    """Returns the configuration without the wrong values, and the paths of these."""
     try:
         return DsConfig.model_validate(known), ()
     except ValidationError as error:
-        # A misspelt key that is required would be told twice, as unknown and as missing.
+        # A required key that is misspelt would be reported twice, as unknown and as missing.
         told = " ".join(text for _, text in found.problems)
         found.problems += violations.problems(error, raw, autos=found.autos, told=told)
         wrong = tuple(violations.paths(error))
@@ -199,7 +200,7 @@ def _validate(
 
 
 def _conflicts(config: DsConfig) -> Iterable[Problem]:
-    """Values that are right by themselves, and do not go together or ask for what is not there."""
+    """Yields values that are valid alone, but exclude each other, or need a feature that does not exist."""
     yield from [(rule.key, rule.sentence) for rule in COMBINATIONS if rule.broken(config)]
     yield from refusals(config)
     yield from batch.contradictions(
@@ -208,7 +209,7 @@ def _conflicts(config: DsConfig) -> Iterable[Problem]:
 
 
 def _follows_from(problem: Problem, wrong: Iterable[str]) -> bool:
-    """Whether a problem may only be there because a wrong value was replaced by its default."""
+    """Whether a problem may exist only because a wrong value was replaced by its default."""
     path, sentence = problem
     return any(path == other or other.rpartition(".")[2] in sentence for other in wrong)
 
@@ -224,7 +225,7 @@ def _located(origin: Origin, path: str, sentence: str) -> str:
 
 
 def _foreign(keys: Mapping[str, str]) -> list[str]:
-    """One warning for all keys that are not DeepSpeed's, with hints for those that stand in the wrong place."""
+    """Returns one warning for all keys that are not DeepSpeed's, with hints for those that are in the wrong section."""
     if not keys:
         return []
     named = [f'"{name}"' for name in keys]
@@ -236,13 +237,14 @@ def _foreign(keys: Mapping[str, str]) -> list[str]:
         if '": keys are nested' in text or '" belongs under ' in text
     ]
     more = f" ({'; '.join(hints)})" if hints else ""
-    return [f"ignored, because DeepSpeed reads no such key at the top level: {', '.join(named)}{more}"]
+    return [f"ignored, because DeepSpeed has no such key at the top level: {', '.join(named)}{more}"]
 
 
 def _remarks(config: DsConfig) -> list[str]:
     size = config.vocabulary_size
     if size is not None and size % 8:
         return [
-            f"vocabulary_size is {size}: tensor cores work on multiples of 8, so {-(-size // 8) * 8} rows may be faster"
+            f"vocabulary_size is {size}: tensor cores work on multiples of 8 rows, so {-(-size // 8) * 8} rows "
+            "may be faster"
         ]
     return []

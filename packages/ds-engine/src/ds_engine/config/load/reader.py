@@ -1,9 +1,9 @@
-"""JSON as people write it: with comments, trailing commas, and keys without quotation marks.
+"""Parses JSON with comments, trailing commas, and keys without quotation marks.
 
-Accepts all of JSON, and of Hjson (https://hjson.github.io) comments (`#`, `//`, `/* */`), keys without
-quotes, commas left out at the end of a line, single quotes, texts in triple quotes, a text without quotes up
-to the end of its line, and a file without the outermost braces. Refuses a key that is given twice: readers
-of JSON keep the last one, so that the first looks set and is not.
+It accepts all of JSON. Of Hjson (https://hjson.github.io) it accepts comments (`#`, `//`, `/* */`), keys without
+quotes, a missing comma at the end of a line, single quotes, strings in triple quotes, a string without quotes up to
+the end of its line, and a file without the outermost braces. A key that is given twice is an error: other JSON
+readers silently use the last value.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ _WORDS = {"true": True, "false": False, "null": None, "NaN": float("nan")} | {
 }
 _ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "/": "/", "\\": "\\", '"': '"', "'": "'"}
 _RUN = {quote: re.compile(rf"[^{quote}\\\n]*") for quote in "\"'"}
-"""Quote -> the text up to that quote, an escape or the end of the line."""
+"""Quote -> pattern of the text up to that quote, an escape or the end of the line."""
 _SPACE = re.compile(r"\s*")
 _SPACE_ON_LINE = re.compile(r"[^\S\n]*")
 _HEAD = re.compile(r"(?:(?!#|//|/\*)[^,\]}\s])*")
-"""A value without quotes up to a comma, a bracket, white space or a comment."""
+"""Pattern of a value without quotes, up to a comma, a bracket, white space or a comment."""
 _AFTER_A_NUMBER = ("", "\n", *',]}#/"')
 _BARE_KEY = re.compile(r"[^\s{}\[\],:#\"']+")
 
 
 MAX_DEPTH = 100
-"""Objects and lists inside of each other. The deepest section stands four levels deep."""
+"""Maximum depth of nested objects and lists. The deepest section has four levels."""
 MAX_DIGITS = 400
-"""Of a number; the largest float has 309."""
+"""Maximum number of digits of a number; the largest float has 309."""
 
 
 class ReadError(Exception):
-    """The text cannot be read; says where."""
+    """The text cannot be parsed. The message contains line and column."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A value, and the lines on which its keys stand."""
+    """A value, and the lines of its keys."""
 
     value: Any
     lines: dict[str, int]
@@ -51,7 +51,7 @@ class Document:
 
 
 def parse(text: str) -> Document:
-    """Read a text.
+    """Parses a text.
 
     Raises:
         ReadError: with line and column.
@@ -72,7 +72,7 @@ class _Reader:
     def document(self) -> Document:
         self.space()
         if not self.peek():
-            self.fail("there is nothing")
+            self.fail("the file is empty")
         start = self.at
         if self.peek() in "{[" or not self.starts_with_key():
             value = self.value("")
@@ -81,11 +81,11 @@ class _Reader:
             value = self.members("", closing="")
         self.space()
         if self.at < len(self.text):
-            self.fail("something follows after the end")
+            self.fail("there is text after the end of the configuration")
         return Document(value, self.lines)
 
     def starts_with_key(self) -> bool:
-        """Whether this is a file without the outermost braces."""
+        """Whether the file has no outermost braces."""
         start = self.at
         try:
             self.key()
@@ -155,7 +155,7 @@ class _Reader:
             self.comma("]")
 
     def comma(self, closing: str) -> None:
-        """A comma, or the end of the line, or the end of what is open."""
+        """Reads a comma, the end of the line, or the closing bracket."""
         line = self.line()
         self.space()
         if self.peek() == ",":
@@ -173,7 +173,7 @@ class _Reader:
         return found.group()
 
     def bare(self) -> Any:
-        """A number, a word, or a text without quotes up to the end of its line."""
+        """Reads a number, a word, or a string without quotes up to the end of its line."""
         word = _HEAD.match(self.text, self.at)
         assert word is not None  # it may be empty
         head = word.group()
@@ -188,26 +188,28 @@ class _Reader:
         rest = self.text[self.at : end if end >= 0 else len(self.text)]
         text = re.split(r"\s#|\s//|\s/\*", rest, maxsplit=1)[0].rstrip()
         if not text or text[0] in "{}[],:" or text[-1] in ",]}" or '"' in text:
-            self.fail(f"{(text or self.peek() or 'the end')!r} is not a value: put a text in quotation marks")
+            self.fail(
+                f"{(text or self.peek() or 'the end')!r} is not a value: put a string in quotation marks"
+            )
         self.at += len(text)
         return text
 
     def word(self, head: str) -> Any:
-        """A number, or one of the words that stand for a value."""
+        """Reads a number, or one of the words true, false and null."""
         if head in _WORDS:
             return _WORDS[head]
         if len(head) > MAX_DIGITS:
-            self.fail(f"a number of {len(head)} digits; it may have {MAX_DIGITS}")
+            self.fail(f"a number of {len(head)} digits; at most {MAX_DIGITS} are allowed")
         value = _number(head)
         if isinstance(value, float) and math.isinf(value):
-            self.fail(f"{head} is more than a number can be (1.8e308)")
+            self.fail(f"{head} is larger than the largest number (1.8e308)")
         return value
 
     def string(self) -> str:
         if self.text.startswith("'''", self.at):
             end = self.text.find("'''", self.at + 3)
             if end < 0:
-                self.fail("the text in triple quotes is not closed")
+                self.fail("the string in triple quotes is not closed")
             inner = self.text[self.at + 3 : end]
             self.at = end + 3
             return "\n".join(line.strip() for line in inner.strip("\n").splitlines()).strip()
@@ -224,32 +226,32 @@ class _Reader:
                 break
             if sign != "\\":
                 self.at = start
-                self.fail("the text is not closed on its line")
+                self.fail("the string is not closed on its line")
             parts.append(self.escape())
             self.at += 1
         self.at += 1
         return "".join(parts)
 
     def escape(self) -> str:
-        """At a backslash; leaves the place on the last sign of the escape."""
+        """Reads an escape sequence, and stops at its last character."""
         self.at += 1
         sign = self.peek()
         if sign == "u":
-            # Pairs of surrogates are one sign: Python's reader knows how to join them.
+            # A pair of surrogates is one character; Python's reader joins them.
             found = re.compile(r"u[0-9a-fA-F]{4}(?:\\u[dD][c-fC-F][0-9a-fA-F]{2})?").match(self.text, self.at)
             if found is None:
-                self.fail("\\u wants four hexadecimal digits")
+                self.fail("\\u needs four hexadecimal digits")
             code = found.group()
             if len(code) > 5 and code[1:3].lower() not in ("d8", "d9", "da", "db"):
                 code = code[:5]
             self.at += len(code) - 1
             return str(json.loads(f'"\\{code}"'))
         if sign not in _ESCAPES:
-            self.fail(f"\\{sign} is no escape: write \\\\ for a backslash")
+            self.fail(f"\\{sign} is not an escape sequence: write \\\\ for a backslash")
         return _ESCAPES[sign]
 
     def space(self) -> None:
-        """Over white space and comments."""
+        """Skips white space and comments."""
         while True:
             space = _SPACE.match(self.text, self.at)
             assert space is not None  # it may be empty

@@ -1,4 +1,4 @@
-"""From what `initialize(config=...)` is given to a dict: a file, a dict, JSON, or JSON in base64."""
+"""Reads the argument `config` of `initialize` into a dict: a file, a dict, JSON, or JSON in base64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ds_engine.config.support.errors import ConfigError
 
 @dataclass(frozen=True)
 class Source:
-    """What was read, and from where."""
+    """The content, and where it was read from."""
 
     where: str
     raw: dict[str, Any]
@@ -24,14 +24,14 @@ class Source:
 
 
 def open_source(config: object) -> Source:
-    """Read a configuration.
+    """Reads a configuration.
 
     Args:
-        config: path of a file; a dict; or a text that is JSON, or JSON in URL-safe base64 (as launchers pass it).
+        config: path of a file; a dict; a JSON string; or JSON in URL-safe base64, as launchers pass it.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be parsed.
     """
     if isinstance(config, Mapping):
         return Source("config", _plain(config), {})
@@ -47,28 +47,28 @@ def open_source(config: object) -> Source:
         found = f"; {path.parent} has {', '.join(there)}" if there else ""
         raise FileNotFoundError(f"no configuration file {path}{found}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError([f"not a text in UTF-8: {error.reason} at byte {error.start}"], str(path)) from None
+        raise ConfigError([f"not UTF-8 text: {error.reason} at byte {error.start}"], str(path)) from None
 
 
 def read(config: object) -> dict[str, Any]:
-    """The configuration as it is written, unchecked: names as given, nothing filled in.
+    """Returns the configuration as written: unchecked, with the names as written, without defaults.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be parsed.
     """
     return open_source(config).raw
 
 
 def _inline(config: str) -> str | None:
-    """The JSON in the text itself, plain or in base64; None for a path."""
+    """Parses JSON in the string itself, plain or in base64; None for a path."""
     if config.lstrip().startswith("{"):
         return config
     try:
         decoded = base64.urlsafe_b64decode(config.encode()).decode("utf-8")
     except (binascii.Error, ValueError):
         return None
-    # A path such as "data" is base64 by chance, of something that is no object.
+    # A path such as "data" may be valid base64 by chance, but does not decode to an object.
     return decoded if decoded.lstrip().startswith("{") else None
 
 
@@ -77,18 +77,18 @@ def _parsed(text: str, where: str) -> Source:
         document = parse(text)
     except ReadError as error:
         raise ConfigError(
-            [f"not JSON at {error}" if "line" in str(error)[:4] else str(error)], where
+            [f"not valid JSON: {error}" if "line" in str(error)[:4] else str(error)], where
         ) from None
     if not isinstance(document.value, dict):
-        raise ConfigError([f"holds a {type(document.value).__name__}, not an object {{...}}"], where)
+        raise ConfigError([f"contains a {type(document.value).__name__}, not an object {{...}}"], where)
     return Source(where, document.value, document.lines)
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Dicts and lists copied, numbers of numpy and torch as Python's own.
+    """Copies dicts and lists, and converts numbers of numpy and torch to Python's.
 
     Raises:
-        ConfigError: deeper than a file may be, as a dict is that holds itself.
+        ConfigError: the nesting is too deep, as in a dict that contains itself.
     """
     if depth > MAX_DEPTH:
         raise ConfigError([f"objects and lists are nested more than {MAX_DEPTH} levels deep"], "config")

@@ -1,4 +1,4 @@
-"""What to say about a key that is not in the schema."""
+"""Error messages for keys that are not in the schema."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ds_engine.config.sections.schema import ANY, by_path, join, keys_of, sectio
 from ds_engine.config.support.suggest import closest
 
 MANY = 15
-"""More keys than one wants to read in an error."""
+"""Number of keys above which an error does not list all keys of the section."""
 
 PARAMS = {
     "optimizer.params": ("lr", "betas", "eps", "weight_decay", "momentum", "adam_w_mode", "torch_adam"),
@@ -26,13 +26,13 @@ PARAMS = {
         "cycle_max_lr",
     ),
 }
-"""Arguments of optimizers and schedules, which are no keys of the schema, and where they belong."""
+"""Arguments of optimizers and schedules, which are not keys of the schema -> section to which they belong."""
 
 
 def is_misspelt(name: str) -> bool:
-    """Whether a key of the top level is so near to one of DeepSpeed's that it must be meant: at most a quarter of its
-    letters would change, or it is the beginning of one, at least two thirds long. "train_batchsize" and
-    "gradient_clip" are; "comment" (next to "comet"), "comms_config" and "steps" are not.
+    """Whether a key of the top level is probably a misspelt key of DeepSpeed: at most a quarter of its letters
+    differ, or it is a prefix with at least two thirds of the letters. "train_batchsize" and "gradient_clip" are;
+    "comment" (next to "comet"), "comms_config" and "steps" are not.
     """
     here = _here("")
     near = closest(name, here)
@@ -42,10 +42,10 @@ def is_misspelt(name: str) -> bool:
 
 
 def unknown(path: str, name: str) -> str:
-    """The nearest key of this section, else of another one; a key that exists elsewhere is told where it belongs.
+    """Returns the error message: the section to which the key belongs, or the nearest key of this or another section.
 
     Args:
-        path: of the section; "" is the top level.
+        path: path of the section; "" is the top level.
     """
     full = join(path, name)
     if name in by_path() and "." in name:
@@ -54,7 +54,7 @@ def unknown(path: str, name: str) -> str:
     here = _here(path)
     near = closest(name, here)
     homes = _elsewhere(path)
-    # "stages" in zero_optimization is a slip of the finger, not a wish for a pipeline.
+    # "stages" in zero_optimization is a misspelt "stage", not a key of the section pipeline.
     if name in homes and (near is None or near[1] > 1):
         return f'unknown key "{full}": "{name}" belongs {_place(homes[name])}'
     far = closest(name, homes) if near is None or near[1] > 1 else None
@@ -68,7 +68,7 @@ def unknown(path: str, name: str) -> str:
     section = "this section" if path else "the top level"
     if len(here) > MANY:
         return (
-            f'unknown key "{full}": nothing like it is among the {len(here)} keys of {section}, which '
+            f'unknown key "{full}": no similar key is among the {len(here)} keys of {section}, which '
             "`ds config schema --markdown` lists"
         )
     return f'unknown key "{full}": {section} has {", ".join(sorted(keys_of(sections()[path], path)))}'
@@ -76,7 +76,7 @@ def unknown(path: str, name: str) -> str:
 
 @cache
 def _here(path: str) -> dict[str, str]:
-    """Key of the section, in today's and in old names -> path that it means."""
+    """Returns current and old names of the keys of a section -> current path."""
     found = {name: key.path for name, key in keys_of(sections()[path], path).items()}
     for rule in RENAMES:
         section, _, name = rule.old.rpartition(".")
@@ -86,7 +86,7 @@ def _here(path: str) -> dict[str, str]:
 
 
 def _kin(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that begins like `name` for at least half of it: "output_dir" for "output_path"."""
+    """Returns the candidate that shares a prefix of at least half of `name`: "output_dir" for "output_path"."""
     lengths = {
         c: next(
             (i for i, (a, b) in enumerate(zip(name.lower(), c, strict=False)) if a != b),
@@ -100,9 +100,7 @@ def _kin(name: str, candidates: Iterable[str]) -> str | None:
 
 @cache
 def _elsewhere(path: str) -> dict[str, str]:
-    """Key -> the section that it is most likely meant for, of all sections but this one: the outermost, and that of
-    what is most used first.
-    """
+    """Returns key -> the most likely section among all other sections: the outermost and most common one."""
     ranked = sorted(
         sections(), key=lambda section: (section.count("."), section != "zero_optimization", ANY in section)
     )

@@ -1,4 +1,4 @@
-"""What pydantic says about wrong values, in the words of the file."""
+"""Translates pydantic's errors to messages with the keys and values of the file."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _SHOWN_CHARACTERS = 80
 def problems(
     error: ValidationError, raw: Mapping[str, Any], *, autos: Collection[str], told: str
 ) -> Iterator[tuple[str, str]]:
-    """Path and sentence for each wrong or missing value.
+    """Yields path and sentence for each wrong or missing value.
 
     Args:
-        raw: the configuration as it was written, under today's names.
+        raw: the configuration as written, with current names.
         autos: paths with the value "auto".
-        told: what was said before; a key that is offered there as "did you mean" is not reported missing too.
+        told: earlier messages. A key that is suggested in one of them ("did you mean") is not also reported as
+            missing.
     """
     by_path: dict[str, list[Any]] = {}
     for item in error.errors(include_url=False):
@@ -31,18 +32,18 @@ def problems(
         if items[0]["type"] != "missing":
             yield path, _explain(path, items, raw)
         elif path in autos:
-            yield path, f'{path} is "auto", and no integration has filled it in: give a value'
+            yield path, f'{path} is "auto", and no integration has replaced it: set a value'
         elif f'did you mean "{path}"?' not in told:
             yield path, f'"{path}" is missing'
 
 
 def paths(error: ValidationError) -> list[str]:
-    """Dotted paths of the wrong values."""
+    """Returns the dotted paths of the wrong values."""
     return list(dict.fromkeys(_path_of(item["loc"]) for item in error.errors(include_url=False)))
 
 
 def without(values: dict[str, Any], error: ValidationError) -> dict[str, Any]:
-    """`values` less what is wrong: a wrong value goes, and the section of a missing one."""
+    """Returns `values` without the wrong values, and without the sections in which a value is missing."""
     for item in error.errors(include_url=False):
         location = item["loc"][:-1] if item["type"] == "missing" else item["loc"]
         values = _removed(values, location)
@@ -50,7 +51,9 @@ def without(values: dict[str, Any], error: ValidationError) -> dict[str, Any]:
 
 
 def _removed(values: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, Any]:
-    """A copy without what the location leads to; what leads into a list or past a value goes up to there."""
+    """Returns a copy without the value at the location, or without the enclosing value if the location points into a
+    list or past a value.
+    """
     if not location or location[0] not in values:
         return values
     name = str(location[0])
@@ -61,7 +64,7 @@ def _removed(values: dict[str, Any], location: tuple[int | str, ...]) -> dict[st
 
 
 def _path_of(location: tuple[int | str, ...]) -> str:
-    """Dotted; pydantic appends the names of types to what is in a union, which are left out."""
+    """Returns the dotted path. pydantic appends names of types for values in a union; these are left out."""
     parts = [str(part) for part in location]
     while len(parts) > 1 and (parts[-1] in _TYPES or "[" in parts[-1]):
         parts.pop()
@@ -69,8 +72,8 @@ def _path_of(location: tuple[int | str, ...]) -> str:
 
 
 def _explain(path: str, items: list[Any], raw: Mapping[str, Any]) -> str:
-    """Pydantic's errors for one key, one for each kind of value that it may have."""
-    written = value_at(raw, path)  # as in the file, where case may have been changed since
+    """Returns one message for pydantic's errors about one key, of which there is one for each type that it accepts."""
+    written = value_at(raw, path)  # as in the file, because validators may have changed the case
     value = shown(items[0].get("input") if written is None else written)
     for item in items:
         if item["type"] == "value_error":
@@ -78,7 +81,7 @@ def _explain(path: str, items: list[Any], raw: Mapping[str, Any]) -> str:
     wanted = [_wanted(item) for item in items]
     if None in wanted:
         return f"{path} is {value}: {items[wanted.index(None)]['msg']}"
-    return f"{path} is {value}: it has to be {' or '.join(dict.fromkeys(str(want) for want in wanted))}"
+    return f"{path} is {value}: it must be {' or '.join(dict.fromkeys(str(want) for want in wanted))}"
 
 
 def _wanted(item: Any) -> str | None:
@@ -97,10 +100,10 @@ def _wanted(item: Any) -> str | None:
         return f"one of {options}" if " or " in options else str(options)
     return {
         "bool_type": "true or false",
-        "int_type": "a whole number",
+        "int_type": "an integer",
         "float_type": "a number",
         "finite_number": "a finite number",
-        "string_type": "a text in quotes",
+        "string_type": "a string in quotes",
         "dict_type": "an object {...}",
         "list_type": "a list [...]",
         "model_type": "an object {...}",
@@ -109,9 +112,9 @@ def _wanted(item: Any) -> str | None:
 
 
 def shown(value: Any) -> str:
-    """A value as it stands in JSON, cut where it is long."""
+    """Returns a value as JSON, shortened if it is long."""
     if isinstance(value, int) and abs(value) >= 10**_SHOWN_CHARACTERS:
-        return f"a whole number of {value.bit_length()} bits"  # Python refuses to print thousands of digits
+        return f"an integer of {value.bit_length()} bits"  # Python refuses to print thousands of digits
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):

@@ -1,1 +1,1 @@
-"""What can be shown of a configuration: values and their origin, differences, JSON schema, reference page."""
+"""Reports about a configuration: values and their origin, differences, JSON schema, reference page."""

@@ -1,4 +1,4 @@
-"""Two configurations compared by what they mean, not by how they are written."""
+"""Compares two configurations by their meaning, not by their spelling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ds_engine.config.sections.schema import join
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One value that is not the same."""
+    """One value that differs."""
 
     path: str
     first: Any
@@ -22,13 +22,14 @@ class Difference:
 
 
 def diff(first: DsConfig, second: DsConfig, *, ranks: int | None = None) -> list[Difference]:
-    """What differs, in the order of the schema: a default that is written out is no difference, nor is an old name.
+    """Returns the differences, in the order of the schema. Neither a default that is written explicitly nor an old
+    name is a difference.
 
     Args:
-        ranks: compare the batch sizes as they come out on so many ranks.
+        ranks: number of data-parallel ranks for which batch sizes are computed and compared.
 
     Raises:
-        ConfigError: the batch sizes of one do not fit the ranks.
+        ConfigError: the batch sizes of one configuration do not fit the number of ranks.
     """
     values = [_values(config, ranks) for config in (first, second)]
     found = []

@@ -1,4 +1,4 @@
-"""What a configuration comes to: every value, and who set it."""
+"""Explains a configuration: every value, and its origin."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Setting:
     origin: str
     """"line 7", "config", "default", an equation, ..."""
     note: str = ""
-    """What has to be known about it."""
+    """Remark, or empty."""
 
 
 def explain(config: DsConfig, *, ranks: int | None = None, defaults: bool = False) -> list[Setting]:
-    """Every value that was set or derived, in the order of the schema.
+    """Returns every value that was set or derived, in the order of the schema.
 
     Args:
-        ranks: number of data-parallel ranks, for the batch sizes; None: they are shown as they were set.
-        defaults: also what was left to defaults in this version.
+        ranks: number of data-parallel ranks, for the batch sizes; None: they are shown as set.
+        defaults: include keys that were not set, with their defaults.
 
     Raises:
         ConfigError: the batch sizes do not fit that number of ranks.
@@ -40,9 +40,9 @@ def explain(config: DsConfig, *, ranks: int | None = None, defaults: bool = Fals
     found = {setting.path: setting for setting in _given(config)}
     for path in config.origin.autos:
         why = (
-            "has to be a value"
+            "needs a value"
             if path not in auto.defaults(config)
-            else "the default, unless an integration fills it in"
+            else "the default, unless an integration replaces it"
         )
         found[path] = Setting(path=path, value=value_at(config, path), origin='"auto"', note=why)
     found.update({setting.path: setting for setting in _derived(config, ranks)})
@@ -128,7 +128,7 @@ def _derived(config: DsConfig, ranks: int | None) -> list[Setting]:
 
 
 def table(settings: list[Setting]) -> str:
-    """The settings as aligned text."""
+    """Returns the settings as aligned text."""
     rows = [(s.path, _shown(s.value), s.origin + (f"; {s.note}" if s.note else "")) for s in settings]
     rows.insert(0, ("key", "value", "set by"))
     wide = [max(len(row[column]) for row in rows) for column in (0, 1)]

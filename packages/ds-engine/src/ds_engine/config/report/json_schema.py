@@ -1,4 +1,4 @@
-"""A JSON schema of the configuration, for editors: names, types, descriptions, and what each key leads to."""
+"""The JSON schema of the configuration, for editors: names, types, descriptions, and the status of each key."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema; every value may be "auto" too, and a section may be null or false, which means off."""
+    """Returns the schema. Every value may also be "auto", and a section may be null or false, which means off."""
     found = DsConfig.model_json_schema()
     definitions = found.get("$defs", {})
-    done: set[tuple[int, str]] = set()  # sections that stand in several places have one definition
+    done: set[tuple[int, str]] = set()  # sections that are used in several places have one definition
     for key in every_key():
         holder = _object_at(found, definitions, key.path.rpartition(".")[0])
         if holder is None or (id(holder), key.name) in done:
@@ -37,7 +37,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _loosened(value: dict[str, Any], key: Key) -> dict[str, Any]:
-    """The same, or "auto", or, for a section, off; with what the key leads to."""
+    """Also permits "auto", or off for a section, and adds the status of the key to the description."""
     inner = {name: item for name, item in value.items() if name not in ("description", "default", "title")}
     options = inner.pop("anyOf") if set(inner) == {"anyOf"} else [inner]
     more: list[dict[str, Any]] = [{"const": "auto"}]
@@ -48,9 +48,9 @@ def _loosened(value: dict[str, Any], key: Key) -> dict[str, Any]:
     if row is not None and row.state is State.NO_EFFECT:
         text += f" No effect: {row.why}."
     elif row is not None and row.state is State.LATER:
-        text += f" Not in this version; {row.owner} will have it."
+        text += f" Not supported yet; {row.owner} will add it."
     elif row is not None and row.state is State.GONE:
-        text += f" Not in ds; {row.remedy}."
+        text += f" Not supported; {row.remedy}."
     found: dict[str, Any] = {"description": text, "anyOf": [*options, *(m for m in more if m not in options)]}
     if "default" in value:
         found["default"] = value["default"]
@@ -60,7 +60,7 @@ def _loosened(value: dict[str, Any], key: Key) -> dict[str, Any]:
 
 
 def _object_at(schema: dict[str, Any], definitions: dict[str, Any], path: str) -> dict[str, Any] | None:
-    """The object of a section, by its dotted path."""
+    """Returns the object of a section, by its dotted path."""
     here = schema
     for name in path.split(".") if path else []:
         if name == "*":
@@ -75,7 +75,7 @@ def _object_at(schema: dict[str, Any], definitions: dict[str, Any], path: str) -
 
 
 def _resolve(value: Any, definitions: dict[str, Any]) -> dict[str, Any] | None:
-    """The object that a property holds, behind references and alternatives."""
+    """Returns the object of a property, through references and alternatives."""
     if not isinstance(value, dict):
         return None
     if "$ref" in value:

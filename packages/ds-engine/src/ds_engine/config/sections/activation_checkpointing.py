@@ -8,7 +8,7 @@ from ds_engine.config.support.section import Positive, Section
 
 
 class ActivationCheckpointingConfig(Section):
-    """How activations are kept between forward and backward in functions that are recomputed."""
+    """Where the inputs of recomputed layers are stored between forward and backward."""
 
     partition_activations: bool = Field(
         default=False,
@@ -23,8 +23,8 @@ class ActivationCheckpointingConfig(Section):
     )
     number_checkpoints: Positive | None = Field(
         default=None,
-        description="Number of activations that the buffer of contiguous_memory_optimization holds. Default: "
-        "none, because the number is counted.",
+        description="Number of activations that the buffer of contiguous_memory_optimization holds. "
+        "Default: counted in the first step.",
     )
     synchronize_checkpoint_boundary: bool = Field(
         default=False,

@@ -53,7 +53,7 @@ class InferenceTpConfig(Section):
     )
     tp_group: Any = Field(
         default=None,
-        description="Process group of the ranks that hold one copy. Default: none, so it is made.",
+        description="Process group of the ranks that hold one copy. Default: a new group.",
     )
 
 

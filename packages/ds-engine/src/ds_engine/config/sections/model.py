@@ -56,8 +56,8 @@ class DsConfig(Section):
     train_batch_size: Positive | None = Field(
         default=None,
         description="Number of samples per optimizer step over all ranks: train_micro_batch_size_per_gpu x "
-        "gradient_accumulation_steps x ranks. Default: computed from the other two; "
-        "gradient_accumulation_steps alone is not enough.",
+        "gradient_accumulation_steps x ranks. Default: computed from the other two sizes. Either "
+        "this key or train_micro_batch_size_per_gpu is required.",
     )
     train_micro_batch_size_per_gpu: Positive | None = Field(
         default=None,
@@ -66,13 +66,13 @@ class DsConfig(Section):
     )
     gradient_accumulation_steps: Positive | None = Field(
         default=None,
-        description="Number of micro-batches per optimizer step. Default: computed from the other two sizes, "
-        "else 1.",
+        description="Number of micro-batches per optimizer step. Default: computed from the other two sizes, or "
+        "1 if only one of them is set.",
     )
     managed_gradient_accumulation: bool = Field(
         default=True,
-        description="Lets the engine count micro-batches, so that step() updates after every "
-        "gradient_accumulation_steps of them; with false every step() updates.",
+        description="Lets the engine count micro-batches: only every gradient_accumulation_steps-th step() "
+        "updates the parameters. With false, every step() updates.",
     )
     optimizer: OptimizerConfig | None = Field(
         default=None, description="Optimizer that is built if none is passed to initialize(). Default: none."
@@ -106,8 +106,8 @@ class DsConfig(Section):
     )
     gradient_predivide_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = Field(
         default=1.0,
-        description="Divisor of gradients before they are summed over ranks; the rest of the division follows "
-        "after the sum. It has no effect with prescale_gradients.",
+        description="Divisor of gradients before the sum over ranks. After the sum they are divided by ranks / "
+        "gradient_predivide_factor. It has no effect with prescale_gradients.",
     )
     gradient_allreduce_op: Annotated[Literal["mean", "sum"], BeforeValidator(lowered)] = Field(
         default="mean", description="Whether gradients are averaged or summed over ranks."
@@ -120,7 +120,7 @@ class DsConfig(Section):
         default="fp32", description="Dtype of sums over sequence-parallel ranks."
     )
     sparse_gradients: bool = Field(
-        default=False, description="Sends only the rows of embedding gradients that are not zero, at stage 0."
+        default=False, description="Sends only the nonzero rows of embedding gradients, at stage 0."
     )
     disable_allgather: bool = Field(
         default=False, description="Distributes updated parameters by broadcasts instead of by all-gather."
@@ -130,12 +130,12 @@ class DsConfig(Section):
     )
     zero_force_ds_cpu_optimizer: bool = Field(
         default=True,
-        description="Refuses an optimizer object that is not ds_offload's when offload_optimizer is used.",
+        description="Refuses an optimizer object that is not from ds_offload if offload_optimizer is used.",
     )
     steps_per_print: Annotated[Count | None, BeforeValidator(_infinity_is_never)] = Field(
         default=None,
-        description="Number of optimizer steps between two lines of progress on rank 0; 0 prints none. "
-        "Default: none are printed.",
+        description="Number of optimizer steps between two progress lines on rank 0; 0 prints none. Default: "
+        "none are printed.",
     )
     wall_clock_breakdown: bool = Field(
         default=False, description="Measures the time of forward, backward and step."
@@ -144,32 +144,31 @@ class DsConfig(Section):
         default=False, description="Prints the memory in use after each part of a step."
     )
     dump_state: bool = Field(
-        default=False, description="Prints every setting and its origin when the engine is made."
+        default=False, description="Prints every setting and its origin in initialize()."
     )
     log_level: str | None = Field(
         default=None, description="Level of DeepSpeed's logger. Default: the logger's own."
     )
     vocabulary_size: Positive | None = Field(
         default=None,
-        description="Number of rows of the embedding; a warning is given if it is no multiple of 8. Default: "
+        description="Number of rows of the embedding. A warning is issued if it is not a multiple of 8. Default: "
         "not checked.",
     )
     dataloader_drop_last: bool = Field(
-        default=False, description="Drops a last micro-batch that is smaller than the others."
+        default=False, description="Drops the last micro-batch of an epoch if it is smaller than the others."
     )
     disable_python_gc: bool = Field(
-        default=False, description="Collects Python's garbage between steps only."
+        default=False, description="Runs Python's garbage collector only between steps."
     )
     sequence_parallel_size: Positive | None = Field(
-        default=None, description="Number of ranks that share a sequence. Default: 1."
+        default=None, description="Number of ranks among which a sequence is divided. Default: 1."
     )
     data_parallel_size: Positive | None = Field(
         default=None,
-        description="Number of data-parallel ranks; an error is raised if there are more or fewer. Default: "
-        "not checked.",
+        description="Expected number of data-parallel ranks. Another number raises an error. Default: not checked.",
     )
     use_data_before_expert_parallelism: bool = Field(
-        default=False, description="Gives neighbouring ranks the same experts instead of different ones."
+        default=False, description="Gives consecutive ranks the same experts instead of different ones."
     )
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig,
@@ -177,7 +176,7 @@ class DsConfig(Section):
     )
     activation_checkpointing: ActivationCheckpointingConfig = Field(
         default_factory=ActivationCheckpointingConfig,
-        description="How activations are kept until backward where they are not recomputed at once.",
+        description="Where the inputs of recomputed layers are stored until backward.",
     )
     aio: AioConfig = Field(default_factory=AioConfig, description="How files on a disk are read and written.")
     tensorboard: TensorBoardConfig = Field(
@@ -241,12 +240,12 @@ class DsConfig(Section):
     graph_harvesting: bool = Field(default=False, description="Replays CUDA graphs at stage 3.")
     seed: Count | None = Field(
         default=None,
-        description="Seed of the random generators, plus the rank, and of the order of training_data. "
-        "Default: the generators are left as they are, and the order has seed 0.",
+        description="Seed of the random generators (seed + rank) and of the order of training_data (seed). "
+        "Default: the generators are not seeded, and the order has seed 0.",
     )
     startup_summary: bool = Field(
         default=True,
-        description="Prints a table on rank 0 when the engine is made: the choices, their reasons and the "
+        description="Prints the start-up table on rank 0 in initialize(): settings, their reasons, and the "
         "memory of a rank.",
     )
     _origin: Origin = PrivateAttr(default_factory=Origin)

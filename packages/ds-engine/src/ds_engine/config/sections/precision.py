@@ -37,12 +37,12 @@ class Fp16Config(Section):
     enabled: bool = Field(
         default=False, description="Casts floating-point parameters to float16 for forward and backward."
     )
-    auto_cast: bool = Field(default=False, description="Casts floating-point inputs to float16 too.")
+    auto_cast: bool = Field(default=False, description="Also casts floating-point inputs to float16.")
     loss_scale: NotNegative = Field(
-        default=0.0, description="Constant factor of the loss; 0 selects a dynamic loss scale."
+        default=0.0, description="Constant loss scale; 0 selects a dynamic loss scale."
     )
     initial_scale_power: Annotated[Count, Field(le=127)] = Field(
-        default=16, description="Exponent of the first dynamic loss scale, which is 2 to this power."
+        default=16, description="The initial dynamic loss scale is 2 to this power."
     )
     loss_scale_window: Positive = Field(
         default=1000,
@@ -50,7 +50,7 @@ class Fp16Config(Section):
     )
     hysteresis: Positive = Field(
         default=2,
-        description="Number of the overflow at which the dynamic loss scale is halved; earlier overflows only skip "
+        description="Number of overflows until the dynamic loss scale is halved; the overflows before only skip "
         "their step.",
     )
     consecutive_hysteresis: bool = Field(
@@ -93,8 +93,8 @@ class TorchAutocastConfig(Section):
     enabled: bool = Field(default=False, description="Runs forward under torch.autocast.")
     dtype: LowDtype | None = Field(
         default=None,
-        description="Dtype in which operations compute. With fp16, losses are scaled as the section fp16 "
-        "says. Default: torch's choice, bf16 on a CPU and fp16 on CUDA.",
+        description="Dtype of the autocast region. With fp16, losses are scaled as configured in the section "
+        "fp16. Default: torch's choice, bf16 on a CPU and fp16 on CUDA.",
     )
     lower_precision_safe_modules: Names | None = Field(
         default=None,
@@ -111,14 +111,14 @@ class DataTypesConfig(Section):
     )
     param_dtype: Dtype | None = Field(
         default=None,
-        description="Dtype in which parameters compute; it has to match the sections fp16 and bf16, which "
-        "decide. Default: as these say.",
+        description="Compute dtype of parameters. It must match the sections fp16 and bf16, which select the "
+        "dtype. Default: the dtype that these select.",
     )
     buffer_dtype: Dtype | None = Field(
         default=None, description="Dtype of the model's floating-point buffers. Default: unchanged."
     )
     keep_in_fp32_modules: Literal["auto"] | Names = Field(
         default="auto",
-        description="Patterns of the names of buffers that stay fp32 under fp16 and bf16, whatever "
-        'buffer_dtype says; "auto" takes them from a transformers model.',
+        description="Patterns of the names of buffers that stay in fp32, regardless of fp16, bf16 and "
+        'buffer_dtype. "auto" takes the patterns from a transformers model.',
     )

@@ -12,7 +12,7 @@ class FlopsProfilerConfig(Section):
 
     enabled: bool = Field(default=False, description="Profiles one training step.")
     recompute_fwd_factor: NotNegative = Field(
-        default=0.0, description="Part of forward that backward computes again, between 0 and 1."
+        default=0.0, description="Fraction of forward that backward recomputes, between 0 and 1."
     )
     profile_step: Positive = Field(default=1, description="Training step that is profiled.")
     module_depth: Whole = Field(
@@ -22,7 +22,7 @@ class FlopsProfilerConfig(Section):
     detailed: bool = Field(default=True, description="Lists every module.")
     output_file: str | None = Field(
         default=None,
-        description="File that the profile is written to. Default: none, so it goes to the terminal.",
+        description="File that the profile is written to. Default: the terminal.",
     )
 
 

@@ -116,7 +116,7 @@ class Fp16MixedConfig(Section):
 
     enabled: bool = Field(default=False, description="Mixes fp16 values and quantised values at the start.")
     quantize_change_ratio: Share = Field(
-        default=0.001, description="Part of the mixture that changes to quantised values in each step."
+        default=0.001, description="Fraction of the mixture that changes to quantised values in each step."
     )
 
 

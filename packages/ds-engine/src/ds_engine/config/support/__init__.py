@@ -1,1 +1,1 @@
-"""What every room of the configuration uses: errors, kinds of values, batch arithmetic, suggestions."""
+"""Shared by all folders of the configuration: errors, types of values, batch arithmetic, suggestions."""

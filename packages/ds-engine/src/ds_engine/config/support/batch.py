@@ -13,28 +13,28 @@ TRAIN, MICRO, STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "gra
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The sizes that a run uses; `train == micro * steps * ranks` always holds."""
+    """The batch sizes of a job. `train == micro * steps * ranks` always holds."""
 
     train: int
-    """Samples per optimizer step over all ranks."""
+    """Number of samples per optimizer step over all ranks."""
     micro: int
-    """Samples per forward pass on one rank."""
+    """Number of samples per forward pass on one rank."""
     steps: int
-    """Micro-batches per optimizer step."""
+    """Number of micro-batches per optimizer step."""
     ranks: int
-    """Data-parallel ranks."""
+    """Number of data-parallel ranks."""
 
 
 def resolve(train: int | None, micro: int | None, steps: int | None, ranks: int) -> Batch:
-    """Fill in what is not given.
+    """Computes the sizes that are not given.
 
     Raises:
-        ConfigError: too little is given, or the equation cannot hold in whole numbers; with the numbers and
-            the nearest that work.
+        ConfigError: too few sizes are given, or the equation has no solution in whole numbers. The message contains
+            the numbers and the nearest valid ones.
     """
     if train is None and micro is None:
         raise ConfigError(
-            [f"give {TRAIN} or {MICRO} (samples per step over all ranks, or per forward pass on one rank)"]
+            [f"set {TRAIN} or {MICRO} (samples per step over all ranks, or per forward pass on one rank)"]
         )
     if train is None:
         assert micro is not None
@@ -53,7 +53,7 @@ def resolve(train: int | None, micro: int | None, steps: int | None, ranks: int)
 
 
 def _quotient(train: int, known: str, value: int, wanted: str, ranks: int) -> int:
-    """`train / (value * ranks)`, which has to be a whole number of at least 1."""
+    """Returns `train / (value * ranks)`. Raises ConfigError unless it is a whole number of at least 1."""
     unit = value * ranks
     if train % unit == 0:
         return train // unit
@@ -79,12 +79,12 @@ def _contradiction(train: int, micro: int, steps: int, ranks: int) -> str:
         works.append(f"{MICRO} {train // (steps * ranks)}")
     return (
         f"{TRAIN} {train} is not {MICRO} {micro} x {STEPS} {steps} x ranks {ranks} = {product}. "
-        f"Change one of them: {'; or '.join(works)}; or leave one out, and it is computed"
+        f"Change one of them: {'; or '.join(works)}; or remove one, so that it is computed"
     )
 
 
 def _nearest_divisors(train: int, value: int, ranks: int) -> list[int]:
-    """The numbers next to `value` on either side by which `train / ranks` can be divided."""
+    """Returns the divisors of `train / ranks` next to `value` on either side."""
     if train % ranks:
         return []
     share = train // ranks
@@ -95,7 +95,7 @@ def _nearest_divisors(train: int, value: int, ranks: int) -> list[int]:
 
 
 def contradictions(train: int | None, micro: int | None, steps: int | None) -> list[tuple[str, str]]:
-    """What is wrong for any number of ranks, as key and sentence: found before there are ranks."""
+    """Returns mistakes that exist for any number of ranks, as key and sentence."""
     given = {TRAIN: train, MICRO: micro, STEPS: steps}
     unit = (micro or 1) * (steps or 1)
     if train is None or train % unit == 0:
@@ -106,7 +106,7 @@ def contradictions(train: int | None, micro: int | None, steps: int | None) -> l
     return [
         (
             TRAIN,
-            f"{TRAIN} {train} = {factors} x ranks has no whole solution, on any number of ranks: it has to be a "
+            f"{TRAIN} {train} = {factors} x ranks has no whole solution, on any number of ranks: it must be a "
             f"multiple of {unit}, such as {works}",
         )
     ]

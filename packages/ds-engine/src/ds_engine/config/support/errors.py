@@ -1,4 +1,4 @@
-"""What is raised for a configuration that cannot be meant."""
+"""The error for an invalid configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def _rebuilt(cls: type[ConfigError], args: tuple[object, ...], attributes: dict[str, object]) -> ConfigError:
-    """A pickled error as it was, in whichever subclass it was."""
+    """Restores a pickled error of any subclass."""
     error = cls.__new__(cls, *args)
     error.args = args
     vars(error).update(attributes)
@@ -15,8 +15,8 @@ def _rebuilt(cls: type[ConfigError], args: tuple[object, ...], attributes: dict[
 
 
 class ConfigError(ValueError):
-    """One or more mistakes in a configuration; `problems` has one sentence for each, with the path of the
-    key and a remedy.
+    """One or more mistakes in a configuration. `problems` contains one sentence for each, with the path of the key
+    and a remedy.
     """
 
     def __init__(self, problems: Sequence[str], where: str = "the configuration") -> None:

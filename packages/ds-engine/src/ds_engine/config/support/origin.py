@@ -1,4 +1,4 @@
-"""Where the values of a configuration came from."""
+"""The origin of the values of a configuration."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Origin:
-    """How a configuration was read. Two configurations with the same values are equal whatever their origin."""
+    """How a configuration was read. It compares equal to any other origin, so that configurations are compared by
+    their values.
+    """
 
     where: str = "config"
     """Path of the file, or "config" for a dict."""
     raw: Mapping[str, Any] = field(default_factory=dict)
-    """What was read, before names were mapped and defaults filled in."""
+    """The content before names were mapped and defaults added."""
     lines: Mapping[str, int] = field(default_factory=dict)
-    """Dotted path, as written -> line of the file."""
+    """Dotted path as written -> line of the file."""
     renamed: Mapping[str, str] = field(default_factory=dict)
-    """Path as written -> path that it means."""
+    """Path as written -> current path."""
     autos: tuple[str, ...] = ()
-    """Paths with the value "auto", which nothing has filled in."""
+    """Paths with the value "auto" that no integration has replaced."""
     ignored: Mapping[str, str] = field(default_factory=dict)
-    """Paths that older configurations have and that never had an effect -> why."""
+    """Paths in older configurations that never had an effect -> reason."""
 
     def line(self, path: str) -> int | None:
-        """Line on which `path`, or the nearest section around it, was written."""
+        """Returns the line of `path`, or of the nearest section around it."""
         return self._nearest(self._as_written(path))
 
     def _as_written(self, path: str) -> str:
-        """The path in the names of the file."""
+        """Returns the path with the names of the file."""
         for old, new in self.renamed.items():
             if path == new or path.startswith(f"{new}."):
                 return old + path[len(new) :]

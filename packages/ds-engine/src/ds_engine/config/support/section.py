@@ -1,4 +1,4 @@
-"""The base of every section, and the kinds of values that JSON needs."""
+"""The base class of all sections, and the types of their values."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """Frozen and strict: no unknown key, no silent conversion of a string or a bool to a number."""
+    """Base class of all sections. Frozen and strict: unknown keys are errors, and strings or bools are not converted
+    to numbers.
+    """
 
-    # Keys such as `model_info` and `model_type` are DeepSpeed's, so pydantic's own prefix gives way.
+    # DeepSpeed has keys such as `model_info`, so pydantic's protected prefix `model_` is turned off.
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
@@ -21,21 +23,21 @@ class Section(BaseModel):
 
 
 def _whole_number(value: Any) -> Any:
-    """People write 5e8 for a count, which JSON reads as a float."""
+    """Accepts 5e8 for a count, which JSON reads as a float."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError("it has to be a whole number below 2^63")
+        raise ValueError("it must be an integer below 2^63")
     return value
 
 
 def lowered(value: Any) -> Any:
-    """For choices that are written in any case: "Warn", "WARN"."""
+    """Lowers the case of choices: "Warn", "WARN"."""
     return value.lower() if isinstance(value, str) else value
 
 
 def listed(value: Any) -> Any:
-    """One name where a list of names may stand."""
+    """Converts a single name to a list."""
     return [value] if isinstance(value, str) else value
 
 
@@ -44,18 +46,18 @@ def _flag(value: Any) -> Any:
 
 
 Flag = Annotated[bool, BeforeValidator(_flag)]
-"""true or false, or 1 or 0 for a key that DeepSpeed reads without looking at its type."""
+"""true or false; also 1 or 0, for keys whose type DeepSpeed does not check."""
 Whole = Annotated[int, BeforeValidator(_whole_number)]
-"""A whole number of either sign."""
+"""An integer of either sign."""
 Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
-"""A number of things, 0 or more; 5e8 is accepted for 500000000."""
+"""An integer of at least 0; 5e8 is accepted for 500000000."""
 Positive = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
-"""A number of things, 1 or more."""
+"""An integer of at least 1."""
 Number = Annotated[float, Field(allow_inf_nan=False)]
 """Any finite number."""
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""A finite number, 0 or more."""
+"""A finite number of at least 0."""
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-"""A part of a whole, 0 to 1."""
+"""A fraction between 0 and 1."""
 Names = Annotated[list[str], BeforeValidator(listed)]
-"""A list of names; one name alone is taken for a list of one."""
+"""A list of names; a single name is converted to a list."""

@@ -1,4 +1,4 @@
-"""What somebody probably meant to type."""
+"""Suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from functools import cache
 
 
 def distance(a: str, b: str) -> int:
-    """Edits that turn `a` into `b`: insertions, deletions, substitutions, and swaps of neighbours.
+    """Returns the number of edits from `a` to `b`: insertions, deletions, substitutions, and swaps of adjacent
+    letters.
 
     Source: the optimal string alignment form of Damerau, A technique for computer detection and correction
     of spelling errors (1964).
@@ -26,10 +27,10 @@ def distance(a: str, b: str) -> int:
 
 
 def closest(word: str, candidates: Iterable[str]) -> tuple[str, int] | None:
-    """The candidate with the fewest edits and their number, case ignored; None when nothing comes near.
+    """Returns the candidate with the fewest edits, and their number; None if no candidate is near. Case is ignored.
 
-    Near means that at most a third of the letters (and always one) would have to change: "foo" must not
-    become "bf16". Of several that are as near, the first in the alphabet.
+    Near means that at most a third of the letters (but at least one) differ: "foo" must not become "bf16". Of several
+    candidates with the same number of edits, the alphabetically first is returned.
     """
     folded = word.lower()
     letters = _letters(folded)
@@ -40,7 +41,7 @@ def closest(word: str, candidates: Iterable[str]) -> tuple[str, int] | None:
             limit = min(limit, found[0] - 1)
         if abs(len(word) - len(candidate)) > limit:
             continue
-        # Each letter that the other lacks costs an edit: most candidates are done with here.
+        # Each letter that the other word lacks costs an edit: this excludes most candidates.
         theirs = _letters(candidate.lower())
         if max((letters & ~theirs).bit_count(), (theirs & ~letters).bit_count()) > limit:
             continue
@@ -52,7 +53,7 @@ def closest(word: str, candidates: Iterable[str]) -> tuple[str, int] | None:
 
 @cache
 def _letters(word: str) -> int:
-    """The set of letters as bits."""
+    """Returns the set of letters as bits."""
     bits = 0
     for letter in word:
         bits |= 1 << (ord(letter) % 64)
@@ -60,9 +61,9 @@ def _letters(word: str) -> int:
 
 
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
-    """' Did you mean "x"?', or the list of what there is when nothing comes near."""
+    """Returns ' Did you mean "x"?', or the list of valid names if none is near."""
     known = sorted(set(candidates), key=str.lower)
     found = closest(word, known)
     if found is not None:
         return f' Did you mean "{found[0]}"?'
-    return f" There is {', '.join(known)}." if known else ""
+    return f" Valid names: {', '.join(known)}." if known else ""

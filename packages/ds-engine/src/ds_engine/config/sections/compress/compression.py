@@ -16,7 +16,7 @@ class MixedQuantizeConfig(Section):
 
     enabled: bool = Field(default=False, description="Mixes fp16 values and quantised values at the start.")
     quantize_change_ratio: Share = Field(
-        default=0.001, description="Part of the mixture that changes to quantised values in each step."
+        default=0.001, description="Fraction of the mixture that changes to quantised values in each step."
     )
 
 
@@ -80,14 +80,14 @@ class PruningSharedConfig(Section):
     )
     dense_ratio: Share | None = Field(
         default=None,
-        description='Part of the weights that is kept, for "snip_momentum". Default: that of each group.',
+        description='Fraction of the weights that is kept, for "snip_momentum". Default: that of each group.',
     )
     excluded_modules: Names | None = Field(
         default=None, description="Names of modules that are not pruned. Default: none."
     )
     num_heads: Positive | None = Field(
         default=None,
-        description="Number of attention heads, for head_pruning. Default: none, so head_pruning needs it.",
+        description="Number of attention heads, for head_pruning. Required by head_pruning. Default: none.",
     )
 
 
@@ -151,18 +151,18 @@ class LayerReductionConfig(Section):
         default=False, description="Copies some layers of the teacher into a smaller student."
     )
     keep_number_layer: Positive | None = Field(
-        default=None, description="Number of layers of the student. Default: none, so it has to be given."
+        default=None, description="Number of layers of the student. Required. Default: none."
     )
     keep_number_layers: Positive | None = Field(
         default=None, description="Second spelling of keep_number_layer. Default: unset."
     )
     module_name_prefix: str | None = Field(
         default=None,
-        description="Name of the list of layers in the model. Default: none, so it has to be given.",
+        description="Name of the list of layers in the model. Required. Default: none.",
     )
     teacher_layer: list[Count] | None = Field(
         default=None,
-        description="Indices of the teacher's layers that are copied. Default: none, so it has to be given.",
+        description="Indices of the teacher's layers that are copied. Required. Default: none.",
     )
     other_module_name: list[str] | None = Field(
         default=None, description="Names of other modules that are copied. Default: none."

@@ -16,27 +16,26 @@ class CurriculumScheduleConfig(Section):
 
     total_curriculum_step: Positive | None = Field(
         default=None,
-        description="Training step at which the maximum difficulty is reached; for fixed_linear and "
-        "fixed_root. Default: none, so these need it.",
+        description="Training step at which the maximum difficulty is reached. Required by "
+        "fixed_linear and fixed_root. Default: none.",
     )
     difficulty_step: Positive | None = Field(
         default=None,
-        description="Difficulties are rounded down to multiples of this number; for fixed_linear and "
-        "fixed_root. Default: none, so these need it.",
+        description="Difficulties are rounded down to multiples of this number. Required by "
+        "fixed_linear and fixed_root. Default: none.",
     )
     root_degree: Positive | None = Field(
         default=None,
-        description="Degree of the root by which the difficulty grows; for fixed_root. Default: none, so "
-        "fixed_root needs it.",
+        description="Degree of the root by which the difficulty grows. Required by fixed_root. Default: none.",
     )
     difficulty: list[Number] | None = Field(
         default=None,
-        description="List of difficulties; for fixed_discrete. Default: none, so fixed_discrete needs it.",
+        description="List of difficulties. Required by fixed_discrete. Default: none.",
     )
     max_step: list[Positive] | None = Field(
         default=None,
-        description="Last training step of each difficulty except the last; for fixed_discrete. Default: "
-        "none, so fixed_discrete needs it.",
+        description="Last training step of each difficulty except the last. Required by fixed_discrete. "
+        "Default: none.",
     )
 
 
@@ -47,12 +46,11 @@ class LegacyCurriculumConfig(Section):
     curriculum_type: Literal["seqlen"] = Field(default="seqlen", description="Quantity that grows.")
     min_difficulty: Positive | None = Field(
         default=None,
-        description="Sequence length at the first step, in tokens. Default: none, so it has to be given.",
+        description="Sequence length at the first step, in tokens. Required. Default: none.",
     )
     max_difficulty: Positive | None = Field(
         default=None,
-        description="Sequence length at the end of the schedule, in tokens. Default: none, so it has to be "
-        "given.",
+        description="Sequence length at the end of the schedule, in tokens. Required. Default: none.",
     )
     schedule_type: Schedule = Field(
         default="fixed_linear", description="Function by which the difficulty grows."
@@ -68,7 +66,7 @@ class CurriculumMetricConfig(Section):
     index_to_sample_path: str | None = Field(
         default=None,
         description="Directory that ds_engine.sampling.Analyzer wrote for this measure, or DeepSpeed's file "
-        "of samples by difficulty. Default: none, so schedule_based needs it.",
+        'of samples by difficulty. Required by clustering_type "schedule_based". Default: none.',
     )
     index_to_metric_path: str | None = Field(
         default=None,
@@ -86,11 +84,11 @@ class CurriculumMetricConfig(Section):
         "from all samples and only reports the difficulty.",
     )
     min_difficulty: Number | None = Field(
-        default=None, description="Difficulty at the first step. Default: none, so it has to be given."
+        default=None, description="Difficulty at the first step. Required. Default: none."
     )
     max_difficulty: Number | None = Field(
         default=None,
-        description="Difficulty at the end of the schedule. Default: none, so it has to be given.",
+        description="Difficulty at the end of the schedule. Required. Default: none.",
     )
     schedule_type: Schedule = Field(
         default="fixed_linear", description="Function by which the difficulty grows."

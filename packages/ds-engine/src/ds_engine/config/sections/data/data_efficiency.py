@@ -17,7 +17,7 @@ class DynamicBatchingConfig(Section):
     metrics_path: str | None = Field(
         default=None,
         description='Directory in which ds_engine.sampling.Analyzer wrote the measure "seqlen", the length of '
-        "each sample in tokens. Default: none, so it has to be given.",
+        "each sample in tokens. Required. Default: none.",
     )
     lr_scaling_method: Literal["linear", "sqrt", "none"] = Field(
         default="linear", description="How the learning rate follows the batch size."
@@ -33,8 +33,8 @@ class DynamicBatchingConfig(Section):
     )
     max_tokens: Positive | None = Field(
         default=None,
-        description="Maximum number of tokens in a pack; one step takes train_batch_size packs. Default: "
-        "none, so it has to be given.",
+        description="Maximum number of tokens in a pack; one step takes train_batch_size packs. Required. "
+        "Default: none.",
     )
     verbose: bool = Field(default=False, description="Prints the number of batches and their sizes.")
 
@@ -61,13 +61,11 @@ class RandomLtdScheduleConfig(Section):
 
     require_steps: Positive | None = Field(
         default=None,
-        description="Number of training steps after which all tokens are kept. Default: none, so it has to be "
-        "given.",
+        description="Number of training steps after which all tokens are kept. Required. Default: none.",
     )
     seq_per_step: Positive | None = Field(
         default=None,
-        description="Kept lengths are multiples of this number of tokens. Default: none, so it has to be "
-        "given.",
+        description="Kept lengths are multiples of this number of tokens. Required. Default: none.",
     )
 
 
@@ -76,11 +74,11 @@ class RandomLtdGrowthConfig(Section):
 
     min_value: Positive | None = Field(
         default=None,
-        description="Number of tokens kept at the first step. Default: none, so it has to be given.",
+        description="Number of tokens kept at the first step. Required. Default: none.",
     )
     max_value: Positive | None = Field(
         default=None,
-        description="Number of tokens kept at the end of the schedule. Default: none, so it has to be given.",
+        description="Number of tokens kept at the end of the schedule. Required. Default: none.",
     )
     schedule_type: Literal["fixed_linear"] = Field(
         default="fixed_linear", description="Function by which the number of kept tokens grows."
@@ -117,12 +115,12 @@ class RandomLtdConfig(Section):
     )
     random_ltd_layer_num: Positive | None = Field(
         default=None,
-        description="Number of layers that drop tokens; it has to match random_ltd_layer_id. Default: the "
+        description="Number of layers that drop tokens; it must match random_ltd_layer_id. Default: the "
         "length of that list.",
     )
     random_ltd_layer_id: list[Count] | None = Field(
         default=None,
-        description="Indices of the layers that drop tokens, from 0. Default: none, so it has to be given.",
+        description="Indices of the layers that drop tokens, from 0. Required. Default: none.",
     )
     model_mask_name: str | None = Field(
         default=None,

@@ -28,7 +28,7 @@ class ExpertParallelConfig(Section):
     preset_model: str | None = Field(
         default=None,
         description="Model family whose module names are used: mixtral, qwen3_moe, qwen3_5_moe, deepseek_v2, "
-        "deepseek_v3 or minimax_m3. Default: found from the model.",
+        "deepseek_v3 or minimax_m3. Default: detected from the model.",
     )
     moe_layer_pattern: str | None = Field(
         default=None, description="Pattern of the names of expert layers. Default: that of the model family."

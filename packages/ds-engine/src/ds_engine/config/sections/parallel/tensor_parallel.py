@@ -22,7 +22,7 @@ class TpConfig(Section):
     )
     tp_group: Any = Field(
         default=None,
-        description="Process group of the ranks that share a layer. Default: none, so it is made.",
+        description="Process group of the ranks that share a layer. Default: a new group.",
     )
 
 
@@ -56,7 +56,7 @@ class TensorParallelConfig(Section):
     tp: TpConfig = Field(default_factory=TpConfig, description="The ranks that share a layer.")
     injection_policy_tuple: list[str] | None = Field(
         default=None,
-        description="Names of layers whose outputs are summed over the ranks. Default: found from the model.",
+        description="Names of layers whose outputs are summed over the ranks. Default: detected from the model.",
     )
     partition_config: PartitionConfig | None = Field(
         default=None,
@@ -65,7 +65,7 @@ class TensorParallelConfig(Section):
     preset_model: str | None = Field(
         default=None,
         description="Model family whose rules are used: llama, bloom, chatglm, mixtral, deepseek_v2, qwen2 or "
-        "phi3. Default: found from the model.",
+        "phi3. Default: detected from the model.",
     )
     keep_module_on_host: bool = Field(default=False, description="Leaves the model in host memory.")
     replace_with_kernel_inject: bool = Field(

@@ -21,15 +21,15 @@ class OffloadOptimizerConfig(Section):
     )
     nvme_path: str | None = Field(
         default=None,
-        description='Directory on the disk, for device "nvme". Default: none, so "nvme" needs it.',
+        description='Directory on the disk, for device "nvme". Required by "nvme". Default: none.',
     )
     buffer_count: Count = Field(
         default=4, description="Number of host buffers for reading from and writing to the disk."
     )
     pin_memory: bool = Field(
         default=True,
-        description="Uses page-locked host memory next to an accelerator, for faster copies. It cannot be "
-        "turned off yet: false gives a warning.",
+        description="Uses page-locked host memory on a machine with an accelerator, for faster copies. It cannot "
+        "be turned off yet: false gives a warning.",
     )
     pipeline_read: bool = Field(
         default=False, description="Reads the next part from the disk while the current part is stepped."
@@ -42,7 +42,7 @@ class OffloadOptimizerConfig(Section):
     )
     ratio: Share = Field(
         default=1.0,
-        description="Part of the optimizer states that is kept on the host, between 0 and 1; below 1 only at "
+        description="Fraction of the optimizer states that is kept on the host, between 0 and 1; below 1 only at "
         "stage 3.",
     )
     super_offload: bool = Field(
@@ -52,7 +52,7 @@ class OffloadOptimizerConfig(Section):
     )
     cpuadam_cores_perc: Share = Field(
         default=0.8,
-        description="Part of the host's cores that super_offload uses for the optimizer, between 0 and 1.",
+        description="Fraction of the host's cores that super_offload uses for the optimizer, between 0 and 1.",
     )
 
 
@@ -66,7 +66,7 @@ class OffloadParamConfig(Section):
     )
     nvme_path: str | None = Field(
         default=None,
-        description='Directory on the disk, for device "nvme". Default: none, so "nvme" needs it.',
+        description='Directory on the disk, for device "nvme". Required by "nvme". Default: none.',
     )
     buffer_count: Count = Field(default=5, description="Number of host buffers for reading from the disk.")
     buffer_size: Count = Field(default=100_000_000, description="Size of one of these buffers, in elements.")

@@ -63,11 +63,12 @@ class ZeroOptimizationConfig(Section):
     )
     overlap_comm: bool | None = Field(
         default=None,
-        description="Reduces gradients while backward computes. Default: where it is faster.",
+        description="Reduces gradients while backward computes. Default: chosen by expected speed.",
     )
     reduce_scatter: bool = Field(
         default=True,
-        description="Sends each rank the sum of its own part only; false sends the whole sum to all ranks.",
+        description="Reduces gradients by reduce-scatter, so that each rank gets only the sum of its own part. "
+        "With false, by all-reduce.",
     )
     contiguous_gradients: bool = Field(
         default=True, description="Copies gradients into one buffer as they are computed."
@@ -98,12 +99,11 @@ class ZeroOptimizationConfig(Section):
     stage3_param_persistence_threshold: Count | None = Field(
         default=None,
         description="Parameters with at most this number of elements stay whole on every rank at stage 3. "
-        "Default: 1e5, as long as these parameters are within 2% of the model.",
+        "Default: 1e5, or the largest smaller number with which at most 2% of the model stay whole.",
     )
     stage3_model_persistence_threshold: Count | None = Field(
         default=None,
-        description="Maximum number of elements in all that stay whole on every rank at stage 3. Default: no "
-        "limit.",
+        description="Maximum total number of elements that stay whole on every rank at stage 3. Default: no limit.",
     )
     stage3_prefetch: bool = Field(
         default=True,
@@ -111,21 +111,21 @@ class ZeroOptimizationConfig(Section):
     )
     stage3_prefetch_bucket_size: Count | None = Field(
         default=None,
-        description="Maximum number of elements that are gathered ahead at stage 3. Default: the next module.",
+        description="Maximum number of elements that are prefetched at stage 3. Default: those of the next module.",
     )
     stage3_max_live_parameters: Count | None = Field(
         default=None,
-        description="Number of gathered elements up to which further modules are gathered ahead or kept, at "
-        "stage 3. Default: no limit.",
+        description="Maximum number of gathered elements; above it, no further modules are prefetched or kept, "
+        "at stage 3. Default: no limit.",
     )
     stage3_max_reuse_distance: Count | None = Field(
         default=None,
-        description="Keeps a parameter gathered if it is used again within this number of elements, at stage "
-        "3. Default: only what the next module uses again is kept.",
+        description="Keeps a parameter gathered if at most this number of other elements are used before its "
+        "next use, at stage 3. Default: only parameters that the next module uses again are kept.",
     )
     stage3_module_granularity_threshold: Count = Field(
         default=0,
-        description="Gathers a module as a whole if it has fewer elements per inner module than this, at "
+        description="Gathers a module as a whole if its submodules have fewer elements than this on average, at "
         "stage 3; 0 turns it off.",
     )
     stage3_gather_16bit_weights_on_model_save: bool = Field(
@@ -142,8 +142,8 @@ class ZeroOptimizationConfig(Section):
     )
     zero_hpz_partition_size: Count = Field(
         default=1,
-        description="Number of ranks, usually of one machine, that share a second copy of the parameters at "
-        "stage 3 (hpZ); 1 keeps no second copy.",
+        description="Number of ranks, usually those of one machine, among which a second copy of the parameters "
+        "is sharded at stage 3 (hpZ); 1 keeps no second copy.",
     )
     zero_quantized_weights: bool = Field(default=False, description="Gathers parameters as int8.")
     zero_quantized_nontrainable_weights: bool = Field(
@@ -155,8 +155,7 @@ class ZeroOptimizationConfig(Section):
     )
     mics_shard_size: Annotated[Whole, Field(ge=-1)] = Field(
         default=-1,
-        description="Number of ranks that share one copy of the model (MiCS); the groups of ranks hold "
-        "replicas. -1 means all ranks.",
+        description="Number of ranks among which one replica of the model is sharded (MiCS). -1 means all ranks.",
     )
     mics_hierarchical_params_gather: bool = Field(
         default=False, description="Gathers parameters within a machine first, then between machines."
@@ -194,13 +193,14 @@ class ZeroOptimizationConfig(Section):
     overlap_publish: bool = Field(
         default=False,
         description="Lets step() return while updated parameters are still being gathered, at stages 1 and 2; "
-        "modules wait for them. Code must read parameters inside of modules only.",
+        "each module waits for its own. Right after a step, only code inside of modules may read "
+        "parameters.",
     )
     accumulation_plan: Literal["local", "sharded"] | None = Field(
         default=None,
-        description='How gradients of several micro-batches are summed. "local" keeps whole gradients on each '
-        'rank and reduces them once per step. "sharded" reduces them in every micro-batch and '
-        "adds up shards. Default: local at stages 0 and 1, sharded at stages 2 and 3.",
+        description="How gradients of several micro-batches are accumulated. "
+        '"local" keeps whole gradients on each rank and reduces them once per step. "sharded" reduces them in '
+        "every micro-batch and adds up shards. Default: local at stages 0 and 1, sharded at stages 2 and 3.",
     )
     rank_invariant: bool = Field(
         default=False,

@@ -13,7 +13,7 @@ class ZenFlowConfig(Section):
     """ZenFlow: the columns with the largest gradients are stepped at once, the others later on the host."""
 
     topk_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.1, description="Part of the columns that is stepped at once, between 0 and 1."
+        default=0.1, description="Fraction of the columns that is stepped at once, between 0 and 1."
     )
     select_strategy: Literal["auto", "step", "epoch"] = Field(
         default="auto", description="Unit in which select_interval counts."
@@ -40,8 +40,8 @@ class ZenFlowConfig(Section):
         default=0, description="Number of steps at the start that update all columns."
     )
     pt_reserved_cores_perc: Share = Field(
-        default=0.5, description="Part of the cores that is reserved for torch, between 0 and 1."
+        default=0.5, description="Fraction of the cores that is reserved for torch, between 0 and 1."
     )
     steps_per_epoch: Positive | None = Field(
-        default=None, description="Number of steps per epoch. Default: found during training."
+        default=None, description="Number of steps per epoch. Default: measured during training."
     )
