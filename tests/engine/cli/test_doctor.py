@@ -70,7 +70,7 @@ def test_versions() -> None:
         "ds-zero",
         "0.2.0, but ds-engine is 0.1.0",
         "error",
-        "all packages go together: pip install ds-zero==0.1.0",
+        "all packages must have the same version: pip install ds-zero==0.1.0",
     )
     missing = {name: version for name, version in _versions().items() if name != "ds-core"}
     (absent,) = _bad(list(doctor.check_versions(missing)))

@@ -92,11 +92,11 @@ def test_mistakes_are_one_line(tmp_path: Path, factory: str, message: str) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--device", "tpu"], "--device tpu: torch knows no such device"),
+        (["--device", "tpu"], "--device tpu: torch has no such device type"),
         (["--budget", "80"], "'80' has no unit: write 80GiB, 80GB or 80B"),
         (["--compare", "1,x"], "--compare 1,x: write numbers of ranks"),
         (["--compare", "0"], "--compare 0: write numbers of ranks"),
-        (["--tokens", "8"], "--tokens is for models of Hugging Face's"),
+        (["--tokens", "8"], "--tokens is only for Hugging Face models"),
     ],
 )
 def test_options_that_cannot_be_meant_are_one_line(
@@ -146,10 +146,10 @@ def test_a_model_of_hugging_face_by_its_configuration(tmp_path: Path) -> None:
         activations.append(backward["parts"]["activations"])
     assert activations[0] > 3 * activations[1] > 0
     code, text = ds_plan(tmp_path, "--model", str(folder / "config.json"), "--tokens", "17")
-    assert code == 2 and "--tokens 17: the model reads at most 16" in text
+    assert code == 2 and "--tokens 17: the model accepts at most 16" in text
     for wrong, message in (
         (tmp_path / "gone.json", "there is no file"),
-        (tmp_path / "ds.json", "no configuration of"),
+        (tmp_path / "ds.json", "not a configuration of"),
     ):
         code, text = ds_plan(tmp_path, "--model", str(wrong))
         assert code == 2 and message in text and "Traceback" not in text

@@ -66,7 +66,7 @@ def test_explain_and_check_on_the_command_line(file: str) -> None:
     code, said = run("explain", file, "--ranks", "4")
     assert code == 0 and "derived: train 16" in said and "warning: " in said
     code, said = run("check", file, "-n", "2")
-    assert code == 0 and f"{file} is fine" in said
+    assert code == 0 and f"{file} is valid" in said
     assert "note: zero_optimization.contiguous_gradients has no effect" in said
 
 

@@ -121,8 +121,8 @@ time.sleep(100)
     assert code == 1
     assert f"[ds] rank 1 (pid {pids[1]}) failed first: exit code 1\n" in err
     assert "[ds]   KeyError: 'the cause'\n" in err
-    assert "rank 0 was ended by the launcher" in err
-    assert "[ds] what to do: mend the error above" in err
+    assert "rank 0 was terminated by the launcher" in err
+    assert "[ds] what to do: fix the error above" in err
     assert all(gone(pid) for pid in pids)
 
 
@@ -245,7 +245,7 @@ def test_ctrl_c_lets_ranks_save(tmp_path: Path) -> None:
     assert code == 128 + signal.SIGINT
     assert (tmp_path / "saved0").exists()
     assert (tmp_path / "saved1").exists()
-    assert "[ds] SIGINT: handed on to 2 ranks" in err
+    assert "[ds] SIGINT: forwarded to 2 ranks" in err
     assert "stopped by SIGINT; no rank is left" in err
     assert "failed first" not in err
     assert all(gone(pid) for pid in pids)
@@ -260,7 +260,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     job.process.send_signal(signal.SIGINT)
     code, _, err = job.finish()
     assert code == 128 + signal.SIGINT
-    assert "SIGINT again: ending the ranks at once" in err
+    assert "SIGINT again: terminating the ranks at once" in err
     assert all(gone(pid) for pid in pids)
 
 
@@ -289,7 +289,7 @@ def test_sigusr1_is_handed_on_and_the_job_goes_on(tmp_path: Path) -> None:
     ("script", "options", "environ", "message"),
     [
         ("nope.py", {}, {}, r"there is no file 'nope.py' in .* \(there: here.py\)"),
-        ("-x", {}, {}, "options of `ds run` come before the script"),
+        ("-x", {}, {}, "options of `ds run` must come before the script"),
         ("no.such", {"module": True}, {}, "there is no module 'no.such'"),
         ("here.py", {"config": "nope.json"}, {}, "--config nope.json: there is no such file"),
         ("here.py", {"nproc": 0}, {}, "--nproc 0: at least one process"),

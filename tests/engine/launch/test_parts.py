@@ -78,13 +78,13 @@ def test_no_rank_failed() -> None:
 @pytest.mark.parametrize(
     ("end", "oom_killed", "remedy"),
     [
-        (_end(0, -9, 1.0), False, "SIGKILL usually means: out of memory"),
-        (_end(0, -9, 1.0), True, "the kernel ended it for want of memory"),
-        (_end(0, 1, 1.0, _VALUE_ERROR), True, "the kernel ended it for want of memory"),  # a worker of it
+        (_end(0, -9, 1.0), False, "SIGKILL usually means out of memory"),
+        (_end(0, -9, 1.0), True, "the kernel's OOM killer killed it"),
+        (_end(0, 1, 1.0, _VALUE_ERROR), True, "the kernel's OOM killer killed it"),  # a worker of it
         (_end(0, -int(signal.SIGBUS), 1.0), False, "/dev/shm is full"),
         (_end(0, -int(signal.SIGILL), 1.0), False, "native code crashed"),
-        (_end(0, -15, 1.0), False, "something outside sent it this signal"),
-        (_end(0, 1, 1.0, _VALUE_ERROR), False, "mend the error above"),
+        (_end(0, -15, 1.0), False, "another process sent this signal"),
+        (_end(0, 1, 1.0, _VALUE_ERROR), False, "fix the error above"),
         (_end(0, 1, 1.0), False, "without a traceback"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`ds checkpoint`: look into checkpoints, check them, and turn them into something else."""
+"""`ds checkpoint`: inspect, verify, convert and export checkpoints."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ if TYPE_CHECKING:
     from ds_engine.checkpoint import Checkpoint
 
 app = typer.Typer(
-    help="Look into checkpoints, ours or DeepSpeed's, check and convert them.", no_args_is_help=True
+    help="Inspect, verify, convert and export checkpoints, ours or DeepSpeed's.", no_args_is_help=True
 )
 
 PathArgument = Annotated[
-    Path, typer.Argument(help="What save_checkpoint was given, or the folder of one checkpoint.")
+    Path,
+    typer.Argument(help="The directory that was passed to save_checkpoint, or the folder of one checkpoint."),
 ]
-TagOption = Annotated[str | None, typer.Option("--tag", "-t", help="Default: the one that 'latest' names.")]
+TagOption = Annotated[
+    str | None,
+    typer.Option("--tag", "-t", help="Name of the checkpoint. Default: the one that 'latest' names."),
+]
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "stored": None}
 
 
@@ -32,7 +36,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Say what is in a checkpoint, without reading its tensors."""
+    """Show the contents of a checkpoint, without reading its tensors."""
     with _opened(path, tag) as checkpoint:
         facts = _facts(checkpoint)
         if as_json:
@@ -63,9 +67,9 @@ def inspect(
 
 @app.command()
 def verify(path: PathArgument, tag: TagOption = None) -> None:
-    """Read every byte of a checkpoint and compare the checksums.
+    """Read every byte of a checkpoint and verify the checksums.
 
-    The exit code is 1 if anything is damaged, or if 'latest' names a checkpoint that is not there.
+    The exit code is 1 if anything is damaged, or if 'latest' names a checkpoint that does not exist.
     """
     from ds_engine.checkpoint import folder
 
@@ -80,7 +84,7 @@ def verify(path: PathArgument, tag: TagOption = None) -> None:
         sums = (
             ""
             if checkpoint.manifest.files
-            else "; DeepSpeed's files have no checksums, so only reading was checked"
+            else "; DeepSpeed's files have no checksums, so only parsing was checked"
         )
         print(
             f"{checkpoint.path}: {checkpoint.manifest.num_tensors} tensors, {checked:,} bytes: "
@@ -96,11 +100,13 @@ def _counted(problems: int) -> str:
 @app.command()
 def convert(
     path: PathArgument,
-    out: Annotated[Path, typer.Argument(help="Directory of checkpoints; it gets one more.")],
+    out: Annotated[Path, typer.Argument(help="Directory for the new checkpoint.")],
     tag: TagOption = None,
-    out_tag: Annotated[str | None, typer.Option("--out-tag", help="Default: the same tag.")] = None,
+    out_tag: Annotated[
+        str | None, typer.Option("--out-tag", help="Name of the new checkpoint. Default: the same.")
+    ] = None,
 ) -> None:
-    """Copy a checkpoint, for example DeepSpeed's, into our format, from which any number of ranks can go on."""
+    """Copy a checkpoint, for example one of DeepSpeed, into our format, which any number of ranks can load."""
     from ds_engine.checkpoint import consolidate
 
     with _errors():
@@ -115,13 +121,13 @@ def export(
     layout: Annotated[str, typer.Option("--format", help="safetensors or pt.")] = "safetensors",
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, or stored.")] = "fp32",
     max_shard_gb: Annotated[
-        float, typer.Option("--max-shard-gb", help="10^9 bytes that a file has at most.")
+        float, typer.Option("--max-shard-gb", help="Maximum size of a file, in 10^9 bytes.")
     ] = 5.0,
     exclude_frozen: Annotated[
         bool, typer.Option("--exclude-frozen", help="Leave frozen parameters out.")
     ] = False,
 ) -> None:
-    """Write the whole model as Hugging Face's loaders read it: one file, or shards with an index."""
+    """Write the whole model in Hugging Face's layout: one file, or shards with an index."""
     import torch
 
     from ds_engine.checkpoint import consolidate
@@ -147,7 +153,7 @@ def export(
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """What a user can mend is one line, not a traceback."""
+    """Prints errors that a user can fix in one line, without a traceback."""
     from ds_engine.checkpoint import CheckpointError
 
     try:

@@ -21,30 +21,33 @@ app = typer.Typer(
 
 File = Annotated[str, typer.Argument(help="A ds_config.json.")]
 Ranks = Annotated[
-    int | None, typer.Option("--ranks", "-n", min=1, help="Data-parallel ranks, for the batch sizes.")
+    int | None,
+    typer.Option("--ranks", "-n", min=1, help="Number of data-parallel ranks, for the batch sizes."),
 ]
 
 
 @app.command()
 def check(file: File, ranks: Ranks = None) -> None:
-    """Find every mistake; the exit code is 0 where there is none, 1 otherwise."""
+    """Report every mistake; the exit code is 0 if there is none, else 1."""
     from ds_engine.config.built import effectless
 
     config = _load(file, ranks)
     for path, why in effectless(config).items():
         print(f"note: {path} has no effect: {why}")
     for path in config.origin.autos:
-        print(f'note: {path} is "auto": an integration has to fill it in, or its default is taken')
-    print(f"{file} is fine")
+        print(f'note: {path} is "auto": an integration replaces it; otherwise its default is used')
+    print(f"{file} is valid")
 
 
 @app.command()
 def explain(
     file: File,
     ranks: Ranks = None,
-    everything: Annotated[bool, typer.Option("--all", help="Also what was left to defaults.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Include keys that are not set, with their defaults.")
+    ] = False,
 ) -> None:
-    """Show every value, and who set it: a line of the file, a default, an equation, or nothing yet ("auto")."""
+    """Show every value, and its origin: a line of the file, a default, an equation, or "auto"."""
     from ds_engine.config.report.explain import explain as settings
     from ds_engine.config.report.explain import table
 
@@ -53,7 +56,7 @@ def explain(
 
 @app.command()
 def diff(first: File, second: File, ranks: Ranks = None) -> None:
-    """Show what two files do differently; the exit code is 0 where they mean the same, 1 otherwise."""
+    """Compare the meaning of two files; the exit code is 0 if they mean the same, else 1."""
     from ds_engine.config.report.diff import diff as differences
 
     found = differences(_load(first, ranks), _load(second, ranks), ranks=ranks)
@@ -66,7 +69,7 @@ def diff(first: File, second: File, ranks: Ranks = None) -> None:
 
 @app.command()
 def schema(
-    markdown: Annotated[bool, typer.Option("--markdown", help="The reference page instead.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference page instead.")] = False,
 ) -> None:
     """Print a JSON schema of all keys, for editors."""
     if markdown:
@@ -80,7 +83,7 @@ def schema(
 
 
 def _load(file: str, ranks: int | None) -> DsConfig:
-    """The configuration with its warnings printed; ends the program where there are mistakes."""
+    """Reads the configuration and prints its warnings; ends the program if there are mistakes."""
     from ds_engine import rules
     from ds_engine.config import ConfigError
     from ds_engine.job import choices_of
@@ -88,7 +91,7 @@ def _load(file: str, ranks: int | None) -> DsConfig:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            # What integrations fill in may still be "auto" in a file.
+            # In a file, "auto" is valid for keys that integrations replace.
             config = rules.load(file, choices_of, autos_may_stay=True)
             if ranks is not None:
                 config.batch(ranks)

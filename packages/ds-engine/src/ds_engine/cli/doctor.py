@@ -1,4 +1,4 @@
-"""`ds doctor`: does everything fit together here, and what are the limits?"""
+"""`ds doctor`: checks versions, devices and limits of this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REINSTALL_CORE = "reinstall it: pip install --force-reinstall --no-deps ds-core
 
 @dataclass(frozen=True)
 class Finding:
-    """One row: what was looked at, what was found, and what to do if that is not well."""
+    """One row: what was checked, the result, and the remedy if there is a problem."""
 
     name: str
     value: str
@@ -34,7 +34,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """All findings about this interpreter and this machine. Imports torch and ds_core; changes nothing."""
+    """Checks this interpreter and this machine. Imports torch and ds_core; changes nothing."""
     versions = {name: version for name in (*PACKAGES, *OPTIONAL) if (version := installed_version(name))}
     return [
         Finding("python", f"{platform.python_version()} ({sys.executable})"),
@@ -47,7 +47,7 @@ def examine() -> list[Finding]:
 
 
 def installed_version(name: str) -> str | None:
-    """Version of an installed distribution, or None."""
+    """Returns the version of an installed distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -55,7 +55,7 @@ def installed_version(name: str) -> str | None:
 
 
 def check_versions(versions: Mapping[str, str]) -> Iterable[Finding]:
-    """Our packages: the needed ones are there, and all have one version."""
+    """Checks that all required packages are installed, in the same version."""
     expected = versions.get("ds-engine", "?")
     for name in PACKAGES:
         if name not in versions:
@@ -64,12 +64,12 @@ def check_versions(versions: Mapping[str, str]) -> Iterable[Finding]:
         if version == expected:
             yield Finding(name, version)
         else:
-            remedy = f"all packages go together: pip install {name}=={expected}"
+            remedy = f"all packages must have the same version: pip install {name}=={expected}"
             yield Finding(name, f"{version}, but ds-engine is {expected}", "error", remedy)
 
 
 def check_torch() -> Iterable[Finding]:
-    """torch, the devices that it finds, and what connects ranks on them."""
+    """Checks torch, its devices, and the backend of torch.distributed for them."""
     try:
         import torch
         import torch.distributed as dist
@@ -103,18 +103,18 @@ def check_torch() -> Iterable[Finding]:
 
 
 def check_native() -> Iterable[Finding]:
-    """ds_core's native library: loaded or not, and compiled for which CPU."""
+    """Checks whether ds_core's native library is loaded, and for which CPU target."""
     try:
         native = import_module(
             "ds_core._native"
-        )  # all packages have one version, so its inside may be looked at
+        )  # all packages have the same version, so its private names may be used
     except Exception as error:  # noqa: BLE001  (whatever is wrong with it is what the user wants to know)
         yield Finding(
             "ds_core", f"cannot be imported: {type(error).__name__}: {error}", "error", _REINSTALL_CORE
         )
         return
     if native.MISSING is not None:
-        value = f"without its native library, so in plain torch: {native.MISSING}"
+        value = f"native library missing, so kernels run in plain torch: {native.MISSING}"
         yield Finding(
             "ds_core", value, "warning", f"optimizers on the CPU are several times slower; {_REINSTALL_CORE}"
         )
@@ -124,7 +124,7 @@ def check_native() -> Iterable[Finding]:
 
 
 def check_machine() -> Iterable[Finding]:
-    """Cores, memory, and the limits that end jobs in surprising ways."""
+    """Checks cores, memory, and the limits that can end a job unexpectedly."""
     yield Finding("cores", f"{usable_cores()} usable of {os.cpu_count()}")
     total, limit = memory_bytes(), memory_limit_bytes()
     yield Finding("memory", f"{format_bytes(total)}, limit of the cgroup: {format_bytes(limit)}")
@@ -138,7 +138,7 @@ def check_machine() -> Iterable[Finding]:
 
 
 def check_huge_pages(setting: Path) -> Finding:
-    """Transparent huge pages: optimizer states live on them where the kernel allows it."""
+    """Checks transparent huge pages, which optimizer states use if the kernel permits it."""
     text = setting.read_text().strip() if setting.exists() else ""
     chosen = text.partition("[")[2].partition("]")[0]
     if chosen in ("always", "madvise"):
@@ -148,7 +148,7 @@ def check_huge_pages(setting: Path) -> Finding:
 
 
 def check_shm(size_bytes: int) -> Finding:
-    """Size of /dev/shm; containers get 64 MiB unless told otherwise."""
+    """Checks the size of /dev/shm, which is 64 MiB in containers by default."""
     if size_bytes >= _SHM_ENOUGH_BYTES:
         return Finding("/dev/shm", format_bytes(size_bytes))
     remedy = "data loaders and nccl may end with SIGBUS: docker run --shm-size=8g, or mount a larger tmpfs"
@@ -156,7 +156,7 @@ def check_shm(size_bytes: int) -> Finding:
 
 
 def check_locked_memory(limit_bytes: int) -> Finding:
-    """`ulimit -l`: memory that may be pinned for copies to devices and for I/O."""
+    """Checks `ulimit -l`: memory that may be pinned for copies to devices and for I/O."""
     if limit_bytes == resource.RLIM_INFINITY:
         return Finding("ulimit -l", "unlimited")
     remedy = "pinned I/O buffers are limited to this: ulimit -l unlimited, or docker run --ulimit memlock=-1"
@@ -166,11 +166,9 @@ def check_locked_memory(limit_bytes: int) -> Finding:
 
 
 def check_strangers(environ: Mapping[str, str], deepspeed: str | None, ds_compat: bool) -> Iterable[Finding]:
-    """Other programs called `ds`, and DeepSpeed, whose names are easily taken for ours."""
+    """Checks for other programs called `ds`, and for DeepSpeed, whose import name ds-compat uses, too."""
     if deepspeed is not None and not ds_compat:
-        yield Finding(
-            "deepspeed", f"{deepspeed} is installed beside these packages; `import deepspeed` means it"
-        )
+        yield Finding("deepspeed", f"{deepspeed} is installed, too; `import deepspeed` imports it")
     for command in ("ds", "deepspeed"):
         places = find_commands(command, environ.get("PATH", ""))
         foreign = [place for place in places if not is_ours(place)]
@@ -184,7 +182,7 @@ def check_strangers(environ: Mapping[str, str], deepspeed: str | None, ds_compat
 
 
 def find_commands(name: str, path: str) -> list[Path]:
-    """All executables of this name on PATH, in its order."""
+    """Returns all executables of this name on PATH, in order."""
     places = [Path(folder or ".") / name for folder in path.split(os.pathsep)]
     return [place for place in dict.fromkeys(places) if place.is_file() and os.access(place, os.X_OK)]
 
@@ -203,7 +201,7 @@ def show_json(findings: Iterable[Finding]) -> None:
 
 
 def show_table(findings: Iterable[Finding]) -> None:
-    """Prints a table, and below it what to do."""
+    """Prints a table, and the remedies below it."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -221,4 +219,4 @@ def show_table(findings: Iterable[Finding]) -> None:
                 Text(f"{row.status}: {row.name}: {row.remedy}", style=colours[row.status]), soft_wrap=True
             )
     if all(row.status == "ok" for row in rows):
-        console.print("nothing to do")
+        console.print("no problems found")

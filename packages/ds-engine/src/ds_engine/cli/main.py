@@ -47,29 +47,36 @@ def _options(
     """Start training jobs, and check the machine they run on."""
 
 
-# Options end at the script's name, so that everything after it, whatever it looks like, is the script's.
+# Options end at the script's name: everything after it is passed to the script.
 @app.command(context_settings={"allow_interspersed_args": False})
 def run(
     script: Annotated[
         str, typer.Argument(help="Python file to run on every rank (or a module, with --module).")
     ],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Handed to the script as they are.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="Passed to the script unchanged.")] = None,
     nproc: Annotated[
         int | None,
-        typer.Option("--nproc", "-n", help="Processes. Default: one per accelerator, else 2 on the CPU."),
+        typer.Option(
+            "--nproc",
+            "-n",
+            help="Number of processes. Default: one per accelerator, or 2 on a machine without one.",
+        ),
     ] = None,
     config: Annotated[
-        str | None, typer.Option("--config", help="A ds_config.json, handed to the script as --config FILE.")
+        str | None, typer.Option("--config", help="A ds_config.json, passed to the script as --config FILE.")
     ] = None,
-    module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is a module's name.")] = False,
+    module: Annotated[bool, typer.Option("--module", "-m", help="SCRIPT is the name of a module.")] = False,
     grace_s: Annotated[
-        float, typer.Option("--grace", help="Seconds between SIGTERM and SIGKILL for ranks that have to end.")
+        float, typer.Option("--grace", help="Seconds between SIGTERM and SIGKILL when ranks are terminated.")
     ] = 10.0,
     stop_s: Annotated[
-        float, typer.Option("--stop-grace", help="Seconds to end (and save) after Ctrl-C or SIGTERM.")
+        float,
+        typer.Option(
+            "--stop-grace", help="Seconds that ranks have to save and exit after Ctrl-C or SIGTERM."
+        ),
     ] = 30.0,
 ) -> None:
-    """Run a script on all ranks of this machine, and end all of them if one fails.
+    """Run a script on all ranks of this machine, and terminate all of them if one fails.
 
     The exit code is that of the rank that failed first, or 128 + n for signal n.
     """
@@ -108,7 +115,7 @@ def doctor(
 
 
 def _say(line: str) -> None:
-    """One line from the launcher itself, told apart from the ranks' output by its prefix."""
+    """Prints a line of the launcher itself, with a prefix that distinguishes it from the ranks' output."""
     red = sys.stderr.isatty() and ("failed first" in line or "cannot start" in line)
     text = f"[ds] {line}".rstrip()
     sys.stderr.write(f"\x1b[1;31m{text}\x1b[0m\n" if red else f"{text}\n")

@@ -1,4 +1,4 @@
-"""`ds plan`: the table, or what is wrong in one line."""
+"""`ds plan`: prints the plan, or the error in one line."""
 
 from __future__ import annotations
 
@@ -23,22 +23,28 @@ Model = Annotated[
 Ranks = Annotated[int, typer.Option("--ranks", "-n", min=1, help="Data-parallel ranks.")]
 MicroBatch = Annotated[
     int | None,
-    typer.Option("--micro-batch", min=1, help="Samples of one forward. Default: the configuration's."),
+    typer.Option(
+        "--micro-batch", min=1, help="Number of samples of one forward. Default: that of the configuration."
+    ),
 ]
 Tokens = Annotated[
     int | None,
     typer.Option(
         "--tokens",
         min=1,
-        help="Tokens of a sample, for a Hugging Face model. Default: its maximum, 2048 at most.",
+        help="Number of tokens of a sample, for a Hugging Face model. Default: its longest sequence, at most 2048.",
     ),
 ]
 Budget = Annotated[
     str | None,
-    typer.Option("--budget", help="Memory of one rank's device: 80GiB, or 80GB = 80G for 80 x 10^9 bytes."),
+    typer.Option("--budget", help="Device memory of one rank: 80GiB, or 80GB or 80G for 80 x 10^9 bytes."),
 ]
-HostBudget = Annotated[str | None, typer.Option("--host-budget", help="Host memory of one rank, like 64GiB.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda. Default: what this machine has.")]
+HostBudget = Annotated[
+    str | None, typer.Option("--host-budget", help="Host memory of one rank, for example 64GiB.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu or cuda. Default: the device of this machine.")
+]
 Checkpointing = Annotated[
     bool, typer.Option("--checkpointing", help="Recompute the activations of every block.")
 ]
@@ -46,8 +52,8 @@ Compare = Annotated[
     str | None,
     typer.Option(
         "--compare",
-        help="Numbers of ranks, like 1,8,64: a table of the peak at every stage on each of them, instead of one "
-        "plan.",
+        help="Numbers of ranks, for example 1,8,64: print a table of the peak at every stage on each of them, "
+        "instead of one plan.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
@@ -66,7 +72,9 @@ def plan(
     compare: Compare = None,
     as_json: Json = False,
 ) -> None:
-    """Say what each rank will hold and send, before anything is started. The exit code is 1 if it does not fit."""
+    """Predict memory and messages of each rank, without starting anything. The exit code is 1 if the job does not
+    fit.
+    """
     from ds_engine.cli.sizes import parse_bytes
     from ds_engine.cli.waiting import waiting
     from ds_engine.config import ConfigError
@@ -112,15 +120,15 @@ def _counts(text: str) -> list[int]:
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:
-        raise ValueError(f"--compare {text}: write numbers of ranks with commas between them, like 1,8,64")
+        raise ValueError(f"--compare {text}: write numbers of ranks separated by commas, for example 1,8,64")
     return counts
 
 
 def _known_device(name: str | None) -> str | None:
-    """The type of a device that torch knows.
+    """Returns the name if it is a device type of torch.
 
     Raises:
-        ValueError: it knows none of that name.
+        ValueError: torch has no such device type.
     """
     import torch
 
@@ -130,7 +138,7 @@ def _known_device(name: str | None) -> str | None:
         return torch.device(name).type
     except RuntimeError:
         raise ValueError(
-            f"--device {name}: torch knows no such device; write cpu, cuda, xpu or mps"
+            f"--device {name}: torch has no such device type; write cpu, cuda, xpu or mps"
         ) from None
 
 

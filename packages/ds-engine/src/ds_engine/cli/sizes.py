@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Parses sizes with units."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _UNITS: Mapping[str, int] = {
 
 
 def parse_bytes(text: str) -> int:
-    """`80G` and `80GB` (powers of 1000) or `80GiB` (powers of 1024) as a number of bytes.
+    """Converts `80G`, `80GB` (powers of 1000) or `80GiB` (powers of 1024) to a number of bytes.
 
     Raises:
-        ValueError: anything else; a number without a unit too, since it may be meant as bytes or as gigabytes.
+        ValueError: anything else, including a number without a unit, which could be bytes or gigabytes.
     """
     match = re.fullmatch(r"\s*([0-9]+\.?[0-9]*(?:e[0-9]+)?)\s*([a-z]*)\s*", text.lower())
     if match is not None and not match[2]:
         raise ValueError(f"{text.strip()!r} has no unit: write {match[1]}GiB, {match[1]}GB or {match[1]}B")
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{text!r} is no size: write it like 80GiB, 80GB or 80G")
+        raise ValueError(f"{text!r} is not a size: write for example 80GiB, 80GB or 80G")
     return int(float(match[1]) * _UNITS[match[2]])

@@ -1,4 +1,4 @@
-"""`ds verify`: the verdict, or what is wrong in one line."""
+"""`ds verify`: prints the report, or the error in one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 _PLACED = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-"""What launchers leave in the environment: then this process is a rank already."""
+"""Environment variables of launchers: if one is set, this process is a rank already."""
 
 
 Config = Annotated[str, typer.Option("--config", help="A ds_config.json.")]
@@ -29,25 +29,29 @@ Batches = Annotated[
     str | None,
     typer.Option(
         "--batches",
-        help="The same for micro-batches: a list, a data set or a data loader. Default: made from the inputs.",
+        help="A function in the same form that returns micro-batches: a list, a data set or a data loader. "
+        "Default: generated from the inputs.",
     ),
 ]
 Loss = Annotated[
     str | None,
     typer.Option(
-        "--loss", help="A function from (model, micro-batch) to the loss. Default: what the model returns."
+        "--loss", help="A function from (model, micro-batch) to the loss. Default: the output of the model."
     ),
 ]
 Ranks = Annotated[
     int | None,
     typer.Option(
-        "--ranks", "-n", min=1, help="Processes to start here. Default: as `ds run`, or those of a launcher."
+        "--ranks",
+        "-n",
+        min=1,
+        help="Number of processes to start. Default: as `ds run`, or the ranks of the launcher.",
     ),
 ]
 Steps = Annotated[int, typer.Option("--steps", "-k", min=1, help="Optimizer steps.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of weights and random numbers.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of weights and random numbers.")]
 Bitwise = Annotated[
-    bool, typer.Option("--bitwise", help="Let only bitwise equality pass, not also what rounding explains.")
+    bool, typer.Option("--bitwise", help="Accept only bitwise equality, no differences by rounding.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")]
 
@@ -64,10 +68,9 @@ def verify(
     as_json: Json = False,
     out: Annotated[str | None, typer.Option("--out", hidden=True)] = None,
 ) -> None:
-    """Train a few steps with this configuration and in plain PyTorch, and say where they first differ.
+    """Train a few steps with this configuration and in plain PyTorch, and report the first difference.
 
-    The exit code is 0 where they are the same, bitwise or to what rounding explains; 1 where they are not; 2 where it
-    could not be found out.
+    The exit code is 0 if they are equal, bitwise or up to rounding; 1 if they differ; 2 if there is no result.
     """
     wanted = {
         "config": config,
@@ -91,7 +94,7 @@ def verify(
 
 
 def _judge(wanted: Mapping[str, Any], bitwise: bool, ranks: int | None) -> dict[str, Any]:
-    """What this rank finds, ready to be told."""
+    """Runs the verification on this rank, and returns its result for printing."""
     from ds_engine.build.memory.plan import load_factory
     from ds_engine.build.verify import verify as judge
     from ds_engine.config import ConfigError, load
@@ -99,7 +102,7 @@ def _judge(wanted: Mapping[str, Any], bitwise: bool, ranks: int | None) -> dict[
     try:
         there = int(os.environ.get("WORLD_SIZE", "1"))
         if ranks is not None and ranks != there:
-            raise ValueError(f"--ranks {ranks}, but the launcher has started {there}: leave --ranks out")
+            raise ValueError(f"--ranks {ranks}, but the launcher has started {there}: remove --ranks")
         settings = load(wanted["config"])
         made = load_factory(wanted["batches"]) if wanted["batches"] is not None else None
         loss: Any = load_factory(wanted["loss"]) if wanted["loss"] is not None else None
@@ -122,7 +125,7 @@ def _judge(wanted: Mapping[str, Any], bitwise: bool, ranks: int | None) -> dict[
 
 
 def _start(wanted: Mapping[str, Any], bitwise: bool, ranks: int | None) -> dict[str, Any]:
-    """What ranks of our own find."""
+    """Starts the ranks, and returns their result."""
     from ds_engine.launch.local import launch
     from ds_engine.launch.plan import LaunchError
 
@@ -139,11 +142,11 @@ def _start(wanted: Mapping[str, Any], bitwise: bool, ranks: int | None) -> dict[
         if out.is_file():
             found: dict[str, Any] = json.loads(out.read_text())
             return found
-    return {"error": "\n".join(["no rank came to an end", *said]), "code": code if code > 1 else 2}
+    return {"error": "\n".join(["no rank finished", *said]), "code": code if code > 1 else 2}
 
 
 def _leave(out: Path, told: Mapping[str, Any]) -> None:
-    """For the process that started the ranks: rank 0's verdict, or the first error."""
+    """Writes rank 0's result, or the first error, for the process that started the ranks."""
     if "error" not in told and told["rank"] != 0:
         return
     partial = out.with_suffix(f".{os.getpid()}")

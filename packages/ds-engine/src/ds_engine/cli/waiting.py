@@ -1,4 +1,4 @@
-"""A sign of life on the terminal while something takes long."""
+"""A spinner on the terminal during long operations."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 
 DELAY_S = 2.0
-"""What is over by then shows nothing."""
+"""Operations that end earlier show no spinner."""
 
 
 @contextlib.contextmanager
 def waiting(text: str, *, delay_s: float = DELAY_S) -> Iterator[Callable[[str], None]]:
-    """A spinner with `text` on stderr, from `delay_s` on; nothing where stderr is no terminal.
+    """Shows a spinner with `text` on stderr after `delay_s` seconds, if stderr is a terminal.
 
     Yields:
         A function that replaces the text.

@@ -1,6 +1,6 @@
-"""Starting the ranks of a job on this machine. Nothing here imports torch: `ds` answers at once.
+"""Starts the ranks of a job on this machine. Nothing here imports torch, so `ds` starts fast.
 
 `plan.py` decides what to start (pure), `supervise.py` starts it and watches, `rank.py` is one process,
-`output.py` what becomes of its output, `failure.py` says which rank failed first and what to do (pure),
-`devices.py` and `machine.py` look at the machine.
+`output.py` forwards its output, `failure.py` determines which rank failed first and suggests a remedy (pure),
+`devices.py` and `machine.py` inspect the machine.
 """

@@ -1,4 +1,4 @@
-"""How many accelerators a job would see here, found without importing torch into the launcher."""
+"""Counts the accelerators for a job, without importing torch into the launcher."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ _ASK_TIMEOUT_S = 120.0
 
 
 def torch_build() -> str | None:
-    """What the installed torch was built for: "cuda", "hip", "xpu", or None for CPUs only (or no torch)."""
+    """Returns the accelerator of the installed torch build: "cuda", "hip", "xpu", or None for a CPU build (or no
+    torch).
+    """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -36,12 +38,12 @@ def torch_build() -> str | None:
 
 
 def count_accelerators() -> int:
-    """Number of accelerators that torch can use in a process started now; 0 for a CPU build of torch."""
+    """Returns the number of accelerators that torch can use in a new process; 0 for a CPU build of torch."""
     build = torch_build()
     if build is None:
         return 0
     if build == "cuda" and not Path("/dev/nvidiactl").exists() and not Path("/dev/dxg").exists():
-        return 0  # no driver: the question would cost a process
+        return 0  # no driver, so no process needs to be started
     source = _ASK_CUDA if build == "cuda" else _ASK_TORCH
     try:
         answer = subprocess.run(

@@ -1,4 +1,4 @@
-"""Which rank failed first, and what to tell the user: pure functions over how the ranks ended."""
+"""Determines which rank failed first, and the message for the user: pure functions of how the ranks ended."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SUMMARY_LINES = 30
-"""At most so many lines say how a job failed: they have to fit on a screen, below what the ranks wrote themselves."""
+"""Maximum number of lines of the failure summary, which must fit on a screen."""
 _SHOWN_LINES = SUMMARY_LINES - 7
-"""Of a traceback, or of the end of stderr: without the lines around them."""
+"""Maximum number of lines of a traceback, or of the end of stderr."""
 _MESSAGE_LINES = 14
-"""Of the exception itself, which may explain at length."""
-_LOGGED_S = 5.0  # a traceback older than this, before the first end, was logged and survived
+"""Maximum number of lines of the exception message."""
+_LOGGED_S = 5.0  # a traceback that was printed this long before the first rank ended was logged and handled
 _FRAMES = re.compile(r"^Traceback \(most recent call last\):$", re.MULTILINE)
 _CHAINED = ("The above exception was the direct cause", "During handling of the above exception")
-# What collectives say when another rank is gone. Such a rank is a victim, even if it was the first to end:
-# the rank that failed first may take longer to shut down than its peers to notice.
+# Messages of collectives when another rank has died. A rank with such an error is not the cause, even if it ended
+# first: the rank that failed may take longer to shut down than other ranks to notice.
 _VICTIM = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|socket closed|remote process exited|timed out|"
     r"ncclRemoteError|ncclSystemError|DistNetworkError|DistBackendError|heartbeat|peer.*(gone|closed)",
@@ -32,20 +32,20 @@ class RankEnd:
     rank: int
     pid: int
     returncode: int
-    """As subprocess gives it: exit code, or minus the number of the signal."""
+    """As in subprocess: exit code, or minus the number of the signal."""
     ended_s: float
-    """When it was seen to have ended (monotonic clock)."""
+    """When the launcher noticed its end (monotonic clock)."""
     ended_by_us: bool = False
-    """Whether the launcher had sent it a signal before."""
+    """Whether the launcher had sent it a signal."""
     traceback_s: float | None = None
-    """When its last traceback began to arrive (monotonic clock)."""
+    """When its last traceback began (monotonic clock)."""
     stderr: str = ""
-    """The last part of what it wrote there."""
+    """The end of its stderr."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result: for the user, and for the shell."""
+    """The message for the user, and the exit code for the shell."""
 
     end: RankEnd
     exit_code: int
@@ -53,9 +53,9 @@ class Finding:
 
 
 def find_first(ends: Sequence[RankEnd], *, oom_killed: bool = False) -> Finding | None:
-    """The rank that failed first among all ranks of a job; None if every rank ended with code 0.
+    """Finds the rank that failed first; None if every rank ended with code 0.
 
-    oom_killed: whether the kernel reports that it killed a process of this job for want of memory.
+    oom_killed: whether the kernel reports that its OOM killer killed a process of this job.
     """
     failed = [end for end in ends if end.returncode != 0 and not end.ended_by_us]
     if not failed:
@@ -63,7 +63,7 @@ def find_first(ends: Sequence[RankEnd], *, oom_killed: bool = False) -> Finding 
         if not failed:
             return None
     first_end_s = min(end.ended_s for end in failed)
-    # A rank that we ended may have been the first to fail, and slow to shut down: its traceback tells.
+    # A rank that the launcher terminated may have failed first and shut down slowly; its traceback shows it.
     failed += [
         end
         for end in ends
@@ -71,7 +71,9 @@ def find_first(ends: Sequence[RankEnd], *, oom_killed: bool = False) -> Finding 
     ]
     first = min(failed, key=lambda end: (_is_victim(end), _failed_s(end)))
     code = 128 - first.returncode if first.returncode < 0 else first.returncode
-    if first.ended_by_us:  # its own code was lost to our signal; a Python program that raises exits with 1
+    if (
+        first.ended_by_us
+    ):  # its exit code was replaced by our signal; a Python program that raises exits with 1
         code = 1
     return Finding(first, code, tuple(_describe(first, ends, oom_killed)))
 
@@ -89,7 +91,7 @@ def _is_victim(end: RankEnd) -> bool:
 
 
 def last_traceback(stderr: str) -> str:
-    """The end of `stderr` from its last Python traceback on, with the exceptions chained to it; "" without one."""
+    """Returns the end of `stderr` from its last Python traceback on, including chained exceptions; "" without one."""
     starts = [match.start() for match in _FRAMES.finditer(stderr)]
     if not starts:
         return ""
@@ -100,13 +102,13 @@ def last_traceback(stderr: str) -> str:
 
 
 def exception_line(traceback: str) -> str:
-    """The line that names the exception: the first after the last traceback's frames."""
+    """Returns the line with the exception: the first line after the frames of the last traceback."""
     frames = traceback[traceback.rfind("Traceback (most recent call last):") :].split("\n")[1:]
     return next((line for line in frames if line and not line[0].isspace()), "")
 
 
 def shortened(traceback: str) -> list[str]:
-    """At most `_SHOWN_LINES` lines of a traceback: what it says, and the innermost frames.
+    """Returns at most `_SHOWN_LINES` lines of a traceback: the exception and the innermost frames.
 
     Of chained exceptions the last one is kept, which explains the others; of a long message its beginning.
     """
@@ -155,18 +157,16 @@ def _other(end: RankEnd) -> str:
     if end.returncode == 0:
         return f"rank {end.rank} had finished"
     if end.ended_by_us:
-        return f"rank {end.rank} was ended by the launcher"
+        return f"rank {end.rank} was terminated by the launcher"
     return f"rank {end.rank} {describe_exit(end.returncode)}"
 
 
 def _remedy(end: RankEnd, has_traceback: bool, oom_killed: bool) -> str:
     number = -end.returncode if not end.ended_by_us else 0
     if oom_killed or number == signal.SIGKILL:
-        cause = (
-            "the kernel ended it for want of memory" if oom_killed else "SIGKILL usually means: out of memory"
-        )
+        cause = "the kernel's OOM killer killed it" if oom_killed else "SIGKILL usually means out of memory"
         return (
-            f"{cause} (`ds doctor` shows the limit, `dmesg` the kernel's note). Use a smaller "
+            f"{cause} (`ds doctor` shows the limit, `dmesg` the kernel's message). Use a smaller "
             f"train_micro_batch_size_per_gpu, a higher zero_optimization.stage, or fewer processes (--nproc)"
         )
     if number == signal.SIGBUS:
@@ -177,9 +177,9 @@ def _remedy(end: RankEnd, has_traceback: bool, oom_killed: bool) -> str:
             "doctor` checks the versions; `ds run --nproc 1` shows whether a single process crashes too"
         )
     if number > 0:
-        return (
-            "something outside sent it this signal: look at the batch system, a time limit, or another user"
-        )
+        return "another process sent this signal: check the batch system, a time limit, or other users"
     if has_traceback:
-        return "mend the error above and start again; a job with checkpoints continues from the newest complete one"
+        return (
+            "fix the error above and start again; a job with checkpoints resumes from the newest complete one"
+        )
     return "it ended without a traceback: look at its output above, and try `ds run --nproc 1` with the same script"

@@ -1,4 +1,4 @@
-"""Machines and their slots: host files, and what `--include` and `--exclude` leave of them."""
+"""Machines and their slots: host files, and the filters `--include` and `--exclude`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ Pool = dict[str, list[int]]
 
 
 def fetch_hostfile(hostfile_path: str) -> Pool | None:
-    """Host -> slots of a host file; None if there is no such file.
+    """Returns host -> slots of a host file; None if there is no such file.
 
     Raises:
-        ValueError: a line that is none, or a host named twice.
+        ValueError: a line is malformed, or a host is listed twice.
     """
     path = Path(hostfile_path)
     return parse_hostfile(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else None
 
 
 def parse_hostfile(lines: Sequence[str]) -> Pool:
-    """From lines such as `worker-0 slots=4`; empty ones and comments (#) are passed over.
+    """Parses lines such as `worker-0 slots=4`; empty lines and comments (#) are ignored.
 
     Raises:
         ValueError: see `fetch_hostfile`.
@@ -45,10 +45,10 @@ def parse_hostfile(lines: Sequence[str]) -> Pool:
 
 
 def read_env_files(name: str) -> dict[str, str]:
-    """KEY=VALUE lines of the files of this name in the home folder and here; the latter wins.
+    """Reads KEY=VALUE lines of the files of this name in the home and working directories; the latter has precedence.
 
     Raises:
-        ValueError: a file that is not text in UTF-8, or a line that no environment can hold; names file and line.
+        ValueError: a file is not UTF-8 text, or a line is not a valid environment variable; names file and line.
     """
     variables: dict[str, str] = {}
     for folder in (Path.home(), Path.cwd()):
@@ -75,10 +75,11 @@ def read_env_files(name: str) -> dict[str, str]:
 def parse_resource_filter(
     host_info: Mapping[str, list[int]], include_str: str = "", exclude_str: str = ""
 ) -> Pool:
-    """The hosts and slots that `NODE[:SLOT[,SLOT]...][@NODE...]` includes or leaves, in the order of `host_info`.
+    """Returns the hosts and slots that `NODE[:SLOT[,SLOT]...][@NODE...]` includes or does not exclude, in the order
+    of `host_info`.
 
     Raises:
-        ValueError: both are given, or a host or slot that there is not.
+        ValueError: both filters are given, or a host or slot does not exist.
     """
     if include_str and exclude_str:
         raise ValueError("include_str and exclude_str are mutually exclusive.")

@@ -1,4 +1,4 @@
-"""`ds run`: from the command line's values to a finished job on this machine."""
+"""`ds run`: runs a job on this machine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ds_engine.launch.machine import usable_cores
 from ds_engine.launch.plan import LaunchError, LaunchPlan, choose_nproc, make_plan
 from ds_engine.launch.supervise import Patience, run
 
-# Below the range from which the kernel takes ports for outgoing connections, so that none of those can get
-# ours between the moment we find it free and the moment rank 0 listens on it.
+# Below the range of ephemeral ports, so that no outgoing connection can take the port between our check and the
+# moment when rank 0 listens on it.
 _PORTS = range(20_000, 30_000)
 
 
@@ -31,13 +31,13 @@ def launch(
     say: Callable[[str], None],
     patience: Patience | None = None,
 ) -> int:
-    """Runs `script` on `nproc` ranks of this machine; returns the exit code.
+    """Runs `script` on `nproc` ranks of this machine, and returns the exit code.
 
-    nproc: None takes one per accelerator, or two CPU processes.
+    nproc: None: one per accelerator, or two CPU processes.
     module: `script` is the name of a module, as with `python -m`.
-    config: a configuration file, handed to the script as `--config FILE` before its own arguments.
+    config: a configuration file, passed to the script as `--config FILE` before its own arguments.
 
-    Raises LaunchError, before anything starts, for what cannot work.
+    Raises LaunchError, before anything is started, if the job cannot run.
     """
     plan = prepare(script, arguments, nproc=nproc, module=module, config=config)
     say(f"{plan.num_ranks} rank{'s' * (plan.num_ranks > 1)} ({plan.reason}): {' '.join(plan.command[1:])}")
@@ -55,18 +55,18 @@ def prepare(
     port: int | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> LaunchPlan:
-    """Looks at the machine and makes the plan; see `launch`.
+    """Inspects the machine and makes the launch plan; see `launch`.
 
     program: `script` is a program, not a Python file.
-    port: on which rank 0 listens; None takes a free one.
-    environ: instead of this process's own.
+    port: the port on which rank 0 listens; None: a free one.
+    environ: environment to use instead of this process's.
     """
     _check_exists(script, module, program)
     if config is not None:
         if not Path(config).is_file():
             raise LaunchError(
-                f"--config {config}: there is no such file in {Path.cwd()}; what follows the script's name "
-                f"on the command line belongs to the script"
+                f"--config {config}: there is no such file in {Path.cwd()}; arguments after the script's name "
+                "are passed to the script"
             )
         arguments = ["--config", config, *arguments]
     cores = usable_cores()
@@ -89,7 +89,7 @@ def _check_exists(script: str, module: bool, program: bool) -> None:
             raise LaunchError(f"there is no program {script!r} on the PATH")
         return
     if module:
-        sys.path.insert(0, os.getcwd())  # where `python -m` looks first
+        sys.path.insert(0, os.getcwd())  # `python -m` searches this directory first
         try:
             found = importlib.util.find_spec(script) is not None
         except ModuleNotFoundError:
@@ -102,7 +102,7 @@ def _check_exists(script: str, module: bool, program: bool) -> None:
             )
         return
     if not Path(script).is_file():
-        hint = "; options of `ds run` come before the script" if script.startswith("-") else ""
+        hint = "; options of `ds run` must come before the script" if script.startswith("-") else ""
         near = (
             sorted(path.name for path in Path(script).parent.glob("*.py"))[:5]
             if Path(script).parent.is_dir()

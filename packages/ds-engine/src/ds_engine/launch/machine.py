@@ -1,4 +1,4 @@
-"""What this machine grants to a process: cores, memory, shared memory. Linux' own files, no dependencies."""
+"""Cores, memory and shared memory available to a process, from the files of Linux."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cores() -> int:
-    """Cores this process may run on: its affinity, and the CPU quota of its cgroup (rounded up)."""
+    """Returns the number of cores for this process, from its affinity and the CPU quota of its cgroup (rounded up)."""
     cores = len(os.sched_getaffinity(0))
     quota, _, period = _read(_own_cgroup() / "cpu.max").partition(" ")
     if quota.isdigit() and period.isdigit() and int(period) > 0:
@@ -19,7 +19,7 @@ def usable_cores() -> int:
 
 
 def memory_limit_bytes() -> int | None:
-    """The smallest memory limit of the cgroups this process is in; None where there is no limit."""
+    """Returns the smallest memory limit of the cgroups of this process; None if there is no limit."""
     limits = []
     folder = _own_cgroup()
     while True:
@@ -32,12 +32,14 @@ def memory_limit_bytes() -> int | None:
 
 
 def memory_bytes() -> int:
-    """Physical memory of the machine."""
+    """Returns the physical memory of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def available_bytes() -> int:
-    """Memory that a process may still take: what the kernel can free at once, and what the cgroup's limits leave."""
+    """Returns the memory that a process can still allocate, considering the kernel's caches and the limits of
+    cgroups.
+    """
     left = [memory_bytes()]
     for line in _read(Path("/proc/meminfo")).splitlines():
         name, _, value = line.partition(":")
@@ -54,7 +56,7 @@ def available_bytes() -> int:
 
 
 def _droppable_bytes(cgroup: Path) -> int:
-    """Pages of files that count as used and are given back when memory gets short."""
+    """Returns the size of file pages that count as used but can be reclaimed."""
     for line in _read(cgroup / "memory.stat").splitlines():
         name, _, count = line.partition(" ")
         if name == "inactive_file" and count.isdigit():
@@ -63,7 +65,7 @@ def _droppable_bytes(cgroup: Path) -> int:
 
 
 def oom_kills() -> int:
-    """How often the kernel has killed a process of this cgroup for want of memory; 0 if unknown."""
+    """Returns how many processes of this cgroup the OOM killer has killed; 0 if unknown."""
     for line in _read(_own_cgroup() / "memory.events").splitlines():
         name, _, count = line.partition(" ")
         if name == "oom_kill" and count.isdigit():
@@ -72,7 +74,7 @@ def oom_kills() -> int:
 
 
 def format_bytes(count: int | None) -> str:
-    """Binary units with three significant digits: "64.0 MiB"; None is "unlimited"."""
+    """Formats bytes in binary units with three significant digits: "64.0 MiB"; None is "unlimited"."""
     if count is None:
         return "unlimited"
     value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"]
@@ -83,7 +85,7 @@ def format_bytes(count: int | None) -> str:
 
 
 def _own_cgroup() -> Path:
-    """The folder of this process in the unified hierarchy; the root where the container hides the path."""
+    """Returns the folder of this process in the unified cgroup hierarchy; the root if the container hides the path."""
     for line in _read(Path("/proc/self/cgroup")).splitlines():
         if line.startswith("0::"):
             folder = _CGROUP / line[3:].lstrip("/")

@@ -1,4 +1,4 @@
-"""What becomes of a rank's output on its way to ours: where it goes, and what is remembered of it."""
+"""Forwards the output of a rank, and keeps the end of its stderr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TRACEBACK = b"Traceback (most recent call last):"
 
 
 class Tail:
-    """The last part of what a rank wrote to stderr, and when its last traceback began."""
+    """The end of a rank's stderr, and the time when its last traceback began."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.traceback_s: float | None = None
@@ -27,7 +27,7 @@ class Tail:
         self._data = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Remembers `data`; a traceback's first line may come in pieces."""
+        """Appends `data`. The first line of a traceback may arrive in pieces."""
         overlap = bytes(self._data[-len(_TRACEBACK) + 1 :])
         if _TRACEBACK in overlap + data:
             self.traceback_s = self._clock()
@@ -35,12 +35,12 @@ class Tail:
         del self._data[:-_TAIL_BYTES]
 
     def text(self) -> str:
-        """What is remembered, without the rank's number that torch puts before each line of a traceback."""
+        """Returns the text, without the rank's number that torch prints before each line of a traceback."""
         return _TORCH_PREFIX.sub(b"", bytes(self._data)).decode(errors="replace")
 
 
 class PassThrough:
-    """Hands bytes on as they come: a progress bar lives on carriage returns and incomplete lines."""
+    """Forwards bytes immediately, because progress bars use carriage returns and incomplete lines."""
 
     def __init__(self, sink: int) -> None:
         self._sink = sink
@@ -50,13 +50,13 @@ class PassThrough:
         write_all(self._sink, data)
 
     def close(self) -> None:
-        """Nothing is kept back."""
+        """Does nothing: no bytes are buffered."""
 
 
 class Prefixed:
-    """Hands on complete lines only, each with a prefix, so that ranks do not cut each other's lines.
+    """Forwards only complete lines, each with a prefix, so that lines of several ranks are not mixed.
 
-    Of a line that was overwritten with carriage returns (a progress bar) only the last state is shown.
+    Of a line that was overwritten by carriage returns (a progress bar), only the last state is shown.
     """
 
     def __init__(self, sink: int, prefix: str) -> None:
@@ -73,7 +73,7 @@ class Prefixed:
         self._write(lines)
 
     def close(self) -> None:
-        """Writes what was left without an end of line."""
+        """Writes the remaining incomplete line."""
         if self._partial:
             self._write([self._partial])
             self._partial = b""
@@ -87,7 +87,7 @@ class Prefixed:
 
 
 def write_all(sink: int, data: bytes) -> None:
-    """Writes all of `data`; a reader that went away (`ds run ... | head`) is no reason to end the job."""
+    """Writes all of `data`. A closed pipe (`ds run ... | head`) does not end the job."""
     view = memoryview(data)
     while view:
         try:
@@ -99,11 +99,11 @@ def write_all(sink: int, data: bytes) -> None:
 
 
 def open_channel(like: int) -> tuple[int, int]:
-    """A pair (read end, write end) for a rank's stream: a pseudo-terminal if `like` is a terminal, else a
+    """Returns (read end, write end) for a rank's stream: of a pseudo-terminal if `like` is a terminal, else of a
     pipe.
 
-    On a terminal a program draws progress bars and colours, which it would not do into a pipe. Line ends are
-    left as the program wrote them: the outer terminal translates them.
+    Programs draw progress bars and colours only on a terminal. Line ends are not translated; the outer terminal does
+    that.
     """
     if not os.isatty(like):
         return os.pipe()
@@ -116,7 +116,7 @@ def open_channel(like: int) -> tuple[int, int]:
 
 
 def copy_window_size(source: int, target: int) -> None:
-    """Tells the terminal `target` the size of the terminal `source`; nothing if one of them is none."""
+    """Sets the size of the terminal `target` to that of `source`; does nothing unless both are terminals."""
     try:
         size = fcntl.ioctl(source, termios.TIOCGWINSZ, struct.pack("4H", 0, 0, 0, 0))
         fcntl.ioctl(target, termios.TIOCSWINSZ, size)

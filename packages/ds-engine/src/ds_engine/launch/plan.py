@@ -1,4 +1,4 @@
-"""What a local launch will start, as a value: computed without starting anything."""
+"""The plan of a local launch: a value, computed without starting anything."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 
 class LaunchError(ValueError):
-    """A launch that cannot work; the message says why and what to do instead."""
+    """The job cannot be launched. The message says why, and the remedy."""
 
 
 LOCAL_RANK = "--local_rank={}"
-"""An argument of the target that becomes --local_rank=0, 1, ...: old scripts learn their rank from it."""
+"""Placeholder argument that is replaced by --local_rank=0, 1, ..., for old scripts that need it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +19,14 @@ class LaunchPlan:
     """The processes of one job on this machine."""
 
     command: tuple[str, ...]
-    """The same for every rank, but for LOCAL_RANK."""
+    """The command, the same for every rank except for LOCAL_RANK."""
     environs: tuple[Mapping[str, str], ...]
     """One environment per rank."""
     reason: str
-    """Why this many: shown at the start."""
+    """Reason for the number of ranks, shown at the start."""
 
     def command_of(self, rank: int) -> tuple[str, ...]:
-        """What one rank runs."""
+        """Returns the command of one rank."""
         return tuple(LOCAL_RANK.format(rank) if word == LOCAL_RANK else word for word in self.command)
 
     @property
@@ -36,11 +36,11 @@ class LaunchPlan:
 
 
 def choose_nproc(wish: int | None, num_accelerators: int, cores: int) -> tuple[int, str]:
-    """Number of ranks and why: `wish`, else one per accelerator, else two (one on a single core)."""
+    """Returns the number of ranks and the reason: `wish`, else one per accelerator, else two (one on a single core)."""
     if wish is not None:
         if wish < 1:
-            raise LaunchError(f"--nproc {wish}: at least one process is needed")
-        return wish, "as asked for with --nproc"
+            raise LaunchError(f"--nproc {wish}: at least one process is required")
+        return wish, "as set by --nproc"
     if num_accelerators:
         return num_accelerators, "one for each accelerator"
     return min(2, cores), "no accelerator found: CPU processes; --nproc sets another number"
@@ -57,25 +57,24 @@ def make_plan(
     port: int,
     loopback: str | None,
 ) -> LaunchPlan:
-    """The commands and environments of a job.
+    """Makes the commands and environments of a job.
 
-    python: the interpreter; None where the target is a program of its own.
-    target: what follows the interpreter: a script with its arguments, or "-m", a module and its arguments.
+    python: the interpreter; None if the target is a program.
+    target: arguments of the interpreter: a script with its arguments, or "-m", a module and its arguments.
     cores: usable cores of this machine, divided among the ranks' OpenMP threads.
     port: TCP port on which rank 0 will listen.
     loopback: name of the loopback interface, for gloo; None leaves the choice to gloo.
 
-    Raises LaunchError inside a launcher that has started several tasks already.
+    Raises LaunchError inside of a launcher that has already started several tasks.
     """
     _refuse_nesting(environ)
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // nproc)),  # more threads than cores make every rank slower
-        "PYTHONUNBUFFERED": "1",  # what a rank printed before it died is worth most
-        "PYTHONFAULTHANDLER": "1",  # a crash in native code leaves a stack
+        "PYTHONUNBUFFERED": "1",  # unbuffered, so that the last output of a rank that dies is not lost
+        "PYTHONFAULTHANDLER": "1",  # prints a stack for crashes in native code
     }
     if loopback is not None:
-        # gloo looks up the name of the host otherwise, which fails on machines that do not know their own
-        # name.
+        # Otherwise gloo resolves the name of the host, which fails on machines whose name cannot be resolved.
         defaults["GLOO_SOCKET_IFNAME"] = loopback
     shared = {
         **defaults,
@@ -91,7 +90,7 @@ def make_plan(
 
 
 def _refuse_nesting(environ: Mapping[str, str]) -> None:
-    """Each task of srun or mpirun would start a job of its own, and all would train the same."""
+    """Raises LaunchError under srun or mpirun, each task of which would start a separate job."""
     for name, launcher in (
         ("SLURM_STEP_NUM_TASKS", "srun"),
         ("OMPI_COMM_WORLD_SIZE", "mpirun"),
@@ -101,6 +100,6 @@ def _refuse_nesting(environ: Mapping[str, str]) -> None:
         if count.isdigit() and int(count) > 1:
             raise LaunchError(
                 f"`ds run` starts all ranks of one machine, but {launcher} has already started {count} "
-                f"processes ({name}={count}), each of which would start a job of its own: run the script "
-                f"itself with {launcher} (`{launcher} python script.py`), or unset {name}"
+                f"processes ({name}={count}), each of which would start a separate job: run the script directly "
+                f"with {launcher} (`{launcher} python script.py`), or unset {name}"
             )

@@ -1,4 +1,4 @@
-"""One process of a job."""
+"""The process of one rank."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 
 
 class RankProcess:
-    """Starts one rank, carries its output, and knows how it ended.
+    """Starts one rank, forwards its output, and records how it ended.
 
-    Rank 0 writes to our stdout itself, and to our stderr through a channel that hands on every byte; the
-    lines of the others are prefixed. Each rank leads a session of its own, so that a signal reaches it once
-    (from us), and everything that it started can be ended with it.
+    Rank 0 writes directly to our stdout, and to our stderr through a channel that forwards every byte. The lines of
+    other ranks get a prefix. Each rank is the leader of its own session, so that it gets a signal only once (from
+    us), and all processes that it started can be terminated with it.
     """
 
     def __init__(self, rank: int, command: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -63,17 +63,17 @@ class RankProcess:
         return self._process.pid
 
     def register(self, selector: selectors.BaseSelector) -> None:
-        """Has `selector` watch the output; the data of a key is this rank."""
+        """Registers the output with `selector`; the data of the key is this rank."""
         for stream in self._streams:
             selector.register(stream, selectors.EVENT_READ, self)
 
     def pump(self, stream: int, selector: selectors.BaseSelector) -> None:
-        """Carries what can be read now; at the end of a stream, stops watching it."""
+        """Forwards the available output; unregisters the stream at its end."""
         try:
             data = os.read(stream, 1 << 16)
         except BlockingIOError:
             return
-        except OSError:  # EIO is how a pseudo-terminal says that nobody holds its other end
+        except OSError:  # a pseudo-terminal returns EIO if its other end is closed
             data = b""
         if data:
             self._streams[stream].feed(data)
@@ -85,19 +85,19 @@ class RankProcess:
         os.close(stream)
 
     def send(self, number: signal.Signals, *, to_end: bool = True) -> None:
-        """Sends a signal to the rank itself; nothing if it has ended. to_end: what follows is our doing."""
+        """Sends a signal to the rank, unless it has ended. to_end: record that the launcher terminates it."""
         if self.ended is None and not self._is_dead():
             self.signalled = self.signalled or to_end
-            os.kill(self.pid, number)  # Popen.send_signal would wait for it, and its number could be reused
+            os.kill(self.pid, number)  # Popen.send_signal would reap it, and its process id could be reused
 
     def kill(self) -> None:
-        """Ends the rank and everything that it started, at once."""
+        """Kills the rank and all processes that it started."""
         if self.ended is None:
             self.signalled = self.signalled or not self._is_dead()
             self._kill_group()
 
     def reap(self, selector: selectors.BaseSelector) -> bool:
-        """Notices if the rank has ended: ends what it left behind, and reads the rest of its output."""
+        """Checks whether the rank has ended; if so, kills its remaining processes, and reads the rest of its output."""
         if self.ended is not None or not self._is_dead():
             return False
         ended_s = time.monotonic()
@@ -118,25 +118,25 @@ class RankProcess:
         return True
 
     def resize(self) -> None:
-        """Passes the size of our terminal on to the rank's."""
+        """Sets the size of the rank's terminal to that of ours."""
         if self._stderr in self._streams:
             copy_window_size(_STDERR, self._stderr)
 
     def close(self, selector: selectors.BaseSelector) -> None:
-        """Lets go of streams that somebody outside the rank's session still holds open."""
+        """Closes streams that a process outside of the rank's session still holds open."""
         for stream in list(self._streams):
             selector.unregister(stream)
             self._streams.pop(stream).close()
             os.close(stream)
 
     def _is_dead(self) -> bool:
-        # WNOWAIT: as long as the dead leader is not waited for, its number cannot become another process's.
+        # WNOWAIT: as long as the dead leader is not reaped, its process id cannot be reused.
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def _kill_group(self) -> None:
         try:
             os.killpg(self.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # nobody left, or only what has another user now
+        except (ProcessLookupError, PermissionError):  # no process left, or only processes of another user
             return
 
     @staticmethod
@@ -147,8 +147,7 @@ class RankProcess:
 
 
 class _DieWithParent:
-    """Runs in the child before its program: has the kernel kill it when the launcher is gone, even by kill
-    -9.
+    """Runs in the child before its program: makes the kernel kill it when the launcher dies, even by kill -9.
 
     Between fork and exec of a process with one thread (this one) calling Python is safe; the library is
     loaded beforehand.

@@ -1,4 +1,4 @@
-"""Runs a plan: starts the ranks, watches them in one loop without threads, and ends all of them together."""
+"""Runs a launch plan: starts the ranks, watches them in one loop without threads, and terminates them together."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from ds_engine.launch.machine import oom_kills
 from ds_engine.launch.plan import LaunchPlan
 from ds_engine.launch.rank import RankProcess
 
-_FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # batch systems announce the end of a job by them
+_FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # batch systems send these before they end a job
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patience:
-    """Seconds that ranks get."""
+    """Time limits of the launcher, in seconds."""
 
     settle_s: float = 1.0
-    """After a failure, for the other ranks to fail by themselves, so that the true first one is known."""
+    """Time after a failure in which other ranks may fail, so that the rank that failed first can be determined."""
     grace_s: float = 10.0
-    """After the launcher's SIGTERM, before its SIGKILL."""
+    """Time between SIGTERM and SIGKILL."""
     stop_s: float = 30.0
-    """After a signal that the launcher received and handed on: time to write a checkpoint."""
+    """Time after a forwarded signal, in which ranks may write a checkpoint."""
 
 
 class _Phase(enum.Enum):
-    """What the launcher is waiting for. In every phase it owns all processes of the job."""
+    """The phase of the launcher. In every phase it owns all processes of the job."""
 
     RUNNING = enum.auto()
-    """For the ranks to finish."""
+    """The ranks are running."""
     SETTLING = enum.auto()
-    """A rank has failed: for the others to fail by themselves."""
+    """A rank has failed; others may still fail by themselves."""
     ENDING = enum.auto()
-    """All ranks have been told to end: for them to obey."""
+    """All ranks have got SIGTERM."""
     KILLING = enum.auto()
-    """All ranks have been killed: for the kernel."""
+    """All ranks have got SIGKILL."""
 
 
 def run(plan: LaunchPlan, *, say: Callable[[str], None], patience: Patience | None = None) -> int:
-    """Starts all ranks and returns when none is left: the exit code for the shell.
+    """Starts all ranks, waits until none is left, and returns the exit code for the shell.
 
     0 if every rank returned 0; else the code of the rank that failed first, 128 + n if signal n killed it, or
-    if the launcher itself received signal n. `say` gets each line meant for the user.
+    if the launcher itself received signal n. `say` is called with each line for the user.
     """
     return _Supervisor(plan, say, patience or Patience()).run()
 
@@ -72,7 +72,7 @@ class _Supervisor:
         for end in (wake, woken):
             os.set_blocking(end, False)
         caught = [signal.SIGCHLD, signal.SIGWINCH]
-        # What is ignored already (nohup, a background job of a plain shell) stays so, for the ranks too.
+        # A signal that is ignored already (nohup, a background job of a shell) stays ignored, also in the ranks.
         caught += [n for n in (*_FORWARDED, *_STOPPING) if signal.getsignal(n) != signal.SIG_IGN]
         handlers = {number: signal.signal(number, self._note) for number in caught}
         previous_fd = signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
@@ -95,7 +95,7 @@ class _Supervisor:
         return self._conclude(oom_kills() > oom_before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._received.append(number)  # acted upon in the loop
+        self._received.append(number)  # handled in the loop
 
     def _watch(self, selector: selectors.BaseSelector, wake: int) -> None:
         while any(process.ended is None for process in self._ranks):
@@ -125,15 +125,14 @@ class _Supervisor:
                 self._stop(signal.Signals(number))
 
     def _stop(self, number: signal.Signals) -> None:
-        """Hands the first signal on; a second one means: now."""
+        """Forwards the first signal; on a second one, terminates the ranks at once."""
         if self._stopped_by is not None:
-            self._say(f"{number.name} again: ending the ranks at once")
+            self._say(f"{number.name} again: terminating the ranks at once")
             self._kill()
             return
         self._stopped_by = number
         self._say(
-            f"{number.name}: handed on to {len(self._ranks)} ranks, which have {self._patience.stop_s:g} s "
-            f"to end"
+            f"{number.name}: forwarded to {len(self._ranks)} ranks, which have {self._patience.stop_s:g} s to exit"
         )
         for process in self._ranks:
             process.send(number)

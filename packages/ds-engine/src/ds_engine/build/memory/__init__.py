@@ -1,5 +1,5 @@
-"""How much memory a job takes, told before it starts: `plan` for a model that nobody holds, and a check at the start of
-each run. Both ask `ds_zero.plan` about the same `Job`.
+"""Predicts the memory of a job: `plan` before it starts, and a check at the start of each run. Both call
+`ds_zero.plan` for the same `Job`.
 """
 
 from ds_engine.build.memory.check import warn_if_too_large

@@ -1,4 +1,4 @@
-"""Says at the start whether the model's states will fit, before the job has run for an hour into its limit."""
+"""Warns in `initialize` if the model's states will not fit into memory."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ from ds_engine.job import Job
 from ds_engine.launch.machine import available_bytes, format_bytes
 
 _MOST_PER_ELEMENT = 24
-"""Bytes that no stage, precision and usual optimizer exceeds for an element: what fits then needs no plan."""
+"""Upper bound of bytes per element for all stages, precisions and usual optimizers. A model that fits with it needs
+no plan.
+"""
 
 _log = logging.getLogger("ds_engine")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """What one rank may have, beside what its process holds already."""
+    """Free memory for one rank, in addition to the memory that its process uses already."""
 
     device_bytes: int
-    """On the device that computes."""
+    """Free memory of the training device."""
     host_bytes: int
-    """In host memory; the same memory where the host computes."""
+    """Free host memory; the same memory if the training device is the CPU."""
 
     @classmethod
     def of(cls, world: World) -> Room:
-        """The free memory of the device; of the host (its limits counted) an equal part for every local rank."""
+        """Returns the free memory of the device, and of the host (including cgroup limits) divided by the number of
+        local ranks.
+        """
         host = available_bytes() // world.local_size
         if world.device.type == "cpu":
             return cls(device_bytes=host, host_bytes=host)
@@ -42,10 +46,10 @@ class Room:
 
 
 def warn_if_too_large(job: Job, model: nn.Module, optimizer: Optimizer, world: World) -> None:
-    """Rank 0 warns where parameters, gradients, masters and optimizer states alone do not fit beside each other.
+    """Warns on rank 0 if parameters, gradients, masters and optimizer states alone do not fit.
 
-    Costs nothing worth counting where they obviously do, else the time of a plan without activations, at most about a
-    second. A model that cannot be planned is let pass.
+    Takes no time if they obviously fit, and otherwise the time of a plan without activations, at most about a second.
+    A model that cannot be planned is not checked.
     """
     if world.rank != 0:
         return
@@ -54,7 +58,7 @@ def warn_if_too_large(job: Job, model: nn.Module, optimizer: Optimizer, world: W
     most = _MOST_PER_ELEMENT * sum(p.numel() for p in params) + sum(b.nbytes for b in buffers)
     if most <= min(room.device_bytes, room.host_bytes):
         return
-    # What the process holds already is part of the plan.
+    # Memory that the process holds already is part of the plan.
     held = sum(t.nbytes for t in [*params, *buffers] if t.device.type == world.device.type)
     room = replace(room, device_bytes=room.device_bytes + held)
     wanted = _Choice(stage=job.stage, offload=job.placement.optimizer_on_host)
@@ -67,7 +71,7 @@ def warn_if_too_large(job: Job, model: nn.Module, optimizer: Optimizer, world: W
             for other in wanted.further(world.device.type != "cpu")
         ]
     except ValueError as error:
-        _log.debug("no plan of the memory: %s", error)
+        _log.debug("the memory cannot be planned: %s", error)
         return
     good = [(other, fitting) for other, fitting in others if _fits(fitting, room, world)]
     warnings.warn(_sentence(plan, good, room, world), stacklevel=3)
@@ -75,13 +79,13 @@ def warn_if_too_large(job: Job, model: nn.Module, optimizer: Optimizer, world: W
 
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
-    """Settings that decide about the states."""
+    """Settings that determine the memory of states."""
 
     stage: int
     offload: bool
 
     def further(self, offloads: bool) -> list[_Choice]:
-        """Those that hold less on the device, the nearest first."""
+        """Yields settings that need less device memory, the nearest first."""
         stages = [replace(self, stage=stage) for stage in range(self.stage + 1, 4)]
         beside = (
             [replace(one, offload=True) for one in (self, *stages)] if offloads and not self.offload else []
@@ -104,14 +108,12 @@ def _sentence(plan: ds_zero.Plan, good: list[tuple[_Choice, ds_zero.Plan]], room
     text = (
         f"parameters, gradients, masters and optimizer states of {plan.model} ({plan.params_numel:,} parameters, stage "
         f"{plan.stage}, {plan.ranks} rank{'s' * (plan.ranks != 1)}, {plan.optimizer}) take "
-        f"{format_bytes(plan.device_bytes)} on every rank, before any activation, and "
-        f"{format_bytes(room.device_bytes)} are there{share}"
+        f"{format_bytes(plan.device_bytes)} on every rank, without activations, but only "
+        f"{format_bytes(room.device_bytes)} are free{share}"
     )
     if plan.host_bytes and not on_cpu:
-        text += (
-            f"; {format_bytes(plan.host_bytes)} of host memory, and {format_bytes(room.host_bytes)} are there"
-        )
+        text += f"; {format_bytes(plan.host_bytes)} of host memory, but only {format_bytes(room.host_bytes)} are free"
     if not good:
-        return f"{text}. No stage fits: more machines are needed; `ds plan` shows what takes how much"
+        return f"{text}. No stage fits: use more machines; `ds plan` shows the memory in detail"
     told = "; ".join(f"{choice}: {format_bytes(fitting.device_bytes)}" for choice, fitting in good[:3])
-    return f"{text}. Nearest settings that fit: {told}. `ds plan` counts activations, too"
+    return f"{text}. Nearest settings that fit: {told}. `ds plan` also predicts activations"

@@ -1,4 +1,4 @@
-"""Where `ds plan` takes its model from: a function of the user's, or the config.json of a Hugging Face model."""
+"""Constructs the model for `ds plan`: from a function of the user, or from the config.json of a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from torch import nn
 from ds_engine.build.memory.plan import load_factory
 
 DEFAULT_TOKENS = 2048
-"""Tokens of a sample where neither the user nor the model says less."""
+"""Maximum default number of tokens of a sample."""
 
 _WITH_LABELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
 
 
 def model_factory(where: str, *, tokens: int | None = None) -> Callable[[], Any]:
-    """A function that makes the model, or the model and example inputs of one forward.
+    """Returns a function that makes the model, or the model and example inputs of one forward.
 
     Args:
-        where: `package.module:function`, `file.py:function`, a `config.json` of Hugging Face's, or a folder with one.
-        tokens: tokens of a sample, for models of Hugging Face's; default: what the model can read, at most 2048.
+        where: `package.module:function`, `file.py:function`, a Hugging Face `config.json`, or a folder with one.
+        tokens: number of tokens of a sample, for Hugging Face models. Default: the model's longest sequence, at most
+            2048.
 
     Raises:
-        ValueError: there is no such function or file; or, when the function is called, it fails.
+        ValueError: there is no such function or file. The returned function raises it if it fails.
     """
     path = Path(where)
     if path.is_dir() or path.suffix == ".json":
@@ -37,7 +38,9 @@ def model_factory(where: str, *, tokens: int | None = None) -> Callable[[], Any]
             raise ValueError(f"{where!r}: there is no file {file}")
         return lambda: _hugging_face(file, tokens)
     if tokens is not None:
-        raise ValueError("--tokens is for models of Hugging Face's; return example inputs from the function")
+        raise ValueError(
+            "--tokens is only for Hugging Face models; return example inputs from the function instead"
+        )
     try:
         factory = load_factory(where)
     except (ImportError, SyntaxError) as error:
@@ -64,18 +67,19 @@ def _hugging_face(file: Path, tokens: int | None) -> tuple[nn.Module, dict[str, 
         transformers: Any = importlib.import_module("transformers")
     except ImportError:
         raise ValueError(
-            f"{str(file)!r} is read by transformers, which is not installed: pip install transformers"
+            f"{str(file)!r} needs transformers, which is not installed: pip install transformers"
         ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(str(file))
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(
-            f"{str(file)!r} is no configuration of a model that transformers {transformers.__version__} knows: {error}"
+            f"{str(file)!r} is not a configuration of a model that transformers {transformers.__version__} "
+            f"knows: {error}"
         ) from error
     named = (getattr(config, "architectures", None) or [""])[0]
     made = getattr(transformers, named, None)
-    config.use_cache = False  # training keeps no keys and values of earlier tokens
-    # On the meta device, in fp32: the dtype of training is the configuration's of ds, not the checkpoint's.
+    config.use_cache = False  # training uses no cache of keys and values
+    # On the meta device, in fp32: ds_config.json sets the dtype of training, not the model's configuration.
     model = (
         made(config) if made is not None else transformers.AutoModel.from_config(config, dtype=torch.float32)
     )
@@ -83,13 +87,13 @@ def _hugging_face(file: Path, tokens: int | None) -> tuple[nn.Module, dict[str, 
 
 
 def _text_inputs(model: nn.Module, config: Any, tokens: int | None) -> dict[str, torch.Tensor] | None:
-    """One sample of tokens, with labels where the model has a loss over them; None for a model that reads no text."""
+    """Returns one sample of tokens, with labels if the model computes a loss; None for a model without text input."""
     if getattr(model, "main_input_name", "") != "input_ids":
         return None
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     length = tokens or min(DEFAULT_TOKENS, int(limit or DEFAULT_TOKENS))
     if limit is not None and length > int(limit):
-        raise ValueError(f"--tokens {length}: the model reads at most {limit}")
+        raise ValueError(f"--tokens {length}: the model accepts at most {limit}")
     sample = torch.zeros(1, length, dtype=torch.long)
     named = type(model).__name__
     takes_labels = "labels" in inspect.signature(model.forward).parameters

@@ -1,4 +1,4 @@
-"""`ds plan`: what a configuration and a model will hold and send, on any number of ranks, computed here."""
+"""Predicts memory and messages of a configuration and a model on any number of ranks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ds_zero.predict.remedies import with_batch_size
 
 
 def load_factory(where: str) -> Callable[[], Any]:
-    """The function that `package.module:function` or `file.py:function` names.
+    """Returns the function that `package.module:function` or `file.py:function` names.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such function.
     """
     home, colon, name = where.rpartition(":")
     if not colon or not home or not name:
@@ -36,8 +36,8 @@ def load_factory(where: str) -> Callable[[], Any]:
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(file.stem, module)  # dataclasses and pickle look there
-        sys.path.insert(0, str(file.parent))  # as if it were run
+        sys.modules.setdefault(file.stem, module)  # dataclasses and pickle look the module up there
+        sys.path.insert(0, str(file.parent))  # as if the file was run as a script
         spec.loader.exec_module(module)
     else:
         sys.path.insert(0, str(Path.cwd()))
@@ -62,17 +62,17 @@ def plan(
     budget_bytes: int | None = None,
     host_budget_bytes: int | None = None,
 ) -> ds_zero.Plan:
-    """What one of `ranks` ranks will hold and send under a configuration.
+    """Predicts memory and messages of one of `ranks` ranks.
 
     Args:
         factory: makes the model, or the model and example inputs of one forward (a tensor, a tuple, or a mapping of
-            keywords). It is called on the meta device, so nothing of the model is held.
-        micro_batch: samples of one forward, in place of those of the example inputs; default: the configuration's.
+            keywords). It is called on the meta device, so the model takes no memory.
+        micro_batch: number of samples of one forward. Default: that of the configuration.
         checkpointing: recompute activations of every block.
 
     Raises:
-        ConfigError: batch sizes that contradict each other on so many ranks.
-        ValueError: a model that cannot be planned.
+        ConfigError: the batch sizes contradict each other on this number of ranks.
+        ValueError: the model cannot be planned.
     """
     choices = choices_of(settings)
     job = describe(choices, arranged(settings, 0, ranks), device or _default_device())

@@ -1,4 +1,4 @@
-"""Plans of one job at every stage and on several numbers of ranks, side by side."""
+"""A table of plans of one job: every stage, several numbers of ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What all plans of a table have in common; see `ds_engine.build.memory.plan.plan`."""
+    """Arguments that all plans of a table share; see `ds_engine.build.memory.plan.plan`."""
 
     micro_batch: int | None = None
     checkpointing: bool = False
@@ -25,18 +25,18 @@ class Options:
     host_budget_bytes: int | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """For `plan`."""
+        """Returns the keyword arguments of `plan`."""
         return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """The peak at one stage on one number of ranks."""
+    """The peak memory of a rank at one stage and one number of ranks."""
 
     stage: int
     ranks: int
     device_bytes: int | None
-    """None where there is no plan; `reason` says why."""
+    """None if there is no plan; `reason` says why."""
     host_bytes: int = 0
     fits: bool | None = None
     """None without a budget, or without a plan."""
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanTable:
-    """Peak memory of a rank, stages down and numbers of ranks across."""
+    """Peak memory of a rank: a row for each stage, a column for each number of ranks."""
 
     model: str
     cells: tuple[Cell, ...]
@@ -53,7 +53,7 @@ class PlanTable:
 
     @property
     def fits(self) -> bool | None:
-        """Whether any of them fits; None without a budget."""
+        """Whether any cell fits; None without a budget."""
         verdicts = [cell.fits for cell in self.cells if cell.fits is not None]
         return any(verdicts) if verdicts else None
 
@@ -71,13 +71,13 @@ class PlanTable:
         return header, rows
 
     def verdict(self) -> list[str]:
-        """Lines below the table."""
+        """Returns the lines below the table."""
         lines = [f"x: does not fit in {self.budget}"] if any(c.fits is False for c in self.cells) else []
         reasons = dict.fromkeys(cell.reason for cell in self.cells if cell.reason)
         return lines + [f"-: {reason}" for reason in reasons]
 
     def to_json(self) -> str:
-        """The model and all cells."""
+        """Returns the model and all cells."""
         return json.dumps({"model": self.model, "cells": [asdict(cell) for cell in self.cells]}, indent=2)
 
 
@@ -89,13 +89,13 @@ def compare(
     *,
     say: Callable[[str], None],
 ) -> PlanTable:
-    """Plan every stage on every number of ranks.
+    """Plans every stage on every number of ranks.
 
     Args:
-        say: gets a line about what is being planned.
+        say: called with a line about the current plan.
 
     Raises:
-        ValueError: nothing of it can be planned.
+        ValueError: nothing can be planned.
     """
     model = "the model"
     cells = []

@@ -1,4 +1,4 @@
-"""A job in the words of `ds_zero.plan`."""
+"""Calls `ds_zero.plan` for a job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ds_engine.job import Job
 
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
-    """Bytes that one rank may take; None: as many as it likes."""
+    """Memory limits of one rank, in bytes; None: no limit."""
 
     device_bytes: int | None = None
     host_bytes: int | None = None
@@ -34,16 +34,16 @@ def predicted(
     stage: int | None = None,
     offload: bool | None = None,
 ) -> ds_zero.Plan:
-    """What one rank of a job will hold and send.
+    """Predicts memory and messages of one rank of a job.
 
     Args:
-        optimizer: over the model's parameters; None: the one that the job names.
-        micro_batch: arguments of one forward; None: the states between steps alone.
+        optimizer: an optimizer over the model's parameters; None: the optimizer of the job.
+        micro_batch: arguments of one forward; None: plans only the states between steps.
         checkpointing: recompute the activations of every block.
-        stage, offload: in place of the job's own.
+        stage, offload: override those of the job.
 
     Raises:
-        ValueError: a model that cannot be planned.
+        ValueError: the model cannot be planned.
     """
     topology = job.topology
     return ds_zero.plan(

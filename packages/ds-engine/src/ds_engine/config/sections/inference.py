@@ -1,4 +1,6 @@
-"""The configuration of `init_inference`: DeepSpeed's keys. Each works, is said to do nothing here, or is refused."""
+"""The configuration of `init_inference`, with DeepSpeed's keys. Each key works, has no effect (with a warning), or is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
 
 
 def _dtype(value: Any) -> Any:
-    """A torch dtype, the name of one, or an enum member that holds one of these."""
+    """Converts a torch dtype, its name, or an enum member with one of these as its value."""
     for member in (
         getattr(value, "value", value) if isinstance(getattr(value, "value", None), tuple) else (value,)
     ):
@@ -30,7 +32,7 @@ def _dtype(value: Any) -> Any:
             return found
     if value is None:
         return None
-    raise ValueError("it has to be fp32, fp16 or bf16: weights in 8 bits belong to kernels that are not here")
+    raise ValueError("it must be fp32, fp16 or bf16; quantised weights are not supported")
 
 
 Dtype = Annotated[Any, BeforeValidator(_dtype)]
@@ -38,14 +40,15 @@ Dtype = Annotated[Any, BeforeValidator(_dtype)]
 
 
 class InferenceTpConfig(Section):
-    """The ranks that hold one copy of the model together."""
+    """The ranks among which one replica of the model is divided."""
 
     enabled: bool = Field(
-        default=True, description="Divides the model among ranks; with false every rank holds a copy."
+        default=True,
+        description="Divides the model among ranks; with false every rank holds the whole model.",
     )
-    tp_size: Positive = Field(default=1, description="Number of ranks that hold one copy together.")
+    tp_size: Positive = Field(default=1, description="Number of ranks among which one replica is divided.")
     tp_grain_size: Positive = Field(
-        default=64, description="Number of elements that are never divided where layers are divided."
+        default=64, description="Shards are multiples of this number of elements."
     )
     mpu: Any = Field(
         default=None,
@@ -53,23 +56,23 @@ class InferenceTpConfig(Section):
     )
     tp_group: Any = Field(
         default=None,
-        description="Process group of the ranks that hold one copy. Default: a new group.",
+        description="Process group of the ranks of one replica. Default: a new group.",
     )
 
 
 class InferenceConfig(Section):
-    """How a model is held and run for inference."""
+    """Settings of `init_inference`."""
 
     model_config = ConfigDict(populate_by_name=True)
 
     dtype: Dtype = Field(
         default=None,
-        description="Dtype of the weights: fp32, fp16 or bf16, also as torch dtypes. Default: the model's.",
+        description="Dtype of the weights: fp32, fp16 or bf16, or a torch dtype. Default: that of the model.",
     )
     tensor_parallel: InferenceTpConfig = Field(
         default_factory=InferenceTpConfig,
         validation_alias=AliasChoices("tensor_parallel", "tp"),
-        description="The ranks that hold one copy of the model together.",
+        description="The ranks among which one replica of the model is divided.",
     )
     mp_size: Positive = Field(default=1, description="Old name of tensor_parallel.tp_size.")
     zero: dict[str, Any] = Field(
@@ -84,12 +87,9 @@ class InferenceConfig(Section):
     )
     base_dir: str = Field(
         default="",
-        description="Directory to which relative file names belong. An empty text stands for the working "
-        "directory.",
+        description="Directory of relative file names. An empty string means the working directory.",
     )
-    keep_module_on_host: bool = Field(
-        default=False, description="Leaves the model on the device that it is on."
-    )
+    keep_module_on_host: bool = Field(default=False, description="Leaves the model on its current device.")
     enable_cuda_graph: bool = False
     use_triton: bool = False
     triton_autotune: bool = False
@@ -118,39 +118,40 @@ class InferenceConfig(Section):
 
     @property
     def copy_ranks(self) -> int:
-        """Ranks that hold one copy together, as far as `tensor_parallel` asks."""
+        """Number of ranks among which one replica is divided."""
         return max(self.tensor_parallel.tp_size if self.tensor_parallel.enabled else 1, self.mp_size)
 
 
-KERNELS = "no kernels are put in place of layers here, so it does nothing"
+KERNELS = "it has no effect, because layers are not replaced by kernels"
 IGNORED: Mapping[str, str] = {
     **dict.fromkeys(
         ("replace_with_kernel_inject", "enable_cuda_graph", "use_triton", "triton_autotune", "replace_method",
          "injection_policy", "injection_policy_tuple", "transposed_mode", "triangular_masking", "return_tuple"),
         KERNELS,
     ),
-    **dict.fromkeys(("max_out_tokens", "min_out_tokens"), "there is no cache of a fixed size, so it does nothing"),
-    "set_empty_params": "construct the model under ds_zero.deferred_init instead: it does nothing",
+    **dict.fromkeys(("max_out_tokens", "min_out_tokens"), "it has no effect, because there is no cache of fixed "
+                                                          "size"),
+    "set_empty_params": "it has no effect; construct the model under ds_zero.deferred_init instead",
 }  # fmt: skip
-"""Keys that change speed or memory alone where they work, and what is said when one is set."""
+"""Keys that would change only speed or memory -> warning if one is set."""
 REFUSED: Mapping[str, str] = {
-    "quant": "weights in few bits are not there: remove it",
+    "quant": "quantised weights are not supported: remove it",
     "moe": "experts on different ranks belong to ds-moe, which this version does not have: remove it",
     "ep_size": "experts on different ranks belong to ds-moe, which this version does not have: remove it",
-    "training_mp_size": "checkpoints of models that were cut among ranks in training are not read: remove it",
-    "save_mp_checkpoint_path": "layers are not cut among ranks, so there is nothing to save: remove it",
-    "mpu": "pass tensor_parallel={'tp_size': N}: groups are made here",
+    "training_mp_size": "checkpoints of tensor-parallel training are not supported: remove it",
+    "save_mp_checkpoint_path": "layers are not split among ranks, so there is nothing to save: remove it",
+    "mpu": "pass tensor_parallel={'tp_size': N}: init_inference creates the process groups",
 }
-"""Keys whose loss would change results, and what to do."""
+"""Unsupported keys that would change results -> error and remedy."""
 
 
 def read_inference(
     given: Mapping[str, Any], model: type[InferenceConfig] = InferenceConfig
 ) -> InferenceConfig:
-    """Check it; says as warnings which settings do nothing.
+    """Checks the configuration, and warns about settings without effect.
 
     Raises:
-        ConfigError: unknown keys, wrong types, settings that are not there; all of them at once.
+        ConfigError: unknown keys, wrong types, or unsupported settings. The message lists all mistakes.
     """
     names: dict[str, str] = {}
     for name, info in model.model_fields.items():
