@@ -40,7 +40,9 @@ def test_no_parameters() -> None:
 
 
 def test_parameters_of_another_model() -> None:
-    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[0\].*is no parameter of the model"):
+    with pytest.raises(
+        ValueError, match=r"param_groups\[0\]\['params'\]\[0\].*is not a parameter of the model"
+    ):
         ds_zero.shard(Tiny(), sgd(Tiny()), 1)
 
 

@@ -1,6 +1,4 @@
-"""ZeRO stages 0 to 3 for any PyTorch loop: who owns which shard of parameters, gradients and optimizer
-states.
-"""
+"""ZeRO stages 0 to 3 for any PyTorch loop: optimizer states, gradients and parameters are sharded among ranks."""
 
 from ds_zero.api.control import Control, control
 from ds_zero.api.leaf_modules import set_leaf_modules

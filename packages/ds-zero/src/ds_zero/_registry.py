@@ -1,8 +1,8 @@
-"""Finds the state that `shard` made for a module, parameter or optimizer. Identity-keyed and weak; never
-iterated.
+"""Maps modules, parameters and optimizers to the state that `shard` made for them. The maps are weak, keyed by
+identity, and never iterated.
 
-A module keeps its state alive; parameters and optimizers only point to it. A state holds parameters but never
-its module, so nothing here outlives the model.
+A module keeps its state alive; parameters and optimizers refer to it weakly. A state refers to parameters but never
+to its module, so no entry outlives the model.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def find(owner: nn.Module | nn.Parameter | Optimizer) -> ZeroState | None:
 
 
 def state_of(owner: nn.Module | nn.Parameter | Optimizer) -> ZeroState:
-    """The state of a sharded object, or a ValueError that says what to call."""
+    """Returns the state of a sharded object. Raises ValueError if it is not sharded."""
     found = find(owner)
     if found is None:
         raise ValueError(
@@ -80,7 +80,7 @@ def drop_record(tensor: Tensor) -> None:
 
 
 def next_place() -> int:
-    """The next number in the order in which this process constructs divided parameters."""
+    """Returns the next number in the order in which this process constructs sharded parameters."""
     return next(_places)
 
 

@@ -1,4 +1,4 @@
-"""What `shard` refuses, and why."""
+"""Checks of the arguments of `shard`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_stage(stage: int) -> None:
-    """Raise unless `stage` is 0, 1, 2 or 3."""
+    """Raises ValueError unless `stage` is 0, 1, 2 or 3."""
     if stage not in STAGES or isinstance(stage, bool):
         meaning = "; ".join(f"{s} shards {what}" for s, what in STAGES.items())
         raise ValueError(f"stage={stage!r}: there are stages 0 to 3 ({meaning})")
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise for parameters that cannot be moved into buckets without changing what the model computes."""
+    """Raises ValueError for parameters that cannot be moved into buckets without changing the result of the model."""
     if _registry.find(model) is not None:
         raise ValueError(
             "this model is sharded already: call ds_zero.destroy(model) before sharding it again"
@@ -48,16 +48,14 @@ def check_model(model: nn.Module) -> None:
         other = seen.setdefault(pointer, (fqn, param))
         if other[1] is not param and _overlap(other[1], param):
             raise ValueError(
-                f"parameters {other[0]!r} and {fqn!r} share memory but are two Parameter objects, so "
-                "sharding would untie them: "
-                "assign the same Parameter object to both modules"
+                f"parameters {other[0]!r} and {fqn!r} share memory but are different Parameter objects, so "
+                "sharding would untie them: assign the same Parameter object to both modules"
             )
         hooks = getattr(param, "_post_accumulate_grad_hooks", None)
         if hooks:
             raise ValueError(
-                f"parameter {fqn!r} has a post-accumulate-grad hook (an optimizer in backward?): gradients "
-                "are reduced after "
-                "that hook would have used them. Remove it and call optimizer.step() after backward"
+                f"parameter {fqn!r} has a post-accumulate-grad hook (an optimizer in backward?), which would get "
+                "the gradient before it is reduced. Remove the hook, and call optimizer.step() after backward"
             )
 
 
@@ -72,16 +70,15 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
-    """Raise unless `optimizer` holds parameters of `model` only, of dtypes that can be trained."""
+    """Raises ValueError unless `optimizer` has only parameters of `model`, with dtypes that can be trained."""
     names = {id(p): fqn for fqn, p in model.named_parameters()}
     _check_inner(optimizer, names)
     for g, group in enumerate(optimizer.param_groups):
         for i, param in enumerate(group["params"]):
             if id(param) not in names:
                 raise ValueError(
-                    f"param_groups[{g}]['params'][{i}] of shape {tuple(param.shape)} is no parameter of the "
-                    "model: construct the "
-                    "optimizer from model.parameters() of the model you pass"
+                    f"param_groups[{g}]['params'][{i}] of shape {tuple(param.shape)} is not a parameter of the "
+                    "model: construct the optimizer from model.parameters() of this model"
                 )
             if param.dtype not in TRAINABLE:
                 raise ValueError(
@@ -93,19 +90,24 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
 def check_coverage(
     optimizer: Optimizer, trained: Iterable[nn.Parameter], names: Mapping[str, nn.Parameter]
 ) -> None:
-    """Raise unless every parameter of `trained`, which has masters and gradients, is in a group of `optimizer`."""
+    """Raises ValueError unless every parameter in `trained`, that is, with a master and gradients, is in a group of
+    `optimizer`.
+    """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     left = {id(p) for p in trained} - held
     missing = [fqn for fqn, p in names.items() if id(p) in left]
     if missing:
         raise ValueError(
-            f"the optimizer leaves out {len(missing)} parameters that require a gradient, first {missing[:5]}: freeze "
+            f"the optimizer leaves out {len(missing)} parameters that require a gradient, the first are "
+            f"{missing[:5]}: freeze "
             "them with requires_grad_(False) before ds_zero.shard(model), or pass the optimizer to ds_zero.shard"
         )
 
 
 def _check_inner(optimizer: Optimizer, names: Mapping[int, str]) -> None:
-    """Raise if `optimizer` steps through others, which would go on with parameters that get no gradients."""
+    """Raises ValueError if `optimizer` wraps other optimizers, which would still refer to parameters without
+    gradients.
+    """
     own = {id(group) for group in optimizer.param_groups}
     for attribute, inner in _inner(optimizer):
         for group in inner.param_groups:
@@ -113,14 +115,14 @@ def _check_inner(optimizer: Optimizer, names: Mapping[int, str]) -> None:
             if found and id(group) not in own:
                 raise ValueError(
                     f"{type(optimizer).__name__}.{attribute} is another optimizer ({type(inner).__name__}) with "
-                    f"groups of its own, which hold {found[0]!r}: only entries of the outer optimizer's "
+                    f"its own groups, which contain {found[0]!r}: only entries of the outer optimizer's "
                     "param_groups become shards. Put the inner groups themselves (the same dicts) into it, or pass "
                     "one optimizer"
                 )
 
 
 def _inner(optimizer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
-    """Optimizers that it holds, with the attribute: by themselves, in lists or in dicts."""
+    """Yields the wrapped optimizers with the name of the attribute; also those in lists or dicts."""
     for attribute, value in vars(optimizer).items():
         values = value.values() if isinstance(value, dict) else value
         for inner in values if isinstance(values, Iterable) else [values]:

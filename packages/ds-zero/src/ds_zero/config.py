@@ -15,132 +15,152 @@ GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroConfig:
-    """Options of `ds_zero.shard`. By default, each one adapts to the model and the stage."""
+    """Options of `ds_zero.shard`. The defaults adapt to the model and the stage."""
 
     accumulation: Accumulation | None = None
-    """How gradients of several micro-batches are summed: "local" adds whole gradients in fp32 on each rank
-    and reduces once at the boundary; "sharded" reduces every micro-batch and adds shards. None: local in
-    stages 0 and 1, sharded in 2 and 3. The plans differ in the last bits of the sums, within one plan all
-    stages agree bitwise."""
+    """How gradients of several micro-batches are accumulated: "local" adds whole gradients in fp32 on each rank and
+    reduces them once, at the accumulation boundary; "sharded" reduces every micro-batch and adds shards. None: local
+    at stages 0 and 1, sharded at stages 2 and 3. The two differ in the last bits of sums; with the same setting all
+    stages are bitwise equal.
+    """
 
     accumulation_steps: int | None = None
-    """Backwards per optimizer step, for the local plan: the reduction overlaps with the last of them. None: as many as
-    in the previous step (the first step reduces inside `step`). A wrong number only costs overlap: gradients that were
-    not reduced by then are reduced inside `step`."""
+    """Number of backwards per optimizer step, for local accumulation, whose reduction overlaps with the last
+    backward. None: as many as in the previous step (the first step reduces inside `step`). A wrong number only loses
+    the overlap: gradients that are not reduced yet are reduced inside `step`.
+    """
 
     param_dtype: torch.dtype | None = None
-    """Dtype in which floating-point parameters compute; the fp32 masters keep the values from before the
-    cast. None: as given."""
+    """Compute dtype of floating-point parameters. The fp32 masters get the values before the cast. None: unchanged."""
 
     dtype_for: Callable[[str, nn.Parameter], torch.dtype | None] | None = None
-    """Dtype in which one floating-point parameter computes, from its name; None from it keeps the dtype that
-    is given. Takes the place of `param_dtype`, for example to keep some modules in fp32."""
+    """Function from a parameter's name to its compute dtype; None keeps the dtype of the parameter. Replaces
+    `param_dtype`, for example to keep some modules in fp32.
+    """
 
     grad_dtype: torch.dtype = torch.float32
-    """Dtype in which gradients are summed over micro-batches and rest until the step. A 16-bit dtype halves
-    that memory and rounds after every addition; sums over ranks are taken in fp32 all the same where the
-    collective allows it."""
+    """Dtype in which gradients are accumulated over micro-batches and kept until the step. A 16-bit dtype halves that
+    memory and rounds after every addition. Sums over ranks are still computed in fp32 if the collective supports it.
+    """
 
     reduce_bucket_numel: int | None = None
-    """Elements a bucket holds at most (a larger parameter has its own), stages 0 to 2 and whole parameters of
-    stage 3.
-    None: an eighth of the model, between 2**18 and 2**25."""
+    """Maximum number of elements in a bucket (a larger parameter has its own bucket), for stages 0 to 2 and for whole
+    parameters at stage 3. None: an eighth of the model, between 2**18 and 2**25.
+    """
 
     publish_bucket_numel: int | None = None
-    """Stages 1 and 2: elements that one message of new parameters holds at most over all ranks. None: a whole
-    bucket. Smaller messages cost a copy and save the collective's own buffers."""
+    """Stages 1 and 2: maximum number of elements, over all ranks, in one all-gather of updated parameters. None: a
+    whole bucket. Smaller messages need a copy, but reduce the buffers of the collective.
+    """
 
     persistence_threshold_numel: int | None = None
-    """Stage 3: parameters of at most so many elements stay whole on every rank. None: up to 1e5, within 2% of
-    the model."""
+    """Stage 3: parameters with at most this number of elements stay whole on every rank. None: 1e5, or the largest
+    smaller number with which at most 2% of the model stay whole.
+    """
 
     model_persistence_numel: int | None = None
-    """Stage 3: elements of parameters that stay whole by the threshold above, all together at most. None: no
-    limit of their own."""
+    """Stage 3: maximum total number of elements that stay whole by the threshold above. None: no limit."""
 
     layout: Literal["flat", "whole"] | None = None
-    """How masters and states are divided: "flat" cuts tensors so that ranks share them evenly; "whole" gives
-    every tensor to one rank, for optimizers that need whole ones. None: what the optimizer needs, in each of
-    its groups; [Note: three kinds of optimizer]."""
+    """How masters and optimizer states are divided: "flat" splits tensors evenly among the ranks; "whole" assigns
+    every tensor to one rank, for optimizers that need whole tensors. None: what the optimizer needs, for each of its
+    groups; [Note: three kinds of optimizer].
+    """
 
     secondary_ranks: int = 1
-    """Stage 3: groups of so many neighbouring ranks keep a second copy of the parameters, in compute dtype and
-    divided among them; only the first gather after a step leaves the group. 1: no such copy.
-    [Note: secondary shards]"""
+    """Stage 3: each group of this number of consecutive ranks keeps a second copy of the parameters, in compute dtype
+    and sharded within the group. Only the first gather after a step then communicates outside of the group. 1: no
+    second copy. [Note: secondary shards]
+    """
 
     overlap_reduce: bool | None = None
-    """Whether backward goes on while a bucket's gradients are reduced. False: it waits for each. None: yes."""
+    """Whether backward continues while a bucket is reduced. False: it waits for every bucket. None: True."""
 
     reduce_scatter: bool = True
-    """Whether a rank receives only its slice of a reduced bucket, stages 1 to 3. False: everybody receives
-    everything and keeps a slice, for twice the bytes and the same values."""
+    """Stages 1 to 3: whether buckets are reduced by reduce-scatter, so that a rank receives only its slice. False: by
+    all-reduce, which sends twice the bytes and gives the same values.
+    """
 
     ordered_reduction: bool | None = None
-    """Sum over ranks in the order of a fixed binary tree, [Note: ordered reduction]. False: in the backend's
-    own order. None: ordered on the CPU, where it is also faster. Without effect where `comm` is given."""
+    """Whether sums over ranks are computed in the order of a fixed binary tree, [Note: ordered reduction]. False: in
+    the order of the backend. None: ordered on the CPU, where it is also faster. No effect if `comm` is passed.
+    """
 
     read_neighbours: bool = True
-    """On the CPU ranks of one machine copy slices out of each other's memory where the system lets them; what they
-    would have sent is counted all the same. False: everything is sent. [Note: peer memory]"""
+    """On the CPU: whether ranks of one machine copy slices directly from each other's memory, if the system permits
+    it. These bytes still count as sent. False: everything is sent as messages. [Note: peer memory]
+    """
 
     rank_invariant: bool = False
-    """The same micro-batches give bitwise the same training on 1, 2, 4, 8, ... ranks, [Note: tree over
-    micro-batches]: ordered reduction, the sharded plan, and up to log2(micro-batches per rank) - 1 more shards
-    of fp32 gradients. Loss weights and numbers of micro-batches have to be powers of two, and rank r of W has
-    to take micro-batches r, W + r, 2W + r, ..."""
+    """Makes training with the same micro-batches bitwise equal on 1, 2, 4, 8, ... ranks, [Note: tree over
+    micro-batches]. It uses the ordered reduction, sharded accumulation, and memory for up to log2(micro-batches per
+    rank) - 1 more shards of fp32 gradients. Loss weights and numbers of micro-batches must be powers of two, and rank
+    r of W must process the micro-batches r, W + r, 2W + r, ...
+    """
 
     communication_dtype: torch.dtype | None = None
-    """Dtype in which gradients travel; sums are taken in fp32 by the ordered reduction, else by the backend in
-    this dtype. None: as they were accumulated."""
+    """Dtype in which gradients are sent. The ordered reduction sums in fp32, the backend's reduction in this dtype.
+    None: the dtype in which they were accumulated.
+    """
 
     reduce_op: Literal["mean", "sum"] = "mean"
-    """Whether gradients are averaged or added over ranks."""
+    """Whether gradients are averaged or summed over ranks."""
 
     sparse_gradients: bool = False
-    """Stage 0: gradients of `nn.Embedding` and `nn.EmbeddingBag` travel as the rows that are not zero, where that is
-    less than the whole; the same bits come out. Optimizers see dense gradients. [Note: gradients by rows]"""
+    """Stage 0: whether only the nonzero rows of gradients of `nn.Embedding` and `nn.EmbeddingBag` are sent, if these
+    are fewer bytes. The result has the same bits. Optimizers get dense gradients. [Note: gradients by rows]
+    """
 
     predivide_factor: float = 1.0
-    """Gradients are divided by it before they travel, and sums multiplied by it after: keeps narrow dtypes
-    from overflowing. [Note: mean in parts]"""
+    """Divisor of gradients before they are sent; sums are multiplied by it afterwards. It prevents overflow in 16-bit
+    dtypes. [Note: mean in parts]
+    """
 
     ignore_unused: bool = True
-    """Whether a parameter may be left without gradient. False: an error at the step, on every rank, that names
-    the parameters which some rank did not use."""
+    """Whether parameters may have no gradient. False: the step raises an error on every rank that names the
+    parameters which some rank did not use.
+    """
 
     prefetch: bool = True
-    """Stage 3: start gathering the next module, in the order of the previous pass, while the present one
-    computes."""
+    """Stage 3: whether the next module, in the order of the previous pass, is gathered while the current one
+    computes.
+    """
 
     prefetch_numel: int | None = None
-    """Stage 3: further modules are fetched ahead while fewer elements than this are being gathered. None: only the next
-    module. 0: none."""
+    """Stage 3: further modules are prefetched as long as fewer elements than this are being gathered. None: only the
+    next module. 0: none.
+    """
 
     max_live_numel: int | None = None
-    """Stage 3: the number of gathered elements up to which modules are fetched ahead or kept for later. The module that
-    runs is gathered whatever its size. None: no limit; by default little is fetched ahead or kept."""
+    """Stage 3: maximum number of gathered elements. Above it, no module is prefetched or kept for reuse; the module
+    that runs is always gathered. None: no limit. By default few modules are prefetched or kept.
+    """
 
     max_reuse_distance_numel: int | None = None
-    """Stage 3: a module stays gathered if at most so many elements are used before it is used again. None: 0,
-    which keeps only what the very next module uses again."""
+    """Stage 3: a module stays gathered if at most this number of other elements are used before its next use. None:
+    0, which keeps only parameters that the next module uses again.
+    """
 
     leaf_modules: tuple[type[nn.Module] | str, ...] = ()
-    """Stage 3: modules (classes, class names or module names) that are gathered with all they contain, because
-    ranks use different parts of them. Mixtures of experts are found without it. [Note: leaf modules]"""
+    """Stage 3: modules (classes, class names or module names) that are gathered as a whole, because ranks use
+    different parts of them. Mixtures of experts are detected without it. [Note: leaf modules]
+    """
 
     module_granularity_numel: int = 0
-    """Stage 3: modules with at most so many parameter elements per module inside are gathered whole. 0: blocks
-    are, whatever their size."""
+    """Stage 3: a module whose submodules have at most this number of parameter elements on average is gathered as a
+    whole. 0: blocks are, whatever their size.
+    """
 
     order_timeout_s: float = 30.0
     """Seconds without progress after which ranks that wait for each other in different modules raise
-    `RankOrderError`; four times as long if their order agrees so far. 0: no check.
-    [Note: standing still]"""
+    `RankOrderError`; four times as long if they ran the same modules so far. 0: no check. [Note: standing still]
+    """
 
     overlap_publish: bool = False
-    """Stages 1 and 2: `step` returns while parameters are still being gathered. Every module of the model waits before
-    it computes, and so do `state_dict`, `load_state_dict` and ds_zero's own functions. Do not set it if your code reads
-    parameters in another way right after a step (`for p in model.parameters()`)."""
+    """Stages 1 and 2: whether `step` returns while updated parameters are still being gathered. Every module of the
+    model, `state_dict`, `load_state_dict` and the functions of ds_zero wait for them. Do not set it if your code
+    reads parameters in another way right after a step (`for p in model.parameters()`).
+    """
 
     def __post_init__(self) -> None:
         if self.accumulation not in (None, "local", "sharded"):
@@ -183,7 +203,7 @@ class ZeroConfig:
                 raise ValueError(f"{name}={dtype}: give a floating-point dtype, or None")
         if self.param_dtype is not None and self.dtype_for is not None:
             raise ValueError(
-                "param_dtype and dtype_for are both given: the second takes the place of the first"
+                "param_dtype and dtype_for are both given: remove param_dtype, because dtype_for replaces it"
             )
         if self.grad_dtype not in GRAD_DTYPES:
             raise ValueError(f"grad_dtype={self.grad_dtype}: give one of {', '.join(map(str, GRAD_DTYPES))}")

@@ -1,5 +1,5 @@
-"""What ds_zero asks of others, in torch types only. Each has a default in this package; siblings implement
-them unseen.
+"""The protocols of ds_zero, in torch types only. Each has a default implementation in this package; other packages
+implement them without importing it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 Reduction = Literal["none", "local", "sharded"]
-"""When and by whom gradients are reduced: "none": the optimizer reduces; "local": each rank adds whole gradients, which
-are reduced once before a step; "sharded": every backward reduces.
+"""When gradients are reduced: "none": never, the optimizer does; "local": each rank adds whole gradients, which are
+reduced once before a step; "sharded": in every backward.
 """
 
 
 class Work(Protocol):
-    """A started operation; `wait` returns when its result may be read (on a GPU: by the current stream)."""
+    """An asynchronous operation; `wait` returns when its result may be read (on a GPU: by the current stream)."""
 
     def wait(self) -> object: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a collective can do beyond the signature of FSDP2's `Comm`, as the class attribute `capabilities`.
+    """Optional features of a collective beyond the signature of FSDP2's `Comm`, in the class attribute
+    `capabilities`.
 
     Only the class that declares it is believed: a class that derives from it and overrides what it does has to declare
     again what it still can.
@@ -47,14 +48,14 @@ class Capabilities:
 
 
 def capabilities_of(collective: object) -> Capabilities:
-    """What the class of `collective` declares; nothing where it declares nothing."""
+    """Returns the capabilities that the class of `collective` declares; none if it declares none."""
     declared = vars(type(collective)).get("capabilities")
     return declared if isinstance(declared, Capabilities) else Capabilities()
 
 
 class AllGather(Protocol):
-    """FSDP2's `Comm` for gathering: `output` has `group.size()` times the elements of `input`, which may be
-    its own slice of it.
+    """FSDP2's `Comm` for all-gather: `output` has `group.size()` times the elements of `input`, which may be a slice
+    of it.
     """
 
     def __call__(
@@ -63,10 +64,10 @@ class AllGather(Protocol):
 
 
 class ReduceScatter(Protocol):
-    """FSDP2's `Comm` for reduction: rank r receives the sum over ranks of slice r of `input`.
+    """FSDP2's `Comm` for reduce-scatter: rank r receives the sum over ranks of slice r of `input`.
 
-    `output` may be wider than `input` (fp32 from bf16): then the sum is taken in the wider dtype if the
-    implementation can.
+    `output` may have a wider dtype than `input` (fp32 from bf16). The sum is then computed in the wider dtype if the
+    implementation supports it.
     """
 
     def __call__(
@@ -81,25 +82,26 @@ class ReduceScatter(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardKey:
-    """Names one resting tensor of a rank. Moving happens a bucket at a time, so `name` is a bucket's."""
+    """Identifies one stored tensor of a rank. Tensors are stored by bucket, so `name` is the name of a bucket."""
 
     name: str
     kind: str
-    """"param", "master", "grad", or an optimizer state's name."""
+    """"param", "master", "grad", or the name of an optimizer state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reservation:
-    """A 1-D tensor that a store has to hold."""
+    """A 1-D tensor that a store must hold."""
 
     key: ShardKey
     partition: str
-    """Reservations of one call with the same partition rest side by side, in the order given, wherever memory
-    is addressable."""
+    """Reservations of one call with the same partition are contiguous, in the order given, if the store has
+    addressable memory.
+    """
     numel: int
     dtype: torch.dtype
     device: torch.device
-    """Where the model computes; the store decides where the tensor rests."""
+    """Device of the model; the store decides where the tensor is stored."""
 
 
 class ShardStore(Protocol):
@@ -129,10 +131,10 @@ class ShardStore(Protocol):
         """
 
     def release(self, key: ShardKey) -> None:
-        """Give the room back; the tensor must not be used afterwards."""
+        """Frees the tensor, which must not be used afterwards."""
 
     def close(self) -> None:
-        """Release everything; safe to call twice."""
+        """Frees everything. Safe to call twice."""
 
 
 class ShardStoreError(RuntimeError):
@@ -151,43 +153,43 @@ class MakesStaging(Protocol):
 
 @runtime_checkable
 class FusedStep(Protocol):
-    """An optimizer that unscales, clips, updates and copies out in one pass over memory."""
+    """An optimizer that unscales, clips, updates and copies in one pass over memory."""
 
     def step_fused(
         self, params: Sequence[Tensor], *, grad_scale: Tensor, out: Sequence[Tensor | None]
     ) -> None:
-        """Step `params`, any subset of the optimizer's, with gradients `p.grad * grad_scale`; write a copy of
-        the new value of `params[i]` to `out[i]` in its dtype.
+        """Steps `params`, any subset of the optimizer's parameters, with gradients `p.grad * grad_scale`. Writes a
+        copy of the new `params[i]` to `out[i]`, in the dtype of `out[i]`.
         """
 
 
 @runtime_checkable
 class SegmentStep(Protocol):
-    """An optimizer whose update of an element needs sums over its whole tensor, such as LAMB: two passes,
-    between which the sums are added over the ranks that hold parts.
+    """An optimizer whose update of an element needs sums over the whole tensor, such as LAMB. It has two passes; in
+    between, the sums are added over the ranks that hold parts of the tensor.
     """
 
     def segment_sums(self, params: Sequence[Tensor], *, grad_scale: Tensor) -> Tensor:
-        """First pass over `params` with gradients `p.grad * grad_scale`: update states.
+        """First pass over `params` with gradients `p.grad * grad_scale`: updates states.
 
         Returns:
-            fp64 on the CPU, shape (len(params), any): what is to be added over the parts of each tensor.
+            An fp64 CPU tensor of shape (len(params), any): the sums to add over the parts of each tensor.
         """
 
     def step_segments(self, params: Sequence[Tensor], sums: Tensor, *, out: Sequence[Tensor | None]) -> None:
-        """Second pass, with the sums over whole tensors; `out` as in `FusedStep`."""
+        """Second pass, with the sums over whole tensors: updates `params`. `out` as in `FusedStep`."""
 
 
 @runtime_checkable
 class WholeTensors(Protocol):
-    """An optimizer that works on whole tensors, at least in some of its groups."""
+    """An optimizer that needs whole tensors, at least in some of its groups."""
 
     def needs_whole(self, group: Mapping[str, Any]) -> bool:
-        """Whether the tensors of this parameter group must not be cut."""
+        """Whether the tensors of this parameter group must not be split among ranks."""
 
 
 class Norms(Protocol):
-    """Squared 2-norm of a list of tensors in fp64, and whether every element is finite."""
+    """Returns the squared 2-norm of a list of tensors in fp64, and whether every element is finite."""
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[float, bool]: ...
 
@@ -237,9 +239,9 @@ class InitialValues(Protocol):
         ...
 
     def hides(self, tensor: Tensor) -> bool:
-        """Whether the parameter has no values to read at this moment."""
+        """Whether the parameter has no readable values at the moment."""
         ...
 
     def own(self, tensor: Tensor) -> Tensor | None:
-        """This rank's slice while the parameter is divided, 1-D; None where there is none."""
+        """Returns this rank's 1-D slice while the parameter is sharded; None if it has none."""
         ...

@@ -1,1 +1,1 @@
-"""What a training loop calls: `shard`, clipping, `no_sync`, `destroy`, and the report of memory."""
+"""The functions for a training loop: `shard`, clipping, `no_sync`, `destroy`, and the memory report."""

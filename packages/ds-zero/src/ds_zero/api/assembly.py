@@ -1,4 +1,4 @@
-"""Everything that acts on the buckets of one model, put together in one order."""
+"""Assembles the objects that work on the buckets of a model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from ds_zero.state import ZeroState
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """What `shard` was asked for, with every default filled in."""
+    """The arguments of `shard`, with all defaults resolved."""
 
     stage: int
     config: ZeroConfig
@@ -49,11 +49,11 @@ class ShardJob:
     store: ShardStore
     norms: Norms
     abort: AbortFlag
-    """Stops the waiting for peers' memory when a rank is gone."""
+    """Ends waits for peer memory when a rank has died."""
 
 
 def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: ShardJob) -> ZeroState:
-    """The objects that gather, reduce and step the buckets. Nothing is hooked yet: see `install` and `attach`."""
+    """Constructs the objects that gather, reduce and step the buckets. `install` and `attach` add the hooks."""
     config, topology = job.config, job.topology
     watch = BackwardWatch()
     waiting = watch_ranks(topology.axes[0], topology.axes[1:], config.order_timeout_s, job.abort, job.device)
@@ -76,7 +76,7 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
     hooks = ModuleHooks(gathering, units, watch)
     watch.listen(
         at_begin=[param_grads.clear],
-        # Reductions come first: they may still read parameters that are gathered.
+        # Reductions come first, because they may still read gathered parameters.
         at_end=[reducer.end_backward, gathering.end_backward, param_grads.show],
         at_abort=[reducer.abort, gathering.abort],
     )
@@ -104,8 +104,8 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
 
 
 def install(model: nn.Module, state: ZeroState) -> None:
-    """Hook the model. The order matters where one module gets several hooks: gathering comes before the model's own
-    pre-hook, which waits for what was published.
+    """Adds hooks to the model. Their order matters if a module gets several: gathering comes before the model's own
+    pre-hook, which waits for updated parameters.
     """
     state.handles += state.reducer.install()
     state.handles += guard_state_dicts(model, state)
@@ -120,7 +120,7 @@ def install(model: nn.Module, state: ZeroState) -> None:
 
 
 def attach(optimizer: Optimizer, state: ZeroState) -> None:
-    """Hook the optimizer, whose groups hold the buckets' shards."""
+    """Adds hooks to the optimizer, whose groups contain the shards of the buckets."""
     state.optimizer = weakref.ref(optimizer)
     state.options.follow(optimizer)
     state.handles.append(note_steps(optimizer, state.waiting.log))
@@ -130,7 +130,7 @@ def attach(optimizer: Optimizer, state: ZeroState) -> None:
 
 
 def reduce_policy(config: ZeroConfig, stage: int) -> ReducePolicy:
-    """When and how gradients are reduced, as `config` says or as the stage suggests."""
+    """Returns when and how gradients are reduced, from `config` or the defaults of the stage."""
     plan = config.accumulation or ("local" if stage < 2 and not config.rank_invariant else "sharded")
     return ReducePolicy(
         reduction=plan,
@@ -156,8 +156,8 @@ def _names(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _before_forward(state: weakref.ref[ZeroState], check_abort: Callable[[], None]) -> Callable[..., None]:
-    """What the model's own pre-hook does: published parameters arrive, a broken backward is noticed, and what
-    `param.grad` shows makes way for torch.compile.
+    """Returns the model's own pre-hook: it waits for updated parameters, detects a failed backward, and removes the
+    handles in `param.grad` before torch.compile may trace them.
     """
 
     @opaque

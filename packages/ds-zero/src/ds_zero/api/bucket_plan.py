@@ -1,4 +1,4 @@
-"""From a model's parameters to the layouts of its buckets."""
+"""Computes the layouts of the buckets from a model's parameters."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def plan_layouts(
     unit_of: Mapping[str, str],
     rows: frozenset[int],
 ) -> tuple[BucketLayout, ...]:
-    """Divide the parameters into buckets. Those outside of `groups` are divided in stage 3 only.
+    """Divides the parameters into buckets. Parameters outside of `groups` are sharded only at stage 3.
 
     Args:
         groups: the parameters of each group of the optimizer.
-        undivided: for every group, whether its tensors stay whole.
+        undivided: for each group, whether its tensors stay whole on one rank.
         unit_of: name of a parameter -> the unit that gathers it; empty below stage 3.
-        rows: identities of parameters whose gradients travel by rows; empty without `sparse_gradients`.
+        rows: identities of parameters whose gradients are sent by rows; empty without `sparse_gradients`.
     """
     group_of = {id(p): g for g, group in enumerate(groups) for p in group}
     infos = []

@@ -1,10 +1,10 @@
-"""What a sharded model can be told: when parameters are gathered, when gradients are reduced, and by whom.
+"""Explicit control of a sharded model: when parameters are gathered, and when gradients are reduced.
 
 [Note: drivers]
-Module hooks gather and drop units in an ordinary loop. A pipeline executor does the same by actions of its schedule,
-and an optimizer that reduces gradients by itself switches reduction off. All drive the same objects (`Gatherer`,
-`UnitGathering`, `Reducer`); `Control` is how code outside of ds_zero reaches them. The names of its methods are those
-of torch's `FSDPModule`.
+In an ordinary loop, module hooks gather and drop units. A pipeline executor does this by actions of its schedule, and
+an optimizer that reduces gradients by itself turns reduction off. All use the same objects (`Gatherer`,
+`UnitGathering`, `Reducer`). Code outside of ds_zero uses them through `Control`, whose methods have the names of
+torch's `FSDPModule`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from ds_zero.state import ZeroState
 
 
 class Control:
-    """Controls a sharded model, or the part of it below one module; made by `control`.
+    """Controls a sharded model, or the part of it below one module. `control` makes it.
 
-    It may be asked for again at any time, and holds nothing by itself.
+    It has no state of its own, so it can be made again at any time.
     """
 
     def __init__(self, state: ZeroState, module: nn.Module, name: str, is_model: bool) -> None:
@@ -36,13 +36,14 @@ class Control:
     # --- parameters
 
     def unshard(self, async_op: bool = False) -> Work | None:
-        """Gather the parameters (stage 3; elsewhere they are whole anyway) until `reshard` or the next
-        `optimizer.step()`. They must not be written.
+        """Gathers the parameters until `reshard` or the next `optimizer.step()` (stage 3; at lower stages they are
+        always whole). They must not be written.
 
-        Module hooks leave alone what is gathered so. Calling it again has no effect. Collective.
+        Module hooks do not drop parameters that were gathered by this method. Calling it again has no effect.
+        Collective.
 
         Args:
-            async_op: return at once; the parameters may be read after `wait()` of what is returned.
+            async_op: return at once; the parameters may be read after `wait()` of the returned object.
         """
         state = self._live()
         state.waiting.log.note("unshard", self._name)
@@ -54,17 +55,17 @@ class Control:
         return None
 
     def reshard(self) -> None:
-        """Drop the gathered parameters, once no forward or backward that runs needs them. Collective."""
+        """Drops the gathered parameters as soon as no running forward or backward needs them. Collective."""
         state = self._live()
         state.waiting.log.note("reshard", self._name)
         state.gatherer.unpin(self._buckets)
 
     def set_reshard_after_forward(self, reshard_after_forward: bool, *, recurse: bool = True) -> None:
-        """Whether units are dropped between their forward and their backward (the default), which takes less memory and
-        gathers them twice. Alike on every rank.
+        """Sets whether units are dropped between forward and backward. True (the default) takes less memory and
+        gathers them twice. All ranks must pass the same value.
 
         Args:
-            recurse: for all units inside of the module, too.
+            recurse: apply it to all units inside of the module, too.
         """
         gathering = self._live().gathering
         inside = f"{self._name}." if self._name else ""
@@ -78,11 +79,12 @@ class Control:
     # --- gradients
 
     def set_requires_gradient_sync(self, requires_gradient_sync: bool, *, recurse: bool = True) -> None:
-        """Whether backwards from now on reduce gradients. Without, they add whole gradients on each rank, as in
-        `ds_zero.no_sync`; the first backward with it, or the next step, reduces them. Alike on every rank.
+        """Sets whether backwards from now on reduce gradients. With False they add whole gradients on each rank, as
+        in `ds_zero.no_sync`; the first backward with True, or the next step, reduces them. All ranks must pass the
+        same value.
 
         Raises:
-            ValueError: for a part of the model, whose gradients are reduced together with the others.
+            ValueError: this controls a part of the model, but gradients of the whole model are reduced together.
         """
         self._check_whole("set_requires_gradient_sync", recurse)
         self._live().reducer.requires_sync = requires_gradient_sync
@@ -94,21 +96,23 @@ class Control:
 
     @property
     def reduction(self) -> Reduction:
-        """When and by whom gradients are reduced."""
+        """When gradients are reduced."""
         return self._live().reducer.reduction
 
     def set_reduction(self, reduction: Reduction) -> None:
-        """Choose when and by whom gradients are reduced. Alike on every rank, between a step and the next backward.
+        """Sets when gradients are reduced. All ranks must call it with the same value, between a step and the next
+        backward.
 
         Args:
             reduction: "local": each rank adds whole gradients of its micro-batches, and the last backward before a step
-                reduces them. "sharded": every backward reduces, and each rank adds its shard. "none": nobody but the
-                optimizer: `optimizer.param_groups[g]["params"][i]` stays the whole 1-D fp32 master, and its `.grad` is
-                this rank's own gradient. The optimizer has to leave the same values on all ranks.
+                reduces them. "sharded": every backward reduces, and each rank adds its shard. "none": only the
+                optimizer reduces: `optimizer.param_groups[g]["params"][i]` is a whole 1-D fp32 master, and its
+                `.grad` is the gradient of this rank alone. After a step, the optimizer must have the same values on
+                all ranks.
 
         Raises:
-            ValueError: an unknown word; a part of the model; gradients that wait for a step; "none" where ranks own
-                parts of the masters (stages 1 to 3).
+            ValueError: an unknown value; this controls a part of the model; gradients wait for a step; or "none" at
+                stages 1 to 3, where masters are sharded.
         """
         self._check_whole("set_reduction", True)
         self._live().reducer.set_reduction(reduction)
@@ -116,8 +120,8 @@ class Control:
     def _check_whole(self, what: str, recurse: bool) -> None:
         if not self._is_model:
             raise ValueError(
-                f"{what} on module {self._name!r}: gradients of the whole model are reduced together, so ask for the "
-                "control of the model: ds_zero.control(model)"
+                f"{what} on module {self._name!r}: gradients of the whole model are reduced together; call it on "
+                "ds_zero.control(model)"
             )
         if not recurse:
             raise ValueError(f"{what}(recurse=False): gradients of the whole model are reduced together")
@@ -125,28 +129,28 @@ class Control:
     def _live(self) -> ZeroState:
         state = self._state()
         if state is None:
-            raise ValueError("the model of this control is not sharded any more (ds_zero.destroy?)")
+            raise ValueError("the model of this control is no longer sharded (was ds_zero.destroy called?)")
         return state
 
 
 class _Unsharding:
-    """The gathers that one `unshard` has started."""
+    """The gathers that one `unshard` call has started."""
 
     def __init__(self, state: ZeroState, buckets: Sequence[Bucket]) -> None:
         self._state, self._buckets = weakref.ref(state), list(buckets)
 
     def wait(self) -> None:
-        """Return when the parameters may be read."""
+        """Returns when the parameters may be read."""
         state = self._state()
         if state is None:
             return
         for bucket in self._buckets:
-            if state.gatherer.is_pinned(bucket):  # else it was resharded meanwhile
+            if state.gatherer.is_pinned(bucket):  # otherwise it was resharded in the meantime
                 state.gatherer.finish(bucket, late=True)
 
 
 def control(model: nn.Module, module: nn.Module | None = None) -> Control:
-    """The control of a sharded model, or of the part of it below `module`, [Note: drivers].
+    """Returns the control of a sharded model, or of the part of it below `module`, [Note: drivers].
 
     ::
 

@@ -1,4 +1,4 @@
-"""What `shard` was given, as text that ranks compare before the first message that depends on it."""
+"""Describes the arguments of `shard` as text, which ranks compare before the first message that depends on them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def require_same_job(
     ranks: Ranks,
     device: torch.device,
 ) -> None:
-    """Raise on every rank where ranks were given different arguments. Collective.
+    """Raises ValueError on every rank if ranks have different arguments. Collective.
 
     Args:
-        parts: further arguments, of which the types are compared.
+        parts: further arguments, whose types are compared.
     """
     if any(is_fake(p) for p in params.values()):
-        return  # of `plan`, which runs one rank
+        return  # in `plan`, which simulates one rank
     described = {"stage": str(stage)}
     described |= {f"ZeroConfig.{f.name}": _text(getattr(config, f.name)) for f in fields(config)}
     described |= {name: _text(type(value)) for name, value in parts.items()}
@@ -47,7 +47,7 @@ def require_same_job(
 
 
 def optimizer_description(params: Mapping[str, nn.Parameter], optimizer: Optimizer | None) -> dict[str, str]:
-    """Type, options and members of an optimizer over `params`."""
+    """Describes type, options and members of an optimizer over `params`."""
     if optimizer is None:
         return {"the optimizer": "None"}
     name_of = {id(p): fqn for fqn, p in params.items()}
@@ -59,7 +59,7 @@ def optimizer_description(params: Mapping[str, nn.Parameter], optimizer: Optimiz
 
 
 def _text(value: Any) -> str:
-    """The same in every process: functions by name, since their address differs."""
+    """Describes a value with the same text in every process: functions by name, since their addresses differ."""
     if callable(value):
         return str(getattr(value, "__qualname__", type(value).__qualname__))
     return repr(value)

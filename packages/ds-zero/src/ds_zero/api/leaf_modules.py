@@ -1,4 +1,4 @@
-"""Marks modules that stage 3 gathers whole."""
+"""Marks modules that stage 3 gathers as a whole."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ds_zero.layout.units import Leaf, leaf_names
 
 
 def set_leaf_modules(model: nn.Module, leaves: Sequence[Leaf]) -> list[nn.Module]:
-    """Mark modules that stage 3 gathers as a whole, with all modules inside them. Returns the marked modules.
+    """Marks modules that stage 3 gathers as a whole, with all their submodules. Returns the marked modules.
 
     Call it before `shard`, for modules that run different children on different ranks, such as mixtures of experts:
-    [Note: leaf modules]. Common ones are recognised without a mark. `ZeroConfig.leaf_modules` does the same.
+    [Note: leaf modules]. Common classes are detected automatically. `ZeroConfig.leaf_modules` does the same.
 
     Raises:
         ValueError: an entry that matches no module.

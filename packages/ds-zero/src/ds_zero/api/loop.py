@@ -1,6 +1,4 @@
-"""What a training loop calls besides `optimizer.step()`: clipping, `no_sync`, and taking everything apart
-again.
-"""
+"""Functions for a training loop: clipping, `no_sync`, and `destroy`."""
 
 from __future__ import annotations
 
@@ -19,21 +17,21 @@ from ds_zero.runtime.storage import GRAD
 
 
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale all gradients so that their global 2-norm is at most `max_norm`. Returns the norm before, a 0-dim fp32 CPU
-    tensor.
+    """Scales all gradients so that their global 2-norm is at most `max_norm`. Returns the norm before clipping, a
+    0-dim fp32 CPU tensor.
 
-    Replaces `torch.nn.utils.clip_grad_norm_`, which sees the shards of one rank only. Collective.
+    Use it instead of `torch.nn.utils.clip_grad_norm_`, which would use only the shards of one rank. Collective.
 
-    With `max_norm` 0 or inf it only computes the norm. The norm is that of unscaled gradients, whatever the loss scale.
-    `grad_norm(model)` returns it again, with the norm after clipping. If the optimizer has `step_fused`, the next
-    `step()` applies the factor, so `shard.grad` still has unclipped values. A backward after clipping adds to the
-    clipped gradients. See [Note: norm in fixed blocks] and [Note: units of a gradient].
+    With `max_norm` 0 or inf it only computes the norm. The norm is that of unscaled gradients, regardless of the loss
+    scale. `grad_norm(model)` returns it again, together with the norm after clipping. If the optimizer has
+    `step_fused`, the next `step()` applies the factor, so `shard.grad` still has unclipped values. A backward after
+    clipping adds to the clipped gradients. See [Note: norm in fixed blocks] and [Note: units of a gradient].
     """
     state = _registry.state_of(model)
     if state.reducer.reduction == "none":
         raise ValueError(
-            'clip_grad_norm_ with reduction="none": each rank has gradients of its own, which have no common norm '
-            "before the optimizer reduces them; clip in the optimizer"
+            'clip_grad_norm_ with reduction="none": gradients are not reduced yet, so they have no global '
+            "norm; clip in the optimizer"
         )
     pending = state.stepper.pending
     with state.comm.guard("clip_grad_norm_"):
@@ -47,10 +45,10 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def grad_norm(model: nn.Module) -> GradNorm | None:
-    """The last computed gradient norm, before and after clipping, without the loss scale.
+    """Returns the last computed gradient norm, before and after clipping, without the loss scale.
 
-    `clip_grad_norm_` computes it, and so does every step of a model with a `LossScaler`; None before the first time. It
-    is the same on every rank. No communication.
+    `clip_grad_norm_` computes it, and so does every step of a model with a `LossScaler`. None before the first time.
+    It is the same on every rank. Does not communicate.
     """
     return _registry.state_of(model).stepper.pending.last_norm
 
@@ -61,15 +59,14 @@ def set_presentation(
     gradients: Literal["handle", "nothing", "reduced"] | None = None,
     refuse_state_dict: bool | None = None,
 ) -> None:
-    """Choose what a sharded model shows to code that does not know ds_zero. None leaves a choice as it is.
+    """Sets what code that does not know ds_zero gets from a sharded model. None leaves a setting unchanged.
 
     Args:
-        gradients: what `param.grad` is between two backwards. "handle" (the default of `shard`): a tensor without
-            memory that raises when it is used. "nothing": None, as in DeepSpeed at stages 1 to 3. "reduced": the mean
-            over ranks where every rank has all of it (stage 0) and it is complete, else None; a change of it counts
-            in the next step.
-        refuse_state_dict: whether `model.state_dict()` raises at once while parameters are sharded (the default).
-            False: it gives tensors without memory for those, which raise when they are read.
+        gradients: the value of `param.grad` between two backwards. "handle" (the default of `shard`): a tensor
+            without memory that raises when it is used. "nothing": None, as in DeepSpeed at stages 1 to 3. "reduced":
+            at stage 0, the mean over ranks as soon as it is complete, else None; the next step uses changes of it.
+        refuse_state_dict: whether `model.state_dict()` raises while parameters are sharded (the default). False: it
+            returns tensors without memory for these, which raise when they are read.
     """
     state = _registry.state_of(model)
     away = next((b for b in state.buckets if b.storage.is_away(GRAD)), None)
@@ -97,8 +94,8 @@ def foreign_gradients(model: nn.Module) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Defer the reduction of gradients, at any stage: backwards inside the context add whole gradients on this rank, in
-    fp32. The first backward outside it, or the next step, reduces the sum.
+    """Context manager that defers the reduction of gradients, at any stage: backwards inside it add whole gradients
+    on this rank, in fp32. The first backward outside of it, or the next step, reduces the sum.
     """
     state = _registry.state_of(model)
     state.reducer.sync_depth += 1
@@ -109,10 +106,10 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 def destroy(model: nn.Module) -> None:
-    """Undo `shard`: remove its hooks, make parameters whole on every rank with the masters' values, and put them back
-    into the optimizer. Collective.
+    """Undoes `shard`: removes its hooks, makes parameters whole on every rank with the values of the masters, and
+    puts them back into the optimizer. Collective.
 
-    Optimizer states of stage 1 and above are dropped, since no rank has all of them.
+    Optimizer states of stages 1 to 3 are dropped, since no rank has all of them.
     """
     state = _registry.state_of(model)
     state.stepper.wait()

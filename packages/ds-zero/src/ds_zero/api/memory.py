@@ -1,4 +1,4 @@
-"""What each rank holds: by formula before, counted after."""
+"""The memory that each rank holds."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ class MemoryReport:
     """
 
     params_bytes: int
-    """Parameters in compute dtype: whole buckets, and this rank's shards of the others, secondary ones too."""
+    """Parameters in compute dtype: whole buckets, and this rank's shards of other buckets, including secondary
+    shards.
+    """
     masters_bytes: int
     """fp32 masters that are not the parameters themselves."""
     grads_bytes: int
-    """Reduced gradients on the shards, fp32, and whole ones of the local plan while they accumulate."""
+    """Reduced gradients of the shards, and whole gradients during local accumulation."""
     optimizer_bytes: int
     """Tensors in `optimizer.state` with at least one dimension."""
     buffers_bytes: int
     """The module's buffers."""
     gathered_bytes: int
-    """Stage-3 parameters that are gathered right now."""
+    """Stage-3 parameters that are gathered at the moment."""
 
     @property
     def total_bytes(self) -> int:
@@ -44,7 +46,7 @@ class MemoryReport:
         )
 
     def __str__(self) -> str:
-        """One line for each purpose that holds something, and their sum."""
+        """One line with each purpose that has memory, and the sum."""
         purposes = {field.name.removesuffix("_bytes"): getattr(self, field.name) for field in fields(self)}
         held = {name: num_bytes for name, num_bytes in purposes.items() if num_bytes} | {
             "total": self.total_bytes
@@ -54,7 +56,7 @@ class MemoryReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """How `shard` has divided a model: sizes and settings in effect."""
+    """How `shard` has divided a model: sizes and effective settings."""
 
     stage: int
     accumulation: str
@@ -63,15 +65,15 @@ class Summary:
     params_numel: int
     trainable_numel: int
     owned_numel: int
-    """Elements whose master and optimizer states this rank holds, padding included."""
+    """Number of elements whose masters and optimizer states this rank holds, including padding."""
     num_buckets: int
     num_gathered_buckets: int
-    """Buckets whose parameters are gathered while their module runs, and freed afterwards (stage 3)."""
+    """Number of buckets that are gathered while their module runs, and freed afterwards (stage 3)."""
     compute_dtypes: tuple[str, ...]
 
 
 def _bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
-    """Bytes of the distinct storages, each counted at its full size."""
+    """Returns the bytes of the distinct storages, each counted in full."""
     total = 0
     for tensor in tensors:
         if tensor is None or tensor.untyped_storage().nbytes() == 0:
@@ -84,7 +86,7 @@ def _bytes(tensors: Iterable[Tensor | None], seen: set[int]) -> int:
 
 
 def memory(model: nn.Module, optimizer: Optimizer) -> MemoryReport:
-    """The bytes that this rank holds now, counted from the storages that exist. Not collective."""
+    """Returns the bytes that this rank holds now, counted from existing storages. Not collective."""
     state = _registry.state_of(model)
     buckets = state.buckets
     seen: set[int] = set()
@@ -119,7 +121,7 @@ def memory(model: nn.Module, optimizer: Optimizer) -> MemoryReport:
 
 
 def describe(model: nn.Module) -> Summary:
-    """The settings in effect, and how the model was divided."""
+    """Returns the effective settings, and how the model was divided."""
     state = _registry.state_of(model)
     params = [p for b in state.buckets for p in b.params]
     return Summary(

@@ -1,4 +1,4 @@
-"""`shard`: turn a model and its optimizer into their sharded selves, in place."""
+"""`shard`: shards a model and its optimizer, in place."""
 
 from __future__ import annotations
 
@@ -90,35 +90,34 @@ def shard(
     mesh_for: MeshFor | None = None,
     model_parallel: ModelParallel | Group | None = None,
 ) -> M | tuple[M, O]:
-    """Divide optimizer states (stage 1), gradients (2) and parameters (3) among data-parallel ranks; stage 0
-    divides nothing.
+    """Shards optimizer states (stage 1), gradients (stage 2) and parameters (stage 3) among data-parallel ranks.
+    Stage 0 divides nothing.
 
-    The same objects are changed and returned. The loop stays as it was, except that `ds_zero.clip_grad_norm_` replaces
-    torch's; every entry of `optimizer.param_groups[g]["params"]` becomes a 1-D fp32 shard whose `.grad` is
-    the mean over ranks. Every rank starts with rank 0's values.
-    Collective: all ranks of `mesh` (default: all ranks of the process group, or this process alone) call it
-    with the same arguments, which is checked.
+    The same objects are changed and returned. The loop stays the same, except that `ds_zero.clip_grad_norm_` replaces
+    torch's. Every entry of `optimizer.param_groups[g]["params"]` becomes a 1-D fp32 shard, whose `.grad` is the mean
+    over ranks. All ranks get rank 0's values.
+    Collective: all ranks of `mesh` (default: all ranks of the process group, or this process alone) must call it with
+    the same arguments, which is checked.
 
     Args:
-        optimizer: an optimizer over parameters of `model`. Without one, make it afterwards over
-            `model.parameters()` and pass it to `shard_optimizer` before the first step.
-        mesh: the data axis: ranks that hold the same parameters and see different data. With two axes
-            (replicate, shard) buckets are divided inside a row only, and rows hold the same. A process group
-            serves, too.
-        store: where shards rest; default beside the model.
-        comm: the collectives; default direct and ordered on the CPU, the backend's elsewhere.
-        norms: squared norms for clipping; default torch in fp64 blocks.
-        mesh_for: gives parameters another data axis than the model's: experts, which only some ranks hold alike.
-            They are summed over their own ranks and divided by the size of the model's axis.
-        model_parallel: the ranks among which the model itself is cut; norms and overflow are shared with them.
+        optimizer: an optimizer over parameters of `model`. If None, make the optimizer afterwards over
+            `model.parameters()`, and pass it to `shard_optimizer` before the first step.
+        mesh: the data axis: ranks with the same parameters and different data. With two axes (replicate, shard),
+            buckets are sharded within a row, and rows are replicas. A process group is also accepted.
+        store: where shards are stored. Default: on the device of the model.
+        comm: the collectives. Default: direct and ordered on the CPU, the backend's on other devices.
+        norms: computes squared norms for clipping. Default: torch, in fp64 blocks.
+        mesh_for: returns another data axis for some parameters: experts, of which only some ranks hold the same.
+            Their gradients are summed over their own ranks, and divided by the size of the model's axis.
+        model_parallel: the model-parallel ranks; norms and overflow are shared among them.
 
     Returns:
-        `(model, optimizer)`; `model` alone where no optimizer was given.
+        `(model, optimizer)`; only `model` if no optimizer was given.
 
     Raises:
-        ValueError: an impossible stage or mesh, an optimizer that cannot work on shards, tensors that share
-            memory without being one parameter, a model that is sharded already; on every rank, if ranks were given
-            different models, optimizers or arguments.
+        ValueError: an invalid stage or mesh, an optimizer that cannot work on shards, different parameters that share
+            memory, or a model that is sharded already; on every rank, if ranks have different models, optimizers or
+            arguments.
 
     Source: Rajbhandari et al., ZeRO (SC 2020), sections 5 and 7.
     """
@@ -139,7 +138,7 @@ def shard(
     store = store or ResidentStore()
     comm = comm or default_comm(device, ordered=True if config.rank_invariant else config.ordered_reduction)
     parts = {"store": store, "comm": comm}
-    # Before the first message whose size or order depends on any of it.
+    # Checked before the first message whose size or order depends on it.
     require_same_job(params, optimizer, stage, config, parts, topology.axes[0], device)
     abort = AbortFlag()
     topology = numbered(topology, device)
@@ -167,22 +166,22 @@ def shard(
 
 
 def shard_optimizer(model: nn.Module, optimizer: O) -> O:
-    """Give an optimizer that was made after `shard(model, ...)` the shards in place of its parameters.
+    """Replaces the parameters of an optimizer that was made after `shard(model, ...)` by their shards.
 
-    The other order of FSDP2: `ds_zero.shard(model, stage=3)`, `optimizer = AdamW(model.parameters())`,
-    `ds_zero.shard_optimizer(model, optimizer)`. The same object is changed and returned. All parameters share the
-    buckets, whatever the optimizer's groups are; pass the optimizer to `shard` where each group is to be contiguous.
-    Collective.
+    For FSDP2's order: `ds_zero.shard(model, stage=3)`, `optimizer = AdamW(model.parameters())`,
+    `ds_zero.shard_optimizer(model, optimizer)`. The same object is changed and returned. Buckets do not follow the
+    optimizer's groups; pass the optimizer to `shard` if each group must be contiguous. Collective.
 
     Raises:
-        ValueError: the model has an optimizer already; one that leaves out parameters which require a gradient, or that
-            needs whole tensors where the model was sharded without `ZeroConfig(layout="whole")`; on every rank, if
-            ranks were given different optimizers.
+        ValueError: the model has an optimizer already; the optimizer leaves out parameters which require a gradient;
+            it needs whole tensors, but the model was sharded without `ZeroConfig(layout="whole")`; on every rank, if
+            ranks have different optimizers.
     """
     state = _registry.state_of(model)
     if state.optimizer is not None:
         raise ValueError(
-            "this model has its optimizer already: ds_zero.destroy(model) first, then shard it with the other one"
+            "this model has an optimizer already: call ds_zero.destroy(model) first, then shard it with the "
+            "other optimizer"
         )
     params = dict(model.named_parameters())
     check_optimizer(optimizer, model)
@@ -209,7 +208,7 @@ def shard_optimizer(model: nn.Module, optimizer: O) -> O:
 def _materialize(
     model: nn.Module, params: dict[str, nn.Parameter], optimizer: Optimizer | None, job: ShardJob
 ) -> ZeroState:
-    """Plan the buckets, move the model's values into them, and put together what works on them."""
+    """Plans the buckets, moves the model's values into them, and constructs the objects that work on them."""
     config, topology = job.config, job.topology
     materialize_buffers(model, job.device)
     if optimizer is not None:
