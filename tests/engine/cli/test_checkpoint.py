@@ -64,9 +64,9 @@ def test_verify_fails_where_latest_names_a_lost_checkpoint(tmp_path: Path) -> No
     for tag in ("first", "second"):
         assert ds("convert", GOLDEN, tmp_path, "--out-tag", tag)[0] == 0
     shutil.rmtree(tmp_path / "second")
-    with pytest.warns(UserWarning, match="'second', which is not there"):
+    with pytest.warns(UserWarning, match="'second', which does not exist"):
         code, text = ds("verify", tmp_path)
-    assert code == 1 and "'latest' names 'second', which is not there" in text and "1 problem" in text
+    assert code == 1 and "'latest' names 'second', which does not exist" in text and "1 problem" in text
     assert ds("verify", tmp_path, "--tag", "first")[0] == 0 and ds("verify", tmp_path / "first")[0] == 0
 
 

@@ -43,7 +43,7 @@ def test_the_equation_holds_or_the_error_offers_settings_that_work(
     except ConfigError as error:
         text = str(error)
         if train is None:
-            assert "give train_batch_size or train_micro_batch_size_per_gpu" in text
+            assert "set train_batch_size or train_micro_batch_size_per_gpu" in text
             return
         assert str(train) in text and f"ranks {ranks}" in text
         offered = text.split("Nearest settings that work: " if "Nearest" in text else "Change one of them: ")[

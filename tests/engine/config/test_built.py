@@ -198,7 +198,7 @@ def test_a_factor_beside_prescaling_has_no_effect() -> None:
     factor = {"train_batch_size": 8, "gradient_predivide_factor": 2.0}
     assert "gradient_predivide_factor" not in effectless(load(factor))
     assert (
-        "before the sum"
+        "prescale_gradients is true"
         in effectless(load({**factor, "prescale_gradients": True}))["gradient_predivide_factor"]
     )
 
@@ -206,7 +206,7 @@ def test_a_factor_beside_prescaling_has_no_effect() -> None:
 def test_offload_param_asks_for_nothing_below_stage_3() -> None:
     for stage in (0, 1, 2):
         config = load(config_with("zero_optimization.offload_param.device", "nvme", stage))
-        assert "whole on every rank" in effectless(config)["zero_optimization.offload_param.device"]
+        assert "the stage is below 3" in effectless(config)["zero_optimization.offload_param.device"]
     with pytest.raises(ConfigError, match="ds-offload will add"):
         load(config_with("zero_optimization.offload_param", {"device": "nvme", "nvme_path": "/x"}, 3))
 
@@ -279,7 +279,7 @@ def test_offload_chooses_where_states_rest() -> None:
 
 
 def test_a_vocabulary_that_tensor_cores_do_not_like() -> None:
-    with pytest.warns(UserWarning, match="50257: tensor cores work on multiples of 8, so 50264"):
+    with pytest.warns(UserWarning, match="50257: tensor cores work on multiples of 8 rows, so 50264"):
         load({"train_batch_size": 8, "vocabulary_size": 50257})
     with warnings.catch_warnings():
         warnings.simplefilter("error")

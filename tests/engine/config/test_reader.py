@@ -87,7 +87,7 @@ def test_forms(text: str, wanted: object) -> None:
         ('{"a": "x}', "the string is not closed on its line"),
         ('{"a": "\\x"}', "is not an escape"),
         ('{"a": "\\u12"}', "four hexadecimal digits"),
-        ("{a: AdamW, b: 1}", "put a text in quotation marks"),
+        ("{a: AdamW, b: 1}", "put a string in quotation marks"),
         ("{a: }", "is not a value"),
         ("/* for ever", "the comment is not closed"),
         ("{} {}", "there is text after the end"),

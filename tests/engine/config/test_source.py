@@ -77,7 +77,7 @@ def test_json_of_another_kind(tmp_path: Path) -> None:
 def test_no_text_at_all(tmp_path: Path) -> None:
     path = tmp_path / "ds_config.json"
     path.write_bytes(b"\xff\xfe\x00")
-    assert "not a text in UTF-8" in message(path)
+    assert "not UTF-8 text" in message(path)
 
 
 def test_a_missing_file_names_what_is_there(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     values = build().state_dict()
     torch.save(values | {"transformer.ln_f.bias": torch.zeros(3)}, tmp_path / "shape.pt")
     with pytest.raises(
-        ds_engine.CheckpointError, match=r"ln_f.bias is stored as \(3,\), the model has \(16,\)"
+        ds_engine.CheckpointError, match=r"ln_f.bias is stored as \(3,\), but the model has \(16,\)"
     ):
         ds_engine.init_inference(build(), checkpoint=str(tmp_path / "shape.pt"))
     torch.save(values | {"more": torch.zeros(3)}, tmp_path / "more.pt")

@@ -132,7 +132,7 @@ def test_what_cannot_be_is_refused(sections: dict[str, Any], wanted: str) -> Non
             "param_dtype differs from the dtype",
         ),
         ({"data_types": {"param_dtype": "fp16"}}, "param_dtype differs from the dtype"),
-        ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, "16-bit masters"),
+        ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, "16-bit master weights"),
         ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_optimizer_states"),
         ({"fp16": {"hysteresis": 0}}, "hysteresis is 0: it must be at least 1"),
         ({"fp16": {"loss_scale": -1}}, "loss_scale is -1"),

@@ -116,7 +116,7 @@ def test_a_full_disk_costs_lines_and_not_the_training(tmp_path: Path) -> None:
     made = Monitor([CsvWriter(folder), CsvWriter(tmp_path / "other")])
     (folder / "a.csv").symlink_to("/dev/full")
     with pytest.warns(
-        UserWarning, match=r"CsvWriter cannot write curves: \[Errno 28\] No space left.*goes on"
+        UserWarning, match=r"CsvWriter cannot write curves: \[Errno 28\] No space left.*Training continues"
     ):
         made.write_events([("a", 1.0, 8)])
     made.write_events([("a", 2.0, 16)])  # says nothing more: warnings are errors here

@@ -90,7 +90,7 @@ def test_custom_schedules_come_from_code() -> None:
                 "schedule_type": "fixed_discrete",
                 "schedule_config": {"difficulty": [1, 2], "max_step": [1, 2]},
             },
-            "2 difficulties need 1 max_step",
+            "2 difficulties need 1 values of max_step",
         ),
     ],
 )

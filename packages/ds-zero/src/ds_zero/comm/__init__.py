@@ -1,1 +1,1 @@
-"""Ranks and their messages: topology, collectives, peer memory, and the watch over ranks that stand still."""
+"""Ranks and their messages: topology, collectives, peer memory, and detection of stalled ranks."""

@@ -1,4 +1,4 @@
-"""Tells whether all ranks were given the same, before they rely on it."""
+"""Compares values over all ranks, before anything depends on them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _SHOWN = 5
 
 
 def digest(values: Mapping[str, str]) -> int:
-    """31 bits that depend on every name and value; the same in every process."""
+    """Returns a 31-bit hash of all names and values, which is the same in every process."""
     return zlib.crc32(repr(sorted(values.items())).encode()) & 0x7FFFFFFF
 
 
 def own_slot(ranks: Ranks, value: int) -> list[int]:
-    """One number a rank: `value` in the place of this rank and zeros elsewhere. Summed over `ranks.axes`, they are the
-    values of all ranks.
+    """Returns a tensor with one element per rank: `value` at this rank's index and zeros elsewhere. Summed over
+    `ranks.axes`, it contains the values of all ranks.
     """
     replicas = ranks.replicas
     place = ranks.rank + (replicas.rank * ranks.size if replicas is not None else 0)
@@ -40,16 +40,16 @@ def _exchanged(slots: Sequence[int], ranks: Ranks, device: torch.device) -> list
 def require_same(
     what: str, values: Mapping[str, str], ranks: Ranks | None, device: torch.device, remedy: str
 ) -> None:
-    """Compare `values` over `ranks`. Collective: one message of four bytes a rank where they are the same.
+    """Compares `values` over `ranks`. Collective: if they are equal, one message of four bytes per rank.
 
     Args:
-        what: the call, for the error.
-        ranks: those that compare; None: all of the default process group.
-        device: where messages travel.
-        remedy: the end of the error: what to do.
+        what: name of the call, for the error.
+        ranks: the ranks to compare; None: all ranks of the default process group.
+        device: device of the messages.
+        remedy: the last sentence of the error.
 
     Raises:
-        ValueError: on every rank, if any rank has others; names what differs, with each rank's value.
+        ValueError: on every rank, if values differ. The message names them, with the value of each rank.
         RuntimeError: another thread trains a model over one of these groups.
     """
     ranks = ranks_of(ranks)
@@ -64,7 +64,7 @@ def is_same(slots: Sequence[int], ranks: Ranks) -> bool:
 
 
 def differences(values: Mapping[str, str], ranks: Ranks) -> str:
-    """Which of `values` differ over `ranks`, and how. Collective."""
+    """Describes which of `values` differ over `ranks`, and how. Collective."""
     of_rank: list[Mapping[str, str]] = [values]
     for axis in ranks.axes:
         if axis.group is not None:
@@ -90,5 +90,5 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 def gathered_flags(own: bool, ranks: Ranks, device: torch.device) -> list[bool]:
-    """Every rank's flag on every rank. Collective."""
+    """Returns the flags of all ranks on every rank. Collective."""
     return [bool(flag) for flag in _exchanged(own_slot(ranks, int(own)), ranks, device)]

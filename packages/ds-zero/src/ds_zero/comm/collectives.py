@@ -34,7 +34,7 @@ _reduce_collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce
 
 
 class TorchAllGather:
-    """The backend's own collective."""
+    """The collective of the backend."""
 
     def __call__(
         self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -44,7 +44,7 @@ class TorchAllGather:
 
 
 class TorchReduceScatter:
-    """The backend's own collective; it sums in `input`'s dtype, in an order of its own."""
+    """The collective of the backend, which sums in the dtype of `input` and in its own order."""
 
     def __call__(
         self,
@@ -128,7 +128,7 @@ class Collectives:
 
 
 class Comm:
-    """All-gather and reduce-scatter for one model, with counts of the bytes sent."""
+    """All-gather and reduce-scatter for one model; counts the bytes that are sent."""
 
     def __init__(
         self,
@@ -151,18 +151,18 @@ class Comm:
         self.all_gather, self.reduce_scatter = all_gather, reduce_scatter
         self.axes = dict(axes or {})
         self.gathered_bytes = 0
-        """Bytes that this rank has sent in gathers since this object was made."""
+        """Bytes that this rank has sent in all-gathers since this object was constructed."""
         self.reduced_bytes = 0
-        """Bytes that this rank has sent in reductions."""
+        """Bytes that this rank has sent in reductions since this object was constructed."""
 
     def guard(self, what: str) -> AbstractContextManager[None]:
-        """A context around a collective that is not started by this object; `what` names it in error messages."""
+        """Context manager around a collective that this object does not start; `what` names it in error messages."""
         return nullcontext()
 
     def gather(
         self, whole: Tensor, ranks: Ranks, *, sizes: Sequence[int] | None = None, number: int = 0
     ) -> Work:
-        """Start to fill `whole` (1-D) with the slices of all ranks; it contains this rank's slice already.
+        """Starts to fill `whole` (1-D) with the slices of all ranks. `whole` must already contain this rank's slice.
 
         Args:
             sizes: number of elements of each rank's slice, if they differ.
@@ -195,7 +195,7 @@ class Comm:
         *,
         sizes: Sequence[int] | None = None,
     ) -> Work:
-        """Start to sum (or average) `whole` over the ranks; `out` receives this rank's slice of the result."""
+        """Starts to sum (or average) `whole` over the ranks. `out` receives this rank's slice of the result."""
         if ranks.group is None:
             out.copy_(whole)
             return Done()
@@ -216,7 +216,7 @@ class Comm:
 
     def takes_pieces(self, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether to call `reduce_pieces` instead of `reduce`: if ranks send directly to each other, and are so few
-        that each one's part of a gradient is large enough for a message of its own.
+        that a rank's part of a gradient is worth a separate message.
 
         Args:
             dtype: in which gradients travel.
@@ -238,8 +238,8 @@ class Comm:
         return self.axes[ranks.axis].reduce_scatter if ranks.axis in self.axes else self.reduce_scatter
 
     def all_reduce(self, whole: Tensor, ranks: Ranks, op: dist.ReduceOp.RedOpType) -> None:
-        """Replace `whole` by the sum over ranks: every rank reduces a slice, then slices are gathered, as in a
-        ring. The order of additions is that of `reduce`.
+        """Replaces `whole` by the sum over ranks: every rank reduces a slice, then the slices are gathered. The order
+        of additions is that of `reduce`.
         """
         if ranks.group is None:
             return
@@ -254,7 +254,7 @@ class Comm:
     def gather_slices(
         self, own: Tensor, ranks: Ranks, device: torch.device, sizes: Sequence[int] | None = None
     ) -> Tensor:
-        """All ranks' slices side by side in a new tensor on `device`; `own` is this rank's."""
+        """Returns a new tensor on `device` with the slices of all ranks, concatenated; `own` is this rank's slice."""
         numel = ranks.size * own.numel() if sizes is None else sum(sizes)
         whole = torch.empty(numel, dtype=own.dtype, device=device)
         whole[slice(*_range(numel, ranks, sizes))].copy_(own)
@@ -263,7 +263,7 @@ class Comm:
 
 
 def _range(numel: int, ranks: Ranks, sizes: Sequence[int] | None) -> tuple[int, int]:
-    """Where this rank's slice of `numel` elements lies."""
+    """Returns the range of this rank's slice of `numel` elements."""
     if sizes is None:
         each = numel // ranks.size
         return ranks.rank * each, (ranks.rank + 1) * each

@@ -1,9 +1,9 @@
-"""What each rank has run, in order, and what to conclude when ranks stand still: pure, no communication.
+"""Records what each rank has run, in order, and finds the cause when ranks stall: pure, without communication.
 
 [Note: order of modules]
-All ranks have to run the same modules in the same order. Every rank writes down what it runs (`OrderLog`, two
-list operations per unit and pass) and shows it to nobody. Only a rank that stands still makes a `Standing`
-of it, and `judge` compares those of all ranks: docs/notes/order-of-modules.md.
+All ranks must run the same modules in the same order. Every rank records what it runs (`OrderLog`, two list
+operations per unit and pass) without communication. Only a rank that stalls makes a `Standing` from its log, and
+`judge` compares those of all ranks: docs/notes/order-of-modules.md.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 KEPT = 512
-"""Events that a rank remembers."""
+"""Number of events that a log keeps."""
 SHOWN = 6
-"""Events on each side of a difference that a message shows."""
+"""Number of events before and after a difference that a message shows."""
 
 
 class RankOrderError(RuntimeError):
-    """The ranks ran different modules, or a rank stopped, so that a collective can never complete."""
+    """The ranks ran different modules, or a rank has ended, so that a collective can never complete."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that all ranks have to do together."""
+    """One action that all ranks must perform together."""
 
     what: str
     """"forward", "backward" or "step"."""
     unit: str
     """Module name, empty for the model itself."""
     step: int
-    """Optimizer steps before it."""
+    """Number of optimizer steps before it."""
 
     def __str__(self) -> str:
         if self.what == "step":
@@ -42,11 +42,11 @@ class Event:
 
 
 class OrderLog:
-    """The last events of one rank, and what it waits for."""
+    """The last events of one rank, and the message that it waits for."""
 
     def __init__(self) -> None:
         self.count = 0
-        """Events since `shard`."""
+        """Number of events since `shard`."""
         self.step = 0
         self.waiting = ""
         """The message it waits for; empty while it waits for none."""
@@ -66,20 +66,20 @@ class OrderLog:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Where one rank stands still."""
+    """Where one rank stalls."""
 
     rank: int
     count: int
-    """Events since `shard`; the last of them is the last of `recent`."""
+    """Number of events since `shard`; the last of them is the last of `recent`."""
     recent: tuple[Event, ...]
     waiting: str
-    """What ds_zero waits for there; empty where it does not."""
+    """The message that ds_zero waits for; empty if it waits for none."""
     blocked: bool
-    """Whether it waits for other ranks, in ds_zero or in a torch.distributed function."""
+    """Whether the rank waits for other ranks, in ds_zero or in a function of torch.distributed."""
     where: str
-    """The user's line."""
+    """The line of the user's code."""
     beat: int = 0
-    """Grows while the rank goes on standing there."""
+    """Increases as long as the rank stalls there."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -91,37 +91,37 @@ class Standing:
         return Standing(**fields)
 
     def at(self, index: int) -> Event | None:
-        """Event number `index` since `shard`, if it has happened and is remembered."""
+        """Returns event number `index` since `shard`, if it has happened and is kept."""
         place = index - (self.count - len(self.recent))
         return self.recent[place] if 0 <= place < len(self.recent) else None
 
     @property
     def step(self) -> int:
-        """Optimizer steps before the last event."""
+        """Number of optimizer steps before the last event."""
         return self.recent[-1].step if self.recent else 0
 
 
 def first_difference(standings: Sequence[Standing]) -> int | None:
-    """Number of the first event, among those that all remember, that ranks do not share; None where the
-    shorter sequences begin the longer ones.
+    """Returns the number of the first event that differs, among those that all logs keep; None if the shorter
+    sequences are prefixes of the longer ones.
     """
     begin = max(s.count - len(s.recent) for s in standings)
     for index in range(begin, max(s.count for s in standings)):
         found = {(e.what, e.unit) for s in standings if (e := s.at(index)) is not None}
         if len(found) > 1:
             return index
-    if begin > min(s.count for s in standings):  # nothing remembered in common
+    if begin > min(s.count for s in standings):  # the logs do not overlap
         return begin
     return None
 
 
 def judge(standings: Mapping[int, Standing], size: int, *, patient: bool) -> str | None:
-    """The message with which every rank should raise, or None where waiting may still help.
+    """Returns the message of the error that every rank should raise, or None if waiting may still help.
 
     Args:
-        standings: of the ranks that stand still; others are at work.
-        patient: whether so much time has passed that ranks in the same order count as stuck, too: one that is
-            behind may only be slow, and one that waits elsewhere may still come.
+        standings: those of the stalled ranks; the other ranks are running.
+        patient: whether enough time has passed to treat ranks that ran the same events as stuck. Before that, a rank
+            that is behind may only be slow.
     """
     found = [standings[rank] for rank in sorted(standings)]
     if len(found) < size or size < 2 or not all(s.blocked for s in found):
@@ -144,9 +144,9 @@ def _differs(found: Sequence[Standing], index: int) -> str:
     lines = [
         f"ranks run modules in different order and wait for each other: in step {step}, {parts}.",
         *(_line(s, index) for s in found),
-        "Every rank has to run the same modules in the same order. Where ranks choose (experts, branches), name "
-        "the module around the choice in ZeroConfig(leaf_modules=...), or run what is not chosen with an empty "
-        "input.",
+        "Every rank must run the same modules in the same order. If ranks choose between modules (experts, "
+        "branches), add the module that contains the choice to ZeroConfig(leaf_modules=...), or run the other "
+        "modules with an empty input.",
     ]
     return "\n".join(lines)
 
@@ -159,13 +159,13 @@ def _stands(found: Sequence[Standing]) -> str:
     first = (
         f"{name_ranks([s.rank for s in behind])} stopped while {name_ranks(leaders)} went on"
         if behind
-        else f"{name_ranks([s.rank for s in (waiting or found)])} wait for what the others do not send"
+        else f"{name_ranks([s.rank for s in (waiting or found)])} wait for messages that the others do not send"
     )
     lines = [
         f"ranks wait for each other: {first}.",
         *(_line(s, min(x.count for x in found)) for s in found),
-        "Every rank has to run the same number of forwards, backwards and steps: give all ranks the same number of "
-        "batches (DistributedSampler with drop_last=True), and call collectives on all ranks alike.",
+        "Every rank must run the same number of forwards, backwards and steps: give all ranks the same number of "
+        "batches (DistributedSampler with drop_last=True), and call collectives on all ranks.",
     ]
     return "\n".join(lines)
 
@@ -186,13 +186,13 @@ def _line(standing: Standing, index: int) -> str:
 
 
 def lost(standings: Mapping[int, Standing], size: int, error: str) -> str:
-    """The message where a connection broke: some rank's process has ended, or left the group."""
+    """Returns the message for a broken connection: the process of a rank has ended, or left the group."""
     silent = [rank for rank in range(size) if rank not in standings]
     found = [standings[rank] for rank in sorted(standings)]
     index = min((s.count for s in found), default=0)
     who = (
-        f"{name_ranks(silent)} do not answer: the process or its machine has ended, or it has left the process group, "
-        "or is at work elsewhere"
+        f"{name_ranks(silent)} do not answer: the process or its machine has ended, has left the process group, "
+        "or is busy elsewhere"
         if silent
         else "all ranks answer"
     )
@@ -202,5 +202,5 @@ def lost(standings: Mapping[int, Standing], size: int, error: str) -> str:
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """As words: "rank 1", "ranks 0, 2"."""
+    """Formats ranks: "rank 1", "ranks 0, 2"."""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

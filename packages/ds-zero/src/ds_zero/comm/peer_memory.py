@@ -1,4 +1,4 @@
-"""Slices that ranks on one machine copy straight out of each other's memory.
+"""Ranks on one machine copy slices directly from each other's memory.
 
 [Note: peer memory]
 When two processes of one machine send each other a slice over TCP, threads of the backend copy it twice, packet by
@@ -36,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _RING = 64
-"""Descriptors from one rank to another that its mailbox holds at once."""
+"""Maximum number of descriptors from one rank to another in its mailbox."""
 _SLOT, _HEAD = 3, 8
 """Words of a ring entry (tag, address of the descriptor, number of tensors), and of the head of a block."""
 _OFFERED, _TAKEN, _DOORBELL, _WAITERS, _TOKEN = 0, 1, 2, 3, 4
@@ -44,11 +44,11 @@ _OFFERED, _TAKEN, _DOORBELL, _WAITERS, _TOKEN = 0, 1, 2, 3, 4
 sleep until the other rank changes something, and the random number that identifies the mailbox."""
 _BLOCK = _HEAD + _RING * _SLOT
 _MOST_PARTS = 512
-"""Tensors copied in one system call; Linux takes 1024."""
+"""Maximum number of tensors per system call; Linux permits 1024."""
 _POLL_S = 0.1
-"""How often a waiting rank checks that the other one is alive."""
+"""Seconds between two checks of a waiting rank that the other rank is alive."""
 _LIMIT_S = 1800.0
-"""The longest wait, that of torch's process groups; the watch over ranks usually ends it earlier."""
+"""Maximum wait in seconds, as in torch's process groups; the detection of stalled ranks usually ends it earlier."""
 _SYS_FUTEX: Mapping[str, int] = {"x86_64": 202}
 """Number of the system call. Only processors that show stores to others in the order in which they were made: an entry
 must be complete when it is counted.
@@ -84,7 +84,7 @@ class _System:
 
 @functools.cache
 def _system() -> _System | None:
-    """None where one of them is missing."""
+    """Returns None if one of the system calls is missing."""
     number = _SYS_FUTEX.get(os.uname().machine) if hasattr(os, "uname") else None
     if number is None or not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
         return None
@@ -102,10 +102,10 @@ def _system() -> _System | None:
 
 
 def copy_from(pid: int, addresses: Sequence[int], tensors: Sequence[Tensor]) -> None:
-    """Fill contiguous CPU `tensors` with what lies at `addresses` in process `pid`.
+    """Fills contiguous CPU `tensors` from `addresses` in process `pid`.
 
     Raises:
-        OSError: the process is gone, may not be read, or has nothing at an address.
+        OSError: the process has ended, its memory must not be read, or an address is not mapped.
     """
     system = _system()
     if system is None:
@@ -124,7 +124,7 @@ def _parts(addresses: Sequence[int], tensors: Sequence[Tensor]) -> list[_Part]:
 
 
 def _move(call: Callable[..., int], pid: int, todo: list[_Part]) -> None:
-    """Let the kernel copy between this process and another one."""
+    """Copies between this process and another one by a system call."""
     while todo:
         now = todo[:_MOST_PARTS]
         here = (_Range * len(now))(*[_Range(own, length) for own, _, length in now])
@@ -140,7 +140,7 @@ def _move(call: Callable[..., int], pid: int, todo: list[_Part]) -> None:
 
 
 def _rest(parts: Sequence[_Part], copied: int) -> list[_Part]:
-    """The parts that remain after `copied` bytes: the kernel may stop anywhere."""
+    """Returns the parts that remain after `copied` bytes; the kernel may stop anywhere."""
     left = []
     for own, other, length in parts:
         done = min(length, copied)
@@ -159,14 +159,14 @@ _FETCHED = ctypes.c_int64(1)
 
 
 class AbortFlag:
-    """Ends the waits of this process for its peers, once `raised` is set."""
+    """Ends all waits of this process for its peers once `raised` is set."""
 
     def __init__(self) -> None:
         self.raised = False
 
 
 class _Mailbox:
-    """One rank's shared page: a block of words for each rank of the group. Only its owner writes."""
+    """The shared page of one rank: a block of words for each rank of the group. Only its owner writes."""
 
     def __init__(self, file: int, size: int) -> None:
         self._map = mmap.mmap(file, size * _BLOCK * 8)
@@ -174,19 +174,21 @@ class _Mailbox:
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     def wake(self, block: int) -> None:
-        """Wake the threads that sleep on the doorbell of a block."""
+        """Wakes the threads that sleep on the doorbell of a block."""
         system = _system()
         assert system is not None
         where = self._address + (block * _BLOCK + _DOORBELL) * 8
         system.call(system.futex, ctypes.c_void_p(where), _FUTEX_WAKE, _ALL_WAITERS, None, None, 0)
 
     def sleep(self, block: int, heard: int, seconds: float) -> None:
-        """Return once the doorbell has been rung more often than `heard` times, or after `seconds`."""
+        """Returns once the doorbell has been rung more than `heard` times, or after `seconds`."""
         system = _system()
         assert system is not None
         where = ctypes.c_void_p(self._address + (block * _BLOCK + _DOORBELL) * 8)
         limit = ctypes.byref(_Time(int(seconds), int(seconds % 1 * 1e9)))
-        low = ctypes.c_uint32(heard & 0xFFFFFFFF)  # a futex is the low half of the word: x86 is little-endian
+        low = ctypes.c_uint32(
+            heard & 0xFFFFFFFF
+        )  # a futex is the lower half of the word, since x86 is little-endian
         system.call(system.futex, where, _FUTEX_WAIT, low, limit, None, 0)
 
 
@@ -218,7 +220,7 @@ class _Peer:
 
 
 class PeerMemory:
-    """The ranks of one group whose memory this rank can read and that can read its own."""
+    """The ranks of one group that can read this rank's memory, and whose memory this rank can read."""
 
     def __init__(self, rank: int, mailbox: _Mailbox, peers: Sequence[_Peer], abort: AbortFlag) -> None:
         self.abort = abort
@@ -232,7 +234,7 @@ class PeerMemory:
         return rank in self._peers
 
     def offer(self, rank: int, tag: int, tensors: Sequence[Tensor]) -> Descriptor:
-        """Let `rank` fetch contiguous `tensors`. Descriptor and tensors are kept alive until `wait_fetched`."""
+        """Offers contiguous `tensors` to `rank`. Descriptor and tensors are kept alive until `wait_fetched`."""
         peer = self._peers[rank]
         descriptor = _new_descriptor(len(tensors))
         descriptor[:-1] = [w for t in tensors for w in (t.data_ptr(), t.nbytes)]
@@ -251,7 +253,7 @@ class PeerMemory:
             return peer.expected[tag] - 1
 
     def fetch(self, rank: int, tag: int, number: int, tensors: Sequence[Tensor]) -> None:
-        """Wait for an entry of `rank` and copy what it names into `tensors`.
+        """Waits for an entry of `rank`, and copies its tensors into `tensors`.
 
         Raises:
             RuntimeError: the rank has ended or offers tensors of other sizes, or the wait was aborted.
@@ -274,7 +276,7 @@ class PeerMemory:
             _move(system.read, peer.pid, _parts(descriptor[:-1:2], tensors))
             end = address + ctypes.sizeof(descriptor) - ctypes.sizeof(_FETCHED)
             _move(system.write, peer.pid, [(ctypes.addressof(_FETCHED), end, ctypes.sizeof(_FETCHED))])
-            if _has_ended(peer.alive):  # its process id may be that of another process by now
+            if _has_ended(peer.alive):  # its process id may belong to another process now
                 raise OSError("the process has ended")
         except OSError as error:
             raise RuntimeError(
@@ -285,7 +287,7 @@ class PeerMemory:
             self._ring_doorbell(peer)
 
     def wait_fetched(self, rank: int, descriptor: Descriptor) -> None:
-        """Return once `rank` has fetched what the descriptor names; the tensors may change afterwards."""
+        """Returns once `rank` has fetched the tensors of the descriptor, which may be changed afterwards."""
         self._until(self._peers[rank], lambda: descriptor[-1] != 0)
         with self._lock:
             del self._lent[ctypes.addressof(descriptor)]
@@ -301,7 +303,7 @@ class PeerMemory:
             self._board.wake(peer.rank)
 
     def _publish(self, peer: _Peer) -> None:
-        """Post entries as far as the ring has room. The lock is held."""
+        """Posts entries as long as the ring has room. The lock is held."""
         words, block = self._board.words, peer.rank * _BLOCK
         while peer.later and peer.made - peer.mailbox.words[self._rank * _BLOCK + _TAKEN] < _RING:
             slot = block + _HEAD + peer.made % _RING * _SLOT
@@ -311,7 +313,7 @@ class PeerMemory:
             self._ring_doorbell(peer)
 
     def _take(self, peer: _Peer) -> None:
-        """Read new entries, which makes room for more. The lock is held."""
+        """Reads new entries, which frees room in the ring. The lock is held."""
         words, block = peer.mailbox.words, self._rank * _BLOCK
         before = peer.taken
         while peer.taken < words[block + _OFFERED]:
@@ -324,7 +326,7 @@ class PeerMemory:
             self._board.words[peer.rank * _BLOCK + _TAKEN] = peer.taken
 
     def _progress(self) -> bool:
-        """Read and post entries of all peers; whether some still wait for room."""
+        """Reads and posts entries of all peers. Returns whether some still wait for room."""
         with self._lock:
             for peer in self._peers.values():
                 self._take(peer)
@@ -332,7 +334,7 @@ class PeerMemory:
             return any(p.later for p in self._peers.values())
 
     def _until(self, peer: _Peer, ready: Callable[[], bool]) -> None:
-        """Wait until the peer has made `ready` true."""
+        """Waits until the peer has made `ready` true."""
         bell = self._rank * _BLOCK + _DOORBELL
         begun = 0.0
         while True:
@@ -370,7 +372,7 @@ def _has_ended(pidfd: int) -> bool:
 
 
 class Exchange:
-    """The tensors that one rank exchanges with its peers in one operation. Waited for like a `dist.Work`."""
+    """The tensors that one rank exchanges with its peers in one operation, which is waited for like a `dist.Work`."""
 
     def __init__(self, neighbours: PeerMemory, tag: int) -> None:
         self._peer_memory, self._tag = neighbours, tag
@@ -378,7 +380,7 @@ class Exchange:
         self._outgoing: list[tuple[int, Descriptor]] = []
 
     def reaches(self, rank: int) -> bool:
-        """Whether tensors to and from `rank` need no message."""
+        """Whether tensors to and from `rank` are exchanged without messages."""
         return self._peer_memory.knows(rank)
 
     def receive(self, rank: int, tensors: Sequence[Tensor]) -> None:
@@ -387,18 +389,18 @@ class Exchange:
             self._incoming.append((rank, self._peer_memory.expect(rank, self._tag), tensors))
 
     def send(self, rank: int, tensors: Sequence[Tensor]) -> None:
-        """Let `rank` fetch `tensors`, which must not change before `wait_sent` returns."""
+        """Offers `tensors` to `rank`. They must not change before `wait_sent` returns."""
         if tensors:
             self._outgoing.append((rank, self._peer_memory.offer(rank, self._tag, tensors)))
 
     def wait_received(self) -> None:
-        """Fetch all that is expected."""
+        """Fetches all expected tensors."""
         while self._incoming:
             rank, number, tensors = self._incoming.pop(0)
             self._peer_memory.fetch(rank, self._tag, number, tensors)
 
     def wait_sent(self) -> None:
-        """Return once the others have fetched all that was sent."""
+        """Returns once the peers have fetched all offered tensors."""
         while self._outgoing:
             rank, descriptor = self._outgoing.pop(0)
             self._peer_memory.wait_fetched(rank, descriptor)
@@ -409,9 +411,9 @@ class Exchange:
 
 
 def connect(group: dist.ProcessGroup, device: torch.device, abort: AbortFlag) -> PeerMemory | None:
-    """Find out which ranks of `group` can read and write each other's memory. Collective; None where none can.
+    """Finds out which ranks of `group` can read and write each other's memory. Collective. Returns None if none can.
 
-    No rank raises where the system refuses: it then sends messages, and so do the others to it.
+    If the system refuses access, no rank raises; messages are used instead.
     """
     if device.type != "cpu" or "gloo" not in _backend(group):
         return None
@@ -434,7 +436,9 @@ def connect(group: dist.ProcessGroup, device: torch.device, abort: AbortFlag) ->
 
 
 def _new_mailbox(size: int, token: int) -> tuple[int, _Mailbox | None]:
-    """A file descriptor and the mailbox mapped from it; -1 and None where the system has no such thing or refuses."""
+    """Returns a file descriptor and the mailbox mapped from it; -1 and None if the system does not support or permit
+    it.
+    """
     if _system() is None:
         return -1, None
     try:
@@ -452,7 +456,7 @@ def _new_mailbox(size: int, token: int) -> tuple[int, _Mailbox | None]:
 
 
 def _try(rank: int, contact: Sequence[int], size: int, own: int) -> _Peer | None:
-    """Rank `rank`, if rank `own` can read and write its memory and open its mailbox."""
+    """Returns the peer `rank` if rank `own` can read and write its memory and open its mailbox."""
     pid, address, token, scratch, file = contact
     system = _system()
     if system is None or file < 0:
@@ -461,8 +465,8 @@ def _try(rank: int, contact: Sequence[int], size: int, own: int) -> _Peer | None
     try:
         copy_from(pid, [address], [seen])
         if int(seen) != token:
-            return None  # a process of another machine has that number there
-        # Reading may be allowed where writing is not, and fetched entries are marked by a write.
+            return None  # the process id belongs to another machine
+        # Reading may be permitted without writing, but fetched entries are marked by a write.
         _move(system.write, pid, [(seen.data_ptr(), scratch + own * seen.nbytes, seen.nbytes)])
         opened = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR)
         try:

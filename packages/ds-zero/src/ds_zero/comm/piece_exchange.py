@@ -1,11 +1,11 @@
-"""Reduces a bucket straight from the gradients that autograd made.
+"""Reduces a bucket directly from the gradients of autograd.
 
 [Note: gradients where they lie]
-Putting gradients side by side costs a read and a write of the whole model every step, into memory that is new each
-time. Here the parts of a gradient that belong to other ranks' slices are sent from where autograd put them: large
-ones as messages of their own, the small ones of a slice together. What arrives is added to the own parts in the
-order of [Note: ordered reduction], so the result has the bits that one flat message would give, and as many bytes
-travel.
+Copying gradients into a flat buffer reads and writes the whole model in every step, and needs new memory each time.
+Here the parts of a gradient that belong to other ranks' slices are sent from the memory in which autograd stored
+them: large parts as separate messages, the small parts of a slice together. Received parts are added to the own parts
+in the order of [Note: ordered reduction], so the result is bitwise that of one flat message, and the same number of
+bytes is sent.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from ds_zero.layout.buckets import BucketLayout, Piece, piece_of
 from ds_zero.tensors.large_pages import in_large_pages
 
 LARGE_NUMEL = 1 << 16
-"""Elements from which copying a part costs more than a message of its own."""
+"""Number of elements from which copying a part costs more than a separate message."""
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What one rank's slice holds of every slot."""
+    """The parts of every slot in one rank's slice."""
 
     large: tuple[tuple[int, Piece], ...]
-    """(slot, piece) of those that travel alone."""
+    """(slot, piece) of the parts that are sent as separate messages."""
     small: tuple[tuple[int, Piece], ...]
     sizes: tuple[int, ...]
-    """Elements of each message; the last one has all small pieces."""
+    """Number of elements of each message; the last message contains all small pieces."""
     gaps: tuple[tuple[int, int], ...]
     """Ranges of the slice that belong to no slot."""
 
     def messages(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """What is sent of `grads` to the rank whose share this is."""
+        """Returns the messages from `grads` to the rank with this slice."""
         found = [_part(grads, i, p) for i, p in self.large]
         if self.small:
             found.append(torch.cat([_part(grads, i, p) for i, p in self.small]))
@@ -70,17 +70,17 @@ class PieceReduce:
         self._ranks = ranks
         self._shares = [_share(layout, r) for r in range(ranks.size)]
         self.sent_numel = sum(sum(s.sizes) for r, s in enumerate(self._shares) if r != ranks.rank)
-        """Elements that this rank sends in one reduction."""
+        """Number of elements that this rank sends in one reduction."""
 
     def start(self, out: Tensor, grads: Sequence[Tensor], mean: bool) -> Work:
-        """Begin to sum or average `grads`, one flat tensor a slot, over ranks; `out` becomes this rank's slice of the
-        result. `grads` must not be changed until the work is over.
+        """Starts to sum or average `grads`, one flat tensor per slot, over the ranks. `out` receives this rank's
+        slice of the result. `grads` must not be changed until the operation has finished.
         """
         rank, size, group = self._ranks.rank, self._ranks.size, self._ranks.group
         mine = self._shares[rank]
         received = in_large_pages(grads[0].new_empty(size - 1, sum(mine.sizes)))
         rows = [list(row.split(mine.sizes)) if mine.sizes else [] for row in received]
-        sent: list[Tensor] = []  # must live until it has gone, whatever the backend keeps
+        sent: list[Tensor] = []  # must stay alive until it is sent, because the backend may not keep it alive
 
         def to(peer: int) -> list[Tensor]:
             messages = self._shares[peer].messages(grads)
@@ -101,7 +101,7 @@ class PieceReduce:
 
 
 def _add_up(share: _Share, rows: list[list[Tensor]], out: Tensor, scale: float) -> None:
-    """Sum the messages of all ranks, `rows`, into this rank's slice."""
+    """Sums the messages of all ranks, `rows`, into this rank's slice."""
     for number, (_, piece) in enumerate(share.large):
         target = out[piece.offset : piece.offset + piece.numel]
         sum_tree([row[number] for row in rows], target, scale)

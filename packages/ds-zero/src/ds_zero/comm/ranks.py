@@ -1,4 +1,4 @@
-"""The ranks among which something is sharded, as a value."""
+"""The ranks of a sharded axis, as a value."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ds_zero.comm.peer_memory import AbortFlag, PeerMemory, connect
 
 
 class SimulatedGroup(dist.ProcessGroup):
-    """A process group without other processes, on which `plan` runs this package. It divides itself: there is
-    nobody with whom a new group could be agreed on.
+    """A process group without other processes, with which `plan` runs this package. It makes its own subgroups,
+    because there is no other process with which to create one.
     """
 
     def part(self, size: int) -> SimulatedGroup:
@@ -28,48 +28,49 @@ that divide what `mesh_for` gives a mesh of its own; those that hold secondary c
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that divide buckets among themselves, seen from one of them; `group` is None for a single
-    rank, which never communicates.
+    """The ranks among which buckets are sharded, and this rank's index; `group` is None for a single rank, which
+    never communicates.
     """
 
     group: dist.ProcessGroup | None
     rank: int
     size: int
     replicas: Ranks | None = None
-    """The ranks that hold the same slices as this one, in other groups of the same form; None: nobody else
-    does."""
+    """The ranks of other groups that hold the same slices as this rank; None: no other rank does."""
     mean_over: int = 0
-    """Number of ranks over whose gradients the mean is taken; 0: all of these, replicas included."""
+    """Number of ranks over which gradients are averaged; 0: all of these ranks, including replicas."""
     part: tuple[int, int] = (0, 1)
-    """Index of these ranks among the sets that hold different values under the same names, and the number of sets."""
+    """Index of this set of ranks among the sets that hold different values under the same names, and the number of
+    sets.
+    """
     axis: str = "data"
     """Which of `AXES` they are, for a `Comm` with collectives of their own for some."""
     peer_memory: PeerMemory | None = field(default=None, compare=False, repr=False)
-    """The peers whose memory can be read; None before `discover_peers`, and where there are none."""
+    """The peers whose memory can be read; None before `discover_peers`, and if there are none."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the one rank that speaks for all of them."""
+        """Whether this is the first rank, also among replicas."""
         return self.rank == 0 and (self.replicas is None or self.replicas.rank == 0)
 
     @property
     def total(self) -> int:
-        """Ranks in all replicas together."""
+        """Number of ranks in all replicas together."""
         return self.size * (self.replicas.size if self.replicas is not None else 1)
 
     @property
     def divisor(self) -> int:
-        """What a sum of gradients is divided by to be their mean."""
+        """Divisor of a sum of gradients that gives their mean."""
         return self.mean_over or self.total
 
     @property
     def axes(self) -> tuple[Ranks, ...]:
-        """The groups over which one after the other something is told to everybody."""
+        """The groups over which, one after the other, a value is sent to all ranks."""
         return (self,) if self.replicas is None else (self, self.replicas)
 
 
 def discover_peers(ranks: Ranks, device: torch.device, abort: AbortFlag) -> Ranks:
-    """The same ranks, with the peer memory that can be read. Collective."""
+    """Returns the same ranks, with the peers whose memory can be read. Collective."""
     replicas = discover_peers(ranks.replicas, device, abort) if ranks.replicas is not None else None
     if ranks.group is None:
         return replace(ranks, replicas=replicas)
@@ -81,7 +82,7 @@ ALONE = Ranks(None, 0, 1)
 _NOT_DATA = frozenset(
     "tensor tp model mp pipe pipeline pp expert ep sequence seq sp context cp".split()  # noqa: SIM905
 )
-"""Names of mesh axes along which a model is cut: their ranks hold different parameters or see the same data."""
+"""Names of model-parallel mesh axes: their ranks hold different parameters, or process the same data."""
 
 
 def _of_group(group: dist.ProcessGroup | None, replicas: Ranks | None = None) -> Ranks:
@@ -91,18 +92,19 @@ def _of_group(group: dist.ProcessGroup | None, replicas: Ranks | None = None) ->
 
 
 Group = DeviceMesh | dist.ProcessGroup
-"""Some ranks in torch's words: a mesh, or a process group."""
+"""A mesh or a process group of torch."""
 
 
 def ranks_of(mesh: Group | Ranks | None) -> Ranks:
-    """The ranks of a mesh or group; without one all ranks of the default process group, or this process alone.
+    """Returns the ranks of a mesh or group; without one, all ranks of the default process group, or this process
+    alone.
 
-    A mesh of one axis shards over it. With two axes the first replicates and the second shards, as in FSDP2:
-    buckets are divided inside a row, and rows hold the same. `Ranks` stay as they are: those of a plan.
+    A mesh of one axis shards over it. With two axes the first replicates and the second shards, as in FSDP2: buckets
+    are sharded within a row, and rows are replicas. A `Ranks` object, as in a plan, is returned unchanged.
 
     Raises:
-        ValueError: a mesh of more axes, or one with an axis whose ranks do not see different data: pass the
-            slice whose ranks do.
+        ValueError: the mesh has more axes, or an axis whose ranks do not process different data; pass the data axes
+            of the mesh.
     """
     if mesh is None:
         return _of_group(dist.group.WORLD) if dist.is_initialized() else ALONE
@@ -111,7 +113,9 @@ def ranks_of(mesh: Group | Ranks | None) -> Ranks:
     if not isinstance(mesh, DeviceMesh):
         return _of_group(mesh)
     if mesh.get_coordinate() is None:
-        raise ValueError("this process is not in the mesh: every rank passes the slice of the mesh it is in")
+        raise ValueError(
+            "this process is not in the mesh: every rank must pass the slice of the mesh that contains it"
+        )
     if mesh.ndim == 1:
         return _of_group(mesh.get_group())
     names = mesh.mesh_dim_names

@@ -1,11 +1,11 @@
-"""Which ranks divide which parameter, and with whom a norm is shared: the topology of one model.
+"""The topology of one model: which ranks shard which parameter, and over which ranks a norm is summed.
 
 [Note: who counts a gradient]
-The squares of all gradients are added over the ranks that hold different parts of them. Over the data axis
-slices are disjoint, so all count. Replicas hold the same, so sums stay inside one of them. Over a
-model-parallel group a parameter that is cut counts on every member, one that members hold alike counts on the
-first. Experts are divided by another mesh, whose ranks together with the other experts' are those of the data
-axis: their slices are disjoint there, too.
+The squares of all gradients are added over the ranks that hold different parts of them. Over the data axis slices are
+disjoint, so all count. Replicas are equal, so sums stay within one replica. In a model-parallel group, a parameter
+that is split counts on every member; a parameter that all members hold counts on the first. Experts are sharded over
+another mesh; its ranks and those of the other experts together are the data axis, so their slices are disjoint there,
+too.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ from torch.distributed.device_mesh import DeviceMesh
 from ds_zero.comm.ranks import Group, Ranks, ranks_of
 
 MeshFor = Callable[[str, nn.Parameter], DeviceMesh | Ranks | None]
-"""A function from a parameter's name and the parameter to the mesh of ranks that divide it; None: the model's mesh."""
+"""A function from a parameter's name and the parameter to the mesh over which it is sharded; None: the model's mesh."""
 
 
 def cut_by_model_parallelism(fqn: str, param: nn.Parameter) -> bool:
-    """Whether a parameter has the mark of Megatron or DeepSpeed for those that are cut among model-parallel ranks."""
+    """Whether a parameter has the attribute by which Megatron or DeepSpeed marks parameters that are split among
+    model-parallel ranks.
+    """
     return any(bool(getattr(param, mark, False)) for mark in ("tensor_model_parallel", "model_parallel"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelParallel:
-    """The model-parallel axis (tensor or pipeline parallelism) of a model that `shard` divides along the data axis."""
+    """The model-parallel axis (tensor or pipeline parallelism) of a model that `shard` shards along the data axis."""
 
     group: Group
-    """Ranks that together hold one copy of the model: all tensor- and pipeline-parallel ranks of one data-parallel
-    index. A mesh of one axis, or a process group."""
+    """Ranks that together hold one model: all tensor- and pipeline-parallel ranks of one data-parallel index. A mesh
+    of one axis, or a process group.
+    """
     is_cut: Callable[[str, nn.Parameter], bool] = cut_by_model_parallelism
     """Whether the members of the group hold different values under a parameter's name (parts of it, or another stage's
     parameter). Other parameters are equal on all members, and norms count them once."""
@@ -43,16 +46,16 @@ class ModelParallel:
 
 @dataclass(frozen=True)
 class Topology:
-    """What `shard` was told about ranks."""
+    """The ranks with which `shard` was called."""
 
     axes: tuple[Ranks, ...]
-    """Sets of ranks that divide parameters; the first is the model's own."""
+    """Axes over which parameters are sharded; the first is the data axis of the model."""
     axis_of: Mapping[str, int]
-    """Parameters of other axes than the first."""
+    """Axis of the parameters that do not use the first."""
     norm_groups: tuple[Ranks, ...]
     """[Note: who counts a gradient]"""
     uncounted: frozenset[str]
-    """Parameters that another rank counts."""
+    """Parameters that another rank counts in norms."""
 
 
 def topology_of(
@@ -61,10 +64,10 @@ def topology_of(
     mesh_for: MeshFor | None,
     model_parallel: ModelParallel | Group | None,
 ) -> Topology:
-    """Assemble the topology of a model's parameters.
+    """Determines the topology of a model's parameters.
 
     Raises:
-        ValueError: meshes that do not go together.
+        ValueError: incompatible meshes.
     """
     main = ranks_of(mesh)
     axes, axis_of = [main], {}
@@ -90,7 +93,7 @@ def topology_of(
 
 
 def numbered(topology: Topology, device: torch.device) -> Topology:
-    """Count the sets of ranks that divide different experts, by their first ranks. Collective if there are such."""
+    """Numbers the sets of ranks that hold different experts, by their first ranks. Collective if there are several."""
     main, others = topology.axes[0], topology.axes[1:]
     if not others or main.group is None or any(ranks.part[1] > 1 for ranks in others):
         return topology
@@ -109,10 +112,10 @@ def _first_rank(ranks: Ranks) -> int:
 
 
 def _expert_ranks(mesh: DeviceMesh | Ranks, main: Ranks, fqn: str) -> Ranks:
-    """Experts see the tokens of all data-parallel ranks, so the mean is taken over all of these."""
+    """Experts process the tokens of all data-parallel ranks, so gradients are averaged over all of these."""
     if main.replicas is not None:
         raise ValueError(
-            f"mesh_for gives {fqn!r} a mesh of its own: the model's mesh must have one axis then"
+            f"mesh_for gives {fqn!r} a mesh of its own: the model's mesh must then have only one axis"
         )
     divided = ranks_of(mesh)
     if divided.replicas is not None or main.total % divided.size:

@@ -1,12 +1,13 @@
-"""Finds out why ranks stand still, and makes every one of them raise instead of waiting for ever.
+"""Detects stalled ranks, and makes all of them raise instead of waiting forever.
 
 [Note: standing still]
-A thread per model looks a few times per `order_timeout_s` whether its rank has made progress. While there is some, it
-writes nothing but a sign of life into the process group's store. A rank that stands still for half the time puts its
-`Standing` into the store, and renews it at every look; soon after, the first of the ranks that wait reports what every
-rank does. Once all ranks stand there twice, `order.judge` decides, the same on every rank. Who decides writes the
-verdict into the store and closes this rank's connections, which is what wakes a thread that is blocked inside a
-collective, here and on the other ranks. A rank without a sign of life is judged as gone.
+A thread per model checks a few times per `order_timeout_s` whether its rank makes progress. As long as it does, the
+thread only writes a heartbeat into the process group's store. A rank that makes no progress for half of the time
+writes its `Standing` into the store, and renews it at every check. Soon after, the first of the waiting ranks reports
+what every rank does. Once all ranks have reported twice that they stall at the same place, `order.judge` decides, with
+the same result on every rank. The rank that decides writes the error into the store and closes its connections, which
+wakes threads that are blocked inside a collective, on this rank and on others. A rank without a heartbeat is treated
+as dead.
 """
 
 from __future__ import annotations
@@ -37,25 +38,25 @@ from ds_zero.comm.works import wait_received, wait_sent
 from ds_zero.interfaces import Work
 
 _LOOKS = 8
-"""Looks per `order_timeout_s`."""
+"""Number of checks per `order_timeout_s`."""
 _PATIENCE = 4
-"""Times `order_timeout_s` after which ranks that agree on the order so far count as stuck, and a rank without a sign of
-life as gone."""
+"""Multiple of `order_timeout_s` after which ranks that ran the same events so far count as stuck, and a rank without a
+heartbeat as dead."""
 _REPORT = 0.7
-"""Part of `order_timeout_s` after which a rank that stands still reports what every rank does: with the looks between,
-within `order_timeout_s`."""
+"""Fraction of `order_timeout_s` after which a stalled rank reports what every rank does. Together with the interval
+of the checks it stays below `order_timeout_s`."""
 _ANSWER_S = 5.0
-"""How long a rank whose connection broke waits for what others have to say about it."""
+"""Seconds that a rank with a broken connection waits for the reports of other ranks."""
 _BROKEN = ("Connection", "closed", "pair closure", "Timed out", "timeout", "NCCL", "gloo", "Socket", "abort")
 
 _AT_WORK = ("ds_zero.prove.reference_training", "ds_zero.prove.deviation")
-"""Modules of this package that compute for long while other ranks wait."""
+"""Modules of this package that may compute for a long time while other ranks wait."""
 
 _log = logging.getLogger("ds_zero")
 
 
 class Board(Protocol):
-    """What a store does for us: `torch.distributed.Store`."""
+    """The methods of `torch.distributed.Store` that are used here."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -63,7 +64,7 @@ class Board(Protocol):
 
 
 class Waiting:
-    """Waits, and says nothing: for a rank that is alone, and where `order_timeout_s` is 0."""
+    """Waits without detection, for a single rank and for `order_timeout_s` 0."""
 
     def __init__(self) -> None:
         self.log = OrderLog()
@@ -80,7 +81,7 @@ class Waiting:
 
 
 class StallWatch(Waiting):
-    """One rank's view of all ranks of a model. See [Note: standing still]."""
+    """Detects stalled ranks of a model, on one rank. See [Note: standing still]."""
 
     def __init__(
         self,
@@ -121,7 +122,7 @@ class StallWatch(Waiting):
         self._watcher.start()
 
     def stop(self) -> None:
-        """End the thread."""
+        """Ends the thread."""
         self._ends.set()
         if threading.current_thread() is not self._watcher:
             self._watcher.join()
@@ -129,7 +130,7 @@ class StallWatch(Waiting):
     # --- the training thread
 
     def wait(self, work: Work, what: str) -> None:
-        """Wait for `work`; where it breaks, raise what is known about all ranks."""
+        """Waits for `work`. If its connection breaks, raises an error that describes all ranks."""
         with self.guard(what):
             work.wait()
 
@@ -160,7 +161,7 @@ class StallWatch(Waiting):
             return RankOrderError(lost({self._index: self._standing(blocked=True)}, self._size, said))
 
     def _ask_around(self, error: str) -> str:
-        """What all ranks together know about a connection that broke."""
+        """Returns an error about a broken connection, with what all ranks know."""
         deadline = time.monotonic() + min(_ANSWER_S, self._timeout_s)
         self._broken = True  # this rank stands here for good: the watching thread leaves its standing alone
         self._say(blocked=True)
@@ -177,7 +178,7 @@ class StallWatch(Waiting):
     # --- the watching thread
 
     def look(self) -> None:
-        """What the thread does now and then."""
+        """One check of the thread."""
         self.looks += 1
         if self._broken:
             return
@@ -211,7 +212,7 @@ class StallWatch(Waiting):
             self._wake()
 
     def _decide(self, still_s: float) -> str | None:
-        """Judge once every rank has said twice that it stands where it stood."""
+        """Decides once every rank has reported twice that it stalls at the same place."""
         found = self._heard()
         same = {r: s for r, s in found.items() if (old := self._first.get(r)) and old.count == s.count}
         confirmed = {r: s for r, s in same.items() if s.beat > self._first[r].beat}
@@ -223,7 +224,7 @@ class StallWatch(Waiting):
         gone = [rank for rank, seconds in silent_s.items() if seconds >= (_PATIENCE - 1) * self._timeout_s]
         if gone:
             present = {rank: standing for rank, standing in found.items() if rank not in gone}
-            verdict: str | None = lost(present, self._size, f"no sign of life for {still_s:.0f} s")
+            verdict: str | None = lost(present, self._size, f"no heartbeat for {still_s:.0f} s")
         else:
             verdict = judge(confirmed, self._size, patient=patient)
         if verdict is not None:
@@ -235,8 +236,8 @@ class StallWatch(Waiting):
         return verdict
 
     def _silences(self) -> dict[int, float]:
-        """Seconds since each other rank's watching thread has last shown that it lives, as far as this rank has
-        looked: without connections being closed, the end of a process or of its machine shows in nothing else.
+        """Returns the seconds since the last heartbeat of each other rank's watching thread. If no connection is
+        closed, the end of a process or of its machine cannot be detected otherwise.
         """
         now = time.monotonic()
         for rank in range(self._size):
@@ -246,7 +247,7 @@ class StallWatch(Waiting):
         return {rank: now - since for rank, (_, since) in self._signs.items() if rank != self._index}
 
     def _warn(self, found: Mapping[int, Standing], silent: Sequence[int], still_s: float) -> None:
-        """Report what each rank does; the first of the ranks that wait speaks for all."""
+        """Reports what each rank does, on the first of the waiting ranks."""
         if self._index != min(rank for rank, standing in found.items() if standing.blocked):
             return
         told = [
@@ -257,12 +258,14 @@ class StallWatch(Waiting):
         ]
         at_work = [r for r in range(self._size) if r not in found and r not in silent]
         if at_work:
-            told.append(f"{name_ranks(at_work)} (of this model's {self._size}) go on, and wait for nobody")
+            told.append(
+                f"{name_ranks(at_work)} (of this model's {self._size}) are running, and wait for no rank"
+            )
         if missing := [r for r in silent if r not in found]:
-            told.append(f"{name_ranks(missing)} give no sign of life")
+            told.append(f"{name_ranks(missing)} send no heartbeat")
         _log.warning(
-            "ranks have waited %.0f s for each other: %s. Whatever divides the model among ranks (forward, backward, "
-            "step, saving, evaluation, generation) is called by all of them alike",
+            "ranks have waited %.0f s for each other: %s. All ranks must make the same calls that communicate "
+            "(forward, backward, step, saving, evaluation, generation)",
             still_s,
             "; ".join(told),
         )
@@ -308,7 +311,7 @@ class StallWatch(Waiting):
         return bool(self.log.waiting) or inside
 
     def _wake(self) -> None:
-        """Close the connections, so that whoever is blocked in them raises."""
+        """Closes the connections, so that threads that are blocked in them raise."""
         self._abort.raised = True
         for group in self._groups:
             if "gloo" not in dist.get_backend(group):
@@ -335,7 +338,7 @@ def _look_now_and_then(pointer: weakref.ref[StallWatch], ends: threading.Event, 
             watch.look()
         except (RuntimeError, ValueError) as error:
             # The store is gone: its process has ended, and connections break by themselves.
-            _log.debug("ds_zero stops watching for ranks that stand still: %s", error)
+            _log.debug("ds_zero stops the detection of stalled ranks: %s", error)
             return
         del watch
 
@@ -349,7 +352,7 @@ def _is_library(package: str) -> bool:
 
 
 def _where(thread_id: int) -> str:
-    """The user's line that a thread is at."""
+    """Returns the line of the user's code at which a thread is."""
     frame = sys._current_frames().get(thread_id)
     inner = frame
     while frame is not None and _is_library(_module(frame).partition(".")[0]):
@@ -363,10 +366,10 @@ def _where(thread_id: int) -> str:
 def watch_ranks(
     ranks: Ranks, others: Sequence[Ranks], timeout_s: float, abort: AbortFlag, device: torch.device
 ) -> Waiting:
-    """A watch over all ranks of one model. Collective: the ranks agree on a name in the store.
+    """Starts the detection of stalled ranks for one model. Collective: the ranks agree on a name in the store.
 
     Args:
-        others: those among which single buckets are divided; their connections are closed, too.
+        others: ranks of other axes, whose connections are closed, too.
     """
     groups = {id(a.group): a.group for r in (ranks, *others) for a in r.axes if a.group is not None}
     if not groups or timeout_s == 0 or not all(_is_watched(g) for g in groups.values()):
@@ -384,7 +387,7 @@ def watch_ranks(
 
 
 def _is_watched(group: dist.ProcessGroup) -> bool:
-    """Whether it connects processes that can wait for each other for ever; stand-ins and fakes do not."""
+    """Whether the group connects real processes, which can wait for each other forever."""
     try:
         backend = dist.get_backend(group)
     except ValueError:  # torch does not know the group
@@ -393,7 +396,7 @@ def _is_watched(group: dist.ProcessGroup) -> bool:
 
 
 def note_steps(optimizer: Optimizer, log: OrderLog) -> RemovableHandle:
-    """Write down when the optimizer steps."""
+    """Logs the steps of the optimizer."""
 
     def before(*_: object) -> None:
         log.note("step", "")
@@ -403,7 +406,7 @@ def note_steps(optimizer: Optimizer, log: OrderLog) -> RemovableHandle:
 
 
 class Watched:
-    """A work whose `wait` goes through the watch."""
+    """An operation whose `wait` uses the detection of stalled ranks."""
 
     def __init__(self, work: Work, waiting: Waiting, what: str) -> None:
         self._work, self._waiting, self._what = work, waiting, what
@@ -421,7 +424,7 @@ class Watched:
 
 
 class WatchedComm(Comm):
-    """Another `Comm`, whose works are waited for through the watch."""
+    """Wraps a `Comm`; waits for its operations use the detection of stalled ranks."""
 
     def __init__(self, inner: Comm, waiting: Waiting) -> None:
         self._inner, self._waiting = inner, waiting
@@ -474,8 +477,8 @@ class WatchedComm(Comm):
 
 
 def _store() -> Board | None:
-    """The store with which the processes found each other, by a connection of our own where that is
-    possible: the training thread may be blocked in the other one.
+    """Returns the store of the default process group, with a separate connection if possible, because the training
+    thread may be blocked in the other one.
     """
     if not dist.is_initialized():
         return None
