@@ -130,13 +130,13 @@ class Declared(Demanding):
 def test_an_unknown_optimizer_is_tried_on_a_tensor_cut_in_two() -> None:
     model = Tiny()
     flat = ds_zero.ZeroConfig(layout="flat")
-    with pytest.raises(ValueError, match="Normalised gives another result when a tensor is cut in two"):
+    with pytest.raises(ValueError, match="Normalised gives another result if a tensor is split in two"):
         ds_zero.shard(model, Normalised(model.parameters()), 1, config=flat)
     ds_zero.shard(model, Normalised(model.parameters()), 0)
     model = Tiny()
     ds_zero.shard(model, Signs(model.parameters()), 1)
     model = Tiny()
-    with pytest.raises(ValueError, match=r"Demanding could not be tried.*elementwise = True"):
+    with pytest.raises(ValueError, match=r"Demanding could not be tested.*elementwise = True"):
         ds_zero.shard(model, Demanding(model.parameters(), 1), 1)
     ds_zero.shard(model, Declared(model.parameters(), 1), 1)
 

@@ -1,4 +1,4 @@
-"""Who owns which element: pure arithmetic, no torch.distributed, no tensors.
+"""The owner of each element: pure arithmetic, without torch.distributed and tensors.
 
 Legend: a *slot* is the place of one parameter in a bucket; a *bucket* is a padded flat run of slots that is
 gathered and reduced in one message; every rank owns one contiguous *slice* of each bucket; a *piece* is the
@@ -22,12 +22,12 @@ from functools import cached_property
 
 ALIGN_NUMEL = 32
 FROZEN = -1
-"""Group index of parameters that no optimizer group holds."""
+"""Group index of parameters that are in no optimizer group."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParamInfo:
-    """What the plan needs to know of one parameter."""
+    """The properties of a parameter that determine its bucket."""
 
     fqn: str
     """Name of the first occurrence in `model.named_parameters()`."""
@@ -39,11 +39,11 @@ class ParamInfo:
     unit: str | None = None
     """Name of the module with which a stage-3 parameter is gathered; None keeps it whole on every rank."""
     undivided: bool = False
-    """Whether one rank owns all of it, for optimizers that work on whole tensors."""
+    """Whether one rank owns all of it, for optimizers that need whole tensors."""
     axis: int = 0
-    """Index of the set of ranks that divide it; experts have another one than the rest of the model."""
+    """Index of the axis over which it is sharded; experts have another axis than the rest of the model."""
     by_rows: bool = False
-    """Whether its gradient travels as the rows that are not zero; such a parameter has a bucket of its own."""
+    """Whether only the nonzero rows of its gradient are sent; such a parameter has its own bucket."""
 
     @property
     def numel(self) -> int:
@@ -97,7 +97,7 @@ class BucketLayout:
     undivided: bool = False
     """Whether optimizer entries have their parameter's shape: whole tensors, each on one rank."""
     cuts: tuple[int, ...] | None = None
-    """Where slices begin and end (`num_ranks` + 1 edges); None: equal slices."""
+    """Boundaries of the slices (`num_ranks` + 1 numbers); None: equal slices."""
     axis: int = 0
     """Index of the set of ranks that exchange it."""
     by_rows: bool = False
@@ -143,7 +143,7 @@ class BucketLayout:
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The least multiple that is not below `n`."""
+    """Returns the smallest multiple of `multiple` that is at least `n`."""
     return -(-n // multiple) * multiple
 
 
@@ -220,7 +220,7 @@ def keep_small_whole(
 
 
 def assign_whole(sizes: Sequence[int], num_ranks: int) -> list[int]:
-    """The rank that owns each of some tensors: the largest first, each to the rank with the least so far.
+    """Returns the owner of each tensor: the largest tensors first, each to the rank with the fewest elements so far.
 
     No rank ends with more than an even share and one tensor. Ties go to the lower index.
     """

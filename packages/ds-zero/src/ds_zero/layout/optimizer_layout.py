@@ -1,4 +1,4 @@
-"""Which optimizers may have their tensors cut, and which need them whole.
+"""Determines which optimizers can work on shards, and which need whole tensors.
 
 [Note: three kinds of optimizer]
 element-wise      every element is updated by itself (AdamW): tensors are cut anywhere, in the flat layout.
@@ -52,16 +52,16 @@ _WHOLE: Mapping[str, str] = {
     "Adafactor": "it factors whole matrices",
 }
 _REFUSED: Mapping[str, str] = {
-    "LBFGS": "it evaluates the loss inside step() and takes dot products over all parameters",
+    "LBFGS": "it evaluates the loss inside step() and computes dot products over all parameters",
     "SparseAdam": "shards have dense gradients; use Adam",
 }
 
 
 def undivided_groups(optimizer: Optimizer, wanted: Layout | None, stage: int) -> list[bool]:
-    """For every group, whether its tensors have to stay whole.
+    """Returns for each group whether its tensors must stay whole.
 
     Raises:
-        ValueError: an optimizer that cannot work on shards, or not on those of the layout `wanted`.
+        ValueError: the optimizer cannot work on shards, or not with the layout `wanted`.
     """
     name = type(optimizer).__name__
     groups = optimizer.param_groups
@@ -93,7 +93,7 @@ def _declared(optimizer: Optimizer) -> bool:
 
 
 def _needs_whole(optimizer: Optimizer, *, flat: bool) -> bool:
-    """Try an unknown optimizer on two tiny matrices: together, one by one, and cut in two.
+    """Tests an unknown optimizer on two small matrices: together, one by one, and split in two.
 
     Args:
         flat: only the flat layout is wanted.
@@ -103,8 +103,8 @@ def _needs_whole(optimizer: Optimizer, *, flat: bool) -> bool:
     values = [torch.randn(4, 6, generator=generator) for _ in range(2)]
     grads = [[torch.randn(4, 6, generator=generator) for _ in values] for _ in range(3)]
     advice = (
-        "If it treats every element by itself, set the class attribute `elementwise = True` on it; if every "
-        'tensor, give layout="whole"; else use stage 0'
+        "If it updates every element independently, set the class attribute `elementwise = True` on it; if it "
+        'updates every tensor independently, pass layout="whole"; else use stage 0'
     )
 
     def run(which: Sequence[int], split: Callable[[Tensor], list[Tensor]]) -> Tensor:
@@ -123,15 +123,15 @@ def _needs_whole(optimizer: Optimizer, *, flat: bool) -> bool:
             return run(which, split)
         except Exception as error:
             raise ValueError(
-                f"{name} could not be tried on {what} ({type(error).__name__}: {error}). {advice}"
+                f"{name} could not be tested on {what} ({type(error).__name__}: {error}). {advice}"
             ) from error
 
     together = attempt([0, 1], lambda t: [t], "a matrix")
     apart = torch.cat([attempt([i], lambda t: [t], "a matrix") for i in range(len(values))])
     if not torch.allclose(together, apart, rtol=1e-4, atol=1e-6):
         raise ValueError(
-            f"{name} gives another result when a tensor is stepped without the others, so it cannot be divided "
-            "among ranks: use an optimizer that treats tensors one by one, or stage 0"
+            f"{name} gives another result if a tensor is stepped without the others, so its tensors cannot be "
+            "divided among ranks: use an optimizer that updates tensors independently, or stage 0"
         )
     try:
         cut = attempt([0, 1], lambda t: [t.reshape(-1)[:10], t.reshape(-1)[10:]], "a 1-D shard")
@@ -142,7 +142,7 @@ def _needs_whole(optimizer: Optimizer, *, flat: bool) -> bool:
     needs = not torch.allclose(together, cut, rtol=1e-4, atol=1e-6)
     if needs and flat:
         raise ValueError(
-            f"{name} gives another result when a tensor is cut in two, so it cannot work on flat shards: give "
-            'layout="whole" or None'
+            f"{name} gives another result if a tensor is split in two, so it cannot work on flat shards: "
+            'pass layout="whole" or None'
         )
     return needs

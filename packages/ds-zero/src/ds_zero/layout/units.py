@@ -1,4 +1,4 @@
-"""Which module gathers which parameter in stage 3."""
+"""Determines which module gathers which parameter at stage 3."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _MIXTURES = re.compile(r"(SparseMoe|Moe|MoE)(Block|MLP|Mlp|MoE|Layer|FFN)?$|Spar
 
 
 def leaf_names(model: nn.Module, leaves: Sequence[Leaf]) -> set[str]:
-    """Names of the modules that match an entry; every entry has to match one."""
+    """Returns the names of the modules that match an entry; every entry must match one."""
     matching: set[str] = set()
     for leaf in leaves:
         names = {name for name, module in model.named_modules() if _matches(name, module, leaf)}
         if not names:
             classes = sorted({type(m).__name__ for m in model.modules()})
             raise ValueError(
-                f"leaf module {leaf!r} is no class and no module of this {type(model).__name__}: give a class, its "
-                f"name, or a module's name; the classes are {', '.join(classes)}"
+                f"leaf module {leaf!r} matches no class and no module of this {type(model).__name__}: pass a "
+                f"class, its name, or the name of a module; the classes are {', '.join(classes)}"
             )
         matching |= names
     return matching

@@ -1,4 +1,4 @@
-"""Keeps book of every storage that tensors without memory would have had: what for, where, and how much at once."""
+"""Tracks every storage that fake tensors would have allocated: purpose, device, and the peak of all storages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PURPOSES = (
 )
 
 _TRANSPARENT = frozenset(["ds_zero.predict.allocation_tracker", "ds_zero.runtime.gathering.external_params"])
-"""Modules whose frames stand between a tensor and the code that asked for it."""
+"""Modules whose stack frames are skipped to find the code that allocated a tensor."""
 
 _MADE_BY: Mapping[str, str] = {
     "ds_zero.runtime.bucket": PARAMETERS,
@@ -56,38 +56,38 @@ Operations = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 def torchs_own(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Leaves all operations to torch."""
+    """Handles no operation: torch runs all of them."""
     return NotImplemented
 
 
 class Peak:
-    """The largest sum so far, and what it was made of."""
+    """The largest sum so far, and its parts."""
 
     def __init__(self) -> None:
         self.num_bytes = 0
         self.parts: dict[str, int] = {}
 
     def offer(self, num_bytes: int, parts: Callable[[], dict[str, int]]) -> None:
-        """Take note of a moment; `parts` is asked for only where it is a new maximum."""
+        """Records a sum; `parts` is called only if it is a new maximum."""
         if num_bytes > self.num_bytes or not self.parts:
             self.num_bytes, self.parts = num_bytes, parts()
 
 
 class PhasePeaks:
-    """Maxima of one phase, of the two places by themselves and together."""
+    """Maxima of one phase: of the device, of the host, and of both together."""
 
     def __init__(self) -> None:
         self.device, self.host, self.both = Peak(), Peak(), Peak()
 
     def add(self, purpose: str, num_bytes: int) -> None:
-        """More bytes of the device than were seen."""
+        """Adds bytes on the device that were not tracked."""
         for peak in (self.device, self.both):
             peak.num_bytes += num_bytes
             peak.parts[purpose] += num_bytes
 
 
 class Ledger(TorchDispatchMode):
-    """Inside `FakeTensorMode`, follows every storage from the operation that makes it to its last reference.
+    """Inside `FakeTensorMode`, tracks every storage from the operation that creates it to its last reference.
 
     A storage that is resized behind the dispatcher's back (gathered buckets) is watched: `watch`. What a storage is
     for is told by the code that asked for it, until `classify` says better.
@@ -95,7 +95,7 @@ class Ledger(TorchDispatchMode):
     Args:
         granule_bytes: the device's allocator rounds up to this (512 on accelerators, 1 on the CPU).
         operations: runs what it knows; NotImplemented leaves an operation to torch.
-        resizes: whether buckets come and go, so that those that are made have to be watched.
+        resizes: whether buckets are resized, so that new ones must be watched.
     """
 
     def __init__(
@@ -113,15 +113,15 @@ class Ledger(TorchDispatchMode):
         self._device_sum = self._host_sum = 0
         self._watched: dict[int, torch.UntypedStorage] = {}
         self._filled: set[int] = set()
-        """The watched ones that were not empty when they were last looked at."""
+        """Watched storages that were not empty at the last check."""
         self._sizes: dict[int, int] = {}
-        """Bytes of the watched ones when they were last looked at."""
+        """Bytes of the watched storages at the last check."""
         self.phases: dict[str, PhasePeaks] = {}
         self._now = PhasePeaks()
         self._any_on_host = False
         self._fresh = ACTIVATIONS
         self.guesses: list[str] = []
-        """Where the program asked for values that nobody has, and what it was told."""
+        """Places where the program needed values, and the assumed answers."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -130,13 +130,13 @@ class Ledger(TorchDispatchMode):
     # --- what the simulation says
 
     def phase(self, name: str, fresh: str) -> None:
-        """From here on maxima count for `name`, and what the user's own code makes is `fresh`."""
+        """Starts the phase `name`. Storages that the user's code creates have the purpose `fresh`."""
         self._now = self.phases.setdefault(name, PhasePeaks())
         self._fresh = fresh
         self._note()
 
     def watch(self, tensors: Sequence[Tensor]) -> None:
-        """From now on follow the sizes of these tensors' storages alone: gathered parameters."""
+        """From now on tracks the sizes of these tensors' storages, which are gathered parameters."""
         self._watched.clear()
         self._filled.clear()
         for tensor in tensors:
@@ -165,12 +165,12 @@ class Ledger(TorchDispatchMode):
                 self._any_on_host = self._any_on_host or on_host is True
 
     def purpose(self, tensor: Tensor) -> tuple[str, bool] | None:
-        """What the storage is for and whether it lies on the host; None where it is unknown."""
+        """Returns the purpose of the storage, and whether it is on the host; None if unknown."""
         entry = self._of.get(tensor.untyped_storage()._cdata)
         return entry[:2] if entry is not None else None
 
     def held(self) -> dict[str, int]:
-        """Bytes on the device by purpose, now."""
+        """Returns the current bytes on the device by purpose."""
         return dict(self._device)
 
     # --- following operations
@@ -178,7 +178,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.prim.device.default:  # half of all calls, and there is nothing to see
+        if func is torch.ops.prim.device.default:  # half of all calls, none of which allocates memory
             return args[0].fake_device
         if func is _ITEM and getattr(args[0], "constant", None) is None:
             result = self._guess(func, args)
@@ -206,7 +206,7 @@ class Ledger(TorchDispatchMode):
         if key in self._of:
             return
         frame = sys._getframe(2)
-        # What is computed from host memory lies there.
+        # The result of an operation on host memory is on the host.
         on_host = self._any_on_host and any(
             self._of.get(t.untyped_storage()._cdata, ("", False))[1]
             for t in tree_iter((args, kwargs))
@@ -278,31 +278,31 @@ class Ledger(TorchDispatchMode):
     # --- values that nobody has
 
     def _guess(self, func: Any, args: tuple[Any, ...]) -> Any:
-        """An answer that lets the program go on: all elements, where it asks which; no, where it asks whether."""
+        """Returns an answer with which the program continues: all elements for a selection, False for a condition."""
         where = _asked_by()
         if func is _ITEM:
             dtype = args[0].dtype
             answer: Any = False if dtype == torch.bool else 1
-            if dtype.is_floating_point:  # this package asks whether sums are finite
+            if dtype.is_floating_point:  # this package checks whether sums are finite
                 answer = math.nan if where else 1.0
             if where:
-                self.guesses.append(f"{where} reads a value; it was told {answer}")
+                self.guesses.append(f"{where} reads a value; assumed: {answer}")
             return answer
         if func is torch.ops.aten.nonzero.default:
-            self.guesses.append(f"{where} asks where a tensor is not zero; it was told: everywhere")
+            self.guesses.append(f"{where} reads the indices of nonzero elements; assumed: all elements")
             return torch.zeros(args[0].numel(), args[0].ndim, dtype=torch.int64, device=args[0].device)
         if func is torch.ops.aten.masked_select.default:
-            self.guesses.append(f"{where} selects by a mask; it was given everything")
+            self.guesses.append(f"{where} selects by a mask; assumed: all elements")
             return args[0].new_zeros(math.prod(torch.broadcast_shapes(args[0].shape, args[1].shape)))
         raise ValueError(
-            f"plan: {where or 'the model'} uses {func}, whose result has a shape that depends on values, and a plan "
-            "has none: pass micro_batch=None for the model's states alone"
+            f"plan: {where or 'the model'} uses {func}, the shape of whose result depends on values, which a "
+            "plan does not have: pass micro_batch=None to plan only the model's states"
         )
 
 
 def _asked_by() -> str:
-    """File and line of the innermost code that is neither torch's nor this package's; empty if this package asked
-    first.
+    """Returns file and line of the innermost code outside of torch and this package; empty if this package caused the
+    operation.
     """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:

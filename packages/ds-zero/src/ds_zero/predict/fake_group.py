@@ -1,4 +1,4 @@
-"""What takes the place of ranks and stores when `plan` runs `shard` and a training step without memory."""
+"""Replacements for ranks and stores, with which `plan` runs `shard` and a training step without memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Arrived(dist.Work):
 
 
 class FakeGroup(SimulatedGroup):
-    """A process group of `size` ranks seen from `rank`, whose messages go nowhere and are counted."""
+    """A process group of `size` ranks, as rank `rank`. Messages are counted, but not sent."""
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
@@ -28,7 +28,7 @@ class FakeGroup(SimulatedGroup):
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes this rank would have sent: by messages of its own, or by a ring inside the backend."""
+        """Bytes that this rank would have sent, by direct messages or by a ring inside the backend."""
         return self._sent[0]
 
     @sent_bytes.setter
@@ -36,7 +36,7 @@ class FakeGroup(SimulatedGroup):
         self._sent[0] = value
 
     def part(self, size: int) -> FakeGroup:
-        """This rank among `size` others, for another purpose; what is sent there is counted here, too."""
+        """Returns a subgroup of `size` ranks; its messages are counted here, too."""
         made = FakeGroup(self.rank() % size, size)
         made._sent = self._sent
         return made
@@ -81,7 +81,7 @@ class FakeGroup(SimulatedGroup):
 
 
 class StandInStore(ResidentStore):
-    """A `ShardStore` that rests the given kinds in host memory, as ds_offload's `HostStore` does."""
+    """A `ShardStore` that keeps the given kinds in host memory, as ds_offload's `HostStore` does."""
 
     def __init__(self, kinds: Collection[str], on_host: Callable[[Tensor], None]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Operations on fake tensors by the shortest way.
+"""Fast operations on fake tensors.
 
 [Note: lean operations] Torch's fake tensors are made for tracing: every operation looks for constants, symbols,
 other modes and a place in a cache, some 0.3 ms in all. For the operations that make up nearly all of a training
@@ -55,7 +55,7 @@ def _overloads(names: str) -> frozenset[Any]:
 
 
 class LeanOperations:
-    """Runs the operations that it knows, on fake tensors of the CPU.
+    """Runs supported operations on fake CPU tensors.
 
     Args:
         mode: the active mode, to which all tensors belong.

@@ -1,4 +1,4 @@
-"""Counts what a stretch of a program really allocates, event by event: the judge of `ds_zero.plan`.
+"""Measures the memory that a part of a program allocates, event by event; the reference for tests of `ds_zero.plan`.
 
 On the CPU every allocation and release of torch's allocator is an event of torch's profiler; their running sum is
 exact to the byte, where resident memory depends on pages, arenas of the C library and the past. On an accelerator
@@ -30,17 +30,19 @@ def _nothing() -> int:
 
 
 class counted_memory:
-    """A context that counts torch's allocations inside, from zero at its start. What was allocated before is not
-    seen, so enter before the model is constructed.
+    """A context manager that counts torch's allocations inside it, starting from zero. Earlier allocations are not
+    counted, so enter it before the model is constructed.
 
-    `mark(name)` begins a phase; phases of the same name are taken together. After the context: `peak_bytes`, and
-    `phase_bytes` with each phase's peak. Costs one profiler event for every operation: a few steps, not a job.
+    `mark(name)` begins a phase; phases of the same name are combined. After the context, `peak_bytes` is the peak and
+    `phase_bytes` the peak of each phase. It records a profiler event for every operation, so use it for a few steps
+    only.
 
     Args:
-        native_bytes: bytes that others hold outside of torch's allocator, for example
-            `lambda: ds_core.arena.stats().in_use_bytes`; asked at the end of every phase, from zero at the start.
-        device: whose memory; on an accelerator the peak of its allocator, whatever was held at the start taken
-            off.
+        native_bytes: returns the bytes held outside of torch's allocator, for example `lambda:
+            ds_core.arena.stats().in_use_bytes`. It is called at the start, which counts as zero, and at the end of
+            every phase.
+        device: the device to measure. On an accelerator, the result is the peak of its allocator minus the bytes held
+            at the start.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class counted_memory:
         self._native, self._device = native_bytes, torch.device(device)
         self._names: list[str] = []
         self._held: list[int] = []
-        """At the end of each phase, what `native_bytes` said."""
+        """Result of `native_bytes` at the end of each phase."""
         self._open: record_function | None = None
         self._profile: profile | None = None
         self._start = 0
@@ -67,7 +69,7 @@ class counted_memory:
         return self
 
     def mark(self, name: str) -> None:
-        """A new phase begins."""
+        """Begins a new phase."""
         self._end_phase()
         self._names.append(name)
         if self._profile is not None:
@@ -99,7 +101,7 @@ class counted_memory:
 
     @property
     def phase_bytes(self) -> Mapping[str, int]:
-        """Phase -> most bytes held at once in it."""
+        """Phase -> peak bytes."""
         peaks: dict[str, int] = {}
         for name, peak, held in zip(self._names, self._peaks, self._held, strict=True):
             peaks[name] = max(peaks.get(name, 0), peak + held)
@@ -107,7 +109,7 @@ class counted_memory:
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes held at once."""
+        """Peak bytes."""
         return max(self.phase_bytes.values())
 
 
@@ -162,7 +164,7 @@ def _flat(events: Sequence[Any]) -> Iterator[Any]:
 
 
 def _addresses() -> set[int]:
-    """Where the living tensors lie."""
+    """Returns the addresses of live tensors."""
     addresses = set()
     for thing in gc.get_objects():
         if issubclass(type(thing), Tensor):

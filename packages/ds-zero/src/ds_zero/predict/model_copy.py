@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 def fake_copy(model: nn.Module, *, hollow: bool) -> tuple[nn.Module, dict[int, nn.Parameter]]:
-    """A copy of `model` without memory, inside an active `FakeTensorMode`; and id of each parameter ->
-    its copy. Values are not looked at, so models on the meta device are as good as real ones.
+    """Returns a copy of `model` without memory, inside an active `FakeTensorMode`, and id of each parameter -> its
+    copy. Values are not used, so the model may be on the meta device.
 
-    With `hollow`, parameters take no memory until `shard` gives them some, as those of `deferred_init`.
+    With `hollow`, parameters take no memory until `shard` allocates them, as under `deferred_init`.
     """
 
     def empty(t: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def fake_copy(model: nn.Module, *, hollow: bool) -> tuple[nn.Module, dict[int, n
 
     copies: dict[int, nn.Parameter] = {}
     memo: dict[int, Any] = {}
-    keep: list[object] = []  # ids in the memo stay taken
+    keep: list[object] = []  # keeps the objects alive whose ids are in the memo
     for param in model.parameters():
         data = torch.empty(1, dtype=param.dtype).expand(param.shape) if hollow else empty(param.data)
         copies[id(param)] = memo[id(param)] = nn.Parameter(data, requires_grad=param.requires_grad)

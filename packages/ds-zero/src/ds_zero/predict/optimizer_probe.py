@@ -1,5 +1,5 @@
-"""An optimizer over other tensors than its own: over a small one, to see which states it makes, and over ones
-without memory.
+"""Copies of an optimizer over other tensors: over a small one, to find out which states it creates, and over fake
+ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PROBE_NUMEL = 512
 
 
 def probe_states(optimizer: Optimizer) -> dict[str, torch.dtype]:
-    """Name -> dtype of the element-wise states that one step makes, found by a step on a small tensor."""
+    """Returns name -> dtype of the element-wise states that a step creates, by a step on a small tensor."""
     param = nn.Parameter(torch.ones(_PROBE_NUMEL))
     param.grad = torch.ones(_PROBE_NUMEL)
     groups: list[list[Any]] = [[] for _ in optimizer.param_groups]
@@ -33,8 +33,8 @@ def probe_states(optimizer: Optimizer) -> dict[str, torch.dtype]:
 
 
 class _StandInFused(Optimizer):
-    """An optimizer with `step_fused` that has only the memory of one: native kernels cannot run on tensors without
-    elements, and use none of torch's memory.
+    """Replaces an optimizer with `step_fused`: it allocates the same states, but computes nothing, because native
+    kernels cannot run on fake tensors.
     """
 
     states: dict[str, torch.dtype]
@@ -58,7 +58,9 @@ class _StandInFused(Optimizer):
 
 
 def stand_in(optimizer: Optimizer, groups: list[list[Any]], states: dict[str, torch.dtype]) -> Optimizer:
-    """`optimizer` over fake parameters: itself where its arithmetic is torch's, else one with the same `states`."""
+    """Returns `optimizer` over fake parameters: of the same class if it uses torch's operations, else a replacement
+    with the same `states`.
+    """
     if not hasattr(type(optimizer), "step_fused"):
         return reproduce(optimizer, groups)
     # Under the same name, by which `shard` knows optimizers.

@@ -1,4 +1,4 @@
-"""`plan`: how much memory a training job will hold and how many bytes it will send, known before it starts."""
+"""`plan`: predicts the memory and the messages of a training job."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ds_zero.predict.simulate import (
 from ds_zero.predict.static_memory import Resting, resting_bytes
 
 OFFLOADED = ("master", "grad")
-"""Kinds of shards that ds_offload's HostStore takes to the host."""
+"""Kinds of shards that ds_offload's HostStore keeps on the host."""
 
 
 def plan(
@@ -53,42 +53,45 @@ def plan(
     budget_bytes: int | None = None,
     host_budget_bytes: int | None = None,
 ) -> Plan:
-    """Predict the bytes that one rank holds in each phase of training, and those it sends in a step.
+    """Predicts the bytes that one rank holds in each phase of training, and the bytes that it sends in a step.
 
-    Pure: nothing is started, moved or changed, and no memory for values is taken, so models on the meta device and
-    models that fit nowhere are planned alike. See [Note: plan by running] in `predict/simulate.py`.
+    Pure: it starts no process, changes nothing, and allocates no memory for values. The model may be on the meta
+    device, and larger than any memory. See [Note: plan by running] in `predict/simulate.py`.
 
     Args:
-        model: the model, unsharded, or a function that makes it (called on the meta device).
+        model: the unsharded model, or a function that makes it, which is called on the meta device.
         micro_batch: arguments of one forward on one rank: a tensor, a tuple of arguments, or a mapping of keywords.
-            Only shapes and dtypes count. None: the states between steps alone, in milliseconds.
-        stage, config: as for `shard`.
-        ranks: data-parallel ranks.
-        precision: dtype in which parameters compute, over `config.param_dtype`.
-        optimizer: an optimizer over the model's parameters, or a function from parameters to one; default AdamW.
-        loss: from the model's output to a scalar; default the output itself, its `loss`, or its first element.
-        accumulation_steps: micro-batches per optimizer step.
-        offload: True for masters and gradients in host memory, or the kinds of shards that rest there.
-        checkpointing: recompute the activations of every block in backward, as `torch.utils.checkpoint` does. A
-            model that does so by itself needs no word.
-        clip: whether gradients are clipped, or their norm is asked for.
-        shard_ranks: how many of the ranks divide the model among themselves; the others hold the same (a mesh of two
-            axes, replicate and shard). None: all.
-        ranks_for: from a parameter's name and the parameter to the number of ranks that divide it: experts, which
-            `mesh_for` gives ranks of their own; None: the model's. The model has its own experts alone.
-        loss_scale: whether a `LossScaler` guards the steps (fp16).
-        deferred: whether the model is constructed under `deferred_init`, which matters for loading alone; default:
-            whether it is on the meta device.
-        device: where the model computes; default the accelerator if there is one, else "cpu".
-        budget_bytes: memory of the device for one rank; where it does not suffice, `Plan.remedies` says what would.
+            Only shapes and dtypes matter. None: plans only the states between steps, in milliseconds. stage, config:
+        as for `shard`.
+        ranks: number of data-parallel ranks.
+        precision: compute dtype of parameters; overrides `config.param_dtype`.
+        optimizer: an optimizer over the model's parameters, or a function from parameters to an optimizer. Default:
+            AdamW.
+        loss: a function from the model's output to a scalar. Default: the output itself, its `loss`, or its first
+            element.
+        accumulation_steps: number of micro-batches per optimizer step.
+        offload: True keeps masters and gradients in host memory; or the kinds of shards to keep there.
+        checkpointing: recompute the activations of every block in backward, as `torch.utils.checkpoint` does. A model
+            that recomputes by itself needs no argument.
+        clip: whether gradients are clipped, or their norm is computed.
+        shard_ranks: number of ranks among which the model is sharded; other groups are replicas (a mesh with the axes
+            replicate and shard). None: all.
+        ranks_for: a function from a parameter's name and the parameter to the number of ranks among which it is
+            sharded, for experts (`mesh_for` of `shard`); None: as the model. The model must contain only the experts
+            of one rank.
+        loss_scale: whether a `LossScaler` is used (fp16).
+        deferred: whether the model is constructed under `deferred_init`, which affects only the phase "load".
+            Default: whether it is on the meta device.
+        device: type of the training device. Default: the accelerator if there is one, else "cpu".
+        budget_bytes: device memory of one rank. If it is too small, `Plan.remedies` contains settings that fit.
         host_budget_bytes: the same for host memory.
 
     Raises:
-        ValueError: a model that cannot be planned, with what to do.
+        ValueError: the model cannot be planned. The message contains a remedy.
     """
     check_stage(stage)
     if ranks < 1 or accumulation_steps < 1:
-        raise ValueError(f"ranks={ranks}, accumulation_steps={accumulation_steps}: give 1 or more")
+        raise ValueError(f"ranks={ranks}, accumulation_steps={accumulation_steps}: both must be at least 1")
     built = _build(model)
     if _registry.find(built) is not None:
         raise ValueError(
@@ -125,7 +128,7 @@ def plan(
 
 @dataclass(frozen=True)
 class _Planner:
-    """Plans variations of a job for one model and one pair of budgets."""
+    """Plans variants of a job for one model and one pair of budgets."""
 
     model: nn.Module
     budget_bytes: int | None
@@ -135,19 +138,19 @@ class _Planner:
     as they are."""
 
     def at_least(self, job: Job) -> tuple[int, int]:
-        """Device and host bytes of the states between steps, with activations where they are known: less is never
-        needed.
+        """Returns a lower bound of device and host bytes: the states between steps, and activations if they are
+        known.
         """
         device, host = _sums(resting_bytes(self.model, job), job)
         return device + self.activations.get(_activity(job), 0), host
 
     def could_fit(self, job: Job) -> bool:
-        """Whether states and known activations leave room."""
+        """Whether states and known activations are within the budgets."""
         device, host = self.at_least(job)
         return within(device, self.budget_bytes) and within(host, self.host_budget_bytes)
 
     def plan(self, job: Job) -> Plan:
-        """Run the job without memory, or add up its states where there is no micro-batch."""
+        """Runs the job without memory, or adds up its states if there is no micro-batch."""
         states_only = job.micro_batch is None
         outcome = None if states_only else simulate(self.model, job)
         reserve = 0 if outcome is None else _reserve(outcome, job.device)
@@ -199,7 +202,7 @@ def _activity(job: Job) -> tuple[bool, int]:
 
 
 def _sums(rest: Resting, job: Job) -> tuple[int, int]:
-    """Device and host bytes; on a CPU the first has everything."""
+    """Returns device and host bytes; on a CPU the first includes everything."""
     host, device = sum(rest.host.values()), sum(rest.device.values())
     return (device + host, host) if job.on_cpu else (device, host)
 
@@ -220,8 +223,8 @@ def _phases(outcome: Outcome, device: torch.device, reserve: int) -> tuple[Phase
 
 
 def _reserve(outcome: Outcome, device: torch.device) -> int:
-    """Memory that operations take while they run, which no tensor shows: packed operands, sums of each thread; on an
-    accelerator the workspaces of its matrix library.
+    """Returns an allowance for memory that kernels allocate while they run: packed operands, sums of threads, or
+    workspaces of the matrix library of an accelerator.
     """
     largest = max(p.both.num_bytes for p in outcome.phases.values())
     return largest // 100 + (64 << 10 if device.type == "cpu" else 40 << 20)
@@ -234,7 +237,7 @@ def _build(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
         with torch.device("meta"):
             return model()
     except (NotImplementedError, RuntimeError):
-        return model()  # it looks at values while it is constructed
+        return model()  # it reads values while it is constructed
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -248,7 +251,9 @@ def _device(device: torch.device | str | None) -> torch.device:
 
 
 def default_loss(output: Any) -> Tensor:
-    """The output if it is a scalar, its `loss`, or the loss of its first element; else the mean of the tensor."""
+    """Returns the output if it is a scalar, its `loss`, or the loss of its first element; else the mean of the
+    tensor.
+    """
     if isinstance(output, Tensor):
         return output if output.ndim == 0 else output.mean()
     if isinstance(output, Mapping) and "loss" in output:
@@ -259,5 +264,5 @@ def default_loss(output: Any) -> Tensor:
     if isinstance(output, (tuple, list)) and output:
         return default_loss(output[0])
     raise ValueError(
-        f"the model returns {type(output).__name__}: pass loss=, a function from it to a scalar tensor"
+        f"the model returns {type(output).__name__}: pass loss=, a function from the output to a scalar tensor"
     )

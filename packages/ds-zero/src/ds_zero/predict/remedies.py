@@ -1,4 +1,4 @@
-"""Where a job does not fit: the nearest ones that do, found by planning them."""
+"""Finds the nearest settings that fit, for a job that does not, by planning them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ds_zero.predict.simulate import Job
 
 MAX_REMEDIES = 4
 MAX_RUNS = 16
-"""Jobs that are run at most; those whose states alone are too large are not run."""
+"""Maximum number of jobs that are run. Jobs whose states alone are too large are not run."""
 
 _OFFLOADED = frozenset(["master", "grad"])
 _MAX_RANKS = 4096
@@ -23,7 +23,7 @@ _MAX_RANKS = 4096
 
 @dataclass(frozen=True)
 class _Change:
-    """One setting taken one or more notches further."""
+    """A change of one setting by one or more steps."""
 
     name: str
     value: object
@@ -34,11 +34,11 @@ class _Change:
 def nearest_that_fit(
     job: Job, planned: Callable[[Job], Plan], could_fit: Callable[[Job], bool]
 ) -> tuple[Remedy, ...]:
-    """The fewest changes that suffice, at most `MAX_REMEDIES` of them; none if nothing does.
+    """Returns the remedies with the fewest changes, at most `MAX_REMEDIES`; none if nothing fits.
 
-    Changes of one setting are tried first (its smallest sufficient notch counts), then of two, and so on; more
-    ranks are the last resort. All are judged by `planned`, the function that judged the job itself; what `could_fit`
-    rules out (from the states alone) is not run.
+    Changes of one setting are tried first (with its smallest sufficient step), then of two, and so on; more ranks
+    come last. All are planned by `planned`, like the job itself. Jobs that `could_fit` excludes (from the states
+    alone) are not run.
     """
     judge = _Judge(planned, could_fit)
     remedies: list[Remedy] = []
@@ -51,7 +51,7 @@ def nearest_that_fit(
         if remedies:
             break
     if len(remedies) < MAX_REMEDIES:
-        more = judge.more_ranks(job, ()) if job.stage > 0 else None  # stage 0 divides nothing among them
+        more = judge.more_ranks(job, ()) if job.stage > 0 else None  # at stage 0 more ranks save nothing
         more = more or judge.more_ranks(job, [setting[-1] for setting in settings])
         remedies += [more] if more is not None else []
     return tuple(remedies[:MAX_REMEDIES])
@@ -64,7 +64,7 @@ class _Judge:
     runs: int = 0
 
     def verdict(self, job: Job, changes: Sequence[_Change]) -> Remedy | None:
-        """The changed job as a remedy if it fits."""
+        """Returns the changed job as a remedy if it fits."""
         for change in changes:
             job = change.job(job)
         if self.runs >= MAX_RUNS or not self.could_fit(job):
@@ -81,7 +81,9 @@ class _Judge:
         )
 
     def smallest(self, job: Job, settings: Sequence[Sequence[_Change]]) -> Remedy | None:
-        """The least notches of all these settings together that fit: if the furthest do, less is tried."""
+        """Returns the smallest changes of all these settings together that fit: if the largest do, smaller ones are
+        tried.
+        """
         furthest = [setting[-1] for setting in settings]
         best = self.verdict(job, furthest)
         if best is None:
@@ -95,7 +97,7 @@ class _Judge:
         return best
 
     def more_ranks(self, job: Job, others: Sequence[_Change]) -> Remedy | None:
-        """The least power of two times the ranks that suffices."""
+        """Returns the smallest multiple of the ranks by a power of two that fits."""
         ranks = job.num_ranks * 2
         while ranks <= _MAX_RANKS:
             changes = [*others, _ranks(ranks)]
@@ -111,7 +113,7 @@ def _ranks(count: int) -> _Change:
 
 
 def _settings(job: Job) -> list[list[_Change]]:
-    """What can be turned, each in notches from the nearest to the furthest."""
+    """Returns the settings that can be changed, each with its steps from the smallest to the largest change."""
     settings: list[list[_Change]] = []
     if job.stage < 3 and job.num_ranks > 1:
         settings.append([_stage(s) for s in range(job.stage + 1, 4)])
@@ -156,22 +158,22 @@ def _halves(size: int) -> Iterator[int]:
 
 
 def batch_size(micro_batch: Any) -> int:
-    """The first dimension that all of a micro-batch's tensors share; 0 if they share none."""
+    """Returns the first dimension of all tensors of a micro-batch; 0 if they differ."""
     tensors = [t for t in tree_flatten(micro_batch)[0] if isinstance(t, Tensor)]
     sizes = {t.shape[0] if t.ndim else 0 for t in tensors}
     return sizes.pop() if len(sizes) == 1 else 0
 
 
 def with_batch_size(micro_batch: Any, size: int) -> Any:
-    """Meta tensors of the same shapes with another first dimension.
+    """Returns meta tensors of the same shapes with another first dimension.
 
     Raises:
         ValueError: tensors without a common first dimension.
     """
     if batch_size(micro_batch) == 0:
         raise ValueError(
-            "the example inputs have no first dimension in common, so the micro-batch cannot be resized: give inputs "
-            "of the size to plan for"
+            "the first dimensions of the example inputs differ, so the micro-batch cannot be resized: pass "
+            "inputs of the size to plan"
         )
     flat, spec = tree_flatten(micro_batch)
     resized = [

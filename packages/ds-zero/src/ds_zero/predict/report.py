@@ -1,4 +1,4 @@
-"""What a plan says, as values, as text and as JSON."""
+"""The result of a plan, as values, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from ds_zero.tensors.sizes import human_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseMemory:
-    """Memory of one rank at the moment of one phase at which it holds most, in bytes."""
+    """Memory of one rank at the peak of a phase, in bytes."""
 
     phase: str
     """"load", "forward", "backward", "step" or "save"; "rest" is between steps."""
     device_bytes: int
-    """On the device that computes; on a CPU this is everything, what is "offloaded" included."""
+    """Bytes on the training device; on a CPU all bytes, including "offloaded" ones."""
     host_bytes: int
-    """Host memory beside an accelerator; on a CPU, the part of `device_bytes` that an offload store holds."""
+    """Bytes in host memory on a machine with an accelerator; on a CPU, the part of `device_bytes` in an offload
+    store.
+    """
     parts: Mapping[str, int]
-    """Purpose -> bytes at that moment."""
+    """Purpose -> bytes at the peak."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +51,11 @@ class Plan:
     accumulation_plan: str
     checkpointing: bool
     offload: tuple[str, ...]
-    """Kinds of shards that rest on the host."""
+    """Kinds of shards that are kept on the host."""
     device: str
     phases: tuple[PhaseMemory, ...]
     sent_bytes: Mapping[str, int]
-    """Sent by one rank in one optimizer step, by phase; empty where no micro-batch was given."""
+    """Bytes sent by one rank in one optimizer step, by phase; empty without a micro-batch."""
     reserve_bytes: int
     """Part of every phase's `device_bytes`: an allowance for memory that kernels allocate while they run."""
     notes: tuple[str, ...] = ()
@@ -69,7 +71,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """The peak in host memory; on a CPU, the peak of what an offload store holds."""
+        """The peak in host memory; on a CPU, the peak of an offload store."""
         return max(p.host_bytes for p in self.phases)
 
     @property
@@ -82,11 +84,11 @@ class Plan:
         )
 
     def phase(self, name: str) -> PhaseMemory:
-        """One phase by name."""
+        """Returns a phase by name."""
         return next(p for p in self.phases if p.phase == name)
 
     def to_json(self) -> str:
-        """All fields, and `device_bytes`, `host_bytes`, `fits`."""
+        """Returns all fields, and `device_bytes`, `host_bytes`, `fits`."""
         whole = asdict(self) | {
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
@@ -95,7 +97,7 @@ class Plan:
         return json.dumps(whole, indent=2)
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of the table: purposes down, phases across."""
+        """Returns header and rows of the table: a row for each purpose, a column for each phase."""
         purposes = [n for n in self.phases[0].parts if any(p.parts.get(n) for p in self.phases)]
         header = ["bytes per rank", *(p.phase for p in self.phases)]
         table = [[name, *(_cell(p.parts.get(name, 0)) for p in self.phases)] for name in purposes]
@@ -109,7 +111,7 @@ class Plan:
         return header, table
 
     def title(self) -> str:
-        """One line that names what is planned."""
+        """Returns a line that names the planned job."""
         parts = [
             f"{self.model}: {self.params_numel:,} parameters",
             f"stage {self.stage}",
@@ -124,7 +126,7 @@ class Plan:
         return ", ".join(parts)
 
     def verdict(self) -> list[str]:
-        """Lines below the table: the peak, whether it fits, what would, and the notes."""
+        """Returns the lines below the table: the peak, whether it fits, remedies, and notes."""
         lines = [f"peak {human_bytes(self.device_bytes)} a rank"]
         if self.offload and self.device != "cpu":
             lines[0] += f", and {human_bytes(self.host_bytes)} of host memory"
@@ -149,7 +151,7 @@ class Plan:
 
 
 def within(num_bytes: int, budget_bytes: int | None) -> bool:
-    """Whether a peak is at most a budget, if there is one."""
+    """Whether a peak is within a budget, if there is one."""
     return budget_bytes is None or num_bytes <= budget_bytes
 
 
@@ -158,7 +160,7 @@ def _cell(num_bytes: int) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of aligned columns, the first to the left, the others to the right."""
+    """Returns lines with aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""One rank's training steps, run by this package's own code on tensors without memory.
+"""Runs the training steps of one rank, with this package's own code, on tensors without memory.
 
 [Note: plan by running] A formula for the memory of a step would be a second copy of what `shard`, the reducer, the
 gatherer and the optimizer do, and would be wrong the day after one of them changes. Here those run themselves, over
@@ -44,7 +44,7 @@ from ds_zero.state import ZeroState
 
 MakeOptimizer = Callable[[Any], Optimizer]
 RanksFor = Callable[[str, nn.Parameter], int | None]
-"""How many ranks divide a parameter: experts; None: those of the model."""
+"""Function from a parameter to the number of ranks among which it is sharded (experts); None: as the model."""
 LOAD, FORWARD, BACKWARD, STEP, SAVE = "load", "forward", "backward", "step", "save"
 PHASES = (LOAD, FORWARD, BACKWARD, STEP, SAVE)
 
@@ -53,20 +53,20 @@ MAX_MICRO_BATCHES = 4
 the last unlike those before (reduction overlaps)."""
 
 _STEPS = 2
-"""The first step makes optimizer states and learns orders, the second follows them."""
+"""The first step creates optimizer states and records the order of modules; the second uses them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is planned, beside the model."""
+    """The job to plan, except for the model."""
 
     stage: int
     num_ranks: int
     config: ZeroConfig
     optimizer: Optimizer | MakeOptimizer
-    """Over the model's parameters, or a function from parameters to one."""
+    """An optimizer over the model's parameters, or a function from parameters to an optimizer."""
     micro_batch: Any
-    """Arguments of one forward: a tensor, a tuple, or a mapping of keywords; shapes and dtypes count."""
+    """Arguments of one forward: a tensor, a tuple, or a mapping of keywords. Only shapes and dtypes matter."""
     loss: Callable[[Any], Tensor]
     accumulation_steps: int
     device: torch.device
@@ -75,23 +75,23 @@ class Job:
     checkpointing: bool = False
     clip: bool = True
     shard_ranks: int | None = None
-    """Ranks that divide the model among themselves, where others hold the same; None: all."""
+    """Number of ranks among which the model is sharded, if there are replicas; None: all."""
     ranks_for: RanksFor | None = None
     scaled: bool = False
-    """Whether a `LossScaler` guards the steps."""
+    """Whether a `LossScaler` is used."""
     deferred: bool = False
     """Whether the model is constructed under `deferred_init`: no rank ever holds all of it."""
     states: Mapping[str, torch.dtype] = field(default_factory=dict)
-    """Of an optimizer with native kernels, as `probe_states` found them."""
+    """States of an optimizer with native kernels, from `probe_states`."""
 
     def topology(self, params: Mapping[str, nn.Parameter]) -> tuple[FakeGroup, Topology]:
-        """Stand-ins for the ranks, seen from the first; all count what they send on one."""
+        """Returns fake groups for the ranks, as rank 0; all count messages in one counter."""
         group = FakeGroup(0, self.num_ranks)
         main = ranks_in(group, self.num_ranks, self.shard_ranks)
         return group, topology_of(params, main, self.mesh_for(group), None)
 
     def mesh_for(self, group: FakeGroup) -> MeshFor | None:
-        """What `shard` is told of parameters with ranks of their own."""
+        """Returns the argument `mesh_for` of `shard`."""
         if self.ranks_for is None:
             return None
         known: dict[int, Ranks] = {}
@@ -102,7 +102,9 @@ class Job:
             if size is None or size == self.num_ranks:
                 return None
             if not 0 < size < self.num_ranks or self.num_ranks % size:
-                raise ValueError(f"ranks_for gives {fqn!r} {size} ranks: give a divisor of {self.num_ranks}")
+                raise ValueError(
+                    f"ranks_for gives {fqn!r} {size} ranks: it must be a divisor of {self.num_ranks}"
+                )
             if size not in known:
                 own = group.part(size) if size > 1 else None
                 known[size] = Ranks(own, 0, size, part=(0, self.num_ranks // size))
@@ -117,24 +119,24 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a simulated job has held and sent."""
+    """Memory and messages of a simulated job."""
 
     phases: Mapping[str, PhasePeaks]
     resting: Mapping[str, int]
-    """Bytes by purpose between steps, device and host together."""
+    """Bytes between steps by purpose, of device and host together."""
     resting_host_bytes: int
     sent_bytes: Mapping[str, int]
-    """Per step, by phase, from one rank."""
+    """Bytes sent by one rank per step, by phase."""
     guesses: tuple[str, ...]
 
 
 def simulate(model: nn.Module, job: Job, *, lean: bool = True) -> Outcome:
-    """Load, two steps and a save of `job` on rank 0, on a copy of `model` without memory.
+    """Simulates load, two steps and a save of `job` on rank 0, on a copy of `model` without memory.
 
     Args:
         lean: take [Note: lean operations]; without, all is left to torch's own fake tensors.
     """
-    # Real tensors that closures of the model hold, and the given inputs, take part by shape.
+    # Real tensors in closures of the model, and the inputs, are replaced by fake tensors of the same shapes.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     operations = LeanOperations(mode) if lean else torchs_own
     ledger = Ledger(1 if job.on_cpu else 512, operations, resizes=job.stage == 3)
@@ -262,10 +264,11 @@ class _Run:
 
 
 def ranks_in(group: FakeGroup, num_ranks: int, shard_ranks: int | None) -> Ranks:
-    """The first of `num_ranks` ranks, of which `shard_ranks` divide the model and the others hold the same.
+    """Returns the first of `num_ranks` ranks, with the model sharded among `shard_ranks` and the other groups as
+    replicas.
 
     Raises:
-        ValueError: a size that does not divide the number of ranks.
+        ValueError: the size does not divide the number of ranks.
     """
     size = num_ranks if shard_ranks is None else shard_ranks
     if size < 1 or num_ranks % size:
@@ -292,7 +295,7 @@ def _norms(tensors: Collection[Tensor]) -> tuple[float, bool]:
 
 
 def checkpoint_units(model: nn.Module) -> None:
-    """Let the blocks of `model` (children of its lists) recompute their activations in backward."""
+    """Makes the blocks of `model` (children of its lists) recompute their activations in backward."""
     lists = (nn.ModuleList, nn.Sequential)
     for name, unit in choose_units(model).items():
         parent = model.get_submodule(name.rpartition(".")[0]) if name else None
@@ -301,6 +304,6 @@ def checkpoint_units(model: nn.Module) -> None:
 
 
 def optimizer_states(model: nn.Module, optimizer: Optimizer | MakeOptimizer) -> dict[str, torch.dtype]:
-    """Name -> dtype of the optimizer's element-wise states."""
+    """Returns name -> dtype of the optimizer's element-wise states."""
     given = optimizer if isinstance(optimizer, Optimizer) else optimizer(_trainable(model))
     return probe_states(given)

@@ -1,4 +1,4 @@
-"""What a rank holds between steps, from the layout alone: nothing is run."""
+"""The memory of a rank between steps, computed from the layout without running the model."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ _PURPOSE_OF_KIND: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Resting:
-    """Bytes by purpose, on the device and in host memory."""
+    """Bytes between steps by purpose, on the device and in host memory."""
 
     device: Mapping[str, int]
     host: Mapping[str, int]
 
 
 def resting_bytes(model: nn.Module, job: Job) -> Resting:
-    """Parameters, masters, gradients, states and buffers of rank 0 between steps, paddings included."""
+    """Returns the bytes of parameters, masters, gradients, states and buffers of rank 0 between steps, including
+    padding.
+    """
     given = job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(model))
     params = dict(model.named_parameters())
     _, topology = job.topology(params)

@@ -1,1 +1,1 @@
-"""`verify`: sharded and plain training beside each other. Nothing that runs during training imports it."""
+"""`verify`: compares sharded and plain training. Nothing that runs during training imports it."""

@@ -1,4 +1,4 @@
-"""How far two trainings are apart: tensor by tensor, in units in the last place, and how far they may be.
+"""Measures the difference of two trainings, tensor by tensor, in units in the last place (ULP), and its bounds.
 
 [Note: what rounding explains]
 Over many steps two trainings whose arithmetic differs may drift apart without limit: an element whose gradient nearly
@@ -28,34 +28,34 @@ import torch
 from torch import Tensor
 
 FACTOR = 4.0
-"""How often a measured deviation is allowed."""
+"""Factor on the measured effect of rounding, which gives the bound."""
 UNITS = 16.0
-"""Units in the last place, of a tensor's largest element, that two kernels may differ by."""
+"""Allowed difference of two kernels, in units in the last place of a tensor's largest element."""
 
 LOSS, GRADIENT, NORM, PARAMETER, BUFFER = "loss", "gradient", "gradient norm", "parameter", "buffer"
 STATE = "state"
-"""With the name that the optimizer gives it."""
+"""Prefix of the kind of an optimizer state; its name in the optimizer follows."""
 
 _BITS: Mapping[int, torch.dtype] = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHOWN = 8
 
 
 def ulps(a: Tensor, b: Tensor) -> Tensor:
-    """How many representable numbers lie between the elements of two tensors of one floating-point dtype; int64.
+    """Returns an int64 tensor: the number of representable numbers between the elements of two tensors of one dtype.
 
-    Zeros of either sign are one number, NaN equals NaN, and NaN is as far as can be from everything else.
+    Zeros of either sign are equal, NaN equals NaN, and NaN has the largest distance from all other numbers.
     """
     bits = _BITS[a.element_size()]
 
     def ordered(x: Tensor) -> Tensor:
-        # Floating-point numbers are ordered like their bits, but for the sign, which is apart.
+        # Floating-point numbers of one sign are ordered like their bits.
         raw = x.detach().contiguous().view(bits).to(torch.int64)
         lowest = torch.iinfo(bits).min
         return torch.where(raw < 0, lowest - raw, raw)
 
     far = torch.iinfo(torch.int64).max
     x, y = ordered(a), ordered(b)
-    # Between numbers of different signs in 64 bits the difference may not fit.
+    # The difference of 64-bit numbers of different signs may overflow.
     apart = torch.where(((x < 0) != (y < 0)) & (x.abs() > far - y.abs()), far, (x - y).abs())
     unknown = a.isnan() != b.isnan()
     return apart.masked_fill(a.isnan() & b.isnan(), 0).masked_fill(unknown, far)
@@ -66,16 +66,16 @@ class Difference:
     """One tensor or loss that differs from that of plain PyTorch in at least one bit."""
 
     step: int
-    """Optimizer step, from 1; 0 is before the first."""
+    """Number of the optimizer step, from 1; 0 is before the first."""
     kind: str
     """"loss", "gradient" (mean over ranks, not clipped), "gradient norm", "parameter" and "state ..."
     (after the step), or "buffer"."""
     name: str
     """Name of the tensor in the model; for a loss, its micro-batch and rank."""
     module: str
-    """The module that holds it, with its class."""
+    """The module that contains it, with its class."""
     max_ulp: int
-    """Largest difference of an element in units in the last place; 2**63 - 1 if exactly one of the two is NaN."""
+    """Largest difference of an element in units in the last place; 2**63 - 1 if exactly one of them is NaN."""
     max_abs: float
     """The largest absolute difference."""
     at: tuple[int, ...]
@@ -88,7 +88,7 @@ class Difference:
     """Number of elements that differ."""
     numel: int
     bound: float | None = None
-    """The largest absolute difference that rounding explains; None before it was measured."""
+    """Largest absolute difference that rounding can explain; None before it was measured."""
 
     @property
     def within(self) -> bool:
@@ -97,24 +97,22 @@ class Difference:
 
     def __str__(self) -> str:
         place = f" at {list(self.at)}" if self.at else ""
-        ulp = (
-            "one side is no number" if self.max_ulp == torch.iinfo(torch.int64).max else f"{self.max_ulp} ULP"
-        )
+        ulp = "one side is NaN" if self.max_ulp == torch.iinfo(torch.int64).max else f"{self.max_ulp} ULP"
         said = f"{self.kind} of {self.name}" if self.kind != LOSS else f"loss of {self.name}"
         if self.module:
             said += f", module {self.module}"
         said += f": {self.found:.8g} instead of {self.plain:.8g}{place} (off by {self.max_abs:.3g}, {ulp}"
         if self.numel > 1:
             said += f"; {self.differing} of {self.numel} elements differ"
-        return said + ("" if self.bound is None else f"; {self.bound:.3g} is what rounding explains") + ")"
+        return said + ("" if self.bound is None else f"; {self.bound:.3g} can be explained by rounding") + ")"
 
 
 def compare(
     found: Tensor | None, plain: Tensor | None, *, step: int, kind: str, name: str, module: str = ""
 ) -> Difference | None:
-    """What differs between two tensors, None if every bit is the same (zeros of either sign count as one).
+    """Returns the difference of two tensors; None if they are bitwise equal (zeros of either sign are equal).
 
-    A tensor that only one side has is compared with zeros, and is as many ULP off as there are.
+    A tensor that exists only on one side is compared with zeros, and has the largest ULP difference.
     """
     one_sided = (found is None) != (plain is None)
     if found is None and plain is None:
@@ -152,7 +150,9 @@ def compare(
 
 
 def measured(pairs: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, float]:
-    """Bounds from what moved weights change: name, undisturbed and disturbed value of all tensors of one kind."""
+    """Returns bounds from the effect of perturbed weights, given name, original and perturbed value of all tensors of
+    one kind.
+    """
     gaps, scales, shares = {}, {}, []
     for name, plain, moved in pairs:
         if not plain.numel():
@@ -167,33 +167,34 @@ def measured(pairs: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, float]:
 
 
 def rounded(plain: Tensor) -> float:
-    """The bound for the result of one kernel."""
+    """Returns the bound for the result of one kernel."""
     scale = float(plain.abs().max()) if plain.numel() else 0.0
     return UNITS * torch.finfo(torch.float32).eps * scale if math.isfinite(scale) else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What `verify` found. `print` it, or ask `ok`."""
+    """The result of `verify`. `print` it, or check `ok`."""
 
     what: str
-    """The configuration that was judged."""
+    """The configuration that was verified."""
     ranks: int
     steps: int
-    """Optimizer steps that were compared."""
+    """Number of optimizer steps that were compared."""
     tensors: int
-    """Tensors that were compared in each of them."""
+    """Number of tensors that were compared in each step."""
     losses: tuple[float, ...]
-    """Mean loss of every step, sharded."""
+    """Mean loss of every step in the sharded training."""
     plain_losses: tuple[float, ...]
     """Mean loss of every step in plain PyTorch."""
     differences: tuple[Difference, ...] = ()
-    """Everything that is not bitwise equal, in the order of training: losses, gradients from the loss backwards,
-    parameters and states after the step."""
+    """All differences, in the order of training: losses, gradients from the loss backwards, parameters and states
+    after the step.
+    """
     notes: tuple[str, ...] = ()
-    """What has to be known to read the verdict."""
+    """Remarks about the result."""
     bitwise_wanted: bool = field(default=False, repr=False)
-    """Whether only bitwise equality counts."""
+    """Whether only bitwise equality is accepted."""
 
     @property
     def exact(self) -> bool:
@@ -202,7 +203,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether it is, or rounding explains every difference."""
+        """Whether it is exact, or rounding can explain every difference."""
         return self.exact if self.bitwise_wanted else self.first_beyond is None
 
     @property
@@ -212,11 +213,11 @@ class Verification:
 
     @property
     def first_beyond(self) -> Difference | None:
-        """The first one that differs by more than rounding explains."""
+        """The first tensor that differs by more than rounding can explain."""
         return next((d for d in self.differences if not d.within), None)
 
     def to_json(self) -> str:
-        """One JSON object; infinities and NaN as null."""
+        """Returns a JSON object; infinities and NaN become null."""
         made = {
             "ok": self.ok,
             "exact": self.exact,
@@ -243,7 +244,7 @@ class Verification:
             near = max(self.differences, key=lambda d: d.max_abs / d.bound if d.bound else 0.0)
             head = "NOT EXACT" if self.bitwise_wanted else "WITHIN ROUNDING"
             return [
-                f"{head}: {steps}: not bitwise the same, but no further apart than rounding explains",
+                f"{head}: {steps}: not bitwise equal, but rounding can explain all differences",
                 f"  first difference, step {self.first.step}: {self.first}",
                 f"  nearest to its bound, step {near.step}: {near}",
             ]

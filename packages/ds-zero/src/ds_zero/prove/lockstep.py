@@ -1,4 +1,4 @@
-"""Sharded and plain training side by side, one step at a time."""
+"""Runs sharded and plain training in lockstep."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ Batches = Callable[[int], Any] | Iterable[Any]
 
 
 class Candidate(Protocol):
-    """A sharded training that `run` judges."""
+    """The sharded training that `run` verifies."""
 
     @property
     def model(self) -> nn.Module:
-        """What `ds_zero.shard` has taken."""
+        """The sharded model."""
 
     def micro_batch(self, batch: Any) -> float:
-        """Forward and backward; the loss."""
+        """Runs forward and backward, and returns the loss."""
 
     def step(self) -> None:
-        """Clip and step."""
+        """Clips and steps."""
 
     @property
     def norm(self) -> float:
-        """Of the last step's gradient before clipping; NaN where it was not measured."""
+        """Returns the norm of the last step's gradient before clipping; NaN if it was not measured."""
 
 
 class Lockstep:
-    """Both trainings, one step at a time; the plain one on rank 0 alone."""
+    """Both trainings, one step at a time; the plain training runs only on rank 0."""
 
     def __init__(self, candidate: Candidate, recipe: Recipe, batches: Batches) -> None:
         self._candidate, self._recipe = candidate, recipe
@@ -72,7 +72,7 @@ class Lockstep:
         self._modules: dict[str, str] = {}
 
     def begin(self, made: nn.Module | None) -> None:
-        """Construct the plain training, and see that both start from the same values."""
+        """Constructs the plain training, and checks that both start from the same values."""
 
         def construct() -> None:
             self.plain = PlainTraining(self._recipe)
@@ -82,8 +82,9 @@ class Lockstep:
                 )
             if any(p.is_meta for p in self.plain.keeper.parameters()):
                 raise ValueError(
-                    "the function that makes the model leaves parameters on the meta device: construct it outside of "
-                    "deferred_init, and say deferred=True where it shall be sharded from there"
+                    "the function that makes the model leaves parameters on the meta device: construct it "
+                    "outside of deferred_init, and pass deferred=True to construct the sharded model under "
+                    "deferred_init"
                 )
             for name, _ in self.plain.keeper.named_parameters():
                 owner = name.rpartition(".")[0]
@@ -95,12 +96,13 @@ class Lockstep:
         names = from_first(lambda: [d.name for d in self._fresh])
         if names:
             raise ValueError(
-                f"{len(names)} parameters start with other values than in plain PyTorch, first {names[0]!r}: the "
-                "function that makes the model has to give the same values after the same torch.manual_seed"
+                f"{len(names)} parameters start with other values than in plain PyTorch, the first is "
+                f"{names[0]!r}: the function that makes the model must give the same values after the same "
+                "torch.manual_seed"
             )
 
     def step(self, step: int) -> None:
-        """One optimizer step of both, compared."""
+        """Runs one optimizer step of both, and compares them."""
         recipe, rank = self._recipe, own_rank()
         first = (step - 1) * recipe.micro_batches * recipe.ranks
         table = from_first(self._take)
@@ -143,7 +145,9 @@ class Lockstep:
         self.losses.append(math.fsum(mine) / len(mine))
 
     def _judge_gradients(self, table: Sequence[Sequence[Any]], first: int) -> None:
-        """Bounds for what differs so far; the plain step is then taken with the sharded training's gradient."""
+        """Computes bounds for the differences so far. The plain training then steps with the gradient of the sharded
+        training.
+        """
         plain = self.plain
         assert plain is not None
         if not self._fresh:
@@ -191,7 +195,7 @@ class Lockstep:
                 self._sharded_values[name] = sharded
 
     def _judge_parameters(self, step: int) -> bool:
-        """Bounds for what differs after the step; whether anything has differed in this step."""
+        """Computes bounds for the differences after the step. Returns whether anything differed in this step."""
         plain = self.plain
         assert plain is not None
         values = plain.values()
@@ -211,7 +215,7 @@ class Lockstep:
     # --- on all ranks
 
     def _compare_gradients(self, step: int) -> None:
-        """From the loss backwards: what goes wrong in backward goes wrong in everything that comes later in it."""
+        """Compares gradients from the loss backwards: an error in backward spreads to all later gradients."""
         names = from_first(lambda: self.plain.names if self.plain is not None else [])
         for name in reversed(names or []):
             sharded = get_full(self._candidate.model, name, "grad")
@@ -231,7 +235,7 @@ class Lockstep:
                 self._note(buffers.get(name), value, step, BUFFER, name)
 
     def _follow(self, step: int) -> None:
-        """Plain PyTorch goes on from the sharded training's optimizer states, which are judged on the way."""
+        """Compares optimizer states; the plain training continues with those of the sharded training."""
         plain = self.plain
         for name, kind in from_first(lambda: plain.states() if plain is not None else []):
             sharded = get_full(self._candidate.model, name, kind)
@@ -277,23 +281,23 @@ def _numbered(batches: Batches) -> Iterator[Any]:
 
 
 def world_size() -> int:
-    """Ranks of the process group; 1 without one."""
+    """Returns the number of ranks of the process group; 1 without one."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def own_rank() -> int:
-    """This rank in the process group; 0 without one."""
+    """Returns this rank in the process group; 0 without one."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, on all ranks; an error there is raised everywhere."""
+    """Calls `make` on rank 0, and returns its result on all ranks. An error is raised on all ranks."""
     box: list[Any] = [None, None]
     if own_rank() == 0:
         try:
             box[0] = make()
         except Exception as error:
-            # The others wait: whatever it is, they have to hear of it.
+            # Any error must be sent to the other ranks, which wait.
             if world_size() == 1:
                 raise
             box[1] = _told(error)
@@ -306,7 +310,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def _told(error: Exception) -> Exception:
-    """The error, or one that can be sent in its place."""
+    """Returns the error, or one that can be pickled in its place."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001  (whatever an exception class does when it is pickled)
@@ -315,7 +319,7 @@ def _told(error: Exception) -> Exception:
 
 
 def _everybodys(own: list[float]) -> list[list[float]]:
-    """Every rank's list."""
+    """Returns the lists of all ranks."""
     if world_size() == 1:
         return [own]
     told: list[Any] = [None] * world_size()

@@ -1,4 +1,4 @@
-"""The training that `verify` compares with: plain PyTorch in one process that does the work of all ranks.
+"""The reference of `verify`: plain PyTorch in one process, which processes the micro-batches of all ranks.
 
 [Note: what plain means]
 One whole model, one whole optimizer, and no collective: every rank's micro-batches run one after the other, and their
@@ -32,7 +32,7 @@ from ds_zero.runtime.gradients.norms import clip_factor, squared_norm
 from ds_zero.runtime.materialize import compute_dtype
 
 Loss = Callable[[Any, Any], Tensor]
-"""From a model and a micro-batch to a scalar."""
+"""A function from a model and a micro-batch to a scalar."""
 
 
 class Schedule(Protocol):
@@ -43,20 +43,22 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What both trainings do."""
+    """The settings of both trainings."""
 
     make: Callable[[], tuple[nn.Module, Optimizer]]
-    """A new model and the optimizer over its parameters; always the same values after `seed_everything`."""
+    """Returns a new model and the optimizer over its parameters, with the same values after the same
+    `seed_everything`.
+    """
     loss: Loss
     config: Callable[[nn.Module], ZeroConfig]
     """The options of `shard` for such a model."""
     stage: int
     ranks: int
     micro_batches: int
-    """Per rank and step."""
+    """Number of micro-batches per rank and step."""
     clip: float = math.inf
     scale: float | DynamicScale | None = None
-    """The loss scale; None: losses are not scaled and no step is left out."""
+    """The loss scale; None: losses are not scaled and no step is skipped."""
     schedule: Callable[[Optimizer], Schedule | None] = lambda _: None
     norms: Norms = squared_norm
     dress: Callable[[nn.Module, Callable[[], int]], Any] = lambda model, _: model
@@ -64,12 +66,12 @@ class Recipe:
     finish: Callable[[nn.Module], None] = lambda _: None
     """What becomes of the model after its parameters have their dtypes (dtypes of buffers)."""
     masters: torch.device | None = None
-    """Where masters and optimizer states rest; None: beside the model."""
+    """Device of masters and optimizer states; None: the device of the model."""
     seed: int = 0
 
 
 def seed_everything(seed: int, number: int = 0) -> None:
-    """Every generator that models draw from, to a state that depends on the two numbers alone."""
+    """Seeds all generators that models use, from two numbers."""
     mixed = (seed * 1_000_003 + number * 7919 + 17) % (1 << 31)
     torch.manual_seed(mixed)  # accelerators included
     random.seed(mixed)
@@ -80,7 +82,7 @@ def seed_everything(seed: int, number: int = 0) -> None:
 
 @contextmanager
 def own_randomness() -> Iterator[None]:
-    """The caller's generators stand afterwards where they stood."""
+    """Context manager that restores the caller's generators."""
     numpy: Any = sys.modules.get("numpy")
     kept = random.getstate(), numpy.random.get_state() if numpy is not None else None
     device = torch.accelerator.current_accelerator(check_available=True)
@@ -163,7 +165,7 @@ class PlainTraining:
         self.draws = False
         """Whether the model has drawn random numbers."""
         self.skipped = 0
-        """Steps that were left out, since their gradient was not finite."""
+        """Number of steps that were skipped because the gradient was not finite."""
         self.norm = math.nan
         self._grads: dict[str, Tensor] = {}
         self._buffers = [self._copied_buffers() for _ in range(recipe.ranks if self._has_buffers() else 0)]
@@ -201,7 +203,7 @@ class PlainTraining:
 
     @property
     def loss_scale(self) -> float:
-        """What losses are multiplied by now."""
+        """The current loss scale."""
         return self._counting.scale if self._counting is not None else 1.0
 
     def gradients(self, batches: Sequence[Sequence[Any]], first: int) -> list[list[float]]:
@@ -260,11 +262,11 @@ class PlainTraining:
         return terms * unit * size if math.isfinite(size) else math.inf
 
     def adopt_gradient(self, name: str, value: Tensor) -> None:
-        """Step with this one, which is as `gradient` gives it."""
+        """Replaces a gradient, in the form that `gradient` returns."""
         self._grads[name] = (value.detach() * self.loss_scale).to(self.config.grad_dtype)
 
     def update(self) -> None:
-        """Clip and step, unless the gradient is not finite and a loss scale guards the step."""
+        """Clips and steps; with a loss scale, skips the step if the gradient is not finite."""
         square, finite = self._recipe.norms(list(self._grads.values()))
         norm = torch.tensor(math.sqrt(square) / self.loss_scale if finite else square, dtype=torch.float32)
         self.norm = float(norm)
@@ -290,12 +292,12 @@ class PlainTraining:
         }
 
     def gradient(self, name: str) -> Tensor | None:
-        """Before clipping, without the loss scale; None where no micro-batch has used the parameter."""
+        """Returns a gradient before clipping, without the loss scale; None if no micro-batch used the parameter."""
         grad = self._grads.get(name)
         return None if grad is None else grad.float() * (1.0 / self.loss_scale)
 
     def adopt(self, name: str, value: Tensor) -> None:
-        """Go on from another value of a parameter."""
+        """Replaces the value of a parameter."""
         with torch.no_grad():
             for model in (self.keeper, self.worker):
                 param = model.get_parameter(name)
@@ -311,7 +313,7 @@ class PlainTraining:
         return torch.as_tensor(self._held(self.keeper.get_parameter(name))[kind])
 
     def adopt_state(self, name: str, kind: str, value: Tensor) -> None:
-        """Go on from another value of an optimizer's state."""
+        """Replaces the value of an optimizer state."""
         held = self._held(self.keeper.get_parameter(name))
         if isinstance(held[kind], Tensor):
             held[kind].copy_(value)
@@ -348,7 +350,7 @@ class PlainTraining:
         return loss.item(), grads
 
     def _sums_local(self, run: Callable[[int, int], dict[str, Tensor]], micros: int) -> dict[str, Tensor]:
-        """Each rank adds its micro-batches; then one reduction."""
+        """Adds the micro-batches of each rank, then reduces once."""
 
         def one_rank(rank: int) -> dict[str, Tensor]:
             if micros == 1:
@@ -362,7 +364,7 @@ class PlainTraining:
         return {n: g.to(self.config.grad_dtype) for n, g in self._reduced(one_rank).items()}
 
     def _sums_sharded(self, run: Callable[[int, int], dict[str, Tensor]], micros: int) -> dict[str, Tensor]:
-        """Every micro-batch is reduced; then the results are added."""
+        """Reduces every micro-batch, then adds the results."""
         sums: dict[str, LineSum | TreeSum] = {}
         for k in range(micros):
             for name, grad in self._reduced(partial(run, k)).items():
@@ -410,7 +412,7 @@ class PlainTraining:
         self._publish()
 
     def _publish(self) -> None:
-        """Masters into the parameters that compute."""
+        """Copies masters to the parameters of the model that computes."""
         if self.worker is self.keeper:
             return
         masters = dict(self.keeper.named_parameters())
@@ -431,7 +433,7 @@ class PlainTraining:
 
 
 def neighbours(value: Tensor, generator: torch.Generator) -> Tensor:
-    """Every element's neighbour, above or below; zeros stay."""
+    """Returns the next representable number above or below each element, at random; zeros stay."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
     up = torch.rand(value.shape, generator=generator).to(value.device) < 0.5
     raw = value.detach().contiguous().view(bits)

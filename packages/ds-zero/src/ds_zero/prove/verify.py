@@ -1,4 +1,4 @@
-"""`verify`: the user's own model, sharded and in plain PyTorch, step by step beside each other."""
+"""`verify`: trains the user's model sharded and in plain PyTorch, and compares both step by step."""
 
 from __future__ import annotations
 
@@ -52,37 +52,36 @@ def verify(
     bitwise: bool = False,
     seed: int = 0,
 ) -> Verification:
-    """Train `steps` steps sharded and in plain PyTorch, and say where the two first differ, if they do.
+    """Trains `steps` steps sharded and in plain PyTorch, and reports all differences.
 
-    Collective: all ranks of the process group call it alike (or one process without a group), and get the same
-    answer. Rank 0 also trains the plain model, on the micro-batches of all ranks, so it needs memory for a whole model
-    and optimizer, and the time of all ranks. Gradients are compared before clipping, parameters after the step, all
-    tensors of both in every step. See [Note: what plain means] in `prove/reference_training.py` and
-    [Note: what rounding explains] in `prove/deviation.py`. Random generators are seeded alike for every micro-batch on
-    both sides, so dropout does not tell them apart; they are restored at the end.
+    Collective: all ranks of the process group (or one process without a group) must call it with the same arguments,
+    and get the same result. Rank 0 also trains the plain model, on the micro-batches of all ranks, so it needs memory
+    for a whole model and optimizer, and computes as much as all ranks together. Gradients are compared before
+    clipping, parameters after the step, all tensors of both in every step. See [Note: what plain means] in
+    `prove/reference_training.py` and [Note: what rounding explains] in `prove/deviation.py`. For every micro-batch,
+    random generators get the same seed on both sides, so dropout causes no difference. They are restored at the end.
 
     Args:
-        make: makes the model and its optimizer, always with the same values from the same random seed. Rank 0 calls it
+        make: returns the model and its optimizer, with the same values after the same random seed. Rank 0 calls it
             twice.
-        batches: micro-batches: a function from their number to one, or something to iterate over (a list, a data
-            loader), which starts again when it ends. Rank 0's are given to all; number k N + r goes to rank r of N.
-        loss: from the model and a micro-batch to a scalar. None: the micro-batch is what the model is called with (a
-            tensor, a tuple of arguments, or a mapping of keywords), and the loss is the output, its `loss` or its first
-            element.
-        stage, config, store, comm: as for `shard`.
-        mesh: as for `shard`: one axis, or two (replicate, shard), with all ranks of the process group in their order.
-            Experts with ranks of their own (`mesh_for`) and models that are cut (`model_parallel`) are no one model
-            that rank 0 could train alone, so they are not taken here.
-        accumulation_steps: micro-batches of a rank per step.
-        clip: largest norm of the gradient; None: it is not clipped.
-        loss_scale: as for `LossScaler`; None: none.
-        schedule: makes a learning-rate schedule of an optimizer; moved after every step.
+        batches: micro-batches: a function from a number to a micro-batch, or an iterable (a list, a data loader),
+            which is restarted at its end. All ranks use those of rank 0: number k N + r goes to rank r of N.
+        loss: a function from the model and a micro-batch to a scalar. None: the model is called with the micro-batch
+        (a tensor, a tuple of arguments, or a mapping of keywords), and the loss is the output, its `loss` or its
+        first element. stage, config, store, comm: as for `shard`.
+        mesh: as for `shard`: one axis, or two (replicate, shard), with all ranks of the process group in order.
+            Experts on other meshes (`mesh_for`) and model-parallel models (`model_parallel`) are not supported,
+            because rank 0 cannot train them alone.
+        accumulation_steps: number of micro-batches per rank and step.
+        clip: maximum norm of the gradient; None: no clipping.
+        loss_scale: as for `LossScaler`; None: no loss scaling.
+        schedule: makes a learning-rate schedule from the optimizer; it is stepped after every step.
         deferred: construct the sharded model under `deferred_init`.
-        bitwise: whether only bitwise equality is `ok`, not also what rounding explains.
-        seed: of weights and random numbers.
+        bitwise: whether `ok` requires bitwise equality, instead of differences that rounding can explain.
+        seed: seed of weights and random numbers.
 
     Raises:
-        ValueError: arguments that cannot work, or a `make` that gives other values each time.
+        ValueError: invalid arguments, or `make` returns different values each time.
     """
     check_stage(stage)
     if steps < 1 or accumulation_steps < 1:
@@ -122,13 +121,13 @@ def _check_mesh(mesh: Group | None) -> None:
     across = mesh_ranks.replicas.rank if mesh_ranks.replicas is not None else 0
     if (mesh_ranks.total, across * mesh_ranks.size + mesh_ranks.rank) != (world_size(), own_rank()):
         raise ValueError(
-            f"mesh has {mesh_ranks.total} ranks, the process group {world_size()}: give verify a mesh of all ranks, in "
-            'their order, as init_device_mesh("cpu", (replicas, shards)) makes it'
+            f"mesh has {mesh_ranks.total} ranks, the process group {world_size()}: pass a mesh of all ranks in order, "
+            'for example init_device_mesh("cpu", (replicas, shards))'
         )
 
 
 class _Loop:
-    """The loop of a user of `shard`."""
+    """The training loop of a user of `shard`."""
 
     def __init__(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer) -> None:
         self.model = model
@@ -178,7 +177,7 @@ def run(
     made: nn.Module | None = None,
     what: str | None = None,
 ) -> Verification:
-    """Judge a training that stands ready. Collective.
+    """Verifies a prepared training. Collective.
 
     Args:
         made: the candidate's model, if the plain one must be another object.
@@ -226,15 +225,13 @@ def _notes(plain: PlainTraining, differs: bool) -> tuple[str, ...]:
     notes = []
     if differs and next(iter(plain.worker.parameters())).device.type == "cpu":
         notes.append(
-            "On the CPU most configurations are bitwise plain PyTorch (docs/benchmarks/parity.md), so a small "
-            "difference, too, may be a fault: bitwise=True (--bitwise) lets none pass."
+            "On the CPU most configurations are bitwise equal to plain PyTorch (docs/benchmarks/parity.md), so "
+            "even a small difference may be a fault: bitwise=True (--bitwise) accepts none."
         )
     if plain.draws:
         notes.append(
-            "The model draws random numbers (dropout): both sides were seeded alike for every micro-batch."
+            "The model draws random numbers (dropout): both sides had the same seed for every micro-batch."
         )
     if plain.steps and plain.skipped:
-        notes.append(
-            f"{plain.skipped} of {plain.steps} steps were left out: their gradients were not finite."
-        )
+        notes.append(f"{plain.skipped} of {plain.steps} steps were skipped: their gradients were not finite.")
     return tuple(notes)

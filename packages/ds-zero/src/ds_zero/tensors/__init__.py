@@ -1,1 +1,1 @@
-"""Where the elements of tensors lie: storages, large pages, fingerprints, and stand-ins without any."""
+"""Storages, large pages and fingerprints of tensors, and placeholder tensors without memory."""

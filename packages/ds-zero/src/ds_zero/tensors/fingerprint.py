@@ -1,4 +1,4 @@
-"""Tells whether a tensor was written, also through `.data`, which no version counter sees."""
+"""Detects whether a tensor was written, also through `.data`, which does not change the version counter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FACTOR = 0x9E3779B1
 
 
 def fingerprint(tensor: Tensor) -> int:
-    """64 bits that depend on every element and its place; equal for equal bits. Two passes over a block at a time."""
+    """Returns a 64-bit hash of all elements and their positions. Reads the tensor twice, a block at a time."""
     words = tensor.detach().reshape(-1).view(_WORDS[tensor.element_size()])
     if not words.numel():
         return 0

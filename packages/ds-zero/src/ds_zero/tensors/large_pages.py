@@ -1,4 +1,4 @@
-"""Memory that is taken and given back all the time, in large pages.
+"""Large pages for memory that is frequently allocated and freed.
 
 [Note: large pages]
 Every page of new memory costs a fault when it is first written: for a gathered unit of 12 MB three thousand, twice a

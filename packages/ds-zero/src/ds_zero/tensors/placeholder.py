@@ -1,4 +1,4 @@
-"""Tensors that stand for values which are not here: they have a shape, a dtype and a device, and no memory."""
+"""Placeholder tensors for values that are not available: they have a shape, a dtype and a device, but no memory."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ H = TypeVar("H", bound="Placeholder")
 
 
 class Placeholder(Tensor):
-    """A tensor without memory. Shape, dtype and device can be read; it can be assigned, deleted and set to zero; every
-    other use raises a ValueError that says where the values are.
+    """A tensor without memory. Shape, dtype and device can be read; it can be assigned, deleted and set to zero.
+    Every other use raises a ValueError that says how to get the values.
     """
 
     _explanation: str
@@ -26,7 +26,7 @@ class Placeholder(Tensor):
 
     @classmethod
     def like(cls: type[H], tensor: Tensor, explanation: str) -> H:
-        """A handle of the shape, dtype and device of `tensor`; errors say `explanation`."""
+        """Makes a handle with the shape, dtype and device of `tensor`; errors contain `explanation`."""
         made: H = torch.Tensor._make_wrapper_subclass(
             cls, tensor.shape, dtype=tensor.dtype, device=tensor.device
         )
@@ -92,7 +92,7 @@ def _flat(values: Sequence[Any]) -> list[Any]:
 
 
 class ReducedGradient(Placeholder):
-    """`param.grad` after a backward: its gradient has been taken, to be reduced onto the optimizer's shards.
+    """`param.grad` after a backward: the gradient was moved, to be reduced onto the optimizer's shards.
 
     A backward that nobody announced (of modules that are called by themselves) may find it there. Autograd then adds
     to it, and the handle keeps what it is given.
@@ -116,7 +116,7 @@ class ReducedGradient(Placeholder):
         return super()._answer(func, args)
 
     def take_arrived(self) -> Tensor:
-        """The gradient that autograd added to this handle."""
+        """Returns the gradient that autograd has added to this handle."""
         arrived, self._arrived = self._arrived, None
         assert arrived is not None, "no gradient has arrived"
         return arrived
