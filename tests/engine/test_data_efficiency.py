@@ -304,7 +304,7 @@ def test_data_that_does_not_fit(tmp_path: Path) -> None:
     config = {"train_batch_size": 4, "optimizer": {"type": "SGD"}, "startup_summary": False}
     write_index(tmp_path / "seqlen", LENGTHS[:50])
     section = tokens(tmp_path)
-    with pytest.raises(ConfigError, match="has the lengths of 50 samples, training_data has 90"):
+    with pytest.raises(ConfigError, match="has the lengths of 50 samples, but training_data has 90"):
         ds_engine.initialize(model=net(), config=config | section, training_data=Sentences())
     with pytest.raises(ConfigError, match="has 50 samples, training_data has 90"):
         ds_engine.initialize(model=net(), config=config | measured(tmp_path), training_data=Sentences())

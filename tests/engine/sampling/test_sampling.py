@@ -164,7 +164,7 @@ def test_what_is_no_measure(tmp_path: Path) -> None:
         Analyzer(Words(), {"sum": lambda b: lengths(b).sum()}, tmp_path, collate_fn=identity).run()
     with pytest.raises(ValueError, match="sample 0 has the value NaN"):
         Analyzer(Words(), {"nan": lambda b: lengths(b) * np.nan}, tmp_path, collate_fn=identity).run()
-    with pytest.raises(ValueError, match="give measures or totals"):
+    with pytest.raises(ValueError, match="pass measures or totals"):
         Analyzer(Words(), {}, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"neither a folder with manifest.json nor a file .*\.idx"):
         open_index(str(tmp_path / "nothing"))
@@ -195,7 +195,7 @@ def test_files_of_deepspeed(tmp_path: Path) -> None:
     foreign(tmp_path / "seqlen" / "seqlen_sample_to_metric", 5, np.int64, [[9], [8], [7]])
     assert open_values(str(tmp_path), "seqlen").tolist() == [9, 8, 7]
     (tmp_path / "to_sample.bin").write_bytes(b"12")
-    with pytest.raises(ValueError, match="has 2 numbers, its index says 6"):
+    with pytest.raises(ValueError, match="has 2 numbers, but its index says 6"):
         open_index(samples)
 
 
@@ -368,7 +368,7 @@ def test_what_cannot_be_drawn(tmp_path: Path) -> None:
         ValueError, match=r"no sample is easy enough at step 1, .*least in the data are \{'len': 10"
     ):
         next(iter(late))
-    with pytest.raises(ValueError, match="has 50 samples, training_data has 49: analyse the data again"):
+    with pytest.raises(ValueError, match="has 50 samples, but training_data has 49: run the Analyzer again"):
         curriculum({"len": Criterion(difficulty=lambda s: 3, most=100, index=index)}, 49)
     custom = curriculum({"len": Criterion(difficulty=None, most=100, index=index)}, 50)
     with pytest.raises(ValueError, match="set_difficulties"):

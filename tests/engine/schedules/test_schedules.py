@@ -170,7 +170,7 @@ def test_schedules_of_torch_by_name() -> None:
         ),
         ("WarmupLR", {"warmup_steps": 3}, "scheduler.params.warmup_steps: WarmupLR has no such argument"),
         ("WarmupLR", {"warmup_num_stesp": 3}, 'Did you mean "warmup_num_steps"?'),
-        ("WarmupLR", {"warmup_num_steps": 0}, "warmup_num_steps is 0: give a whole number of at least 1"),
+        ("WarmupLR", {"warmup_num_steps": 0}, "warmup_num_steps is 0: it must be an integer of at least 1"),
         ("WarmupLR", {"warmup_type": "exp"}, "warmup_type is 'exp'"),
         ("WarmupLR", {"warmup_min_lr": [0.0, 0.1]}, "warmup_min_lr has 2 values, the optimizer has 1 groups"),
         ("WarmupCosineLR", {}, "scheduler.params.total_num_steps is missing"),
@@ -179,7 +179,7 @@ def test_schedules_of_torch_by_name() -> None:
         (
             "OneCycle",
             {"cycle_min_lr": 0.1, "cycle_max_lr": 1.0, "cycle_first_step_size": 0},
-            "give more than 0",
+            "the first must be more than 0",
         ),
         ("WarmupCosineLR", {"total_num_steps": 0}, "total_num_steps is 0"),
         ("ReduceLROnPlateau", {}, "there is no such schedule"),

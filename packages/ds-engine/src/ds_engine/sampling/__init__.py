@@ -1,4 +1,4 @@
-"""Which samples make a batch: by difficulty, by tokens; and the measures of samples that both need."""
+"""Choice of samples by difficulty or by number of tokens, and the measures that both need."""
 
 from ds_engine.sampling.analyze import Analyzer
 from ds_engine.sampling.curriculum import Criterion, CurriculumOrder

@@ -1,4 +1,4 @@
-"""Measures of all samples, computed once by any number of workers."""
+"""Computes measures of all samples, once, with any number of workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from ds_engine.sampling.index import write_index
 
 Measure = Callable[[Any], Any]
-"""Batch -> one number for each of its samples, as a tensor or array."""
+"""A function from a batch to one number for each of its samples, as a tensor or array."""
 
 
 class Analyzer:
@@ -27,9 +27,10 @@ class Analyzer:
 
         Analyzer(data, {"seqlen": lengths}, "metrics", collate_fn=list).run()
 
-    Workers share the samples in equal runs and write their parts; one merges. `run` does all of it: on the ranks of the
-    process group if there is one, else alone. On machines that share nothing but a disk, call `measure(w, W)` on each
-    and `merge(W)` on one after that. The parts' files are complete or absent, so a worker can be run again.
+    Each worker measures an equal, contiguous part of the samples and writes a file; one worker merges the files.
+    `run` does both: on the ranks of the process group if there is one, else in this process. On machines that share
+    only a disk, call `measure(w, W)` on each of W machines, and then `merge(W)` on one. Files are complete or absent,
+    so a worker can be repeated.
     """
 
     def __init__(
@@ -46,25 +47,25 @@ class Analyzer:
         """
         Args:
             measures: name -> function from a collated batch to one number for each sample.
-            folder: receives a folder for each measure.
-            totals: name -> function from a batch to an array; the arrays of all batches are added into
+            folder: output directory, with a folder for each measure.
+            totals: name -> function from a batch to an array. The sum over all batches is written to
                 `<folder>/<name>/total.npy`, for example how often each token occurs.
-            batch_size: samples that a function gets at a time.
-            collate_fn: makes a batch from a list of samples; default torch's, which needs samples of equal shape.
-            processes: load, collate and measure in so many processes beside this one.
+            batch_size: number of samples in a batch.
+            collate_fn: makes a batch from a list of samples. Default: torch's, which needs samples of equal shape.
+            processes: number of worker processes that load, collate and measure; 0: this process.
         """
         self._dataset, self._folder = dataset, Path(folder)
         self._measures, self._totals = dict(measures), dict(totals or {})
         self._batch_size, self._collate_fn, self._processes = batch_size, collate_fn, processes
         both = self._measures.keys() & self._totals.keys()
         if both or not (self._measures or self._totals):
-            raise ValueError(
-                f"give measures or totals, each under a name of its own: {sorted(both) or 'none'}"
-            )
+            raise ValueError(f"pass measures or totals under different names: {sorted(both) or 'none'}")
         self._num_samples = len(dataset)  # type: ignore[arg-type]
 
     def run(self) -> None:
-        """Measure and merge; collective where there is a process group. When it returns, every rank can read."""
+        """Measures and merges. Collective if there is a process group. When it returns, every rank can read the
+        result.
+        """
         if not (dist.is_available() and dist.is_initialized()):
             self.measure()
             self.merge()
@@ -87,10 +88,10 @@ class Analyzer:
                 raise RuntimeError(f"the analysis failed on rank {min(broken)}: {broken[min(broken)]}")
 
     def measure(self, worker: int = 0, workers: int = 1) -> None:
-        """Compute this worker's share and write its parts.
+        """Measures the samples of this worker, and writes its files.
 
         Raises:
-            ValueError: a function gives another number of values than there are samples; names it.
+            ValueError: a function returned another number of values than there are samples. The message names it.
         """
         begin, end = self._share(worker, workers)
         values: dict[str, list[NDArray[Any]]] = {name: [] for name in self._measures}
@@ -107,10 +108,10 @@ class Analyzer:
             self._save(self._part(name, worker, workers), totals.get(name, np.zeros(0)))
 
     def merge(self, workers: int = 1) -> None:
-        """Make the indices from the parts of all workers, and remove the parts.
+        """Makes the indices from the files of all workers, and removes these files.
 
         Raises:
-            FileNotFoundError: a worker has not finished; names it.
+            FileNotFoundError: a worker has not finished. The message names it.
         """
         for name in self._measures:
             write_index(self._folder / name, np.concatenate(self._load(name, workers)))
@@ -123,7 +124,7 @@ class Analyzer:
 
     def _share(self, worker: int, workers: int) -> tuple[int, int]:
         if not 0 <= worker < workers:
-            raise ValueError(f"worker {worker} of {workers}: workers are counted from 0")
+            raise ValueError(f"worker {worker} of {workers}: workers are numbered from 0")
         return worker * self._num_samples // workers, (worker + 1) * self._num_samples // workers
 
     def _batches(self, begin: int, end: int) -> Iterator[dict[str, NDArray[Any]]]:
@@ -152,11 +153,11 @@ class Analyzer:
                 f"{len(missing)} of {workers} workers have not finished {name!r}, first {missing[0]}"
             )
         found = [np.load(path) for path in paths]
-        return [part for part in found if part.size] or found[:1]  # a worker may have had no samples
+        return [part for part in found if part.size] or found[:1]  # a worker may have no samples
 
 
 class _Measuring:
-    """Collates and measures, so that both happen in the loader's processes and only numbers come back."""
+    """Collates and measures in the processes of the loader, so that only numbers are sent back."""
 
     def __init__(
         self,
@@ -174,8 +175,8 @@ class _Measuring:
             values = _array(function(batch)).reshape(-1)
             if len(values) != len(samples):
                 raise ValueError(
-                    f"measure {name!r} gave {len(values)} values for {len(samples)} samples: it has to give one number "
-                    "for each"
+                    f"measure {name!r} gave {len(values)} values for {len(samples)} samples: it must return one "
+                    "number for each"
                 )
             found[name] = values
         return found

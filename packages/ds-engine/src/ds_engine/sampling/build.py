@@ -1,4 +1,4 @@
-"""From the section `data_efficiency` to the order in which the loader takes samples."""
+"""Makes the order of samples from the section `data_efficiency`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _WHERE = "data_efficiency.data_sampling"
 
 
 def sampling_of(config: DsConfig) -> DataSamplingConfig | None:
-    """The section, where it is switched on."""
+    """Returns the section `data_sampling` if it is enabled."""
     section = config.data_efficiency
     return section.data_sampling if section.enabled and section.data_sampling.enabled else None
 
 
 def lr_scaling_of(config: DsConfig) -> Scaling:
-    """How rates follow the number of samples of a step, where batches differ in it."""
+    """Returns how learning rates follow the number of samples of a step, if batches differ in size."""
     sampling = sampling_of(config)
     return (
         sampling.dynamic_batching.lr_scaling_method
@@ -36,15 +36,15 @@ def lr_scaling_of(config: DsConfig) -> Scaling:
 def order_of(
     config: DsConfig, batch: Batch, rank: int, num_samples: int | None, indexed: bool
 ) -> Order | None:
-    """The order of `training_data`; None: the plain one.
+    """Returns the order of `training_data`; None: the default order.
 
     Args:
-        rank: this rank's place among those that see different data.
-        num_samples: of the data; None: there is none.
-        indexed: whether samples can be asked for by number.
+        rank: index of this rank on the data-parallel axis.
+        num_samples: number of samples; None: there is no data set.
+        indexed: whether samples can be accessed by index.
 
     Raises:
-        ConfigError: what the sections need is missing, contradicts itself, or belongs to other data.
+        ConfigError: a required setting or file is missing, contradicts another, or belongs to another data set.
     """
     sampling = sampling_of(config)
     if sampling is None or not (sampling.curriculum_learning.enabled or sampling.dynamic_batching.enabled):
@@ -57,7 +57,12 @@ def order_of(
         )
         return None
     if not indexed:
-        raise ConfigError([f"{_WHERE} chooses samples by number, and training_data is an IterableDataset"])
+        raise ConfigError(
+            [
+                f"{_WHERE} chooses samples by index, but training_data is an IterableDataset: pass a "
+                "data set with __getitem__ and __len__"
+            ]
+        )
     try:
         if sampling.dynamic_batching.enabled:
             return _by_tokens(config, sampling, batch, rank, num_samples)
@@ -76,7 +81,7 @@ def _by_tokens(
     lengths = open_values(section.metrics_path, "seqlen")
     if len(lengths) != num_samples:
         raise ValueError(
-            f"{section.metrics_path} has the lengths of {len(lengths)} samples, training_data has {num_samples}"
+            f"{section.metrics_path} has the lengths of {len(lengths)} samples, but training_data has {num_samples}"
         )
     packing = Packing(
         max_tokens=section.max_tokens,

@@ -1,4 +1,4 @@
-"""Samples that are easy enough, by any measures of difficulty that grow with the steps.
+"""Curriculum learning: draws samples up to difficulties that grow with the steps.
 
 [Note: clusters]
 At each step the samples that are easy enough by every measure are eligible. Those that become so together are a
@@ -28,25 +28,25 @@ Difficulty = Callable[[int], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
-    """One measure and how its bound grows."""
+    """One measure, and the schedule of its bound."""
 
     difficulty: Difficulty | None
-    """None: has to be set before the first batch (`set_difficulties`)."""
+    """None: must be set by `set_difficulties` before the first batch."""
     most: float
-    """The difficulty at which everything is eligible, where it is a percentile."""
+    """For percentiles, the difficulty at which all samples are eligible."""
     kind: Literal["value", "percentile"] = "value"
     index: MetricIndex | None = None
-    """None: it restricts nothing, and is only told."""
+    """None: the measure restricts nothing; its difficulty is only reported."""
 
     def count(self, difficulty: float) -> int:
-        """How many first samples of the index's order are easy enough."""
+        """Returns the number of samples, in the order of the index, that are easy enough."""
         assert self.index is not None
         if self.kind == "value":
             return self.index.below(difficulty)
         return min(int(len(self.index) * difficulty // self.most), len(self.index))
 
     def easy(self, difficulty: float) -> NDArray[np.bool_]:
-        """Sample -> whether it is easy enough."""
+        """Returns for each sample whether it is easy enough."""
         assert self.index is not None
         found = np.zeros(len(self.index), dtype=np.bool_)
         found[self.index.order[: self.count(difficulty)]] = True
@@ -61,9 +61,9 @@ class _Cluster:
     begin: int
     size: int
     members: NDArray[Any] | None
-    """Samples at `begin` and after; None: the samples' own numbers."""
+    """The samples, from `begin` on; None: the indices of the samples themselves."""
     position: int = 0
-    """Samples that were drawn from it."""
+    """Number of samples that were drawn from it."""
 
     def take(self, count: int, seed: int) -> NDArray[np.int64]:
         places = self.position + np.arange(count, dtype=np.int64)
@@ -79,19 +79,19 @@ class _Cluster:
 
 @dataclass(frozen=True)
 class _Mark:
-    """What the batch after so many others follows from."""
+    """The state from which a batch is computed."""
 
     difficulties: Mapping[str, float] = field(default_factory=dict)
-    """At the step before; empty before the first."""
+    """Difficulties at the previous step; empty before the first."""
     clusters: tuple[Mapping[str, float], ...] = ()
-    """Difficulties at which each cluster was made."""
+    """Difficulties at which each cluster was created."""
     positions: tuple[int, ...] = ()
-    """Samples that were drawn from each."""
+    """Number of samples that were drawn from each cluster."""
 
 
 class CurriculumOrder:
-    """Indices of this rank's micro-batches. `batch` samples make an optimizer step, whatever the number of ranks, and
-    the curriculum's step with it: number k W + r of the micro-batches goes to rank r of W. A `batch_sampler` of torch's
+    """Yields the indices of this rank's micro-batches. An optimizer step, which is also a step of the curriculum, has
+    `batch` samples on any number of ranks: rank r of W gets the micro-batches k W + r. A `batch_sampler` of torch's
     `DataLoader`.
     """
 
@@ -111,11 +111,11 @@ class CurriculumOrder:
     ) -> None:
         """
         Args:
-            batch: samples of an optimizer step over all ranks; a multiple of `micro_batch` x `ranks`.
-            passes: it ends after so many times `num_samples` samples.
+            batch: number of samples per optimizer step over all ranks; a multiple of `micro_batch` x `ranks`.
+            passes: it ends after `passes` x `num_samples` samples.
 
         Raises:
-            ValueError: an index of another number of samples.
+            ValueError: an index has another number of samples.
         """
         self.num_samples, self._criteria = num_samples, dict(criteria)
         self.batch, self.micro_batch, self.rank, self.ranks, self.seed = batch, micro_batch, rank, ranks, seed
@@ -125,16 +125,16 @@ class CurriculumOrder:
             if criterion.index is not None and len(criterion.index) != num_samples:
                 raise ValueError(
                     f"the index of {name!r} in {criterion.index.path} has {len(criterion.index)} samples, "
-                    f"training_data has {num_samples}: analyse the data again"
+                    f"training_data has {num_samples}: run the Analyzer again on this data"
                 )
         if not self.total:
             raise ValueError(
                 f"{num_samples} samples are fewer than a batch of {batch}: lower train_batch_size"
             )
         self._eligible: NDArray[np.bool_] | None = None
-        """Where several measures restrict: sample -> whether it is in a cluster."""
+        """With several measures: for each sample whether it is in a cluster."""
         self._count = 0
-        """Where one restricts: how many first samples of its order are in clusters."""
+        """With one measure: number of samples, in its order, that are in clusters."""
         self._clusters: list[_Cluster] = []
         self._now = _Mark()
         self._marks: dict[int, _Mark] = {0: _Mark()}
@@ -153,10 +153,10 @@ class CurriculumOrder:
         return (self.total - self.start) // self.together
 
     def set_difficulties(self, functions: Mapping[str, Difficulty]) -> None:
-        """The schedules of `"schedule_type": "custom"`: name of a measure -> function of the step.
+        """Sets the schedules of measures with `"schedule_type": "custom"`: name of a measure -> function of the step.
 
         Raises:
-            ValueError: no measure of that name.
+            ValueError: there is no measure of that name.
         """
         for name, function in functions.items():
             if name not in self._criteria:
@@ -177,15 +177,13 @@ class CurriculumOrder:
     # --- batches
 
     def _go_to(self, number: int) -> None:
-        """Stand before batch `number`."""
+        """Moves to the state before batch `number`."""
         if self._next == number:
             return
         if number not in self._marks:
             nearest = max((n for n in self._marks if n < number), default=None)
             if nearest is None:
-                raise ValueError(
-                    f"nothing is known of the samples before batch {number}: load its state first"
-                )
+                raise ValueError(f"the state before batch {number} is unknown: load it first")
             self._restore(self._marks[nearest], nearest)
             while self._next < number:
                 self._draw()
@@ -200,7 +198,7 @@ class CurriculumOrder:
         self._now, self._next = mark, number
 
     def _draw(self) -> NDArray[np.int64]:
-        """The samples of the next batch, in their order."""
+        """Returns the samples of the next batch, in order."""
         step = self._next + 1
         now = self._difficulties(step)
         clusters = self._now.clusters
@@ -227,7 +225,7 @@ class CurriculumOrder:
         for name, criterion in self._criteria.items():
             if criterion.difficulty is None:
                 raise ValueError(
-                    f'the schedule of {name!r} is "custom": give its function with '
+                    f'the schedule of {name!r} is "custom": set its function with '
                     f"loader.set_difficulties({{{name!r}: lambda step: ...}}) before the first batch"
                 )
             found[name] = criterion.difficulty(step)
@@ -237,7 +235,7 @@ class CurriculumOrder:
         return {name: c for name, c in self._criteria.items() if c.index is not None}
 
     def _make_cluster(self, difficulties: Mapping[str, float]) -> bool:
-        """Add what is easy enough now and was not before; whether there is such a sample."""
+        """Creates a cluster of the samples that have become eligible. Returns whether there are any."""
         restricting = self._restricting()
         begin, members = 0, None
         if not restricting:
@@ -277,17 +275,17 @@ class CurriculumOrder:
         return None
 
     def told(self, position: int) -> Mapping[str, Any]:
-        """The difficulties of the batch to which the sample at `position` belongs."""
+        """Returns the difficulties of the batch that contains the sample at `position`."""
         mark = self._marks.get(position // self.batch + 1)
         return {"current_difficulties": dict(mark.difficulties) if mark is not None else {}}
 
     def passed(self, position: int) -> None:
-        """Nobody will ask for what was before `position` any more."""
+        """Discards the history before `position`."""
         for old in [n for n in self._marks if n < position // self.batch]:
             del self._marks[old]
 
     def state_dict(self, position: int) -> dict[str, Any]:
-        """What the batch at `position` follows from."""
+        """Returns the state from which the batch at `position` is computed."""
         number = position // self.batch
         mark = self._marks[number]
         return {

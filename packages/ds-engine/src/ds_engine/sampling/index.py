@@ -1,4 +1,4 @@
-"""One measure of all samples, on disk: who has which value, and the samples in ascending order of it.
+"""The index of one measure on disk: the value of each sample, and the samples in ascending order of values.
 
 A folder with `manifest.json` and three arrays that are mapped into memory, not read: `values.npy` (sample -> value),
 `order.npy` (samples by ascending value; equal ones in the order of the data set) and `sorted.npy` (their values). It
@@ -31,7 +31,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = dict(
     enumerate((np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16, np.uint32, np.uint64), start=1)
 )
-"""Code in an index file -> what the numbers are."""
+"""Code in an index file -> dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class MetricIndex:
     order: Array
     """Samples by ascending value."""
     sorted: Array | None
-    """Their values; None where the files have none, which is enough for percentiles."""
+    """Their values; None if the files do not contain them, which is enough for percentiles."""
     given: Array | None = None
-    """Sample -> value, where the files have it."""
+    """Sample -> value, if the files contain it."""
 
     def __len__(self) -> int:
         return len(self.order)
@@ -59,10 +59,10 @@ class MetricIndex:
         return found
 
     def below(self, value: float) -> int:
-        """Samples whose value is at most `value`: so many first ones of `order`."""
+        """Returns the number of samples whose value is at most `value`; they are the first ones of `order`."""
         ascending = self._ascending
         if np.issubdtype(ascending.dtype, np.integer):
-            # In the array's own type, or numpy would convert all of it, each time.
+            # In the dtype of the array; otherwise numpy would convert the whole array each time.
             limits = np.iinfo(ascending.dtype)
             if value < limits.min:
                 return 0
@@ -84,18 +84,18 @@ class MetricIndex:
 
 
 def write_index(folder: Path, values: Array) -> None:
-    """Write the index of one measure; one that is there already is replaced.
+    """Writes the index of one measure, and replaces an existing one.
 
     Raises:
-        ValueError: no samples, more than one number each, or a value that is NaN.
+        ValueError: there are no samples, more than one number per sample, or a NaN.
     """
     if values.ndim != 1 or not values.size:
         raise ValueError(
-            f"{folder}: a measure is one number for each sample, here is an array {values.shape}"
+            f"{folder}: a measure must have one number for each sample, but the array has shape {values.shape}"
         )
     if np.isnan(values).any():
         raise ValueError(
-            f"{folder}: sample {int(np.isnan(values).argmax())} has the value NaN, which has no place in an order"
+            f"{folder}: sample {int(np.isnan(values).argmax())} has the value NaN, which cannot be ordered"
         )
     order = np.argsort(values, kind="stable").astype(
         np.uint32 if values.size <= np.iinfo(np.uint32).max else np.int64
@@ -114,12 +114,12 @@ def write_index(folder: Path, values: Array) -> None:
 
 
 def open_index(to_sample: str, to_metric: str | None = None) -> MetricIndex:
-    """The index in the folder `to_sample`, or around a file of that name; or DeepSpeed's, of which both files are
-    named, with or without ending.
+    """Opens the index in the folder `to_sample`, or in the folder of a file of that name; or DeepSpeed's, whose two
+    files are named with or without extension.
 
     Raises:
-        FileNotFoundError: there is neither.
-        ValueError: another format, or files that do not belong together.
+        FileNotFoundError: neither exists.
+        ValueError: the format is unknown, or the files contradict each other.
     """
     for folder in (Path(to_sample), Path(to_sample).parent):  # the second: DeepSpeed's name of a file in it
         if (folder / MANIFEST).exists():
@@ -133,10 +133,10 @@ def open_index(to_sample: str, to_metric: str | None = None) -> MetricIndex:
 
 
 def open_values(folder: str, metric: str) -> Array:
-    """Sample -> value of `<folder>/<metric>`, ours or DeepSpeed's.
+    """Returns sample -> value of `<folder>/<metric>`, ours or DeepSpeed's.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: neither exists.
     """
     own = Path(folder) / metric
     if (own / MANIFEST).exists():
@@ -168,16 +168,17 @@ class _Foreign:
         for ending in (".idx", ".bin"):
             if not Path(base + ending).exists():
                 raise FileNotFoundError(
-                    f"{path}: there is neither a folder with {MANIFEST} nor a file {base}{ending}; make the index with "
+                    f"{path}: found neither a folder with {MANIFEST} nor a file {base}{ending}; make the index "
+                    "with "
                     "ds_engine.sampling.Analyzer"
                 )
         head = struct.calcsize("<9sQBQQ")
         with Path(base + ".idx").open("rb") as file:
             magic, version, code, rows, _ = struct.unpack("<9sQBQQ", file.read(head))
         if magic != _MAGIC or version != 1 or code not in _DTYPES:
-            raise ValueError(f"{base}.idx is no index of DeepSpeed's, or of a version that is not known")
+            raise ValueError(f"{base}.idx is not an index of DeepSpeed, or has an unknown version")
         sizes = np.memmap(base + ".idx", dtype=np.int32, mode="r", offset=head, shape=(rows,))
         flat = np.memmap(base + ".bin", dtype=_DTYPES[code], mode="r")
         if int(sizes.sum(dtype=np.int64)) != len(flat):
-            raise ValueError(f"{base}.bin has {len(flat)} numbers, its index says {int(sizes.sum())}")
+            raise ValueError(f"{base}.bin has {len(flat)} numbers, but its index says {int(sizes.sum())}")
         return cls(sizes=sizes, flat=flat)

@@ -1,4 +1,4 @@
-"""What the loader asks of an order of samples."""
+"""The protocol between the loader and an order of samples."""
 
 from __future__ import annotations
 
@@ -7,46 +7,46 @@ from typing import Any, Protocol
 
 
 class Order(Protocol):
-    """Indices of this rank's micro-batches. Positions are counted in units (samples, or lists of them) over all ranks
-    together, so that they mean the same on any number of ranks.
+    """Yields the indices of this rank's micro-batches. Positions are counted in units (samples, or lists of them)
+    over all ranks, so that they do not depend on the number of ranks.
     """
 
     num_samples: int
     epoch: int
-    """Passes before this one."""
+    """Number of epochs before this one."""
     start: int
-    """Units of this pass that were seen before."""
+    """Number of units of this epoch that were already processed."""
 
     @property
     def together(self) -> int:
-        """Units that all ranks together take for one micro-batch each."""
+        """Number of units in one micro-batch of each rank, over all ranks."""
 
     @property
     def total(self) -> int:
-        """Units of the present pass."""
+        """Number of units of the current epoch."""
 
     @property
     def goes_on(self) -> bool:
-        """Whether a new iterator goes on where the last one stood, instead of beginning a new pass."""
+        """Whether a new iterator continues where the last one stopped, instead of starting a new epoch."""
 
     def __iter__(self) -> Iterator[list[int]]: ...
 
     def __len__(self) -> int:
-        """Micro-batches that are left of the pass on this rank."""
+        """Number of remaining micro-batches of the epoch on this rank."""
 
     def samples_at(self, position: int) -> int | None:
-        """Samples, over all ranks, of the optimizer step to which the unit at `position` belongs; None: as many as the
-        configuration says.
+        """Returns the number of samples, over all ranks, of the optimizer step with the unit at `position`; None: the
+        configured number.
         """
 
     def told(self, position: int) -> Mapping[str, Any]:
-        """What a `post_process_func` is told of the unit at `position`."""
+        """Returns the information for `post_process_func` about the unit at `position`."""
 
     def passed(self, position: int) -> None:
-        """Units before `position` were given out, and will not be asked for again."""
+        """Tells the order that units before `position` will not be requested again."""
 
     def state_dict(self, position: int) -> dict[str, Any]:
-        """What goes into a checkpoint beside the position."""
+        """Returns the state for a checkpoint, except for the position."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on in the order of `state`; ValueError: it is another one."""
+        """Restores `state`. Raises ValueError if it belongs to another order."""

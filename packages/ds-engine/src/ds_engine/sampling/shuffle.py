@@ -1,4 +1,4 @@
-"""Random orders that are computed, not kept: any part of one, at any time, the same on every machine.
+"""Random permutations that are computed instead of stored; they are the same on every machine.
 
 [Note: computed order]
 A shuffled list of n samples is n indices on every rank, and going on in the middle of one means to make it anew. Here
@@ -31,7 +31,7 @@ def mix(words: Words) -> Words:
 
 
 def key_of(*numbers: int) -> Words:
-    """One word, as an array of one element, from any whole numbers."""
+    """Hashes integers to one word, as an array of one element."""
     found = np.zeros(1, dtype=np.uint64)
     for number in numbers:
         found = mix(found ^ mix(np.array([number & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)))
@@ -39,14 +39,14 @@ def key_of(*numbers: int) -> Words:
 
 
 def draws(key: Words, count: int, below: int) -> NDArray[np.int64]:
-    """`count` random whole numbers from 0 to `below` - 1."""
+    """Returns `count` random integers from 0 to `below` - 1."""
     numbers: Words = np.arange(count, dtype=np.uint64)
     found: NDArray[np.int64] = (mix(key + numbers) % np.uint64(below)).astype(np.int64)
     return found
 
 
 def shuffled(places: NDArray[np.int64], count: int, key: Words) -> NDArray[np.int64]:
-    """What stands at `places` of a random order of 0 to `count` - 1, [Note: computed order]."""
+    """Returns the elements at `places` of a random permutation of 0 to `count` - 1, [Note: computed order]."""
     half = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))
     mask = (np.uint64(1) << half) - np.uint64(1)
     keys = [mix(key + np.uint64(turn)) for turn in range(_ROUNDS)]

@@ -1,4 +1,4 @@
-"""Batches of about equal numbers of tokens, and rates that follow how many samples that makes.
+"""Batches with about equal numbers of tokens, and learning rates that follow the number of samples.
 
 Source: Vaswani et al., Attention Is All You Need (2017), section 5.1 (batches by tokens); Goyal et al., Accurate, Large
 Minibatch SGD (2017), section 2.1 (linear scaling); Krizhevsky, One weird trick for parallelizing convolutional neural
@@ -27,25 +27,25 @@ Scaling = Literal["linear", "sqrt", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How samples become lists."""
+    """How samples are packed into lists."""
 
     max_tokens: int
-    """Tokens of one list at most."""
+    """Maximum number of tokens in a list."""
     min_samples: int = 1
     max_samples: int | None = None
     picking: Picking = "dataloader"
-    """Order in which samples are taken: as in the data set, shuffled anew in every pass, or by ascending length."""
+    """Order of the samples: as in the data set, shuffled anew in every epoch, or by ascending length."""
 
 
 def pack(lengths: NDArray[Any], packing: Packing) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """Cut a sequence of samples into lists, each as long as it can be.
+    """Divides a sequence of samples into lists, each as long as possible.
 
     Args:
-        lengths: tokens of each sample, in the order in which they are taken.
+        lengths: number of tokens of each sample, in order.
 
     Returns:
-        First and last + 1 place of every list, and how many samples are in none: those longer than `max_tokens`, and
-        those of lists that would have fewer than `min_samples`.
+        First index and last index + 1 of every list, and the number of samples in no list: those longer than
+        `max_tokens`, and those of lists with fewer than `min_samples`.
     """
     fits = np.flatnonzero(lengths <= packing.max_tokens)
     ends = np.cumsum(lengths[fits], dtype=np.int64)
@@ -66,10 +66,11 @@ def pack(lengths: NDArray[Any], packing: Packing) -> tuple[NDArray[np.int64], ND
 
 
 class TokenBatches:
-    """Indices of this rank's micro-batches: each is `micro_batch` lists that were packed by tokens, side by side.
+    """Yields the indices of this rank's micro-batches. A micro-batch is the concatenation of `micro_batch` lists that
+    were packed by tokens.
 
-    `batch` lists make an optimizer step, whatever the number of ranks: number k W + r of the micro-batches goes to rank
-    r of W. Lists that are left over at the end of a pass are dropped. A `batch_sampler` of torch's `DataLoader`.
+    An optimizer step has `batch` lists on any number of ranks: rank r of W gets the micro-batches k W + r. Lists that
+    remain at the end of an epoch are dropped. A `batch_sampler` of torch's `DataLoader`.
     """
 
     goes_on = False
@@ -87,11 +88,11 @@ class TokenBatches:
     ) -> None:
         """
         Args:
-            lengths: tokens of each sample.
-            batch: lists of an optimizer step, over all ranks; a multiple of `micro_batch` x `ranks`.
+            lengths: number of tokens of each sample.
+            batch: number of lists per optimizer step, over all ranks; a multiple of `micro_batch` x `ranks`.
 
         Raises:
-            ValueError: not enough samples for one batch.
+            ValueError: there are not enough samples for one batch.
         """
         self.lengths, self.packing = np.asarray(lengths).reshape(-1).astype(np.int64), packing
         self.batch, self.micro_batch, self.rank, self.ranks, self.seed = batch, micro_batch, rank, ranks, seed
@@ -132,7 +133,7 @@ class TokenBatches:
         return len(self._plan[1])
 
     def _make(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Samples in the order in which they are taken, and where lists begin and end in it."""
+        """Returns the samples in order, and the boundaries of the lists."""
         samples = np.arange(self.num_samples, dtype=np.int64)
         if self.packing.picking == "random":
             samples = shuffled(samples, self.num_samples, key_of(self.seed, self._epoch))
@@ -154,7 +155,7 @@ class TokenBatches:
             yield [int(i) for n in range(first, last) for i in samples[begins[n] : ends[n]]]
 
     def sizes(self) -> NDArray[np.int64]:
-        """Samples of every batch of this pass, over all ranks."""
+        """Returns the number of samples of every batch of this epoch, over all ranks."""
         _, begins, ends = self._plan
         found: NDArray[np.int64] = (ends - begins).reshape(-1, self.batch).sum(1)
         return found
@@ -168,10 +169,10 @@ class TokenBatches:
         return {"samples": self.samples_at(position)}
 
     def passed(self, position: int) -> None:
-        """Nothing is kept of what was."""
+        """Does nothing: this order keeps no history."""
 
     def state_dict(self, position: int) -> dict[str, Any]:
-        """What the plan follows from, beside the lengths."""
+        """Returns the settings from which the lists are computed, except for the lengths."""
         packing = [getattr(self.packing, name) for name in Packing.__dataclass_fields__]
         return {"order": "tokens", "seed": self.seed, "batch": self.batch, "packing": packing}
 
@@ -180,24 +181,27 @@ class TokenBatches:
         other = [name for name in here if name != "seed" and state.get(name) != here[name]]
         if other:
             raise ValueError(
-                f"batches were packed with {other[0]} {state.get(other[0])}, here with {here[other[0]]}: positions in "
-                "the one mean nothing in the other"
+                f"batches were packed with {other[0]} {state.get(other[0])}, here with {here[other[0]]}: a "
+                "position of one cannot be used in the other; use the same settings, or load without the "
+                "position of the loader"
             )
         self.seed = state["seed"]
         self._plan = self._make()
 
     def describe(self) -> str:
-        """One line on the batches of this pass."""
+        """Describes the batches of this epoch in one line."""
         sizes = self.sizes()
         return (
             f"{len(sizes)} batches of {self.batch} lists of at most {self.packing.max_tokens} tokens: {sizes.min()} to "
-            f"{sizes.max()} samples, {sizes.mean():.1f} in the mean; {self._left_out} of {self.num_samples} samples "
+            f"{sizes.max()} samples, {sizes.mean():.1f} on average; {self._left_out} of {self.num_samples} samples "
             "in none of them"
         )
 
 
 def rate_factor(samples: int, base: int, method: Scaling = "linear") -> float:
-    """What a rate for steps of `base` samples is multiplied by in a step of `samples`."""
+    """Returns the factor of the learning rate in a step of `samples` samples, if the rate is for steps of `base`
+    samples.
+    """
     if method == "none":
         return 1.0
     share = samples / base
@@ -206,7 +210,9 @@ def rate_factor(samples: int, base: int, method: Scaling = "linear") -> float:
 
 @contextmanager
 def scaled_rates(optimizer: Optimizer, factor: float) -> Iterator[None]:
-    """The rates of all groups times `factor`, for a step inside; after it they are what they were, for the schedule."""
+    """Context manager that multiplies the learning rates of all groups by `factor`, for a step inside it, and
+    restores them for the schedule.
+    """
     if factor == 1.0:
         yield
         return

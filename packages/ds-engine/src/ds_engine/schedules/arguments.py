@@ -1,4 +1,4 @@
-"""A schedule from the command line: `--lr_schedule`, and one argument for each of its settings."""
+"""Command-line arguments for schedules: `--lr_schedule`, and one argument for each setting."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ _COSINE: Mapping[str, Any] = {
 _TOTAL: Mapping[str, Any] = {"total_num_steps": None}
 
 ARGUMENTS: Mapping[str, Any] = {**_RANGE_TEST, **_ONE_CYCLE, **_WARMUP, **_COSINE, **_TOTAL}
-"""Name -> default of its argument: those of DeepSpeed's command line, which differ from the schedules' own. -1
-leaves the choice to the schedule."""
+"""Name -> default of its argument, as on DeepSpeed's command line, whose defaults differ from those of the schedules.
+-1 stands for the default of the schedule.
+"""
 
 SETTINGS: Mapping[str, tuple[str, ...]] = {
     "LRRangeTest": tuple(_RANGE_TEST),
@@ -51,11 +52,11 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "WarmupDecayLR": (*_WARMUP, *_TOTAL),
     "WarmupCosineLR": (*_COSINE, *_TOTAL),
 }
-"""Schedule -> arguments that it takes."""
+"""Schedule -> names of its arguments."""
 
 
 def add_tuning_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--lr_schedule` and the arguments of all schedules; returns the parser."""
+    """Adds `--lr_schedule` and the arguments of all schedules, and returns the parser."""
     group = parser.add_argument_group("Convergence Tuning", "Learning-rate schedule")
     group.add_argument("--lr_schedule", default=None, help="name of the schedule")
     for name, default in ARGUMENTS.items():
@@ -69,7 +70,7 @@ def add_tuning_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 
 
 def override_params(args: argparse.Namespace, params: dict[str, Any], schedule: str | None = None) -> None:
-    """Put what the command line says into `params`, for one schedule, or for all."""
+    """Copies command-line values into `params`, for one schedule or for all."""
     for name in SETTINGS[schedule] if schedule is not None else ARGUMENTS:
         value = getattr(args, name, None)
         if value is None or (value == -1 and ARGUMENTS[name] == -1):
@@ -78,10 +79,10 @@ def override_params(args: argparse.Namespace, params: dict[str, Any], schedule: 
 
 
 def get_config_from_args(args: argparse.Namespace) -> tuple[dict[str, Any] | None, str | None]:
-    """The section `scheduler` that the command line asks for.
+    """Makes the section `scheduler` from the command line.
 
     Returns:
-        The section and None; or None and the reason why there is none.
+        The section and None; or None and the reason if there is none.
     """
     name = getattr(args, "lr_schedule", None)
     if name is None:

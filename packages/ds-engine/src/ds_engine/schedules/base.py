@@ -1,4 +1,4 @@
-"""Learning-rate schedules that move once per optimizer step.
+"""Learning-rate schedules that are stepped once per optimizer step.
 
 The values are pure functions of the step index t (0 at the second optimizer step: the first one runs before
 the schedule has moved, with the lowest rate), the same as those of the schedules of that name in DeepSpeed,
@@ -20,7 +20,7 @@ Rates = float | Sequence[float]
 
 
 class LRSchedule(Protocol):
-    """What the engine asks of a schedule: torch's own names, so that any of torch's is one."""
+    """The protocol of a schedule, with torch's names, so that any schedule of torch implements it."""
 
     def step(self) -> None: ...
     def get_last_lr(self) -> Sequence[Any]: ...
@@ -37,11 +37,11 @@ class Schedule:
         self._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
 
     def rates(self, t: int) -> list[float]:
-        """Learning rate of each group at step index `t`; -1 is before the first move."""
+        """Returns the learning rate of each group at step index `t`; -1 is before the first step."""
         raise NotImplementedError
 
     def step(self, last_batch_iteration: int | None = None) -> None:
-        """Move to the next step, or to the given one."""
+        """Moves to the next step, or to the given one."""
         self.last_batch_iteration = (
             self.last_batch_iteration + 1 if last_batch_iteration is None else last_batch_iteration
         )
@@ -64,7 +64,7 @@ class Schedule:
         self._last_lr = self.rates(self.last_batch_iteration)
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)  # capturable optimizers keep the tensor itself
+                group["lr"].fill_(lr)  # the tensor of a capturable optimizer must stay the same object
             else:
                 group["lr"] = lr
 
@@ -74,7 +74,7 @@ class Schedule:
             return [float(value)] * num_groups
         if len(value) != num_groups:
             raise ValueError(
-                f"{name} has {len(value)} values, the optimizer has {num_groups} groups: give one number, or "
-                "one for each"
+                f"{name} has {len(value)} values, the optimizer has {num_groups} groups: pass one number, or one "
+                "for each group"
             )
         return [float(v) for v in value]

@@ -1,4 +1,4 @@
-"""From the section `scheduler` to a schedule over an optimizer."""
+"""Builds a schedule from the section `scheduler`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OWN: Mapping[str, Callable[..., Schedule]] = {
 
 
 def check(name: str, params: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a section `scheduler`, before there is an optimizer: the name, and those of arguments."""
+    """Returns mistakes in a section `scheduler`, before there is an optimizer: in type and names of arguments."""
     try:
         found = _find(name)
     except ConfigError as error:
@@ -41,17 +41,17 @@ def check(name: str, params: Mapping[str, Any]) -> list[str]:
         if key not in known
     ]
     return wrong + [
-        f"scheduler.params.{key} is missing: {found.__name__} has no default for it"
+        f"scheduler.params.{key} is missing: it is required by {found.__name__}"
         for key, value in known.items()
         if value.default is inspect.Parameter.empty and key not in params
     ]
 
 
 def build(name: str, params: Mapping[str, Any], optimizer: Optimizer) -> LRSchedule:
-    """The schedule of a config's `scheduler` section.
+    """Builds the schedule that the section `scheduler` names.
 
     Raises:
-        ConfigError: no schedule of that name, an argument it does not have, or a value that it refuses.
+        ConfigError: there is no such schedule, it does not have an argument, or it refuses a value.
     """
     found = _find(name)
     wrong = check(name, params)
@@ -68,10 +68,10 @@ def _find(name: str) -> Any:
     own = {key.lower(): value for key, value in OWN.items()}
     if name.lower() in own:
         return own[name.lower()]
-    # torch's live here: only looked through when ours do not match.
+    # torch's schedules, which are searched only if none of ours matches.
     from torch.optim import lr_scheduler
 
-    # ReduceLROnPlateau's step wants a metric, which the engine does not have.
+    # ReduceLROnPlateau's step needs a metric, which the engine does not have.
     theirs = {
         key: value
         for key, value in vars(lr_scheduler).items()

@@ -1,4 +1,4 @@
-"""One cycle of rate and momentum, then decay."""
+"""One cycle of learning rate and momentum, then decay."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.optim import Optimizer
 from ds_engine.schedules.base import Rates, Schedule
 
 SECOND_BETA = 0.99
-"""What DeepSpeed's OneCycle sets the second of Adam's betas to, while it moves the first."""
+"""Value to which DeepSpeed's OneCycle sets Adam's second beta, while it changes the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cycle:
-    """The shape of a cycle; lengths in optimizer steps."""
+    """The shape of a cycle, in optimizer steps."""
 
     first: float
-    """Length of the rise."""
+    """Number of steps of the rise."""
     second: float
-    """Length of the fall."""
+    """Number of steps of the fall."""
     first_stairs: int = 0
-    """Stairs of the rise; 0: a straight line."""
+    """Number of stairs of the rise; 0: a straight line."""
     second_stairs: int = 0
 
     @property
@@ -31,36 +31,37 @@ class Cycle:
         return self.first + self.second
 
     def height(self, t: int) -> float:
-        """Share of the way from the lowest to the highest rate at step index t."""
+        """Returns the position between the lowest (0) and the highest (1) learning rate at step index t."""
         at = (t + 1) % self.total
         rising = at <= self.first
         done, length = (at, self.first) if rising else (self.total - at, self.second)
         stairs = self.first_stairs if rising else self.second_stairs
-        # The product first: a share just below 1 would lose the highest stair.
+        # Multiply first: rounding to just below 1 would lose the highest stair.
         return math.floor(done * stairs / length) / stairs if stairs > 0 else done / length
 
 
 class OneCycle(Schedule):
-    """Rise from `cycle_min_lr` to `cycle_max_lr` and fall back, while the first of `betas` goes the other way;
-    then decay the rate: min / (1 + decay_lr_rate x steps / decay_step_size).
+    """The learning rate rises from `cycle_min_lr` to `cycle_max_lr` and falls back, while the first of `betas`
+    changes in the opposite direction. Then the learning rate decays: min / (1 + decay_lr_rate x steps /
+    decay_step_size).
 
     Source: Smith, A disciplined approach to neural network hyper-parameters (2018).
 
     Args:
-        optimizer: whose groups are moved.
-        cycle_min_lr: lowest rate, for all groups or for each.
-        cycle_max_lr: highest rate, likewise.
-        decay_lr_rate: of the decay after the cycle; 0: none.
-        cycle_first_step_size: steps of the rise.
-        cycle_second_step_size: steps of the fall; default: as the rise.
-        cycle_first_stair_count: stairs of the rise; 0: a straight line.
-        cycle_second_stair_count: stairs of the fall; default: as the rise.
-        decay_step_size: steps of one unit of decay; 0: no decay.
-        cycle_momentum: move the first of `betas` too; where the optimizer has none, a warning says so.
-        cycle_min_mom: lowest, at the highest rate.
-        cycle_max_mom: highest, at the lowest rate.
-        decay_mom_rate: of the growth after the cycle.
-        last_batch_iteration: step index to begin with.
+        optimizer: the optimizer whose groups are changed.
+        cycle_min_lr: lowest learning rate, for all groups or for each.
+        cycle_max_lr: highest learning rate, for all groups or for each.
+        decay_lr_rate: rate of the decay after the cycle; 0: no decay.
+        cycle_first_step_size: number of steps of the rise.
+        cycle_second_step_size: number of steps of the fall. Default: as the rise.
+        cycle_first_stair_count: number of stairs of the rise; 0: a straight line.
+        cycle_second_stair_count: number of stairs of the fall. Default: as the rise.
+        decay_step_size: number of steps of one unit of decay; 0: no decay.
+        cycle_momentum: change the first of `betas`, too. Warns if the optimizer has no betas.
+        cycle_min_mom: lowest momentum, at the highest learning rate.
+        cycle_max_mom: highest momentum, at the lowest learning rate.
+        decay_mom_rate: rate of the growth of the momentum after the cycle.
+        last_batch_iteration: initial step index.
     """
 
     def __init__(
@@ -84,8 +85,8 @@ class OneCycle(Schedule):
         second = cycle_first_step_size if cycle_second_step_size is None else cycle_second_step_size
         if cycle_first_step_size <= 0 or second < 0:
             raise ValueError(
-                f"cycle_first_step_size is {cycle_first_step_size} and cycle_second_step_size {second}: give more than "
-                "0, and at least 0"
+                f"cycle_first_step_size is {cycle_first_step_size} and cycle_second_step_size {second}: the "
+                "first must be more than 0, the second at least 0"
             )
         stairs = cycle_first_stair_count if cycle_second_stair_count is None else cycle_second_stair_count
         self.cycle = Cycle(
@@ -113,7 +114,7 @@ class OneCycle(Schedule):
         return [low / fall for low in self.min_lrs]
 
     def momenta(self, t: int) -> list[float]:
-        """The first of `betas` of each group at step index t."""
+        """Returns the first of `betas` of each group at step index t."""
         if t < self.cycle.total:
             height = self.cycle.height(t)
             return [
@@ -124,22 +125,22 @@ class OneCycle(Schedule):
 
     @property
     def total_size(self) -> float:
-        """Steps of the whole cycle."""
+        """Number of steps of the whole cycle."""
         return self.cycle.total
 
     @property
     def step_ratio(self) -> float:
-        """Share of the rise in the whole cycle."""
+        """Fraction of the cycle that is the rise."""
         return self.cycle.first / self.cycle.total
 
     def get_mom(self) -> list[tuple[float, float]] | None:
-        """`betas` of each group; None where momentum is left alone."""
+        """Returns `betas` of each group; None if momentum is not changed."""
         if not self.cycle_momentum:
             return None
         return [(first, SECOND_BETA) for first in self.momenta(self.last_batch_iteration)]
 
     def _decayed(self, t: int) -> float:
-        """Units of decay since the end of the cycle."""
+        """Returns the units of decay since the end of the cycle."""
         return (t - self.cycle.total + 1) / self.decay_step_size if self.decay_step_size else 0.0
 
     def _apply(self) -> None:

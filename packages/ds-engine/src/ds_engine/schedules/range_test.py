@@ -10,7 +10,8 @@ from ds_engine.schedules.base import Rates, Schedule
 
 
 class LRRangeTest(Schedule):
-    """Rise from `lr_range_test_min_lr` without end, to find the largest rate that trains.
+    """The learning rate rises from `lr_range_test_min_lr` without limit, to find the largest rate with which the
+    model trains.
 
     At step index t the rate is min x (1 + step_rate x (t + 1) / step_size), in stairs of step_size steps with
     `lr_range_test_staircase`. Source: Smith, A disciplined approach to neural network hyper-parameters (2018).
@@ -29,7 +30,7 @@ class LRRangeTest(Schedule):
         self.min_lr = self._per_group(lr_range_test_min_lr, "lr_range_test_min_lr")
         if not isinstance(lr_range_test_step_size, int) or lr_range_test_step_size < 1:
             raise ValueError(
-                f"lr_range_test_step_size is {lr_range_test_step_size!r}: give a whole number of at least 1"
+                f"lr_range_test_step_size is {lr_range_test_step_size!r}: it must be an integer of at least 1"
             )
         self.step_size = lr_range_test_step_size
         self.step_rate = lr_range_test_step_rate

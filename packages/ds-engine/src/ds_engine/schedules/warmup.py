@@ -1,4 +1,4 @@
-"""Schedules that begin with a slow rise."""
+"""Schedules with a warm-up."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ds_engine.schedules.base import Rates, Schedule
 
 
 def warmup_ratio(t: int, num_steps: int, kind: str) -> float:
-    """Share of the way from the lowest to the highest rate at step t < num_steps: log(t + 1) /
-    log(num_steps), or t / num_steps.
+    """Returns the position between the lowest (0) and the highest (1) learning rate at step t < num_steps: log(t + 1)
+    / log(num_steps), or t / num_steps.
     """
     return math.log(t + 1) / math.log(num_steps) if kind == "log" else t / num_steps
 
 
 class WarmupLR(Schedule):
-    """Rise from `warmup_min_lr` to `warmup_max_lr` (default: each group's own rate) over `warmup_num_steps`,
-    then stay.
+    """The learning rate rises from `warmup_min_lr` to `warmup_max_lr` (default: that of each group) in
+    `warmup_num_steps` steps, then stays constant.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class WarmupLR(Schedule):
         return [low + (high - low) * share for low, high in zip(self.min_lrs, self.max_lrs, strict=True)]
 
     def share(self, t: int) -> float:
-        """Of the way from the lowest to the highest rate, at step index t >= 0."""
+        """Returns the position between the lowest (0) and the highest (1) learning rate at step index t >= 0."""
         return warmup_ratio(t, self.warmup_num_steps, self.warmup_type) if t < self.warmup_num_steps else 1.0
 
 
 class WarmupDecayLR(WarmupLR):
-    """As WarmupLR, then fall in a straight line to `warmup_min_lr` at `total_num_steps`."""
+    """As WarmupLR; then the learning rate falls linearly to `warmup_min_lr` at `total_num_steps`."""
 
     def __init__(
         self,
@@ -74,8 +74,8 @@ class WarmupDecayLR(WarmupLR):
 
 
 class WarmupCosineLR(Schedule):
-    """Rise from `warmup_min_ratio` to 1 of each group's own rate, then follow half a cosine down to
-    `cos_min_ratio` of it.
+    """The learning rate rises from `warmup_min_ratio` times that of each group to the whole, then follows half a
+    cosine down to `cos_min_ratio` times it.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class WarmupCosineLR(Schedule):
         self._apply()
 
     def get_lr_ratio(self) -> float:
-        """Of each group's own rate, at present."""
+        """Returns the current factor of each group's learning rate."""
         return 0.0 if self.last_batch_iteration < 0 else self.ratio(self.last_batch_iteration)
 
     def rates(self, t: int) -> list[float]:
@@ -106,13 +106,12 @@ class WarmupCosineLR(Schedule):
         return [lr * ratio for lr in self.base_lrs]
 
     def ratio(self, t: int) -> float:
-        """Of each group's own rate, at step index t >= 0."""
+        """Returns the factor of each group's learning rate at step index t >= 0."""
         if t < self.warmup_num_steps:
             return self.warmup_min_ratio + (1.0 - self.warmup_min_ratio) * warmup_ratio(
                 t, self.warmup_num_steps, self.warmup_type
             )
-        # The first step after warm-up is already one step down, and the end is never passed: a longer run
-        # stays at the floor.
+        # The first step after warm-up is already below the maximum. After the end the rate stays at its minimum.
         done = min(
             1.0, (t - self.warmup_num_steps + 1) / max(1, self.total_num_steps - self.warmup_num_steps)
         )
@@ -122,21 +121,21 @@ class WarmupCosineLR(Schedule):
 
 
 def _warmup_steps(num_steps: int) -> int:
-    """At least 2, because log(1) is 0."""
+    """Returns at least 2, because log(1) is 0."""
     if not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"warmup_num_steps is {num_steps!r}: give a whole number of at least 1")
+        raise ValueError(f"warmup_num_steps is {num_steps!r}: it must be an integer of at least 1")
     return max(2, num_steps)
 
 
 def _warmup_type(kind: str) -> str:
     if kind not in ("log", "linear"):
-        raise ValueError(f'warmup_type is {kind!r}: give "log" or "linear"')
+        raise ValueError(f'warmup_type is {kind!r}: it must be "log" or "linear"')
     return kind
 
 
 def _total_steps(total: int, warmup: int) -> int:
     if not isinstance(total, int) or total < 1:
-        raise ValueError(f"total_num_steps is {total!r}: give a whole number of at least 1")
+        raise ValueError(f"total_num_steps is {total!r}: it must be an integer of at least 1")
     if total < warmup:
         warnings.warn(
             f"total_num_steps {total} is less than warmup_num_steps {warmup}: the run ends before the rate "
