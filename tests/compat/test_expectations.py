@@ -219,7 +219,7 @@ def test_the_launcher_called_from_code_raises() -> None:
     for line in ("--num_gpus 1 -i localhost x.py", "--num_nodes 1 -e localhost x.py"):
         with pytest.raises(ValueError, match="include/exclude"):
             runner.main(line.split())
-    with pytest.raises(ValueError, match="--num_gpus 0: there has to be at least 1 rank"):
+    with pytest.raises(ValueError, match="--num_gpus 0: at least 1 rank is required"):
         runner.main(["--num_gpus", "0", "x.py"])
     with pytest.raises(ValueError, match="--hostfile /nowhere: there is no such file"):
         runner.main(["--hostfile", "/nowhere", "x.py"])

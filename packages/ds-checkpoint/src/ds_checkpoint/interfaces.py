@@ -55,8 +55,7 @@ class RecordSource(Protocol):
     def states(
         self, fqn: str, coordinates: Coordinates = EVERYWHERE
     ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-        """State name -> (global shape, dtype) of what is stored for a parameter or buffer; empty if the name is
-        unknown.
+        """Returns state name -> (global shape, dtype) for a parameter or buffer; empty if the name is unknown.
 
         Raises where the stored values differ along other axes, or along axes of other sizes; the error says which.
         """
@@ -64,7 +63,7 @@ class RecordSource(Protocol):
     def read(
         self, fqn: str, state: str, flat_offset: int, out: Tensor, coordinates: Coordinates = EVERYWHERE
     ) -> None:
-        """Fill the 1-D `out` with elements [flat_offset, flat_offset + out.numel()), cast to its dtype."""
+        """Fills the 1-D `out` with elements [flat_offset, flat_offset + out.numel()), cast to its dtype."""
 
 
 class RecordOwner(Protocol):

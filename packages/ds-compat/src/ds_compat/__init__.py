@@ -1,6 +1,6 @@
 """Existing DeepSpeed code on the ds packages: provides the import name `deepspeed`.
 
-`import deepspeed` afterwards, as always; nothing of this package has to be named.
+User code only imports `deepspeed`, never this package.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`deepspeed.accelerator.get_accelerator()`: the device that ranks compute on, in DeepSpeed's words."""
+"""`deepspeed.accelerator.get_accelerator()`: DeepSpeed's interface of the training device."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ torch_info: dict[str, Any] = {
 
 
 class DeepSpeedAccelerator:
-    """An accelerator that torch knows. What is not here is looked up in torch's module for it, as in
-    `torch.cuda.<name>`.
-    """
+    """An accelerator of torch. Other attributes are looked up in torch's module for it, such as `torch.cuda`."""
 
     _name = "cuda"
     _communication_backend_name = "nccl"
@@ -131,7 +129,7 @@ class DeepSpeedAccelerator:
 
 
 class CpuAccelerator(DeepSpeedAccelerator):
-    """The CPU, where work is done when the call returns."""
+    """The CPU, on which operations are synchronous."""
 
     _name = "cpu"
     _communication_backend_name = "gloo"
@@ -151,7 +149,7 @@ class CpuAccelerator(DeepSpeedAccelerator):
         return int(os.environ.get("LOCAL_RANK", "0"))
 
     def device_count(self) -> int:
-        """As many as the launcher has started here, else one for each NUMA node."""
+        """Returns the number of local ranks of the launcher, else the number of NUMA nodes."""
         given = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE")
         nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
         return int(given) if given else max(1, nodes)
@@ -196,7 +194,7 @@ class CpuAccelerator(DeepSpeedAccelerator):
         return None
 
     def memory_allocated(self, device_index: int | None = None) -> int:
-        """Resident bytes of this process."""
+        """Returns the resident memory of this process, in bytes."""
         return _status("VmRSS")
 
     def max_memory_allocated(self, device_index: int | None = None) -> int:
@@ -234,7 +232,7 @@ def _status(key: str) -> int:
 
 @functools.lru_cache(1)
 def get_accelerator() -> DeepSpeedAccelerator:
-    """The accelerator of this machine, the CPU without one; DS_ACCELERATOR=cpu chooses the CPU."""
+    """Returns the accelerator of this machine, or the CPU if there is none or DS_ACCELERATOR=cpu is set."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None or os.environ.get("DS_ACCELERATOR") == "cpu":
         return CpuAccelerator()
@@ -244,7 +242,7 @@ def get_accelerator() -> DeepSpeedAccelerator:
 
 
 def training_device() -> torch.device:
-    """The device of this rank."""
+    """Returns the device of this rank."""
     here = get_accelerator()
     if here.device_name() == "cpu":
         return torch.device("cpu")

@@ -17,14 +17,15 @@ from typing import Any
 from ds_compat.names import MODULES, VERSION
 
 _FOREIGN_FILES = ("git_version_info_installed.py", "runtime/engine.py")
-"""What the original has in its folder, and ours never."""
+"""Files in DeepSpeed's folder that ours never contains."""
 
 
 def install(package: str, path: Iterable[str]) -> tuple[str, Callable[[str], Any], Callable[[], list[str]]]:
-    """Put every module below `package` into sys.modules; `__version__`, `__getattr__` and `__dir__` for itself.
+    """Registers every module below `package` in sys.modules. Returns `__version__`, `__getattr__` and `__dir__` for
+    the package itself.
 
     Raises:
-        ImportError: the files of the original DeepSpeed lie in the same folder.
+        ImportError: DeepSpeed's files are in the same folder.
     """
     refuse_original(path)
     root = sys.modules[package]
@@ -38,7 +39,7 @@ def install(package: str, path: Iterable[str]) -> tuple[str, Callable[[str], Any
 
 
 def refuse_original(path: Iterable[str]) -> None:
-    """Raise if the original's files are in one of the folders: an installation of both is neither."""
+    """Raises ImportError if DeepSpeed's files are in one of the folders."""
     for folder in path:
         found = [name for name in _FOREIGN_FILES if (Path(folder) / name).is_file()]
         if found:

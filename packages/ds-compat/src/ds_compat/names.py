@@ -1,4 +1,4 @@
-"""Which name of DeepSpeed's lives where here.
+"""Maps DeepSpeed's names to their implementations.
 
 Module below `deepspeed` ("" for itself) -> home -> names; `there=here` where they differ. A text instead of a
 dictionary: the whole module is one of ours. tests/compat/test_names.py looks up every entry.

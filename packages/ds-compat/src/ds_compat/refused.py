@@ -1,6 +1,7 @@
-"""Names of DeepSpeed's whose owner among our packages is not there yet, or never will be.
+"""Names of DeepSpeed that are not supported yet, or will not be.
 
-Importing such a name works, because code imports more than it uses; using it says who owns it.
+They can be imported, because code imports more than it uses. Using one raises an error that names the package that
+will support it.
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ INSTEAD: Mapping[str, str] = {
 
 
 class NotThereError(NotImplementedError):
-    """A part of DeepSpeed that the installed ds packages do not have; says which package will own it."""
+    """A part of DeepSpeed that the installed ds packages do not support. The message names the package that will."""
 
 
 def why(name: str) -> str:
-    """What is said when `name` is used."""
+    """Returns the message for the use of `name`."""
     owner = OWNERS[name]
     if name in INSTEAD:
         return f"deepspeed's {name} has other arguments here: use {INSTEAD[name]} (docs/guide/data.md)"
@@ -66,7 +67,7 @@ def why(name: str) -> str:
 
 
 class _Refuses(type):
-    """Classes and functions alike: calling one raises; isinstance and issubclass answer no."""
+    """Replaces classes and functions: a call raises NotThereError; isinstance and issubclass return False."""
 
     def __call__(cls, *_: Any, **__: Any) -> NoReturn:
         raise NotThereError(why(cls.__name__))

@@ -41,10 +41,10 @@ def get_fp32_state_dict_from_zero_checkpoint(
     exclude_frozen_parameters: bool = False,
     lazy_mode: bool = False,
 ) -> dict[str, Tensor]:
-    """Names -> whole values in fp32 on the CPU.
+    """Returns name -> whole fp32 values on the CPU.
 
     Raises:
-        ValueError: there is no checkpoint, or a damaged one.
+        ValueError: there is no checkpoint, or it is damaged.
     """
     try:
         return state_dict(checkpoint_dir, tag, exclude_frozen=exclude_frozen_parameters)
@@ -60,8 +60,8 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
 ) -> None:
-    """Write the weights as `pytorch_model.bin` or `model.safetensors`, in several files with an index if they are
-    larger than `max_shard_size`. Files of the same names are replaced, each at once; all ranks may convert into one
+    """Writes the weights to `pytorch_model.bin` or `model.safetensors`, or to several files with an index if they are
+    larger than `max_shard_size`. Files of the same names are replaced atomically; all ranks may convert into one
     folder at the same time.
     """
     export(
@@ -81,10 +81,10 @@ convert_zero_checkpoint_to_state_dict = convert_zero_checkpoint_to_fp32_state_di
 def load_state_dict_from_zero_checkpoint(
     model: nn.Module, checkpoint_dir: str | os.PathLike[str], tag: str | None = None
 ) -> nn.Module:
-    """The checkpoint's weights into a model on the CPU; returns it.
+    """Loads the checkpoint's weights into a model on the CPU, and returns it.
 
-    The module of an engine is taken out of the engine first: it is an ordinary model afterwards, as the original asks
-    for, and the engine is of no use any more. Collective then.
+    The model of an engine is made an ordinary model first, and the engine cannot be used any more, as in DeepSpeed.
+    In that case it is collective.
     """
     values = get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag)
     if any(ds_zero.presence(param) is not None for param in model.parameters()):

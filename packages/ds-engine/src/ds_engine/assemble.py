@@ -63,8 +63,8 @@ def initialize(
         lr_scheduler: a schedule of the optimizer, or a function that makes one from it. Default: the one of the
             configuration, or a constant rate.
         collate_fn: makes a micro-batch from a list of samples.
-        mpu: an object with Megatron's methods (`get_data_parallel_group`, `get_model_parallel_group`, ...) where the
-            model itself is cut among ranks.
+        mpu: for model-parallel models, an object with Megatron's methods (`get_data_parallel_group`,
+            `get_model_parallel_group`, ...).
         comm: the collectives that training uses, as for `ds_zero.shard(comm=...)`.
 
     Returns:
@@ -91,8 +91,8 @@ def initialize(
     zero.check_reduction(job, built)
     zero.require_same(agreement.entries(job, model, built), world.device)
     warn_if_too_large(job, model, built, world)
-    # The schedule reads the rates of the groups, which sharding leaves alone; states come later, so nothing
-    # is cut in two.
+    # The schedule reads the learning rates of the groups, which sharding does not change. Optimizer states do not
+    # exist yet.
     zero.shard(job, model, built, meshes, world.device, comm)
     job.precision.cast_buffers(model)
     schedule = schedule_of(job, lr_scheduler, built)

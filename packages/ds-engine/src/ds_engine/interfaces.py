@@ -171,8 +171,8 @@ class ModelState(Protocol):
         """Loads the values of every range from a checkpoint. Collective.
 
         Args:
-            optimizer_states: read those too.
-            keep: names of tensors that stay as they are, with their states.
+            optimizer_states: load optimizer states, too.
+            keep: names of tensors that are not loaded, nor their states.
             expect: called before the first read with what will be read.
         """
 

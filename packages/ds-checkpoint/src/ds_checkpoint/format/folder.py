@@ -31,7 +31,8 @@ def check_tag(tag: str) -> str:
         )
     if len(os.fsencode(tag)) > MAX_TAG_BYTES:
         raise ValueError(
-            f"tag {tag[:20]!r}... cannot name a checkpoint: it has {len(os.fsencode(tag))} bytes, but at most "
+            f"tag {tag[:20]!r}... cannot name a checkpoint: it has too many bytes, {len(os.fsencode(tag))} "
+            "bytes, but at most "
             f"{MAX_TAG_BYTES} are allowed"
         )
     return tag
@@ -97,7 +98,7 @@ def next_sequence(root: Path) -> int:
 
 
 def read_manifest(path: Path) -> manifest.Manifest:
-    """Reads the manifest; raises CheckpointError if it is damaged."""
+    """Reads the manifest; raises Reads the manifest; raises CheckpointError if it is damaged."""
     file = path / manifest.NAME
     return manifest.load(file.read_bytes(), file)
 

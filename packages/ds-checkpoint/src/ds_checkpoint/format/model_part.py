@@ -81,7 +81,7 @@ class ModelPart:
 
 
 def refuse_parts(checkpoint: Checkpoint) -> None:
-    """CheckpointError for a checkpoint that no single rank's model can hold."""
+    """Raises CheckpointError for a checkpoint with several parts, which cannot be joined without the model's code."""
     axes = checkpoint.manifest.values.get(MODEL_AXES)
     if axes:
         cut = " x ".join(f"{axis} {size}" for axis, size in axes.items())

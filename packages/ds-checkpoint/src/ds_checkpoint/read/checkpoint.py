@@ -83,8 +83,7 @@ class Checkpoint:
     def states(
         self, fqn: str, coordinates: Coordinates = EVERYWHERE
     ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-        """State name -> (global shape, dtype) of what there is for a parameter or buffer; empty if it is
-        unknown.
+        """Returns state name -> (global shape, dtype) for a parameter or buffer; empty if the name is unknown.
 
         Raises:
             CheckpointError: its values differ along other axes, or along axes of other sizes.
@@ -130,7 +129,7 @@ class Checkpoint:
     def read(
         self, fqn: str, state: str, flat_offset: int, out: Tensor, coordinates: Coordinates = EVERYWHERE
     ) -> None:
-        """Fill the 1-D `out` with elements [flat_offset, flat_offset + out.numel()), cast to its dtype."""
+        """Fills the 1-D `out` with elements [flat_offset, flat_offset + out.numel()), cast to its dtype."""
         self._fill(self._entry(fqn, state, coordinates), _name(fqn, state, coordinates), flat_offset, out)
         ranges = self._read.setdefault((fqn, state, mesh.hashable(coordinates)), [])
         ranges.append((flat_offset, flat_offset + out.numel()))
@@ -143,7 +142,7 @@ class Checkpoint:
         return out.view(entry.shape)
 
     def tensor(self, fqn: str, state: str = "param", coordinates: Coordinates = EVERYWHERE) -> Tensor:
-        """A whole logical tensor in its own shape and dtype, on the CPU.
+        """Returns a whole logical tensor on the CPU, in its own shape and dtype.
 
         Args:
             coordinates: where its values differ along axes of the mesh of ranks, which of them: axis -> (index, size).
@@ -163,7 +162,7 @@ class Checkpoint:
     def was_read(
         self, fqn: str, state: str, begin: int, end: int, coordinates: Coordinates = EVERYWHERE
     ) -> bool:
-        """Whether every element of that range has been asked for."""
+        """Whether every element of that range was requested."""
         at = begin
         for low, high in sorted(self._read.get((fqn, state, mesh.hashable(coordinates)), [])):
             if low <= at:
@@ -209,7 +208,7 @@ class Checkpoint:
 
 
 _Ranges = dict[tuple[str, str, tuple[tuple[str, int, int], ...]], list[tuple[int, int]]]
-"""Name, state and coordinates -> ranges that were asked for."""
+"""Name, state and coordinates -> ranges that were requested."""
 
 
 def _name(fqn: str, state: str, coordinates: Coordinates) -> str:

@@ -52,8 +52,8 @@ def open_checkpoint(path: str | os.PathLike[str], tag: str | None = None) -> Che
 
 
 def names(checkpoint: Checkpoint, *, exclude_frozen: bool = False) -> Iterator[tuple[str, str]]:
-    """Name in a state dict -> name under which it is stored, for parameters, persistent buffers and every
-    further name of a shared parameter.
+    """Returns name in a state dict -> name in the checkpoint, for parameters, persistent buffers and further names of
+    shared parameters.
 
     Raises:
         CheckpointError: values under one name differ along axes of the mesh of ranks.

@@ -166,7 +166,7 @@ def _commit(staging: Staging, fragments: Sequence[bytes], tag: str) -> bytes:
 
 
 def _merge(fragments: Sequence[dict[str, Any]], tag: str, staging: Staging) -> Manifest:
-    """One manifest from what the ranks wrote; CheckpointError if that is not every element exactly once."""
+    """Merges the manifests of all ranks. Raises CheckpointError unless they contain every element exactly once."""
     by_tensor: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     values: dict[str, Any] = {}
     files: dict[str, FileInfo] = {}

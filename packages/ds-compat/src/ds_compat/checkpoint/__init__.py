@@ -1,1 +1,1 @@
-"""Names, files and whole weights of checkpoints."""
+"""Tags, files and whole weights of checkpoints."""

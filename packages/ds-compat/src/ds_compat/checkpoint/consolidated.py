@@ -1,4 +1,4 @@
-"""Whole weights out of a sharded model that lives."""
+"""Whole weights of a sharded model in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import ds_zero
 
 
 def consolidated(module: nn.Module, *, exclude_frozen: bool = False) -> OrderedDict[str, Tensor] | None:
-    """Names -> whole values in the dtype in which the model computes, on rank 0; None elsewhere. Collective."""
+    """Returns name -> whole values in the compute dtype on rank 0; None on other ranks. Collective."""
     whole = ds_zero.full_state_dict(module)
     if dist.is_initialized() and dist.get_rank() != 0:
         return None
@@ -33,7 +33,7 @@ def consolidated(module: nn.Module, *, exclude_frozen: bool = False) -> OrderedD
 
 
 def save_weights(path: str | os.PathLike[str], values: OrderedDict[str, Tensor] | None) -> None:
-    """With torch.save, on the rank that has them; the file appears whole or not at all. Collective."""
+    """Saves the values by torch.save on the rank that has them. The file appears atomically. Collective."""
     if values is not None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)

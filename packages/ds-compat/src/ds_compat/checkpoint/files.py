@@ -1,4 +1,4 @@
-"""The script beside checkpoints, names of the original's files, copies for torch.save."""
+"""The script `zero_to_fp32.py` in checkpoint directories, and names of DeepSpeed's checkpoint files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ main()
 
 
 def leave_script(folder: str | os.PathLike[str]) -> None:
-    """Put `zero_to_fp32.py` beside the checkpoints, where people look for it."""
+    """Writes `zero_to_fp32.py` into the directory of the checkpoints, as DeepSpeed does."""
     target = Path(folder) / "zero_to_fp32.py"
     if not target.exists():
         part = target.with_name(f"{target.name}.{secrets.token_hex(4)}")

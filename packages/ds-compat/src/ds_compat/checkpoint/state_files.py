@@ -1,7 +1,7 @@
-"""Files of the original's checkpoints, for converters that read them by themselves, as Lightning's does.
+"""Files of DeepSpeed's checkpoints, for converters that read these files, such as Lightning's.
 
-A checkpoint of ours has no such files. What converters look up in them, the stage and the client state, is put into
-files in the temporary folder that go with the process.
+Our checkpoints have no such files. The stage and the client state, which converters need, are written to temporary
+files that are deleted when the process ends.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def get_model_state_file(checkpoint_dir: str | os.PathLike[str], zero_stage: int
         ValueError: `zero_stage` is none.
     """
     if zero_stage not in (0, 1, 2, 3):
-        raise ValueError(f"zero_stage is {zero_stage}: it has to be 0, 1, 2 or 3")
+        raise ValueError(f"zero_stage is {zero_stage}: it must be 0, 1, 2 or 3")
     if not _is_ours(checkpoint_dir):
         name = (
             "zero_pp_rank_0_mp_rank_00_model_states.pt" if zero_stage == 3 else "mp_rank_00_model_states.pt"

@@ -1,4 +1,4 @@
-"""Tags of checkpoints that ranks give differently."""
+"""Handling of ranks that save under different tags."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from ds_compat.utils.logs import logger
 
 
 class TagError(AssertionError, ValueError):
-    """Ranks save one checkpoint under different tags, and the configuration says that this is an error."""
+    """Ranks save one checkpoint under different tags, and `checkpoint.tag_validation` is "fail"."""
 
 
 def tag_validation(config: Mapping[str, Any]) -> str:
-    """`checkpoint.tag_validation` of a configuration in small letters; "warn" where it is not set."""
+    """Returns `checkpoint.tag_validation` in lower case; "warn" if it is not set."""
     section = config.get("checkpoint")
     return str(section.get("tag_validation", "warn")).lower() if isinstance(section, dict) else "warn"
 
 
 def agreed_tag(tag: str, validation: str) -> str:
-    """The tag under which all ranks save: rank 0's. Collective.
+    """Returns the tag under which all ranks save, which is rank 0's. Collective.
 
     Args:
-        validation: where ranks differ, "fail" raises, "warn" warns on rank 0, and "ignore" says nothing.
+        validation: if tags differ, "fail" raises, "warn" warns on rank 0, and "ignore" does nothing.
 
     Raises:
-        TagError: on every rank, as `validation` says.
+        TagError: on every rank, if tags differ and `validation` is "fail".
     """
     if not dist.is_initialized():
         return tag

@@ -1,4 +1,4 @@
-"""`deepspeed.comm`: torch.distributed under another name, and the few functions that it has beyond that."""
+"""`deepspeed.comm`: the functions of torch.distributed, and DeepSpeed's few additional ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import ds_comm
 from ds_compat.comm.slices import gather_slices, reduce_slices
 
 _PROFILING = frozenset({"prof", "log_name", "debug"})
-"""Arguments that every collective takes there; what they ask for is torch.profiler's work here."""
+"""Profiling arguments of DeepSpeed's collectives, which are ignored; use torch.profiler instead."""
 
 
 def __getattr__(name: str) -> Any:
@@ -47,7 +47,7 @@ def init_distributed(
     rank: int = -1,
     world_size: int = -1,
 ) -> None:
-    """Start the default process group unless it stands. Without any launcher: a group of this process alone."""
+    """Initialises the default process group unless there is one; without a launcher, a group of this process alone."""
     if dist.is_initialized():
         return
     if dist_init_required is False:
@@ -79,7 +79,7 @@ def is_available() -> bool:
 
 
 def get_local_rank() -> int:
-    """As the launcher says; 0 without one."""
+    """Returns the local rank that the launcher has set; 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -154,18 +154,18 @@ def reduce_scatter_fn(
 
 
 def initialize_mesh_device(mesh_shape: tuple[int, ...], mesh_dim_names: tuple[str, ...]) -> Any:
-    """A torch DeviceMesh over the default group."""
+    """Makes a DeviceMesh of torch over the default group."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(_kind(), mesh_shape, mesh_dim_names=mesh_dim_names)
 
 
 def configure(deepspeed_config: Any = None, **_: Any) -> None:
-    """Switches the logging of collectives there; here torch.profiler shows them by name."""
+    """Configures logging of collectives in DeepSpeed. No effect here: torch.profiler shows collectives by name."""
 
 
 def log_summary(show_straggler: bool = False, return_dict: bool = False) -> Any:
-    """Says where the figures are: torch.profiler has every collective, named ds.zero.<what>/<where>."""
+    """Prints that torch.profiler shows collectives, named ds.zero.<what>/<where>."""
     from ds_compat.utils.logs import log_dist
 
     log_dist("collectives are not counted: run under torch.profiler, which names each of them", ranks=[0])

@@ -1,5 +1,5 @@
-"""`deepspeed.utils.groups`: process groups by what they are for. Without tensor, sequence or expert parallelism every
-rank is a data-parallel one.
+"""`deepspeed.utils.groups`: process groups by purpose. Without tensor, sequence and expert parallelism every rank is
+a data-parallel rank.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from typing import Any
 import torch.distributed as dist
 
 _mpu: list[Any] = []
-"""The mpu of the engine that was made last: the original's accessors have no engine to ask."""
+"""The mpu of the latest engine, because DeepSpeed's accessors have no engine as an argument."""
 
 
 def set_mpu(mpu: Any) -> None:
-    """Remember the model-parallel unit of the engine that was made last."""
+    """Stores the mpu of the latest engine."""
     _mpu[:] = [mpu] if mpu is not None else []
 
 
@@ -99,7 +99,7 @@ get_tensor_model_parallel_group = get_model_parallel_group
 
 
 def initialize(ep_size: int = 1, mpu: Any = None) -> None:
-    """Expert groups of one rank each are all there is."""
+    """Accepts only expert groups of one rank."""
     if ep_size != 1:
         from ds_compat import refused
 

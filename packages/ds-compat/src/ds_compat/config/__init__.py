@@ -1,1 +1,1 @@
-"""DeepSpeed's configuration as attributes and sections, read by ds_engine."""
+"""DeepSpeed's configuration classes, on top of ds_engine's configuration."""

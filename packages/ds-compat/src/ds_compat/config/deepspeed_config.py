@@ -27,11 +27,11 @@ TORCH_DISTRIBUTED_DEFAULT_PORT = 29500
 
 
 class ZeRORuntimeException(Exception):
-    """What the original raises for settings of ZeRO that do not go together."""
+    """The error that DeepSpeed raises for incompatible ZeRO settings."""
 
 
 class DeepSpeedConfigError(ConfigError, AssertionError, ZeRORuntimeException):
-    """A mistake in the configuration: whichever of these the original raises for it, code that expects it finds it."""
+    """A mistake in the configuration. It derives from all errors that DeepSpeed raises for one."""
 
     def __init__(self, error: ConfigError) -> None:
         self.problems = error.problems
@@ -40,7 +40,7 @@ class DeepSpeedConfigError(ConfigError, AssertionError, ZeRORuntimeException):
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Mistakes in the configuration are DeepSpeedConfigError inside."""
+    """Context manager that converts configuration errors to DeepSpeedConfigError."""
     try:
         yield
     except ConfigError as error:
@@ -48,7 +48,7 @@ def told() -> Iterator[None]:
 
 
 class _ZeroConfig(DeepSpeedZeroConfig, extra="ignore"):
-    """Keys of ds_engine's beside DeepSpeed's are passed over."""
+    """Ignores keys of ds_engine that DeepSpeed lacks."""
 
 
 _PATHS: Mapping[str, str] = {
@@ -59,11 +59,11 @@ _PATHS: Mapping[str, str] = {
 
 
 class DeepSpeedConfig:
-    """A configuration as attributes; checks it as `deepspeed.initialize` does.
+    """A configuration with attributes, which is checked as in `deepspeed.initialize`.
 
     Args:
-        config: dict, path of a file, or the JSON in URL-safe base64.
-        mpu: whose data-parallel size divides the batch.
+        config: a dict, the path of a file, or JSON in URL-safe base64.
+        mpu: object whose data-parallel world size determines the batch sizes.
     """
 
     def __init__(self, config: Any, mpu: Any = None, mesh_device: Any = None) -> None:
@@ -75,13 +75,13 @@ class DeepSpeedConfig:
             self.take_batch(self.typed.batch(self.world_size))
 
     def take_batch(self, sizes: Batch) -> None:
-        """The three sizes."""
+        """Sets the three batch sizes."""
         self.train_batch_size: int | None = sizes.train
         self.train_micro_batch_size_per_gpu: int | None = sizes.micro
         self.gradient_accumulation_steps: int | None = sizes.steps
 
     def _configure_train_batch_size(self) -> None:
-        """Fill in the sizes that are None."""
+        """Computes the batch sizes that are None."""
         with told():
             sizes = (
                 self.train_batch_size,
@@ -141,10 +141,10 @@ def _world_size(mpu: Any) -> int:
 
 
 def read(config: Any) -> dict[str, Any]:
-    """A dict from what DeepSpeed takes: a dict, the path of a file, or base64 of JSON.
+    """Returns a dict from any form that DeepSpeed accepts: a dict, the path of a file, or JSON in base64.
 
     Raises:
-        FileNotFoundError, ConfigError: nothing of these.
+        FileNotFoundError, ConfigError: it has none of these forms.
     """
     if isinstance(config, dict):
         return config

@@ -9,7 +9,7 @@ _ABSENT = object()
 
 
 def find(config: Any, raw: Any, path: str, default: Any) -> Any:
-    """The value at a dotted path of the typed configuration, else of the dict, else `default`."""
+    """Returns the value at a dotted path of the typed configuration, else of the dict, else `default`."""
     for root, step in ((config, lambda at, key: getattr(at, key, _ABSENT)), (raw, _item)):
         try:
             value = functools.reduce(step, path.split("."), root)

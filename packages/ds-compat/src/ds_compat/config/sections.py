@@ -1,6 +1,6 @@
-"""The sections of DeepSpeed's configuration as its own models, for code that makes or takes apart sections.
+"""DeepSpeed's models of configuration sections, for code that uses sections directly.
 
-Training goes by ds_engine's configuration; these only hold, check and default values.
+Training uses ds_engine's configuration; these classes only store and check values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEFAULT_LEAF_MODULE_NAME_SUFFIXES: list[str] = []
 
 
 class ZeroStageEnum(int, Enum):
-    """Stages by name."""
+    """Names of the ZeRO stages."""
 
     disabled = 0
     optimizer_states = 1
@@ -32,7 +32,7 @@ class ZeroStageEnum(int, Enum):
 
 
 class OffloadDeviceEnum(str, Enum):
-    """Where states rest."""
+    """Devices for offloaded state."""
 
     none = "none"
     cpu = "cpu"
@@ -40,7 +40,7 @@ class OffloadDeviceEnum(str, Enum):
 
 
 class DeepSpeedConfigModel(BaseModel):
-    """Base of sections: unknown keys are refused, "auto" values left to their defaults."""
+    """Base class of sections: unknown keys are errors, and "auto" stands for the default."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -71,7 +71,7 @@ class DeepSpeedConfigModel(BaseModel):
 
 
 def _number(value: Any) -> Any:
-    """Pydantic takes true for 1, which nobody means as a scale."""
+    """Rejects booleans, which pydantic would accept as 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"it must be a number, not {value!r}")
     return value
@@ -108,7 +108,7 @@ class DeepSpeedFP16Config(DeepSpeedConfigModel):
         return float(2**self.initial_scale_power)
 
     def dynamic_loss_scale_args(self) -> dict[str, Any] | None:
-        """For a dynamic scaler, if something about it was given."""
+        """Arguments of a dynamic loss scaler, if any were set."""
         given = {
             "initial_scale_power",
             "loss_scale_window",
@@ -138,7 +138,7 @@ class DeepSpeedBF16Config(DeepSpeedConfigModel):
 
 
 def get_bfloat16_config(param_dict: Mapping[str, Any]) -> DeepSpeedBF16Config:
-    """From a whole configuration; "bfloat16" is an old name of the section."""
+    """Reads the section from a whole configuration; "bfloat16" is its old name."""
     return DeepSpeedBF16Config(**(param_dict.get("bf16") or param_dict.get("bfloat16") or {}))
 
 
@@ -147,7 +147,7 @@ def get_float16_config(param_dict: Mapping[str, Any]) -> DeepSpeedFP16Config:
 
 
 class OffloadStateTypeEnum(str, Enum):
-    """What an offload moves."""
+    """Kinds of state that can be offloaded."""
 
     optim_states = "optim_states"
     hp_params = "hp_params"
@@ -276,6 +276,6 @@ class DeepSpeedZeroConfig(DeepSpeedConfigModel):
 
 
 def get_zero_config(param_dict: Mapping[str, Any]) -> DeepSpeedZeroConfig:
-    """From a whole configuration."""
+    """Reads the section from a whole configuration."""
     section = param_dict.get("zero_optimization", {})
     return DeepSpeedZeroConfig(**({"stage": int(section)} if isinstance(section, bool) else section))

@@ -8,7 +8,7 @@ from typing import Any
 from ds_layers import Checkpointing, CheckpointingConfig, RngTracker, model_parallel_seed
 
 _present: dict[str, Any] = {}
-"""What `configure` has set; the original's functions have no object to keep it in."""
+"""The settings of `configure`, because DeepSpeed's functions have no object that could hold them."""
 
 
 def configure(
@@ -21,8 +21,8 @@ def configure(
     synchronize: bool | None = None,
     profile: bool | None = None,
 ) -> None:
-    """How inputs of checkpointed functions rest from here on; arguments win over the configuration's section
-    `activation_checkpointing`.
+    """Sets where the inputs of checkpointed functions are stored from now on. Arguments take precedence over the
+    section `activation_checkpointing`.
     """
     section = _section(deepspeed_config)
     given: dict[str, tuple[Any, str]] = {
@@ -40,7 +40,7 @@ def configure(
         ask = getattr(mpu_, "get_tensor_model_parallel_group", None) or mpu_.get_model_parallel_group
         group = ask()
     if options["partition"] and (group is None or group.size() == 1):
-        options["partition"] = False  # with one model-parallel rank there is nobody to share with
+        options["partition"] = False  # with one model-parallel rank there is nothing to divide
     assert not options["contiguous"] or options["num_checkpoints"] is not None, (
         "contiguous_checkpointing needs the number of layers: pass num_checkpoints, or set "
         "activation_checkpointing.number_checkpoints"
@@ -71,7 +71,7 @@ def _instance() -> Checkpointing:
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`function(*args)`, recomputed in backward."""
-    for name in ("use_reentrant", "preserve_rng_state"):  # torch's arguments, which callers pass on
+    for name in ("use_reentrant", "preserve_rng_state"):  # arguments of torch, which callers may pass
         kwargs.pop(name, None)
     result = _instance()(function, *args, **kwargs)
     return result
@@ -101,7 +101,7 @@ _SWITCHES: Mapping[str, str] = {
 
 
 def __getattr__(name: str) -> Any:
-    """The original's module switches, as they are at this moment."""
+    """Returns DeepSpeed's module-level switches with their current values."""
     if name in _SWITCHES:
         return getattr(_instance().config, _SWITCHES[name])
     if name == "deepspeed_checkpointing_enabled":
@@ -119,12 +119,12 @@ def is_configured() -> bool:
 
 
 def reset() -> None:
-    """Forget what was kept for the last backward."""
+    """Discards the inputs that were kept for the last backward."""
     _instance().reset()
 
 
 def partition_activations_in_checkpoint(partition_activation: bool) -> None:
-    """Switch the division among model-parallel ranks."""
+    """Turns the partitioning among model-parallel ranks on or off."""
     from dataclasses import replace
 
     config = _instance().config
@@ -134,14 +134,14 @@ def partition_activations_in_checkpoint(partition_activation: bool) -> None:
 
 
 def set_num_layers(nlayers: int) -> None:
-    """Checkpoints of one forward, for contiguous storage."""
+    """Sets the number of checkpoints in one forward, for contiguous storage."""
     from dataclasses import replace
 
     _present["instance"] = Checkpointing(replace(_instance().config, num_checkpoints=nlayers), _tracker())
 
 
 def get_cuda_rng_tracker() -> RngTracker:
-    """The streams that model-parallel dropout draws from."""
+    """Returns the random number streams of model-parallel dropout."""
     return _tracker()
 
 
@@ -150,7 +150,9 @@ def get_rng_state_tracker() -> RngTracker:
 
 
 def model_parallel_cuda_manual_seed(seed: int) -> None:
-    """Seed the default stream alike, and the model-parallel one apart, on the ranks of a model-parallel group."""
+    """Seeds the default stream equally, and the model-parallel stream differently, on the ranks of a model-parallel
+    group.
+    """
     from ds_compat.comm import groups
 
     model_parallel_seed(_tracker(), seed, groups.get_model_parallel_rank())

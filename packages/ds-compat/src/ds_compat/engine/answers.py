@@ -1,4 +1,4 @@
-"""Methods of the engine that answer from the configuration."""
+"""Methods of the engine that return settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ds_compat.config.lookup import find
 
 
 def answer(path: str, default: Any) -> Callable[[Any], Any]:
-    """A method that reads one setting: as resolved by ds_engine, else as given, else `default`."""
+    """Makes a method that returns one setting: as resolved by ds_engine, else as written, else `default`."""
 
     def getter(self: Any) -> Any:
         return find(self._engine.config, self.config, path, default)
@@ -20,12 +20,12 @@ def answer(path: str, default: Any) -> Callable[[Any], Any]:
 
 
 def of_config(name: str) -> Callable[[Any], Any]:
-    """A method that reads one attribute of the engine's `DeepSpeedConfig`."""
+    """Makes a method that returns an attribute of the engine's `DeepSpeedConfig`."""
     return lambda self: getattr(self._config, name)
 
 
 def of_zero(name: str) -> Callable[[Any], Any]:
-    """A method that reads one setting of the section zero_optimization."""
+    """Makes a method that returns a setting of the section zero_optimization."""
 
     def getter(self: Any) -> Any:
         return getattr(self._config.zero_config, name)
@@ -35,7 +35,7 @@ def of_zero(name: str) -> Callable[[Any], Any]:
 
 
 class ZeroAnswers:
-    """One method for each setting of zero_optimization that the original's engine has one for."""
+    """One method for each setting of zero_optimization for which DeepSpeed's engine has a method."""
 
     zero_reduce_scatter = of_zero("reduce_scatter")
     zero_overlap_comm = of_zero("overlap_comm")

@@ -1,4 +1,4 @@
-"""Loaders, which are the engine's, and random-LTD by DeepSpeed's function."""
+"""Data loaders, and DeepSpeed's function for random-LTD."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["DeepSpeedDataLoader", "RepeatingLoader", "convert_to_random_ltd"]
 
 
 def convert_to_random_ltd(model: Any, convert_type: type[Any]) -> Any:
-    """Drop tokens around the layers of a class; the engine `model` itself stays as it is."""
+    """Makes the layers of a class drop tokens; the engine `model` stays the same object."""
     model._engine.pacing.drop_tokens(model.module, convert_type)
     return model
 

@@ -1,7 +1,6 @@
-"""`DeepSpeedEngine`: everything that code calls on DeepSpeed's engine, on top of `ds_engine.Engine`.
+"""`DeepSpeedEngine`: the interface of DeepSpeed's engine, on top of `ds_engine.Engine`.
 
-The methods here are one-line delegations, or answers to questions about the configuration; what trains is the engine
-inside.
+Its methods delegate to the inner engine, or return settings.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ from ds_engine.build.optimizer import zero_grad
 _OWN = frozenset(
     {"global_steps", "global_samples", "micro_steps", "skipped_steps", "lr_scheduler", "generate"}
 )
-"""Attributes that are the inner engine's, for reading and writing."""
+"""Attributes of the inner engine, which can be read and written."""
 
 
 class DeepSpeedEngine(ZeroAnswers, nn.Module):
-    """Made by `deepspeed.initialize`. Attributes that it does not have are looked up in the module."""
+    """`deepspeed.initialize` constructs it. Attributes that it does not have are looked up in the module."""
 
     _engine: ds_engine.Engine
     module: nn.Module
@@ -84,7 +83,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         return output
 
     def _factor_of_plain_backward(self) -> float:
-        """`loss.backward()` without the engine is averaged over micro-batches too."""
+        """Gradients of a plain `loss.backward()` are also averaged over micro-batches."""
         return 1.0 if self._backward_depth else 1.0 / self.gradient_accumulation_steps()
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -97,7 +96,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
             self._backward_depth -= 1
 
     def scale(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
-        """What to call `.backward()` on by hand, several times if you like: the loss times the loss scale."""
+        """Returns the loss times the loss scale, on which `.backward()` can be called, also several times."""
         _check_scalar(loss)
         return self._engine.scaler.scale(loss)
 
@@ -112,7 +111,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards inside add gradients locally, at every stage."""
+        """Context manager inside which backwards add gradients locally, at every stage."""
         assert not self._in_no_sync, "no_sync and coalesce_grad_reduction cannot be nested in one another"
         self._in_no_sync = True
         try:
@@ -341,7 +340,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         load_module_only: bool = False,
         custom_load_fn: Callable[..., Any] | None = None,
     ) -> tuple[str | None, dict[str, Any] | None]:
-        """(None, None) and a warning where `latest` is missing and no tag is given."""
+        """Returns (None, None) and warns if there is no file `latest` and no tag is given."""
         if tag is None and not os.path.isfile(os.path.join(load_dir, "latest")):
             logger.warning(
                 f"Unable to find latest file at {os.path.join(load_dir, 'latest')}: nothing is loaded, training "
@@ -374,8 +373,8 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
     def load_module_state_dict(
         self, checkpoint: Mapping[str, Any], strict: bool = True, custom_load_fn: Any = None, **_: Any
     ) -> None:
-        """Whole values into the module, its fp32 masters and every rank's slices. `checkpoint["module"]`, or the
-        values themselves.
+        """Loads whole values, `checkpoint["module"]` or `checkpoint` itself, into the module, its fp32 masters and
+        the shards of all ranks.
         """
         values = checkpoint.get("module", checkpoint)
         if custom_load_fn is not None:
@@ -394,7 +393,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
     def _zero3_consolidated_16bit_state_dict(
         self, exclude_frozen_parameters: bool = False
     ) -> OrderedDict[str, Tensor] | None:
-        """Whole values in the compute dtype, on rank 0; None elsewhere. Collective."""
+        """Returns whole values in the compute dtype on rank 0; None on other ranks. Collective."""
         if not self.zero_optimization_partition_weights():
             raise ValueError("this function requires ZeRO-3 mode")
         return consolidated(self.module, exclude_frozen=exclude_frozen_parameters)
@@ -405,7 +404,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         save_filename: str = "pytorch_model.bin",
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """Whole weights in the compute dtype, in one file of torch.save. At stage 3 only with
+        """Saves whole weights in the compute dtype to one file by torch.save. At stage 3 it needs
         stage3_gather_16bit_weights_on_model_save. Collective.
         """
         path = os.path.join(save_dir, save_filename)
@@ -432,7 +431,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
 
     @property
     def sparse_tensor_module_names(self) -> set[str]:
-        """Weights whose gradients travel as rows."""
+        """Names of weights whose gradients are sent by rows."""
         kinds = (nn.Embedding, nn.EmbeddingBag) if self.sparse_gradients_enabled() else ()
         return {f"{name}.weight" for name, module in self.module.named_modules() if isinstance(module, kinds)}
 
@@ -449,7 +448,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         self._engine.reload_states(non_blocking)
 
     def empty_partition_cache(self) -> None:
-        """Gathered parameters are given back as soon as nobody uses them."""
+        """Does nothing: gathered parameters are always freed after their last use."""
 
     def set_data_post_process_func(self, post_process_func: Callable[..., Any]) -> None:
         if self.training_dataloader is not None:

@@ -14,7 +14,7 @@ from ds_engine.inference.engine import init_inference as _init_inference
 
 
 class DeepSpeedInferenceConfig(InferenceConfig):
-    """The same keys; fp16 unless another dtype is given, as in the original."""
+    """The same keys as in ds_engine; the default dtype is fp16, as in DeepSpeed."""
 
     dtype: Dtype = Field(default=torch.float16)
 
@@ -23,7 +23,7 @@ def init_inference(model: nn.Module, config: Any = None, **kwargs: Any) -> Infer
     """See `ds_engine.init_inference`.
 
     Raises:
-        ValueError: a key that is given twice, with two values; a mistake in the configuration.
+        ValueError: a key has two different values, or the configuration has a mistake.
     """
     if config is not None and not isinstance(config, (str, dict)):
         raise ValueError(f"'config' argument expected string or dictionary, got {type(config)}")
@@ -31,5 +31,5 @@ def init_inference(model: nn.Module, config: Any = None, **kwargs: Any) -> Infer
 
 
 def default_inference_config() -> dict[str, Any]:
-    """Every key with its default."""
+    """Returns every key with its default."""
     return DeepSpeedInferenceConfig().model_dump()

@@ -1,4 +1,4 @@
-"""`deepspeed.initialize`, and what goes with it on the command line."""
+"""`deepspeed.initialize`, and its command-line arguments."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def initialize(
     mesh_param: Any = None,
     config_params: str | os.PathLike[str] | Mapping[str, Any] | None = None,
 ) -> tuple[DeepSpeedEngine, Any, Any, Any]:
-    """An engine for `model`, with the arguments of DeepSpeed; see `ds_engine.initialize` for what they do.
+    """Builds an engine for `model`, with DeepSpeed's arguments, which `ds_engine.initialize` describes.
 
     An engine that the model has already is destroyed, with a warning.
 
@@ -50,7 +50,7 @@ def initialize(
 
     Raises:
         DeepSpeedConfigError (a ds_engine.ConfigError): a mistake in the configuration.
-        NotImplementedError: a dtype of gradient sums that the original does not have at stage 0.
+        NotImplementedError: a dtype of gradient sums that DeepSpeed does not support at stage 0.
     """
     assert model is not None, "deepspeed.initialize requires a model"
     _refuse_parallel(mpu)
@@ -90,20 +90,20 @@ def initialize(
 
 
 def _refuse_parallel(mpu: Any) -> None:
-    """Norms and overflow would be those of the data-parallel ranks alone, in silence."""
+    """Raises for model-parallel ranks: norms and overflow would silently ignore the other model-parallel ranks."""
     for kind in ("model", "pipe", "sequence"):
         ask = getattr(mpu, f"get_{kind}_parallel_world_size", None)
         if callable(ask) and ask() > 1:
             raise NotThereError(
-                f"deepspeed.initialize(mpu=...) with {ask()} {kind}-parallel ranks is not there yet: use "
+                f"deepspeed.initialize(mpu=...) with {ask()} {kind}-parallel ranks is not supported yet: use "
                 "ds_zero.shard(..., model_parallel=...), or an mpu of data-parallel ranks"
             )
 
 
 @torch.no_grad()
 def _round_masters(engine: ds_engine.Engine) -> None:
-    """fp32 masters begin as what the model computes with, as in the original, which casts the model first. ds_engine
-    keeps the digits that a 16-bit dtype does not show, so that losses would part at once.
+    """Rounds fp32 masters to the compute dtype, as in DeepSpeed, which casts the model first. ds_engine keeps the
+    full precision, so losses would differ from the first step.
     """
     half = engine.precision.param_dtype
     for group in engine.optimizer.param_groups if half is not None else ():
@@ -112,7 +112,7 @@ def _round_masters(engine: ds_engine.Engine) -> None:
 
 
 def _refuse_mixture(config: ds_engine.DsConfig) -> None:
-    """At stage 0 the original sums gradients in the dtype of the model or not at all; code relies on the refusal."""
+    """At stage 0 DeepSpeed sums gradients only in the dtype of the model, and code relies on this error."""
     own = "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
     sums = config.data_types.grad_accum_dtype or own
     if config.zero_optimization.stage == 0 and sums != own:
@@ -123,12 +123,12 @@ def _refuse_mixture(config: ds_engine.DsConfig) -> None:
 
 
 def _no_optimizer(_: Any) -> Optimizer:
-    """For engines that only evaluate: an optimizer without parameters."""
+    """Makes an optimizer without parameters, for engines that only evaluate."""
     return torch.optim.SGD([{"params": []}], lr=0.0)
 
 
 def _rank_from_arguments(args: Any) -> None:
-    """Old launchers give the local rank as an argument only."""
+    """Sets the local rank from an argument, for old launchers."""
     local = getattr(args, "local_rank", None)
     if isinstance(local, int) and local >= 0:
         os.environ.setdefault("LOCAL_RANK", str(local))
@@ -151,11 +151,12 @@ def _the_config(args: Any, config: Any, config_params: Any) -> Any:
 
 
 def _whatever_it_moves(schedule: Any, optimizer: Any) -> Any:
-    """ds_engine refuses a schedule that was made for another optimizer; the original steps it."""
+    """Steps a schedule of another optimizer, as DeepSpeed does; ds_engine refuses it."""
     if getattr(schedule, "optimizer", optimizer) is optimizer:
         return schedule
     logger.warning(
-        f"{type(schedule).__name__} moves the rates of another optimizer than the engine's: no effect here"
+        f"{type(schedule).__name__} sets the learning rates of another optimizer than the engine's, so it has no "
+        "effect on training"
     )
     return lambda _: schedule
 
@@ -164,13 +165,13 @@ _TAG_VALIDATION = frozenset({"ignore", "warn", "fail"})
 
 
 def _effective(given: Mapping[str, Any], model: nn.Module, passed: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration as the engine gets it: without the optimizer and the schedule where one was passed, which
-    wins in the original, and with the leaf modules that were marked on the model.
+    """Returns the configuration for the engine: without the sections of an optimizer or schedule that was passed,
+    which takes precedence in DeepSpeed, and with the leaf modules that were marked on the model.
     """
     config = dict(given)
     checkpoint = config.get("checkpoint")
     if isinstance(checkpoint, dict) and str(checkpoint.get("tag_validation")).lower() in _TAG_VALIDATION:
-        # ds_engine refuses different tags always, and would say that the setting has no effect.
+        # ds_engine always refuses different tags, and would warn that this setting has no effect.
         config["checkpoint"] = {k: v for k, v in checkpoint.items() if k != "tag_validation"}
     for name, value in passed.items():
         if value is not None and config.pop(name, None) is not None:
@@ -188,7 +189,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     """Adds --deepspeed and --deepspeed_config."""
     group = parser.add_argument_group("DeepSpeed", "DeepSpeed configurations")
     group.add_argument(
-        "--deepspeed", action="store_true", help="a flag for your own code; nothing looks at it here"
+        "--deepspeed", action="store_true", help="a flag for your own code; ds-compat ignores it"
     )
     group.add_argument("--deepspeed_config", type=str, help="the configuration file")
     group.add_argument("--deepscale", action="store_true", help=argparse.SUPPRESS)

@@ -28,11 +28,11 @@ WARMUP_LOG_RATE, WARMUP_LINEAR_RATE = "log", "linear"
 
 
 def _known_type(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with an unknown `warmup_type` replaced by "log", with a warning, as in the original."""
+    """Replaces an unknown `warmup_type` by "log", with a warning, as in DeepSpeed."""
     kind = arguments.get("warmup_type", WARMUP_LOG_RATE)
     if kind in (WARMUP_LOG_RATE, WARMUP_LINEAR_RATE):
         return arguments
-    logger.warning(f"warmup_type {kind!r} is unknown: the rate rises as with {WARMUP_LOG_RATE!r}")
+    logger.warning(f"warmup_type {kind!r} is unknown; using {WARMUP_LOG_RATE!r}")
     return {**arguments, "warmup_type": WARMUP_LOG_RATE}
 
 
@@ -62,7 +62,7 @@ globals().update({name.upper(): name for name in (*ARGUMENTS, "edge_value", "mid
 
 
 def get_lr_from_config(config: dict[str, Any]) -> tuple[Any, str]:
-    """(the rate with which a schedule's section begins, or None; a message)."""
+    """Returns (the initial learning rate of a schedule's section, or None; a message)."""
     name, values = config.get("type"), config.get("params")
     if name is None or values is None:
         return None, "LR schedule type or params are missing"

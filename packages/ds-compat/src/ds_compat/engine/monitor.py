@@ -9,12 +9,12 @@ if TYPE_CHECKING:
 
 
 class _Silent:
-    """A monitor that is switched off."""
+    """A monitor that writes nothing."""
 
     enabled = False
 
     def write_events(self, event_list: Any) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 def monitor(engine: DeepSpeedEngine) -> Any:

@@ -1,4 +1,4 @@
-"""What `deepspeed.initialize` returns as the optimizer: the torch optimizer with DeepSpeed's attributes beside it.
+"""The optimizer that `deepspeed.initialize` returns: a wrapper of the torch optimizer with DeepSpeed's attributes.
 
 The engine steps the torch optimizer inside; this object is what code looks at: `overflow`, `cur_scale`, `loss_scale`.
 """
@@ -22,7 +22,7 @@ _COUNTERS = frozenset({"cur_iter", "scale_window", "min_loss_scale", "last_overf
 
 
 class DeepSpeedOptimizer(Optimizer):
-    """A view of the engine's optimizer: groups, states and hooks are the inner one's."""
+    """A wrapper of the engine's optimizer, which shares its groups, states and hooks."""
 
     custom_loss_scaler = False
     external_loss_scale: float | None = None
@@ -47,7 +47,7 @@ class DeepSpeedOptimizer(Optimizer):
     defaults = property(lambda self: self.optimizer.defaults)
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """An update right now, without the engine's clipping and schedule."""
+        """Updates immediately, without the engine's clipping and schedule."""
         self.optimizer.step(closure) if closure is not None else self.optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -72,7 +72,7 @@ class DeepSpeedOptimizer(Optimizer):
 
     @property
     def loss_scale_config(self) -> SimpleNamespace:
-        """The loss scale and what it has counted."""
+        """The loss scale and its counters."""
         section, scaler = self._engine.config.fp16, self._engine.scaler.state_dict()
         return SimpleNamespace(
             use_grad_scaling=section.enabled,
@@ -92,7 +92,7 @@ class DeepSpeedOptimizer(Optimizer):
 
     @property
     def fp32_groups(self) -> list[list[Tensor]]:
-        """This rank's part of the masters, by group."""
+        """This rank's shards of the masters, by group."""
         return [list(group["params"]) for group in self.optimizer.param_groups]
 
     @property
@@ -182,7 +182,7 @@ class DeepSpeedZeroOptimizer_Stage3(ZeROOptimizer):
 
     @property
     def parameter_offload(self) -> ParameterHooks:
-        """What code removes before it generates with gathered parameters, and registers again afterwards."""
+        """The hooks that code removes before generation with gathered parameters, and registers again afterwards."""
         return ParameterHooks(self._engine.module)
 
 
@@ -198,11 +198,11 @@ class ParameterHooks:
         self.param_coordinator = FetchTrace()
 
     def _register_deepspeed_module(self, module: nn.Module, count: list[int] | None = None) -> None:
-        """Hooks are registered already."""
+        """Does nothing: hooks stay registered."""
 
 
 class ModuleView:
-    """A module, with what the original writes on modules beside its own attributes."""
+    """A view of a module with the attributes that DeepSpeed adds to modules."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -211,12 +211,12 @@ class ModuleView:
         return getattr(self._module, name)
 
     def ds_external_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters of other modules that this one reads: ds_zero finds them by itself, so none are listed."""
+        """Returns an empty list: ds_zero detects parameters of other modules automatically."""
         return iter(())
 
 
 class FetchTrace:
-    """The order in which modules fetch parameters: ds_zero notices a new one by itself."""
+    """The order in which modules fetch parameters. ds_zero detects changes of it automatically."""
 
     def is_invalid_trace(self) -> bool:
         return True
@@ -228,7 +228,7 @@ class FetchTrace:
         return False
 
     def _invalidate_trace(self) -> None:
-        """Nothing to forget."""
+        """Does nothing."""
 
 
 class FP16_Optimizer(DeepSpeedOptimizer):
@@ -240,7 +240,7 @@ class FP16_UnfusedOptimizer(DeepSpeedOptimizer):
 
 
 class BF16_Optimizer(ZeROOptimizer):
-    """A name of the original's that no configuration leads to here."""
+    """A class of DeepSpeed that no configuration uses here."""
 
 
 def flat_memory(params: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -256,7 +256,9 @@ def flat_memory(params: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def wrap(engine: ds_engine.Engine, config: DeepSpeedConfig) -> Optimizer:
-    """The optimizer itself for fp32 at stage 0, as in the original; else a view of the kind that code asks for."""
+    """Returns the optimizer itself for fp32 at stage 0, as in DeepSpeed; else a wrapper of DeepSpeed's class for the
+    configuration.
+    """
     stage = engine.config.zero_optimization.stage
     dtype = engine.precision.param_dtype or torch.float32
     if stage == 3:

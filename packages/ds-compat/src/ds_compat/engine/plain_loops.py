@@ -1,4 +1,4 @@
-"""For loops that do a part of the engine's work themselves: a plain `loss.backward()`, gradients put on parameters."""
+"""Support for loops that call `loss.backward()` directly, or assign gradients to parameters."""
 
 from __future__ import annotations
 

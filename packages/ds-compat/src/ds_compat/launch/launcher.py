@@ -26,22 +26,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("-H", "--hostfile", default=DLTS_HOSTFILE, help="lines such as `worker-0 slots=4`")
-    add("-i", "--include", default="", help="NODE[:SLOT[,SLOT]...][@NODE...]: only these, e.g. localhost:0,2")
-    add("-e", "--exclude", default="", help="all but these, in the same form")
-    add("--num_nodes", type=int, default=-1, help="1: there is one machine here")
+    add(
+        "-i",
+        "--include",
+        default="",
+        help="NODE[:SLOT[,SLOT]...][@NODE...]: use only these, e.g. localhost:0,2",
+    )
+    add("-e", "--exclude", default="", help="use all except these, in the same form")
+    add("--num_nodes", type=int, default=-1, help="must be 1: this launcher starts one machine")
     add(
         "--num_gpus",
         "--num_accelerators",
         type=int,
         default=-1,
-        help="ranks; on a machine without GPUs, processes",
+        help="number of ranks",
     )
-    add("--master_port", type=int, default=None, help="default: a free one")
+    add("--master_port", type=int, default=None, help="port of rank 0; default: a free port")
     add("--master_addr", default="", help="of no use on one machine")
     add("--node_rank", type=int, default=-1, help="of no use on one machine")
     add("--launcher", default="pdsh", help="for several machines: not here")
     add("--launcher_args", default="", help="for several machines: not here")
-    add("--module", action="store_true", help="the script is a module's name, as with python -m")
+    add("--module", action="store_true", help="the script is the name of a module, as with python -m")
     add("--no_python", action="store_true", help="the script is a program")
     add("--no_local_rank", action="store_true", help="do not pass --local_rank=N to the script")
     for name in (
@@ -58,27 +63,27 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("enable_each_rank_log", "bind_core_list", "venv_script", "log_level"):
         add(f"--{name}", default=None, help=argparse.SUPPRESS)
     add("--autotuning", default="", choices=["", "tune", "run"], help=argparse.SUPPRESS)
-    add("-q", "--quiet", action="store_true", help="say nothing about the start")
-    add("user_script", help="what to start, followed by its arguments")
+    add("-q", "--quiet", action="store_true", help="print nothing at the start")
+    add("user_script", help="the script, followed by its arguments")
     add("user_args", nargs=argparse.REMAINDER)
     return parser
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line as DeepSpeed's launcher takes it."""
+    """Parses the command line of DeepSpeed's launcher."""
     return _parser().parse_args(args)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The console script; ends with the exit code of the rank that failed first, or 2."""
+    """The console script. Exits with the code of the rank that failed first, or 2."""
     options = parse_args(args)
     if args is not None:
-        _place(options)  # code that calls this gets the ValueError, a shell its text
+        _place(options)  # callers from Python get the ValueError, a shell gets its text
     sys.exit(launch(options))
 
 
 def launch(options: argparse.Namespace) -> int:
-    """Run the job; returns the exit code."""
+    """Runs the job, and returns the exit code."""
     from ds_engine.launch import local
     from ds_engine.launch.supervise import run
 
@@ -106,21 +111,23 @@ def launch(options: argparse.Namespace) -> int:
 def _refuse_what_is_not_here(options: argparse.Namespace) -> None:
     if options.num_nodes > 1 or options.node_rank > 0 or options.force_multi:
         raise LaunchError(
-            "this launcher starts the ranks of one machine: on several, start the script itself with torchrun, srun or "
-            "mpirun, which deepspeed.init_distributed understands"
+            "this launcher starts the ranks of one machine: on several machines, start the script with torchrun, "
+            "srun or mpirun, which deepspeed.init_distributed supports"
         )
     if options.autotuning:
-        raise LaunchError("--autotuning belongs to ds-engine, which does not have it yet")
+        raise LaunchError("--autotuning is not supported yet; ds-engine will add it")
     if options.elastic_training:
-        raise LaunchError("--elastic_training is not there; a checkpoint resumes on any number of ranks")
+        raise LaunchError(
+            "--elastic_training is not supported; a checkpoint can be loaded on any number of ranks"
+        )
     if options.enable_each_rank_log:
         raise LaunchError(
-            "--enable_each_rank_log is not there: every line of rank 1 and up says its rank, use `tee`"
+            "--enable_each_rank_log is not supported: lines of rank 1 and up begin with their rank; use `tee`"
         )
 
 
 def _place(options: argparse.Namespace) -> tuple[int, dict[str, str]]:
-    """(number of ranks, their environment)."""
+    """Returns (number of ranks, their environment)."""
     filtered = bool(options.include or options.exclude)
     if filtered and (options.num_gpus > 0 or options.num_nodes > 0):
         raise ValueError("Cannot specify num_nodes/num_gpus with include/exclude")
@@ -128,7 +135,7 @@ def _place(options: argparse.Namespace) -> tuple[int, dict[str, str]]:
         raise ValueError("--no_python and --module are mutually exclusive")
     if options.num_gpus == 0 or options.num_gpus < -1:
         raise ValueError(
-            f"--num_gpus {options.num_gpus}: there has to be at least 1 rank; leave it out for all devices"
+            f"--num_gpus {options.num_gpus}: at least 1 rank is required; leave it out to use all devices"
         )
     listed = fetch_hostfile(options.hostfile)
     if listed is None and options.hostfile != DLTS_HOSTFILE:
@@ -141,7 +148,9 @@ def _place(options: argparse.Namespace) -> tuple[int, dict[str, str]]:
         )
     pool = parse_resource_filter(pool, options.include, options.exclude)
     if len(pool) != 1:
-        raise ValueError(f"--include/--exclude leave {len(pool)} machines: it has to be one")
+        raise ValueError(
+            f"--include/--exclude leave {len(pool)} machines, but this launcher starts ranks on exactly one"
+        )
     slots = next(iter(pool.values()))
     if options.num_gpus > 0:
         slots = list(range(options.num_gpus))
@@ -153,7 +162,9 @@ def _place(options: argparse.Namespace) -> tuple[int, dict[str, str]]:
 
 
 def _devices(options: argparse.Namespace) -> int:
-    """Accelerators of this machine; on one without, what --num_gpus or LOCAL_SIZE says, else NUMA nodes."""
+    """Returns the number of accelerators of this machine; without any, --num_gpus or LOCAL_SIZE, else the number of
+    NUMA nodes.
+    """
     from ds_engine.launch.devices import count_accelerators
 
     if options.num_gpus > 0:

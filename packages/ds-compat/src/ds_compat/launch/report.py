@@ -1,4 +1,4 @@
-"""The command `ds_report`: what this environment has, as DeepSpeed's command of that name shows it."""
+"""The command `ds_report`: prints versions, devices and kernels, like DeepSpeed's command of that name."""
 
 from __future__ import annotations
 

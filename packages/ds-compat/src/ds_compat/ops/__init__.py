@@ -1,1 +1,1 @@
-"""`deepspeed.ops`: optimizers, and builders that have nothing to build."""
+"""`deepspeed.ops`: optimizers, and op builders, which compile nothing."""

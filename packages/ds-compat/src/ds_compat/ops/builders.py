@@ -1,4 +1,4 @@
-"""`deepspeed.ops.op_builder`: nothing is compiled here, so every operation that we have is simply there."""
+"""`deepspeed.ops.op_builder`: nothing is compiled; supported operations are always available."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OpBuilder:
         return f"ds_core.{self.NAME}"
 
     def load(self, verbose: bool = True) -> Any:
-        """The optimizer's module: there is nothing to compile."""
+        """Returns the module of the operation; nothing is compiled."""
         import ds_core.optim
 
         return ds_core.optim
@@ -35,14 +35,14 @@ class UtilsBuilder(OpBuilder):
     NAME = "utils"
 
     def load(self, verbose: bool = True) -> Any:
-        """Flatten and unflatten, as torch has them."""
+        """Returns torch's flatten and unflatten."""
         from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
         return SimpleNamespace(flatten=_flatten_dense_tensors, unflatten=_unflatten_dense_tensors)
 
 
 class _Absent(OpBuilder):
-    """An operation that we do not have: code asks `is_compatible` and takes its other way, or skips."""
+    """An operation that is not supported: `is_compatible` returns False."""
 
     def is_compatible(self, verbose: bool = False) -> bool:
         return False

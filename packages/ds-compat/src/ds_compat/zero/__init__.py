@@ -1,1 +1,1 @@
-"""`deepspeed.zero`, and what code asks of parameters and models that ZeRO divides."""
+"""`deepspeed.zero`, and DeepSpeed's attributes and functions for sharded parameters."""

@@ -16,15 +16,15 @@ from ds_compat.zero.params import present
 
 
 class Init:
-    """Modules constructed inside have parameters that no rank holds whole: `ds_zero.divided_init`.
+    """Context manager in which modules are constructed with sharded parameters, by `ds_zero.divided_init`.
 
     Their values are rank 0's of ordinary construction; `deepspeed.initialize` puts them into buckets. Before that,
     `GatheredParameters` shows them, and keeps what is written.
 
     Args:
         module: a model that is constructed already; `deepspeed.initialize` divides it.
-        config_dict_or_path, config: with another stage than 3, nothing happens.
-        enabled: False: nothing happens.
+        config_dict_or_path, config: no effect if its stage is not 3.
+        enabled: False: no effect.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Init:
 
 
 def _wants_stage_3(config: Any) -> bool:
-    """False for a configuration of another stage: nothing would be divided there."""
+    """Whether the configuration has stage 3, or no stage."""
     if config is None:
         return True
     section = getattr(config, "raw", None) or read(config)
@@ -69,7 +69,7 @@ def _wants_stage_3(config: Any) -> bool:
 
 
 class _Construction:
-    """The one construction that nested `Init` contexts of this process share."""
+    """The construction context that nested `Init` contexts of this process share."""
 
     def __init__(self) -> None:
         self._depth = 0
@@ -116,18 +116,18 @@ def _divided() -> Iterator[None]:
 
 
 def shutdown_init_context() -> None:
-    """Construct ordinarily from here on, in spite of `Init` contexts that are open. Collective."""
+    """From now on constructs modules without sharding, despite open `Init` contexts. Collective."""
     _construction.pause()
 
 
 def restore_init_context() -> None:
-    """Undo `shutdown_init_context`."""
+    """Undoes `shutdown_init_context`."""
     _construction.resume()
 
 
 @contextlib.contextmanager
 def outside_init() -> Iterator[None]:
-    """Inside, `Init` contexts that are open have no effect."""
+    """Context manager in which open `Init` contexts have no effect."""
     shutdown_init_context()
     try:
         yield
@@ -136,9 +136,10 @@ def outside_init() -> Iterator[None]:
 
 
 class GatheredParameters:
-    """Whole parameters inside, on all ranks; with `modifier_rank`, that rank's values stay.
+    """Context manager in which parameters are gathered on all ranks; with `modifier_rank`, that rank's changes are
+    kept.
 
-    Parameters that are not divided are left alone. What is written without `modifier_rank` raises at the end,
+    Parameters that are not sharded are ignored. A write without `modifier_rank` raises at the end of the context,
     instead of being lost.
     """
 
@@ -166,14 +167,16 @@ class GatheredParameters:
 
 
 class LostWriteError(ValueError, RuntimeError):
-    """Gathered for reading, and written; the original raises RuntimeError where sanity checks are on."""
+    """A parameter that was gathered for reading was written. DeepSpeed raises RuntimeError for it if sanity checks
+    are enabled.
+    """
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
-    """Checks its arguments: ds_zero finds parameters that are read outside their module by itself.
+    """Only checks its arguments: ds_zero detects parameters that are read outside of their module automatically.
 
     Raises:
-        RuntimeError: `parameter` is no Parameter.
+        RuntimeError: `parameter` is not a Parameter.
     """
     if not isinstance(parameter, nn.Parameter):
         raise RuntimeError("a torch.nn.Parameter is needed")
@@ -184,7 +187,7 @@ unregister_external_parameter = register_external_parameter
 
 @contextlib.contextmanager
 def unwrap_model_for_generation(model: Any) -> Iterator[Any]:
-    """The module with all its parameters gathered, so that generating does not gather in every step. Collective."""
+    """Context manager that gathers all parameters, so that generation does not gather in every step. Collective."""
     module = getattr(model, "module", model)
     with GatheredParameters(list(module.parameters())):
         yield module

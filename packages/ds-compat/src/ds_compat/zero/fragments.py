@@ -13,12 +13,12 @@ from ds_zero import get_full, get_local, set_full, set_local, update_full_grads
 
 
 def _known(param: nn.Parameter) -> bool:
-    """Whether there is anything to give: None is the answer for ordinary parameters."""
+    """Whether the parameter is sharded; for ordinary parameters the functions return None."""
     return ds_zero.presence(param) is not None
 
 
 def _own(param: nn.Parameter, kind: str) -> Tensor | None:
-    """This rank's slice, 1-D; of size 0 where it owns nothing of a parameter that is trained."""
+    """Returns this rank's 1-D slice; empty if it owns no element of a trained parameter."""
     found = ds_zero.presence(param)
     if found is None or not param.requires_grad:
         return None
@@ -27,37 +27,37 @@ def _own(param: nn.Parameter, kind: str) -> Tensor | None:
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
-    """The fp32 master, whole; None for a frozen parameter, which has none. Collective."""
+    """Returns the whole fp32 master; None for a frozen parameter, which has none. Collective."""
     return get_full(None, param, "param") if _known(param) and param.requires_grad else None
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
-    """What has accumulated, averaged over ranks, whole. Collective."""
+    """Returns the whole accumulated gradient, averaged over ranks. Collective."""
     return get_full(None, param, "grad") if _known(param) else param.grad
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
-    """A state, whole. Collective."""
+    """Returns a whole optimizer state. Collective."""
     return get_full(None, param, optim_state_key) if _known(param) else None
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
-    """Rank 0's value becomes the parameter's. Collective."""
+    """Sets the parameter to rank 0's value. Collective."""
     set_full(None, param, "param", value)
 
 
 def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
-    """Rank 0's value takes the place of what has accumulated. Collective."""
+    """Replaces the accumulated gradient by rank 0's value. Collective."""
     set_full(None, param, "grad", value)
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
-    """Rank 0's value becomes the state. Collective."""
+    """Sets an optimizer state to rank 0's value. Collective."""
     set_full(None, param, optim_state_key, value)
 
 
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor | None:
-    """This rank's slice of the master, 1-D."""
+    """Returns this rank's 1-D slice of the master."""
     return _own(param, "param")
 
 
@@ -70,7 +70,7 @@ def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) ->
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
-    """Replace this rank's slice; every rank calls it with its own."""
+    """Replaces this rank's slice; all ranks must call it, each with its own slice."""
     set_local(None, param, "param", value)
 
 
@@ -85,5 +85,5 @@ def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_sta
 def safe_update_full_grad_vectorized(
     param_list: list[nn.Parameter], update_func: Callable[[Tensor, nn.Parameter], Any]
 ) -> None:
-    """`update_func(grad, param)` on whole gradients, on every rank. Collective."""
+    """Replaces whole gradients by `update_func(grad, param)`, on every rank. Collective."""
     update_full_grads(None, param_list, update_func)

@@ -1,4 +1,4 @@
-"""Marks on modules whose parameters stage 3 gathers as one, with all inside: by class, by name, by suffix.
+"""Marks modules that stage 3 gathers as a whole, by class, by name, or by suffix.
 
 The mark is an attribute of the module, as in the original, so that copies of a model have it too (the reference model
 of a preference training). It is set by the user's call or, for the section `leaf_module` of the configuration, by
@@ -42,7 +42,7 @@ def _is_of(module: nn.Module, classes: Iterable[Any]) -> bool:
 def set_z3_leaf_modules(
     model: nn.Module, leaf_module_classes: Iterable[Any], raise_if_not_found: bool = True
 ) -> list[nn.Module]:
-    """Modules whose parameters are gathered as one, with all inside, in a model that is not sharded yet."""
+    """Marks the modules of these classes, in a model that is not sharded yet. Returns them."""
     classes = list(leaf_module_classes)
     return _mark(_matching(model, lambda _, m: _is_of(m, classes)), classes, True, raise_if_not_found)
 
@@ -50,7 +50,7 @@ def set_z3_leaf_modules(
 def unset_z3_leaf_modules(
     model: nn.Module, leaf_module_classes: Iterable[Any], raise_if_not_found: bool = True
 ) -> list[nn.Module]:
-    """Take the mark away."""
+    """Removes the mark. Returns the modules."""
     classes = list(leaf_module_classes)
     return _mark(_matching(model, lambda _, m: _is_of(m, classes)), classes, False, raise_if_not_found)
 
@@ -58,7 +58,7 @@ def unset_z3_leaf_modules(
 def set_z3_leaf_modules_by_name(
     model: nn.Module, module_names: Iterable[str], raise_if_not_found: bool = True
 ) -> tuple[list[nn.Module], list[str]]:
-    """By full names; returns the modules, and the names that were not found."""
+    """Marks modules by full name. Returns the modules, and the names that were not found."""
     wanted = list(module_names)
     named = dict(model.named_modules())
     found = _mark([named[n] for n in wanted if n in named], wanted, True, raise_if_not_found)
@@ -68,7 +68,7 @@ def set_z3_leaf_modules_by_name(
 def set_z3_leaf_modules_by_suffix(
     model: nn.Module, module_name_suffixes: Iterable[str], raise_if_not_found: bool = True
 ) -> tuple[list[nn.Module], list[str]]:
-    """By the last part of their names."""
+    """Marks modules by the last part of their names."""
     wanted = list(module_name_suffixes)
     named = [(name, module) for name, module in model.named_modules()]
     found = [m for name, m in named if any(name == s or name.endswith("." + s) for s in wanted)]
@@ -84,17 +84,17 @@ def mark_configured(model: nn.Module, section: LeafModuleConfig) -> None:
 
 
 def set_z3_leaf_module(model: nn.Module, flag: bool) -> None:
-    """Mark one module, or take the mark away."""
+    """Marks one module, or removes the mark."""
     _mark([model], model, flag, True)
 
 
 def z3_leaf_module(model: nn.Module) -> bool:
-    """Whether it is marked."""
+    """Whether the module is marked."""
     return bool(getattr(model, "_z3_leaf", False))
 
 
 def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
-    """All that are marked."""
+    """Returns all marked modules."""
     return _matching(model, lambda _, module: z3_leaf_module(module))
 
 

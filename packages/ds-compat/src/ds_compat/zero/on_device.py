@@ -8,7 +8,9 @@ import torch
 
 
 class OnDevice:
-    """Construct modules in a dtype and on a device inside; "meta" gives parameters without memory."""
+    """Context manager in which modules are constructed with a dtype and on a device; "meta" makes parameters without
+    memory.
+    """
 
     def __init__(self, dtype: torch.dtype, device: str = "meta", enabled: bool = True) -> None:
         self.dtype, self.device, self.enabled = dtype, device, enabled

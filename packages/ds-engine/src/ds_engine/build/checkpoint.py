@@ -105,7 +105,7 @@ def _content(engine: Engine, client_state: Mapping[str, Any], saving: Saving) ->
     if rank == 0:
         values |= _shared_values(engine, client_state, blobs)
         values[MODEL_AXES] = part.axes
-    if engine.topology.samples.index == 0:  # one rank of each part
+    if engine.topology.samples.index == 0:  # one rank of each model part
         own = _values_of_names(engine, left_out, blobs, f"part{part.index}")
         values |= {part.key: own} if part.coordinates else own
     records = [r for r in engine.model_state.records() if r.fqn not in left_out]

@@ -32,7 +32,7 @@ def shard(
     device: torch.device,
     comm: ds_zero.Comm | None = None,
 ) -> None:
-    """Divide a model and its optimizer among the ranks, in place. Collective.
+    """Shards a model and its optimizer, in place. Collective.
 
     A model that was constructed under `ds_zero.deferred_init` is materialised here, on `device`.
     """

@@ -24,7 +24,11 @@ PathArgument = Annotated[
 ]
 TagOption = Annotated[
     str | None,
-    typer.Option("--tag", "-t", help="Name of the checkpoint. Default: the one that 'latest' names."),
+    typer.Option(
+        "--tag",
+        "-t",
+        help="Name of the checkpoint. Name of the checkpoint. Default: the one that 'latest' names.",
+    ),
 ]
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "stored": None}
 
@@ -77,7 +81,7 @@ def verify(path: PathArgument, tag: TagOption = None) -> None:
     with _opened(path, tag) as checkpoint:
         problems = list(checkpoint.verify())
         if lost is not None:
-            problems.append(f"{path}: 'latest' names {lost!r}, which is not there or not complete")
+            problems.append(f"{path}: 'latest' names {lost!r}, which does not exist or is incomplete")
         checked = sum(entry.numel * entry.dtype.itemsize for _, _, entry in checkpoint.manifest.entries())
         for problem in problems:
             print(problem)
