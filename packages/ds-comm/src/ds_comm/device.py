@@ -21,9 +21,9 @@ def choose_device(wish: torch.device | str | None, placement: Placement) -> torc
     if device.type == "cpu":
         return torch.device("cpu")
     if available is None or available.type != device.type:
-        found = "no accelerator" if available is None else f"an accelerator of type {available.type!r}"
+        accelerator = "no accelerator" if available is None else f"an accelerator of type {available.type!r}"
         raise ValueError(
-            f"device {str(device)!r} was requested, but torch {torch.__version__} finds {found}: install a "
+            f"device {str(device)!r} was requested, but torch {torch.__version__} finds {accelerator}: install a "
             f"torch build for it, or request {'cpu' if available is None else available.type!r}"
         )
     return device if device.index is not None else torch.device(device.type, _index(device.type, placement))

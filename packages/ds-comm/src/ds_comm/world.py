@@ -222,9 +222,9 @@ def _existing(device: torch.device | str | None, backend: str | None) -> World:
 def _placement_of_existing() -> Placement:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with contextlib.suppress(PlacementError):  # the group exists, so the variables were not needed
-        found = detect(os.environ)
-        if found.world_size == world_size and found.rank == rank:
-            return found
+        placement = detect(os.environ)
+        if placement.world_size == world_size and placement.rank == rank:
+            return placement
     # The ranks then exchange their host names. Either all of them come here or none, because the condition depends
     # only on whether the launcher's variables describe this group.
     hosts: list[str] = [""] * world_size

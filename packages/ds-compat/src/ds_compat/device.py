@@ -233,11 +233,11 @@ def _status(key: str) -> int:
 @functools.lru_cache(1)
 def get_accelerator() -> DeepSpeedAccelerator:
     """Returns the accelerator of this machine, or the CPU if there is none or DS_ACCELERATOR=cpu is set."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is None or os.environ.get("DS_ACCELERATOR") == "cpu":
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or os.environ.get("DS_ACCELERATOR") == "cpu":
         return CpuAccelerator()
     made = DeepSpeedAccelerator()
-    made._name = found.type
+    made._name = accelerator.type
     return made
 
 

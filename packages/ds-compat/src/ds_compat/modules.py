@@ -41,8 +41,8 @@ def install(package: str, path: Iterable[str]) -> tuple[str, Callable[[str], Any
 def refuse_original(path: Iterable[str]) -> None:
     """Raises ImportError if DeepSpeed's files are in one of the folders."""
     for folder in path:
-        found = [name for name in _FOREIGN_FILES if (Path(folder) / name).is_file()]
-        if found:
+        foreign = [name for name in _FOREIGN_FILES if (Path(folder) / name).is_file()]
+        if foreign:
             raise ImportError(
                 f"both DeepSpeed and ds-compat are installed into {folder}, so that their files are mixed. Keep one: "
                 "`pip uninstall deepspeed ds-compat`, then `pip install ds-compat` (or `pip install deepspeed`)"
@@ -50,11 +50,11 @@ def refuse_original(path: Iterable[str]) -> None:
 
 
 def _with_parents(names: Iterable[str]) -> set[str]:
-    found: set[str] = set()
+    paths: set[str] = set()
     for name in names:
         parts = name.split(".")
-        found |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
-    return found
+        paths |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
+    return paths
 
 
 def _make(package: str, name: str) -> None:

@@ -75,15 +75,15 @@ class TokenDropping:
         index = self._draw(hidden, self.kept)
         self._open[id(layer)].append((hidden, index))
         given = dict(kwargs)
-        found = list(args)
+        arguments = list(args)
         if args:
-            found[0] = self._take(hidden, index)
+            arguments[0] = self._take(hidden, index)
         else:
             given[names[0]] = self._take(hidden, index)
         for place, name in enumerate(names[: len(args)]):
-            found[place] = self._fit(name, found[place], index, tokens) if place else found[place]
+            arguments[place] = self._fit(name, arguments[place], index, tokens) if place else arguments[place]
         given = {name: self._fit(name, value, index, tokens) for name, value in given.items()}
-        return tuple(found), given
+        return tuple(arguments), given
 
     def _draw(self, hidden: Tensor, kept: int) -> Tensor:
         """Draws the indices of the kept tokens: shape (batch, kept), ascending."""

@@ -56,14 +56,14 @@ def find(owner: nn.Module | nn.Parameter | Optimizer) -> ZeroState | None:
 
 def state_of(owner: nn.Module | nn.Parameter | Optimizer) -> ZeroState:
     """Returns the state of a sharded object. Raises ValueError if it is not sharded."""
-    found = find(owner)
-    if found is None:
+    state = find(owner)
+    if state is None:
         raise ValueError(
             f"this {type(owner).__name__} is not sharded: call ds_zero.shard(model, optimizer, stage=...) "
             "first, "
             "and pass the same objects"
         )
-    return found
+    return state
 
 
 def put_record(tensor: Tensor, record: InitialValues) -> None:
@@ -71,8 +71,8 @@ def put_record(tensor: Tensor, record: InitialValues) -> None:
 
 
 def find_record(tensor: Tensor) -> InitialValues | None:
-    found: InitialValues | None = _record_of.get(tensor)
-    return found
+    record: InitialValues | None = _record_of.get(tensor)
+    return record
 
 
 def drop_record(tensor: Tensor) -> None:

@@ -111,11 +111,11 @@ def _check_inner(optimizer: Optimizer, names: Mapping[int, str]) -> None:
     own = {id(group) for group in optimizer.param_groups}
     for attribute, inner in _inner(optimizer):
         for group in inner.param_groups:
-            found = [names[id(p)] for p in group["params"] if id(p) in names]
-            if found and id(group) not in own:
+            held = [names[id(p)] for p in group["params"] if id(p) in names]
+            if held and id(group) not in own:
                 raise ValueError(
                     f"{type(optimizer).__name__}.{attribute} is another optimizer ({type(inner).__name__}) with "
-                    f"its own groups, which contain {found[0]!r}: only entries of the outer optimizer's "
+                    f"its own groups, which contain {held[0]!r}: only entries of the outer optimizer's "
                     "param_groups become shards. Put the inner groups themselves (the same dicts) into it, or pass "
                     "one optimizer"
                 )

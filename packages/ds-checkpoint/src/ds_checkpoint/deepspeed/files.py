@@ -59,7 +59,7 @@ def find(path: Path) -> Files:
     model: dict[int, Path] = {}
     optim: dict[int, Path] = {}
     for child in sorted(path.iterdir()):
-        for pattern, found in ((_MODEL, model), (_OPTIM, optim)):
+        for pattern, by_rank in ((_MODEL, model), (_OPTIM, optim)):
             match = pattern.match(child.name)
             if match is None:
                 continue
@@ -69,13 +69,13 @@ def find(path: Path) -> Files:
                     "only the model's code knows how to join their parameters; convert it with the tool of the "
                     "model that wrote it"
                 )
-            found[int(match["dp"] or 0)] = child
+            by_rank[int(match["dp"] or 0)] = child
     if any(child.name.startswith("layer_") for child in path.iterdir()):
         raise CheckpointError(
             f"{path} was written by a pipeline or contains expert layers, which is not supported yet"
         )
-    for kind, found in (("model", model), ("optimizer", optim)):
-        gone = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
+    for kind, by_rank in (("model", model), ("optimizer", optim)):
+        gone = sorted(set(range(max(by_rank, default=-1) + 1)) - by_rank.keys())
         if gone:
             raise CheckpointError(
                 f"{path} has no {kind} states of rank {gone[0]}: the checkpoint was not copied completely"

@@ -216,16 +216,18 @@ class DeepSpeedCheckpoint(Checkpoint):
     ) -> None:
         """Adds one state of every parameter, from the flat tensors of each rank."""
         shapes = {fqn: tuple(shape) for group in groups for fqn, shape in group.items()}
-        found: dict[str, list[tuple[Path, int, Tensor]]] = {fqn: [] for fqn in shapes}
+        parts_by_name: dict[str, list[tuple[Path, int, Tensor]]] = {fqn: [] for fqn in shapes}
         for part in parts:
             flat = flats[part.rank][part.index]
             file = self._found.optim[part.rank]
             if flat.ndim == 0:  # a number, the same on all ranks
-                found[part.fqn] = [(file, 0, flat.reshape(1))]
+                parts_by_name[part.fqn] = [(file, 0, flat.reshape(1))]
                 shapes[part.fqn] = ()
             else:
-                found[part.fqn].append((file, part.flat_offset, flat[part.start : part.start + part.numel]))
-        for fqn, tensors in found.items():
+                parts_by_name[part.fqn].append(
+                    (file, part.flat_offset, flat[part.start : part.start + part.numel])
+                )
+        for fqn, tensors in parts_by_name.items():
             self._put(fqn, state, shapes[fqn], tensors)
 
     def _universal(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -450,8 +452,8 @@ def _cut(
     return cut
 
 
-def _config(first: Raw, found: files.Files) -> dict[str, Any]:
+def _config(first: Raw, checkpoint_files: files.Files) -> dict[str, Any]:
     config = first.get("ds_config")
-    if config is None and found.optim:
-        config = inert.read(found.optim[0]).get("ds_config")
+    if config is None and checkpoint_files.optim:
+        config = inert.read(checkpoint_files.optim[0]).get("ds_config")
     return dict(config) if isinstance(config, dict) else {}

@@ -29,11 +29,11 @@ _kept: list[list[Bytes]] = []
 def take() -> list[Bytes]:
     """Returns `NUM_BUFFERS` page-aligned buffers of `BUFFER_BYTES` each."""
     try:
-        found = _kept.pop()
+        buffers = _kept.pop()
     except IndexError:
-        found = []
-    if [buffer.nbytes for buffer in found] == NUM_BUFFERS * [BUFFER_BYTES]:
-        return found
+        buffers = []
+    if [buffer.nbytes for buffer in buffers] == NUM_BUFFERS * [BUFFER_BYTES]:
+        return buffers
     return [buffer.numpy() for buffer in aligned(NUM_BUFFERS * BUFFER_BYTES).split(BUFFER_BYTES)]
 
 

@@ -209,11 +209,11 @@ def _at_once(file: InFile, begin: int, end: int) -> Iterator[Bytes]:
     """`ReadAhead.views` for ranges that were not announced."""
     room = np.empty(min(end - begin, buffers.BUFFER_BYTES), dtype=np.uint8)
     while begin < end:
-        found = file.read(begin, room[: end - begin])
-        if found == 0:
+        num_read = file.read(begin, room[: end - begin])
+        if num_read == 0:
             return
-        yield room[:found]
-        begin += found
+        yield room[:num_read]
+        begin += num_read
 
 
 def _is_cached(descriptor: int, begin: int, size: int) -> bool:

@@ -53,14 +53,14 @@ def state_dict(
     """
     with open_checkpoint(path, tag) as checkpoint:
         made: dict[str, Tensor] = {}
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, fqn in names(checkpoint, exclude_frozen=exclude_frozen):
             if fqn not in made:
                 made[fqn] = tensor(checkpoint, fqn, dtype)
-            found[name] = made[fqn]
-    if not found:
+            tensors[name] = made[fqn]
+    if not tensors:
         raise CheckpointError(f"{path} contains no parameters to return")
-    return found
+    return tensors
 
 
 def load_into(model: nn.Module, path: str | os.PathLike[str], tag: str | None = None) -> nn.Module:

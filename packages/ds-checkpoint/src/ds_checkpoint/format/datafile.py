@@ -313,13 +313,13 @@ class DataFile:
                 take(at, part)  # while the cache has it
                 at += part.nbytes
                 if at == block_end and not known:
-                    found, wanted, crc = f"{crc:08x}", sums[8 * number : 8 * number + 8], 0
-                    if found == wanted:
+                    actual, wanted, crc = f"{crc:08x}", sums[8 * number : 8 * number + 8], 0
+                    if actual == wanted:
                         place.verified.add(number)
                     elif problem is None:
                         low, high = place.begin + number * block_bytes, place.begin + block_end
                         problem = (
-                            f"bytes {low} to {high} are damaged (their checksum is {found}, not {wanted})"
+                            f"bytes {low} to {high} are damaged (their checksum is {actual}, not {wanted})"
                         )
         if at < stop:
             problem = problem or f"the file ends at byte {place.begin + at}"

@@ -98,18 +98,18 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _of_files(files: Iterable[Path]) -> Weights:
-    found: dict[str, Callable[[], Tensor]] = {}
+    readers: dict[str, Callable[[], Tensor]] = {}
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is in the list of weights, but does not exist")
         stored = _safetensors(file) if file.suffix == ".safetensors" else _torch(file)
-        if twice := sorted(found.keys() & stored.keys()):
+        if twice := sorted(readers.keys() & stored.keys()):
             raise CheckpointError(
                 f"{file} has {twice[0]!r}, which another of the files contains, too: remove one of the files "
                 "from the list"
             )
-        found |= stored
-    return found
+        readers |= stored
+    return readers
 
 
 def _torch(file: Path) -> dict[str, Callable[[], Tensor]]:

@@ -20,16 +20,16 @@ def consolidated(module: nn.Module, *, exclude_frozen: bool = False) -> OrderedD
     if dist.is_initialized() and dist.get_rank() != 0:
         return None
     params = dict(module.named_parameters(remove_duplicate=False))
-    found: OrderedDict[str, Tensor] = OrderedDict()
+    values: OrderedDict[str, Tensor] = OrderedDict()
     done: dict[int, Tensor] = {}
     for name, value in whole.items():
         param = params.get(name)
         if param is None:
-            found[name] = value
+            values[name] = value
         elif param.requires_grad or not exclude_frozen:
             # Tied weights stay one tensor.
-            found[name] = done.setdefault(id(param), value.to(param.dtype))
-    return found
+            values[name] = done.setdefault(id(param), value.to(param.dtype))
+    return values
 
 
 def save_weights(path: str | os.PathLike[str], values: OrderedDict[str, Tensor] | None) -> None:

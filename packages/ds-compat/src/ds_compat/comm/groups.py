@@ -20,9 +20,9 @@ def set_mpu(mpu: Any) -> None:
 def _ask(*names: str, default: Any) -> Any:
     for mpu in _mpu:
         for name in names:
-            found = getattr(mpu, name, None)
-            if callable(found):
-                return found()
+            method = getattr(mpu, name, None)
+            if callable(method):
+                return method()
     return default
 
 

@@ -15,11 +15,11 @@ def adapted(raw: dict[str, Any]) -> dict[str, Any]:
     """The configuration for ds_engine: with the original's defaults where code can see them, and without what the
     original does not look at.
     """
-    found = dict(raw)
+    settings = dict(raw)
     for name, adapt in (("fp16", _fp16), ("zero_optimization", _zero)):
         if isinstance(raw.get(name), dict):
-            found[name] = adapt(raw[name])
-    return found
+            settings[name] = adapt(raw[name])
+    return settings
 
 
 def _fp16(section: dict[str, Any]) -> dict[str, Any]:

@@ -158,12 +158,12 @@ def read(config: Any) -> dict[str, Any]:
 
 def dict_raise_error_on_duplicate_keys(ordered_pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For json.loads(object_pairs_hook=...): ValueError for a key that is given twice."""
-    found = dict(ordered_pairs)
-    if len(found) != len(ordered_pairs):
+    settings = dict(ordered_pairs)
+    if len(settings) != len(ordered_pairs):
         keys = [key for key, _ in ordered_pairs]
         twice = sorted({key for key in keys if keys.count(key) > 1})
         raise ValueError(f"Duplicate keys in DeepSpeed config: {twice}")
-    return found
+    return settings
 
 
 def get_gradient_clipping(param_dict: Mapping[str, Any]) -> float:

@@ -60,13 +60,13 @@ def _section(config: Any) -> dict[str, Any]:
 
 
 def _tracker() -> RngTracker:
-    found: RngTracker = _present.setdefault("tracker", RngTracker())
-    return found
+    tracker: RngTracker = _present.setdefault("tracker", RngTracker())
+    return tracker
 
 
 def _instance() -> Checkpointing:
-    found: Checkpointing = _present.setdefault("instance", Checkpointing(rng=_tracker()))
-    return found
+    instance: Checkpointing = _present.setdefault("instance", Checkpointing(rng=_tracker()))
+    return instance
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -366,9 +366,9 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         """The module's own state_dict; at stage 3 without values for what is divided, see
         `_zero3_consolidated_16bit_state_dict`.
         """
-        found = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        state = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         frozen = {prefix + n for n, p in self.module.named_parameters() if not p.requires_grad}
-        return {k: v for k, v in found.items() if not exclude_frozen_parameters or k not in frozen}
+        return {k: v for k, v in state.items() if not exclude_frozen_parameters or k not in frozen}
 
     def load_module_state_dict(
         self, checkpoint: Mapping[str, Any], strict: bool = True, custom_load_fn: Any = None, **_: Any

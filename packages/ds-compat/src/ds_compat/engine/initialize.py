@@ -145,9 +145,9 @@ def _the_config(args: Any, config: Any, config_params: Any) -> Any:
         "Not sure how to proceed, we were given deepspeed configs in the deepspeed arguments and "
         "deepspeed.initialize() function call"
     )
-    found = config if config is not None else named[0] if named else None
-    assert found is not None, "DeepSpeed requires --deepspeed_config to specify configuration file"
-    return found
+    chosen = config if config is not None else named[0] if named else None
+    assert chosen is not None, "DeepSpeed requires --deepspeed_config to specify configuration file"
+    return chosen
 
 
 def _whatever_it_moves(schedule: Any, optimizer: Any) -> Any:

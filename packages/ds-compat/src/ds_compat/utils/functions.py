@@ -74,13 +74,13 @@ def get_caller_func(frame: int = 3) -> str:
 
 def parse_range_list(range_str: str) -> list[int]:
     """Numbers from a text such as "0-3,8"; ValueError unless they rise."""
-    found: list[int] = []
+    numbers: list[int] = []
     for part in range_str.split(","):
         ends = [int(end) for end in part.split("-")]
-        if len(ends) > 2 or ends[-1] < ends[0] or (found and ends[0] <= found[-1]):
+        if len(ends) > 2 or ends[-1] < ends[0] or (numbers and ends[0] <= numbers[-1]):
             raise ValueError("Bad format in range string: Numbers must be in ascending order without overlap")
-        found += range(ends[0], ends[-1] + 1)
-    return found
+        numbers += range(ends[0], ends[-1] + 1)
+    return numbers
 
 
 def is_autotp_training_mode() -> bool:
@@ -101,10 +101,10 @@ def split_params_into_different_moe_groups_for_optimizer(
     param_groups: dict[str, Any] | Sequence[dict[str, Any]], max_group_size: float | None = None
 ) -> list[dict[str, Any]]:
     """The groups as they are; NotThereError where one holds parameters of experts."""
-    found = [param_groups] if isinstance(param_groups, dict) else list(param_groups)
-    if any(is_moe_param(param) for group in found for param in group["params"]):
+    groups = [param_groups] if isinstance(param_groups, dict) else list(param_groups)
+    if any(is_moe_param(param) for group in groups for param in group["params"]):
         raise NotThereError("groups of experts belong to ds-moe, which this version does not have yet")
-    return found
+    return groups
 
 
 def is_zero_supported_optimizer(optimizer: Optimizer) -> bool:
@@ -139,10 +139,10 @@ def partition_uniform(num_items: int, num_parts: int) -> list[int]:
 
 def get_only_unique_item(items: Iterable[Any]) -> Any:
     """The one value that all items have; RuntimeError if there are several."""
-    found = set(items)
-    if len(found) != 1:
+    distinct = set(items)
+    if len(distinct) != 1:
         raise RuntimeError(f"expected there to be only one unique element in {items}")
-    return found.pop()
+    return distinct.pop()
 
 
 def has_inf_or_nan(x: Tensor) -> bool:

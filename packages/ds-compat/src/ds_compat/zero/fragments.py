@@ -19,11 +19,11 @@ def _known(param: nn.Parameter) -> bool:
 
 def _own(param: nn.Parameter, kind: str) -> Tensor | None:
     """Returns this rank's 1-D slice; empty if it owns no element of a trained parameter."""
-    found = ds_zero.presence(param)
-    if found is None or not param.requires_grad:
+    status = ds_zero.presence(param)
+    if status is None or not param.requires_grad:
         return None
     value = get_local(None, param, kind)
-    return torch.zeros(0) if value is None and found.own is not None and not found.own.numel() else value
+    return torch.zeros(0) if value is None and status.own is not None and not status.own.numel() else value
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:

@@ -20,12 +20,12 @@ def _matching(model: nn.Module, matches: Callable[[str, nn.Module], bool]) -> li
     return [module for name, module in model.named_modules() if matches(name, module)]
 
 
-def _mark(found: list[nn.Module], wanted: Any, flag: bool, raise_if_not_found: bool) -> list[nn.Module]:
-    if not found and raise_if_not_found:
+def _mark(modules: list[nn.Module], wanted: Any, flag: bool, raise_if_not_found: bool) -> list[nn.Module]:
+    if not modules and raise_if_not_found:
         raise ValueError(f"No modules of {wanted} found in the model.")
-    for module in found:
+    for module in modules:
         module._z3_leaf = flag  # type: ignore[assignment]
-    return found
+    return modules
 
 
 def _is_of(module: nn.Module, classes: Iterable[Any]) -> bool:
@@ -61,8 +61,8 @@ def set_z3_leaf_modules_by_name(
     """Marks modules by full name. Returns the modules, and the names that were not found."""
     wanted = list(module_names)
     named = dict(model.named_modules())
-    found = _mark([named[n] for n in wanted if n in named], wanted, True, raise_if_not_found)
-    return found, [n for n in wanted if n not in named]
+    modules = _mark([named[n] for n in wanted if n in named], wanted, True, raise_if_not_found)
+    return modules, [n for n in wanted if n not in named]
 
 
 def set_z3_leaf_modules_by_suffix(
@@ -71,9 +71,9 @@ def set_z3_leaf_modules_by_suffix(
     """Marks modules by the last part of their names."""
     wanted = list(module_name_suffixes)
     named = [(name, module) for name, module in model.named_modules()]
-    found = [m for name, m in named if any(name == s or name.endswith("." + s) for s in wanted)]
+    modules = [m for name, m in named if any(name == s or name.endswith("." + s) for s in wanted)]
     missing = [s for s in wanted if not any(name == s or name.endswith("." + s) for name, _ in named)]
-    return _mark(found, wanted, True, raise_if_not_found), missing
+    return _mark(modules, wanted, True, raise_if_not_found), missing
 
 
 def mark_configured(model: nn.Module, section: LeafModuleConfig) -> None:

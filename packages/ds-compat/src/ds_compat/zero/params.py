@@ -72,10 +72,10 @@ class Divided:
 
     @property
     def ds_tensor(self) -> Tensor:
-        found = self._look().own
-        if found is None:
+        own_slice = self._look().own
+        if own_slice is None:
             raise AttributeError("ds_tensor: the parameter has no slice before deepspeed.initialize")
-        return found
+        return own_slice
 
     @property
     def ds_persist(self) -> bool:
@@ -133,8 +133,8 @@ class Divided:
 
 def known(param: Any) -> bool:
     """Whether stage 3 divides it, or keeps it because it is small."""
-    found = ds_zero.presence(param)
-    return found is not None and (found.divided or found.kept)
+    status = ds_zero.presence(param)
+    return status is not None and (status.divided or status.kept)
 
 
 def _all(param: Any, others: Iterable[nn.Parameter] | None) -> list[nn.Parameter]:

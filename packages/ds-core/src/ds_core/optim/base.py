@@ -161,13 +161,13 @@ class FusedOptimizer(Optimizer):
 
     def _by_group(self, params: Sequence[Tensor]) -> dict[int, list[int]]:
         """Index of each group -> indices in `params` of its parameters."""
-        found: dict[int, list[int]] = {}
+        places: dict[int, list[int]] = {}
         for i, param in enumerate(params):
             index = self._group_of(param)
             if index is None:
                 raise ValueError(f"step_fused: params[{i}] is in no parameter group of this optimizer")
-            found.setdefault(index, []).append(i)
-        return found
+            places.setdefault(index, []).append(i)
+        return places
 
     def _group_of(self, param: Tensor) -> int | None:
         """Returns the index of the parameter's group. Cached positions are verified before use."""

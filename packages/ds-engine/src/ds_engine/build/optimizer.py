@@ -325,17 +325,21 @@ def _muon_halves(parameters: Iterable[Any], names: Mapping[int, str]) -> list[di
     return halves
 
 
-def _torch_choice(found: Any, values: Mapping[str, Any]) -> Meant:
-    accepted = tuple(p for p in inspect.signature(found).parameters if p != "params")
-    return Meant(make=found, accepts=accepted, arguments=values)
+def _torch_choice(optimizer_class: Any, values: Mapping[str, Any]) -> Meant:
+    accepted = tuple(p for p in inspect.signature(optimizer_class).parameters if p != "params")
+    return Meant(make=optimizer_class, accepts=accepted, arguments=values)
 
 
 def _torch_serves(name: str, own: Own, values: Mapping[str, Any]) -> bool:
     """Whether torch has a class of that name that supports the settings, while ours does not."""
     lacking = set(values) - set(own.accepts) - set(own.only)
     theirs = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}
-    found = theirs.get(name.lower())
-    return bool(lacking) and found is not None and lacking <= set(inspect.signature(found).parameters)
+    torch_class = theirs.get(name.lower())
+    return (
+        bool(lacking)
+        and torch_class is not None
+        and lacking <= set(inspect.signature(torch_class).parameters)
+    )
 
 
 def _own_class(own: Own, on_host: bool) -> Any:

@@ -59,12 +59,12 @@ def diff(first: File, second: File, ranks: Ranks = None) -> None:
     """Compare the meaning of two files; the exit code is 0 if they mean the same, else 1."""
     from ds_engine.config.report.diff import diff as differences
 
-    found = differences(_load(first, ranks), _load(second, ranks), ranks=ranks)
-    for item in found:
+    differing = differences(_load(first, ranks), _load(second, ranks), ranks=ranks)
+    for item in differing:
         print(f"{item.path}: {json.dumps(item.first, default=str)} -> {json.dumps(item.second, default=str)}")
-    if not found:
+    if not differing:
         print("they mean the same")
-    raise typer.Exit(1 if found else 0)
+    raise typer.Exit(1 if differing else 0)
 
 
 @app.command()

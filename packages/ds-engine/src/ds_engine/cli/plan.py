@@ -98,20 +98,20 @@ def plan(
                 budget_bytes=bytes_on_device,
                 host_budget_bytes=bytes_on_host,
             )
-            found: Plan | PlanTable
+            result: Plan | PlanTable
             if counts is not None:
-                found = plan_table.compare(settings, factory, counts, options, say=now)
+                result = plan_table.compare(settings, factory, counts, options, say=now)
             else:
                 now(f"planning stage {settings.zero_optimization.stage} on {ranks} ranks")
-                found = make(settings, factory, ranks=ranks, **options.arguments())
+                result = make(settings, factory, ranks=ranks, **options.arguments())
         except (ConfigError, ValueError, OSError) as error:
             typer.echo(f"ds plan: {error}", err=True)
             raise typer.Exit(2) from None
     if as_json:
-        print(found.to_json())
+        print(result.to_json())
     else:
-        _show(found)
-    raise typer.Exit(1 if found.fits is False else 0)
+        _show(result)
+    raise typer.Exit(1 if result.fits is False else 0)
 
 
 def _counts(text: str) -> list[int]:
@@ -142,17 +142,17 @@ def _known_device(name: str | None) -> str | None:
         ) from None
 
 
-def _show(found: Plan | PlanTable) -> None:
+def _show(result: Plan | PlanTable) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    header, rows = found.rows()
-    table = Table(title=found.title(), title_justify="left")
+    header, rows = result.rows()
+    table = Table(title=result.title(), title_justify="left")
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*row)
     console = Console()
     console.print(table)
-    for line in found.verdict():
+    for line in result.verdict():
         console.print(line, highlight=False)

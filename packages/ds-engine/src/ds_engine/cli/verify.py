@@ -106,7 +106,7 @@ def _judge(wanted: Mapping[str, Any], bitwise: bool, ranks: int | None) -> dict[
         settings = load(wanted["config"])
         made = load_factory(wanted["batches"]) if wanted["batches"] is not None else None
         loss: Any = load_factory(wanted["loss"]) if wanted["loss"] is not None else None
-        found = judge(
+        report = judge(
             settings,
             load_factory(wanted["model"]),
             None if made is None else made(),
@@ -121,7 +121,7 @@ def _judge(wanted: Mapping[str, Any], bitwise: bool, ranks: int | None) -> dict[
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error} (see above)", "code": 2}
     rank = int(os.environ.get("RANK", "0"))
-    return {"text": str(found), "json": found.to_json(), "code": 0 if found.ok else 1, "rank": rank}
+    return {"text": str(report), "json": report.to_json(), "code": 0 if report.ok else 1, "rank": rank}
 
 
 def _start(wanted: Mapping[str, Any], bitwise: bool, ranks: int | None) -> dict[str, Any]:
@@ -140,8 +140,8 @@ def _start(wanted: Mapping[str, Any], bitwise: bool, ranks: int | None) -> dict[
         except LaunchError as error:
             return {"error": str(error), "code": 2}
         if out.is_file():
-            found: dict[str, Any] = json.loads(out.read_text())
-            return found
+            result: dict[str, Any] = json.loads(out.read_text())
+            return result
     return {"error": "\n".join(["no rank finished", *said]), "code": code if code > 1 else 2}
 
 

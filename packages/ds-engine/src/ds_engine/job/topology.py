@@ -74,8 +74,8 @@ class Topology:
         known = ALIASES.get(name, name)
         if known not in AXES:
             raise ValueError(f"there is no axis {name!r}: the axes are {', '.join(AXES)}")
-        found: Axis = getattr(self, known)
-        return found
+        axis: Axis = getattr(self, known)
+        return axis
 
     @property
     def world_size(self) -> int:

@@ -91,12 +91,12 @@ def _check_exists(script: str, module: bool, program: bool) -> None:
     if module:
         sys.path.insert(0, os.getcwd())  # `python -m` searches this directory first
         try:
-            found = importlib.util.find_spec(script) is not None
+            exists = importlib.util.find_spec(script) is not None
         except ModuleNotFoundError:
-            found = False
+            exists = False
         finally:
             sys.path.pop(0)
-        if not found:
+        if not exists:
             raise LaunchError(
                 f"there is no module {script!r} for {sys.executable}: is its package installed there?"
             )

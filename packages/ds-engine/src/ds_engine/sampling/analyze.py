@@ -152,8 +152,8 @@ class Analyzer:
             raise FileNotFoundError(
                 f"{len(missing)} of {workers} workers have not finished {name!r}, first {missing[0]}"
             )
-        found = [np.load(path) for path in paths]
-        return [part for part in found if part.size] or found[:1]  # a worker may have no samples
+        parts = [np.load(path) for path in paths]
+        return [part for part in parts if part.size] or parts[:1]  # a worker may have no samples
 
 
 class _Measuring:
@@ -170,7 +170,7 @@ class _Measuring:
     def __call__(self, samples: list[Any]) -> dict[str, NDArray[Any]]:
         collate = self._collate_fn or torch.utils.data.default_collate
         batch = collate(samples)
-        found = {name: _array(function(batch)) for name, function in self._totals.items()}
+        numbers = {name: _array(function(batch)) for name, function in self._totals.items()}
         for name, function in self._measures.items():
             values = _array(function(batch)).reshape(-1)
             if len(values) != len(samples):
@@ -178,8 +178,8 @@ class _Measuring:
                     f"measure {name!r} gave {len(values)} values for {len(samples)} samples: it must return one "
                     "number for each"
                 )
-            found[name] = values
-        return found
+            numbers[name] = values
+        return numbers
 
 
 def _array(value: Any) -> NDArray[Any]:

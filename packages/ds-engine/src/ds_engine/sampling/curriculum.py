@@ -48,9 +48,9 @@ class Criterion:
     def easy(self, difficulty: float) -> NDArray[np.bool_]:
         """Returns for each sample whether it is easy enough."""
         assert self.index is not None
-        found = np.zeros(len(self.index), dtype=np.bool_)
-        found[self.index.order[: self.count(difficulty)]] = True
-        return found
+        flags = np.zeros(len(self.index), dtype=np.bool_)
+        flags[self.index.order[: self.count(difficulty)]] = True
+        return flags
 
 
 @dataclass
@@ -68,13 +68,13 @@ class _Cluster:
     def take(self, count: int, seed: int) -> NDArray[np.int64]:
         places = self.position + np.arange(count, dtype=np.int64)
         self.position += count
-        found = np.empty(count, dtype=np.int64)
+        drawn = np.empty(count, dtype=np.int64)
         passes = places // self.size
         for turn in np.unique(passes):
             mine = passes == turn
             key = key_of(seed, self.number, int(turn))
-            found[mine] = self.begin + shuffled(places[mine] % self.size, self.size, key)
-        return found if self.members is None else self.members[found].astype(np.int64)
+            drawn[mine] = self.begin + shuffled(places[mine] % self.size, self.size, key)
+        return drawn if self.members is None else self.members[drawn].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -211,25 +211,25 @@ class CurriculumOrder:
         where = np.searchsorted(
             edges, draws(key_of(self.seed, -1, step), self.batch, int(edges[-1])), side="right"
         )
-        found = np.empty(self.batch, dtype=np.int64)
+        samples = np.empty(self.batch, dtype=np.int64)
         for number, cluster in enumerate(self._clusters):
             mine = where == number
             if mine.any():
-                found[mine] = cluster.take(int(mine.sum()), self.seed)
+                samples[mine] = cluster.take(int(mine.sum()), self.seed)
         self._now, self._next = _Mark(now, clusters, tuple(c.position for c in self._clusters)), step
         self._marks[step] = self._now
-        return found
+        return samples
 
     def _difficulties(self, step: int) -> dict[str, float]:
-        found = {}
+        difficulties = {}
         for name, criterion in self._criteria.items():
             if criterion.difficulty is None:
                 raise ValueError(
                     f'the schedule of {name!r} is "custom": set its function with '
                     f"loader.set_difficulties({{{name!r}: lambda step: ...}}) before the first batch"
                 )
-            found[name] = criterion.difficulty(step)
-        return found
+            difficulties[name] = criterion.difficulty(step)
+        return difficulties
 
     def _restricting(self) -> dict[str, Criterion]:
         return {name: c for name, c in self._criteria.items() if c.index is not None}

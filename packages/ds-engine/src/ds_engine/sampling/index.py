@@ -54,9 +54,9 @@ class MetricIndex:
         """Sample -> value."""
         if self.given is not None:
             return self.given
-        found = np.empty(len(self.order), dtype=self._ascending.dtype)
-        found[self.order] = self._ascending
-        return found
+        values = np.empty(len(self.order), dtype=self._ascending.dtype)
+        values[self.order] = self._ascending
+        return values
 
     def below(self, value: float) -> int:
         """Returns the number of samples whose value is at most `value`; they are the first ones of `order`."""

@@ -23,26 +23,26 @@ def mix(words: Words) -> Words:
 
     Source: Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators (2014), figure 14.
     """
-    found: Words = words + _ODD
-    found = (found ^ (found >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    found = (found ^ (found >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    found = found ^ (found >> np.uint64(31))
-    return found
+    mixed: Words = words + _ODD
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed = mixed ^ (mixed >> np.uint64(31))
+    return mixed
 
 
 def key_of(*numbers: int) -> Words:
     """Hashes integers to one word, as an array of one element."""
-    found = np.zeros(1, dtype=np.uint64)
+    word = np.zeros(1, dtype=np.uint64)
     for number in numbers:
-        found = mix(found ^ mix(np.array([number & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)))
-    return found
+        word = mix(word ^ mix(np.array([number & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)))
+    return word
 
 
 def draws(key: Words, count: int, below: int) -> NDArray[np.int64]:
     """Returns `count` random integers from 0 to `below` - 1."""
     numbers: Words = np.arange(count, dtype=np.uint64)
-    found: NDArray[np.int64] = (mix(key + numbers) % np.uint64(below)).astype(np.int64)
-    return found
+    drawn: NDArray[np.int64] = (mix(key + numbers) % np.uint64(below)).astype(np.int64)
+    return drawn
 
 
 def shuffled(places: NDArray[np.int64], count: int, key: Words) -> NDArray[np.int64]:
@@ -58,7 +58,7 @@ def shuffled(places: NDArray[np.int64], count: int, key: Words) -> NDArray[np.in
         both: Words = (left << half) | right
         return both
 
-    found = permute(places.astype(np.uint64))
-    while (outside := found >= np.uint64(count)).any():
-        found[outside] = permute(found[outside])
-    return found.astype(np.int64)
+    permuted = permute(places.astype(np.uint64))
+    while (outside := permuted >= np.uint64(count)).any():
+        permuted[outside] = permute(permuted[outside])
+    return permuted.astype(np.int64)

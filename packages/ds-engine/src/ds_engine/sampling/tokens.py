@@ -157,8 +157,8 @@ class TokenBatches:
     def sizes(self) -> NDArray[np.int64]:
         """Returns the number of samples of every batch of this epoch, over all ranks."""
         _, begins, ends = self._plan
-        found: NDArray[np.int64] = (ends - begins).reshape(-1, self.batch).sum(1)
-        return found
+        sizes: NDArray[np.int64] = (ends - begins).reshape(-1, self.batch).sum(1)
+        return sizes
 
     def samples_at(self, position: int) -> int:
         _, begins, ends = self._plan

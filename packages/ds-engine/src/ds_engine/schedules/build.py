@@ -27,21 +27,21 @@ OWN: Mapping[str, Callable[..., Schedule]] = {
 def check(name: str, params: Mapping[str, Any]) -> list[str]:
     """Returns mistakes in a section `scheduler`, before there is an optimizer: in type and names of arguments."""
     try:
-        found = _find(name)
+        schedule_class = _find(name)
     except ConfigError as error:
         return list(error.problems)
     known = {
         key: value
-        for key, value in inspect.signature(found).parameters.items()
+        for key, value in inspect.signature(schedule_class).parameters.items()
         if key not in ("self", "optimizer")
     }
     wrong = [
-        f"scheduler.params.{key}: {found.__name__} has no such argument.{did_you_mean(key, known)}"
+        f"scheduler.params.{key}: {schedule_class.__name__} has no such argument.{did_you_mean(key, known)}"
         for key in params
         if key not in known
     ]
     return wrong + [
-        f"scheduler.params.{key} is missing: it is required by {found.__name__}"
+        f"scheduler.params.{key} is missing: it is required by {schedule_class.__name__}"
         for key, value in known.items()
         if value.default is inspect.Parameter.empty and key not in params
     ]
@@ -53,14 +53,14 @@ def build(name: str, params: Mapping[str, Any], optimizer: Optimizer) -> LRSched
     Raises:
         ConfigError: there is no such schedule, it does not have an argument, or it refuses a value.
     """
-    found = _find(name)
+    schedule_class = _find(name)
     wrong = check(name, params)
     if wrong:
         raise ConfigError(wrong)
     try:
-        schedule: LRSchedule = found(optimizer, **params)
+        schedule: LRSchedule = schedule_class(optimizer, **params)
     except (TypeError, ValueError) as error:
-        raise ConfigError([f"scheduler.params for {found.__name__}: {error}"]) from error
+        raise ConfigError([f"scheduler.params for {schedule_class.__name__}: {error}"]) from error
     return schedule
 
 

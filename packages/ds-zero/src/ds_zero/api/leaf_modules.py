@@ -20,7 +20,7 @@ def set_leaf_modules(model: nn.Module, leaves: Sequence[Leaf]) -> list[nn.Module
         ValueError: an entry that matches no module.
     """
     names = leaf_names(model, tuple(leaves))
-    found = [module for name, module in model.named_modules() if name in names]
-    for module in found:
+    marked = [module for name, module in model.named_modules() if name in names]
+    for module in marked:
         _registry.mark_leaf(module)
-    return found
+    return marked

@@ -107,8 +107,8 @@ def first_difference(standings: Sequence[Standing]) -> int | None:
     """
     begin = max(s.count - len(s.recent) for s in standings)
     for index in range(begin, max(s.count for s in standings)):
-        found = {(e.what, e.unit) for s in standings if (e := s.at(index)) is not None}
-        if len(found) > 1:
+        events = {(e.what, e.unit) for s in standings if (e := s.at(index)) is not None}
+        if len(events) > 1:
             return index
     if begin > min(s.count for s in standings):  # the logs do not overlap
         return begin
@@ -123,27 +123,27 @@ def judge(standings: Mapping[int, Standing], size: int, *, patient: bool) -> str
         patient: whether enough time has passed to treat ranks that ran the same events as stuck. Before that, a rank
             that is behind may only be slow.
     """
-    found = [standings[rank] for rank in sorted(standings)]
-    if len(found) < size or size < 2 or not all(s.blocked for s in found):
+    stalled = [standings[rank] for rank in sorted(standings)]
+    if len(stalled) < size or size < 2 or not all(s.blocked for s in stalled):
         return None
-    index = first_difference(found)
+    index = first_difference(stalled)
     if index is not None:
-        return _differs(found, index)
+        return _differs(stalled, index)
     if patient:
-        return _stands(found)
+        return _stands(stalled)
     return None
 
 
-def _differs(found: Sequence[Standing], index: int) -> str:
+def _differs(stalled: Sequence[Standing], index: int) -> str:
     groups: dict[str, list[int]] = {}
-    for standing in found:
+    for standing in stalled:
         event = standing.at(index)
         groups.setdefault(str(event) if event else "nothing more", []).append(standing.rank)
-    step = next((e.step for s in found if (e := s.at(index)) is not None), found[0].step)
+    step = next((e.step for s in stalled if (e := s.at(index)) is not None), stalled[0].step)
     parts = "; ".join(f"{name_ranks(ranks)} ran {event}" for event, ranks in groups.items())
     lines = [
         f"ranks run modules in different order and wait for each other: in step {step}, {parts}.",
-        *(_line(s, index) for s in found),
+        *(_line(s, index) for s in stalled),
         "Every rank must run the same modules in the same order. If ranks choose between modules (experts, "
         "branches), add the module that contains the choice to ZeroConfig(leaf_modules=...), or run the other "
         "modules with an empty input.",
@@ -151,19 +151,19 @@ def _differs(found: Sequence[Standing], index: int) -> str:
     return "\n".join(lines)
 
 
-def _stands(found: Sequence[Standing]) -> str:
-    ahead = max(s.count for s in found)
-    behind = [s for s in found if s.count < ahead]
-    waiting = [s for s in found if s.waiting]
-    leaders = [s.rank for s in found if s.count == ahead]
+def _stands(stalled: Sequence[Standing]) -> str:
+    ahead = max(s.count for s in stalled)
+    behind = [s for s in stalled if s.count < ahead]
+    waiting = [s for s in stalled if s.waiting]
+    leaders = [s.rank for s in stalled if s.count == ahead]
     first = (
         f"{name_ranks([s.rank for s in behind])} stopped while {name_ranks(leaders)} went on"
         if behind
-        else f"{name_ranks([s.rank for s in (waiting or found)])} wait for messages that the others do not send"
+        else f"{name_ranks([s.rank for s in (waiting or stalled)])} wait for messages that the others do not send"
     )
     lines = [
         f"ranks wait for each other: {first}.",
-        *(_line(s, min(x.count for x in found)) for s in found),
+        *(_line(s, min(x.count for x in stalled)) for s in stalled),
         "Every rank must run the same number of forwards, backwards and steps: give all ranks the same number of "
         "batches (DistributedSampler with drop_last=True), and call collectives on all ranks.",
     ]
@@ -188,8 +188,8 @@ def _line(standing: Standing, index: int) -> str:
 def lost(standings: Mapping[int, Standing], size: int, error: str) -> str:
     """Returns the message for a broken connection: the process of a rank has ended, or left the group."""
     silent = [rank for rank in range(size) if rank not in standings]
-    found = [standings[rank] for rank in sorted(standings)]
-    index = min((s.count for s in found), default=0)
+    stalled = [standings[rank] for rank in sorted(standings)]
+    index = min((s.count for s in stalled), default=0)
     who = (
         f"{name_ranks(silent)} do not answer: the process or its machine has ended, has left the process group, "
         "or is busy elsewhere"
@@ -197,7 +197,7 @@ def lost(standings: Mapping[int, Standing], size: int, error: str) -> str:
         else "all ranks answer"
     )
     return "\n".join(
-        [f"a message from another rank was lost ({error}); {who}.", *(_line(s, index) for s in found)]
+        [f"a message from another rank was lost ({error}); {who}.", *(_line(s, index) for s in stalled)]
     )
 
 

@@ -41,10 +41,10 @@ class _Share:
 
     def messages(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Returns the messages from `grads` to the rank with this slice."""
-        found = [_part(grads, i, p) for i, p in self.large]
+        messages = [_part(grads, i, p) for i, p in self.large]
         if self.small:
-            found.append(torch.cat([_part(grads, i, p) for i, p in self.small]))
-        return found
+            messages.append(torch.cat([_part(grads, i, p) for i, p in self.small]))
+        return messages
 
 
 def _part(grads: Sequence[Tensor], index: int, piece: Piece) -> Tensor:

@@ -98,10 +98,10 @@ def numbered(topology: Topology, device: torch.device) -> Topology:
     if not others or main.group is None or any(ranks.part[1] > 1 for ranks in others):
         return topology
     mine = torch.tensor([_first_rank(ranks) for ranks in others], device=device)
-    found = [torch.empty_like(mine) for _ in range(main.size)]
-    dist.all_gather(found, mine, group=main.group)
+    gathered = [torch.empty_like(mine) for _ in range(main.size)]
+    dist.all_gather(gathered, mine, group=main.group)
     axes = [main]
-    for ranks, first, column in zip(others, mine.tolist(), torch.stack(found).T.tolist(), strict=True):
+    for ranks, first, column in zip(others, mine.tolist(), torch.stack(gathered).T.tolist(), strict=True):
         sets = sorted(set(column))
         axes.append(replace(ranks, part=(sets.index(first), len(sets))))
     return replace(topology, axes=tuple(axes))

@@ -166,12 +166,12 @@ class StallWatch(Waiting):
         self._broken = True  # this rank stands here for good: the watching thread leaves its standing alone
         self._say(blocked=True)
         while (verdict := self._read_verdict()) is None:
-            found = self._heard()
-            message = judge(found, self._size, patient=True)
+            standings = self._heard()
+            message = judge(standings, self._size, patient=True)
             if message is not None:
                 return message
             if time.monotonic() > deadline:
-                return lost(found, self._size, error)
+                return lost(standings, self._size, error)
             time.sleep(0.05)
         return verdict
 
@@ -213,17 +213,17 @@ class StallWatch(Waiting):
 
     def _decide(self, still_s: float) -> str | None:
         """Decides once every rank has reported twice that it stalls at the same place."""
-        found = self._heard()
-        same = {r: s for r, s in found.items() if (old := self._first.get(r)) and old.count == s.count}
+        standings = self._heard()
+        same = {r: s for r, s in standings.items() if (old := self._first.get(r)) and old.count == s.count}
         confirmed = {r: s for r, s in same.items() if s.beat > self._first[r].beat}
-        for rank, standing in found.items():
+        for rank, standing in standings.items():
             if rank not in same:
                 self._first = {**self._first, rank: standing}
         patient = still_s >= _PATIENCE * self._timeout_s
         silent_s = self._silences()
         gone = [rank for rank, seconds in silent_s.items() if seconds >= (_PATIENCE - 1) * self._timeout_s]
         if gone:
-            present = {rank: standing for rank, standing in found.items() if rank not in gone}
+            present = {rank: standing for rank, standing in standings.items() if rank not in gone}
             verdict: str | None = lost(present, self._size, f"no heartbeat for {still_s:.0f} s")
         else:
             verdict = judge(confirmed, self._size, patient=patient)
@@ -232,7 +232,9 @@ class StallWatch(Waiting):
             self._board.set(self._key("verdict"), verdict)
         elif still_s >= _REPORT * self._timeout_s and not self._warned:
             self._warned = True
-            self._warn(found, [r for r, s in silent_s.items() if s > 1.5 * self._timeout_s / _LOOKS], still_s)
+            self._warn(
+                standings, [r for r, s in silent_s.items() if s > 1.5 * self._timeout_s / _LOOKS], still_s
+            )
         return verdict
 
     def _silences(self) -> dict[int, float]:
@@ -246,22 +248,22 @@ class StallWatch(Waiting):
                 self._signs[rank] = sign, now
         return {rank: now - since for rank, (_, since) in self._signs.items() if rank != self._index}
 
-    def _warn(self, found: Mapping[int, Standing], silent: Sequence[int], still_s: float) -> None:
+    def _warn(self, standings: Mapping[int, Standing], silent: Sequence[int], still_s: float) -> None:
         """Reports what each rank does, on the first of the waiting ranks."""
-        if self._index != min(rank for rank, standing in found.items() if standing.blocked):
+        if self._index != min(rank for rank, standing in standings.items() if standing.blocked):
             return
         told = [
             f"rank {s.rank} waits for {s.waiting or 'other ranks'} at {s.where}"
             if s.blocked
             else f"rank {s.rank} is at {s.where}"
-            for s in found.values()
+            for s in standings.values()
         ]
-        at_work = [r for r in range(self._size) if r not in found and r not in silent]
+        at_work = [r for r in range(self._size) if r not in standings and r not in silent]
         if at_work:
             told.append(
                 f"{name_ranks(at_work)} (of this model's {self._size}) are running, and wait for no rank"
             )
-        if missing := [r for r in silent if r not in found]:
+        if missing := [r for r in silent if r not in standings]:
             told.append(f"{name_ranks(missing)} send no heartbeat")
         _log.warning(
             "ranks have waited %.0f s for each other: %s. All ranks must make the same calls that communicate "
@@ -287,12 +289,12 @@ class StallWatch(Waiting):
         )
 
     def _heard(self) -> dict[int, Standing]:
-        found: dict[int, Standing] = {}
+        standings: dict[int, Standing] = {}
         for rank in range(self._size):
             text = self._get(self._key(rank))
             if text:
-                found[rank] = Standing.from_json(text)
-        return found
+                standings[rank] = Standing.from_json(text)
+        return standings
 
     def _read_verdict(self) -> str | None:
         self._verdict = self._verdict or self._get(self._key("verdict")) or None

@@ -24,11 +24,11 @@ _LARGE = 1 << 21
 @functools.cache
 def _advise() -> Callable[..., int] | None:
     try:
-        found = ctypes.CDLL(None).madvise
+        madvise = ctypes.CDLL(None).madvise
     except (OSError, AttributeError, TypeError):
         return None
-    found.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return found
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return madvise
 
 
 def in_large_pages(tensor: Tensor) -> Tensor:

@@ -89,13 +89,13 @@ def _refusal(row: Row, path: str, value: Any) -> str:
 
 def effectless(config: Any) -> Mapping[str, str]:
     """Returns path -> reason for every key that was set and has no effect."""
-    found = {}
+    reasons = {}
     for path in given(config):
         row = row_of(path)
         if row is None:
             continue
         if row.state is State.NO_EFFECT:
-            found[path] = row.why
+            reasons[path] = row.why
         elif row.only is not None and not row.only(config):
-            found[path] = row.otherwise
-    return found
+            reasons[path] = row.otherwise
+    return reasons

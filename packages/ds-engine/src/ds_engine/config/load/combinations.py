@@ -35,13 +35,17 @@ def _sampling(config: DsConfig) -> DataSamplingConfig | None:
 
 
 def _tokens(config: DsConfig) -> DynamicBatchingConfig | None:
-    found = _sampling(config)
-    return found.dynamic_batching if found is not None and found.dynamic_batching.enabled else None
+    sampling = _sampling(config)
+    return sampling.dynamic_batching if sampling is not None and sampling.dynamic_batching.enabled else None
 
 
 def _curriculum(config: DsConfig) -> CurriculumConfig | None:
-    found = _sampling(config)
-    return found.curriculum_learning if found is not None and found.curriculum_learning.enabled else None
+    sampling = _sampling(config)
+    return (
+        sampling.curriculum_learning
+        if sampling is not None and sampling.curriculum_learning.enabled
+        else None
+    )
 
 
 def _dropping(config: DsConfig) -> RandomLtdConfig | None:

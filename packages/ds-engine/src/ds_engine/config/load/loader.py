@@ -87,28 +87,28 @@ class Examined:
 def examine(source: Source, *, foreign_keys: bool = False) -> Examined:
     """Checks a configuration without raising; arguments as for `load`."""
     modern = legacy.modernise({str(key): value for key, value in source.raw.items()})
-    found = _Findings(problems=list(modern.problems), foreign_keys=foreign_keys)
-    known = _known_part(modern.raw, DsConfig, "", found)
+    findings = _Findings(problems=list(modern.problems), foreign_keys=foreign_keys)
+    known = _known_part(modern.raw, DsConfig, "", findings)
     origin = Origin(
         where=source.where,
         raw=source.raw,
         lines=source.lines,
         renamed=modern.renamed,
-        autos=tuple(found.autos),
-        ignored={**modern.ignored, **dict.fromkeys(found.foreign, "DeepSpeed reads no such key")},
+        autos=tuple(findings.autos),
+        ignored={**modern.ignored, **dict.fromkeys(findings.foreign, "DeepSpeed reads no such key")},
     )
-    config, wrong = _validate(known, modern.raw, found)
+    config, wrong = _validate(known, modern.raw, findings)
     if config is not None:
         config = config.with_origin(origin)
-        found.problems += [p for p in _conflicts(config) if not _follows_from(p, wrong)]
-    found.problems += arguments.mistakes(modern.raw)
-    if found.unexplained:
-        found.problems.append(("", f"and {found.unexplained:,} more unknown keys"))
+        findings.problems += [p for p in _conflicts(config) if not _follows_from(p, wrong)]
+    findings.problems += arguments.mistakes(modern.raw)
+    if findings.unexplained:
+        findings.problems.append(("", f"and {findings.unexplained:,} more unknown keys"))
     return Examined(
         config=config,
         origin=origin,
-        problems=tuple(_located(origin, *problem) for problem in _in_order(found.problems, origin)),
-        remarks=(*modern.warnings, *_foreign(found.foreign), *(_remarks(config) if config else ())),
+        problems=tuple(_located(origin, *problem) for problem in _in_order(findings.problems, origin)),
+        remarks=(*modern.warnings, *_foreign(findings.foreign), *(_remarks(config) if config else ())),
     )
 
 
@@ -136,7 +136,9 @@ class _Findings:
             self.problems.append((join(path, name), unknown(path, name)))
 
 
-def _known_part(raw: dict[str, Any], model: type[BaseModel], path: str, found: _Findings) -> dict[str, Any]:
+def _known_part(
+    raw: dict[str, Any], model: type[BaseModel], path: str, findings: _Findings
+) -> dict[str, Any]:
     """Returns `raw` without unknown keys, which are recorded as problems, so that the remaining values can be checked
     in the same run; without "auto", which is recorded; and without sections that are null or false, which means off.
     """
@@ -144,19 +146,19 @@ def _known_part(raw: dict[str, Any], model: type[BaseModel], path: str, found: _
     for name, value in raw.items():
         key = keys_of(model, path).get(name) if isinstance(name, str) else None
         if key is None:
-            found.add_unknown(path, str(name))
+            findings.add_unknown(path, str(name))
         elif value == AUTO and isinstance(value, str) and not key.takes_auto:
-            found.autos.append(key.path)
+            findings.autos.append(key.path)
         elif key.section is not None and (value is None or value is False):
             continue
         else:
-            kept[name] = _inside(key, value, found)
+            kept[name] = _inside(key, value, findings)
     return kept
 
 
-def _inside(key: Key, value: Any, found: _Findings) -> Any:
+def _inside(key: Key, value: Any, findings: _Findings) -> Any:
     if key.path in arguments.SECTIONS and isinstance(value, dict):
-        found.autos += [join(key.path, str(name)) for name, inner in value.items() if inner == AUTO]
+        findings.autos += [join(key.path, str(name)) for name, inner in value.items() if inner == AUTO]
         kept = {name: inner for name, inner in value.items() if inner != AUTO}
         if value.get("warmup_max_lr") == AUTO and key.path == "scheduler.params":
             kept["warmup_max_lr"] = None  # the learning rate of each group, which integrations set
@@ -164,33 +166,33 @@ def _inside(key: Key, value: Any, found: _Findings) -> Any:
     if key.section is None or not isinstance(value, dict):
         return value
     if not key.named:
-        return _known_part(value, key.section, key.path, found)
-    return {name: _named(key, str(name), inner, found) for name, inner in value.items()}
+        return _known_part(value, key.section, key.path, findings)
+    return {name: _named(key, str(name), inner, findings) for name, inner in value.items()}
 
 
-def _named(key: Key, name: str, value: Any, found: _Findings) -> Any:
+def _named(key: Key, name: str, value: Any, findings: _Findings) -> Any:
     """Handles a section under a name that the user chose; problems contain that name."""
     if key.section is None or not isinstance(value, dict):
         return value
-    anonymous, before = join(key.path, ANY), len(found.problems)
-    kept = _known_part(value, key.section, anonymous, found)
-    found.problems[before:] = [
+    anonymous, before = join(key.path, ANY), len(findings.problems)
+    kept = _known_part(value, key.section, anonymous, findings)
+    findings.problems[before:] = [
         (path.replace(anonymous, join(key.path, name)), text.replace(anonymous, join(key.path, name)))
-        for path, text in found.problems[before:]
+        for path, text in findings.problems[before:]
     ]
     return kept
 
 
 def _validate(
-    known: dict[str, Any], raw: Mapping[str, Any], found: _Findings
+    known: dict[str, Any], raw: Mapping[str, Any], findings: _Findings
 ) -> tuple[DsConfig | None, tuple[str, ...]]:
     """Returns the configuration without the wrong values, and the paths of these."""
     try:
         return DsConfig.model_validate(known), ()
     except ValidationError as error:
         # A required key that is misspelt would be reported twice, as unknown and as missing.
-        told = " ".join(text for _, text in found.problems)
-        found.problems += violations.problems(error, raw, autos=found.autos, told=told)
+        told = " ".join(text for _, text in findings.problems)
+        findings.problems += violations.problems(error, raw, autos=findings.autos, told=told)
         wrong = tuple(violations.paths(error))
         rest = violations.without(known, error)
     try:

@@ -111,23 +111,23 @@ class _Reader:
         return self.bare()
 
     def members(self, path: str, closing: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        members: dict[str, Any] = {}
         opened = self.line()
         while True:
             self.space()
             if self.peek() == closing:  # both are empty at the end of a file without braces
                 self.at += len(closing)
-                return found
+                return members
             if not self.peek():
                 self.fail(f"the object that begins on line {opened} is not closed")
-            self.member(path, found)
+            self.member(path, members)
             self.comma(closing)
 
-    def member(self, path: str, found: dict[str, Any]) -> None:
+    def member(self, path: str, members: dict[str, Any]) -> None:
         line = self.line()
         key = self.key()
         where = f"{path}.{key}" if path else key
-        if key in found:
+        if key in members:
             before = self.lines[where]
             lines = f"lines {before} and {line}" if before != line else f"line {line}"
             self.fail(
@@ -139,19 +139,19 @@ class _Reader:
         self.at += 1
         self.space()
         self.lines[where] = line
-        found[key] = self.value(where)
+        members[key] = self.value(where)
 
     def items(self, path: str) -> list[Any]:
-        found: list[Any] = []
+        items: list[Any] = []
         opened = self.line()
         while True:
             self.space()
             if self.peek() == "]":
                 self.at += 1
-                return found
+                return items
             if not self.peek():
                 self.fail(f"the list that begins on line {opened} is not closed")
-            found.append(self.value(f"{path}[{len(found)}]"))
+            items.append(self.value(f"{path}[{len(items)}]"))
             self.comma("]")
 
     def comma(self, closing: str) -> None:
@@ -166,11 +166,11 @@ class _Reader:
     def key(self) -> str:
         if self.peek() in ('"', "'"):
             return self.string()
-        found = _BARE_KEY.match(self.text, self.at)
-        if found is None:
+        match = _BARE_KEY.match(self.text, self.at)
+        if match is None:
             self.fail(f"a key is missing before {self.peek()!r}")
-        self.at = found.end()
-        return found.group()
+        self.at = match.end()
+        return match.group()
 
     def bare(self) -> Any:
         """Reads a number, a word, or a string without quotes up to the end of its line."""
@@ -238,10 +238,10 @@ class _Reader:
         sign = self.peek()
         if sign == "u":
             # A pair of surrogates is one character; Python's reader joins them.
-            found = re.compile(r"u[0-9a-fA-F]{4}(?:\\u[dD][c-fC-F][0-9a-fA-F]{2})?").match(self.text, self.at)
-            if found is None:
+            match = re.compile(r"u[0-9a-fA-F]{4}(?:\\u[dD][c-fC-F][0-9a-fA-F]{2})?").match(self.text, self.at)
+            if match is None:
                 self.fail("\\u needs four hexadecimal digits")
-            code = found.group()
+            code = match.group()
             if len(code) > 5 and code[1:3].lower() not in ("d8", "d9", "da", "db"):
                 code = code[:5]
             self.at += len(code) - 1

@@ -44,8 +44,8 @@ def open_source(config: object) -> Source:
         return _parsed(path.read_text(encoding="utf-8"), str(path))
     except (FileNotFoundError, IsADirectoryError):
         there = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        found = f"; {path.parent} has {', '.join(there)}" if there else ""
-        raise FileNotFoundError(f"no configuration file {path}{found}") from None
+        listing = f"; {path.parent} has {', '.join(there)}" if there else ""
+        raise FileNotFoundError(f"no configuration file {path}{listing}") from None
     except UnicodeDecodeError as error:
         raise ConfigError([f"not UTF-8 text: {error.reason} at byte {error.start}"], str(path)) from None
 

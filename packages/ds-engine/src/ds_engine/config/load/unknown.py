@@ -77,12 +77,12 @@ def unknown(path: str, name: str) -> str:
 @cache
 def _here(path: str) -> dict[str, str]:
     """Returns current and old names of the keys of a section -> current path."""
-    found = {name: key.path for name, key in keys_of(sections()[path], path).items()}
+    paths = {name: key.path for name, key in keys_of(sections()[path], path).items()}
     for rule in RENAMES:
         section, _, name = rule.old.rpartition(".")
         if section == path:
-            found.setdefault(name, rule.new)
-    return found
+            paths.setdefault(name, rule.new)
+    return paths
 
 
 def _kin(name: str, candidates: Iterable[str]) -> str | None:
@@ -104,15 +104,15 @@ def _elsewhere(path: str) -> dict[str, str]:
     ranked = sorted(
         sections(), key=lambda section: (section.count("."), section != "zero_optimization", ANY in section)
     )
-    found: dict[str, str] = {}
+    homes: dict[str, str] = {}
     for section in ranked:
         if section != path:
             for name in keys_of(sections()[section], section):
-                found.setdefault(name, section)
+                homes.setdefault(name, section)
     for section, names in PARAMS.items():
         for name in names:
-            found.setdefault(name, section)
-    return found
+            homes.setdefault(name, section)
+    return homes
 
 
 def _place(section: str) -> str:

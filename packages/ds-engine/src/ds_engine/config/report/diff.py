@@ -32,24 +32,24 @@ def diff(first: DsConfig, second: DsConfig, *, ranks: int | None = None) -> list
         ConfigError: the batch sizes of one configuration do not fit the number of ranks.
     """
     values = [_values(config, ranks) for config in (first, second)]
-    found = []
+    differences = []
     for path in dict.fromkeys([*values[0], *values[1]]):
         a, b = (v.get(path) for v in values)
         if a != b or isinstance(a, bool) != isinstance(b, bool):
-            found.append(Difference(path=path, first=a, second=b))
-    return found
+            differences.append(Difference(path=path, first=a, second=b))
+    return differences
 
 
 def _values(config: DsConfig, ranks: int | None) -> dict[str, Any]:
-    found = dict(_flat(config, ""))
+    values = dict(_flat(config, ""))
     if ranks is not None:
         batch = config.batch(ranks)
-        found["train_batch_size"] = batch.train
-        found["train_micro_batch_size_per_gpu"] = batch.micro
-        found["gradient_accumulation_steps"] = batch.steps
+        values["train_batch_size"] = batch.train
+        values["train_micro_batch_size_per_gpu"] = batch.micro
+        values["gradient_accumulation_steps"] = batch.steps
     for path in config.origin.autos:
-        found[path] = "auto"
-    return found
+        values[path] = "auto"
+    return values
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, Any]]:

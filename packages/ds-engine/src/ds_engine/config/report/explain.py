@@ -37,25 +37,25 @@ def explain(config: DsConfig, *, ranks: int | None = None, defaults: bool = Fals
     Raises:
         ConfigError: the batch sizes do not fit that number of ranks.
     """
-    found = {setting.path: setting for setting in _given(config)}
+    settings = {setting.path: setting for setting in _given(config)}
     for path in config.origin.autos:
         why = (
             "needs a value"
             if path not in auto.defaults(config)
             else "the default, unless an integration replaces it"
         )
-        found[path] = Setting(path=path, value=value_at(config, path), origin='"auto"', note=why)
-    found.update({setting.path: setting for setting in _derived(config, ranks)})
+        settings[path] = Setting(path=path, value=value_at(config, path), origin='"auto"', note=why)
+    settings.update({setting.path: setting for setting in _derived(config, ranks)})
     if defaults:
         for key in every_key():
             row = row_of(key.path)
-            if key.path in found or key.section is not None or ANY in key.path or row is None:
+            if key.path in settings or key.section is not None or ANY in key.path or row is None:
                 continue
             if row.state is State.WORKS:
                 value = value_at(config, key.path)
-                found[key.path] = Setting(path=key.path, value=value, origin="default")
+                settings[key.path] = Setting(path=key.path, value=value, origin="default")
     order = {key.path: place for place, key in enumerate(every_key())}
-    return sorted(found.values(), key=lambda s: (_place(order, s.path), s.path))
+    return sorted(settings.values(), key=lambda s: (_place(order, s.path), s.path))
 
 
 def _place(order: Mapping[str, int], path: str) -> int:
@@ -67,7 +67,7 @@ def _place(order: Mapping[str, int], path: str) -> int:
 def _given(config: DsConfig) -> list[Setting]:
     origin, idle = config.origin, effectless(config)
     names = {new: old for old, new in origin.renamed.items()}
-    found = []
+    settings = []
     for path in given(config):
         line = origin.line(path)
         who = f"line {line}" if line is not None else origin.where
@@ -76,17 +76,17 @@ def _given(config: DsConfig) -> list[Setting]:
         note = f"no effect: {idle[path]}" if path in idle else ""
         value = value_at(config, path) if ANY not in path else None
         if isinstance(value, dict) and value and path.rpartition(".")[2] == "params":
-            found += [
+            settings += [
                 Setting(path=f"{path}.{name}", value=inner, origin=_who(config, f"{path}.{name}"), note=note)
                 for name, inner in value.items()
             ]
         else:
-            found.append(Setting(path=path, value=value, origin=who, note=note))
-    found += [
+            settings.append(Setting(path=path, value=value, origin=who, note=note))
+    settings += [
         Setting(path=path, value=None, origin=_who(config, path), note=f"ignored: {why}")
         for path, why in origin.ignored.items()
     ]
-    return found
+    return settings
 
 
 def _who(config: DsConfig, path: str) -> str:
@@ -95,20 +95,20 @@ def _who(config: DsConfig, path: str) -> str:
 
 
 def _derived(config: DsConfig, ranks: int | None) -> list[Setting]:
-    found = []
+    settings = []
     zero = config.zero_optimization
     if ranks is not None:
         batch = config.batch(ranks)
         values = {TRAIN: batch.train, MICRO: batch.micro, STEPS: batch.steps}
         equation = f"train {batch.train} = micro {batch.micro} x steps {batch.steps} x {ranks} ranks"
-        found += [
+        settings += [
             Setting(path=path, value=value, origin=f"derived: {equation}")
             for path, value in values.items()
             if getattr(config, path) is None
         ]
     if zero.accumulation_plan is None:
         plan = "local" if zero.stage < 2 else "sharded"
-        found.append(
+        settings.append(
             Setting(
                 path="zero_optimization.accumulation_plan",
                 value=plan,
@@ -116,7 +116,7 @@ def _derived(config: DsConfig, ranks: int | None) -> list[Setting]:
             )
         )
     if "gradient_clipping" not in config.model_fields_set and "gradient_clipping" not in config.origin.autos:
-        found.append(
+        settings.append(
             Setting(
                 path="gradient_clipping",
                 value=config.gradient_clipping,
@@ -124,7 +124,7 @@ def _derived(config: DsConfig, ranks: int | None) -> list[Setting]:
                 note="0 turns it off",
             )
         )
-    return found
+    return settings
 
 
 def table(settings: list[Setting]) -> str:

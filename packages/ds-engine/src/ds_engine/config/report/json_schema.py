@@ -15,25 +15,25 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 def json_schema() -> dict[str, Any]:
     """Returns the schema. Every value may also be "auto", and a section may be null or false, which means off."""
-    found = DsConfig.model_json_schema()
-    definitions = found.get("$defs", {})
+    schema = DsConfig.model_json_schema()
+    definitions = schema.get("$defs", {})
     done: set[tuple[int, str]] = set()  # sections that are used in several places have one definition
     for key in every_key():
-        holder = _object_at(found, definitions, key.path.rpartition(".")[0])
+        holder = _object_at(schema, definitions, key.path.rpartition(".")[0])
         if holder is None or (id(holder), key.name) in done:
             continue
         done.add((id(holder), key.name))
         holder["properties"][key.name] = _loosened(holder["properties"][key.name], key)
     for rule in RENAMES:
         parent, _, name = rule.old.rpartition(".")
-        holder = _object_at(found, definitions, parent)
+        holder = _object_at(schema, definitions, parent)
         if holder is not None:
             old = {"deprecated": True, "description": f"Old name of {rule.new}."}
             holder["properties"].setdefault(name, old)
-    found["properties"][SCHEMA] = {"type": "string", "description": "Address of this schema, for editors."}
-    zero = found["properties"]["zero_optimization"]
+    schema["properties"][SCHEMA] = {"type": "string", "description": "Address of this schema, for editors."}
+    zero = schema["properties"]["zero_optimization"]
     zero["anyOf"] = [*zero["anyOf"], {"const": True}]
-    return {"$schema": DIALECT, **found, "title": "ds_config.json"}
+    return {"$schema": DIALECT, **schema, "title": "ds_config.json"}
 
 
 def _loosened(value: dict[str, Any], key: Key) -> dict[str, Any]:
@@ -51,12 +51,15 @@ def _loosened(value: dict[str, Any], key: Key) -> dict[str, Any]:
         text += f" Not supported yet; {row.owner} will add it."
     elif row is not None and row.state is State.GONE:
         text += f" Not supported; {row.remedy}."
-    found: dict[str, Any] = {"description": text, "anyOf": [*options, *(m for m in more if m not in options)]}
+    loosened: dict[str, Any] = {
+        "description": text,
+        "anyOf": [*options, *(m for m in more if m not in options)],
+    }
     if "default" in value:
-        found["default"] = value["default"]
+        loosened["default"] = value["default"]
     if row is not None:
-        found["x-owner"] = row.owner
-    return found
+        loosened["x-owner"] = row.owner
+    return loosened
 
 
 def _object_at(schema: dict[str, Any], definitions: dict[str, Any], path: str) -> dict[str, Any] | None:
@@ -79,8 +82,8 @@ def _resolve(value: Any, definitions: dict[str, Any]) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         return None
     if "$ref" in value:
-        found: dict[str, Any] = definitions[value["$ref"].rpartition("/")[2]]
-        return found
+        definition: dict[str, Any] = definitions[value["$ref"].rpartition("/")[2]]
+        return definition
     for option in value.get("anyOf", []):
         resolved = _resolve(option, definitions)
         if resolved is not None:

@@ -27,9 +27,9 @@ def _dtype(value: Any) -> Any:
     for member in (
         getattr(value, "value", value) if isinstance(getattr(value, "value", None), tuple) else (value,)
     ):
-        found = _DTYPES.get(str(member).lower())
-        if found is not None:
-            return found
+        dtype = _DTYPES.get(str(member).lower())
+        if dtype is not None:
+            return dtype
     if value is None:
         return None
     raise ValueError("it must be fp32, fp16 or bf16; quantised weights are not supported")
@@ -160,15 +160,15 @@ def read_inference(
             names[str(key)] = name
     problems = [f'unknown key "{key}"{did_you_mean(key, names)}' for key in given if key not in names]
     try:
-        found = model.model_validate({key: value for key, value in given.items() if key in names})
+        config = model.model_validate({key: value for key, value in given.items() if key in names})
     except ValidationError as error:
         problems += [f"{'.'.join(map(str, e['loc']))} is {e['input']!r}: {e['msg']}" for e in error.errors()]
         raise ConfigError(problems, "the inference configuration") from error
     fresh = model()
-    changed = [n for n in model.model_fields if getattr(found, n) != getattr(fresh, n)]
-    off = {name for name in ("quant", "moe") if _is_off(getattr(found, name))}
+    changed = [n for n in model.model_fields if getattr(config, n) != getattr(fresh, n)]
+    off = {name for name in ("quant", "moe") if _is_off(getattr(config, name))}
     problems += [f"{name}: {REFUSED[name]}" for name in changed if name in REFUSED and name not in off]
-    group = found.tensor_parallel
+    group = config.tensor_parallel
     problems += [
         f"tensor_parallel.{n}: {REFUSED['mpu']}" for n in ("mpu", "tp_group") if getattr(group, n) is not None
     ]
@@ -177,7 +177,7 @@ def read_inference(
     for name in changed:
         if name in IGNORED:
             warnings.warn(f"init_inference: {name}: {IGNORED[name]}", stacklevel=3)
-    return found
+    return config
 
 
 def _is_off(section: Any) -> bool:

@@ -49,22 +49,22 @@ def join(path: str, key: str) -> str:
 @cache
 def keys_of(model: type[BaseModel], path: str = "") -> Mapping[str, Key]:
     """Name -> key of one section, as written in the file."""
-    found = {}
+    keys = {}
     for name, info in model.model_fields.items():
         written = info.alias or name
         section, named = _section_in(info.annotation)
-        found[written] = Key(join(path, written), info, section, named)
-    return found
+        keys[written] = Key(join(path, written), info, section, named)
+    return keys
 
 
 @cache
 def sections() -> Mapping[str, type[BaseModel]]:
     """Dotted path -> model of every section; "" is the top level."""
-    found: dict[str, type[BaseModel]] = {"": DsConfig}
+    models: dict[str, type[BaseModel]] = {"": DsConfig}
     for key in every_key():
         if key.section is not None:
-            found[join(key.path, ANY) if key.named else key.path] = key.section
-    return found
+            models[join(key.path, ANY) if key.named else key.path] = key.section
+    return models
 
 
 @cache
@@ -140,9 +140,9 @@ def _section_in(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
         return _section_in(arguments[1])[0], True
     if isinstance(annotation, types.UnionType):
         for option in arguments:
-            found = _section_in(option)
-            if found[0] is not None:
-                return found
+            section = _section_in(option)
+            if section[0] is not None:
+                return section
     return None, False
 
 

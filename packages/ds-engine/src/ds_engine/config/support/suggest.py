@@ -34,11 +34,11 @@ def closest(word: str, candidates: Iterable[str]) -> tuple[str, int] | None:
     """
     folded = word.lower()
     letters = _letters(folded)
-    found: tuple[int, str] | None = None
+    nearest: tuple[int, str] | None = None
     for candidate in sorted(set(candidates)):
         limit = max(1, max(len(word), len(candidate)) // 3)
-        if found is not None:
-            limit = min(limit, found[0] - 1)
+        if nearest is not None:
+            limit = min(limit, nearest[0] - 1)
         if abs(len(word) - len(candidate)) > limit:
             continue
         # Each letter that the other word lacks costs an edit: this excludes most candidates.
@@ -47,8 +47,8 @@ def closest(word: str, candidates: Iterable[str]) -> tuple[str, int] | None:
             continue
         edits = distance(folded, candidate.lower())
         if edits <= limit:
-            found = (edits, candidate)
-    return None if found is None else (found[1], found[0])
+            nearest = (edits, candidate)
+    return None if nearest is None else (nearest[1], nearest[0])
 
 
 @cache
@@ -63,7 +63,7 @@ def _letters(word: str) -> int:
 def did_you_mean(word: str, candidates: Iterable[str]) -> str:
     """Returns ' Did you mean "x"?', or the list of valid names if none is near."""
     known = sorted(set(candidates), key=str.lower)
-    found = closest(word, known)
-    if found is not None:
-        return f' Did you mean "{found[0]}"?'
+    near = closest(word, known)
+    if near is not None:
+        return f' Did you mean "{near[0]}"?'
     return f" Valid names: {', '.join(known)}." if known else ""
