@@ -1,1 +1,3 @@
-"""Parameters by name: gathered, read, written, constructed late, saved as records, moved to the host."""
+"""Access to parameters: gathering, reading and writing by name, deferred construction, records for checkpoints, moves
+to the host.
+"""

@@ -1,4 +1,4 @@
-"""Parameters, gradients and optimizer states by name: whole values and this rank's part, to read and to write.
+"""Reads and writes parameters, gradients and optimizer states by name: whole values, and this rank's part.
 
 [Note: reading does not disturb]
 `get_full` of a gradient in the middle of an accumulation shows what would be stepped with if the accumulation ended
@@ -38,22 +38,23 @@ PARAM, GRAD = "param", "grad"
 
 
 def get_full(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tensor | None:
-    """The whole value on every rank, in the parameter's shape: a copy, fp32 unless the state has another dtype.
+    """Returns the whole value on every rank, in the parameter's shape: a copy, fp32 unless the state has another
+    dtype.
 
-    Collective: all ranks that divide the parameter call it alike. [Note: reading does not disturb]
+    Collective: all ranks among which the parameter is sharded must call it. [Note: reading does not disturb]
 
     Args:
         model: the sharded model; None where `where` is the parameter itself.
         where: the parameter, or any of its names.
         kind: "param" (the fp32 master, or the frozen parameter), "grad" (mean over ranks of what has accumulated,
-            without the loss scale, after clipping if it was clipped), or the optimizer's name of
-            a state such as "exp_avg". A state that is one number a parameter comes as a 0-dim tensor.
+            without the loss scale, after clipping if it was clipped), or the name of an optimizer state, such as
+            "exp_avg". A state with one number per parameter is returned as a 0-dim tensor.
 
     Returns:
-        None where no rank has a value: a frozen or unused parameter's gradient, a state before the first step.
+        None if no rank has a value: the gradient of a frozen or unused parameter, or a state before the first step.
 
     Raises:
-        ValueError: a model that is not sharded, or a name that it does not have.
+        ValueError: the model is not sharded, or does not have the name.
     """
     place = find(model, where)
     with torch.no_grad():
@@ -66,14 +67,15 @@ def get_full(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tensor
 
 
 def set_full(model: nn.Module | None, where: Where, kind: str, value: Tensor | float | None) -> None:
-    """Replace the whole value on every rank by rank 0's `value`, in the parameter's shape. Collective.
+    """Replaces the whole value on every rank by rank 0's `value`, in the parameter's shape. Collective.
 
     Other ranks may pass None. The next forward uses a new parameter, at every stage and precision. A new gradient
     replaces all gradients accumulated since the last step, and the next step uses it as it is; earlier clipping has no
     effect on it.
 
     Raises:
-        ValueError: another shape; a gradient or state of a frozen parameter; a state that the optimizer does not have.
+        ValueError: the shape differs; the parameter is frozen, so it has no gradient or state; or the optimizer does
+            not have the state.
     """
     place = find(model, where)
     with torch.no_grad():
@@ -93,7 +95,7 @@ def set_full(model: nn.Module | None, where: Where, kind: str, value: Tensor | f
 def update_full_grads(
     model: nn.Module | None, params: Iterable[Where], update: Callable[[Tensor, nn.Parameter], Tensor]
 ) -> None:
-    """`grad = update(grad, param)` on whole gradients of many parameters, gathered one bucket at a time. Collective.
+    """Replaces whole gradients of many parameters by `update(grad, param)`, one bucket at a time. Collective.
 
     `update` runs on every rank with the same values and must return the same result on all of them; each rank keeps its
     part. Parameters without a gradient are skipped. `model` may be None if `params` are parameters of one model.
@@ -134,13 +136,13 @@ def update_full_grads(
 
 
 def get_local(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tensor | None:
-    """A 1-D copy of the part of a value that this rank owns; empty if it owns nothing. Not collective.
+    """Returns a 1-D copy of the part of a value that this rank owns; empty if it owns nothing. Not collective.
 
     A gradient is complete only after `clip_grad_norm_`: while micro-batches accumulate, parts of it may be missing.
     `local_range` gives the position of the part in the parameter.
 
     Returns:
-        None where this rank has no such value.
+        None if this rank has no such value.
     """
     place = find(model, where)
     bucket, shard = place.bucket, place.shard
@@ -164,20 +166,20 @@ def get_local(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tenso
 
 
 def set_local(model: nn.Module | None, where: Where, kind: str, value: Tensor) -> None:
-    """Replace this rank's part. Collective: all ranks call it, with no elements where they own nothing.
+    """Replaces this rank's part. Collective: all ranks must call it; a rank that owns nothing passes an empty tensor.
 
-    In stage 0 every rank owns everything, and rank 0's value counts.
+    At stage 0 every rank owns everything, and rank 0's value is used.
 
     Raises:
-        ValueError: another number of elements; a gradient or state of a frozen parameter; a state that the optimizer
-            does not have.
+        ValueError: the number of elements differs; the parameter is frozen, so it has no gradient or state; or the
+            optimizer does not have the state.
     """
     place = find(model, where)
     own, bucket = place.own, place.bucket
     if value.numel() != own.numel:
         raise ValueError(
-            f"{place.fqn!r}: rank {place.ranks.rank} owns {own.numel} elements from {own.start} on, and was given "
-            f"{value.numel()}: see ds_zero.local_range"
+            f"{place.fqn!r}: rank {place.ranks.rank} owns {own.numel} elements from {own.start} on, but the "
+            f"value has {value.numel()}: see ds_zero.local_range"
         )
     dtype = torch.float32 if bucket.trainable else bucket.dtype
     part = value.detach().reshape(-1).to(bucket.device, dtype, copy=True)
@@ -196,7 +198,7 @@ def set_local(model: nn.Module | None, where: Where, kind: str, value: Tensor) -
 
 
 def local_range(model: nn.Module | None, where: Where) -> tuple[int, int]:
-    """The range of the flattened parameter that this rank owns: (first element, number of elements)."""
+    """Returns the range of the flattened parameter that this rank owns: (first element, number of elements)."""
     own = find(model, where).own
     return own.start, own.numel
 
@@ -242,7 +244,7 @@ def _own(place: Place, whole: Tensor) -> Tensor:
 def _prepare_write(place: Place, kind: str) -> None:
     place.state.stepper.wait()
     if kind != PARAM and place.shard is None:
-        raise ValueError(f"{place.fqn!r} is frozen: no optimizer group holds it, so it has no {kind!r}")
+        raise ValueError(f"{place.fqn!r} is frozen: it is in no optimizer group, so it has no {kind!r}")
     if kind == GRAD:
         _settle_grads(place.state)
 

@@ -1,5 +1,4 @@
-"""Construct a model without holding it: record initialisation on the meta device, replay it tensor by tensor
-in `shard`.
+"""Deferred construction: records initialisation on the meta device, and replays it tensor by tensor in `shard`.
 
 [Note: deferred construction]
 Inside `deferred_init` every new tensor is a meta tensor, and every operation that writes one is written down.
@@ -222,20 +221,20 @@ def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 
 @contextlib.contextmanager
 def deferred_init(stage: int | None = None, *, defer_buffers: bool = True) -> Iterator[None]:
-    """Construct modules inside without memory for their values; `shard` then makes each rank's values one
-    bucket at a time.
+    """Context manager in which modules are constructed without memory for their values. `shard` then creates each
+    rank's values, one bucket at a time.
 
-    The weights are bitwise those of ordinary construction from the same seed, whichever way modules
-    initialise themselves, and the random generator is left in the same state. Construction takes about as
-    long as without this context, `shard` once more as long.
+    The weights are bitwise those of ordinary construction from the same seed, however modules initialise themselves,
+    and the random generator ends in the same state. Construction takes about as long as without this context, and
+    `shard` takes that long again.
 
     Args:
-        stage: the stage that `shard` will be called with; given, `shard` insists on it.
-        defer_buffers: False: buffers have their values when the context ends, for code that writes them before
+        stage: the stage of the later call of `shard`. If given, `shard` raises for another stage.
+        defer_buffers: False creates the values of buffers at the end of the context, for code that writes them before
             `shard`.
 
     Raises:
-        ValueError: in `shard`, for meta tensors that were constructed elsewhere.
+        ValueError: in `shard`, for meta tensors that were constructed outside of the context.
     """
     record = Record(stage)
     owners: dict[int, nn.Module] = {}

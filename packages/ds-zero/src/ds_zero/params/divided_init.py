@@ -1,4 +1,4 @@
-"""Construct a model whose parameters are divided among ranks as soon as their module is made.
+"""Construction of a model whose parameters are sharded as soon as their module is constructed.
 
 [Note: divided construction]
 Construction runs as it is: every tensor is real, files and collectives work, and the random generator draws what it
@@ -160,19 +160,20 @@ class _Looking(TorchFunctionMode):
 
 @contextlib.contextmanager
 def divided_init(stage: int | None = None, *, device: torch.device | str | None = None) -> Iterator[None]:
-    """Construct modules inside so that no rank holds more than a few whole parameters at a time.
+    """Context manager in which modules are constructed so that no rank holds more than a few whole parameters at a
+    time.
 
-    Everything else is as outside: other tensors are ordinary, files can be loaded, collectives run, and parameters
-    are on the device of training. Their values are rank 0's, bitwise those of ordinary construction there. Afterwards
-    they show NaN, except inside `gathered`, until `shard` puts them into buckets. See [Note: divided construction].
+    Everything else works as usual: other tensors are ordinary, files can be loaded, collectives run, and parameters
+    are on the training device. Their values are those of ordinary construction on rank 0, bitwise. Afterwards they
+    read as NaN, except inside `gathered`, until `shard` moves them into buckets. See [Note: divided construction].
 
-    Compared with `deferred_init`, construction takes a broadcast for every parameter and needs no second run in
-    `shard`. Collective: all ranks of the default process group construct the same model. A context that is left by an
-    exception leaves the model half divided; drop it.
+    Compared with `deferred_init`, construction broadcasts every parameter, and `shard` does not repeat the
+    initialisation. Collective: all ranks of the default process group must construct the same model. If the context
+    is left by an exception, discard the model, which is only partly sharded.
 
     Args:
-        stage: the stage that `shard` will be called with; given, `shard` insists on it.
-        device: where the model will be trained; default torch's default device.
+        stage: the stage of the later call of `shard`. If given, `shard` raises for another stage.
+        device: the training device. Default: torch's default device.
     """
     whole = _Whole(stage, torch.device(device) if device is not None else torch.get_default_device())
 

@@ -1,4 +1,4 @@
-"""Whole values of sharded parameters, for reading and writing."""
+"""Gathers whole values of sharded parameters, for reading and writing."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from ds_zero.state import ZeroState
 def gathered(
     params: nn.Module | nn.Parameter | Iterable[nn.Parameter], write: bool = False, *, writer_rank: int = 0
 ) -> Iterator[None]:
-    """Inside the context the parameters are whole, at every stage.
+    """Context manager in which the parameters are whole on every rank, at every stage.
 
-    Collective: all ranks enter and leave the context with the same parameters, those of a module or any others, also of
-    several sharded models.
+    Collective: all ranks must enter and leave the context with the same parameters: a module, or any parameters, also
+    of several sharded models.
 
-    With `write`, all ranks take the values that `writer_rank` has at the end, masters included. Elements that were not
-    written keep the full precision of their master. No change is lost silently: a change without `write`, or by another
-    rank alone, raises on every rank, even if it was made through `.data`. Contexts may be nested; a change in an inner
-    context without `write` belongs to an outer one with it. After an exception no change is taken over. Parameters that
-    were constructed under `deferred_init` and are not sharded yet get their values inside the context, see
-    [Note: waiting parameters].
+    With `write`, all ranks get the values that `writer_rank` has at the end, including masters. Elements that were
+    not written keep the full precision of their master. No change is lost silently: a change without `write`, or only
+    on another rank, raises on every rank, even if it was made through `.data`. Contexts may be nested; an outer
+    context with `write` keeps changes in an inner context without it. After an exception changes are discarded.
+    Parameters that were constructed under `deferred_init` and are not sharded yet have their values inside the
+    context, see [Note: waiting parameters].
 
     Raises:
-        ValueError: parameters that are not sharded; a change that would be lost; an optimizer step inside.
+        ValueError: a parameter is not sharded, a change would be lost, or there was an optimizer step inside the
+            context.
     """
     named = params.parameters() if isinstance(params, nn.Module) else params
     wanted = [named] if isinstance(named, nn.Parameter) else list(named)
@@ -108,8 +109,8 @@ def _settle(state: ZeroState, opened: OpenGather, writer: int | None) -> None:
         )
     if lost:
         raise ValueError(
-            f"{lost} were written by ranks {sorted(who)} and not by rank {writer}, whose values count: the change "
-            "would be lost; write on every rank, or pass writer_rank="
+            f"{lost} were written by ranks {sorted(who)} but not by rank {writer}, whose values are used: the "
+            "change would be lost; write on every rank, or pass writer_rank="
         )
 
 
@@ -133,10 +134,10 @@ def _adopt(buckets: list[Bucket], writer: int) -> None:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Whole values by name, on the CPU of rank 0; an empty dict on other ranks. Collective.
+    """Returns whole values by name, on the CPU of rank 0; an empty dict on other ranks. Collective.
 
     Parameters are the fp32 masters, frozen ones have their own dtype. Tied parameters appear under each of their names,
-    as one tensor. Persistent buffers are included. Beside the result, rank 0 needs the memory of one bucket.
+    as one tensor. Persistent buffers are included. In addition to the result, rank 0 needs memory for one bucket.
     """
     state = _registry.state_of(model)
     state.stepper.wait()

@@ -91,19 +91,21 @@ class Place:
         """
         if tuple(value.shape) != self.slot.shape:
             raise ValueError(
-                f"{self.fqn!r} has shape {self.slot.shape} and was given a value of shape {tuple(value.shape)}"
+                f"{self.fqn!r} has shape {self.slot.shape} and the value has shape {tuple(value.shape)}"
             )
         return value
 
 
 def find(model: nn.Module | None, where: Where) -> Place:
-    """Where a parameter lies, by itself or by any of its names.
+    """Finds a parameter, given itself or any of its names.
 
     Raises:
-        ValueError: a model that is not sharded, or has no such parameter.
+        ValueError: the model is not sharded, or has no such parameter.
     """
     if isinstance(where, str) and model is None:
-        raise ValueError(f"a name ({where!r}) needs the model that has it: pass the model, or the parameter")
+        raise ValueError(
+            f"a name ({where!r}) needs the model that contains it: pass the model, or the parameter itself"
+        )
     state = _registry.state_of(model if model is not None else where)  # type: ignore[arg-type]
     if not isinstance(where, str):
         return Place(state, *state.bucket_of(where))
@@ -112,7 +114,7 @@ def find(model: nn.Module | None, where: Where) -> Place:
         for index, slot in enumerate(bucket.layout.slots):
             if slot.fqn == first:
                 return Place(state, bucket, index)
-    raise ValueError(f"the model has no parameter {where!r}; its first ones are {list(state.names)[:5]}")
+    raise ValueError(f"the model has no parameter {where!r}; the first ones are {list(state.names)[:5]}")
 
 
 def assemble(place: Place, own: Tensor, *, slices: bool = False) -> Tensor:

@@ -1,10 +1,10 @@
-"""Sharded state that is away in host memory for a while, so that something else can use the accelerator.
+"""Moves sharded state to host memory temporarily, to free accelerator memory for other work.
 
 [Note: storage stays]
-Views of one tensor are in many hands: shards in the optimizer's groups, parameters in the module, partitions in the
-store. So what is moved is the content of storages: it is copied to the host, the storage is resized to nothing, and
-later filled again; all views find their values where they were. Tensors that a user can reach show the host's copy
-meanwhile, so that reading them is right and never a crash.
+Several objects hold views of one tensor: shards in the optimizer's groups, parameters in the module, partitions in
+the store. So the contents of storages are moved: they are copied to the host, the storage is resized to zero, and
+later it is filled again, so that all views stay valid. In the meantime, tensors that a user can access refer to the
+copy on the host, so reading them gives the right values.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ OPTIM_STATES, HP_PARAMS, LP_PARAMS, LP_GRADS = "optim_states", "hp_params", "lp_
 
 @dataclass
 class _Moved:
-    """One storage that is away."""
+    """One storage that was moved."""
 
     storage: torch.UntypedStorage
     host: Tensor
-    """Its bytes."""
+    """Its contents."""
     shown: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Tensors that show the host's copy, and what they showed before."""
+    """Tensors that refer to the copy on the host, and their original data."""
 
     def show(self, tensor: Tensor) -> None:
         was = tensor.data
@@ -48,7 +48,7 @@ class _Moved:
 
 
 class Away:
-    """Moves state of a sharded model from the accelerator to host memory, until `back` is called.
+    """Moves state of a sharded model from the accelerator to host memory; `back` moves it back.
 
     Meanwhile the model cannot be trained or saved; forward works if the parameters ("lp_params") were not moved. State
     that is in host memory already, or that the store keeps away, is not touched. One storage may serve several kinds
@@ -68,16 +68,16 @@ class Away:
     ) -> None:
         """
         Args:
-            kinds: of `KINDS`.
-            pin_memory: page-lock the host's copies.
+            kinds: any of `KINDS`.
+            pin_memory: use page-locked host memory for the copies.
             non_blocking: return before the copies are complete; synchronize before reading them.
 
         Raises:
-            ValueError: an unknown kind, or a model that is not sharded.
+            ValueError: a kind is unknown, or the model is not sharded.
         """
         unknown = sorted(set(kinds) - set(self.KINDS))
         if unknown:
-            raise ValueError(f"unknown kind of state {unknown[0]!r}: there are {', '.join(self.KINDS)}")
+            raise ValueError(f"unknown kind of state {unknown[0]!r}: known are {', '.join(self.KINDS)}")
         state = _registry.state_of(model)
         state.stepper.wait()
         state.gatherer.drop_all()
@@ -111,7 +111,7 @@ class Away:
         return sum(moved.host.numel() for moved in self._moved.values())
 
     def back(self, *, non_blocking: bool = False) -> None:
-        """Move everything back to where it was. A second call does nothing."""
+        """Moves everything back. A second call has no effect."""
         for moved in self._moved.values():
             moved.bring_back(non_blocking=non_blocking)
         if self._moved and not non_blocking:

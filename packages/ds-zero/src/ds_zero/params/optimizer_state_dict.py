@@ -1,4 +1,6 @@
-"""`state_dict()` and `load_state_dict()` of a sharded optimizer: each rank's holds its own shards, and says so."""
+"""`state_dict()` and `load_state_dict()` of a sharded optimizer: each rank's state dict contains and records its own
+shards.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,9 @@ MARK = "ds_zero"
 """Key of a state_dict under which a rank says which shards it holds."""
 
 _REMEDY = (
-    "optimizer.state_dict() holds one rank's shards only. Save and load on any number of ranks with "
-    "ds_checkpoint.save and ds_checkpoint.load (by hand: ds_zero.records and ds_zero.load_records), or keep one file a "
-    "rank and load each on its own rank"
+    "optimizer.state_dict() contains only the shards of one rank. Save and load on any number of ranks with "
+    "ds_checkpoint.save and ds_checkpoint.load (or directly with ds_zero.records and ds_zero.load_records), or "
+    "save one file per rank and load each on its own rank"
 )
 
 

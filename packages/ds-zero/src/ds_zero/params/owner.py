@@ -1,4 +1,4 @@
-"""The state of a sharded model, for whoever writes and reads checkpoints."""
+"""The state of a sharded model, for checkpoints."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def claim(model: nn.Module, optimizer: Optimizer | None) -> Owner | None:
         )
     if own is None and optimizer is None:
         raise ValueError(
-            "the model's optimizer is gone: keep a reference to it as long as the model is sharded"
+            "the model's optimizer was deleted: keep a reference to it as long as the model is sharded"
         )
     chosen = optimizer if optimizer is not None else own
     assert chosen is not None

@@ -1,4 +1,4 @@
-"""Whole values by name into a sharded model: the opposite of `full_state_dict`."""
+"""Loads whole values by name into a sharded model; the inverse of `full_state_dict`."""
 
 from __future__ import annotations
 
@@ -34,15 +34,16 @@ class _Values:
 
 
 def load_full_state_dict(model: nn.Module, values: Mapping[str, Tensor], *, strict: bool = True) -> list[str]:
-    """Load whole values into the model, its masters and every rank's slices. Collective; every rank passes `values`.
+    """Loads whole values into the model, its masters and the shards of all ranks. Collective; every rank must pass
+    `values`.
 
     A tied parameter may be given under any of its names. Optimizer states do not change.
 
     Returns:
-        Names of the model that `values` does not contain, and whose values do not change; empty if `strict`.
+        Names of the model that are not in `values`, whose tensors are unchanged; empty if `strict`.
 
     Raises:
-        ValueError: with `strict` missing or unexpected names; a value of another shape. Nothing has changed then.
+        ValueError: with `strict`, names are missing or unexpected; or a shape differs. Nothing was changed.
     """
     state = _registry.state_of(model)
     by_first = dict(values)
@@ -58,7 +59,7 @@ def load_full_state_dict(model: nn.Module, values: Mapping[str, Tensor], *, stri
     if strict and (missing or unexpected):
         raise ValueError(
             f"the values do not fit the model: {len(missing)} names are missing, first {missing[:5]}; "
-            f"{len(unexpected)} are unexpected, first {unexpected[:5]}; strict=False takes what fits"
+            f"{len(unexpected)} are unexpected, first {unexpected[:5]}; pass strict=False to load the matching ones"
         )
     load_records(model, None, _Values(by_first, buffers), optimizer_states=False, keep=frozenset(missing))
     return missing

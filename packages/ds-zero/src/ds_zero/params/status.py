@@ -1,4 +1,4 @@
-"""Where a parameter's values are at this moment."""
+"""The current location of a parameter's values."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ds_zero.runtime.storage import PARAM
 
 @dataclass(frozen=True, kw_only=True)
 class Presence:
-    """Whether one parameter's values are on this rank now. Returned by `presence`."""
+    """The status of a parameter on this rank, as returned by `presence`."""
 
     divided: bool
-    """Ranks hold slices of it (stage 3); otherwise every rank holds all of it."""
+    """Whether ranks hold slices of it (stage 3); otherwise every rank holds all of it."""
     kept: bool
-    """Stage 3 would divide it, but keeps it on every rank because it is small."""
+    """Whether stage 3 keeps it whole on every rank because it is small."""
     here: bool
-    """Its values can be read now."""
+    """Whether its values can be read now."""
     trained: bool
-    """A group of the optimizer holds it; False before `shard`."""
+    """Whether it is in a group of the optimizer; False before `shard`."""
     own: Tensor | None
     """This rank's slice in the dtype of the parameter, 1-D; None for a parameter of `deferred_init` before `shard`, and
     where the store keeps the slice away."""
 
 
 def presence(param: nn.Parameter) -> Presence | None:
-    """Where the values of a parameter are at this moment; None if it is neither sharded nor constructed under
-    `deferred_init` or `divided_init`.
+    """Returns the status of a parameter; None if it is neither sharded nor constructed under `deferred_init` or
+    `divided_init`.
     """
     record = _registry.find_record(param)
     if record is not None:

@@ -1,4 +1,4 @@
-"""The default place where shards rest: beside the model."""
+"""The default store of shards: the device of the model."""
 
 from __future__ import annotations
 
