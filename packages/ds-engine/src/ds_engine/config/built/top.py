@@ -136,8 +136,8 @@ NOT_YET: tuple[Row, ...] = (
         _ENGINE,
         "lists of samples are computed from the index and the seed, so none are stored",
     ),
-    no_effect(f"{_LTD}.micro_batch_size", _ENGINE, "any batch will do"),
-    no_effect(f"{_LTD}.global_batch_size", _ENGINE, "any batch will do"),
+    no_effect(f"{_LTD}.micro_batch_size", _ENGINE, "it works with any batch size"),
+    no_effect(f"{_LTD}.global_batch_size", _ENGINE, "it works with any batch size"),
     later(
         f"{_LTD}.layer_token_lr_schedule",
         _ENGINE,
