@@ -232,5 +232,5 @@ def test_an_optimizer_that_couples_tensors_is_refused() -> None:
     model = Tiny()
     with pytest.raises(ValueError, match="Coupled gives another result if a tensor is stepped without"):
         ds_zero.shard(model, Coupled(model.parameters()), 2)
-    with pytest.raises(ValueError, match="Normalised gives another result when a tensor is cut in two"):
+    with pytest.raises(ValueError, match="Normalised gives another result if a tensor is split in two"):
         ds_zero.shard(model, Normalised(model.parameters()), 2, config=ds_zero.ZeroConfig(layout="flat"))

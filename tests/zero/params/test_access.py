@@ -209,7 +209,7 @@ def test_written_local_parts_are_seen_by_all(stage: int, dtype: torch.dtype | No
         with ds_zero.gathered(model.get_parameter(name)):
             shown = model.get_parameter(name).detach().reshape(-1)
             assert torch.equal(shown, expected.to(shown.dtype))
-    with pytest.raises(ValueError, match=r"owns .* elements from .* and was given"):
+    with pytest.raises(ValueError, match=r"owns .* elements from .* but the value has"):
         ds_zero.set_local(model, name, kind, torch.zeros(numel + 1))
 
 

@@ -272,7 +272,7 @@ def test_refusals() -> None:
         ds_zero.plan(Strange(), torch.empty(2, 4), device="cpu")
     with pytest.raises(ValueError, match="shard_ranks=3 does not divide ranks=4"):
         ds_zero.plan(model, ranks=4, shard_ranks=3)
-    with pytest.raises(ValueError, match="give a divisor of 4"):
+    with pytest.raises(ValueError, match="it must be a divisor of 4"):
         ds_zero.plan(model, ranks=4, ranks_for=lambda name, _: 3)
     ds_zero.shard(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
     with pytest.raises(ValueError, match="sharded already"):

@@ -48,8 +48,8 @@ def test_what_does_not_fit_is_said_once_with_what_would(world_size: int) -> None
         assert told == []
         return
     [text] = told
-    assert "263,168 parameters, stage 0, 4 ranks, FusedAdam" in text and "before any activation" in text
-    assert "4.52 MiB on every rank" in text and "4.27 MiB are there, a 4th of this machine's" in text
+    assert "263,168 parameters, stage 0, 4 ranks, FusedAdam" in text and "without activations" in text
+    assert "4.52 MiB on every rank" in text and "4.27 MiB are free, a 4th of this machine's" in text
     assert "Nearest settings that fit: stage 1: " in text
 
 

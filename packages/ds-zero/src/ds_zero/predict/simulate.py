@@ -272,7 +272,7 @@ def ranks_in(group: FakeGroup, num_ranks: int, shard_ranks: int | None) -> Ranks
     """
     size = num_ranks if shard_ranks is None else shard_ranks
     if size < 1 or num_ranks % size:
-        raise ValueError(f"shard_ranks={size} does not divide ranks={num_ranks}: give a divisor")
+        raise ValueError(f"shard_ranks={size} does not divide ranks={num_ranks}: it must be a divisor")
 
     def some(count: int, replicas: Ranks | None = None) -> Ranks:
         return Ranks(group.part(count) if count > 1 else None, 0, count, replicas)
