@@ -55,7 +55,7 @@ class TiledLinear(nn.Linear):
         return torch.cat(list(input), dim=-1) if self.split_input else input
 
     def forward(self, input: Any) -> Any:
-        """Returns a tensor of shape Returns a tensor of shape (..., out_features), or a list of its parts."""
+        """Returns a tensor of shape (..., out_features), or a list of its parts."""
         output = super().forward(self.whole(input))
         return output if self.combine_out_splits else list(output.tensor_split(self.out_splits, dim=-1))
 

@@ -98,7 +98,7 @@ def next_sequence(root: Path) -> int:
 
 
 def read_manifest(path: Path) -> manifest.Manifest:
-    """Reads the manifest; raises Reads the manifest; raises CheckpointError if it is damaged."""
+    """Reads the manifest; raises CheckpointError if it is damaged."""
     file = path / manifest.NAME
     return manifest.load(file.read_bytes(), file)
 

@@ -21,7 +21,7 @@ def family(optimizer: Optimizer) -> str:
     """Returns the name of the family whose optimizers share states."""
     names = [
         kind.__name__ for kind in type(optimizer).__mro__
-    ]  # a subclass has the states of its base class class
+    ]  # a subclass has the states of its base class
     known = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     return known or names[0].removeprefix("Fused").lower()
 

@@ -27,7 +27,7 @@ TagOption = Annotated[
     typer.Option(
         "--tag",
         "-t",
-        help="Name of the checkpoint. Name of the checkpoint. Default: the one that 'latest' names.",
+        help="Name of the checkpoint. Default: the one that 'latest' names.",
     ),
 ]
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "stored": None}

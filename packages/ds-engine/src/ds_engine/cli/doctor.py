@@ -156,7 +156,7 @@ def check_shm(size_bytes: int) -> Finding:
 
 
 def check_locked_memory(limit_bytes: int) -> Finding:
-    """Checks Checks `ulimit -l`: memory that may be pinned for copies to devices and for I/O."""
+    """Checks `ulimit -l`: memory that may be pinned for copies to devices and for I/O."""
     if limit_bytes == resource.RLIM_INFINITY:
         return Finding("ulimit -l", "unlimited")
     remedy = "pinned I/O buffers are limited to this: ulimit -l unlimited, or docker run --ulimit memlock=-1"

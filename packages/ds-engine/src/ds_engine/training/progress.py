@@ -113,7 +113,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Formats a duration: Formats a duration: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    """Formats a duration: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
     minutes = round(seconds / 60)
     if minutes < 2:
         return f"{seconds:.0f} s"

@@ -22,9 +22,9 @@ from ds_zero.tensors.placeholder import Placeholder
 
 _READABLE = (BucketState.WHOLE, BucketState.GATHERED)
 _SHARDED = (
-    "parameters that are sharded at stage 3 have no values here, and a file of them would be full of NaN. Call "
-    "ds_zero.full_state_dict(model) on all ranks, which gives rank 0 whole values; or save inside "
-    "`with ds_zero.gathered(params):`, entered on all ranks; or use ds_zero.dcp_state_dict(model, optimizer) for "
+    "parameters that are sharded at stage 3 have no values here, and a file of them would contain NaN. Call "
+    "ds_zero.full_state_dict(model) on all ranks, which returns whole values on rank 0; or save inside `with "
+    "ds_zero.gathered(params):`, which all ranks must enter; or use ds_zero.dcp_state_dict(model, optimizer) for "
     "torch.distributed.checkpoint"
 )
 
