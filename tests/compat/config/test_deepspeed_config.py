@@ -39,7 +39,7 @@ ACCEPTED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "parameters on the host at stage 0": (
         {"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}, **ADAMW},
-        "the stage is below 3",
+        "whole on every rank",
     ),
     "parameters on the host of a machine without accelerator": (
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}, **ADAMW},
@@ -85,7 +85,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a template": ({"train_batch_size": "GB_SIZE"}, "it must be an integer"),
     "a removed feature": ({"eigenvalue": {"enabled": True}}, "ds does not support"),
     "layers cut across ranks": ({"tensor_parallel": {"autotp_size": 4}}, "ds-layers will add"),
-    "no batch size": ({"train_micro_batch_size_per_gpu": None, "model": "x"}, "give train_batch_size"),
+    "no batch size": ({"train_micro_batch_size_per_gpu": None, "model": "x"}, "set train_batch_size"),
 }
 
 
