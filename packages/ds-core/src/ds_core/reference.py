@@ -80,9 +80,7 @@ def squared_norm_blocks(tensor: Tensor, block_numel: int = NORM_BLOCK_NUMEL) -> 
     squares = torch.zeros(blocks, rows * 16, dtype=torch.float64, device=flat.device)
     squares[:, :block_numel] = wide.view(blocks, block_numel).square()
     lanes = torch.zeros(blocks, 16, dtype=torch.float64, device=flat.device)
-    for row in squares.view(blocks, rows, 16).unbind(
-        1
-    ):  # in order: torch's own sum may add in any order
+    for row in squares.view(blocks, rows, 16).unbind(1):  # in order: torch's own sum may add in any order
         lanes += row
     for half in (8, 4, 2, 1):
         lanes = lanes[:, :half] + lanes[:, half : 2 * half]

@@ -19,9 +19,7 @@ prefix.
 
 def family(optimizer: Optimizer) -> str:
     """Returns the name of the family whose optimizers share states."""
-    names = [
-        kind.__name__ for kind in type(optimizer).__mro__
-    ]  # a subclass has the states of its base class
+    names = [kind.__name__ for kind in type(optimizer).__mro__]  # a subclass has the states of its base class
     known = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     return known or names[0].removeprefix("Fused").lower()
 
