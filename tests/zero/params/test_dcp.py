@@ -258,6 +258,27 @@ def test_files_are_exchanged_with_models_that_are_not_sharded_by_us(other: str, 
 
 
 @ranks(2)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_a_plain_model_has_saved_without_a_prefix(stage: int, tmp_path: Path) -> None:
+    plain = Net(2)
+    with torch.no_grad():
+        plain.frozen.copy_(plain.frozen.bfloat16())  # has no fp32 master
+    dcp.save(plain.state_dict(), checkpoint_id=tmp_path / "plain")
+    model, optimizer = job(stage, dtype=torch.bfloat16, steps=1)
+    dcp.load(ds_zero.dcp_state_dict(model, bare_names=True), checkpoint_id=tmp_path / "plain")
+    for name, param in plain.named_parameters():
+        assert torch.equal(ds_zero.get_full(model, name, "param"), param), name
+    with ds_zero.gathered(model):  # published: what computes is what was loaded
+        assert torch.equal(model.up.weight, plain.up.weight.bfloat16())
+    dcp.save(ds_zero.dcp_state_dict(model, bare_names=True), checkpoint_id=tmp_path / "ours")
+    again = Net(5).state_dict()
+    dcp.load(again, checkpoint_id=tmp_path / "ours")
+    assert not differing(again, plain.state_dict())
+    with pytest.raises(ValueError, match="bare_names is for the model alone"):
+        ds_zero.dcp_state_dict(model, optimizer, bare_names=True)
+
+
+@ranks(2)
 @pytest.mark.parametrize(("stage", "steps"), [(0, 0), (1, 1), (3, 0), (3, 1)])
 def test_functions_of_torch_that_cannot_work_name_what_does(stage: int, steps: int) -> None:
     model, optimizer = job(stage, steps=steps)

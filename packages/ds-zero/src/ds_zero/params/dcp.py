@@ -42,7 +42,9 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
-def dcp_state_dict(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Stateful]:
+def dcp_state_dict(
+    model: nn.Module, optimizer: Optimizer | None = None, *, bare_names: bool = False
+) -> dict[str, Any]:
     """What torch.distributed.checkpoint's `save`, `async_save` and `load` take, for a model that `shard` has sharded.
 
     Each rank writes and reads its own elements; no rank makes a whole tensor. Tensors have the names and shapes that
@@ -50,13 +52,16 @@ def dcp_state_dict(model: nn.Module, optimizer: Optimizer | None = None) -> dict
     or one of FSDP2's, so that each reads what the other has written. Parameters are the fp32 masters. After `load`
     every rank computes with the loaded values.
 
+    Args:
+        bare_names: without "model." in front, for files of `dcp.save(model.state_dict(), ...)`; the model alone.
+
     Returns:
         {"model": ..., "optimizer": ...}: add keys of your own, but leave these at the top level.
 
     Raises:
         ValueError: the model is not sharded, the optimizer is not the one that was sharded with it, ranks hold
             different experts under one name, which torch's checkpoints cannot keep apart, or the store keeps the values
-            away.
+            away; `bare_names` beside an optimizer.
     """
     state = _registry.state_of(model)
     for bucket in state.buckets:
@@ -70,7 +75,11 @@ def dcp_state_dict(model: nn.Module, optimizer: Optimizer | None = None) -> dict
                 f"{type(state.store).__name__} keeps the values of {bucket.layout.slots[0].fqn!r} away, and "
                 "torch.distributed.checkpoint reads and writes tensors where they lie: use ds_checkpoint.save and load"
             )
-    entries: dict[str, Stateful] = {"model": _ModelState(model)}
+    if bare_names:
+        if optimizer is not None:
+            raise ValueError("bare_names is for the model alone: leave the optimizer out, or bare_names")
+        return {**_ModelState(model).state_dict(), _PUBLISH: _Publishing(model)}
+    entries: dict[str, Any] = {"model": _ModelState(model)}
     if optimizer is not None:
         if _registry.find(optimizer) is not state:
             raise ValueError(
@@ -113,6 +122,18 @@ class _ModelState(_TopLevel):
         state = _registry.state_of(self._model)
         state.stepper.forget()  # gradients of the values that were replaced, as in the middle of an accumulation
         publish_loaded(state)
+
+
+_PUBLISH = "ds_zero.publish"
+"""Key of what stands beside bare names. It adds nothing to a file."""
+
+
+class _Publishing(_ModelState):
+    """Has nothing to save or load, and is told by torch when all has been loaded."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
 
 class _OptimizerState(_TopLevel):
