@@ -92,6 +92,42 @@ def test_parameters_that_no_group_holds_are_left_alone_at_stage_0() -> None:
     engine.destroy()
 
 
+class Delegating(nn.Module):
+    """Hands unknown attributes on to the module inside, as wrappers of adapters do."""
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        super().__init__()
+        self.wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("wrapped"), name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.wrapped(x)
+        return hidden
+
+
+@ranks(2)
+def test_modules_that_hand_attributes_on_train_as_others_do() -> None:
+    losses = []
+    for wrap in (lambda module: module, Delegating):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), wrap(nn.Linear(6, 6)), nn.Linear(6, 4))
+        engine, *_ = deepspeed.initialize(model=model, config=CONFIG)
+        for step in range(3):
+            torch.manual_seed(step)
+            loss = engine(torch.randn(2, 6)).square().mean()
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        assert all(p.isnan().all() for p in model.parameters())
+        engine.destroy()
+    assert losses[:3] == losses[3:]
+
+
 def test_a_name_that_is_a_function_and_a_module_stays_the_function() -> None:
     importlib.import_module("deepspeed.utils.z3_leaf_module")
     assert callable(deepspeed.utils.z3_leaf_module)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 from ds_layers import Checkpointing, CheckpointingConfig, RngTracker, model_parallel_seed
@@ -47,7 +50,7 @@ def configure(
     )
     options = {name: value for name, value in options.items() if value is not None}
     config = CheckpointingConfig(group=group, **options)
-    _present.update(instance=Checkpointing(config, _tracker()), configured=True)
+    _present.update(instance=Checkpointing(config, _tracker()), configured=True, switches={})
 
 
 def _section(config: Any) -> dict[str, Any]:
@@ -65,7 +68,13 @@ def _tracker() -> RngTracker:
 
 
 def _instance() -> Checkpointing:
+    """The one in use, with what was written to the module's switches since."""
     instance: Checkpointing = _present.setdefault("instance", Checkpointing(rng=_tracker()))
+    switches: dict[str, Any] = _present.pop("switches", {})
+    if switches:
+        if instance.config.group is None:
+            switches.pop("partition", None)  # as with one model-parallel rank
+        instance = _present["instance"] = Checkpointing(replace(instance.config, **switches), _tracker())
     return instance
 
 
@@ -100,10 +109,25 @@ _SWITCHES: Mapping[str, str] = {
 """Switch of the original's module -> option of `ds_layers.CheckpointingConfig`."""
 
 
+class _Switchable(ModuleType):
+    """This module, whose switches some code writes: they hold from the next checkpoint on, together."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SWITCHES:
+            _present.setdefault("switches", {})[_SWITCHES[name]] = value
+        else:
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Switchable
+
+
 def __getattr__(name: str) -> Any:
     """Returns DeepSpeed's module-level switches with their current values."""
     if name in _SWITCHES:
-        return getattr(_instance().config, _SWITCHES[name])
+        option = _SWITCHES[name]
+        pending = _present.get("switches", {})
+        return pending[option] if option in pending else getattr(_instance().config, option)
     if name == "deepspeed_checkpointing_enabled":
         return is_configured()
     if name == "PROFILE_TIME":  # torch.profiler shows it
@@ -125,19 +149,12 @@ def reset() -> None:
 
 def partition_activations_in_checkpoint(partition_activation: bool) -> None:
     """Turns the partitioning among model-parallel ranks on or off."""
-    from dataclasses import replace
-
-    config = _instance().config
-    _present["instance"] = Checkpointing(
-        replace(config, partition=partition_activation and config.group is not None), _tracker()
-    )
+    _present.setdefault("switches", {})["partition"] = partition_activation
 
 
 def set_num_layers(nlayers: int) -> None:
     """Sets the number of checkpoints in one forward, for contiguous storage."""
-    from dataclasses import replace
-
-    _present["instance"] = Checkpointing(replace(_instance().config, num_checkpoints=nlayers), _tracker())
+    _present.setdefault("switches", {})["num_checkpoints"] = nlayers
 
 
 def get_cuda_rng_tracker() -> RngTracker:
