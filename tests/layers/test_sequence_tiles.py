@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_layers import tiled_over_sequence
+from ds_layers import tiled_loss, tiled_over_sequence
 
 
 class Mlp(nn.Module):
@@ -50,3 +50,19 @@ def test_without_gradients_nothing_is_computed_twice() -> None:
     assert mlp.seen == [4, 4]
     with pytest.raises(ValueError, match="num_tiles is 0"):
         tiled_over_sequence(mlp, torch.randn(1, 8, 6), 0)
+
+
+def test_a_loss_over_parts_of_several_tensors() -> None:
+    hidden, labels = torch.randn(2, 10, 6, requires_grad=True), torch.randn(2, 10)
+
+    def loss(hidden: Tensor, labels: Tensor) -> Tensor:
+        return (hidden.sum(-1) - labels).square().sum()
+
+    loss(hidden, labels).backward()
+    expected, hidden.grad = hidden.grad, None
+    total = tiled_loss(loss, hidden, labels, num_tiles=3, reduction="sum")
+    total.backward()
+    assert torch.allclose(total, loss(hidden, labels)) and torch.allclose(hidden.grad, expected)
+    assert torch.allclose(tiled_loss(loss, hidden, labels, num_tiles=5), loss(hidden, labels) / 5)
+    with pytest.raises(ValueError, match=r"\[10, 9\] tokens"):
+        tiled_loss(loss, hidden, labels[:, :9], num_tiles=2)

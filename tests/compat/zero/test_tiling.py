@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from deepspeed.runtime.sequence_parallel.ulysses_sp import TiledMLP
 from torch import nn
 
 import deepspeed
-from compat.engine.test_engine import config
-from harness import ranks
 
 
 @pytest.mark.parametrize(("in_splits", "out_splits"), [(1, 1), (3, 4), (5, 2)])
@@ -36,32 +33,3 @@ def test_a_tile_shows_its_part_of_the_gradient_and_takes_values() -> None:
         tile.weight.fill_(7.0)
     assert torch.equal(layer.weight[2:, :3], torch.full((2, 3), 7.0))
     assert len(list(layer.parameters())) == 2
-
-
-@ranks(2)
-@pytest.mark.parametrize("stage", [0, 3])
-def test_an_mlp_in_parts_of_the_sequence(stage: int) -> None:
-    class Mlp(nn.Sequential):
-        tiles = 0
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if not self.tiles:
-                return super().forward(x)
-            plain = nn.Sequential.forward
-            tiled: torch.Tensor = TiledMLP.apply(plain, self, x, self.tiles, list(self.parameters()))
-            return tiled
-
-    losses = []
-    for tiles in (0, 3):
-        torch.manual_seed(0)
-        model = nn.Sequential(Mlp(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)), nn.Linear(8, 1))
-        model[0].tiles = tiles
-        engine = deepspeed.initialize(model=model, config=config(stage))[0]
-        for step in range(3):
-            torch.manual_seed(step)
-            loss = engine(torch.randn(4, 7, 8)).square().mean()
-            engine.backward(loss)
-            engine.step()
-            losses.append(loss.item())
-        engine.destroy()
-    assert losses[:3] == pytest.approx(losses[3:], rel=1e-5)

@@ -221,8 +221,8 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         _REFUSED: "initialize_sequence_parallel",
     },
     "runtime.sequence_parallel.ulysses_sp": {
-        _REFUSED: "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter TiledFusedLogitsLoss sequence_tiled_compute",
-        _TILING: "TiledMLP",
+        _REFUSED: "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter",
+        "ds_compat.sequence_tiles": "TiledMLP TiledFusedLogitsLoss sequence_tiled_compute",
     },
     "runtime.utils": {
         _LOGS: "see_memory_usage",

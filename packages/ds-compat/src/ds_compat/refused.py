@@ -29,7 +29,7 @@ OWNERS: Mapping[str, str] = {
         LAYERS: "tp_model_init set_autotp_mode get_shard_size_list get_shard_size LinearAllreduce LinearLayer "
         "LmHeadLinearAllreduce DistributedAttention _SeqAllToAll _rotate_half _torchembed_available "
         "apply_rotary_pos_emb FPDT_InputConstruct _FPDTGPUOffloadingAttentionImpl_ UlyssesSPAttentionHF "
-        "UlyssesSPDataLoaderAdapter TiledFusedLogitsLoss sequence_tiled_compute SparseSelfAttention "
+        "UlyssesSPDataLoaderAdapter SparseSelfAttention "
         "SparsityConfig DenseSparsityConfig FixedSparsityConfig VariableSparsityConfig BigBirdSparsityConfig "
         "BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig SparseAttentionUtils "
         "DeepSpeedTransformerLayer DeepSpeedTransformerConfig initialize_sequence_parallel",

@@ -3,7 +3,7 @@
 from ds_layers.checkpointing import Checkpointing, CheckpointingConfig, Statistics
 from ds_layers.dropping import DroppingConfig, TokenDropping
 from ds_layers.rng import RngTracker, model_parallel_seed
-from ds_layers.sequence_tiles import tiled_over_sequence
+from ds_layers.sequence_tiles import outputs_of_tiles, tiled_loss, tiled_over_sequence
 from ds_layers.tiled import TiledLinear
 
 __version__ = "0.1.0"
@@ -17,5 +17,7 @@ __all__ = [
     "TiledLinear",
     "TokenDropping",
     "model_parallel_seed",
+    "outputs_of_tiles",
+    "tiled_loss",
     "tiled_over_sequence",
 ]

@@ -1,8 +1,7 @@
-"""`deepspeed.zero.TiledLinear`: one weight, shown as the tiles that the original is made of; and `TiledMLP`."""
+"""`deepspeed.zero.TiledLinear`: one weight, shown as the tiles that the original is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,23 +64,6 @@ class TiledLinearReturnBias(TiledLinear):
 
     def forward(self, input: Any) -> Any:
         return nn.functional.linear(self.whole(input), self.weight), self.bias
-
-
-class TiledMLP:
-    """`TiledMLP.apply(forward, mlp, x, shards, compute_params)`, as code puts it into the MLPs of a model."""
-
-    @staticmethod
-    def apply(
-        fn: Callable[[nn.Module, Tensor], Tensor],
-        self: nn.Module,
-        x: Tensor,
-        shards: int,
-        compute_params: Any = None,
-    ) -> Tensor:
-        """`fn(self, x)` over `shards` parts of the sequence, one at a time. `compute_params` is of no use here, since
-        gradients of a parameter may arrive several times.
-        """
-        return ds_layers.tiled_over_sequence(lambda part: fn(self, part), x, shards)
 
 
 def _part(param: Tensor, where: tuple[slice, ...]) -> nn.Parameter:
