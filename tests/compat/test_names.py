@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,19 @@ def test_modules_can_be_imported_in_every_form() -> None:
     assert logger.name == "DeepSpeed"
     with pytest.raises(AttributeError, match="ds-compat"):
         _ = deepspeed.no_such_name
+
+
+def test_accelerators_are_found_by_their_files() -> None:
+    [folder] = deepspeed.accelerator.__path__
+    stems = sorted(path.stem for path in Path(folder).glob("*_accelerator.py"))
+    assert {"cpu_accelerator", "cuda_accelerator", "xpu_accelerator"} <= set(stems)
+    for stem in stems:
+        module = importlib.import_module(f"deepspeed.accelerator.{stem}")
+        [name] = [name for name in dir(module) if name.endswith("_Accelerator")]
+        made = getattr(module, name)()
+        assert isinstance(made, deepspeed.accelerator.DeepSpeedAccelerator)
+        assert made.device_name() == stem.removesuffix("_accelerator")
+    assert type(deepspeed.accelerator.get_accelerator()).__name__.endswith("_Accelerator")
 
 
 def test_a_name_can_be_replaced_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,29 @@ class DeepSpeedAccelerator:
         return getattr(builders, class_name, None)
 
 
-class CpuAccelerator(DeepSpeedAccelerator):
+class CUDA_Accelerator(DeepSpeedAccelerator):
+    """GPUs of NVIDIA, and of AMD, which torch calls so, too."""
+
+
+class XPU_Accelerator(DeepSpeedAccelerator):
+    """GPUs of Intel."""
+
+    _name = "xpu"
+
+
+class NPU_Accelerator(DeepSpeedAccelerator):
+    """Ascend's, with torch_npu."""
+
+    _name = "npu"
+
+
+class MPS_Accelerator(DeepSpeedAccelerator):
+    """GPUs of Apple."""
+
+    _name = "mps"
+
+
+class CPU_Accelerator(DeepSpeedAccelerator):
     """The CPU, on which operations are synchronous."""
 
     _name = "cpu"
@@ -235,8 +257,11 @@ def get_accelerator() -> DeepSpeedAccelerator:
     """Returns the accelerator of this machine, or the CPU if there is none or DS_ACCELERATOR=cpu is set."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return CpuAccelerator()
-    made = DeepSpeedAccelerator()
+        return CPU_Accelerator()
+    known = {
+        kind._name: kind for kind in (CUDA_Accelerator, XPU_Accelerator, NPU_Accelerator, MPS_Accelerator)
+    }
+    made = known.get(accelerator.type, DeepSpeedAccelerator)()
     made._name = accelerator.type
     return made
 

@@ -62,7 +62,8 @@ def _make(package: str, name: str) -> None:
     homes = MODULES.get(name, {})
     module = ModuleType(full, f"Names of DeepSpeed's {full}; see ds_compat.names.")
     module.__spec__ = ModuleSpec(full, None, origin="ds_compat.names", is_package=True)
-    module.__path__ = []
+    folder = Path(sys.modules[package].__path__[0], *name.split("."))
+    module.__path__ = [str(folder)] if folder.is_dir() else []  # files there are modules of their own
     module.__package__ = full
     look_up, listing = _functions(full, homes)
     vars(module).update(__getattr__=look_up, __dir__=listing, __file__=__file__)

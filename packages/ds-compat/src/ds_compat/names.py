@@ -89,7 +89,6 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         "ds_compat.device": "get_accelerator is_current_accelerator_supported DeepSpeedAccelerator",
     },
     "accelerator.abstract_accelerator": {"ds_compat.device": "DeepSpeedAccelerator"},
-    "accelerator.cpu_accelerator": {"ds_compat.device": "CPU_Accelerator=CpuAccelerator"},
     "accelerator.real_accelerator": {"ds_compat.device": "get_accelerator"},
     "autotuning": {_REFUSED: "Autotuner"},
     "autotuning.autotuner": {_REFUSED: "Autotuner"},
