@@ -196,3 +196,25 @@ def test_reduced_gradients_are_shown_and_clipped_by_hand_at_stage_0(dtype: torch
     for (norm, mine), (expected, others) in zip(results[:3], results[3:], strict=True):
         assert torch.allclose(norm, expected, rtol=1e-5)
         assert all(torch.allclose(mine[n], v, atol=1e-6) for n, v in others.items())
+
+
+@ranks(2)
+@pytest.mark.parametrize("plan", ["local", "sharded"])
+def test_reduced_gradients_are_shown_only_where_they_are_complete(plan: str) -> None:
+    config = ds_zero.ZeroConfig(accumulation_steps=2, accumulation=plan)
+    model, optimizer = sharded(0, config)
+    ds_zero.set_presentation(model, gradients="reduced")
+    for step in range(4):
+        model(*batch(step, rank())).backward()
+        if step % 2 == 0:
+            assert all(p.grad is None for p in model.parameters())
+            continue
+        whole = ds_zero.get_full(model, "head.weight", "grad")
+        assert torch.equal(model.head.weight.grad, whole)
+        model.head.weight.grad = whole * 0.5  # takes the place of what is shown
+        assert ds_zero.foreign_gradients(model) == []
+        optimizer.step()
+        optimizer.zero_grad()
+        model.head.weight.grad = torch.ones_like(model.head.weight)
+        assert ds_zero.foreign_gradients(model) == [model.head.weight]
+        model.head.weight.grad = None
