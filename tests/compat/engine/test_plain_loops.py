@@ -64,3 +64,13 @@ def test_gradients_that_are_replaced_dropped_or_made_by_hand_are_those_of_the_st
     engine.step()
     assert torch.allclose(before_bias - first.bias, torch.ones_like(first.bias), atol=1e-6)
     engine.destroy()
+
+
+@ranks(2)
+def test_parameters_without_a_gradient_are_named() -> None:
+    engine = make(2, zero_optimization={"stage": 2, "ignore_unused_parameters": False})
+    x, _ = batch(0, dist.get_rank())
+    engine.backward(engine.module.layers[0](x).sum())
+    with pytest.raises(AssertionError, match=r"head\.weight \(0 of 2 ranks\).*ignore_unused_parameters"):
+        engine.step()
+    engine.destroy()

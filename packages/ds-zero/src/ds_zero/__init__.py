@@ -29,6 +29,7 @@ from ds_zero.prove.verify import verify
 from ds_zero.runtime.gradients.grad_scale import GradNorm
 from ds_zero.runtime.gradients.loss_scaler import DynamicScale, LossScaleError, LossScaler
 from ds_zero.runtime.gradients.norms import squared_norm, total_norm
+from ds_zero.runtime.gradients.usage import UnusedParameterError
 
 __version__ = "0.1.0"
 
@@ -54,6 +55,7 @@ __all__ = [
     "ShardRecord",
     "ShardStoreError",
     "Summary",
+    "UnusedParameterError",
     "Verification",
     "ZeroConfig",
     "clip_grad_norm_",

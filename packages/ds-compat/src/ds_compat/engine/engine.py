@@ -25,7 +25,7 @@ from ds_compat.engine.answers import ZeroAnswers, answer, of_config
 from ds_compat.engine.dataloader import loader
 from ds_compat.engine.monitor import monitor
 from ds_compat.engine.optimizer import wrap
-from ds_compat.engine.plain_loops import scale_gradients, take_gradients
+from ds_compat.engine.plain_loops import scale_gradients, take_gradients, unused_told
 from ds_compat.utils.logs import log_dist, logger
 from ds_compat.utils.timer import ThroughputTimer
 from ds_engine.build.data import Loader
@@ -106,7 +106,8 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         if self.zero_optimization_stage() == 0:
             take_gradients(self.module, self._engine.loss_scale)
         boundary = self.is_gradient_accumulation_boundary()
-        self._engine.step(lr_kwargs)
+        with unused_told():
+            self._engine.step(lr_kwargs)
         self.tput_timer.stop(global_step=boundary)
 
     @contextlib.contextmanager

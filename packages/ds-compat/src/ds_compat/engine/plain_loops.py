@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import ds_zero
+
+
+class UnusedParametersError(ds_zero.UnusedParameterError, AssertionError):
+    """As ds_zero's; code that expects the original's finds an AssertionError."""
+
+
+@contextlib.contextmanager
+def unused_told() -> Iterator[None]:
+    """Parameters without a gradient are UnusedParametersError inside."""
+    try:
+        yield
+    except ds_zero.UnusedParameterError as error:
+        raise UnusedParametersError(*error.args) from error
 
 
 def scale_gradients(output: Any, factor: Callable[[], float]) -> None:

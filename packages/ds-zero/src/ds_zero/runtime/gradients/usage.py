@@ -16,6 +16,10 @@ from ds_zero.runtime.optimizer_options import OptimizerOptions
 from ds_zero.tensors.storage import is_fake
 
 
+class UnusedParameterError(ValueError):
+    """Parameters got no gradient on some rank, where that is not allowed; the message names them."""
+
+
 @dataclass(frozen=True)
 class UsageCounts:
     """What ranks have told each other, by the identity of a bucket."""
@@ -83,7 +87,7 @@ class Usage:
         leaves their values and states alone.
 
         Raises:
-            ValueError: on every rank, where parameters must not be unused and some rank has not used one.
+            UnusedParameterError: on every rank, where parameters must not be unused and some rank has not used one.
         """
         lazy = []
         for bucket in self._buckets:
@@ -97,9 +101,10 @@ class Usage:
                 if users < bucket.ranks.total and param.requires_grad:
                     lazy.append(f"{slot.fqn} ({users} of {bucket.ranks.total} ranks)")
         if lazy and not self._ignore_unused:
-            raise ValueError(
+            raise UnusedParameterError(
                 f"{len(lazy)} parameters got no gradient on every rank since the last step: {', '.join(lazy[:10])}. "
-                "The loss does not depend on them; freeze them, or allow it with ZeroConfig(ignore_unused=True)"
+                "The loss does not depend on them; freeze them, or allow it with ZeroConfig(ignore_unused=True), in a "
+                "ds_config.json with zero_optimization.ignore_unused_parameters"
             )
 
 
