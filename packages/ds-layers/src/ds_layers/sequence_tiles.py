@@ -71,7 +71,9 @@ def outputs_of_tiles(
     lengths = [tensor.shape[dim] for tensor in tensors]
     if len(set(lengths)) > 1:
         raise ValueError(f"the tensors have {lengths} tokens along dimension {dim}: it has to be one number")
-    tiles = list(zip(*(tensor.chunk(num_tiles, dim) for tensor in tensors), strict=True))
+    # Contiguous: functions look at their whole input by view(), which a part of a longer sequence does not allow.
+    parts = [[part.contiguous() for part in tensor.chunk(num_tiles, dim)] for tensor in tensors]
+    tiles = list(zip(*parts, strict=True))
     if not torch.is_grad_enabled():
         return [function(*tile) for tile in tiles]
     return [checkpoint(function, *tile, use_reentrant=False) for tile in tiles]
