@@ -113,7 +113,9 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Context manager inside which backwards add gradients locally, at every stage."""
-        assert not self._in_no_sync, "no_sync and coalesce_grad_reduction cannot be nested in one another"
+        assert not self._in_no_sync, (
+            "no_sync context manager reentry is unsupported: no_sync and coalesce_grad_reduction cannot be nested"
+        )
         self._in_no_sync = True
         try:
             with ds_zero.no_sync(self.module):
