@@ -253,5 +253,7 @@ def test_a_stopped_job_continues_with_the_same_losses(undisturbed, tmp_path, num
     assert losses(tmp_path / "001") == losses(undisturbed[0])
     assert not (tmp_path / "002").exists()
 
+    if number == signal.SIGINT:
+        return
     _, output = finish(start(tmp_path, "--steps", "1"))
     assert "002: starting at step 1 of 1" in output.replace("\n", "")

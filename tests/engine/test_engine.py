@@ -336,7 +336,7 @@ class TestEngine:
     @pytest.mark.parametrize(
         ("loss", "wanted"),
         [
-            (torch.ones(3, requires_grad=True), r"loss has shape \(3,\): reduce it to one number"),
+            (torch.ones(3, requires_grad=True), r"loss has shape \(3,\): reduce it to a single number"),
             (torch.ones(()), "loss does not require a gradient"),
         ],
     )

@@ -89,7 +89,7 @@ def test_a_write_that_would_be_lost_raises_on_every_rank(stage: int, dtype: torc
     with pytest.raises(ValueError, match=r"\['blocks\.0\.up\.bias'\] were written.*write=True"):
         with ds_zero.gathered(bias):
             bias.data.add_(change)  # `.data` has no version counter
-    with pytest.raises(ValueError, match=r"\['head\.weight'\] were written by ranks \[1\] and not by rank 0"):
+    with pytest.raises(ValueError, match=r"\['head\.weight'\] were written by ranks \[1\] but not by rank 0"):
         with ds_zero.gathered(weight, write=True):
             weight.data[3, 4] += change
     with pytest.raises(ValueError, match=r"writer_rank=2: .* ranks 0 to 1"):

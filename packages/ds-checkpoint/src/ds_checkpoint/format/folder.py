@@ -31,8 +31,7 @@ def check_tag(tag: str) -> str:
         )
     if len(os.fsencode(tag)) > MAX_TAG_BYTES:
         raise ValueError(
-            f"tag {tag[:20]!r}... cannot name a checkpoint: it has too many bytes, {len(os.fsencode(tag))} "
-            "bytes, but at most "
+            f"tag {tag[:20]!r}... cannot name a checkpoint: it has {len(os.fsencode(tag))} bytes, but at most "
             f"{MAX_TAG_BYTES} are allowed"
         )
     return tag

@@ -124,7 +124,7 @@ class CurriculumOrder:
         for name, criterion in self._criteria.items():
             if criterion.index is not None and len(criterion.index) != num_samples:
                 raise ValueError(
-                    f"the index of {name!r} in {criterion.index.path} has {len(criterion.index)} samples, "
+                    f"the index of {name!r} in {criterion.index.path} has {len(criterion.index)} samples, but "
                     f"training_data has {num_samples}: run the Analyzer again on this data"
                 )
         if not self.total:

@@ -7,6 +7,7 @@ the allocator keeps the counts itself.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -172,7 +173,10 @@ def _addresses() -> set[int]:
                 if tensor is None or isinstance(tensor, Placeholder) or is_fake(tensor):
                     continue
                 if tensor.device.type == "cpu":
-                    addresses.add(tensor.untyped_storage().data_ptr())
+                    with contextlib.suppress(
+                        RuntimeError
+                    ):  # of wrappers of other tensors, which have no memory
+                        addresses.add(tensor.untyped_storage().data_ptr())
     return addresses
 
 
