@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from ds_engine.build.data import Loader
 from ds_engine.build.optimizer import zero_grad
 from ds_engine.config.support.batch import Batch
-from ds_engine.inference.generation import generate_of
 from ds_engine.interfaces import BackgroundWriter, Recompute, Roles, World
 from ds_engine.job import Job
 from ds_engine.sampling.build import lr_scaling_of
@@ -451,6 +450,8 @@ class Engine:
             raise AttributeError(name)
         try:
             if name == "generate":
+                from ds_engine.inference.generation import generate_of
+
                 return generate_of(self.module, divided=self.model_state.divided)
             return getattr(self.module, name)
         except AttributeError:

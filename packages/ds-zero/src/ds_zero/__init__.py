@@ -1,4 +1,11 @@
-"""ZeRO stages 0 to 3 for any PyTorch loop: optimizer states, gradients and parameters are sharded among ranks."""
+"""ZeRO stages 0 to 3 for any PyTorch loop: optimizer states, gradients and parameters are sharded among ranks.
+
+Prediction and proof, which training does not need, are imported on first use.
+"""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ds_zero.api.control import Control, control
 from ds_zero.api.leaf_modules import set_leaf_modules
@@ -21,15 +28,17 @@ from ds_zero.params.records import ShardRecord, group_names, load_records, recor
 from ds_zero.params.state_dict import load_full_state_dict
 from ds_zero.params.status import Presence, presence
 from ds_zero.params.stores import ResidentStore
-from ds_zero.predict.measured_memory import counted_memory
-from ds_zero.predict.plan import plan
-from ds_zero.predict.report import PhaseMemory, Plan, Remedy
-from ds_zero.prove.deviation import Difference, Verification
-from ds_zero.prove.verify import verify
 from ds_zero.runtime.gradients.grad_scale import GradNorm
 from ds_zero.runtime.gradients.loss_scaler import DynamicScale, LossScaleError, LossScaler
 from ds_zero.runtime.gradients.norms import squared_norm, total_norm
 from ds_zero.runtime.gradients.usage import UnusedParameterError
+
+if TYPE_CHECKING:
+    from ds_zero.predict.measured_memory import counted_memory
+    from ds_zero.predict.plan import plan
+    from ds_zero.predict.report import PhaseMemory, Plan, Remedy
+    from ds_zero.prove.deviation import Difference, Verification
+    from ds_zero.prove.verify import verify
 
 __version__ = "0.1.0"
 
@@ -94,3 +103,24 @@ __all__ = [
     "update_full_grads",
     "verify",
 ]
+
+_HOMES: Mapping[str, str] = {
+    "Difference": "ds_zero.prove.deviation",
+    "PhaseMemory": "ds_zero.predict.report",
+    "Plan": "ds_zero.predict.report",
+    "Remedy": "ds_zero.predict.report",
+    "Verification": "ds_zero.prove.deviation",
+    "counted_memory": "ds_zero.predict.measured_memory",
+    "plan": "ds_zero.predict.plan",
+    "verify": "ds_zero.prove.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ds_zero' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

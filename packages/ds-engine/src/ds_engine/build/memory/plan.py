@@ -17,7 +17,6 @@ from ds_engine.build.memory.predict import Budgets, predicted
 from ds_engine.build.topology import arranged
 from ds_engine.config import DsConfig
 from ds_engine.job import choices_of, describe
-from ds_zero.predict.remedies import with_batch_size
 
 
 def load_factory(where: str) -> Callable[[], Any]:
@@ -84,6 +83,8 @@ def plan(
             f"the factory returned a {type(model).__name__}: it must return a model, or (model, inputs)"
         )
     if inputs is not None:
+        from ds_zero.predict.remedies import with_batch_size  # prediction is not loaded where a job trains
+
         inputs = with_batch_size(inputs, micro_batch or job.batch.micro)
     return predicted(
         job,
