@@ -306,7 +306,7 @@ def test_data_that_does_not_fit(tmp_path: Path) -> None:
     section = tokens(tmp_path)
     with pytest.raises(ConfigError, match="has the lengths of 50 samples, but training_data has 90"):
         ds_engine.initialize(model=net(), config=config | section, training_data=Sentences())
-    with pytest.raises(ConfigError, match="has 50 samples, training_data has 90"):
+    with pytest.raises(ConfigError, match="has 50 samples, but training_data has 90"):
         ds_engine.initialize(model=net(), config=config | measured(tmp_path), training_data=Sentences())
     nowhere = tokens(tmp_path, metrics_path=str(tmp_path / "no"))
     with pytest.raises(ConfigError, match="neither a folder with manifest"):

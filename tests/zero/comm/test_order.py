@@ -227,12 +227,28 @@ def test_a_rank_whose_connection_broke_keeps_its_standing_while_it_asks() -> Non
 
 
 @ranks(2, groups_may_stay=True, timeout_s=120)
+def test_a_rank_that_ended_while_it_waited_is_not_taken_for_one_that_answers() -> None:
+    """What it wrote about itself before its end is still in the store."""
+    with sharded() as (model, optimizer):
+        train(model, optimizer, [0])
+        waiting = _registry.state_of(model).waiting
+        waiting.stop()
+        if dist.get_rank() == 1:
+            waiting._say(blocked=True)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            with pytest.raises(ds_zero.RankOrderError, match=r"; rank 1 do not answer"), waiting.guard("x"):
+                raise RuntimeError("Connection closed by peer")
+        dist.barrier()
+
+
+@ranks(2, groups_may_stay=True, timeout_s=120)
 def test_a_machine_that_vanished_is_named_once_it_shows_no_sign_of_life() -> None:
     with sharded() as (model, optimizer):
         train(model, optimizer, [0])
         watch = _registry.state_of(model).waiting
         watch.stop()
-        texts = {watch._key("alive/0"): "7", watch._key("alive/1"): "3"}
+        texts = {watch._key("alive/0"): "0:7", watch._key("alive/1"): "1:3"}
 
         class Texts:
             def set(self, key: str, value: str) -> None:
@@ -249,10 +265,10 @@ def test_a_machine_that_vanished_is_named_once_it_shows_no_sign_of_life() -> Non
         long_s = 10 * watch._timeout_s
         assert watch._decide(long_s) is None, "the first look says nothing about silence"
         watch._signs = {rank: (sign, since - long_s) for rank, (sign, since) in watch._signs.items()}
-        texts[watch._key("alive/0")] = "8"
+        texts[watch._key("alive/0")] = "0:8"
         said = watch._decide(long_s)
         assert said is not None and "rank 1 do not answer" in said and "no heartbeat" in said
-        texts[watch._key("alive/1")] = "4"  # it was only stopped
+        texts[watch._key("alive/1")] = "1:4"  # it was only stopped
         assert watch._decide(long_s) is None
         dist.barrier()
 
@@ -297,7 +313,8 @@ def test_who_is_at_work_is_waited_for() -> None:
     assert "rank 1 stopped while rank 0 went on" in str(judge(same, 2, patient=True))
     assert "rank 0 ran forward of c; rank 1 ran forward of z" in str(judge(other, 2, patient=False))
     assert judge({**other, 1: standing(1, "abz", blocked=False)}, 2, patient=True) is None
-    assert "rank 1 do not answer" in lost({0: standing(0, "ab")}, 2, "Connection closed")
+    assert "; rank 1 do not answer" in lost({0: standing(0, "ab")}, [1], [], "Connection closed")
+    assert "; rank 5 went on running" in lost({0: standing(0, "ab")}, [1], [5], "Connection closed")
 
 
 def test_a_standing_survives_the_store() -> None:

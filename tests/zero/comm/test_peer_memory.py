@@ -20,8 +20,9 @@ import ds_zero
 from ds_zero import _registry
 from ds_zero.comm import peer_memory
 from ds_zero.comm.collectives import default_comm
-from ds_zero.comm.peer_memory import AbortFlag, Exchange, PeerMemory, copy_from
+from ds_zero.comm.peer_memory import AbortFlag, Exchange, PeerMemory
 from ds_zero.comm.ranks import discover_peers, ranks_of
+from ds_zero.comm.system_calls import copy_from, system_calls
 from harness import ranks
 from zero.models import Tiny, batch
 from zero.parity import everywhere
@@ -171,9 +172,24 @@ def test_a_rank_that_has_ended_is_named() -> None:
 
 def test_an_abort_ends_a_wait() -> None:
     first, _ = pair()
-    threading.Timer(0.2, lambda: setattr(first.abort, "raised", True)).start()
+    threading.Timer(0.2, first.abort.set).start()
     with pytest.raises(RuntimeError, match="closed while waiting for rank 1"):
         fetch(first, 1, REDUCE)
+
+
+def test_a_rank_that_leaves_ends_the_waits_of_others_for_it() -> None:
+    first, second = pair()
+    threading.Timer(0.2, second.abort.set).start()
+    with pytest.raises(RuntimeError, match="closed by rank 1"):
+        fetch(first, 1, REDUCE)
+
+
+def test_what_was_offered_before_leaving_arrives() -> None:
+    first, second = pair()
+    going = send(second, 0, REDUCE, 3.0)
+    second.abort.set()
+    assert fetch(first, 1, REDUCE) == 3.0
+    del going
 
 
 def test_many_parts_are_copied() -> None:
@@ -233,7 +249,7 @@ def test_nothing_is_sent_where_peer_memory_is_read(monkeypatch: pytest.MonkeyPat
 @ranks(2)
 def test_one_side_without_permission_is_enough_for_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     if dist.get_rank() == 1:
-        monkeypatch.setattr(peer_memory, "_system", lambda: None)
+        monkeypatch.setattr(peer_memory, "system_calls", lambda: None)
     known = discover_peers(ranks_of(None), CPU, AbortFlag())
     assert known.peer_memory is None
     whole = torch.zeros(2)
@@ -255,10 +271,10 @@ def test_a_call_refused_on_one_rank_leaves_all_with_messages(
 
         monkeypatch.setattr(os, "memfd_create", refuse)
     elif dist.get_rank() == 1:
-        system = peer_memory._system()
+        system = system_calls()
         assert system is not None
         denied = replace(system, write=lambda *args: (ctypes.set_errno(1), -1)[1])
-        monkeypatch.setattr(peer_memory, "_system", lambda: denied)
+        monkeypatch.setattr(peer_memory, "system_calls", lambda: denied)
     model = nn.Linear(8, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ds_zero.shard(model, optimizer, 3, config=ds_zero.ZeroConfig(persistence_threshold_numel=0))

@@ -14,7 +14,8 @@ from ds_zero import _registry
 from ds_zero.comm.collectives import Comm
 from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.topology import Topology
-from ds_zero.comm.watchdog import WatchedComm, note_steps, watch_ranks
+from ds_zero.comm.watchdog import note_steps, watch_ranks
+from ds_zero.comm.watched import WatchedComm
 from ds_zero.config import ZeroConfig
 from ds_zero.interfaces import Norms, ShardStore
 from ds_zero.params.optimizer_state_dict import guard_optimizer

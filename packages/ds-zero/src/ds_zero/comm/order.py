@@ -80,6 +80,8 @@ class Standing:
     """The line of the user's code."""
     beat: int = 0
     """Increases as long as the rank stalls there."""
+    broken: bool = False
+    """Whether a connection of the rank broke. It stands there for good, and its process may end."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -185,20 +187,42 @@ def _line(standing: Standing, index: int) -> str:
     )
 
 
-def lost(standings: Mapping[int, Standing], size: int, error: str) -> str:
-    """Returns the message for a broken connection: the process of a rank has ended, or left the group."""
-    silent = [rank for rank in range(size) if rank not in standings]
-    stalled = [standings[rank] for rank in sorted(standings)]
-    index = min((s.count for s in stalled), default=0)
+def lost(standings: Mapping[int, Standing], silent: Sequence[int], running: Sequence[int], error: str) -> str:
+    """Returns the message for a broken connection: the process of a rank has ended, or left the group.
+
+    Args:
+        standings: those of the ranks that have answered.
+        silent: ranks without an answer or a heartbeat.
+        running: ranks without an answer, whose heartbeats arrive.
+    """
     who = (
         f"{name_ranks(silent)} do not answer: the process or its machine has ended, has left the process group, "
         "or is busy elsewhere"
         if silent
         else "all ranks answer"
+        if not running
+        else f"{name_ranks(running)} did not notice it and went on running"
     )
-    return "\n".join(
-        [f"a message from another rank was lost ({error}); {who}.", *(_line(s, index) for s in stalled)]
+    if silent and running:
+        who += f"; {name_ranks(running)} went on running"
+    return f"a message from another rank was lost ({error}); {who}.{_lines(standings)}"
+
+
+def lost_store(standing: Standing, holder: str, error: str) -> str:
+    """Returns the message for a broken connection after which other ranks could not be asked, because the process
+    that held the store of the process group has ended, too.
+    """
+    return (
+        f"a message from another rank was lost ({error}). Other ranks cannot be asked for the reason: the process "
+        f"group's store, held by {holder}, does not answer either, so {holder} has probably ended."
+        f"{_lines({0: standing})}"
     )
+
+
+def _lines(standings: Mapping[int, Standing]) -> str:
+    stalled = [standings[rank] for rank in sorted(standings)]
+    index = min((s.count for s in stalled), default=0)
+    return "".join(f"\n{_line(s, index)}" for s in stalled)
 
 
 def name_ranks(ranks: Sequence[int]) -> str:

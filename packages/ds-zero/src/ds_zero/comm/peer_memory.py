@@ -21,133 +21,39 @@ Source: Vienne, Benefits of Cross Memory Attach for MPI libraries on HPC cluster
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import os
 import select
 import threading
 import time
+import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_zero.comm.system_calls import copy_from, copy_parts, parts_of, system_calls
+
 _RING = 64
 """Maximum number of descriptors from one rank to another in its mailbox."""
 _SLOT, _HEAD = 3, 8
 """Words of a ring entry (tag, address of the descriptor, number of tensors), and of the head of a block."""
-_OFFERED, _TAKEN, _DOORBELL, _WAITERS, _TOKEN = 0, 1, 2, 3, 4
+_OFFERED, _TAKEN, _DOORBELL, _WAITERS, _TOKEN, _LEFT = 0, 1, 2, 3, 4, 5
 """Words of the head: entries posted, entries of the other rank read, how often anything has changed, how many threads
-sleep until the other rank changes something, and the random number that identifies the mailbox."""
+sleep until the other rank changes something, the random number that identifies the mailbox, and whether its rank has
+left the group."""
 _BLOCK = _HEAD + _RING * _SLOT
-_MOST_PARTS = 512
-"""Maximum number of tensors per system call; Linux permits 1024."""
 _POLL_S = 0.1
 """Seconds between two checks of a waiting rank that the other rank is alive."""
 _LIMIT_S = 1800.0
 """Maximum wait in seconds, as in torch's process groups; the detection of stalled ranks usually ends it earlier."""
-_SYS_FUTEX: Mapping[str, int] = {"x86_64": 202}
-"""Number of the system call. Only processors that show stores to others in the order in which they were made: an entry
-must be complete when it is counted.
-"""
-_FUTEX_WAIT, _FUTEX_WAKE, _ALL_WAITERS = 0, 1, 1 << 30
 
 
-class _Range(ctypes.Structure):
-    """`struct iovec`."""
-
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-class _Time(ctypes.Structure):
-    """`struct timespec`."""
-
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
-
-
-@dataclass(frozen=True)
-class _System:
-    """The system calls that this module makes."""
-
-    read: Callable[..., int]
-    """process_vm_readv"""
-    write: Callable[..., int]
-    """process_vm_writev"""
-    call: Callable[..., int]
-    """syscall"""
-    futex: int
-    """Its number."""
-
-
-@functools.cache
-def _system() -> _System | None:
-    """Returns None if one of the system calls is missing."""
-    number = _SYS_FUTEX.get(os.uname().machine) if hasattr(os, "uname") else None
-    if number is None or not hasattr(os, "memfd_create") or not hasattr(os, "pidfd_open"):
-        return None
-    try:
-        library = ctypes.CDLL(None, use_errno=True)
-        read, write, call = library.process_vm_readv, library.process_vm_writev, library.syscall
-    except (OSError, AttributeError):
-        return None
-    ranges = (ctypes.c_void_p, ctypes.c_ulong)
-    for function in (read, write):
-        function.restype = ctypes.c_ssize_t
-        function.argtypes = (ctypes.c_int, *ranges, *ranges, ctypes.c_ulong)
-    call.restype = ctypes.c_long
-    return _System(read, write, call, number)
-
-
-def copy_from(pid: int, addresses: Sequence[int], tensors: Sequence[Tensor]) -> None:
-    """Fills contiguous CPU `tensors` from `addresses` in process `pid`.
-
-    Raises:
-        OSError: the process has ended, its memory must not be read, or an address is not mapped.
-    """
-    system = _system()
-    if system is None:
-        raise OSError("this system has no process_vm_readv")
-    _move(system.read, pid, _parts(addresses, tensors))
-
-
-_Part = tuple[int, int, int]
-"""Address here, address there, bytes."""
 Descriptor = ctypes.Array[ctypes.c_int64]
 """The address and the bytes of every tensor, then a zero that the receiver overwrites when it has read them."""
-
-
-def _parts(addresses: Sequence[int], tensors: Sequence[Tensor]) -> list[_Part]:
-    return [(t.data_ptr(), a, t.nbytes) for t, a in zip(tensors, addresses, strict=True)]
-
-
-def _move(call: Callable[..., int], pid: int, todo: list[_Part]) -> None:
-    """Copies between this process and another one by a system call."""
-    while todo:
-        now = todo[:_MOST_PARTS]
-        here = (_Range * len(now))(*[_Range(own, length) for own, _, length in now])
-        there = (_Range * len(now))(*[_Range(other, length) for _, other, length in now])
-        copied = call(pid, here, len(now), there, len(now), 0)
-        if copied == sum(length for _, _, length in now):
-            todo = todo[_MOST_PARTS:]
-            continue
-        if copied <= 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
-        todo = [*_rest(now, copied), *todo[_MOST_PARTS:]]
-
-
-def _rest(parts: Sequence[_Part], copied: int) -> list[_Part]:
-    """Returns the parts that remain after `copied` bytes; the kernel may stop anywhere."""
-    left = []
-    for own, other, length in parts:
-        done = min(length, copied)
-        copied -= done
-        if done < length:
-            left.append((own + done, other + done, length - done))
-    return left
 
 
 def _new_descriptor(count: int) -> Descriptor:
@@ -159,10 +65,21 @@ _FETCHED = ctypes.c_int64(1)
 
 
 class AbortFlag:
-    """Ends all waits of this process for its peers once `raised` is set."""
+    """Ends all waits of this process for its peers, and those of the peers for this process, once it is raised."""
 
     def __init__(self) -> None:
         self.raised = False
+        self._members: weakref.WeakSet[PeerMemory] = weakref.WeakSet()
+
+    def add(self, member: PeerMemory) -> None:
+        """Adds a group that this process leaves when the flag is raised."""
+        self._members.add(member)
+
+    def set(self) -> None:
+        """Raises the flag."""
+        self.raised = True
+        for member in list(self._members):
+            member.leave()
 
 
 class _Mailbox:
@@ -175,21 +92,15 @@ class _Mailbox:
 
     def wake(self, block: int) -> None:
         """Wakes the threads that sleep on the doorbell of a block."""
-        system = _system()
+        system = system_calls()
         assert system is not None
-        where = self._address + (block * _BLOCK + _DOORBELL) * 8
-        system.call(system.futex, ctypes.c_void_p(where), _FUTEX_WAKE, _ALL_WAITERS, None, None, 0)
+        system.wake(self._address + (block * _BLOCK + _DOORBELL) * 8)
 
     def sleep(self, block: int, heard: int, seconds: float) -> None:
         """Returns once the doorbell has been rung more than `heard` times, or after `seconds`."""
-        system = _system()
+        system = system_calls()
         assert system is not None
-        where = ctypes.c_void_p(self._address + (block * _BLOCK + _DOORBELL) * 8)
-        limit = ctypes.byref(_Time(int(seconds), int(seconds % 1 * 1e9)))
-        low = ctypes.c_uint32(
-            heard & 0xFFFFFFFF
-        )  # a futex is the lower half of the word, since x86 is little-endian
-        system.call(system.futex, where, _FUTEX_WAIT, low, limit, None, 0)
+        system.sleep(self._address + (block * _BLOCK + _DOORBELL) * 8, heard, seconds)
 
 
 @dataclass
@@ -229,6 +140,7 @@ class PeerMemory:
         self._lock = threading.Lock()
         self._lent: dict[int, tuple[Descriptor, Sequence[Tensor]]] = {}
         """Descriptors by address, with the tensors that they name: kept alive while others may read them."""
+        abort.add(self)
 
     def knows(self, rank: int) -> bool:
         return rank in self._peers
@@ -262,20 +174,22 @@ class PeerMemory:
         self._until(peer, lambda: (tag, number) in peer.open)
         with self._lock:
             address, count = peer.open.pop((tag, number))
-        system = _system()
+        system = system_calls()
         assert system is not None
         descriptor = _new_descriptor(count)
         try:
-            _move(system.read, peer.pid, [(ctypes.addressof(descriptor), address, ctypes.sizeof(descriptor))])
+            copy_parts(
+                system.read, peer.pid, [(ctypes.addressof(descriptor), address, ctypes.sizeof(descriptor))]
+            )
             expected = [t.nbytes for t in tensors]
             if descriptor[1:-1:2] != expected:
                 raise RuntimeError(
                     f"rank {rank} of the group offers tensors of {descriptor[1:-1:2]} bytes where tensors of "
                     f"{expected} bytes are expected: the ranks run different models or configurations"
                 )
-            _move(system.read, peer.pid, _parts(descriptor[:-1:2], tensors))
+            copy_parts(system.read, peer.pid, parts_of(descriptor[:-1:2], tensors))
             end = address + ctypes.sizeof(descriptor) - ctypes.sizeof(_FETCHED)
-            _move(system.write, peer.pid, [(ctypes.addressof(_FETCHED), end, ctypes.sizeof(_FETCHED))])
+            copy_parts(system.write, peer.pid, [(ctypes.addressof(_FETCHED), end, ctypes.sizeof(_FETCHED))])
             if _has_ended(peer.alive):  # its process id may belong to another process now
                 raise OSError("the process has ended")
         except OSError as error:
@@ -291,6 +205,13 @@ class PeerMemory:
         self._until(self._peers[rank], lambda: descriptor[-1] != 0)
         with self._lock:
             del self._lent[ctypes.addressof(descriptor)]
+
+    def leave(self) -> None:
+        """Ends the waits of all peers for this rank, which will neither offer nor fetch any more."""
+        with self._lock:
+            for peer in self._peers.values():
+                self._board.words[peer.rank * _BLOCK + _LEFT] = 1
+                self._ring_doorbell(peer)
 
     def _ring_doorbell(self, peer: _Peer) -> None:
         """Tell the peer that its block has changed. The lock is held.
@@ -357,6 +278,8 @@ class PeerMemory:
     def _check_alive(self, peer: _Peer, begun: float) -> None:
         if self.abort.raised:
             raise RuntimeError(f"Connection closed while waiting for rank {peer.rank} of the group")
+        if peer.mailbox.words[self._rank * _BLOCK + _LEFT]:
+            raise RuntimeError(f"Connection closed by rank {peer.rank} of the group")
         if time.monotonic() - begun > _LIMIT_S:
             raise RuntimeError(f"Timed out waiting {_LIMIT_S:.0f} s for rank {peer.rank} of the group")
         if _has_ended(peer.alive):
@@ -439,7 +362,7 @@ def _new_mailbox(size: int, token: int) -> tuple[int, _Mailbox | None]:
     """Returns a file descriptor and the mailbox mapped from it; -1 and None if the system does not support or permit
     it.
     """
-    if _system() is None:
+    if system_calls() is None:
         return -1, None
     try:
         file = os.memfd_create("ds_zero")
@@ -458,7 +381,7 @@ def _new_mailbox(size: int, token: int) -> tuple[int, _Mailbox | None]:
 def _try(rank: int, contact: Sequence[int], size: int, own: int) -> _Peer | None:
     """Returns the peer `rank` if rank `own` can read and write its memory and open its mailbox."""
     pid, address, token, scratch, file = contact
-    system = _system()
+    system = system_calls()
     if system is None or file < 0:
         return None
     seen = torch.zeros(1, dtype=torch.int64)
@@ -467,7 +390,7 @@ def _try(rank: int, contact: Sequence[int], size: int, own: int) -> _Peer | None
         if int(seen) != token:
             return None  # the process id belongs to another machine
         # Reading may be permitted without writing, but fetched entries are marked by a write.
-        _move(system.write, pid, [(seen.data_ptr(), scratch + own * seen.nbytes, seen.nbytes)])
+        copy_parts(system.write, pid, [(seen.data_ptr(), scratch + own * seen.nbytes, seen.nbytes)])
         opened = os.open(f"/proc/{pid}/fd/{file}", os.O_RDWR)
         try:
             mailbox = _Mailbox(opened, size)

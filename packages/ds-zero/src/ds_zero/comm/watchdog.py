@@ -8,6 +8,10 @@ what every rank does. Once all ranks have reported twice that they stall at the 
 the same result on every rank. The rank that decides writes the error into the store and closes its connections, which
 wakes threads that are blocked inside a collective, on this rank and on others. A rank without a heartbeat is treated
 as dead.
+
+A rank whose connection breaks also writes its standing and closes its other connections: ranks that wait for it notice
+at once, and do the same. After a few seconds each of them names the ranks that have neither answered nor sent a
+heartbeat.
 """
 
 from __future__ import annotations
@@ -20,25 +24,24 @@ import time
 import types
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ds_zero.comm.collectives import Comm, Pieces
-from ds_zero.comm.order import OrderLog, RankOrderError, Standing, judge, lost, name_ranks
+from ds_zero.comm.order import OrderLog, RankOrderError, Standing, judge, lost, lost_store, name_ranks
 from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.ranks import Ranks
-from ds_zero.comm.works import wait_received, wait_sent
 from ds_zero.interfaces import Work
 
 _LOOKS = 8
 """Number of checks per `order_timeout_s`."""
+_TICK_S = 2.0
+"""Most seconds between two checks, so that `_ANSWER_S` is enough for a heartbeat."""
 _PATIENCE = 4
 """Multiple of `order_timeout_s` after which ranks that ran the same events so far count as stuck, and a rank without a
 heartbeat as dead."""
@@ -108,14 +111,16 @@ class StallWatch(Waiting):
         self._first: Mapping[int, Standing] = {}
         self._warned = False
         self._broken = False
+        self._speaks = threading.Lock()
+        """Held while this rank's standing is written or removed: the training thread's last one must remain."""
         self._signs: dict[int, tuple[str, float]] = {}
         self._ends = threading.Event()
         self.looks = 0
         weakref.finalize(self, self._ends.set)
-        tick_s = max(timeout_s / _LOOKS, 0.02)
+        self._tick_s = min(max(timeout_s / _LOOKS, 0.02), _TICK_S)
         self._watcher = threading.Thread(
             target=_look_now_and_then,
-            args=(weakref.ref(self), self._ends, tick_s),
+            args=(weakref.ref(self), self._ends, self._tick_s),
             name="ds_zero.comm.watchdog",
             daemon=True,
         )
@@ -155,24 +160,37 @@ class StallWatch(Waiting):
         said = str(error).splitlines()[0][:200]
         try:
             return RankOrderError(self._ask_around(said))
-        except (
-            RuntimeError
-        ):  # the process that had the store has ended meanwhile: what is known already has to do
-            return RankOrderError(lost({self._index: self._standing(blocked=True)}, self._size, said))
+        except RuntimeError:  # from the store
+            return RankOrderError(lost_store(self._standing(blocked=True), _store_holder(), said))
 
     def _ask_around(self, error: str) -> str:
         """Returns an error about a broken connection, with what all ranks know."""
-        deadline = time.monotonic() + min(_ANSWER_S, self._timeout_s)
-        self._broken = True  # this rank stands here for good: the watching thread leaves its standing alone
-        self._say(blocked=True)
-        while (verdict := self._read_verdict()) is None:
-            standings = self._heard()
-            message = judge(standings, self._size, patient=True)
-            if message is not None:
-                return message
-            if time.monotonic() > deadline:
-                return lost(standings, self._size, error)
-            time.sleep(0.05)
+        self._say(blocked=True, broken=True)
+        before = self._beats()
+        if self._read_verdict() is None:
+            self._close()
+        answers: dict[int, Standing] = {}
+        message = ""
+        deadline = time.monotonic() + max(min(_ANSWER_S, self._timeout_s), 1.5 * self._tick_s)
+        try:
+            while (verdict := self._read_verdict()) is None:
+                beating = {rank for rank, sign in self._beats().items() if sign != before[rank]}
+                # A standing without a heartbeat may be that of a rank that ended while it waited.
+                answers = {r: s for r, s in self._heard().items() if s.broken or r in beating}
+                missing = [rank for rank in range(self._size) if rank not in answers]
+                silent = self._global([rank for rank in missing if rank not in beating])
+                message = lost(answers, silent, self._global([r for r in missing if r in beating]), error)
+                verdict = judge(answers, self._size, patient=True)
+                if verdict is None and time.monotonic() > deadline:
+                    verdict = message
+                if verdict is not None:
+                    self._board.set(self._key("verdict"), verdict)  # so that all ranks say the same
+                    break
+                time.sleep(0.05)
+        except RuntimeError:  # from the store
+            if not any(standing.rank == 0 and standing.broken for standing in answers.values()):
+                raise
+            return message  # rank 0, which holds the store, has drawn its conclusion and ended
         return verdict
 
     # --- the watching thread
@@ -183,13 +201,11 @@ class StallWatch(Waiting):
         if self._broken:
             return
         now = time.monotonic()
-        self._board.set(self._key(f"alive/{self._index}"), str(self.looks))
+        self._board.set(self._key(f"alive/{self._index}"), f"{self._global_rank}:{self.looks}")
         if self.log.count != self._seen:
             self._seen, self._still_since, self._warned = self.log.count, now, False
             self._signs.clear()
-            if self._said:
-                self._said = ""
-                self._board.set(self._key(self._index), "")
+            self._take_back()
             return
         still_s = now - self._still_since
         if still_s < self._timeout_s / 2:
@@ -224,7 +240,10 @@ class StallWatch(Waiting):
         gone = [rank for rank, seconds in silent_s.items() if seconds >= (_PATIENCE - 1) * self._timeout_s]
         if gone:
             present = {rank: standing for rank, standing in standings.items() if rank not in gone}
-            verdict: str | None = lost(present, self._size, f"no heartbeat for {still_s:.0f} s")
+            running = [rank for rank in range(self._size) if rank not in present and rank not in gone]
+            verdict: str | None = lost(
+                present, self._global(gone), self._global(running), f"no heartbeat for {still_s:.0f} s"
+            )
         else:
             verdict = judge(confirmed, self._size, patient=patient)
         if verdict is not None:
@@ -242,11 +261,19 @@ class StallWatch(Waiting):
         closed, the end of a process or of its machine cannot be detected otherwise.
         """
         now = time.monotonic()
-        for rank in range(self._size):
-            sign = self._get(self._key(f"alive/{rank}"))
+        for rank, sign in self._beats().items():
             if rank not in self._signs or self._signs[rank][0] != sign:
                 self._signs[rank] = sign, now
         return {rank: now - since for rank, (_, since) in self._signs.items() if rank != self._index}
+
+    def _beats(self) -> dict[int, str]:
+        """Returns the heartbeat of each rank, "" for a rank that has sent none yet."""
+        return {rank: self._get(self._key(f"alive/{rank}")) for rank in range(self._size)}
+
+    def _global(self, ranks: Sequence[int]) -> list[int]:
+        """Returns the global numbers of ranks of this model, as far as their heartbeats have told them."""
+        beats = self._beats()
+        return [int(beats[rank].partition(":")[0] or rank) for rank in ranks]
 
     def _warn(self, standings: Mapping[int, Standing], silent: Sequence[int], still_s: float) -> None:
         """Reports what each rank does, on the first of the waiting ranks."""
@@ -272,9 +299,19 @@ class StallWatch(Waiting):
             "; ".join(told),
         )
 
-    def _say(self, *, blocked: bool) -> None:
-        self._said = self._standing(blocked=blocked).to_json()
-        self._board.set(self._key(self._index), self._said)
+    def _say(self, *, blocked: bool, broken: bool = False) -> None:
+        with self._speaks:
+            if self._broken and not broken:
+                return
+            self._broken = broken
+            self._said = self._standing(blocked=blocked).to_json()
+            self._board.set(self._key(self._index), self._said)
+
+    def _take_back(self) -> None:
+        with self._speaks:
+            if self._said and not self._broken:
+                self._said = ""
+                self._board.set(self._key(self._index), "")
 
     def _standing(self, *, blocked: bool) -> Standing:
         self._beat += 1
@@ -286,6 +323,7 @@ class StallWatch(Waiting):
             blocked=blocked,
             where=_where(self.log.thread_id),
             beat=self._beat,
+            broken=self._broken,
         )
 
     def _heard(self) -> dict[int, Standing]:
@@ -313,11 +351,17 @@ class StallWatch(Waiting):
         return bool(self.log.waiting) or inside
 
     def _wake(self) -> None:
-        """Closes the connections, so that threads that are blocked in them raise."""
-        self._abort.raised = True
+        """Closes all connections, so that threads that are blocked in them raise."""
+        self._close()
         for group in self._groups:
             if "gloo" not in dist.get_backend(group):
                 group.abort()
+
+    def _close(self) -> None:
+        """Closes the connections of gloo and to peers' memory, and so those of the other ranks to this one."""
+        self._abort.set()
+        for group in self._groups:
+            if "gloo" not in dist.get_backend(group):
                 continue
             # A wait that runs out closes every connection of the group; one that is closed already refuses at
             # once, and the next rank is tried.
@@ -407,75 +451,9 @@ def note_steps(optimizer: Optimizer, log: OrderLog) -> RemovableHandle:
     return handle
 
 
-class Watched:
-    """An operation whose `wait` uses the detection of stalled ranks."""
-
-    def __init__(self, work: Work, waiting: Waiting, what: str) -> None:
-        self._work, self._waiting, self._what = work, waiting, what
-
-    def wait_received(self) -> None:
-        with self._waiting.guard(self._what):
-            wait_received(self._work)
-
-    def wait_sent(self) -> None:
-        with self._waiting.guard(self._what):
-            wait_sent(self._work)
-
-    def wait(self) -> None:
-        self._waiting.wait(self._work, self._what)
-
-
-class WatchedComm(Comm):
-    """Wraps a `Comm`; waits for its operations use the detection of stalled ranks."""
-
-    def __init__(self, inner: Comm, waiting: Waiting) -> None:
-        self._inner, self._waiting = inner, waiting
-        super().__init__(inner.all_gather, inner.reduce_scatter, axes=inner.axes)
-
-    @property
-    def gathered_bytes(self) -> int:
-        return self._inner.gathered_bytes
-
-    @gathered_bytes.setter
-    def gathered_bytes(self, value: int) -> None:
-        self._inner.gathered_bytes += value  # the base class begins with zero
-
-    @property
-    def reduced_bytes(self) -> int:
-        return self._inner.reduced_bytes
-
-    @reduced_bytes.setter
-    def reduced_bytes(self, value: int) -> None:
-        self._inner.reduced_bytes += value
-
-    def guard(self, what: str) -> AbstractContextManager[None]:
-        return self._waiting.guard(what)
-
-    def gather(
-        self, whole: Tensor, ranks: Ranks, *, sizes: Sequence[int] | None = None, number: int = 0
-    ) -> Work:
-        work = self._inner.gather(whole, ranks, sizes=sizes, number=number)
-        return Watched(work, self._waiting, "what other ranks hold")
-
-    def reduce(
-        self,
-        out: Tensor,
-        whole: Tensor,
-        ranks: Ranks,
-        op: dist.ReduceOp.RedOpType,
-        *,
-        sizes: Sequence[int] | None = None,
-    ) -> Work:
-        self._waiting.log.note("reduction", "")
-        work = self._inner.reduce(out, whole, ranks, op, sizes=sizes)
-        return Watched(work, self._waiting, "a reduction of gradients")
-
-    def reduce_pieces(
-        self, out: Tensor, grads: Sequence[Tensor], pieces: Pieces, op: dist.ReduceOp.RedOpType
-    ) -> Work:
-        self._waiting.log.note("reduction", "")
-        work = self._inner.reduce_pieces(out, grads, pieces, op)
-        return Watched(work, self._waiting, "a reduction of gradients")
+def _store_holder() -> str:
+    """Returns who holds the store of the default process group, in words."""
+    return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
 
 
 def _store() -> Board | None:
