@@ -39,10 +39,32 @@ def deepspeed_config() -> None:
     deepspeed.initialize(model=torch.nn.Linear(2, 2), config=REFUSED)
 
 
+def elastic_base() -> None:
+    from deepspeed.elasticity import compute_elastic_config
+
+    compute_elastic_config({"elasticity": {"enabled": True}}, "0.2")
+
+
+def elastic_config() -> None:
+    from deepspeed.elasticity import compute_elastic_config
+
+    compute_elastic_config({})
+
+
+def elastic_ranks() -> None:
+    import ds_engine
+
+    section = {"enabled": True, "max_train_batch_size": 100, "micro_batch_sizes": [2, 4], "version": 0.1}
+    ds_engine.config.load({"elasticity": section}).batch(7)
+
+
 # Where each class with a constructor of its own is really raised; the others are built from a message.
 RAISED: dict[str, Callable[[], None]] = {
     "ConfigError": ds_engine_config,
     "DeepSpeedConfigError": deepspeed_config,
+    "ElasticityError": elastic_base,
+    "ElasticityConfigError": elastic_config,
+    "ElasticityIncompatibleWorldSize": elastic_ranks,
 }
 
 

@@ -93,8 +93,12 @@ def test_ms_swift() -> None:
     _step(engine)
     from deepspeed.elasticity import compute_elastic_config
 
-    with pytest.raises(NotThereError, match="compute_elastic_config"):
-        compute_elastic_config({}, "0.19.8")
+    section = {"enabled": True, "max_train_batch_size": 32, "micro_batch_sizes": [2, 4]}
+    assert compute_elastic_config({"elasticity": section}, "0.19.8", world_size=2) == (
+        24,
+        [1, 2, 3, 4, 6, 12],
+        4,
+    )
     engine.destroy()
 
 

@@ -41,6 +41,22 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def test_the_elastic_batch_is_shown(tmp_path: Path, file: str) -> None:
+    section = {"enabled": True, "max_train_batch_size": 100, "micro_batch_sizes": [2, 4], "version": 0.1}
+    path = tmp_path / "elastic.json"
+    path.write_text(json.dumps({"elasticity": section}))
+    code, shown = run("elastic", str(path))
+    assert (code, shown) == (0, "train_batch_size 96\nranks 1, 2, 3, 4, 6, 8, 12, 16, 24, 48\n")
+    code, shown = run("elastic", str(path), "--ranks", "48")
+    assert code == 0
+    assert "train_micro_batch_size_per_gpu 2 on 48 ranks\ngradient_accumulation_steps 1 on 48 ranks" in shown
+    code, shown = run("elastic", str(path), "-n", "7")
+    assert code == 1 and "96 samples cannot be divided among 7 ranks" in shown
+    path.write_text(json.dumps({"train_batch_size": 4}))
+    code, shown = run("elastic", str(path))
+    assert code == 1 and "elasticity.enabled is not true" in shown
+
+
 @pytest.mark.filterwarnings("ignore:.*ds_config.json")
 def test_every_value_has_an_origin(file: str) -> None:
     found = {s.path: s for s in explain(load(file), ranks=4)}

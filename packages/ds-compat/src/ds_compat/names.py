@@ -13,6 +13,7 @@ VERSION = "0.19.8+ds"
 
 _CONFIG = "ds_compat.config.deepspeed_config"
 _SECTIONS = "ds_compat.config.sections"
+_ELASTIC = "ds_compat.config.elasticity"
 _INFERENCE = "ds_compat.engine.inference"
 _LOGS = "ds_compat.utils.logs"
 _HOST_OPS = "ds_compat.ops.host"
@@ -24,6 +25,12 @@ _TILING = "ds_compat.zero.tiling"
 _UTILS = "ds_compat.utils.functions"
 _ZERO = "ds_compat.zero.construction"
 
+_ELASTIC_ERRORS = "ElasticityError ElasticityConfigError ElasticityIncompatibleWorldSize"
+_ELASTIC_CONSTANTS = (
+    "ELASTICITY ENABLED ENABLED_DEFAULT DEEPSPEED_ELASTICITY_CONFIG MINIMUM_DEEPSPEED_VERSION "
+    "LATEST_ELASTICITY_VERSION MAX_ACCEPTABLE_BATCH_SIZE MICRO_BATCHES VERSION MIN_GPUS MAX_GPUS NUM_GPUS_PER_NODE "
+    "MODEL_PARALLEL_SIZE MIN_TIME PREFER_LARGER_BATCH IGNORE_NON_ELASTIC_BATCH_INFO"
+)
 _OPTIMIZERS = {
     "adam": {
         _OPS: "FusedAdam",
@@ -106,8 +113,16 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "comm.torch": "ds_compat.comm.collectives",
     "compression": {_REFUSED: "init_compression redundancy_clean"},
     "constants": {_CONFIG: "TORCH_DISTRIBUTED_DEFAULT_PORT"},
-    "elasticity": {_REFUSED: "compute_elastic_config"},
-    "elasticity.elasticity": {_REFUSED: "compute_elastic_config"},
+    "elasticity": {
+        _ELASTIC: "compute_elastic_config elasticity_enabled ensure_immutable_elastic_config ELASTICITY ENABLED "
+        "ENABLED_DEFAULT"
+    },
+    "elasticity.config": {_ELASTIC: f"{_ELASTIC_ERRORS} {_ELASTIC_CONSTANTS}"},
+    "elasticity.constants": {_ELASTIC: _ELASTIC_CONSTANTS},
+    "elasticity.elasticity": {
+        _ELASTIC: "compute_elastic_config elasticity_enabled ensure_immutable_elastic_config "
+        + _ELASTIC_ERRORS
+    },
     "env_report": {"ds_compat.launch.report": "main cli_main=main"},
     "git_version_info": {
         _UTILS: "version git_hash git_branch installed_ops compatible_ops",

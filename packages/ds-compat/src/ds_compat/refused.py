@@ -35,8 +35,7 @@ OWNERS: Mapping[str, str] = {
         "DeepSpeedTransformerLayer DeepSpeedTransformerConfig initialize_sequence_parallel",
         PROFILER: "FlopsProfiler get_model_profile",
         ENGINE: "Autotuner ResourceManager MultiNodeRunner PDSHRunner OpenMPIRunner SlurmRunner MPICHRunner "
-        "init_compression redundancy_clean ds_to_universal DeepSpeedDataSampler DataAnalyzer RandomLTDScheduler "
-        "compute_elastic_config",
+        "init_compression redundancy_clean ds_to_universal DeepSpeedDataSampler DataAnalyzer RandomLTDScheduler",
         OFFLOAD: "AsyncIOBuilder GDSBuilder aio_handle",
         COMM: "OnebitAdam OnebitLamb ZeroOneAdam CompressedBackend",
         NONE: "LoRAOptimizedLinear OptimizedLinear LoRAConfig QuantizationConfig init_lora DeepSpeedHybridEngine "

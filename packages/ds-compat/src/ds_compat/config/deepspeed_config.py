@@ -10,8 +10,10 @@ from typing import Any
 
 import ds_engine.config
 from ds_compat.config.adapted import adapted
+from ds_compat.config.elasticity import check_of_job
 from ds_compat.config.sections import DeepSpeedZeroConfig
 from ds_engine.config import Batch, ConfigError, DsConfig
+from ds_engine.config.elastic import ElasticityError
 from ds_engine.config.load import source
 from ds_engine.config.support import batch
 
@@ -40,9 +42,13 @@ class DeepSpeedConfigError(ConfigError, AssertionError, ZeRORuntimeException):
 
 @contextlib.contextmanager
 def told() -> Iterator[None]:
-    """Context manager that converts configuration errors to DeepSpeedConfigError."""
+    """Context manager that converts configuration errors to DeepSpeedConfigError, except those of the section
+    elasticity, which have DeepSpeed's names already.
+    """
     try:
         yield
+    except ElasticityError:
+        raise
     except ConfigError as error:
         raise DeepSpeedConfigError(error) from error
 
@@ -71,6 +77,7 @@ class DeepSpeedConfig:
         with told():
             self.raw = read(config)
             self._param_dict = self.raw
+            check_of_job(self.raw)
             self.typed: DsConfig = ds_engine.config.load(adapted(self.raw), foreign_keys=True)
             self.take_batch(self.typed.batch(self.world_size))
 

@@ -68,6 +68,33 @@ def diff(first: File, second: File, ranks: Ranks = None) -> None:
 
 
 @app.command()
+def elastic(file: File, ranks: Ranks = None) -> None:
+    """Show the batch that the section elasticity chooses, and the numbers of ranks that can share it.
+
+    With --ranks, also the micro-batch size and the accumulation steps; the exit code is 1 if that number of ranks
+    cannot share a batch.
+    """
+    from ds_engine.config.elastic import ElasticityError
+    from ds_engine.config.elastic.section import elastic_batch
+
+    config = _load(file, ranks)
+    if not config.elasticity.enabled:
+        print(f"{file}: elasticity.enabled is not true", file=sys.stderr)
+        raise typer.Exit(1)
+    try:
+        chosen = elastic_batch(config.elasticity, ranks)
+    except ElasticityError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(f"train_batch_size {chosen.train}")
+    print(f"ranks {', '.join(map(str, chosen.ranks))}")
+    if ranks is not None:
+        batch = chosen.on(ranks)
+        print(f"train_micro_batch_size_per_gpu {batch.micro} on {ranks} ranks")
+        print(f"gradient_accumulation_steps {batch.steps} on {ranks} ranks")
+
+
+@app.command()
 def schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference page instead.")] = False,
 ) -> None:

@@ -105,6 +105,8 @@ def _precision_origin(config: DsConfig) -> str:
 
 
 def _batch_origin(config: DsConfig) -> str:
+    if config.elasticity.enabled:
+        return f"chosen by elasticity, at most {config.elasticity.max_train_batch_size}"
     keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     return "from " + ", ".join(key for key in keys if key in config.model_fields_set)
 

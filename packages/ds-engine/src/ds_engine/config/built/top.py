@@ -9,9 +9,17 @@ _LTD = "data_efficiency.data_routing.random_ltd"
 _ENGINE = "ds-engine"
 
 WORKING: tuple[Row, ...] = (
-    works("train_batch_size", _ENGINE, "ds_engine.config.support.batch"),
-    works("train_micro_batch_size_per_gpu", _ENGINE, "ds_engine.config.support.batch"),
-    works("gradient_accumulation_steps", _ENGINE, "ds_engine.config.support.batch"),
+    *(
+        works(
+            key,
+            _ENGINE,
+            "ds_engine.config.support.batch",
+            only=lambda config: not config.elasticity.enabled,
+            otherwise="the section elasticity chooses the batch sizes",
+        )
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    ),
+    works("elasticity", _ENGINE, "ds_engine.config.elastic"),
     works("managed_gradient_accumulation", _ENGINE, "ds_engine.training.accumulation"),
     works("sparse_gradients", "ds-zero", "ds_zero.runtime.gradients.sparse_rows"),
     works("optimizer", _ENGINE, "ds_engine.build.optimizer"),
@@ -80,6 +88,7 @@ WORKING: tuple[Row, ...] = (
 )
 
 EFFECTLESS: tuple[Row, ...] = (
+    no_effect("elasticity.min_time", _ENGINE, "the scheduler decides how long a job runs"),
     no_effect("checkpoint.load_universal", _ENGINE, "load_checkpoint detects the format"),
     no_effect("optimizer.legacy_fusion", _ENGINE, "the fused step has one code path"),
     no_effect("disable_allgather", "ds-zero", "updated parameters are always gathered by all-gather"),
@@ -164,7 +173,6 @@ NOT_YET: tuple[Row, ...] = (
     later("expert_parallel", "ds-moe", "expert parallelism"),
     later("sparse_attention", _LAYERS, "block-sparse attention", "remove the section"),
     later("autotuning", _ENGINE, "autotuning"),
-    later("elasticity", _ENGINE, "elastic batch sizes", "set it to false, and set the batch sizes"),
     later("hybrid_engine", _ENGINE, "the hybrid engine"),
     later(
         "compression_training",

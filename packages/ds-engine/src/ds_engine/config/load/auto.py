@@ -25,7 +25,8 @@ def unfilled(config: Any) -> Iterator[str]:
     for path in autos:
         if path in _MUST:
             yield f'{path} is "auto", and no integration has replaced it: {_MUST[path]}'
-    if all(getattr(config, name) is None for name in _BATCH) and any(name in autos for name in _BATCH):
+    sizes_needed = not config.elasticity.enabled and all(getattr(config, name) is None for name in _BATCH)
+    if sizes_needed and any(name in autos for name in _BATCH):
         yield (
             f'{" and ".join(name for name in _BATCH if name in autos)}: "auto", and no integration has replaced it. '
             "Accelerate and the Trainer do; without them, set one of the two"

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ds_engine.config.built import refusals
+from ds_engine.config.elastic import section as elastic
 from ds_engine.config.load import arguments, legacy, violations
 from ds_engine.config.load.combinations import COMBINATIONS
 from ds_engine.config.load.source import Source, open_source
@@ -205,9 +206,12 @@ def _conflicts(config: DsConfig) -> Iterable[Problem]:
     """Yields values that are valid alone, but exclude each other, or need a feature that does not exist."""
     yield from [(rule.key, rule.sentence) for rule in COMBINATIONS if rule.broken(config)]
     yield from refusals(config)
-    yield from batch.contradictions(
-        config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
-    )
+    if config.elasticity.enabled:
+        yield from elastic.mistakes(config)
+    else:
+        yield from batch.contradictions(
+            config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps
+        )
 
 
 def _follows_from(problem: Problem, wrong: Iterable[str]) -> bool:

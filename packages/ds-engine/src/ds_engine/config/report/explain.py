@@ -101,10 +101,11 @@ def _derived(config: DsConfig, ranks: int | None) -> list[Setting]:
         batch = config.batch(ranks)
         values = {TRAIN: batch.train, MICRO: batch.micro, STEPS: batch.steps}
         equation = f"train {batch.train} = micro {batch.micro} x steps {batch.steps} x {ranks} ranks"
+        equation += ", by elasticity" if config.elasticity.enabled else ""
         settings += [
             Setting(path=path, value=value, origin=f"derived: {equation}")
             for path, value in values.items()
-            if getattr(config, path) is None
+            if getattr(config, path) is None or config.elasticity.enabled
         ]
     if zero.accumulation_plan is None:
         plan = "local" if zero.stage < 2 else "sharded"

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr
 
+from ds_engine.config.elastic.section import batch_on
 from ds_engine.config.sections.activation_checkpointing import ActivationCheckpointingConfig
 from ds_engine.config.sections.aio import AioConfig
 from ds_engine.config.sections.autotuning import AutotuningConfig
@@ -262,7 +263,7 @@ class DsConfig(Section):
 
     def batch(self, world_size: int) -> Batch:
         """The three batch sizes for a number of ranks; ConfigError shows the equation where they contradict
-        each other.
+        each other, or the compatible numbers of ranks where an elastic batch cannot be divided.
         """
         if self.data_parallel_size not in (None, world_size):
             raise ConfigError(
@@ -272,6 +273,8 @@ class DsConfig(Section):
                 ],
                 self.origin.where,
             )
+        if self.elasticity.enabled:
+            return batch_on(self.elasticity, world_size)
         return resolve(
             self.train_batch_size,
             self.train_micro_batch_size_per_gpu,
