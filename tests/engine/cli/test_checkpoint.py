@@ -38,7 +38,8 @@ def test_convert_verify_and_export(tmp_path: Path) -> None:
     code, text = ds("export", tmp_path / "ours", tmp_path / "out", "--dtype", "bf16")
     assert code == 0 and (tmp_path / "out" / "model.safetensors").is_file() and "10 tensors" in text
     code, text = ds("export", tmp_path / "ours", tmp_path / "out")
-    assert code == 1 and "exists" in text
+    assert code == 1 and "exists" in text and "--overwrite" in text
+    assert ds("export", tmp_path / "ours", tmp_path / "out", "--overwrite")[0] == 0
     file = next((tmp_path / "ours" / "start").glob("*.safetensors"))
     raw = bytearray(file.read_bytes())
     raw[-3] ^= 4

@@ -46,6 +46,10 @@ class Capabilities:
     """Sends straight from rank to rank and adds in the order of [Note: ordered reduction], so that gradients may be
     reduced where they lie."""
 
+    def moves(self, dtype: torch.dtype) -> bool:
+        """Whether the collective takes tensors of this type."""
+        return self.dtypes is None or dtype in self.dtypes
+
 
 def capabilities_of(collective: object) -> Capabilities:
     """Returns the capabilities that the class of `collective` declares; none if it declares none."""

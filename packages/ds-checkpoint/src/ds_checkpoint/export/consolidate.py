@@ -123,7 +123,8 @@ def export(
         for there in [] if overwrite else [*(target / file for file in files), index]:
             if there.exists():
                 raise FileExistsError(
-                    f"{there} exists: export into another directory, or pass overwrite=True"
+                    f"{there} exists: export into another directory, or overwrite it "
+                    "(`ds checkpoint export --overwrite`, overwrite=True)"
                 )
         total, done = sum(sizes.values()), 0
         weight_map: dict[str, str] = {}

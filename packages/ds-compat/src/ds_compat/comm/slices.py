@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,40 +18,35 @@ from ds_zero.comm.direct import DirectAllGather, OrderedReduceScatter
 from ds_zero.comm.peer_memory import PeerMemory
 from ds_zero.interfaces import AllGather, Capabilities, ReduceScatter, Work
 
+_direct_gather: ContextVar[AllGather | None] = ContextVar("_direct_gather", default=None)
+_direct_reduce: ContextVar[ReduceScatter | None] = ContextVar("_direct_reduce", default=None)
+"""What a call of training uses, in its thread, where ranks send straight to each other: message numbers and the memory
+of peers are not arguments of DeepSpeed's functions."""
 
-class _Direct:
-    """What the collectives of this moment use where ranks send straight to each other."""
-
-    def __init__(self) -> None:
-        self.gather: AllGather = DirectAllGather()
-        self.reduce: ReduceScatter = OrderedReduceScatter()
-
-    @contextlib.contextmanager
-    def using(self, **chosen: Any) -> Iterator[None]:
-        """`gather` or `reduce` inside is another one: message numbers and the memory of peers are not arguments of
-        DeepSpeed's functions.
-        """
-        before = dict(vars(self))
-        vars(self).update(chosen)
-        try:
-            yield
-        finally:
-            vars(self).update(before)
+_T = TypeVar("_T")
 
 
-_direct = _Direct()
+@contextlib.contextmanager
+def _using(variable: ContextVar[_T | None], value: _T) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def gather_slices(output: Tensor, input: Tensor, group: Any, async_op: bool) -> Work | None:
     """Straight from rank to rank on the CPU, by the backend elsewhere."""
-    collective = _direct.gather if output.device.type == "cpu" else TorchAllGather()
+    direct = _direct_gather.get() or DirectAllGather()
+    collective = direct if output.device.type == "cpu" else TorchAllGather()
     return collective(output, input, group, async_op)
 
 
 def reduce_slices(output: Tensor, input: Tensor, op: Any, group: Any, async_op: bool) -> Work | None:
     """Sums and means in the order of ranks on the CPU, by the backend elsewhere and for other operations."""
     summed = op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG)
-    collective = _direct.reduce if input.device.type == "cpu" and summed else TorchReduceScatter()
+    direct = _direct_reduce.get() or OrderedReduceScatter()
+    collective = direct if input.device.type == "cpu" and summed else TorchReduceScatter()
     return collective(output, input, group, op, async_op)
 
 
@@ -70,7 +66,7 @@ class _Gather:
     ) -> Work | None:
         from ds_compat.comm import collectives
 
-        with _direct.using(gather=self._direct):
+        with _using(_direct_gather, self._direct):
             work: Work | None = collectives.allgather_fn(output, input, group=group, async_op=async_op)
         return work
 
@@ -96,7 +92,7 @@ class _Reduce:
     ) -> Work | None:
         from ds_compat.comm import collectives
 
-        with _direct.using(reduce=self._direct):
+        with _using(_direct_reduce, self._direct):
             work: Work | None = collectives.reduce_scatter_fn(
                 output, input, op=op, group=group, async_op=async_op
             )

@@ -130,6 +130,9 @@ def export(
     exclude_frozen: Annotated[
         bool, typer.Option("--exclude-frozen", help="Leave frozen parameters out.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier export.")
+    ] = False,
 ) -> None:
     """Write the whole model in Hugging Face's layout: one file, or shards with an index."""
     import torch
@@ -148,6 +151,7 @@ def export(
             dtype=None if name is None else getattr(torch, name),
             max_shard_bytes=int(max_shard_gb * 1e9),
             exclude_frozen=exclude_frozen,
+            overwrite=overwrite,
             progress=progress,
         )
     for file in done.files:

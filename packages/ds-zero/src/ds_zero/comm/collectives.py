@@ -172,11 +172,10 @@ class Comm:
             return Done()
         own = whole[slice(*_range(whole.numel(), ranks, sizes))]
         self.gathered_bytes += (ranks.size - 1) * own.numel() * own.element_size()
-        collective = self.axes[ranks.axis].all_gather if ranks.axis in self.axes else self.all_gather
-        can = capabilities_of(collective)
-        if can.dtypes is not None and whole.dtype not in can.dtypes:
+        collective = self._of(ranks).all_gather
+        if not capabilities_of(collective).moves(whole.dtype):
             collective = _defaults(whole.device).all_gather
-            can = capabilities_of(collective)
+        can = capabilities_of(collective)
         if sizes is not None and not can.uneven:
             return gather_uneven(whole, sizes, ranks, GATHER_TAG + number)
         if can.tags:
@@ -200,11 +199,10 @@ class Comm:
             out.copy_(whole)
             return Done()
         self.reduced_bytes += (whole.numel() - out.numel()) * whole.element_size()
-        collective = self._reduce_scatter_of(ranks)
-        can = capabilities_of(collective)
-        if can.dtypes is not None and whole.dtype not in can.dtypes:
+        collective = self._of(ranks).reduce_scatter
+        if not capabilities_of(collective).moves(whole.dtype):
             collective = _defaults(whole.device).reduce_scatter
-            can = capabilities_of(collective)
+        can = capabilities_of(collective)
         if sizes is not None and not can.uneven:
             return reduce_uneven(out, whole, sizes, ranks, op, REDUCE_TAG)
         if can.tags:
@@ -223,9 +221,9 @@ class Comm:
         """
         if ranks.group is None:
             return True
-        can = capabilities_of(self._reduce_scatter_of(ranks))
-        moves = can.dtypes is None or dtype in can.dtypes
-        return can.pieces and moves and device.type == "cpu" and ranks.size <= MOST_RANKS_OF_PIECES
+        can = capabilities_of(self._of(ranks).reduce_scatter)
+        few = ranks.size <= MOST_RANKS_OF_PIECES
+        return can.pieces and can.moves(dtype) and device.type == "cpu" and few
 
     def reduce_pieces(
         self, out: Tensor, grads: Sequence[Tensor], pieces: Pieces, op: dist.ReduceOp.RedOpType
@@ -234,8 +232,9 @@ class Comm:
         self.reduced_bytes += pieces.sent_numel * grads[0].element_size()
         return pieces.start(out, grads, op == dist.ReduceOp.AVG)
 
-    def _reduce_scatter_of(self, ranks: Ranks) -> ReduceScatter:
-        return self.axes[ranks.axis].reduce_scatter if ranks.axis in self.axes else self.reduce_scatter
+    def _of(self, ranks: Ranks) -> Collectives:
+        """Returns the collectives of the axis of `ranks`."""
+        return self.axes.get(ranks.axis) or Collectives(self.all_gather, self.reduce_scatter)
 
     def all_reduce(self, whole: Tensor, ranks: Ranks, op: dist.ReduceOp.RedOpType) -> None:
         """Replaces `whole` by the sum over ranks: every rank reduces a slice, then the slices are gathered. The order
