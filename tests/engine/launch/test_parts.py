@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import tempfile
@@ -19,7 +20,7 @@ from ds_engine.launch.failure import (
     shortened,
 )
 from ds_engine.launch.output import PassThrough, Prefixed, Tail
-from ds_engine.launch.plan import LaunchError, choose_nproc, make_plan
+from ds_engine.launch.plan import LaunchError, Part, choose_nproc, make_plan, refuse_nesting
 
 _VALUE_ERROR = """Traceback (most recent call last):
   File "train.py", line 3, in <module>
@@ -89,7 +90,7 @@ def test_no_rank_failed() -> None:
     ],
 )
 def test_every_failure_has_a_remedy(end: RankEnd, oom_killed: bool, remedy: str) -> None:
-    finding = find_first([end], oom_killed=oom_killed)
+    finding = find_first([dataclasses.replace(end, oom_killed=oom_killed)])
     assert finding is not None
     assert finding.lines[-1].startswith("what to do: ")
     assert remedy in finding.lines[-1]
@@ -147,12 +148,9 @@ def _plan(environ: dict[str, str], nproc: int = 2, cores: int = 8) -> list[dict[
     plan = make_plan(
         python="python",
         target=["x.py", "-a"],
-        nproc=nproc,
-        reason="",
+        part=Part(nproc=nproc, world_size=nproc, master_port=1234, interface="lo"),
         environ=environ,
         cores=cores,
-        port=1234,
-        loopback="lo",
     )
     assert plan.command == ("python", "x.py", "-a")
     return [dict(environ) for environ in plan.environs]
@@ -175,9 +173,9 @@ def test_environments() -> None:
     assert _plan({}, nproc=16)[0]["OMP_NUM_THREADS"] == "1"
     assert _plan({"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "eth0"})[0]["OMP_NUM_THREADS"] == "3"
     assert _plan({"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "eth0"})[0]["GLOO_SOCKET_IFNAME"] == "eth0"
-    assert len(_plan({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"})) == 2  # the shell of an allocation
+    refuse_nesting({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"})  # the shell of an allocation
     with pytest.raises(LaunchError, match="mpiexec has already started 4 processes"):
-        _plan({"PMI_SIZE": "4"})
+        refuse_nesting({"PMI_SIZE": "4"})
 
 
 def _written(pieces: list[bytes], prefix: str | None) -> bytes:

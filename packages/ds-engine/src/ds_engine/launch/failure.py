@@ -41,6 +41,22 @@ class RankEnd:
     """When its last traceback began (monotonic clock)."""
     stderr: str = ""
     """The end of its stderr."""
+    oom_killed: bool = False
+    """Whether the kernel reports that its OOM killer killed a process of this job on the machine of the rank."""
+    host: str = ""
+    """Name of its machine; empty if the job has one machine."""
+    lost: str = ""
+    """Why nothing is known about its end: the reason for which its machine is considered lost."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended with anything but code 0."""
+        return self.returncode != 0 or bool(self.lost)
+
+    @property
+    def name(self) -> str:
+        """The rank and its machine: "rank 3 on host-b"."""
+        return f"rank {self.rank} on {self.host}" if self.host else f"rank {self.rank}"
 
 
 @dataclass(frozen=True)
@@ -52,14 +68,11 @@ class Finding:
     lines: tuple[str, ...]
 
 
-def find_first(ends: Sequence[RankEnd], *, oom_killed: bool = False) -> Finding | None:
-    """Finds the rank that failed first; None if every rank ended with code 0.
-
-    oom_killed: whether the kernel reports that its OOM killer killed a process of this job.
-    """
-    failed = [end for end in ends if end.returncode != 0 and not end.ended_by_us]
+def find_first(ends: Sequence[RankEnd]) -> Finding | None:
+    """Finds the rank that failed first; None if every rank ended with code 0."""
+    failed = [end for end in ends if end.failed and not end.ended_by_us]
     if not failed:
-        failed = [end for end in ends if end.returncode != 0]
+        failed = [end for end in ends if end.failed]
         if not failed:
             return None
     first_end_s = min(end.ended_s for end in failed)
@@ -70,12 +83,12 @@ def find_first(ends: Sequence[RankEnd], *, oom_killed: bool = False) -> Finding 
         if end.ended_by_us and end not in failed and (end.traceback_s or 0.0) > first_end_s - _LOGGED_S
     ]
     first = min(failed, key=lambda end: (_is_victim(end), _failed_s(end)))
-    code = 128 - first.returncode if first.returncode < 0 else first.returncode
+    code = 128 - first.returncode if first.returncode < 0 else first.returncode or 1
     if (
         first.ended_by_us
     ):  # its exit code was replaced by our signal; a Python program that raises exits with 1
         code = 1
-    return Finding(first, code, tuple(_describe(first, ends, oom_killed)))
+    return Finding(first, code, tuple(_describe(first, ends)))
 
 
 def _failed_s(end: RankEnd) -> float:
@@ -85,6 +98,8 @@ def _failed_s(end: RankEnd) -> float:
 
 
 def _is_victim(end: RankEnd) -> bool:
+    if end.lost:
+        return False
     if end.returncode < 0 and not end.ended_by_us:
         return end.returncode == -signal.SIGABRT and bool(_VICTIM.search(end.stderr))
     return bool(_VICTIM.search(exception_line(last_traceback(end.stderr))))
@@ -138,9 +153,12 @@ def describe_exit(returncode: int) -> str:
         return f"killed by signal {-returncode}"
 
 
-def _describe(first: RankEnd, ends: Sequence[RankEnd], oom_killed: bool) -> list[str]:
+def _describe(first: RankEnd, ends: Sequence[RankEnd]) -> list[str]:
+    if first.lost:
+        return _describe_lost(first, ends)
     how = "an exception" if first.ended_by_us else describe_exit(first.returncode)
-    lines = [f"rank {first.rank} (pid {first.pid}) failed first: {how}"]
+    where = f"{first.host}, pid {first.pid}" if first.host else f"pid {first.pid}"
+    lines = [f"rank {first.rank} ({where}) failed first: {how}"]
     traceback = last_traceback(first.stderr)
     shown = shortened(traceback) if traceback else first.stderr.rstrip().split("\n")[-_SHOWN_LINES:]
     if any(line.strip() for line in shown):
@@ -148,20 +166,63 @@ def _describe(first: RankEnd, ends: Sequence[RankEnd], oom_killed: bool) -> list
         lines += [f"  {line}".rstrip() for line in shown]
     others = [end for end in ends if end is not first]
     if others:
-        lines += ["", "the other ranks: " + ", ".join(_other(end) for end in others)]
-    lines += ["", f"what to do: {_remedy(first, bool(traceback), oom_killed)}"]
+        lines += ["", f"the other ranks: {_others(others)}"]
+    lines += ["", f"what to do: {_remedy(first, bool(traceback))}"]
     return lines
 
 
+def _describe_lost(first: RankEnd, ends: Sequence[RankEnd]) -> list[str]:
+    with_it = [end for end in ends if end.lost and end.host == first.host]
+    numbers = ", ".join(str(end.rank) for end in with_it)
+    lines = [f"machine {first.host} was lost first, with rank{'s' * (len(with_it) > 1)} {numbers}: {first.lost}"]
+    others = [end for end in ends if end not in with_it]
+    if others:
+        lines += ["", f"the other ranks: {_others(others)}"]
+    return [
+        *lines,
+        "",
+        f"what to do: check that {first.host} is up and that the network reaches it; leave it out with --exclude "
+        f"{first.host} to start again without it. A job with checkpoints resumes from the newest complete one",
+    ]
+
+
+def _others(ends: Sequence[RankEnd]) -> str:
+    """How other ranks ended, in at most a few lines: ranks that ended alike are listed together."""
+    alike: dict[str, list[RankEnd]] = {}
+    for end in sorted(ends, key=lambda end: end.rank):
+        alike.setdefault(_other(end), []).append(end)
+    groups = [
+        f"{same[0].name} {how}"
+        if len(same) == 1
+        else f"ranks {_ranges(same)} {how.replace('was terminated', 'were terminated')}"
+        for how, same in alike.items()
+    ]
+    return ", ".join(groups)
+
+
+def _ranges(ends: Sequence[RankEnd]) -> str:
+    """Numbers of ranks, with runs of neighbours as first-last."""
+    runs: list[list[int]] = []
+    for end in ends:
+        if runs and end.rank == runs[-1][1] + 1:
+            runs[-1][1] = end.rank
+        else:
+            runs.append([end.rank, end.rank])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
 def _other(end: RankEnd) -> str:
+    if end.lost:
+        return f"lost with its machine ({end.lost})"
     if end.returncode == 0:
-        return f"rank {end.rank} had finished"
+        return "had finished"
     if end.ended_by_us:
-        return f"rank {end.rank} was terminated by the launcher"
-    return f"rank {end.rank} {describe_exit(end.returncode)}"
+        return "was terminated by the launcher"
+    return describe_exit(end.returncode)
 
 
-def _remedy(end: RankEnd, has_traceback: bool, oom_killed: bool) -> str:
+def _remedy(end: RankEnd, has_traceback: bool) -> str:
+    oom_killed = end.oom_killed
     number = -end.returncode if not end.ended_by_us else 0
     if oom_killed or number == signal.SIGKILL:
         cause = "the kernel's OOM killer killed it" if oom_killed else "SIGKILL usually means out of memory"

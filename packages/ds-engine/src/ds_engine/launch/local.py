@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import random
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ds_engine.launch.devices import count_accelerators
 from ds_engine.launch.machine import usable_cores
-from ds_engine.launch.plan import LaunchError, LaunchPlan, choose_nproc, make_plan
+from ds_engine.launch.network import free_port, loopback_interface
+from ds_engine.launch.plan import LaunchError, LaunchPlan, Part, choose_nproc, make_plan, refuse_nesting
 from ds_engine.launch.supervise import Patience, run
-
-# Below the range of ephemeral ports, so that no outgoing connection can take the port between our check and the
-# moment when rank 0 listens on it.
-_PORTS = range(20_000, 30_000)
-
 
 def launch(
     script: str,
@@ -61,29 +55,48 @@ def prepare(
     port: the port on which rank 0 listens; None: a free one.
     environ: environment to use instead of this process's.
     """
-    _check_exists(script, module, program)
-    if config is not None:
-        if not Path(config).is_file():
-            raise LaunchError(
-                f"--config {config}: there is no such file in {Path.cwd()}; arguments after the script's name "
-                "are passed to the script"
-            )
-        arguments = ["--config", config, *arguments]
+    environ = os.environ if environ is None else environ
+    refuse_nesting(environ)
+    check_exists(script, module, program)
+    check_config(config)
     cores = usable_cores()
     count, reason = choose_nproc(nproc, 0 if nproc is not None else count_accelerators(), cores)
     return make_plan(
         python=None if program else sys.executable,
-        target=[*(["-m"] if module else []), script, *arguments],
-        nproc=count,
+        target=target_of(script, arguments, module=module, config=config),
+        part=Part(
+            nproc=count,
+            world_size=count,
+            master_port=port if port is not None else free_port(),
+            interface=loopback_interface(),
+        ),
         reason=reason,
-        environ=os.environ if environ is None else environ,
+        environ=environ,
         cores=cores,
-        port=port if port is not None else _free_port(),
-        loopback="lo" if "lo" in {name for _, name in socket.if_nameindex()} else None,
     )
 
 
-def _check_exists(script: str, module: bool, program: bool) -> None:
+def target_of(script: str, arguments: Sequence[str], *, module: bool, config: str | None) -> list[str]:
+    """Returns the arguments of the interpreter."""
+    return [
+        *(["-m"] if module else []),
+        script,
+        *(["--config", config] if config is not None else []),
+        *arguments,
+    ]
+
+
+def check_config(config: str | None) -> None:
+    """Raises LaunchError if the configuration file does not exist."""
+    if config is not None and not Path(config).is_file():
+        raise LaunchError(
+            f"--config {config}: there is no such file in {Path.cwd()}; arguments after the script's name "
+            "are passed to the script"
+        )
+
+
+def check_exists(script: str, module: bool, program: bool) -> None:
+    """Raises LaunchError if the script, module or program does not exist on this machine."""
     if program:
         if shutil.which(script) is None:
             raise LaunchError(f"there is no program {script!r} on the PATH")
@@ -112,17 +125,3 @@ def _check_exists(script: str, module: bool, program: bool) -> None:
         raise LaunchError(
             f"there is no file {script!r} in {Path.cwd()}{there}{hint}; use --module for a module's name"
         )
-
-
-def _free_port() -> int:
-    for port in random.sample(_PORTS, 200):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise LaunchError(
-        f"200 random TCP ports between {_PORTS.start} and {_PORTS.stop - 1} are all taken: `ss -tlnp` shows "
-        f"by whom"
-    )

@@ -11,11 +11,33 @@ import struct
 import termios
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 _TAIL_BYTES = 256 * 1024
 _LINE_BYTES = 64 * 1024
 _TORCH_PREFIX = re.compile(rb"^\[rank\d+\]: ?", re.MULTILINE)
 _TRACEBACK = b"Traceback (most recent call last):"
+
+
+class Sink(Protocol):
+    """Where the output of one stream of a rank goes."""
+
+    def feed(self, data: bytes) -> None:
+        """Takes bytes as they arrive."""
+
+    def close(self) -> None:
+        """The stream has ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where the output of one rank goes."""
+
+    stdout: Sink | None
+    """None: the rank writes to the stdout of this process itself."""
+    stderr: Sink
 
 
 class Tail:
@@ -84,6 +106,64 @@ class Prefixed:
             self._sink,
             b"".join(b"%s%s\n" % (self._prefix, _TORCH_PREFIX.sub(b"", line)) for line in last_states),
         )
+
+
+class LogFile:
+    """Writes the output of a rank to a file. An error (a full disk) ends the file with a warning, not the job."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path = path
+        self._say = say
+        self._file: int | None = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._streams = 2
+
+    def feed(self, data: bytes) -> None:
+        """Appends `data`."""
+        if self._file is None:
+            return
+        try:
+            write_all(self._file, data)
+        except OSError as error:
+            self._say(f"{self._path} is incomplete from here on: {error.strerror}")
+            self._end()
+
+    def close(self) -> None:
+        """Closes the file when both streams of the rank have ended."""
+        self._streams -= 1
+        if self._streams == 0:
+            self._end()
+
+    def _end(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+class Copies:
+    """Passes the output on to several sinks."""
+
+    def __init__(self, *sinks: Sink) -> None:
+        self._sinks = sinks
+
+    def feed(self, data: bytes) -> None:
+        """Passes `data` to each sink."""
+        for sink in self._sinks:
+            sink.feed(data)
+
+    def close(self) -> None:
+        """Closes each sink."""
+        for sink in self._sinks:
+            sink.close()
+
+
+class Nowhere:
+    """Drops the output."""
+
+    def feed(self, data: bytes) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 def write_all(sink: int, data: bytes) -> None:

@@ -15,6 +15,26 @@ LOCAL_RANK = "--local_rank={}"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """The part of a job that one machine runs, and where its ranks meet the others."""
+
+    nproc: int
+    """Number of ranks on this machine."""
+    first_rank: int = 0
+    """Rank of the first of them."""
+    world_size: int
+    """Number of ranks on all machines."""
+    node_rank: int = 0
+    """Number of this machine, from 0."""
+    master_addr: str = "127.0.0.1"
+    """Address of the machine of rank 0, as the others see it."""
+    master_port: int
+    """TCP port on which rank 0 will listen."""
+    interface: str | None
+    """Name of the network interface for gloo; None leaves the choice to gloo."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaunchPlan:
     """The processes of one job on this machine."""
 
@@ -24,10 +44,12 @@ class LaunchPlan:
     """One environment per rank."""
     reason: str
     """Reason for the number of ranks, shown at the start."""
+    first_rank: int = 0
+    """Rank of the first process."""
 
-    def command_of(self, rank: int) -> tuple[str, ...]:
+    def command_of(self, local_rank: int) -> tuple[str, ...]:
         """Returns the command of one rank."""
-        return tuple(LOCAL_RANK.format(rank) if word == LOCAL_RANK else word for word in self.command)
+        return tuple(LOCAL_RANK.format(local_rank) if word == LOCAL_RANK else word for word in self.command)
 
     @property
     def num_ranks(self) -> int:
@@ -50,46 +72,47 @@ def make_plan(
     *,
     python: str | None,
     target: Sequence[str],
-    nproc: int,
-    reason: str,
+    part: Part,
+    reason: str = "",
     environ: Mapping[str, str],
     cores: int,
-    port: int,
-    loopback: str | None,
 ) -> LaunchPlan:
-    """Makes the commands and environments of a job.
+    """Makes the commands and environments of the ranks of one machine.
 
     python: the interpreter; None if the target is a program.
     target: arguments of the interpreter: a script with its arguments, or "-m", a module and its arguments.
     cores: usable cores of this machine, divided among the ranks' OpenMP threads.
-    port: TCP port on which rank 0 will listen.
-    loopback: name of the loopback interface, for gloo; None leaves the choice to gloo.
-
-    Raises LaunchError inside of a launcher that has already started several tasks.
     """
-    _refuse_nesting(environ)
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // nproc)),  # more threads than cores make every rank slower
+        "OMP_NUM_THREADS": str(max(1, cores // part.nproc)),  # more threads than cores make every rank slower
         "PYTHONUNBUFFERED": "1",  # unbuffered, so that the last output of a rank that dies is not lost
         "PYTHONFAULTHANDLER": "1",  # prints a stack for crashes in native code
     }
-    if loopback is not None:
+    if part.interface is not None:
         # Otherwise gloo resolves the name of the host, which fails on machines whose name cannot be resolved.
-        defaults["GLOO_SOCKET_IFNAME"] = loopback
+        defaults["GLOO_SOCKET_IFNAME"] = part.interface
     shared = {
         **defaults,
         **environ,
-        "WORLD_SIZE": str(nproc),
-        "LOCAL_WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(part.world_size),
+        "LOCAL_WORLD_SIZE": str(part.nproc),
+        "GROUP_RANK": str(part.node_rank),  # torchrun's name for the number of the machine
+        "MASTER_ADDR": part.master_addr,
+        "MASTER_PORT": str(part.master_port),
         "DS_LAUNCHER": "ds run",  # read by ds_comm, for the table at the start and for errors
     }
-    environs = tuple({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(nproc))
-    return LaunchPlan(command=(*([python] if python else []), *target), environs=environs, reason=reason)
+    return LaunchPlan(
+        command=(*([python] if python else []), *target),
+        environs=tuple(
+            {**shared, "RANK": str(part.first_rank + local_rank), "LOCAL_RANK": str(local_rank)}
+            for local_rank in range(part.nproc)
+        ),
+        reason=reason,
+        first_rank=part.first_rank,
+    )
 
 
-def _refuse_nesting(environ: Mapping[str, str]) -> None:
+def refuse_nesting(environ: Mapping[str, str]) -> None:
     """Raises LaunchError under srun or mpirun, each task of which would start a separate job."""
     for name, launcher in (
         ("SLURM_STEP_NUM_TASKS", "srun"),
@@ -99,7 +122,7 @@ def _refuse_nesting(environ: Mapping[str, str]) -> None:
         count = environ.get(name, "")
         if count.isdigit() and int(count) > 1:
             raise LaunchError(
-                f"`ds run` starts all ranks of one machine, but {launcher} has already started {count} "
+                f"`ds run` starts all ranks itself, but {launcher} has already started {count} "
                 f"processes ({name}={count}), each of which would start a separate job: run the script directly "
                 f"with {launcher} (`{launcher} python script.py`), or unset {name}"
             )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import os
 import selectors
 import signal
@@ -10,45 +12,54 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ds_engine.launch.failure import RankEnd
-from ds_engine.launch.output import PassThrough, Prefixed, Tail, copy_window_size, open_channel
+from ds_engine.launch.output import Outputs, Sink, Tail, copy_window_size, open_channel
 
 _PR_SET_PDEATHSIG = 1
-_STDIN, _STDOUT, _STDERR = 0, 1, 2
+_STDOUT, _STDERR = 1, 2
 
 
 class RankProcess:
-    """Starts one rank, forwards its output, and records how it ended.
+    """Starts one rank, passes its output on, and records how it ended.
 
-    Rank 0 writes directly to our stdout, and to our stderr through a channel that forwards every byte. The lines of
-    other ranks get a prefix. Each rank is the leader of its own session, so that it gets a signal only once (from
-    us), and all processes that it started can be terminated with it.
+    Each rank is the leader of its own session, so that it gets a signal only once (from us), and all processes that it
+    started can be terminated with it.
+
+    terminal: the rank has our stdin, and its output streams are terminals where ours are; its stdout is ours unless
+    `outputs` has a sink for it.
     """
 
-    def __init__(self, rank: int, command: Sequence[str], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        outputs: Outputs,
+        *,
+        terminal: bool,
+    ) -> None:
         self.rank = rank
         self.ended: RankEnd | None = None
         self.signalled = False
         self._tail = Tail()
-        self._streams: dict[int, PassThrough | Prefixed] = {}
-        self._stderr, their_stderr = open_channel(_STDERR) if rank == 0 else os.pipe()
-        self._streams[self._stderr] = (
-            PassThrough(_STDERR) if rank == 0 else Prefixed(_STDERR, f"[rank {rank}] ")
-        )
+        self._streams: dict[int, Sink] = {}
+        self._stderr, their_stderr = open_channel(_STDERR) if terminal else os.pipe()
+        self._streams[self._stderr] = outputs.stderr
         their_stdout: int | None = None
-        if rank > 0:
-            stdout, their_stdout = os.pipe()
-            self._streams[stdout] = Prefixed(_STDOUT, f"[rank {rank}] ")
+        if outputs.stdout is not None:
+            stdout, their_stdout = open_channel(_STDOUT) if terminal else os.pipe()
+            self._streams[stdout] = outputs.stdout
         try:
             self._process = subprocess.Popen(
                 command,
                 env=dict(environ),
-                stdin=None if rank == 0 else subprocess.DEVNULL,
+                stdin=None if terminal else subprocess.DEVNULL,
                 stdout=their_stdout,
                 stderr=their_stderr,
                 start_new_session=True,
-                preexec_fn=_DieWithParent(),
+                preexec_fn=DieWithParent(),
             )
         finally:
             os.close(their_stderr)
@@ -62,13 +73,22 @@ class RankProcess:
         """Process id, which is also that of its process group."""
         return self._process.pid
 
-    def register(self, selector: selectors.BaseSelector) -> None:
-        """Registers the output with `selector`; the data of the key is this rank."""
-        for stream in self._streams:
-            selector.register(stream, selectors.EVENT_READ, self)
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal (SIGSTOP, or a debugger) has stopped it."""
+        if self.ended is not None or sys.platform != "linux":
+            return False
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+        return False
 
-    def pump(self, stream: int, selector: selectors.BaseSelector) -> None:
-        """Forwards the available output; unregisters the stream at its end."""
+    def register(self, selector: selectors.BaseSelector) -> None:
+        """Registers the output with `selector`; the data of each key is the function that reads the stream."""
+        for stream in self._streams:
+            selector.register(stream, selectors.EVENT_READ, functools.partial(self._pump, selector))
+
+    def _pump(self, selector: selectors.BaseSelector, stream: int) -> None:
+        """Passes the available output on; unregisters the stream at its end."""
         try:
             data = os.read(stream, 1 << 16)
         except BlockingIOError:
@@ -96,16 +116,16 @@ class RankProcess:
             self.signalled = self.signalled or not self._is_dead()
             self._kill_group()
 
-    def reap(self, selector: selectors.BaseSelector) -> bool:
-        """Checks whether the rank has ended; if so, kills its remaining processes, and reads the rest of its output."""
+    def reap(self, selector: selectors.BaseSelector) -> RankEnd | None:
+        """Returns how the rank ended, once; before, kills its remaining processes, and reads the rest of its output."""
         if self.ended is not None or not self._is_dead():
-            return False
+            return None
         ended_s = time.monotonic()
         self._kill_group()
         returncode = self._process.wait()
         for stream in list(self._streams):
             while stream in self._streams and self._has_data(stream):
-                self.pump(stream, selector)
+                self._pump(selector, stream)
         self.ended = RankEnd(
             rank=self.rank,
             pid=self.pid,
@@ -115,7 +135,7 @@ class RankProcess:
             traceback_s=self._tail.traceback_s,
             stderr=self._tail.text(),
         )
-        return True
+        return self.ended
 
     def resize(self) -> None:
         """Sets the size of the rank's terminal to that of ours."""
@@ -146,7 +166,7 @@ class RankProcess:
             return bool(probe.select(timeout=0))
 
 
-class _DieWithParent:
+class DieWithParent:
     """Runs in the child before its program: makes the kernel kill it when the launcher dies, even by kill -9.
 
     Between fork and exec of a process with one thread (this one) calling Python is safe; the library is
