@@ -28,12 +28,20 @@ class Job:
     """A running `ds run`; `finish` gives its exit code and what it printed."""
 
     def __init__(
-        self, folder: Path, source: str, *options: str, arguments: tuple[str, ...] = (), **environ: str
+        self,
+        folder: Path,
+        source: str,
+        *options: str,
+        arguments: tuple[str, ...] = (),
+        prefix: tuple[str, ...] = (),
+        **environ: str,
     ):
+        """prefix: of the command, for example `nsenter ...`."""
         self.folder = folder
         (folder / "script.py").write_text(_PRELUDE + source)
+        command = [sys.executable, "-m", "ds_engine", "run", *options, str(folder / "script.py"), *arguments]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ds_engine", "run", *options, str(folder / "script.py"), *arguments],
+            [*prefix, *command],
             cwd=folder,
             env={**clean_environ(), **environ},
             stdin=subprocess.PIPE,

@@ -24,7 +24,12 @@ class Console:
     """
 
     def __init__(
-        self, say: Callable[[str], None], *, logs: Path | None = None, only_rank_0: bool = False, inherit: bool
+        self,
+        say: Callable[[str], None],
+        *,
+        logs: Path | None = None,
+        only_rank_0: bool = False,
+        inherit: bool,
     ) -> None:
         self._say = say
         self._logs = logs

@@ -93,7 +93,9 @@ class LocalCrew:
         """Returns how ranks ended since the last call."""
         ended = [process.reap(self._selector) for process in self._ranks]
         return [
-            dataclasses.replace(end, oom_killed=oom_kills() > self._oom_before) for end in ended if end is not None
+            dataclasses.replace(end, oom_killed=oom_kills() > self._oom_before)
+            for end in ended
+            if end is not None
         ]
 
     def send(self, number: signal.Signals, *, to_end: bool = True) -> None:

@@ -26,15 +26,25 @@ def torch_build() -> str | None:
     """Returns the accelerator of the installed torch build: "cuda", "hip", "xpu", or None for a CPU build (or no
     torch).
     """
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    version = Path(spec.origin).with_name("version.py")
-    text = version.read_text() if version.exists() else ""
+    text = _version_file()
     for kind in ("cuda", "hip", "xpu"):
         if re.search(rf"^{kind}\b[^=\n]*=\s*['\"]", text, re.MULTILINE):
             return kind
     return None
+
+
+def torch_version() -> str | None:
+    """Returns the version of the installed torch; None without one."""
+    match = re.search(r"^__version__\b[^=\n]*=\s*['\"]([^'\"]+)", _version_file(), re.MULTILINE)
+    return match[1] if match is not None else None
+
+
+def _version_file() -> str:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return ""
+    version = Path(spec.origin).with_name("version.py")
+    return version.read_text() if version.exists() else ""
 
 
 def count_accelerators() -> int:

@@ -174,7 +174,9 @@ def _describe(first: RankEnd, ends: Sequence[RankEnd]) -> list[str]:
 def _describe_lost(first: RankEnd, ends: Sequence[RankEnd]) -> list[str]:
     with_it = [end for end in ends if end.lost and end.host == first.host]
     numbers = ", ".join(str(end.rank) for end in with_it)
-    lines = [f"machine {first.host} was lost first, with rank{'s' * (len(with_it) > 1)} {numbers}: {first.lost}"]
+    lines = [
+        f"machine {first.host} was lost first, with rank{'s' * (len(with_it) > 1)} {numbers}: {first.lost}"
+    ]
     others = [end for end in ends if end not in with_it]
     if others:
         lines += ["", f"the other ranks: {_others(others)}"]

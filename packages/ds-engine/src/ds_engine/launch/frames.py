@@ -1,7 +1,7 @@
 """Messages between the launcher and its agents: a header in JSON, and a body of raw bytes for output.
 
-A frame is two lengths of four bytes (header, body; big-endian), the header, the body. The agent writes `MAGIC` before its
-first frame, because a login shell may print text of its own before it starts the agent.
+A frame is two lengths of four bytes (header, body; big-endian), the header, the body. The agent writes `MAGIC` before
+its first frame, because a login shell may print text of its own before it starts the agent.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class FrameReader:
             return None
         header_bytes, body_bytes = _LENGTHS.unpack_from(self._data)
         if max(header_bytes, body_bytes) > MAX_BYTES:
-            raise FrameError(f"a frame of {max(header_bytes, body_bytes)} bytes; at most {MAX_BYTES} are possible")
+            raise FrameError(
+                f"a frame of {max(header_bytes, body_bytes)} bytes; at most {MAX_BYTES} are possible"
+            )
         start = _LENGTHS.size + header_bytes
         if len(self._data) < start + body_bytes:
             return None

@@ -84,7 +84,7 @@ class Link:
         lost_s = self._heard_s + self.pulse.timeout_s
         return lost_s if self._outgoing else min(self._sent_s + self.pulse.interval_s, lost_s)
 
-    def send(self, kind: str, body: bytes = b"", **fields: Any) -> None:
+    def send(self, kind: str, body: bytes = b"", /, **fields: Any) -> None:
         """Queues a frame, and sends as much as the connection accepts now."""
         if self._broken or self.closed is not None:
             return

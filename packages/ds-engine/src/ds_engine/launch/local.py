@@ -15,6 +15,7 @@ from ds_engine.launch.network import free_port, loopback_interface
 from ds_engine.launch.plan import LaunchError, LaunchPlan, Part, choose_nproc, make_plan, refuse_nesting
 from ds_engine.launch.supervise import Patience, run
 
+
 def launch(
     script: str,
     arguments: Sequence[str],

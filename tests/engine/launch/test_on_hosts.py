@@ -1,0 +1,328 @@
+"""`ds run --hostfile` on real hosts: what ranks are given, how faults end, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from ds_engine import __version__
+from engine.jobs import on_ranks
+from engine.launch import training
+from engine.launching import Job, until
+from harness.hosts import Network
+
+_HOSTFILE = "host-a slots=2\nhost-b slots=2\n"
+_WAITS = """
+mark("up")
+time.sleep(100)
+"""
+
+
+def start(
+    network: Network,
+    folder: Path,
+    source: str,
+    *options: str,
+    hostfile: str = _HOSTFILE,
+    ssh: str | None = None,
+    arguments: tuple[str, ...] = (),
+    **environ: str,
+) -> Job:
+    """Starts `ds run --hostfile` on host-a."""
+    (folder / "hostfile").write_text(hostfile)
+    ssh = network.ssh_arguments if ssh is None else ssh
+    return Job(
+        folder,
+        source,
+        *("--hostfile", str(folder / "hostfile"), "--launcher-args", ssh, *options),
+        arguments=arguments,
+        prefix=network["host-a"].inside_folder(folder),
+        **environ,
+    )
+
+
+def ranks_on(network: Network, name: str, job: Job) -> list[int]:
+    """Process ids, as seen from here, of the job's ranks on a host."""
+    script = str(job.folder / "script.py")
+    return [
+        pid for pid in network[name].processes(script) if pid not in network[name].processes("ds_engine run")
+    ]
+
+
+def launcher(network: Network) -> int:
+    """Process id, as seen from here, of `ds run` on host-a."""
+    (pid,) = network["host-a"].processes("-m ds_engine run")
+    return pid
+
+
+def nothing_left(network: Network, job: Job) -> bool:
+    """Whether neither agents nor ranks are left on any host."""
+    words = (str(job.folder), "ds_engine.launch.agent")
+    return until(
+        lambda: not any(host.processes(word) for host in network.hosts.values() for word in words), 5.0
+    )
+
+
+def _hostile_strings() -> list[str]:
+    pieces = [
+        "$(touch pwned)",
+        "`touch pwned`",
+        "'",
+        '"',
+        "\\",
+        "\n",
+        "\t",
+        " ",
+        ";",
+        "&&",
+        "|",
+        ">",
+        "*",
+        "~",
+        "$HOME",
+    ]
+    pieces += ["%", "!", "#", "é", "漢", "\u2028", "-x", "--", "=", "{}", "\x07", "\r"]
+    chooser = random.Random(0)
+    texts = ["".join(chooser.choices(pieces, k=chooser.randint(1, 8))) for _ in range(200)]
+    return ["", *pieces, *texts, os.fsdecode(b"not\xffutf8")]
+
+
+def test_ranks_receive_their_numbers_and_every_word_as_it_is(network: Network, tmp_path: Path) -> None:
+    source = """
+import json
+import socket
+names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"]
+names += ["CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME"]
+report = {name: os.environ[name] for name in names}
+report["host"] = socket.gethostname()
+report["argv"] = sys.argv[1:]
+report["hostile"] = [os.environ[f"WORD_{i}"] for i in range(len(sys.argv) - 2)]
+report["secret"] = os.environ.get("SECRET")
+report["cwd"] = os.getcwd()
+(HERE / f"report{RANK}").write_text(json.dumps(report))
+"""
+    words = [*_hostile_strings()]
+    environ = {f"WORD_{i}": word for i, word in enumerate(words)}
+    export = [option for name in environ for option in ("--export", name)]
+    job = start(
+        network,
+        tmp_path,
+        source,
+        *export,
+        hostfile="host-a slots=1\nhost-b slots=3 # large\n",
+        arguments=("--", *words),
+        SECRET="stays here",
+        **environ,
+    )
+    code, _, err = job.finish()
+    assert code == 0, err
+    reports = [json.loads((tmp_path / f"report{rank}").read_text()) for rank in range(4)]
+    for rank, report in enumerate(reports):
+        local_rank = max(0, rank - 1)
+        assert report["argv"] == ["--", *words]
+        assert report["hostile"] == words
+        assert report["secret"] == ("stays here" if rank == 0 else None)
+        assert report["cwd"] == str(tmp_path)
+        assert report["host"] == ("host-a" if rank == 0 else "host-b")
+        assert (report["RANK"], report["WORLD_SIZE"]) == (str(rank), "4")
+        assert (report["LOCAL_RANK"], report["LOCAL_WORLD_SIZE"]) == (
+            str(local_rank),
+            "1" if rank == 0 else "3",
+        )
+        assert report["GROUP_RANK"] == ("0" if rank == 0 else "1")
+        assert (report["MASTER_ADDR"], report["GLOO_SOCKET_IFNAME"]) == ("host-a", "eth0")
+        assert report["CUDA_VISIBLE_DEVICES"] == ("0" if rank == 0 else "0,1,2")
+    assert len({report["MASTER_PORT"] for report in reports}) == 1
+    assert not (tmp_path / "pwned").exists()
+    assert "4 ranks on 2 machines (host-a: 1, host-b: 3), rank 0 at host-a:" in err
+    assert nothing_left(network, job)
+
+
+def _train_here(folder: str) -> None:
+    (Path(folder) / f"here{dist.get_rank()}").write_text(training.train())
+
+
+def test_training_is_that_of_one_machine_and_no_memory_is_shared(
+    network: Network, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source = """
+from engine.launch import training
+(HERE / f"peers{RANK}").write_text(training.peers())
+(HERE / f"there{RANK}").write_text(training.train())
+"""
+    tests = str(Path(__file__).parents[2])
+    code, _, err = start(network, tmp_path, source, PYTHONPATH=tests).finish()
+    assert code == 0, err
+    on_ranks(request, 4, _train_here, folder=str(tmp_path))
+    for rank in range(4):
+        assert (tmp_path / f"there{rank}").read_text() == (tmp_path / f"here{rank}").read_text()
+        peers = (tmp_path / f"peers{rank}").read_text().split()
+        assert not {"2", "3"} & set(peers) if rank < 2 else not {"0", "1"} & set(peers)
+    assert (tmp_path / "peers0").read_text() in ("1", "none")
+
+
+def test_a_rank_that_is_killed_is_named_with_its_host(network: Network, tmp_path: Path) -> None:
+    job = start(network, tmp_path, _WAITS)
+    pids = job.pids("up", 4)
+    outside = ranks_on(network, "host-b", job)
+    assert len(outside) == 2
+    victim = next(
+        pid for pid in outside if f"NSpid:\t{pid}\t{pids[3]}\n" in Path(f"/proc/{pid}/status").read_text()
+    )
+    os.kill(victim, signal.SIGKILL)
+    code, _, err = job.finish()
+    assert code == 128 + signal.SIGKILL
+    assert f"[ds] rank 3 (host-b, pid {pids[3]}) failed first: killed by SIGKILL\n" in err
+    assert "the other ranks: ranks 0-2 were terminated by the launcher" in err
+    assert nothing_left(network, job)
+
+
+def test_an_exception_on_another_host_is_shown_once(network: Network, tmp_path: Path) -> None:
+    source = """
+mark("up")
+for other in range(4):
+    wait_for(f"up{other}")
+if RANK == 2:
+    raise KeyError("the cause")
+wait_for("never")
+"""
+    job = start(network, tmp_path, source, "--log-dir", str(tmp_path / "logs"))
+    code, _, err = job.finish()
+    assert code == 1
+    assert err.count("KeyError: 'the cause'") == 1
+    assert "[ds] rank 2 (host-b, pid " in err
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == [f"rank_{rank}.log" for rank in range(4)]
+    assert "KeyError: 'the cause'" in (folder / "rank_2.log").read_text()
+    assert nothing_left(network, job)
+
+
+def test_a_host_that_vanishes_is_lost_after_the_timeout(network: Network, tmp_path: Path) -> None:
+    job = start(network, tmp_path, _WAITS, "--host-timeout", "2", "--grace", "1")
+    job.pids("up", 4)
+    with network["host-b"].unplugged():
+        code, _, err = job.finish()
+        assert code == 1
+        assert "[ds] machine host-b was lost first, with ranks 2, 3: no heartbeat for 2 s\n" in err
+        assert "terminated by the launcher" in err
+        # The machine that vanished ends its ranks itself: it hears nothing from the launcher.
+        assert until(lambda: not ranks_on(network, "host-b", job), 20.0)
+    assert until(lambda: not network["host-b"].processes("ds_engine.launch.agent"), 20.0)
+
+
+def test_all_processes_of_a_host_killed(network: Network, tmp_path: Path) -> None:
+    job = start(network, tmp_path, _WAITS)
+    job.pids("up", 4)
+    for pid in [*network["host-b"].processes("ds_engine.launch.agent"), *ranks_on(network, "host-b", job)]:
+        os.kill(pid, signal.SIGKILL)
+    code, _, err = job.finish()
+    assert code != 0
+    assert "host-b was lost first, with ranks 2, 3: the connection ended" in err or "(host-b, pid" in err
+    assert nothing_left(network, job)
+
+
+def test_ctrl_c_reaches_every_rank_and_lets_it_save(network: Network, tmp_path: Path) -> None:
+    source = """
+try:
+    mark("up")
+    time.sleep(100)
+except KeyboardInterrupt:
+    time.sleep(0.2)
+    mark("saved")
+"""
+    job = start(network, tmp_path, source)
+    job.pids("up", 4)
+    os.kill(launcher(network), signal.SIGINT)
+    code, _, err = job.finish()
+    assert code == 128 + signal.SIGINT
+    assert all((tmp_path / f"saved{rank}").exists() for rank in range(4))
+    assert "[ds] SIGINT: forwarded to 4 ranks" in err
+    assert "failed first" not in err
+    assert nothing_left(network, job)
+
+
+def test_kill_9_of_the_launcher_ends_the_ranks_of_all_hosts(network: Network, tmp_path: Path) -> None:
+    source = 'signal.signal(signal.SIGTERM, signal.SIG_IGN); mark("up"); time.sleep(100)'
+    job = start(network, tmp_path, source, "--grace", "0.5")
+    job.pids("up", 4)
+    os.kill(launcher(network), signal.SIGKILL)
+    job.finish()
+    assert nothing_left(network, job)
+
+
+def test_a_stopped_rank_is_told_from_a_lost_host(network: Network, tmp_path: Path) -> None:
+    job = start(network, tmp_path, 'mark("up"); wait_for("go")', "--host-timeout", "3")
+    job.pids("up", 4)
+    stopped = ranks_on(network, "host-b", job)[0]
+    os.kill(stopped, signal.SIGSTOP)
+    assert job.process.stderr is not None
+    lines = [job.process.stderr.readline().decode() for _ in range(2)]
+    assert "on host-b is stopped (SIGSTOP or a debugger)" in lines[1]
+    os.kill(stopped, signal.SIGCONT)
+    (tmp_path / "go").touch()
+    assert job.finish()[0] == 0
+
+
+def test_what_is_refused_before_any_rank_starts(network: Network, tmp_path: Path) -> None:
+    """Another version and another script on one host, and hosts that cannot be reached, all at once."""
+    version = Path(__import__("ds_engine").__file__)
+    other = version.read_text().replace(f'__version__ = "{__version__}"', '__version__ = "0.0.9"')
+    hostfile = "host-a slots=1\nhost-b slots=1\nhost-c slots=1\n10.77.0.99 slots=1\n"
+    begun = time.monotonic()
+    (tmp_path / "script.py").touch()
+    with (
+        network["host-b"].replaced(version, other),
+        network["host-b"].replaced(tmp_path / "script.py", "print('another')"),
+    ):
+        job = start(network, tmp_path, 'mark("started")', hostfile=hostfile)
+        code, _, err = job.finish()
+    assert code == 2
+    assert f"host-b has ds-engine 0.0.9, this machine {__version__}" in err
+    assert "host-b has another '" in err and "script.py' in" in err
+    assert "host-c cannot be used: the connection ended: ssh: Could not resolve hostname host-c" in err
+    assert "10.77.0.99 cannot be used: the connection ended: ssh: connect to host 10.77.0.99 port 22: " in err
+    assert time.monotonic() - begun < 20
+    assert not list(tmp_path.glob("started*"))
+    assert nothing_left(network, job)
+
+
+def test_a_key_that_the_host_refuses(network: Network, tmp_path: Path) -> None:
+    job = start(
+        network,
+        tmp_path,
+        'mark("started")',
+        ssh=f"{network.ssh_arguments} -o IdentityFile=/dev/null -o User=nobody",
+    )
+    code, _, err = job.finish()
+    assert code == 2
+    assert "host-b cannot be used: the connection ended: " in err and "Permission denied (publickey" in err
+    assert not list(tmp_path.glob("started*"))
+
+
+@pytest.mark.parametrize("nproc", ["2"])
+def test_one_command_on_each_machine(nproc: str, network: Network, tmp_path: Path) -> None:
+    source = """
+names = ["WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME"]
+(HERE / f"rank{RANK}").write_text(" ".join(os.environ.get(name, "none") for name in names))
+"""
+    jobs = [
+        Job(
+            tmp_path,
+            source,
+            *("--nnodes", "2", "--node-rank", str(node), "--rdzv-endpoint", "host-a:23456", "--nproc", nproc),
+            prefix=network[name].inside_folder(tmp_path),
+        )
+        for node, name in enumerate(("host-a", "host-b"))
+    ]
+    assert [job.finish()[0] for job in jobs] == [0, 0]
+    reports = [(tmp_path / f"rank{rank}").read_text().split() for rank in range(4)]
+    for rank, report in enumerate(reports):
+        assert report[:5] == ["4", str(rank % 2), str(rank // 2), "host-a", "23456"]
+    assert reports[3][5] == "eth0"
