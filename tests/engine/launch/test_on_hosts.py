@@ -6,12 +6,12 @@ import json
 import os
 import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+import ds_engine
 from ds_engine import __version__
 from engine.jobs import on_ranks
 from engine.launch import training
@@ -64,7 +64,7 @@ def launcher(network: Network) -> int:
 
 def nothing_left(network: Network, job: Job) -> bool:
     """Whether neither agents nor ranks are left on any host."""
-    words = (str(job.folder), "ds_engine.launch.agent")
+    words = (str(job.folder), "ds_engine.launch.remote.agent")
     return until(
         lambda: not any(host.processes(word) for host in network.hosts.values() for word in words), 5.0
     )
@@ -214,13 +214,16 @@ def test_a_host_that_vanishes_is_lost_after_the_timeout(network: Network, tmp_pa
         assert "terminated by the launcher" in err
         # The machine that vanished ends its ranks itself: it hears nothing from the launcher.
         assert until(lambda: not ranks_on(network, "host-b", job), 20.0)
-    assert until(lambda: not network["host-b"].processes("ds_engine.launch.agent"), 20.0)
+    assert until(lambda: not network["host-b"].processes("ds_engine.launch.remote.agent"), 20.0)
 
 
 def test_all_processes_of_a_host_killed(network: Network, tmp_path: Path) -> None:
     job = start(network, tmp_path, _WAITS)
     job.pids("up", 4)
-    for pid in [*network["host-b"].processes("ds_engine.launch.agent"), *ranks_on(network, "host-b", job)]:
+    for pid in [
+        *network["host-b"].processes("ds_engine.launch.remote.agent"),
+        *ranks_on(network, "host-b", job),
+    ]:
         os.kill(pid, signal.SIGKILL)
     code, _, err = job.finish()
     assert code != 0
@@ -272,10 +275,9 @@ def test_a_stopped_rank_is_told_from_a_lost_host(network: Network, tmp_path: Pat
 
 def test_what_is_refused_before_any_rank_starts(network: Network, tmp_path: Path) -> None:
     """Another version and another script on one host, and hosts that cannot be reached, all at once."""
-    version = Path(__import__("ds_engine").__file__)
+    version = Path(ds_engine.__file__ or "")
     other = version.read_text().replace(f'__version__ = "{__version__}"', '__version__ = "0.0.9"')
     hostfile = "host-a slots=1\nhost-b slots=1\nhost-c slots=1\n10.77.0.99 slots=1\n"
-    begun = time.monotonic()
     (tmp_path / "script.py").touch()
     with (
         network["host-b"].replaced(version, other),
@@ -288,7 +290,6 @@ def test_what_is_refused_before_any_rank_starts(network: Network, tmp_path: Path
     assert "host-b has another '" in err and "script.py' in" in err
     assert "host-c cannot be used: the connection ended: ssh: Could not resolve hostname host-c" in err
     assert "10.77.0.99 cannot be used: the connection ended: ssh: connect to host 10.77.0.99 port 22: " in err
-    assert time.monotonic() - begun < 20
     assert not list(tmp_path.glob("started*"))
     assert nothing_left(network, job)
 

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from ds_engine.launch.console import Console
-    from ds_engine.launch.several import Script, Selection
+    from ds_engine.launch.remote.prepare import Script, Selection
     from ds_engine.launch.supervise import Patience
 
 _SEVERAL = "Several machines, over ssh"
@@ -143,7 +143,7 @@ def run(
 
     The exit code is that of the rank that failed first, or 128 + n for signal n.
     """
-    from ds_engine.launch.several import Script, Selection
+    from ds_engine.launch.remote.prepare import Script, Selection
     from ds_engine.launch.supervise import Patience
 
     kind = "module" if module else "script"
@@ -223,10 +223,10 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 
 
 def _on_hosts(script: Script, selection: Selection, reach: _Reach, shown: _Shown) -> int:
-    from ds_engine.launch.cluster import Watch, run_on_hosts
-    from ds_engine.launch.link import Pulse
-    from ds_engine.launch.several import plan_job
-    from ds_engine.launch.transport import Transport, split_arguments
+    from ds_engine.launch.remote.connect import Watch, run_on_hosts
+    from ds_engine.launch.remote.link import Pulse
+    from ds_engine.launch.remote.prepare import plan_job
+    from ds_engine.launch.remote.transport import Transport, split_arguments
 
     job = plan_job(
         script,
@@ -253,7 +253,7 @@ def _on_hosts(script: Script, selection: Selection, reach: _Reach, shown: _Shown
 
 def _here(script: Script, nproc: int | None, port: int | None, node: _Node, shown: _Shown) -> int:
     from ds_engine.launch.local import prepare
-    from ds_engine.launch.several import plan_node
+    from ds_engine.launch.remote.prepare import plan_node
     from ds_engine.launch.supervise import run as run_plan
 
     if node.nnodes is None:

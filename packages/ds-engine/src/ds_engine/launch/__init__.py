@@ -1,6 +1,7 @@
-"""Starts the ranks of a job on this machine. Nothing here imports torch, so `ds` starts fast.
+"""Starts the ranks of a job. Nothing here imports torch, so `ds` starts fast.
 
-`plan.py` decides what to start (pure), `supervise.py` starts it and watches, `rank.py` is one process,
-`output.py` forwards its output, `failure.py` determines which rank failed first and suggests a remedy (pure),
-`devices.py` and `machine.py` inspect the machine.
+`plan.py` decides what to start on a machine (pure), `supervise.py` starts it and watches. It sees the ranks as a crew
+(`crew.py`): processes of this machine (`rank.py`), or those of several machines (`remote/`). `console.py` and
+`output.py` pass their output on, `failure.py` determines which rank failed first and suggests a remedy (pure),
+`devices.py`, `machine.py` and `network.py` inspect the machine.
 """

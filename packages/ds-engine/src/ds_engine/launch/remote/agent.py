@@ -1,4 +1,4 @@
-"""`python -m ds_engine.launch.agent`: runs the ranks of one machine for a launcher on another.
+"""`python -m ds_engine.launch.remote.agent`: runs the ranks of one machine for a launcher on another.
 
 Frames arrive on stdin and leave on stdout. The launcher asks "examine", and then sends "start", "signal" and "kill".
 The agent answers "hello", and then sends "output", "ended" and "heartbeat". When the launcher is gone, the ranks end:
@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_engine.launch.crew import LocalCrew
-from ds_engine.launch.facts import gather
-from ds_engine.launch.frames import MAGIC, Frame
-from ds_engine.launch.link import Link, Pulse
 from ds_engine.launch.machine import usable_cores
 from ds_engine.launch.network import free_port, interface_towards
 from ds_engine.launch.output import Outputs
 from ds_engine.launch.plan import LaunchError, Part, make_plan
+from ds_engine.launch.remote.facts import gather
+from ds_engine.launch.remote.frames import MAGIC, Frame
+from ds_engine.launch.remote.link import Link, Pulse
 from ds_engine.launch.signals import FORWARDED, STOPPING, CaughtSignals
 
 _BACKLOG_BYTES = 8 << 20

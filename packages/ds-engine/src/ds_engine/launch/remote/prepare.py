@@ -10,11 +10,11 @@ from pathlib import Path
 
 from ds_engine.launch.devices import count_accelerators
 from ds_engine.launch.hosts import Pool, fetch_hostfile, parse_resource_filter, read_env_files
-from ds_engine.launch.job import JobPlan, Program, choose_master, forwarded, make_shares
 from ds_engine.launch.local import check_config, check_exists, target_of
 from ds_engine.launch.machine import usable_cores
 from ds_engine.launch.network import interface_towards
 from ds_engine.launch.plan import LaunchError, LaunchPlan, Part, choose_nproc, make_plan, refuse_nesting
+from ds_engine.launch.remote.job import JobPlan, Program, choose_master, forwarded, make_shares
 
 ENV_FILE = ".deepspeed_env"
 """Files of this name in the home and working directories add variables for every machine."""

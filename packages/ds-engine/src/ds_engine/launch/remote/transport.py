@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ds_engine.launch.network import is_this_machine
 
-_MODULE = "ds_engine.launch.agent"
+_MODULE = "ds_engine.launch.remote.agent"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ds_engine.launch.frames import Frame, FrameError, FrameReader
+from ds_engine.launch.remote.frames import Frame, FrameError, FrameReader
 
 _READ_BYTES = 1 << 18
 _HEARTBEATS_PER_TIMEOUT = 6

@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ds_engine.launch.console import Console
-from ds_engine.launch.facts import differences, gather
-from ds_engine.launch.job import JobPlan
-from ds_engine.launch.link import Pulse
 from ds_engine.launch.plan import LaunchError, Part
-from ds_engine.launch.remote import RemoteCrew, RemoteHost, Start, close_all
+from ds_engine.launch.remote.facts import differences, gather
+from ds_engine.launch.remote.job import JobPlan
+from ds_engine.launch.remote.link import Pulse
+from ds_engine.launch.remote.ranks import RemoteCrew, RemoteHost, Start, close_all
+from ds_engine.launch.remote.transport import Transport
 from ds_engine.launch.supervise import Patience, Supervisor
-from ds_engine.launch.transport import Transport
 
 
 @dataclass(frozen=True, kw_only=True)

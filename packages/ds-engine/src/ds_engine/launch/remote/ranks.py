@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_engine.launch.failure import RankEnd
-from ds_engine.launch.frames import Frame
-from ds_engine.launch.job import HostShare
-from ds_engine.launch.link import Link, Pulse
 from ds_engine.launch.output import Outputs, Sink, Tail
 from ds_engine.launch.rank import DieWithParent
+from ds_engine.launch.remote.frames import Frame
+from ds_engine.launch.remote.job import HostShare
+from ds_engine.launch.remote.link import Link, Pulse
 
 _GREETING = Pulse(timeout_s=60.0)
 _KEPT_BYTES = 4096
