@@ -42,7 +42,7 @@ def _without(variables: dict[str, str], *names: str) -> dict[str, str]:
 
 
 def _tuple(placement: Placement) -> tuple[object, ...]:
-    return dataclasses.astuple(placement)
+    return dataclasses.astuple(placement)[:7]
 
 
 def test_torchrun() -> None:
@@ -99,6 +99,115 @@ def test_a_launcher_inside_an_allocation_wins() -> None:
     assert detect({**SLURM, **TORCHRUN}).source == "torchrun"
     assert detect({**SLURM, **OPEN_MPI}).source == "mpi"  # SLURM_PROCID is that of mpirun's daemon
     assert detect({**SLURM, **HYDRA}).source == "mpi"
+
+
+PYTORCH_JOB = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "job-master-0",
+    "MASTER_PORT": "23456",
+    "PET_NODE_RANK": "1",
+    "PET_NNODES": "2",
+    "PET_NPROC_PER_NODE": "1",
+}
+TRAIN_JOB = {
+    "PET_NODE_RANK": "1",
+    "PET_NNODES": "2",
+    "PET_NPROC_PER_NODE": "1",
+    "PET_MASTER_ADDR": "job-node-0-0.job",
+    "PET_MASTER_PORT": "29400",
+}
+
+
+def test_a_pod_without_torchrun_is_one_rank() -> None:
+    assert _tuple(detect(PYTORCH_JOB)) == (1, 2, 0, 1, "job-master-0", 23456, "kubernetes")
+    assert _tuple(detect(TRAIN_JOB)) == (1, 2, 0, 1, "job-node-0-0.job", 29400, "kubernetes")
+    alone = {**TRAIN_JOB, "PET_NODE_RANK": "0", "PET_NNODES": "1"}
+    assert _tuple(detect(alone)) == (0, 1, 0, 1, "job-node-0-0.job", 0, "kubernetes")
+
+
+def test_ranks_that_torchrun_or_torch_starts_in_a_pod() -> None:
+    assert detect({**TRAIN_JOB, **TORCHRUN}).source == "torchrun"
+    spawned = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    assert _tuple(detect({**TRAIN_JOB, "PET_NPROC_PER_NODE": "4", **spawned}))[:4] == (3, 4, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({**PYTORCH_JOB, "WORLD_SIZE": "8"}, "WORLD_SIZE=8 and PET_NNODES=2 .*torchrun SCRIPT"),
+        ({**TRAIN_JOB, "PET_NPROC_PER_NODE": "4"}, "PET_NPROC_PER_NODE=4, but .*not started by torchrun"),
+        ({**PYTORCH_JOB, "RANK": "0"}, "RANK=0 and PET_NODE_RANK=1 contradict"),
+        ({**TRAIN_JOB, "PET_NNODES": "1:4"}, "PET_NNODES=1:4 is an elastic range"),
+        (_without(TRAIN_JOB, "PET_MASTER_ADDR"), "PET_MASTER_ADDR is missing: the operator sets it"),
+        (_without(TRAIN_JOB, "PET_MASTER_PORT"), "PET_MASTER_PORT is missing"),
+        (_without(TRAIN_JOB, "PET_NNODES"), "PET_NNODES is missing"),
+    ],
+)
+def test_pods_that_lack_ranks(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(PlacementError, match=message):
+        detect(variables)
+
+
+ELEVEN = {**TORCHRUN, "RANK": "9", "WORLD_SIZE": "11"}  # the ranks of SLURM
+TWO = {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}  # those of OPEN_MPI
+PMI_OF_SRUN = {"PMI_RANK": "9", "PMI_SIZE": "11"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "first", "second"),
+    [
+        # `export RANK=$SLURM_PROCID` in the batch script, before srun
+        ({**SLURM, **ELEVEN, "RANK": "0"}, "RANK=0", "SLURM_PROCID=9"),
+        ({**OPEN_MPI, **TWO, "RANK": "0"}, "RANK=0", "OMPI_COMM_WORLD_RANK=1"),
+        ({**OPEN_MPI, **TORCHRUN, "WORLD_SIZE": "7"}, "WORLD_SIZE=7", "OMPI_COMM_WORLD_SIZE=2"),
+        (
+            {**OPEN_MPI, "OMPI_COMM_WORLD_SIZE": "16", **TORCHRUN},
+            "WORLD_SIZE=8",
+            "OMPI_COMM_WORLD_SIZE=16",
+        ),
+        ({**OPEN_MPI, "RANK": "0", "WORLD_SIZE": "1"}, "WORLD_SIZE=1", "OMPI_COMM_WORLD_SIZE=2"),
+        ({**HYDRA, **TWO}, "RANK=1", "PMI_RANK=0"),
+        ({**HYDRA, **TORCHRUN, "WORLD_SIZE": "9"}, "WORLD_SIZE=9", "PMI_SIZE=2"),
+        ({**OPEN_MPI, "PMIX_RANK": "0"}, "OMPI_COMM_WORLD_RANK=1", "PMIX_RANK=0"),
+        ({**OPEN_MPI, **HYDRA}, "OMPI_COMM_WORLD_RANK=1", "PMI_RANK=0"),
+        ({**OPEN_MPI, **HYDRA, "PMI_RANK": "1", "PMI_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE=2", "PMI_SIZE=4"),
+        ({**SLURM, **PMI_OF_SRUN, "PMI_RANK": "3"}, "SLURM_PROCID=9", "PMI_RANK=3"),
+        ({**SLURM, **PMI_OF_SRUN, "PMI_SIZE": "12"}, "SLURM_STEP_NUM_TASKS=11", "PMI_SIZE=12"),
+        ({**SLURM, "PMIX_RANK": "8"}, "SLURM_PROCID=9", "PMIX_RANK=8"),
+    ],
+)
+def test_two_launchers_that_contradict_each_other(variables: dict[str, str], first: str, second: str) -> None:
+    with pytest.raises(PlacementError, match=rf"{first} and {second} contradict.*[Uu]nset"):
+        detect(variables)
+
+
+@pytest.mark.parametrize(
+    ("variables", "source"),
+    [
+        ({**SLURM, **ELEVEN}, "torchrun"),
+        ({**SLURM, **PMI_OF_SRUN, "PMIX_RANK": "9"}, "slurm"),
+        ({**OPEN_MPI, **TWO, "PMIX_RANK": "1"}, "torchrun"),
+        ({**OPEN_MPI, **TORCHRUN}, "torchrun"),  # each of the two processes has started four ranks
+        # ranks of torchrun or `ds run`, whose parents have other numbers
+        ({**SLURM, **ELEVEN, "RANK": "0", "TORCHELASTIC_RUN_ID": "1"}, "torchrun"),
+        ({**OPEN_MPI, **TWO, "RANK": "0", "DS_LAUNCHER": "ds run"}, "ds run"),
+        # the shell of an allocation, in which somebody sets the variables of torchrun
+        ({**_without(SLURM, "SLURM_STEP_NODELIST"), **ELEVEN, "RANK": "0"}, "torchrun"),
+        # an interactive step with one task
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "RANK": "0", "WORLD_SIZE": "1"}, "torchrun"),
+    ],
+)
+def test_launchers_inside_of_each_other_are_no_contradiction(variables: dict[str, str], source: str) -> None:
+    assert detect(variables).source == source
+
+
+def test_what_was_detected_is_said() -> None:
+    assert str(detect(SLURM)).startswith("rank 9 of 11, local rank 1 of 3 on this machine, rank 0 at gpu07:2")
+    assert "by slurm: SLURM_PROCID=9, SLURM_STEP_NUM_TASKS=11, " in str(detect(SLURM))
+    assert "OMPI_COMM_WORLD_LOCAL_RANK=1" in str(detect(OPEN_MPI))
+    assert str(detect({})) == "a single process (no launcher has set a variable)"
+    assert str(detect({"RANK": "0", "WORLD_SIZE": "1"})) == "a single process (WORLD_SIZE=1, RANK=0)"
 
 
 def test_inside_an_allocation_but_not_started_by_srun() -> None:

@@ -27,6 +27,16 @@ def _bad(findings: list[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.status != "ok"]
 
 
+def test_the_rank_that_a_script_would_have() -> None:
+    assert doctor.check_launcher({}).value.startswith("a single process")
+    inside = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}
+    inside |= {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    finding = doctor.check_launcher(inside)
+    assert finding.status == "ok" and "by mpi: OMPI_COMM_WORLD_RANK=1" in finding.value
+    (refused,) = _bad([doctor.check_launcher({**inside, "RANK": "0", "WORLD_SIZE": "2", "PMIX_RANK": "1"})])
+    assert "RANK=0 and OMPI_COMM_WORLD_RANK=1" in refused.value and refused.status == "error"
+
+
 def test_here() -> None:
     command = [sys.executable, "-m", "ds_engine", "doctor"]
     told = subprocess.run(

@@ -38,6 +38,16 @@ def test_choices_and_reasons() -> None:
     assert rows["schedule"] == ("WarmupLR", "as set")
 
 
+def test_variables_of_a_scheduler_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"RANK": "0", "SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    for name, value in variables.items():
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    started = table()["ranks"][1]
+    assert started == "started by mpi (OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE)"
+
+
 def test_sections_that_are_off_decide_nothing() -> None:
     off = {"fp16": {"enabled": False}, "bf16": {"enabled": False}}
     assert table(**off)["precision"][1] == "default"

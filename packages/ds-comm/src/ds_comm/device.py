@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ds_comm.placement import Placement, PlacementError
+from ds_comm.placement import Placement
+from ds_comm.variables import PlacementError
 
 
 def choose_device(wish: torch.device | str | None, placement: Placement) -> torch.device:

@@ -1,6 +1,7 @@
 """Determines the rank of this process from the environment variables of its launcher: a pure function.
 
 Order of the readers, and why:
+0. A pod of Kubeflow's operators that runs the script without torchrun, and so lacks LOCAL_RANK.
 1. torchrun's variables (also `ds run`, Kubernetes operators): a launcher that runs inside an allocation sets
    them for its own processes, while the allocation's variables are inherited from outside.
 2. Open MPI: its daemons may themselves be started by srun, so that SLURM_PROCID is then the daemon's number.
@@ -12,23 +13,15 @@ Order of the readers, and why:
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+from ds_comm import kubernetes
+from ds_comm.contradictions import ELASTIC, LAUNCHER, refuse_contradictions
 from ds_comm.nodelist import expand_counts, expand_nodes
+from ds_comm.variables import LOOPBACK, PlacementError, Variables
 
 _DEFAULT_PORT = 29500  # torch's own
-_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-LAUNCHER = "DS_LAUNCHER"
-"""Environment variable with the name of a launcher that sets torchrun's variables."""
-_T = TypeVar("_T")
-
-
-class PlacementError(ValueError):
-    """The environment variables are incomplete or contradict each other. The message names the variable and the
-    remedy.
-    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +42,10 @@ class Placement:
     """TCP port on that host; 0 for a single process, which opens none."""
     source: str
     """Launcher that set the variables: "torchrun" (or another launcher with its variables), "ds run", "slurm", "mpi",
-    or "single" if there is none.
+    "kubernetes" (a pod without torchrun), or "single" if there is none.
     """
+    variables: tuple[str, ...] = field(default=(), compare=False)
+    """The environment variables from which this was read, as NAME=value."""
 
     def __post_init__(self) -> None:
         """Raises PlacementError if the numbers contradict each other."""
@@ -66,16 +61,28 @@ class Placement:
                 f"hold. Is a variable left over from another job?"
             )
 
+    def __str__(self) -> str:
+        """Says who this rank is, who the others are, and by which variables."""
+        if self.world_size == 1:
+            return f"a single process ({', '.join(self.variables) or 'no launcher has set a variable'})"
+        return (
+            f"rank {self.rank} of {self.world_size}, local rank {self.local_rank} of {self.local_size} on this "
+            f"machine, rank 0 at {self.master_addr}:{self.master_port}; by {self.source}: {', '.join(self.variables)}"
+        )
+
 
 def detect(environ: Mapping[str, str]) -> Placement:
     """Reads the placement of this process from `environ` (usually os.environ).
 
-    Raises PlacementError if the variables of that launcher are incomplete, not numbers, or contradictory.
+    Raises PlacementError if the variables of that launcher are incomplete, not numbers, or contradictory, or if two
+    launchers contradict each other.
     """
-    for reader in (_from_torchrun, _from_open_mpi, _from_pmi, _from_slurm):
-        placement = reader(_Variables(environ))
+    refuse_contradictions(Variables(environ))
+    for reader in (_from_pod, _from_torchrun, _from_open_mpi, _from_pmi, _from_slurm):
+        env = Variables(environ)
+        placement = reader(env)
         if placement is not None:
-            return placement
+            return replace(placement, variables=tuple(f"{name}={value}" for name, value in env.read.items()))
     return Placement(
         rank=0,
         world_size=1,
@@ -87,37 +94,22 @@ def detect(environ: Mapping[str, str]) -> Placement:
     )
 
 
-class _Variables:
-    """Reads environment variables; raises PlacementError if one is missing or malformed."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self._environ = environ
-
-    def __contains__(self, name: object) -> bool:
-        return bool(self._environ.get(str(name), "").strip())
-
-    def text(self, name: str, remedy: str) -> str:
-        value = self._environ.get(name, "").strip()
-        if not value:
-            raise PlacementError(f"the environment variable {name} is missing: {remedy}")
-        return value
-
-    def number(self, name: str, remedy: str) -> int:
-        value = self.text(name, remedy)
-        try:
-            return int(value)
-        except ValueError:
-            raise PlacementError(f"{name}={value!r} is not a whole number: {remedy}") from None
-
-    def port(self, default: Callable[[], int]) -> int:
-        remedy = "set MASTER_PORT to a free TCP port, the same on every rank (for example 29500)"
-        port = self.number("MASTER_PORT", remedy) if "MASTER_PORT" in self else default()
-        if not 0 < port < 65536:
-            raise PlacementError(f"MASTER_PORT={port} is not a TCP port (1 to 65535): {remedy}")
-        return port
+def _from_pod(env: Variables) -> Placement | None:
+    pod = kubernetes.pod(env)
+    if pod is None:
+        return None
+    return Placement(
+        rank=pod.rank,
+        world_size=pod.world_size,
+        local_rank=0,
+        local_size=1,
+        master_addr=pod.master_addr,
+        master_port=pod.master_port if pod.world_size > 1 else 0,
+        source="kubernetes",
+    )
 
 
-def _from_torchrun(env: _Variables) -> Placement | None:
+def _from_torchrun(env: Variables) -> Placement | None:
     if "RANK" not in env and "WORLD_SIZE" not in env:
         return None
     start = "start with `ds run` or `torchrun`, which set all of them"
@@ -133,7 +125,7 @@ def _from_torchrun(env: _Variables) -> Placement | None:
     else:
         # torch.multiprocessing.spawn and notebooks set only the variables that torch needs. If the address of rank 0
         # is a loopback address, all ranks are on this machine.
-        here = "MASTER_ADDR" in env and env.text("MASTER_ADDR", start) in _LOOPBACK
+        here = "MASTER_ADDR" in env and env.text("MASTER_ADDR", start) in LOOPBACK
         own = f"{start}, or set it yourself: LOCAL_RANK counts the processes of one machine from 0, "
         own += "LOCAL_WORLD_SIZE is their number (0 and 1 where each machine runs one process)"
         local_rank = rank if here and "LOCAL_RANK" not in env else env.number("LOCAL_RANK", own)
@@ -154,16 +146,16 @@ def _from_torchrun(env: _Variables) -> Placement | None:
     )
 
 
-def _source(env: _Variables) -> str:
+def _source(env: Variables) -> str:
     """Names the launcher. `ds run` sets torchrun's variables and one of its own; torchrun inside `ds run` sets one
     more.
     """
-    if LAUNCHER in env and "TORCHELASTIC_RUN_ID" not in env:
+    if LAUNCHER in env and ELASTIC not in env:
         return env.text(LAUNCHER, "set it to the launcher's name, or unset it")
     return "torchrun"
 
 
-def _from_open_mpi(env: _Variables) -> Placement | None:
+def _from_open_mpi(env: Variables) -> Placement | None:
     if "OMPI_COMM_WORLD_RANK" not in env:
         return None
     remedy = "start the processes with mpirun, which sets it"
@@ -176,7 +168,7 @@ def _from_open_mpi(env: _Variables) -> Placement | None:
     return _from_mpi(env, *(env.number(name, remedy) for name in names), forward="mpirun -x MASTER_ADDR=")
 
 
-def _from_pmi(env: _Variables) -> Placement | None:
+def _from_pmi(env: Variables) -> Placement | None:
     """Reads the variables of MPICH's Hydra and of Intel MPI, which are the same."""
     if "PMI_RANK" not in env:
         return None
@@ -189,7 +181,7 @@ def _from_pmi(env: _Variables) -> Placement | None:
 
 
 def _from_mpi(
-    env: _Variables, rank: int, world_size: int, local_rank: int, local_size: int, *, forward: str
+    env: Variables, rank: int, world_size: int, local_rank: int, local_size: int, *, forward: str
 ) -> Placement:
     """MPI sets rank and world size, but not the host of rank 0. That host is known only if all ranks are on this
     machine.
@@ -213,7 +205,7 @@ def _from_mpi(
     )
 
 
-def _from_slurm(env: _Variables) -> Placement | None:
+def _from_slurm(env: Variables) -> Placement | None:
     if "SLURM_PROCID" not in env:
         return None  # also set in the shell of salloc, from which users start a single process
     count_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
@@ -227,7 +219,7 @@ def _from_slurm(env: _Variables) -> Placement | None:
             f"...` in the batch script, or unset SLURM_PROCID to run a single process"
         )
     rank, world_size = env.number("SLURM_PROCID", remedy), env.number(count_name, remedy)
-    nodes = _parsed(env, "SLURM_STEP_NODELIST", expand_nodes, remedy)
+    nodes = env.parsed("SLURM_STEP_NODELIST", expand_nodes, remedy)
     job = f"{env.text('SLURM_JOB_ID', remedy)}.{env.text('SLURM_STEP_ID', remedy)}"
     alone = world_size == 1
     return Placement(
@@ -241,9 +233,9 @@ def _from_slurm(env: _Variables) -> Placement | None:
     )
 
 
-def _slurm_local_size(env: _Variables, num_nodes: int, remedy: str) -> int:
+def _slurm_local_size(env: Variables, num_nodes: int, remedy: str) -> int:
     name = "SLURM_STEP_TASKS_PER_NODE" if "SLURM_STEP_TASKS_PER_NODE" in env else "SLURM_TASKS_PER_NODE"
-    counts = _parsed(env, name, expand_counts, remedy)
+    counts = env.parsed(name, expand_counts, remedy)
     node = env.number("SLURM_NODEID", remedy)
     if not 0 <= node < len(counts) or len(counts) != num_nodes:
         raise PlacementError(
@@ -251,14 +243,6 @@ def _slurm_local_size(env: _Variables, num_nodes: int, remedy: str) -> int:
             f"{name} contradict each other: {remedy}"
         )
     return counts[node]
-
-
-def _parsed(env: _Variables, name: str, parse: Callable[[str], list[_T]], remedy: str) -> list[_T]:
-    text = env.text(name, remedy)
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise PlacementError(f"{name}={text!r} cannot be read ({error}): {remedy}") from None
 
 
 def _port_of_job(job: str) -> int:

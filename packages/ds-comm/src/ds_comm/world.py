@@ -10,13 +10,14 @@ import os
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from ds_comm.device import choose_device, default_backend
-from ds_comm.placement import Placement, PlacementError, detect
+from ds_comm.placement import Placement, detect
+from ds_comm.variables import PlacementError
 
 REPORT_S = 20.0
 """Seconds after which a rank that still waits for the other ranks logs a warning."""
@@ -54,6 +55,8 @@ class World:
     """Launcher that set the variables: "torchrun", "slurm", "mpi", "single" (none), or "user" (the process group
     existed already and matches no launcher).
     """
+    variables: tuple[str, ...] = field(default=(), compare=False)
+    """The environment variables from which the rank was read, as NAME=value."""
 
 
 def start(
@@ -80,6 +83,7 @@ def start(
         _settle_at_exit(world.world_size, world.backend)
         return world
     placement = detect(os.environ)
+    _log.info("%s", placement)
     chosen = choose_device(device, placement)
     backend = backend or default_backend(chosen)
     _check_backend(backend)
@@ -95,6 +99,7 @@ def start(
         device=chosen,
         backend=dist.get_backend(),
         source=placement.source,
+        variables=placement.variables,
     )
 
 
@@ -216,6 +221,7 @@ def _existing(device: torch.device | str | None, backend: str | None) -> World:
         device=chosen,
         backend=running,
         source=placement.source,
+        variables=placement.variables,
     )
 
 

@@ -49,6 +49,10 @@ class World(Protocol):
     def source(self) -> str:
         """Name of the launcher that started this rank."""
 
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """The environment variables from which the rank was read, as NAME=value."""
+
 
 class Norm(Protocol):
     """Global 2-norm of one step's gradient, without the loss scale."""

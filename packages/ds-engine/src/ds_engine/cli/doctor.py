@@ -42,6 +42,7 @@ def examine() -> list[Finding]:
         *check_torch(),
         *check_native(),
         *check_machine(),
+        check_launcher(os.environ),
         *check_strangers(os.environ, installed_version("deepspeed"), "ds-compat" in versions),
     ]
 
@@ -135,6 +136,18 @@ def check_machine() -> Iterable[Finding]:
     else:
         yield Finding("/dev/shm", "missing", "error", "mount a tmpfs there: data loaders and nccl need it")
     yield check_locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0])
+
+
+def check_launcher(environ: Mapping[str, str]) -> Finding:
+    """Says which rank a script would have that started in this environment."""
+    try:
+        from ds_comm import PlacementError, detect
+    except ImportError as error:
+        return Finding("rank", str(error), "error", "pip install ds-comm")
+    try:
+        return Finding("rank", str(detect(environ)))
+    except PlacementError as error:
+        return Finding("rank", str(error), "error", "start scripts as the message says")
 
 
 def check_huge_pages(setting: Path) -> Finding:

@@ -13,7 +13,7 @@ from ds_engine.config.built import effectless
 from ds_engine.config.load import auto
 from ds_engine.config.sections.model import DsConfig
 from ds_engine.config.sections.zero.optimization import STAGES
-from ds_engine.interfaces import HeldBytes, Shares
+from ds_engine.interfaces import HeldBytes, Shares, World
 from ds_engine.job.precision import name_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def rows(engine: Engine) -> list[Row]:
     set_keys = config.model_fields_set
     schedule = engine.lr_scheduler
     table = [
-        ("ranks", f"{world.world_size} ({world.backend}, {world.device.type})", f"started by {world.source}"),
+        ("ranks", f"{world.world_size} ({world.backend}, {world.device.type})", _started_by(world)),
         (
             "model",
             f"{shares.params_numel:,} parameters, {shares.trainable_numel:,} trained",
@@ -90,6 +90,14 @@ def _remarks(config: DsConfig) -> list[Row]:
     if autos:
         remarks.append(('"auto"', ", ".join(autos), "not replaced by an integration: default"))
     return remarks
+
+
+def _started_by(world: World) -> str:
+    """Names the launcher, and for schedulers the variables with the rank and the number of ranks."""
+    if world.source not in ("slurm", "mpi", "kubernetes"):
+        return f"started by {world.source}"
+    names = [variable.partition("=")[0] for variable in world.variables]
+    return f"started by {world.source} ({', '.join(names[:2])})"
 
 
 def _origin(config: DsConfig, key: str) -> str:
