@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import pytest
+
+from harness import hosts
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -25,3 +28,13 @@ def _torch_state() -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hosts.Network]:
+    """Two hosts, host-a and host-b."""
+    lacks = hosts.missing()
+    if lacks is not None:
+        pytest.skip(lacks)
+    with hosts.network(tmp_path_factory.mktemp("hosts") / "net") as made:
+        yield made

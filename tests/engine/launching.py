@@ -34,12 +34,13 @@ class Job:
         *options: str,
         arguments: tuple[str, ...] = (),
         prefix: tuple[str, ...] = (),
+        module: tuple[str, ...] = ("ds_engine", "run"),
         **environ: str,
     ):
-        """prefix: of the command, for example `nsenter ...`."""
+        """prefix: of the command, for example `nsenter ...`. module: the launcher."""
         self.folder = folder
         (folder / "script.py").write_text(_PRELUDE + source)
-        command = [sys.executable, "-m", "ds_engine", "run", *options, str(folder / "script.py"), *arguments]
+        command = [sys.executable, "-m", *module, *options, str(folder / "script.py"), *arguments]
         self.process = subprocess.Popen(
             [*prefix, *command],
             cwd=folder,

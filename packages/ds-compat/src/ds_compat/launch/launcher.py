@@ -1,4 +1,4 @@
-"""The command `deepspeed` for one machine, on top of `ds run`."""
+"""The command `deepspeed`, on top of `ds run`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ds_engine.launch.hosts import Pool, fetch_hostfile, parse_resource_filter, read_env_files
+from ds_engine.launch.network import is_this_machine
 from ds_engine.launch.plan import LOCAL_RANK, LaunchError
+
+if TYPE_CHECKING:
+    from ds_engine.launch.console import Console
 
 DLTS_HOSTFILE = "/job/hostfile"
 EXPORT_ENVS = ["MLFLOW", "PYTHON", "MV2", "UCX"]
 DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+_LAUNCHERS = frozenset({"pdsh", "ssh"})
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deepspeed",
-        description="Starts a script on every rank of this machine (ds-compat, on top of `ds run`).",
+        description="Starts a script on every rank of a job (ds-compat, on top of `ds run`).",
     )
     add = parser.add_argument
     add("-H", "--hostfile", default=DLTS_HOSTFILE, help="lines such as `worker-0 slots=4`")
@@ -33,34 +39,36 @@ def _parser() -> argparse.ArgumentParser:
         help="NODE[:SLOT[,SLOT]...][@NODE...]: use only these, e.g. localhost:0,2",
     )
     add("-e", "--exclude", default="", help="use all except these, in the same form")
-    add("--num_nodes", type=int, default=-1, help="must be 1: this launcher starts one machine")
+    add("--num_nodes", type=int, default=-1, help="use only the first machines of the host file")
     add(
         "--num_gpus",
         "--num_accelerators",
         type=int,
         default=-1,
-        help="number of ranks",
+        help="number of ranks on each machine",
     )
     add("--master_port", type=int, default=None, help="port of rank 0; default: a free port")
-    add("--master_addr", default="", help="of no use on one machine")
-    add("--node_rank", type=int, default=-1, help="of no use on one machine")
-    add("--launcher", default="pdsh", help="for several machines: not here")
-    add("--launcher_args", default="", help="for several machines: not here")
+    add("--master_addr", default="", help="address of rank 0's machine, as the others see it")
+    add("--node_rank", type=int, default=-1, help="with --no_ssh: number of this machine in the host file")
+    add("--launcher", default="pdsh", help="ssh or pdsh: the machines of the host file are started over ssh")
+    add("--launcher_args", default="", help="further arguments of ssh")
+    add("--ssh_port", type=int, default=None, help="port of the ssh servers")
+    add(
+        "--no_ssh",
+        action="store_true",
+        help="start only this machine's ranks; run the command on every machine",
+    )
+    add("--force_multi", action="store_true", help="connect to a single machine, too")
+    add("--venv_script", default=None, help="shell script that each machine reads before it starts ranks")
+    add("--enable_each_rank_log", default=None, help="folder for a file with the output of each rank")
     add("--module", action="store_true", help="the script is the name of a module, as with python -m")
     add("--no_python", action="store_true", help="the script is a program")
     add("--no_local_rank", action="store_true", help="do not pass --local_rank=N to the script")
-    for name in (
-        "no_ssh",
-        "no_ssh_check",
-        "force_multi",
-        "save_pid",
-        "bind_cores_to_rank",
-        "elastic_training",
-    ):
+    for name in ("no_ssh_check", "save_pid", "bind_cores_to_rank", "elastic_training"):
         add(f"--{name}", action="store_true", help=argparse.SUPPRESS)
-    for name in ("min_elastic_nodes", "max_elastic_nodes", "ssh_port"):
+    for name in ("min_elastic_nodes", "max_elastic_nodes"):
         add(f"--{name}", type=int, default=None, help=argparse.SUPPRESS)
-    for name in ("enable_each_rank_log", "bind_core_list", "venv_script", "log_level"):
+    for name in ("bind_core_list", "log_level"):
         add(f"--{name}", default=None, help=argparse.SUPPRESS)
     add("--autotuning", default="", choices=["", "tune", "run"], help=argparse.SUPPRESS)
     add("-q", "--quiet", action="store_true", help="print nothing at the start")
@@ -78,56 +86,105 @@ def main(args: Sequence[str] | None = None) -> None:
     """The console script. Exits with the code of the rank that failed first, or 2."""
     options = parse_args(args)
     if args is not None:
-        _place(options)  # callers from Python get the ValueError, a shell gets its text
+        _pool(options)  # callers from Python get the ValueError, a shell gets its text
     sys.exit(launch(options))
 
 
 def launch(options: argparse.Namespace) -> int:
     """Runs the job, and returns the exit code."""
+    try:
+        _refuse_what_is_not_here(options)
+        pool = _pool(options)
+        host = next(iter(pool))
+        if len(pool) > 1 or options.force_multi or options.no_ssh or not is_this_machine(host):
+            return _launch_on_machines(options, pool)
+        return _launch_here(options, pool[host])
+    except ValueError as error:  # also LaunchError
+        _say(f"cannot start: {error}")
+        return 2
+
+
+def _launch_here(options: argparse.Namespace, slots: Sequence[int]) -> int:
     from ds_engine.launch import local
     from ds_engine.launch.supervise import run
 
-    try:
-        _refuse_what_is_not_here(options)
-        ranks, environ = _place(options)
-        arguments = [*([] if options.no_local_rank else [LOCAL_RANK]), *options.user_args]
-        plan = local.prepare(
-            options.user_script,
-            arguments,
-            nproc=ranks,
-            module=options.module,
-            program=options.no_python,
-            port=options.master_port,
-            environ=environ,
-        )
-    except (LaunchError, ValueError) as error:
-        _say(f"cannot start: {error}")
-        return 2
+    environ = {**os.environ, **read_env_files(DEEPSPEED_ENVIRONMENT_NAME), "LOCAL_SIZE": str(len(slots))}
+    if options.include or options.exclude:
+        environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
+    plan = local.prepare(
+        options.user_script,
+        _arguments(options),
+        nproc=len(slots),
+        module=options.module,
+        program=options.no_python,
+        port=options.master_port,
+        environ=environ,
+    )
+    console = _console(options, inherit=True)
     if not options.quiet:
         _say(f"{plan.num_ranks} rank(s): {options.user_script} {' '.join(options.user_args)}".rstrip())
-    return run(plan, say=_say)
+    return run(plan, say=_say, console=console)
+
+
+def _launch_on_machines(options: argparse.Namespace, pool: Pool) -> int:
+    from ds_engine.launch.remote.connect import Watch, run_on_hosts
+    from ds_engine.launch.remote.prepare import Script, plan_job, plan_share
+    from ds_engine.launch.remote.transport import Transport, split_arguments
+    from ds_engine.launch.supervise import run
+
+    kind = "module" if options.module else "program" if options.no_python else "script"
+    job = plan_job(
+        Script(name=options.user_script, arguments=_arguments(options), kind=kind),
+        pool,
+        master_addr=options.master_addr,
+        master_port=options.master_port,
+        env_file=DEEPSPEED_ENVIRONMENT_NAME,
+    )
+    if options.no_ssh:
+        plan = plan_share(job, options.node_rank)
+        return run(plan, say=_say, console=_console(options, inherit=True))
+    transport = Transport(
+        port=options.ssh_port,
+        arguments=split_arguments(options.launcher_args),
+        activate=options.venv_script,
+    )
+    return run_on_hosts(job, transport, Watch(say=_say, console=_console(options, inherit=False)))
+
+
+def _arguments(options: argparse.Namespace) -> list[str]:
+    return [*([] if options.no_local_rank else [LOCAL_RANK]), *options.user_args]
+
+
+def _console(options: argparse.Namespace, *, inherit: bool) -> Console:
+    from ds_engine.launch.console import Console, make_log_folder
+
+    folder = options.enable_each_rank_log
+    if folder is None or folder == "None":
+        return Console(_say, inherit=inherit)
+    logs = make_log_folder(folder, options.user_script)
+    _say(f"the output of each rank is in {logs}")
+    return Console(_say, logs=logs, only_rank_0=True, inherit=inherit)
 
 
 def _refuse_what_is_not_here(options: argparse.Namespace) -> None:
-    if options.num_nodes > 1 or options.node_rank > 0 or options.force_multi:
-        raise LaunchError(
-            "this launcher starts the ranks of one machine: on several machines, start the script with torchrun, "
-            "srun or mpirun, which deepspeed.init_distributed supports"
-        )
     if options.autotuning:
         raise LaunchError("--autotuning is not supported yet; ds-engine will add it")
     if options.elastic_training:
         raise LaunchError(
             "--elastic_training is not supported; a checkpoint can be loaded on any number of ranks"
         )
-    if options.enable_each_rank_log:
+    if options.launcher.lower() not in _LAUNCHERS:
         raise LaunchError(
-            "--enable_each_rank_log is not supported: lines of rank 1 and up begin with their rank; use `tee`"
+            f"--launcher {options.launcher}: `ssh` and `pdsh` are possible, which both start the machines over ssh. "
+            "Under Slurm and MPI the scheduler starts the ranks: srun or mpirun, followed by `python` and the script"
         )
+    for name in ("save_pid", "bind_cores_to_rank", "bind_core_list"):
+        if getattr(options, name):
+            _say(f"--{name} has no effect: numactl and taskset bind the command, and its ranks inherit it")
 
 
-def _place(options: argparse.Namespace) -> tuple[int, dict[str, str]]:
-    """Returns (number of ranks, their environment)."""
+def _pool(options: argparse.Namespace) -> Pool:
+    """Returns the machines and slots of the job."""
     filtered = bool(options.include or options.exclude)
     if filtered and (options.num_gpus > 0 or options.num_nodes > 0):
         raise ValueError("Cannot specify num_nodes/num_gpus with include/exclude")
@@ -140,25 +197,21 @@ def _place(options: argparse.Namespace) -> tuple[int, dict[str, str]]:
     listed = fetch_hostfile(options.hostfile)
     if listed is None and options.hostfile != DLTS_HOSTFILE:
         raise ValueError(f"--hostfile {options.hostfile}: there is no such file")
+    if listed is None and options.num_nodes > 1:
+        raise LaunchError(f"--num_nodes {options.num_nodes}: name the machines in a host file (--hostfile)")
     pool = listed or {"localhost": list(range(_devices(options)))}
-    if len(pool) > 1 and not filtered:
-        raise LaunchError(
-            f"{options.hostfile} names {len(pool)} machines ({', '.join(pool)}): this launcher starts the ranks of "
-            "one; use torchrun, srun or mpirun"
-        )
+    if options.num_nodes > len(pool):
+        raise LaunchError(f"--num_nodes {options.num_nodes}: {options.hostfile} names {len(pool)} machines")
     pool = parse_resource_filter(pool, options.include, options.exclude)
-    if len(pool) != 1:
-        raise ValueError(
-            f"--include/--exclude leave {len(pool)} machines, but this launcher starts ranks on exactly one"
-        )
-    slots = next(iter(pool.values()))
+    if not pool:
+        raise LaunchError("--include/--exclude leave no slot")
+    if options.num_nodes > 0:
+        pool = dict(list(pool.items())[: options.num_nodes])
+    if len(pool) > 1 and any(options.num_gpus > len(slots) for slots in pool.values()):
+        raise LaunchError(f"--num_gpus {options.num_gpus}: {options.hostfile} gives a machine fewer slots")
     if options.num_gpus > 0:
-        slots = list(range(options.num_gpus))
-    environ = {**os.environ, **read_env_files(DEEPSPEED_ENVIRONMENT_NAME)}
-    environ["LOCAL_SIZE"] = str(len(slots))
-    if filtered:
-        environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
-    return len(slots), environ
+        pool = {host: list(range(options.num_gpus)) for host in pool}
+    return pool
 
 
 def _devices(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from ds_engine.launch.console import Console
+    from ds_engine.launch.plan import LaunchPlan
     from ds_engine.launch.remote.prepare import Script, Selection
     from ds_engine.launch.supervise import Patience
 
@@ -225,17 +226,19 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 def _on_hosts(script: Script, selection: Selection, reach: _Reach, shown: _Shown) -> int:
     from ds_engine.launch.remote.connect import Watch, run_on_hosts
     from ds_engine.launch.remote.link import Pulse
-    from ds_engine.launch.remote.prepare import plan_job
+    from ds_engine.launch.remote.prepare import plan_job, plan_share
     from ds_engine.launch.remote.transport import Transport, split_arguments
 
     job = plan_job(
         script,
-        selection,
+        selection.pool(),
         master_addr=reach.master_addr,
         master_port=reach.master_port,
         export=reach.export,
         python=reach.python,
     )
+    if job.is_here:
+        return _run_here(plan_share(job, 0), script, shown)
     transport = Transport(
         python=reach.python,
         port=reach.ssh_port,
@@ -254,7 +257,6 @@ def _on_hosts(script: Script, selection: Selection, reach: _Reach, shown: _Shown
 def _here(script: Script, nproc: int | None, port: int | None, node: _Node, shown: _Shown) -> int:
     from ds_engine.launch.local import prepare
     from ds_engine.launch.remote.prepare import plan_node
-    from ds_engine.launch.supervise import run as run_plan
 
     if node.nnodes is None:
         _refuse({"node-rank": node.node_rank is not None, "rdzv-endpoint": node.endpoint}, "needs --nnodes")
@@ -273,6 +275,12 @@ def _here(script: Script, nproc: int | None, port: int | None, node: _Node, show
         plan = plan_node(
             script, nnodes=node.nnodes, node_rank=node.node_rank, endpoint=node.endpoint, nproc=nproc
         )
+    return _run_here(plan, script, shown)
+
+
+def _run_here(plan: LaunchPlan, script: Script, shown: _Shown) -> int:
+    from ds_engine.launch.supervise import run as run_plan
+
     console = shown.console(script.name, inherit=True)
     say(f"{plan.num_ranks} rank{'s' * (plan.num_ranks > 1)} ({plan.reason}): {' '.join(plan.command[1:])}")
     return run_plan(plan, say=say, patience=shown.patience, console=console)

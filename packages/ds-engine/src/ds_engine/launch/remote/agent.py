@@ -23,12 +23,12 @@ from ds_engine.launch.output import Outputs
 from ds_engine.launch.plan import LaunchError, Part, make_plan
 from ds_engine.launch.remote.facts import gather
 from ds_engine.launch.remote.frames import MAGIC, Frame
+from ds_engine.launch.remote.job import VISIBLE, visible
 from ds_engine.launch.remote.link import Link, Pulse
 from ds_engine.launch.signals import FORWARDED, STOPPING, CaughtSignals
 
 _BACKLOG_BYTES = 8 << 20
 """While more output than this waits to be sent, none is read from the ranks: they wait, as for a slow terminal."""
-_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class _FrameSink:
@@ -127,7 +127,7 @@ class Agent:
         self._grace_s = request["grace_s"]
         self._link.pulse = Pulse(timeout_s=request["timeout_s"])
         slots: list[int] = request["slots"]
-        environ = {**os.environ, _VISIBLE: _visible(os.environ.get(_VISIBLE), slots)}
+        environ = {**os.environ, VISIBLE: visible(os.environ.get(VISIBLE), slots)}
         part = Part(**request["part"], interface=interface_towards(request["towards"]))
         plan = make_plan(
             python=request["python"],
@@ -178,12 +178,6 @@ class Agent:
         if self._crew is not None:
             self._crew.send(signal.SIGTERM)
             self._crew.send(signal.SIGCONT)  # a stopped rank gets SIGTERM only when it continues
-
-
-def _visible(allowed: str | None, slots: list[int]) -> str:
-    """Returns the accelerators of these slots, as numbers among those that this machine allows."""
-    names = allowed.split(",") if allowed else []
-    return ",".join(names[slot] if slot < len(names) else str(slot) for slot in slots)
 
 
 def main() -> None:

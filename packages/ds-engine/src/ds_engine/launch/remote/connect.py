@@ -124,14 +124,12 @@ def _start_request(job: JobPlan, node_rank: int, port: int, watch: Watch) -> dic
         master_port=port,
         interface=None,
     )
-    # The first machine would reach its own address over the loopback interface: it looks towards the second one.
-    others = [other.host.rpartition("@")[2] for other in job.shares if other is not share]
     return {
         "part": {name: value for name, value in asdict(part).items() if name != "interface"},
         "slots": list(share.slots),
         "python": None if job.program.kind == "program" else job.program.python,
         "target": list(job.program.target),
-        "towards": job.master_addr if node_rank > 0 or not others else others[0],
+        "towards": job.outlook(node_rank),
         "grace_s": watch.patience.grace_s,
         "timeout_s": watch.pulse.timeout_s,
     }

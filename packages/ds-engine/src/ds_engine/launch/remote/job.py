@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ds_engine.launch.hosts import Pool
-from ds_engine.launch.network import is_loopback
+from ds_engine.launch.network import is_loopback, is_this_machine
 from ds_engine.launch.plan import LaunchError
 
 FORWARDED_PREFIXES = (
@@ -17,7 +17,9 @@ FORWARDED_PREFIXES = (
 """Environment variables that begin with one of these are set on every machine as they are here."""
 FORWARDED_NAMES = frozenset({"PATH", "LD_LIBRARY_PATH", "TOKENIZERS_PARALLELISM"})
 """Further variables that are set on every machine as they are here."""
-_NOT_FORWARDED = frozenset({"CUDA_VISIBLE_DEVICES", "DS_LAUNCHER"})
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""Environment variable with the numbers of the accelerators that a process may use."""
+_NOT_FORWARDED = frozenset({VISIBLE, "DS_LAUNCHER"})
 # A name that begins with "-" would be read as an option of ssh; other characters have a meaning for shells.
 _HOST_NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 
@@ -79,16 +81,24 @@ class JobPlan:
         """Number of ranks."""
         return sum(len(share.slots) for share in self.shares)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its only machine is this one."""
+        return len(self.shares) == 1 and is_this_machine(self.shares[0].host)
 
-def make_shares(
-    pool: Mapping[str, Sequence[int]], *, num_nodes: int | None = None, nproc: int | None = None
-) -> tuple[HostShare, ...]:
-    """Distributes the ranks over the machines, one for each slot.
+    def outlook(self, node_rank: int) -> str:
+        """Returns the address that shows which network interface a machine uses for the job: that of rank 0's machine.
+        The first machine would reach its own address over the loopback interface, so it takes another one's.
+        """
+        if node_rank > 0 or len(self.shares) == 1:
+            return self.master_addr
+        return self.shares[1].host.rpartition("@")[2]
 
-    num_nodes: use only this many machines, in their order.
-    nproc: use only this many slots of each machine.
 
-    Raises LaunchError if a machine cannot be used as wished.
+def first_slots(pool: Pool, *, num_nodes: int | None, nproc: int | None) -> Pool:
+    """Returns the first machines, and the first slots of each.
+
+    Raises LaunchError if there are fewer.
     """
     if num_nodes is not None and not 1 <= num_nodes <= len(pool):
         raise LaunchError(
@@ -96,21 +106,30 @@ def make_shares(
         )
     if nproc is not None and nproc < 1:
         raise LaunchError(f"--nproc {nproc}: at least one process on each machine is required")
-    shares: list[HostShare] = []
-    first_rank = 0
-    for node_rank, (host, slots) in enumerate(list(pool.items())[:num_nodes]):
-        check_host_name(host)
-        if not slots:
-            raise LaunchError(
-                f"host {host} has slots=0: remove it from the host file, or leave it out with --exclude {host}"
-            )
+    chosen = dict(list(pool.items())[:num_nodes])
+    for host, slots in chosen.items():
         if nproc is not None and nproc > len(slots):
             raise LaunchError(
                 f"--nproc {nproc}: host {host} has {len(slots)} slots; correct the host file, or leave the host out"
             )
-        used = tuple(slots[:nproc])
-        shares.append(HostShare(host=host, slots=used, first_rank=first_rank, node_rank=node_rank))
-        first_rank += len(used)
+    return {host: slots[:nproc] for host, slots in chosen.items()}
+
+
+def make_shares(pool: Mapping[str, Sequence[int]]) -> tuple[HostShare, ...]:
+    """Distributes the ranks over the machines in their order, one for each slot.
+
+    Raises LaunchError if a machine has an invalid name or no slot.
+    """
+    shares: list[HostShare] = []
+    first_rank = 0
+    for node_rank, (host, slots) in enumerate(pool.items()):
+        check_host_name(host)
+        if not slots:
+            raise LaunchError(
+                f"host {host} has slots=0: remove it from the host file, or use --exclude {host}"
+            )
+        shares.append(HostShare(host=host, slots=tuple(slots), first_rank=first_rank, node_rank=node_rank))
+        first_rank += len(slots)
     return tuple(shares)
 
 
@@ -153,3 +172,9 @@ def forwarded(environ: Mapping[str, str], names: Sequence[str] = ()) -> dict[str
         or name in FORWARDED_NAMES
         or (name.startswith(FORWARDED_PREFIXES) and name not in _NOT_FORWARDED)
     }
+
+
+def visible(allowed: str | None, slots: Sequence[int]) -> str:
+    """Returns the accelerators of these slots, as numbers among those that the machine allows (its own VISIBLE)."""
+    names = allowed.split(",") if allowed else []
+    return ",".join(names[slot] if slot < len(names) else str(slot) for slot in slots)

@@ -12,9 +12,18 @@ from ds_engine.launch.devices import count_accelerators
 from ds_engine.launch.hosts import Pool, fetch_hostfile, parse_resource_filter, read_env_files
 from ds_engine.launch.local import check_config, check_exists, target_of
 from ds_engine.launch.machine import usable_cores
-from ds_engine.launch.network import interface_towards
+from ds_engine.launch.network import free_port, interface_towards, loopback_interface
 from ds_engine.launch.plan import LaunchError, LaunchPlan, Part, choose_nproc, make_plan, refuse_nesting
-from ds_engine.launch.remote.job import JobPlan, Program, choose_master, forwarded, make_shares
+from ds_engine.launch.remote.job import (
+    VISIBLE,
+    JobPlan,
+    Program,
+    choose_master,
+    first_slots,
+    forwarded,
+    make_shares,
+    visible,
+)
 
 ENV_FILE = ".deepspeed_env"
 """Files of this name in the home and working directories add variables for every machine."""
@@ -78,12 +87,12 @@ class Selection:
         pool = parse_resource_filter(listed, self.include, self.exclude)
         if not pool:
             raise LaunchError(f"--include/--exclude leave no slot of {self.hostfile}")
-        return pool
+        return first_slots(pool, num_nodes=self.num_nodes, nproc=self.nproc)
 
 
 def plan_job(
     script: Script,
-    selection: Selection,
+    pool: Mapping[str, Sequence[int]],
     *,
     master_addr: str = "",
     master_port: int | None = None,
@@ -92,15 +101,14 @@ def plan_job(
     environ: Mapping[str, str] | None = None,
     env_file: str = ENV_FILE,
 ) -> JobPlan:
-    """Plans a job on the machines of a host file.
+    """Plans a job on these machines, with a rank for each slot.
 
     Raises LaunchError or ValueError if the job cannot run.
     """
     environ = os.environ if environ is None else environ
     refuse_nesting(environ)
     script.check()
-    pool = selection.pool()
-    shares = make_shares(pool, num_nodes=selection.num_nodes, nproc=selection.nproc)
+    shares = make_shares(pool)
     files = [script.name] if script.kind == "script" else []
     return JobPlan(
         shares=shares,
@@ -115,6 +123,37 @@ def plan_job(
         environ={**forwarded(environ, export), **read_env_files(env_file)},
         master_addr=choose_master([share.host for share in shares], master_addr),
         master_port=master_port,
+    )
+
+
+def plan_share(job: JobPlan, node_rank: int) -> LaunchPlan:
+    """Plans the ranks of one machine of a job, which is started by one command on each machine.
+
+    Raises LaunchError if the job has no such machine.
+    """
+    if not 0 <= node_rank < len(job.shares):
+        raise LaunchError(
+            f"the number of this machine is {node_rank}, but the job has the machines 0 to {len(job.shares) - 1}: "
+            "give each its own (--node_rank)"
+        )
+    share = job.shares[node_rank]
+    alone = len(job.shares) == 1
+    environ = {**os.environ, **job.environ, VISIBLE: visible(os.environ.get(VISIBLE), share.slots)}
+    return make_plan(
+        python=None if job.program.kind == "program" else job.program.python,
+        target=job.program.target,
+        part=Part(
+            nproc=len(share.slots),
+            first_rank=share.first_rank,
+            world_size=job.world_size,
+            node_rank=node_rank,
+            master_addr="127.0.0.1" if alone else job.master_addr,
+            master_port=job.master_port or (free_port() if alone else _DEFAULT_PORT),
+            interface=loopback_interface() if alone else interface_towards(job.outlook(node_rank)),
+        ),
+        reason=f"machine {node_rank} of {len(job.shares)}, {share.host}",
+        environ=environ,
+        cores=usable_cores(),
     )
 
 
