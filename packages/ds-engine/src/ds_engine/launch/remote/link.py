@@ -43,6 +43,7 @@ class Link:
         *,
         pulse: Pulse,
         magic: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.closed: str | None = None
         """Why nothing more can be received; None while the link is open."""
@@ -50,13 +51,14 @@ class Link:
         """Fields of the heartbeats that this end sends."""
         self.pulse = pulse
         self._receive, self._send = receive, send
+        self._clock = clock
         self._selector = selector
         self._on_frame = on_frame
         self._reader = FrameReader(magic=magic)
         self._outgoing = bytearray()
         self._broken = False
         self._waits_to_write = False
-        self._heard_s = self._sent_s = time.monotonic()
+        self._heard_s = self._sent_s = self._clock()
         for stream in (receive, send):
             os.set_blocking(stream, False)
         selector.register(receive, selectors.EVENT_READ, self._read)
@@ -74,7 +76,7 @@ class Link:
     @property
     def silent_s(self) -> float:
         """Seconds since the last byte arrived."""
-        return time.monotonic() - self._heard_s
+        return self._clock() - self._heard_s
 
     @property
     def due_s(self) -> float:
@@ -89,17 +91,17 @@ class Link:
         if self._broken or self.closed is not None:
             return
         self._outgoing += Frame(kind, fields, body).encoded()
-        self._sent_s = time.monotonic()
+        self._sent_s = self._clock()
         self._flush(self._send)
 
     def beat(self) -> None:
         """Sends a heartbeat if one is due, and closes the link if the other end has been silent for too long."""
         if self.closed is not None:
             return
-        now_s = time.monotonic()
+        now_s = self._clock()
         if now_s - self._heard_s >= self.pulse.timeout_s:
             self._read(self._receive)  # after a long pause of this process, bytes may have been waiting
-            if self.closed is None and time.monotonic() - self._heard_s >= self.pulse.timeout_s:
+            if self.closed is None and self._clock() - self._heard_s >= self.pulse.timeout_s:
                 self.close(f"no heartbeat for {self.pulse.timeout_s:g} s")
         elif now_s - self._sent_s >= self.pulse.interval_s and not self._outgoing:
             self.send("heartbeat", **self.status())
@@ -127,7 +129,7 @@ class Link:
         if not data:
             self.close("the connection ended")
             return
-        self._heard_s = time.monotonic()
+        self._heard_s = self._clock()
         try:
             for frame in self._reader.feed(data):
                 self._on_frame(frame)
