@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,22 @@ def test_a_stopped_rank_is_told_from_a_lost_host(network: Network, tmp_path: Pat
     os.kill(stopped, signal.SIGCONT)
     (tmp_path / "go").touch()
     assert job.finish()[0] == 0
+
+
+def test_a_terminal_that_accepts_nothing_does_not_end_the_job(network: Network, tmp_path: Path) -> None:
+    source = """
+mark("up")
+for _ in range(100):
+    print("x" * 10_000)
+mark("printed")
+"""
+    job = start(network, tmp_path, source, "--host-timeout", "2")
+    job.pids("up", 4)
+    time.sleep(3.5)  # the pipe of our end is full, and nobody reads it
+    code, out, err = job.finish()
+    assert code == 0, err
+    assert out.count("x") == 4 * 1_000_000
+    assert all((tmp_path / f"printed{rank}").exists() for rank in range(4))
 
 
 def test_what_is_refused_before_any_rank_starts(network: Network, tmp_path: Path) -> None:

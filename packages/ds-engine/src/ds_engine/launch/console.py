@@ -23,6 +23,9 @@ class Console:
     inherit: rank 0 may have our stdout itself, because it runs on this machine.
     """
 
+    while_blocked: Callable[[], None] | None = None
+    """Is called again and again while the terminal accepts nothing. Set before the sinks are made."""
+
     def __init__(
         self,
         say: Callable[[str], None],
@@ -46,8 +49,8 @@ class Console:
 
     def _shown(self, rank: int, stream: int) -> Sink:
         if rank == 0:
-            return PassThrough(stream)
-        return Nowhere() if self._only_rank_0 else Prefixed(stream, f"[rank {rank}] ")
+            return PassThrough(stream, self.while_blocked)
+        return Nowhere() if self._only_rank_0 else Prefixed(stream, f"[rank {rank}] ", self.while_blocked)
 
 
 def make_log_folder(parent: str, script: str) -> Path:

@@ -17,6 +17,7 @@ from typing import Protocol
 
 _TAIL_BYTES = 256 * 1024
 _LINE_BYTES = 64 * 1024
+_BLOCKED_S = 0.2
 _TORCH_PREFIX = re.compile(rb"^\[rank\d+\]: ?", re.MULTILINE)
 _TRACEBACK = b"Traceback (most recent call last):"
 
@@ -64,12 +65,13 @@ class Tail:
 class PassThrough:
     """Forwards bytes immediately, because progress bars use carriage returns and incomplete lines."""
 
-    def __init__(self, sink: int) -> None:
+    def __init__(self, sink: int, while_blocked: Callable[[], None] | None = None) -> None:
         self._sink = sink
+        self._while_blocked = while_blocked
 
     def feed(self, data: bytes) -> None:
         """Writes `data` at once."""
-        write_all(self._sink, data)
+        write_all(self._sink, data, self._while_blocked)
 
     def close(self) -> None:
         """Does nothing: no bytes are buffered."""
@@ -81,8 +83,9 @@ class Prefixed:
     Of a line that was overwritten by carriage returns (a progress bar), only the last state is shown.
     """
 
-    def __init__(self, sink: int, prefix: str) -> None:
+    def __init__(self, sink: int, prefix: str, while_blocked: Callable[[], None] | None = None) -> None:
         self._sink = sink
+        self._while_blocked = while_blocked
         self._prefix = prefix.encode()
         self._partial = b""
 
@@ -105,6 +108,7 @@ class Prefixed:
         write_all(
             self._sink,
             b"".join(b"%s%s\n" % (self._prefix, _TORCH_PREFIX.sub(b"", line)) for line in last_states),
+            self._while_blocked,
         )
 
 
@@ -166,12 +170,17 @@ class Nowhere:
         """Does nothing."""
 
 
-def write_all(sink: int, data: bytes) -> None:
-    """Writes all of `data`. A closed pipe (`ds run ... | head`) does not end the job."""
+def write_all(sink: int, data: bytes, while_blocked: Callable[[], None] | None = None) -> None:
+    """Writes all of `data`. A closed pipe (`ds run ... | head`) does not end the job.
+
+    while_blocked: is called again and again while the sink accepts nothing (Ctrl-S in a terminal, `| less`).
+    """
     view = memoryview(data)
     while view:
+        while while_blocked is not None and not select.select([], [sink], [], _BLOCKED_S)[1]:
+            while_blocked()
         try:
-            view = view[os.write(sink, view) :]
+            view = view[os.write(sink, view[: select.PIPE_BUF] if while_blocked is not None else view) :]
         except BrokenPipeError:
             return
         except BlockingIOError:  # another program has made our terminal or pipe non-blocking

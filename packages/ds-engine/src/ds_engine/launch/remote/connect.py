@@ -75,6 +75,7 @@ def run_on_hosts(job: JobPlan, transport: Transport, watch: Watch) -> int:
         ),
         watch.say,
     )
+    watch.console.while_blocked = crew.keep_alive
     # While the launcher is suspended it sends no heartbeats, so the machines would end the job.
     previous = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
     try:

@@ -98,12 +98,15 @@ class Link:
         """Sends a heartbeat if one is due, and closes the link if the other end has been silent for too long."""
         if self.closed is not None:
             return
-        now_s = self._clock()
-        if now_s - self._heard_s >= self.pulse.timeout_s:
+        if self.silent_s >= self.pulse.timeout_s / 2:
             self._read(self._receive)  # after a long pause of this process, bytes may have been waiting
-            if self.closed is None and self._clock() - self._heard_s >= self.pulse.timeout_s:
-                self.close(f"no heartbeat for {self.pulse.timeout_s:g} s")
-        elif now_s - self._sent_s >= self.pulse.interval_s and not self._outgoing:
+        if self.closed is None and self.silent_s >= self.pulse.timeout_s:
+            self.close(f"no heartbeat for {self.pulse.timeout_s:g} s")
+        self.keep_alive()
+
+    def keep_alive(self) -> None:
+        """Sends a heartbeat if one is due. Receives nothing."""
+        if self._clock() - self._sent_s >= self.pulse.interval_s and not self._outgoing:
             self.send("heartbeat", **self.status())
 
     def close(self, reason: str) -> None:

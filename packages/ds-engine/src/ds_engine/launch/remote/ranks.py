@@ -253,6 +253,11 @@ class RemoteCrew:
             if host.link.pulse.timeout_s > _AFTER_KILL.timeout_s:
                 host.link.pulse = _AFTER_KILL
 
+    def keep_alive(self) -> None:
+        """Sends heartbeats that are due, while the launcher waits for its terminal."""
+        for host in self._hosts:
+            host.link.keep_alive()
+
     def resize(self) -> None:
         """Does nothing: ranks on other machines have no terminal."""
 
