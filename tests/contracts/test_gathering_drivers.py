@@ -51,7 +51,9 @@ class Executor:
         self._blocks = list(model)
         self._controls = [ds_zero.control(model, block) for block in model]
         for handle in _registry.state_of(model).handles[:]:
-            if type(handle).__name__ in ("RemovableHandle", "Telling") and _is_module_hook(handle, model):
+            if type(handle).__name__ in ("RemovableHandle", "ParameterReadHook") and _is_module_hook(
+                handle, model
+            ):
                 handle.remove()
 
     def run(self, x: Tensor) -> None:
@@ -76,7 +78,7 @@ class Executor:
 
 
 def _is_module_hook(handle: object, model: nn.Module) -> bool:
-    if type(handle).__name__ == "Telling":
+    if type(handle).__name__ == "ParameterReadHook":
         return True
     tables = [t for m in model.modules() for t in (m._forward_pre_hooks, m._forward_hooks)]
     table = handle.hooks_dict_ref()  # type: ignore[attr-defined]

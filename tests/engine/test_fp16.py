@@ -137,7 +137,7 @@ def test_at_the_minimum_training_ends_with_a_name_and_an_advice() -> None:
 def test_at_the_minimum_stage_0_goes_on() -> None:
     engine = jobs.engine(0, fp16={"enabled": True, "initial_scale_power": 1, "hysteresis": 1})
     train_with_overflow(engine, 1, at=0)
-    with pytest.warns(UserWarning, match=r"its minimum.*parameter '.*left out"):
+    with pytest.warns(UserWarning, match=r"its minimum.*parameter '.*are skipped"):
         train_with_overflow(engine, 2, first=1, at=1)
     train_with_overflow(engine, 1, first=3, at=3)  # said once
     assert engine.loss_scale == 1.0

@@ -113,7 +113,7 @@ class ZeroConfig:
 
     predivide_factor: float = 1.0
     """Divisor of gradients before they are sent; sums are multiplied by it afterwards. It prevents overflow in 16-bit
-    dtypes. [Note: mean in parts]
+    dtypes. [Note: predivided mean]
     """
 
     ignore_unused: bool = True

@@ -1,4 +1,4 @@
-"""Everything that `shard` made for one model, tied together."""
+"""`ZeroState`: the objects that `shard` creates for one model."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 
 class Removable(Protocol):
-    """What `destroy` takes away: a hook, or a group of ranks."""
+    """Something that `destroy` removes: a hook, or a process group."""
 
     def remove(self) -> None: ...
 
 
 @dataclass(eq=False, kw_only=True)
 class ZeroState:
-    """Owns buckets, hooks and stores; points weakly to the model and the optimizer."""
+    """The sharding of one model. Owns buckets, hooks and the store; has weak references to model and optimizer."""
 
     stage: int
     config: ZeroConfig
@@ -51,7 +51,7 @@ class ZeroState:
     store: ShardStore
     norms: Norms
     norm_groups: tuple[Ranks, ...]
-    """Groups over which the norm is summed, one after the other; see [Note: where ranks meet]."""
+    """Groups over which the sum of squares of the norm is reduced, one after the other, [Note: norm across ranks]."""
     buckets: list[Bucket]
     gatherer: Gatherer
     gathering: UnitGathering
@@ -63,18 +63,18 @@ class ZeroState:
     options: OptimizerOptions
     model: weakref.ref[nn.Module]
     optimizer: weakref.ref[Optimizer] | None
-    """None until `shard` or `shard_optimizer` was given one."""
+    """None until an optimizer is passed to `shard` or `shard_optimizer`."""
     names: Mapping[str, tuple[str, ...]]
-    """First name of every parameter -> all its names (tied parameters have several)."""
+    """First name of each parameter -> all its names (tied parameters have several)."""
     scaler: LossScaler | None = None
     handles: list[Removable] = field(default_factory=list)
     open_gathers: list[OpenGather] = field(default_factory=list)
-    """`gathered` contexts that are open now, outer ones first."""
+    """The open `gathered` contexts, outer ones first."""
     refuses_state_dict: bool = True
-    """[Note: state_dict of a sharded model]"""
+    """Whether torch's `state_dict` raises, [Note: state_dict of a sharded model]."""
 
     def is_written(self, bucket: Bucket) -> bool:
-        """Whether an open `gathered` context will adopt what is written into this bucket."""
+        """Whether an open `gathered(write=True)` context covers this bucket."""
         return any(o.writes and any(b is bucket for b in o.buckets) for o in self.open_gathers)
 
     def bucket_of(self, param: nn.Parameter) -> tuple[Bucket, int]:
@@ -85,20 +85,18 @@ class ZeroState:
         raise ValueError("this parameter does not belong to the sharded model")
 
     def refresh(self) -> None:
-        """After masters were written: bring low-precision shards, whole buckets and other ranks up to
-        date.
-        """
+        """Updates the low-precision parameters on all ranks after the masters were changed. Collective."""
         self.stepper.publish()
         self.stepper.wait()
         self.gatherer.drop_unused()
 
     def measure(self) -> Tensor:
-        """2-norm of the gradients that the optimizer would see now, 0-dim fp32 on the CPU; not finite where an
-        element is not. Collective; `reducer.finish` comes first.
+        """Returns the 2-norm of the gradients as the optimizer would see them now: 0-dim fp32 on the CPU, not finite
+        if an element is not. Collective. `reducer.finish` must have been called.
         """
-        here = [b for b in self.buckets if not b.storage.is_away(GRAD)]
+        addressable = [b for b in self.buckets if not b.storage.is_away(GRAD)]
         away = [b for b in self.buckets if b.storage.is_away(GRAD)]
-        own, _ = self.norms(self._grad_pieces(here))
+        own, _ = self.norms(self._grad_pieces(addressable))
         if away:
             sums = [own]
             with closing(visit(away, (GRAD,))) as visited:
@@ -109,18 +107,18 @@ class ZeroState:
         pending = self.stepper.pending
         if not pending.unscaled:
             norm /= pending.loss_scale
-        found = torch.tensor(norm, dtype=torch.float32)
-        return found if pending.clip is None else found * pending.clip
+        measured = torch.tensor(norm, dtype=torch.float32)
+        return measured if pending.clip is None else measured * pending.clip
 
     def _grad_pieces(self, buckets: Sequence[Bucket]) -> list[Tensor]:
-        """This rank's part of every gradient; the parts of all ranks are disjoint and complete, in stage 0
-        too.
+        """Returns this rank's part of each gradient. The parts of all ranks are disjoint and cover the gradients,
+        also in stage 0, where every rank holds all of them.
         """
         pieces: list[Tensor] = []
         for bucket in buckets:
             if not bucket.trainable:
                 continue
-            # Where nobody reduces, gradients of ranks differ, and each rank answers for all of its own.
+            # Without a reduction the gradients of ranks differ, and each rank counts all of its own.
             own = self.reducer.reduction == "none"
             begin, end = bucket.owned_range if own else bucket.slice_range
             first = bucket.owned_range[0]

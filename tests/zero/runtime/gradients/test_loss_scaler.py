@@ -1,4 +1,4 @@
-"""Loss scaling: the counting, fp16 at every stage, and steps that are left out on all ranks."""
+"""Loss scaling: when the scale changes, fp16 at every stage, and steps that are skipped on all ranks."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def test_a_static_scale_never_moves() -> None:
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: ScaleState.of(0.0), r"scale=0\.0: give a positive number"),
+        (lambda: ScaleState.of(0.0), r"scale=0\.0: it must be a positive finite number"),
         (lambda: ScaleState.of(math.inf), "scale=inf"),
-        (lambda: ds_zero.DynamicScale(window=0), "window=0: give 1 or more"),
+        (lambda: ds_zero.DynamicScale(window=0), "window=0: it must be at least 1"),
         (lambda: ds_zero.DynamicScale(hysteresis=0), "hysteresis=0"),
         (
             lambda: ds_zero.DynamicScale(initial_scale=1.0, min_scale=2.0),
@@ -118,7 +118,7 @@ def test_a_scale_changes_nothing_in_fp32(make: Any, clip: float | None) -> None:
 @pytest.mark.parametrize("plan", ["local", "sharded"])
 @pytest.mark.parametrize("make", [fused, adamw])
 def test_stages_agree_bitwise_in_fp16(plan: str, make: Any) -> None:
-    """The first scale is too large for this model, so that steps are left out on the way."""
+    """The initial scale is too large for this model, so that some steps are skipped."""
     policy = ds_zero.DynamicScale(initial_scale=2.0**24, window=2, hysteresis=1)
     job = Job(
         steps=12,
@@ -130,7 +130,7 @@ def test_stages_agree_bitwise_in_fp16(plan: str, make: Any) -> None:
         optimizer=make,
     )
     first = sharded(job, 0, accumulation=plan)
-    assert sum(not math.isfinite(n) for n in first.norms) >= 2, "some steps must have been left out"
+    assert sum(not math.isfinite(n) for n in first.norms) >= 2, "some steps must have been skipped"
     assert sum(math.isfinite(n) for n in first.norms) >= 5, "and others not"
     for stage in (1, 2, 3):
         found = sharded(job, stage, accumulation=plan)

@@ -168,6 +168,6 @@ def _before_forward(state: weakref.ref[ZeroState], check_abort: Callable[[], Non
             check_abort()
             live.handles += live.reducer.install()
             live.stepper.wait()
-            live.reducer.param_grads.make_way_for_compiler()
+            live.reducer.param_grads.remove_for_compiler()
 
     return before

@@ -40,7 +40,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     factor = clip_factor(norm, max_norm)
     state.stepper.clip(factor)
     before = float(norm) if pending.norm is None else pending.norm.before
-    pending.found(GradNorm(before=before, after=float(norm * factor)))
+    pending.measured(GradNorm(before=before, after=float(norm * factor)))
     return norm
 
 

@@ -30,12 +30,12 @@ from ds_zero.runtime.gathering.unit_map import map_units
 from ds_zero.runtime.gradients.norms import squared_norm
 from ds_zero.runtime.gradients.sparse_rows import row_parameters
 from ds_zero.runtime.materialize import (
-    NearGroup,
+    SecondaryGroup,
     broadcast_buffers,
     build,
-    check_pages,
-    hand_over,
+    check_fused_if_away,
     near_ranks,
+    replace_params,
     reservations,
 )
 from ds_zero.runtime.storage import Reserved
@@ -160,7 +160,7 @@ def shard(
     install(model, state)
     if optimizer is None:
         return model
-    hand_over(optimizer, state.buckets)
+    replace_params(optimizer, state.buckets)
     attach(optimizer, state)
     return model, optimizer
 
@@ -185,7 +185,7 @@ def shard_optimizer(model: nn.Module, optimizer: O) -> O:
         )
     params = dict(model.named_parameters())
     check_optimizer(optimizer, model)
-    check_pages(optimizer, [key for b in state.buckets for key in b.storage.away], state.store)
+    check_fused_if_away(optimizer, [key for b in state.buckets for key in b.storage.away], state.store)
     check_coverage(optimizer, [p for b in state.buckets if b.trainable for p in b.params], params)
     needs_whole = any(undivided_groups(optimizer, state.config.layout, state.stage)) and state.stage > 0
     if needs_whole and not all(b.layout.undivided for b in state.buckets if b.trainable):
@@ -200,7 +200,7 @@ def shard_optimizer(model: nn.Module, optimizer: O) -> O:
         state.buckets[0].device,
         "Give every rank the same optimizer",
     )
-    hand_over(optimizer, state.buckets)
+    replace_params(optimizer, state.buckets)
     attach(optimizer, state)
     return optimizer
 
@@ -225,12 +225,12 @@ def _materialize(
     plan = reservations(layouts, topology.axes, config.grad_dtype, job.device)
     reserved = Reserved(job.store, plan, job.device)
     if optimizer is not None:
-        check_pages(optimizer, reserved.away, job.store)
+        check_fused_if_away(optimizer, reserved.away, job.store)
     abort = job.abort if config.read_neighbours else None
     near = near_ranks(layouts, topology.axes, config.secondary_ranks, job.device, abort)
     buckets = build(layouts, params, topology, reserved, config.grad_dtype, near)
     state = assemble(model, buckets, map_units(model, roots, buckets, leaves), job)
-    state.handles += [NearGroup(ranks, buckets) for ranks in near.values()]
+    state.handles += [SecondaryGroup(ranks, buckets) for ranks in near.values()]
     return state
 
 

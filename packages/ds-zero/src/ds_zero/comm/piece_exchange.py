@@ -1,6 +1,6 @@
 """Reduces a bucket directly from the gradients of autograd.
 
-[Note: gradients where they lie]
+[Note: reduction without copying]
 Copying gradients into a flat buffer reads and writes the whole model in every step, and needs new memory each time.
 Here the parts of a gradient that belong to other ranks' slices are sent from the memory in which autograd stored
 them: large parts as separate messages, the small parts of a slice together. Received parts are added to the own parts
@@ -64,7 +64,7 @@ def _share(layout: BucketLayout, rank: int) -> _Share:
 
 
 class PieceReduce:
-    """The messages of one bucket's reduction, [Note: gradients where they lie]."""
+    """The messages of one bucket's reduction, [Note: reduction without copying]."""
 
     def __init__(self, layout: BucketLayout, ranks: Ranks) -> None:
         self._ranks = ranks

@@ -28,7 +28,7 @@ from ds_zero.params.handle import (
     whole_state,
 )
 from ds_zero.runtime.bucket import BucketState
-from ds_zero.runtime.materialize import tell_everybody
+from ds_zero.runtime.materialize import broadcast_values
 from ds_zero.state import ZeroState
 
 PARAM, GRAD = "param", "grad"
@@ -186,7 +186,7 @@ def set_local(model: nn.Module | None, where: Where, kind: str, value: Tensor) -
     with torch.no_grad():
         _prepare_write(place, kind)
         if not place.divided:
-            tell_everybody(part, place.ranks)
+            broadcast_values(part, place.ranks)
         if kind == GRAD:
             _write_grad(place, part)
         elif kind == PARAM:
@@ -294,7 +294,7 @@ def _write_as_it_is(place: Place, kind: str, value: Tensor | float | None) -> No
         )
     if place.ranks.first:
         old = torch.as_tensor(value).to(old)
-    tell_everybody(old, place.ranks)
+    broadcast_values(old, place.ranks)
     held = place.held()
     mine = held.get(kind)  # nothing on a rank that owns nothing of this parameter
     if isinstance(mine, Tensor):

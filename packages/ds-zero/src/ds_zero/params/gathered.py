@@ -12,7 +12,7 @@ from ds_zero import _registry
 from ds_zero.params.deferred_values import whole_for_a_while
 from ds_zero.params.gathered_context import OpenGather
 from ds_zero.runtime.bucket import Bucket
-from ds_zero.runtime.materialize import tell_everybody
+from ds_zero.runtime.materialize import broadcast_values
 from ds_zero.runtime.storage import MASTER, PARAM
 from ds_zero.state import ZeroState
 
@@ -118,7 +118,7 @@ def _adopt(buckets: list[Bucket], writer: int) -> None:
     """The writer's whole values into everybody's shards."""
     with torch.no_grad():
         for bucket in buckets:
-            tell_everybody(bucket.full, bucket.ranks, writer)
+            broadcast_values(bucket.full, bucket.ranks, writer)
             begin, end = bucket.owned_range
             values, storage = bucket.full[begin:end], bucket.storage
             if not bucket.whole:

@@ -14,7 +14,7 @@ from ds_zero.comm.ranks import Ranks
 from ds_zero.layout.buckets import Piece, Slot, piece_of
 from ds_zero.params.gathered_context import exchange_flags
 from ds_zero.runtime.bucket import Bucket
-from ds_zero.runtime.materialize import NUMBERS, tell_everybody
+from ds_zero.runtime.materialize import NUMBERS, broadcast_values
 from ds_zero.state import ZeroState
 
 Where = nn.Parameter | str
@@ -153,7 +153,7 @@ def from_first(place: Place, value: Tensor | float | None) -> Tensor:
         raise ValueError(f"{place.fqn!r}: rank 0 needs a tensor of shape {place.slot.shape}, not {value!r}")
     else:
         whole = torch.empty(place.slot.shape, dtype=dtype, device=bucket.device)
-    tell_everybody(whole, place.ranks)
+    broadcast_values(whole, place.ranks)
     return whole
 
 

@@ -153,7 +153,7 @@ class PlainTraining:
         self.config = recipe.config(self.keeper)
         plan = "sharded" if self.config.rank_invariant else self.config.accumulation
         self.local = recipe.stage < 2 if plan is None else plan == "local"
-        """[Note: two plans] in `runtime/gradients/reduce.py`."""
+        """[Note: two accumulation plans] in `runtime/gradients/reduce.py`."""
         self.worker = self._worker()
         """The model that computes; the keeper itself where no dtype or device differs."""
         recipe.finish(self.worker)
@@ -373,7 +373,7 @@ class PlainTraining:
         return {name: one.total() for name, one in sums.items()}
 
     def _reduced(self, of_rank: Callable[[int], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The mean over ranks, computed as the reduction does: [Note: mean in parts] in
+        """The mean over ranks, computed as the reduction does: [Note: predivided mean] in
         `runtime/gradients/reduce_bucket.py`. A rank without a gradient contributes zeros.
         """
         config, ranks = self.config, self._recipe.ranks

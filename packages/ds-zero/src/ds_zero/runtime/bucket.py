@@ -1,13 +1,14 @@
-"""One bucket on one rank: the memory in which its parameters are whole, and how they look into it.
+"""One bucket on one rank: the memory of its whole parameters, and the parameters' views of it.
 
-What rests between steps (this rank's range of parameters, masters and gradients) belongs to `storage.BucketStorage`,
-[Note: kinds of a bucket].
+The tensors that a rank keeps between steps (its ranges of parameters, masters and gradients) belong to
+`storage.BucketStorage`, [Note: tensors of a bucket].
 
 [Note: one storage object]
-A tensor saved for backward may be a view of a parameter, for example its transpose. So the gathered storage
-is one object for the whole life of the bucket, resized between 0 and n: the view finds the values again once
-they are gathered again. Meanwhile the parameter itself shows a stride-0 view of a single NaN, with its own
-shape and dtype: reading it gives NaN, where reading through a storage of size 0 would end the process.
+A tensor that autograd saves for backward may be a view of a parameter, for example its transpose. Such a view refers to
+the storage of `Bucket.full`. So this storage stays the same object for the life of the bucket: it is resized to 0 when
+the bucket is dropped, and to its full size when it is gathered again, after which the view has its values again.
+While the bucket is dropped, `param.data` is a stride-0 view of a single NaN, with the parameter's shape and dtype. So
+reading the parameter gives NaN, whereas reading from a storage of size 0 would crash the process.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ from ds_zero.tensors.storage import is_fake
 
 
 class BucketState(enum.Enum):
-    """Who holds the values of a bucket's parameters."""
+    """Where the values of a bucket's parameters are."""
 
     WHOLE = "whole"
-    """`full` is permanent; parameters are views of it."""
+    """In `full`, which is never freed. Parameters are views of it."""
     SHARDED = "sharded"
-    """Only the storage has values; `full`'s memory is empty; parameters show NaN."""
+    """Only in `BucketStorage`, as this rank's part. `full` has no memory; parameters read as NaN."""
     GATHERING = "gathering"
-    """`full` is allocated and messages are arriving; parameters still show NaN."""
+    """As SHARDED, but `full` is allocated and is being filled."""
     GATHERED = "gathered"
-    """`full` has values and parameters are views of it; the storage stays the owner of this rank's part."""
+    """In `full`; parameters are views of it. `BucketStorage` still owns this rank's part."""
 
 
 def whole_memory(layout: BucketLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros for all elements of a bucket, the gaps between slots included."""
+    """Returns zeros for all elements of a bucket, including the gaps between slots."""
     return torch.zeros(layout.padded_numel, dtype=dtype, device=device)
 
 
 class Bucket:
-    """The parameters of one bucket, and `full`, into which they look while they are whole."""
+    """The parameters of one bucket, and `full`, of which they are views while they are whole."""
 
     def __init__(
         self,
@@ -61,21 +62,22 @@ class Bucket:
     ) -> None:
         """
         Args:
-            full: all values in compute dtype. In stage 3 its memory is given back at once.
+            full: (padded_numel,), all values in the compute dtype. If the bucket is sharded (stage 3), its memory is
+                freed by the constructor.
         """
         self.layout = layout = storage.layout
         self.ranks = ranks
-        """Those that divide this bucket; experts have others than the rest of the model."""
+        """The ranks that this bucket is sharded over; for experts they differ from those of the rest of the model."""
         self.params = list(params)
         self.counted = list(counted)
-        """Whether a parameter's gradient counts in norms on this rank; else another rank counts it."""
+        """For each parameter, whether this rank adds its gradient to norms; otherwise another rank does."""
         self.storage = storage
         self.shards = storage.shards
-        """Optimizer entries, one a slot; none for frozen parameters."""
+        """Optimizer entries, one per slot; empty for frozen parameters."""
         self.full = full
-        """`padded_numel` elements in compute dtype."""
+        """(padded_numel,), in the compute dtype."""
         self.views = [self._view(i) for i in range(len(self.params))]
-        self.holes = [
+        self.placeholders = [
             torch.full((1,), float("nan"), dtype=full.dtype, device=full.device)
             if full.dtype.is_floating_point
             else full.new_zeros(1)
@@ -111,45 +113,45 @@ class Bucket:
 
     @property
     def slice_range(self) -> tuple[int, int]:
-        """What this rank reduces and sends, as a range of the bucket's elements."""
+        """The range of the bucket's elements that this rank reduces and sends to others."""
         return self.layout.slice_range(self.ranks.rank)
 
     @property
     def owned_range(self) -> tuple[int, int]:
-        """What this rank holds masters and states of."""
+        """The range of the bucket's elements of which this rank holds masters and optimizer states."""
         return self.layout.owned_range(self.ranks.rank)
 
     def slice_of(self, tensor: Tensor) -> Tensor:
-        """This rank's slice of a tensor that has `padded_numel` elements."""
+        """Returns this rank's slice of a tensor that has `padded_numel` elements."""
         begin, end = self.slice_range
         return tensor[begin:end]
 
-    # --- what parameters see
+    # --- the data of parameters
 
     def _show_values(self) -> None:
         for param, view in zip(self.params, self.views, strict=True):
             param.data = view
 
     def drop(self) -> None:
-        """Give the memory of `full` back; parameters show NaN."""
-        for param, hole, slot in zip(self.params, self.holes, self.layout.slots, strict=True):
-            param.data = hole.expand(slot.shape)
+        """Frees the memory of `full`. Parameters read as NaN afterwards."""
+        for param, placeholder, slot in zip(self.params, self.placeholders, self.layout.slots, strict=True):
+            param.data = placeholder.expand(slot.shape)
         self.full.untyped_storage().resize_(0)
         self.state = BucketState.SHARDED
 
     def release_params(self) -> None:
-        """Give every parameter memory of its own, with its values. The bucket is not used afterwards."""
+        """Copies every parameter to memory of its own. The bucket must not be used afterwards."""
         for param, view in zip(self.params, self.views, strict=True):
             param.data = view.clone()
         self.state = BucketState.WHOLE
 
-    def check_holes(self) -> None:
-        """Raise if code wrote into a parameter while it was sharded; such a write has nowhere to go."""
+    def check_placeholders(self) -> None:
+        """Raises if code wrote to a parameter while it was sharded, because that value would be lost."""
         if self.device.type != "cpu" or not self.dtype.is_floating_point or is_fake(self.full):
-            return  # reading a value back would stall the device, and a fake one has none
-        for hole, slot in zip(self.holes, self.layout.slots, strict=True):
-            if hole.item() == hole.item():
-                hole.fill_(float("nan"))
+            return  # reading a value would synchronise the device, and a fake tensor has none
+        for placeholder, slot in zip(self.placeholders, self.layout.slots, strict=True):
+            if placeholder.item() == placeholder.item():  # NaN, which it should be, is not equal to itself
+                placeholder.fill_(float("nan"))
                 raise ValueError(
                     f"parameter {slot.fqn!r} was written while it is sharded; the write would be lost. "
                     "Write inside `with ds_zero.gathered([param], write=True):`"
@@ -158,12 +160,12 @@ class Bucket:
     # --- gathering
 
     def begin_gather(self) -> Work | None:
-        """Give `full` its memory, and begin to put this rank's part into it.
+        """Allocates the memory of `full`, and starts to copy this rank's part into it.
 
         Returns:
-            What `start_gather` has to wait for; None if the part is there.
+            The copy, for which the caller must wait before `start_gather`; None if it is finished.
         """
-        self.check_holes()
+        self.check_placeholders()
         self.full.untyped_storage().resize_(self.layout.padded_numel * self.full.element_size())
         in_large_pages(self.full)
         self.state = BucketState.GATHERING
@@ -179,29 +181,29 @@ class Bucket:
         return loading if self.storage.is_away(PARAM) else None
 
     def start_gather(self, comm: Comm, number: int) -> Work:
-        """Ask for the other ranks' parts of `full`, from near if they are there."""
+        """Starts the all-gather of `full`, within the secondary group if its copy is valid."""
         near = self.secondary
         if near is not None and near.fresh:
             return comm.gather(self.full, near.ranks, sizes=near.sizes, number=number)
         return comm.gather(self.full, self.ranks, sizes=self.layout.slice_sizes, number=number)
 
     def end_gather(self) -> None:
-        """The values have come: parameters show them."""
+        """Makes the parameters views of `full`, after the all-gather."""
         if self.secondary is not None and not self.secondary.fresh:
             self.secondary.keep(self.full)
         self._show_values()
         self.state = BucketState.GATHERED
 
     def drop_secondary(self) -> None:
-        """Gather from all ranks from now on."""
+        """Gathers from all ranks from now on."""
         self.secondary = None
 
     def changed(self) -> None:
-        """The parameters at rest have new values: copies of them are stale."""
+        """Marks the secondary copy as stale, because the stored parameters have changed."""
         if self.secondary is not None:
             self.secondary.make_stale()
 
     def refresh_params(self) -> None:
-        """Cast the masters into the parameters at rest."""
+        """Casts the masters to the compute dtype and writes them to the stored parameters."""
         self.changed()
         self.storage.refresh_param()

@@ -1,4 +1,4 @@
-"""Moves a model's values into buckets, and puts shards where the optimizer had parameters."""
+"""Moves a model's values into buckets, and replaces the optimizer's parameters by shards."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from ds_zero.runtime.storage import BucketStorage, Reserved, kinds_of
 
 
 def compute_dtype(fqn: str, param: nn.Parameter, config: ZeroConfig) -> torch.dtype:
-    """The dtype in which a parameter computes."""
+    """Returns the compute dtype of a parameter."""
     if not param.is_floating_point():
         return param.dtype
     wanted = config.dtype_for(fqn, param) if config.dtype_for is not None else config.param_dtype
     if wanted is not None and not wanted.is_floating_point:
-        raise ValueError(f"dtype_for gives {wanted} for {fqn!r}: give a floating-point dtype, or None")
+        raise ValueError(
+            f"dtype_for returned {wanted} for {fqn!r}: it must return a floating-point dtype, or None"
+        )
     return wanted or param.dtype
 
 
 def dtype_of(layout: BucketLayout) -> torch.dtype:
-    """The dtype in which the bucket's parameters compute."""
-    found: torch.dtype = getattr(torch, layout.dtype.removeprefix("torch."))
-    return found
+    """Returns the compute dtype of the bucket's parameters."""
+    dtype: torch.dtype = getattr(torch, layout.dtype.removeprefix("torch."))
+    return dtype
 
 
-def tell_everybody(tensor: Tensor, ranks: Ranks, source: int = 0) -> None:
-    """The values of rank `source` (of the first replica) into `tensor` on all ranks, replicas included.
-    Collective.
-    """
+def broadcast_values(tensor: Tensor, ranks: Ranks, source: int = 0) -> None:
+    """Broadcasts `tensor` from rank `source` of the first replica to all ranks of all replicas. Collective."""
     for axis, first in zip(reversed(ranks.axes), (0, source)[-len(ranks.axes) :], strict=True):
         if axis.group is not None:
             dist.broadcast(tensor, group=axis.group, group_src=first)
 
 
 def broadcast_buffers(model: nn.Module, ranks: Ranks) -> None:
-    """The first rank's buffers on all ranks."""
+    """Broadcasts the buffers of the first rank. Collective."""
     with torch.no_grad():
         for buffer in model.buffers():
             whole = buffer.contiguous()
-            tell_everybody(whole, ranks)
+            broadcast_values(whole, ranks)
             if whole is not buffer:
                 buffer.copy_(whole)
 
@@ -67,10 +67,11 @@ def build(
     grad_dtype: torch.dtype,
     near: Mapping[int, Ranks],
 ) -> list[Bucket]:
-    """Move one bucket's values after the other to where they rest, so that at most one bucket exists twice.
+    """Creates the buckets and moves the model's values into them, one bucket at a time, so that the values of at most
+    one bucket are in memory twice. Collective.
 
     Args:
-        near: by index of the axis, the ranks of secondary copies.
+        near: index of an axis -> the ranks that share a secondary copy, [Note: secondary shards].
     """
     axes, device = topology.axes, reserved.device
     values = recorded_values(params)
@@ -82,7 +83,7 @@ def build(
         full = whole_memory(layout, dtype_of(layout), device)
         exact = _flatten(initial, layout, device)
         del initial
-        tell_everybody(exact, ranks)
+        broadcast_values(exact, ranks)
         for param in members:
             become_real(param, device)
         with torch.no_grad():
@@ -102,8 +103,9 @@ def build(
 
 
 def _return_freed_memory() -> None:
-    """Give the pages of the model's first values back. glibc keeps freed memory that lies below something alive: after
-    sharding 19 M parameters at stage 3 the process was 127 MB above its size with the model, with this 6 MB.
+    """Returns the memory of the model's original values to the system. glibc keeps freed memory below an allocation
+    that is in use: without this call, sharding 19 M parameters at stage 3 increased the size of the process by 127 MB,
+    with it by 6 MB.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
@@ -114,9 +116,7 @@ def _return_freed_memory() -> None:
 def reservations(
     layouts: Sequence[BucketLayout], axes: Sequence[Ranks], grad_dtype: torch.dtype, device: torch.device
 ) -> list[Reservation]:
-    """The tensors that this rank needs from a store: per bucket a shard, a gradient and a master, as far as there are
-    such.
-    """
+    """Returns the tensors that this rank needs from a store, [Note: tensors of a bucket]."""
     items: list[Reservation] = []
     for layout in layouts:
         begin, end = layout.owned_range(axes[layout.axis].rank)
@@ -130,12 +130,12 @@ def reservations(
                     device=device,
                 )
             )
-    # Grouped by kind, so that each partition is one run.
+    # Sorted, so that the tensors of each partition follow each other.
     return sorted(items, key=lambda r: r.partition)
 
 
 def _flatten(values: list[Tensor], layout: BucketLayout, device: torch.device) -> Tensor:
-    """Values side by side with gaps of zeros, in a dtype that holds each exactly as it was given."""
+    """Concatenates values as in the bucket, with zeros in the gaps, in a dtype that represents each of them exactly."""
     dtype = functools.reduce(torch.promote_types, (value.dtype for value in values))
     flat = torch.zeros(layout.padded_numel, dtype=dtype, device=device)
     for value, slot in zip(values, layout.slots, strict=True):
@@ -143,10 +143,9 @@ def _flatten(values: list[Tensor], layout: BucketLayout, device: torch.device) -
     return flat
 
 
-def check_pages(optimizer: Optimizer, away: Sequence[ShardKey], store: ShardStore) -> None:
-    """Refuse an optimizer that steps everything at once where masters or gradients are away.
-
-    Loading all of them would take the memory that the store is there to save.
+def check_fused_if_away(optimizer: Optimizer, away: Sequence[ShardKey], store: ShardStore) -> None:
+    """Checks that the optimizer has `step_fused` if masters or gradients are away. Another optimizer updates all
+    parameters in one call, for which all masters and gradients would have to be in memory.
 
     Raises:
         ValueError: names optimizer, store and a bucket.
@@ -154,16 +153,16 @@ def check_pages(optimizer: Optimizer, away: Sequence[ShardKey], store: ShardStor
     needed = next((key for key in away if key.kind != "param"), None)
     if needed is not None and not isinstance(optimizer, FusedStep):
         raise ValueError(
-            f"{type(optimizer).__name__} steps all its parameters in one call, and {type(store).__name__} keeps the "
+            f"{type(optimizer).__name__} steps all its parameters in one call, but {type(store).__name__} keeps the "
             f"{needed.kind} of bucket {needed.name!r} out of memory: use an optimizer that has `step_fused`, which "
             "steps one bucket after the other (ds_core.optim.FusedAdam, ds_offload.CPUAdam), or a store that keeps "
             "masters and gradients in memory (ds_offload.HostStore)"
         )
 
 
-def hand_over(optimizer: Optimizer, buckets: list[Bucket]) -> None:
-    """Put shards where parameters were, with length and order kept, and cut existing optimizer state
-    along.
+def replace_params(optimizer: Optimizer, buckets: list[Bucket]) -> None:
+    """Replaces each parameter in the optimizer's groups by its shard, in the same order, and shards existing optimizer
+    states.
     """
     place_of = {id(p): (b, index) for b in buckets if b.trainable for index, p in enumerate(b.params)}
     for group in optimizer.param_groups:
@@ -172,18 +171,18 @@ def hand_over(optimizer: Optimizer, buckets: list[Bucket]) -> None:
             bucket, index = place_of[id(param)]
             entries[i] = bucket.shards[index]
             state = optimizer.state.pop(param, None)
-            # Whole tensors rest with one rank, and the others know nothing of them.
+            # In the whole layout one rank owns a tensor, and the other ranks have no state of it.
             if state and (bucket.shards[index].numel() or not bucket.layout.undivided):
                 optimizer.state[bucket.shards[index]] = cut_states(bucket, index, state)
 
 
 NUMBERS = frozenset(["step", "eta", "mu", "mu_product"])
-"""States of torch's optimizers that are one number a parameter; where the parameter is 0-dim, shapes do not
-tell them from element-wise ones."""
+"""States of torch's optimizers that are one number per parameter. For a 0-dim parameter their shape is that of an
+element-wise state, so they are recognised by name."""
 
 
 def cut_states(bucket: Bucket, index: int, state: Mapping[str, object]) -> dict[str, object]:
-    """What this rank needs of the optimizer's states of one parameter."""
+    """Returns this rank's part of the optimizer's states of one parameter."""
     if bucket.layout.undivided:
         return dict(state)
     slot, piece = bucket.layout.slots[index], bucket.storage.pieces[index]
@@ -200,8 +199,8 @@ def _cut(value: object, slot: Slot, start: int, numel: int) -> object:
     return value
 
 
-class NearGroup:
-    """Takes secondary copies away with the hooks of a model, and their process group."""
+class SecondaryGroup:
+    """The process group of secondary copies. `remove` drops the copies and destroys the group."""
 
     def __init__(self, ranks: Ranks, buckets: Sequence[Bucket]) -> None:
         self._group = ranks.group
@@ -222,8 +221,8 @@ def near_ranks(
     device: torch.device,
     abort: AbortFlag | None,
 ) -> dict[int, Ranks]:
-    """By index of the axis, groups of `size` ranks among which stage-3 buckets have a second copy, where these are
-    fewer than all. Collective.
+    """Creates the groups of `size` ranks that share a secondary copy of stage-3 buckets, for each axis with more ranks
+    than that. Returns this rank's group by the index of its axis. Collective.
     """
     near: dict[int, Ranks] = {}
     for axis in dict.fromkeys(layout.axis for layout in layouts if layout.unit is not None):

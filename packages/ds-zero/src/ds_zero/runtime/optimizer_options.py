@@ -1,4 +1,4 @@
-"""The options of an optimizer's parameter groups, in a form that ranks can compare."""
+"""The options of an optimizer's parameter groups, such as learning rates, in a form that ranks can compare."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ _COMPARED = (bool, int, float, str, type(None))
 
 
 class OptimizerOptions:
-    """Reads learning rates, betas and the like of the optimizer that it is given, which it does not keep alive."""
+    """Reads the options of an optimizer's parameter groups. Does not keep the optimizer alive."""
 
     def __init__(self, optimizer: Optimizer | None = None) -> None:
         self._optimizer = weakref.ref(optimizer) if optimizer is not None else None
         self._last: tuple[list[tuple[str, Any]], int] | None = None
-        """What the last digest was taken of; options change rarely."""
+        """The last options and their digest, which is computed again only if options have changed."""
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Read this optimizer's from here on."""
+        """Reads the options of this optimizer from now on."""
         self._optimizer = weakref.ref(optimizer)
 
     def described(self) -> dict[str, str]:
-        """Name of an option, with its group, -> its value as text."""
+        """Returns the options as text: `param_groups[i]['name']` -> `repr` of the value."""
         return {name: repr(value) for name, value in self._items()}
 
     def digest(self) -> int:
-        """31 bits that differ where options differ; 0 without an optimizer."""
+        """Returns a 31-bit hash of the options; 0 without an optimizer."""
         items = list(self._items())
         if self._last is None or self._last[0] != items:
             self._last = items, digest(self.described()) if items else 0

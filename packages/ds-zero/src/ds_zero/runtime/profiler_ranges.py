@@ -1,4 +1,4 @@
-"""Names for what a profile shows."""
+"""Named ranges in profiles."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ _NOTHING = nullcontext()
 
 
 def span(name: str) -> AbstractContextManager[object]:
-    """A named range in a profile; nothing, and at no cost, where nobody profiles."""
+    """Context manager that records a named range if the profiler is active, without overhead otherwise."""
     return torch.profiler.record_function(name) if torch._C._autograd._profiler_enabled() else _NOTHING

@@ -1,17 +1,18 @@
-"""One tensor at rest: in memory all the time, or away and in memory only while somebody has opened it.
+"""A tensor that is kept between steps: always in memory, or away and in memory only while it is open.
 
 [Note: tensors that are away]
-A store that maps a key to no tensor keeps it where nobody can address it, on a disk for example. Such a tensor is
-loaded into a staging buffer when it is opened, and stored from there when it is closed, if it was written. Tensors that
-others hold and that look into it (the optimizer's entries, their gradients) stay the same objects: while it is open
-they are views of the buffer, meanwhile each is a stride-0 view of a NaN of its own, as sharded parameters are. Reading
-one is never a crash. In-place arithmetic raises. `zero_` and `fill_`, which torch lets through on such views, change
-the version of the tensor: a gradient that was set to zero is zero when it is opened next, everything else that was
-written raises then.
+A tensor is *away* if `ShardStore.reserve` returned no tensor for its key, because the store keeps the values where they
+cannot be addressed, for example on a disk. Opening it loads the values into a staging buffer. Closing it writes them
+back, if they were changed.
 
-Here the pieces change their `data`, where the parameters of stage 3 keep one storage that is resized ([Note: one
-storage object]): nobody saves an optimizer's entry for a backward, so a few buffers can serve all buckets, and a step
-allocates nothing.
+The pieces of such a tensor (the optimizer's entries, or their gradients) are the same tensor objects all the time; only
+their `data` changes. While the tensor is open, they are views of the buffer. While it is closed, each piece is a
+stride-0 view of a NaN of its own, like a sharded parameter. Reading it gives NaN, and in-place arithmetic raises.
+torch permits `zero_` and `fill_` on such views, but they change the version of the piece, which is checked at the next
+opening: a gradient that was set to zero is then zero, and any other write raises.
+
+The parameters of stage 3 keep one storage that is resized instead ([Note: one storage object]), because autograd saves
+views of it. It saves no optimizer entries, so that a few buffers can serve all buckets, and a step allocates nothing.
 """
 
 from __future__ import annotations
@@ -30,56 +31,59 @@ from ds_zero.interfaces import Reservation, ShardKey, ShardStore, ShardStoreErro
 from ds_zero.runtime.staging import Staging
 
 Cut = Callable[[Tensor], list[Tensor]]
-"""From a tensor over the owned range to its pieces, one for each parameter."""
+"""Splits a 1-D tensor over the owned range into its pieces, one for each parameter."""
 
 
 class Resting(Protocol):
-    """One tensor at rest, 1-D."""
+    """A 1-D tensor that is kept between steps."""
 
     tensor: Tensor | None
-    """The tensor itself; None where it is away."""
+    """The tensor itself; None if it is away."""
     pieces: Sequence[Tensor]
-    """What others hold of it, the same objects for its whole life; empty where nobody does."""
+    """Views of it that are optimizer entries or gradients, the same objects for its whole life; may be empty."""
 
     def opened(self, *, write: bool = False, load: bool = True) -> AbstractContextManager[Tensor]:
-        """Its values in memory. After `write` they are at rest when the context is left without an exception.
+        """Context manager that provides the values in memory.
 
         Args:
-            load: False where every element will be written before it is read.
+            write: store the values when the context is left without an exception.
+            load: False if every element will be written before it is read.
         """
         ...
 
     def prefetch(self) -> None:
-        """Begin to load what will be opened next."""
+        """Starts to load the values, for an `opened` that follows soon."""
         ...
 
     def abandon(self) -> None:
-        """Undo `prefetch` where nobody has opened it since."""
+        """Undoes `prefetch` if the tensor has not been opened since."""
         ...
 
     def fill(self, values: Tensor) -> None:
-        """Put values to rest, rounded to the dtype at rest."""
+        """Sets all values, rounded to the tensor's dtype."""
         ...
 
     def read_into(self, out: Tensor) -> Work:
-        """Copy the values into `out`, of the same dtype."""
+        """Starts to copy the values into `out`, which has the same dtype."""
         ...
 
-    def sink(self, part: Tensor, *, offset: int, accumulate: bool) -> None:
-        """Put (or add) `part`, which nobody may change afterwards, at `offset`. Before `settle` nobody may read it."""
+    def put_grad(self, part: Tensor, *, offset: int, accumulate: bool) -> None:
+        """Starts to write `part` at element `offset`, or to add it there. `part` must not be changed afterwards, and
+        the tensor must not be read before `settle`.
+        """
         ...
 
     def settle(self) -> None:
-        """Return when no work is under way."""
+        """Waits for the operation in progress, if there is one."""
         ...
 
     def take_zeroed(self) -> frozenset[int]:
-        """Indices of the pieces that were set to zero since they were shown; they do not count as written any more."""
+        """Returns the indices of the pieces that were set to zero while the tensor was closed, once for each write."""
         ...
 
 
 class _Stored:
-    """Works on one key of a store, one after the other, whose errors name the key."""
+    """Runs operations of a store on one key, one at a time. Their errors name the key."""
 
     def __init__(self, key: ShardKey, store: ShardStore, staging: Staging) -> None:
         self._key, self._store, self._staging = key, store, staging
@@ -87,7 +91,7 @@ class _Stored:
         self._action, self._held = "", None
 
     _held: Tensor | None
-    """What the work under way reads or writes."""
+    """The tensor that the operation in progress reads or writes; kept alive until it has finished."""
 
     def _start(self, action: str, start: Callable[[], Work], held: Tensor) -> None:
         self.settle()
@@ -107,18 +111,18 @@ class _Stored:
             raise self._failed(self._action, error) from error
 
     def wait(self) -> None:
-        """As `settle`: this is the work under way."""
+        """Waits for the operation in progress, so that this object can be returned as its `Work`."""
         self.settle()
 
     def _failed(self, action: str, error: Exception) -> ShardStoreError:
         return ShardStoreError(
             f"{type(self._store).__name__} could not {action} the {self._key.kind} of bucket {self._key.name!r}: "
-            f"{type(error).__name__}: {error}. A step that was in progress is incomplete: continue from a checkpoint"
+            f"{type(error).__name__}: {error}. If a step was in progress, it is incomplete: continue from a checkpoint"
         )
 
 
 class InMemory(_Stored):
-    """A tensor that the store maps."""
+    """A tensor that is always in memory, where the store has allocated it."""
 
     def __init__(
         self, tensor: Tensor, key: ShardKey, store: ShardStore, staging: Staging, cut: Cut | None
@@ -126,8 +130,7 @@ class InMemory(_Stored):
         super().__init__(key, store, staging)
         self.tensor: Tensor | None = tensor
         self._tensor = tensor
-        # detach: `data` of a view of a permanent buffer, so that in-place updates are seen by the parameter but not by
-        # autograd.
+        # Detached, so that in-place updates of a piece change the parameter but are not recorded by autograd.
         self.pieces: Sequence[Tensor] = [p.detach() for p in cut(tensor)] if cut is not None else ()
 
     def __enter__(self) -> Tensor:
@@ -154,7 +157,7 @@ class InMemory(_Stored):
         out.copy_(self._tensor)
         return Done()
 
-    def sink(self, part: Tensor, *, offset: int, accumulate: bool) -> None:
+    def put_grad(self, part: Tensor, *, offset: int, accumulate: bool) -> None:
         self._start(
             "add a gradient to",
             lambda: self._store.sink_grad(self._key, part, offset=offset, accumulate=accumulate),
@@ -163,43 +166,43 @@ class InMemory(_Stored):
         if part.device == self._tensor.device:
             self.settle()
         else:
-            self._staging.sink(self)
+            self._staging.limit_grads(self)
 
     def take_zeroed(self) -> frozenset[int]:
         return frozenset()
 
 
-class _Stay(enum.Enum):
-    """Who holds the values of a tensor that is away."""
+class _Place(enum.Enum):
+    """Where the current values of a tensor that is away are."""
 
-    AWAY = "away"
-    """The store alone."""
-    COMING = "coming"
-    """The store; a buffer is being filled."""
-    HERE = "here"
-    """A buffer, into which the pieces look; the store's values may be older."""
-    LEAVING = "leaving"
-    """A buffer that nobody may change, until the store has taken its values."""
+    STORED = "stored"
+    """In the store. The tensor has no buffer."""
+    LOADING = "loading"
+    """In the store. A buffer is being filled with them."""
+    OPEN = "open"
+    """In a buffer, of which the pieces are views. The store's values may be older."""
+    STORING = "storing"
+    """In a buffer that must not be changed until the store has written its values."""
 
 
 class Paged(_Stored):
-    """A tensor that the store does not map, [Note: tensors that are away]."""
+    """A tensor that is away, [Note: tensors that are away]."""
 
     def __init__(self, item: Reservation, store: ShardStore, staging: Staging, cut: Cut | None) -> None:
         super().__init__(item.key, store, staging)
         self.tensor: Tensor | None = None
         self._numel, self._kind = item.numel, (item.key.kind, item.dtype)
         self._cut = cut
-        self._stay = _Stay.AWAY
+        self._place = _Place.STORED
         self._buffer: Tensor | None = None
         self._users, self._written = 0, False
         device = self._device = staging.device_of(self._kind)
         forms = (
             cut(torch.zeros(1, dtype=item.dtype, device=device).expand(item.numel)) if cut is not None else []
         )
-        self._holes = [torch.full((1,), float("nan"), dtype=item.dtype, device=device) for _ in forms]
+        self._nans = [torch.full((1,), float("nan"), dtype=item.dtype, device=device) for _ in forms]
         self.pieces: Sequence[Tensor] = [
-            hole.expand(form.shape).detach() for hole, form in zip(self._holes, forms, strict=True)
+            nan.expand(form.shape).detach() for nan, form in zip(self._nans, forms, strict=True)
         ]
         self._versions = [piece._version for piece in self.pieces]
 
@@ -214,11 +217,11 @@ class Paged(_Stored):
         self._close(written=write)
 
     def prefetch(self) -> None:
-        if self._stay not in (_Stay.HERE, _Stay.COMING):
+        if self._place not in (_Place.OPEN, _Place.LOADING):
             self._fetch(load=True)
 
     def abandon(self) -> None:
-        if self._stay is _Stay.COMING:
+        if self._place is _Place.LOADING:
             try:
                 self.settle()
             finally:
@@ -230,45 +233,47 @@ class Paged(_Stored):
         self.settle()
 
     def read_into(self, out: Tensor) -> Work:
-        if self._stay is _Stay.AWAY:
+        if self._place is _Place.STORED:
             self._start("load", lambda: self._store.load(self._key, out), out)
             return self
-        if self._stay is _Stay.COMING:
+        if self._place is _Place.LOADING:
             _Stored.settle(self)
         out.copy_(self._values())
         return Done()
 
-    def sink(self, part: Tensor, *, offset: int, accumulate: bool) -> None:
-        assert self._stay in (_Stay.AWAY, _Stay.LEAVING), "gradients arrive while nobody reads them"
+    def put_grad(self, part: Tensor, *, offset: int, accumulate: bool) -> None:
+        assert self._place in (_Place.STORED, _Place.STORING), (
+            "a gradient is reduced while the tensor is open"
+        )
         self._start(
             "add a gradient to",
             lambda: self._store.sink_grad(self._key, part, offset=offset, accumulate=accumulate),
             part,
         )
-        self._staging.sink(self)
+        self._staging.limit_grads(self)
 
     def settle(self) -> None:
         try:
             super().settle()
         finally:
-            if self._stay is _Stay.LEAVING:
+            if self._place is _Place.STORING:
                 self._give_buffer()
 
     def take_zeroed(self) -> frozenset[int]:
-        if self._stay is _Stay.HERE:
+        if self._place is _Place.OPEN:
             return frozenset()
         zeroed = []
-        for index, (piece, hole) in enumerate(zip(self.pieces, self._holes, strict=True)):
+        for index, (piece, nan) in enumerate(zip(self.pieces, self._nans, strict=True)):
             if piece._version == self._versions[index] or not piece.numel():
                 continue
-            value = hole.item()
-            hole.fill_(float("nan"))
+            value = nan.item()
+            nan.fill_(float("nan"))
             self._versions[index] = piece._version
             if value != 0 or self._key.kind != "grad":
                 raise ValueError(
                     f"piece {index} of the {self._key.kind} of bucket {self._key.name!r} was written while "
-                    f"{type(self._store).__name__} has its values; the write would be lost. Use ds_zero.set_full or "
-                    "ds_zero.set_local"
+                    f"{type(self._store).__name__} has its values; the write would be lost. Write by ds_zero.set_full "
+                    "or ds_zero.set_local instead"
                 )
             zeroed.append(index)
         return frozenset(zeroed)
@@ -283,7 +288,7 @@ class Paged(_Stored):
         self.settle()
         self._buffer = self._staging.take(self._kind)
         values = self._values()
-        self._stay = _Stay.COMING
+        self._place = _Place.LOADING
         if not load:
             return
         try:
@@ -298,24 +303,25 @@ class Paged(_Stored):
     def _give_buffer(self) -> None:
         assert self._buffer is not None
         self._staging.give(self._kind, self._buffer)
-        self._buffer, self._stay = None, _Stay.AWAY
+        self._buffer, self._place = None, _Place.STORED
 
     def _open(self, load: bool) -> Tensor:
-        if self._stay is not _Stay.HERE:
+        if self._place is not _Place.OPEN:
             zeroed = self.take_zeroed()
-            if self._stay is not _Stay.COMING:
+            if self._place is not _Place.LOADING:
                 self._fetch(load=load)
             try:
                 self.settle()
             except BaseException:
                 self._give_buffer()
                 raise
-            self._stay = _Stay.HERE
-            self._show(zeroed)
+            self._place = _Place.OPEN
+            self._set_pieces(zeroed)
         self._users += 1
         return self._values()
 
-    def _show(self, zeroed: frozenset[int]) -> None:
+    def _set_pieces(self, zeroed: frozenset[int]) -> None:
+        """Makes the pieces views of the buffer, and zeroes those that were set to zero while it was closed."""
         if self._cut is None:
             return
         with torch.no_grad():
@@ -330,8 +336,8 @@ class Paged(_Stored):
         self._written = self._written or written
         if self._users:
             return
-        for piece, hole in zip(self.pieces, self._holes, strict=True):
-            piece.data = hole.expand(piece.shape)
+        for piece, nan in zip(self.pieces, self._nans, strict=True):
+            piece.data = nan.expand(piece.shape)
         self._versions = [piece._version for piece in self.pieces]
         written, self._written = self._written, False
         if not written:
@@ -343,5 +349,5 @@ class Paged(_Stored):
         except BaseException:
             self._give_buffer()
             raise
-        self._stay = _Stay.LEAVING
-        self._staging.leave(self._kind, self)
+        self._place = _Place.STORING
+        self._staging.note_storing(self._kind, self)

@@ -1,4 +1,4 @@
-"""Sums over whole tensors whose parts are stepped on several ranks."""
+"""Sums over whole tensors whose parts are updated on several ranks, such as the norms of LAMB."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.storage import GRAD, MASTER, visit
 
 STEPPED = (MASTER, GRAD)
-"""What an optimizer needs of a bucket."""
+"""The tensors of a bucket that an optimizer step uses."""
 
 
 def whole_sums(optimizer: SegmentStep, buckets: Sequence[Bucket], scale: Tensor) -> dict[int, Tensor]:
-    """The first pass of a step over all buckets, then one all-reduce for each set of ranks. Collective.
+    """Computes the sums of all entries' parts on this rank, then all-reduces them over each set of ranks. Collective.
 
     Returns:
-        id of an entry -> the sums over all parts of its tensor.
+        `id` of an entry -> (number of sums,), fp64, the sums over all parts of its tensor.
     """
     rows: dict[int, Tensor] = {}
     with closing(visit(buckets, STEPPED)) as visited:
         for bucket in visited:
             live = [s for s in bucket.shards if s.grad is not None]
-            # Also where nothing lives here: the other ranks need as many columns.
+            # Called also without entries, since all ranks must know the number of columns.
             sums = optimizer.segment_sums(live, grad_scale=scale)
             width = sums.shape[1]
             rows |= {id(shard): row for shard, row in zip(live, sums, strict=True)}
@@ -36,7 +36,7 @@ def whole_sums(optimizer: SegmentStep, buckets: Sequence[Bucket], scale: Tensor)
         entries = [s for b in divided for s in b.shards]
         if ranks.group is None or not entries:
             continue
-        # Every rank fills rows of its own, so that all add the same numbers in the same order.
+        # Each rank fills its own part of the table, so that all ranks add the same numbers in the same order.
         table = torch.zeros(ranks.size, len(entries), width, dtype=torch.float64)
         for i, shard in enumerate(entries):
             if id(shard) in rows:

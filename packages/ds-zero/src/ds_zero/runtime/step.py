@@ -1,4 +1,7 @@
-"""What happens around `optimizer.step()`: gradients complete before, parameters published after."""
+"""What happens around `optimizer.step()`: reductions are finished before it, updated parameters are published after it.
+
+To publish is to all-gather the updated parameters of buckets that every rank keeps whole.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +32,14 @@ from ds_zero.runtime.storage import MASTER, PARAM, visit
 class Stepper:
     """Wraps one optimizer's `step` by torch's own pre- and post-hooks.
 
-    With an optimizer that has `step_fused` the pre-hook does the whole work bucket by bucket, so that each
-    bucket is on the wire while the next one is computed; the optimizer's own body then finds no gradients and
-    does nothing.
+    With an optimizer that has `step_fused`, the pre-hook updates bucket by bucket, and each bucket is published while
+    the next one is updated. It removes the gradients, so that the optimizer's own `step` does nothing.
 
-    [Note: step in sub-groups] A bucket of which masters or gradients are away is a sub-group of its own: it is stepped
-    while the next one is being loaded and the last one stored. All other buckets that are not published are stepped in
-    one call, since each call costs as much as a kernel on 100,000 elements.
+    [Note: step in sub-groups]
+    A bucket whose masters or gradients are away is updated by a separate call, while the tensors of the next such
+    bucket are loaded and those of the previous one are stored. A bucket that is published is also updated by a separate
+    call. All others are updated in one call, because the overhead of a call equals the time of a kernel on 100,000
+    elements.
     """
 
     def __init__(
@@ -49,8 +53,7 @@ class Stepper:
         overlap: bool,
         publish_numel: int | None = None,
     ) -> None:
-        # The first modules of the model are in the last buckets: publish in the order in which forward will
-        # read.
+        # The first modules of the model are in the last buckets: publish in the order in which forward reads.
         self._buckets = [b for b in reversed(buckets) if b.trainable]
         self._comm, self._reducer, self._gatherer, self._overlap = comm, reducer, gatherer, overlap
         self._works: list[Work] = []
@@ -59,8 +62,8 @@ class Stepper:
         self._entries: list[list[int]] = []
         self._grads = grads
         self.pending = grads.pending
-        self._judge: Callable[[], bool] | None = None
-        self._taken = True
+        self._condition: Callable[[], bool] | None = None
+        self._takes_step = True
         self._segment_sums: dict[int, Tensor] = {}
         self.fused = False
 
@@ -85,40 +88,42 @@ class Stepper:
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(closure is not None for closure in (*args[1:], *kwargs.values())):  # args[0] is the optimizer
             raise ValueError(
-                "step(closure) would run forward and backward between reduction and update; call "
-                "loss.backward() first, then step()"
+                "step(closure) is not supported, because it would run forward and backward between the reduction of "
+                "gradients and the update: call loss.backward() first, then step()"
             )
         _refuse_grad_scaler()
         self._check_entries(optimizer)
         self._reducer.finish()
-        self._taken = self._judge is None or self._judge()
+        self._takes_step = self._condition is None or self._condition()
         self.wait()
-        if not self._taken:
-            self.forget()  # without gradients the optimizer's own body does nothing
+        if not self._takes_step:
+            self.forget()  # without gradients the optimizer's own step does nothing
         elif self.fused:
             assert isinstance(optimizer, FusedStep)
             self._step_fused(optimizer)
         else:
             self._prepare_plain()
 
-    def ask(self, judge: Callable[[], bool]) -> None:
-        """Ask `judge` once in every step, when gradients are complete, whether to take it. Every rank answers alike."""
-        assert self._judge is None, "a step has one judge"
-        self._judge = judge
+    def step_if(self, condition: Callable[[], bool]) -> None:
+        """Makes every step depend on `condition`, which is called once per step after the gradients were reduced. It
+        must return the same on every rank. If it returns False, the gradients are dropped and nothing is updated.
+        """
+        assert self._condition is None, "a stepper has at most one condition"
+        self._condition = condition
 
     def clip(self, factor: Tensor) -> None:
-        """Multiply the gradients on the shards by `factor` (0-dim fp32, CPU), at the latest in the next step."""
+        """Multiplies the gradients on the shards by `factor` (0-dim fp32, CPU), now or during the next step."""
         pending = self.pending
         pending.clip = factor if pending.clip is None else factor * pending.clip
         if not self.fused:
             self.apply_pending()
 
     def apply_pending(self) -> None:
-        """Make the gradients on the shards those that the optimizer shall see, [Note: units of a gradient]."""
+        """Unscales and clips the gradients on the shards in place, [Note: units of a gradient]."""
         self._grads.apply()
 
     def _prepare_plain(self) -> None:
-        """For an optimizer without `step_fused`: true gradients, in the dtype of the shards."""
+        """Gives an optimizer without `step_fused` unscaled, clipped gradients in the dtype of the shards."""
         self.apply_pending()
         for bucket in self._buckets:
             for shard in bucket.shards:
@@ -127,16 +132,15 @@ class Stepper:
                     shard.grad = shard.grad.to(shard.dtype)
 
     def forget(self) -> None:
-        """Drop every gradient, and what was known of them."""
+        """Drops all gradients, their norm, and their pending factors."""
         self._reducer.forget()
         self.pending.reset()
 
     def _check_entries(self, optimizer: Optimizer) -> None:
         if [[id(p) for p in group["params"]] for group in optimizer.param_groups] != self._entries:
             raise ValueError(
-                "the optimizer's param_groups changed after ds_zero.shard (add_param_group?): new parameters "
-                "have no shards. "
-                "Add all parameters first, then shard; or ds_zero.destroy(model) and shard again"
+                "the optimizer's param_groups changed after ds_zero.shard (by add_param_group?): new parameters have "
+                "no shards. Add all parameters before ds_zero.shard, or call ds_zero.destroy(model) and shard again"
             )
 
     def _step_fused(self, optimizer: FusedStep) -> None:
@@ -154,12 +158,12 @@ class Stepper:
                     self._step_buckets(optimizer, [bucket], scale)
                     if bucket.storage.is_away(PARAM):
                         bucket.storage.refresh_param()
-                    if published:  # on the wire while the next one is computed
+                    if published:  # sent while the next bucket is updated
                         self._start_publish(bucket)
             self._step_buckets(optimizer, together, scale)
 
     def _step_buckets(self, optimizer: FusedStep, buckets: list[Bucket], scale: Tensor) -> None:
-        """One call for all shards that have a gradient, in the buckets' order."""
+        """Updates all shards of `buckets` that have a gradient by one call, in the order of the buckets."""
         live: list[Tensor] = []
         out: list[Tensor | None] = []
         for bucket in buckets:
@@ -183,7 +187,7 @@ class Stepper:
         self._set_aside.clear()
         self.pending.clip = self.pending.norm = None
         self._reducer.stepped()
-        if not self._taken:
+        if not self._takes_step:
             return
         if not self.fused:
             self.publish()
@@ -194,14 +198,14 @@ class Stepper:
     # --- publishing
 
     def publish(self) -> None:
-        """Make every rank's parameters equal to the masters, wherever those were changed."""
+        """Starts to update every rank's parameters from the masters, which may have been changed on any rank."""
         with torch.no_grad():
             for bucket in self._buckets:
                 bucket.refresh_params()
                 self._start_publish(bucket)
 
     def _is_published(self, bucket: Bucket) -> bool:
-        """Whether ranks own different parts of values that every rank keeps whole."""
+        """Whether ranks own different parts of a bucket that every rank keeps whole."""
         return bucket.whole and bucket.layout.num_owners > 1 and bucket.ranks.group is not None
 
     def _start_publish(self, bucket: Bucket) -> None:
@@ -217,46 +221,51 @@ class Stepper:
             for begin in range(0, slices.shape[1], part):
                 self._works.append(self._publish_part(slices[:, begin : begin + part], bucket.ranks))
                 if begin >= 2 * part:
-                    self._works[-3].wait()  # three messages hold memory at a time
+                    self._works[-3].wait()  # so that at most three messages exist at a time
 
     def _publish_part(self, columns: Tensor, ranks: Ranks) -> Work:
-        """Gather the same range of every rank's slice; its own copy, since a message has to be contiguous."""
-        whole = torch.empty(columns.shape, dtype=columns.dtype, device=columns.device)
-        whole[ranks.rank].copy_(columns[ranks.rank])
-        return Then([self._comm.gather(whole.view(-1), ranks)], _Spread(columns, whole))
+        """Starts to gather the same range of every rank's slice.
+
+        Args:
+            columns: (ranks, numel of the range), a view of the bucket. The gather uses a copy of it, because a message
+                must be contiguous.
+        """
+        message = torch.empty(columns.shape, dtype=columns.dtype, device=columns.device)
+        message[ranks.rank].copy_(columns[ranks.rank])
+        return Then([self._comm.gather(message.view(-1), ranks)], _CopyBack(columns, message))
 
     def wait(self) -> None:
-        """Return when published parameters may be read."""
+        """Waits until published parameters may be read."""
         works, self._works = self._works, []
         for work in works:
             work.wait()
 
 
-class _Spread:
-    """Copies an arrived message to its places, and lets go of it."""
+class _CopyBack:
+    """Copies a received message into the bucket, and frees it."""
 
-    def __init__(self, columns: Tensor, whole: Tensor) -> None:
-        self._columns, self._whole = columns, whole
+    def __init__(self, columns: Tensor, message: Tensor) -> None:
+        self._columns, self._message = columns, message
 
     def __call__(self) -> None:
         with torch.no_grad():
-            self._columns.copy_(self._whole)
-        del self._columns, self._whole
+            self._columns.copy_(self._message)
+        del self._columns, self._message
 
 
 def _refuse_grad_scaler() -> None:
-    """Torch's scaler looks for infinities in one rank's shards only, so that ranks would disagree on skipping
-    a step.
+    """Raises if `torch.amp.GradScaler` called the step. It looks for infinities in one rank's shards only, so ranks
+    could disagree on whether to skip a step.
     """
     frame = sys._getframe(1)
-    for _ in range(8):  # hooks and wrappers lie between the scaler and us
+    for _ in range(8):  # there are frames of hooks and wrappers between the scaler and this function
         if frame.f_back is None:
             return
         frame = frame.f_back
         if frame.f_globals.get("__name__") == "torch.amp.grad_scaler":
             raise ValueError(
-                "torch.amp.GradScaler decides about skipping a step from this rank's shards alone, so ranks "
-                "would diverge. Use ds_zero's: scaler = ds_zero.LossScaler(model); "
+                "torch.amp.GradScaler decides from this rank's shards alone whether to skip a step, so ranks "
+                "would diverge. Use the scaler of ds_zero instead: scaler = ds_zero.LossScaler(model); "
                 "scaler.scale(loss).backward(); optimizer.step(). Or train in bf16 "
-                "(ZeroConfig(param_dtype=torch.bfloat16)), which needs no scaling"
+                "(ZeroConfig(param_dtype=torch.bfloat16)), which needs no loss scale"
             )

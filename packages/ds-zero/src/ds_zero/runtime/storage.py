@@ -1,16 +1,18 @@
-"""Who owns which kind of tensor of a bucket, and where it rests.
+"""The tensors of a bucket that a rank keeps between steps, and where they are stored.
 
-[Note: kinds of a bucket]
-param    compute dtype, this rank's owned range. In whole buckets (`unit` is None) a range of `Bucket.full`; where
-         `full` comes and goes, at rest in the store.
-master   fp32, owned range. Where parameters are fp32, one of the two is an alias of the other: in whole buckets the
-         master is the parameter, in others the parameter is the master. None for frozen parameters. The optimizer's
-         entries are pieces of it.
-grad     `ZeroConfig.grad_dtype`, owned range: reduced gradients, of which `shard.grad` of the entries are pieces. None
-         for frozen parameters.
+[Note: tensors of a bucket]
+Each rank keeps up to three 1-D tensors of a bucket. All of them cover the rank's owned range of the bucket's elements.
 
-Each is addressable or away, as the store has decided in `reserve` ([Note: tensors that are away]); what is no alias and
-was not reserved is an error. All reading and writing goes through `BucketStorage.opened`.
+param    In the compute dtype. In whole buckets (`layout.unit` is None) it is a range of `Bucket.full`. In sharded
+         buckets, whose `full` is allocated only while they are gathered, it is stored separately.
+master   In fp32. The optimizer's entries are pieces of it. If parameters compute in fp32, master and param are one
+         tensor: in whole buckets that of the parameters, in sharded buckets that of the masters. Frozen parameters
+         have none.
+grad     In `ZeroConfig.grad_dtype`. The reduced gradients: `shard.grad` of each optimizer entry is a piece of it.
+         Frozen parameters have none.
+
+`ShardStore.reserve` decides for each tensor whether it is addressable or away ([Note: tensors that are away]). A tensor
+that is neither an alias nor reserved is an error. All reading and writing goes through `BucketStorage.opened`.
 """
 
 from __future__ import annotations
@@ -37,18 +39,18 @@ PARAM, MASTER, GRAD = "param", "master", "grad"
 
 @dataclass(frozen=True, kw_only=True)
 class Kinds:
-    """Which tensors a bucket has at rest, [Note: kinds of a bucket]."""
+    """Which tensors a bucket keeps between steps, [Note: tensors of a bucket]."""
 
     reserved: Mapping[str, torch.dtype]
-    """Those for which a store is asked."""
+    """Kind -> dtype of the tensors that the store provides."""
     alias: Mapping[str, str] = field(default_factory=dict)
     """Kind -> the kind that is the same tensor."""
     in_full: bool
-    """Whether "param" is a range of the bucket's permanent memory."""
+    """Whether "param" is a range of `Bucket.full`, which is allocated permanently."""
 
 
 def kinds_of(layout: BucketLayout, dtype: torch.dtype, grad_dtype: torch.dtype) -> Kinds:
-    """The kinds of a bucket whose parameters compute in `dtype`."""
+    """Returns the kinds of a bucket whose parameters compute in `dtype`."""
     whole, fp32 = layout.unit is None, dtype == torch.float32
     if layout.group == FROZEN:
         return Kinds(reserved={} if whole else {PARAM: dtype}, in_full=whole)
@@ -62,7 +64,7 @@ def kinds_of(layout: BucketLayout, dtype: torch.dtype, grad_dtype: torch.dtype) 
 
 
 class Reserved:
-    """What a store holds for one model."""
+    """The tensors of one model that a store provides."""
 
     def __init__(self, store: ShardStore, plan: Sequence[Reservation], device: torch.device) -> None:
         self.store, self.device = store, device
@@ -77,18 +79,18 @@ class Reserved:
 
     @property
     def away(self) -> Sequence[ShardKey]:
-        """Keys that the store keeps away."""
+        """Keys of the tensors that are away."""
         return [key for key in self._items if self.is_away(key)]
 
     def is_away(self, key: ShardKey) -> bool:
-        """Whether the store was asked for `key`, which has elements, and maps it to no tensor."""
+        """Whether `key` was reserved, has elements, and was not mapped to a tensor by the store."""
         return key in self._items and key not in self._mapped and self._items[key].numel > 0
 
     def resting(self, key: ShardKey, cut: Cut | None) -> Resting:
-        """The tensor of a key.
+        """Returns the stored tensor of a key.
 
         Raises:
-            ValueError: the store was not asked for it.
+            ValueError: the key was not reserved.
         """
         item = self._items.get(key)
         if item is None:
@@ -103,21 +105,22 @@ class Reserved:
         return InMemory(mapped, key, self.store, self.staging, cut)
 
     def add(self, item: Reservation) -> Resting:
-        """Reserve one more tensor, of which nobody holds pieces, no larger than the reserved ones of its kind."""
+        """Reserves one more tensor, without pieces. It must not be larger than the largest reserved one of its kind."""
         self._mapped |= _checked(self.store, [item])
         self._items[item.key] = item
         return self.resting(item.key, None)
 
 
 def _checked(store: ShardStore, plan: Sequence[Reservation]) -> dict[ShardKey, Tensor]:
-    """What the store maps, of the size and dtype that it was asked for."""
+    """Reserves `plan`, and returns the tensors of the addressable keys after a check of their sizes and dtypes."""
     mapped = dict(store.reserve(plan))
     for item in plan:
         tensor = mapped.get(item.key)
         if tensor is not None and (tensor.shape != (item.numel,) or tensor.dtype != item.dtype):
             raise ValueError(
                 f"{type(store).__name__} reserved a tensor of shape {tuple(tensor.shape)} and dtype {tensor.dtype} for "
-                f"the {item.key.kind} of bucket {item.key.name!r}, which needs ({item.numel},) and {item.dtype}"
+                f"the {item.key.kind} of bucket {item.key.name!r}, but shape ({item.numel},) and dtype {item.dtype} "
+                "were requested"
             )
     return mapped
 
@@ -132,7 +135,7 @@ def _cut(layout: BucketLayout, pieces: Sequence[Piece], tensor: Tensor) -> list[
 
 
 class BucketStorage:
-    """The tensors of one bucket on one rank, [Note: kinds of a bucket], with their first values."""
+    """The tensors that one rank keeps of one bucket, [Note: tensors of a bucket]; constructed with initial values."""
 
     def __init__(
         self,
@@ -146,19 +149,19 @@ class BucketStorage:
     ) -> None:
         """
         Args:
-            full: memory of the whole bucket in compute dtype, with its values.
-            values: the bucket's values in a dtype that holds each of them exactly.
-            trains: for each parameter whether it requires a gradient.
+            full: (padded_numel,), all values of the bucket in the compute dtype.
+            values: (padded_numel,), the same values in a dtype that represents each of them exactly.
+            trains: for each parameter, whether it requires a gradient.
         """
         begin, end = layout.owned_range(rank)
         self.layout = layout
         self.kinds = kinds
         self.pieces: tuple[Piece, ...] = tuple(piece_of(slot, begin, end) for slot in layout.slots)
-        """What this rank owns of every slot; offsets count from the beginning of the owned range."""
+        """The part of each slot that this rank owns; offsets are relative to the beginning of the owned range."""
         self._reserved = reserved
         cut = self.cut = partial(_cut, layout, self.pieces)
-        """The pieces of a tensor that has the owned range's elements, in the form of optimizer entries: whole tensors
-        in their own shape where they are not divided, else flat."""
+        """Splits a tensor over the owned range into views, one per parameter, in the shape of the optimizer's entries:
+        that of the parameter if the layout does not divide tensors, else 1-D."""
         self._rests: dict[str, Resting] = {}
         for kind in kinds.reserved:
             key = ShardKey(name=layout.name, kind=kind)
@@ -173,19 +176,19 @@ class BucketStorage:
             self._rests[kind] = self._rests[other]
         self._away = frozenset(kind for kind, rest in self._rests.items() if rest.tensor is None)
         self.shards: Sequence[Tensor] = ()
-        """Optimizer entries, one a slot, pieces of the master; none for frozen parameters."""
+        """Optimizer entries, one per slot, which are pieces of the master; empty for frozen parameters."""
         self.grads: Sequence[Tensor] = ()
-        """What `shard.grad` of each is once there is a reduced gradient."""
+        """The tensor that `shard.grad` of each entry is set to once its gradient has been reduced."""
         if MASTER in self._rests:
             self.shards, self.grads = self._rests[MASTER].pieces, self._rests[GRAD].pieces
             for shard, grad, train in zip(self.shards, self.grads, trains, strict=True):
                 shard.requires_grad_(train)
                 if grad.dtype != shard.dtype:
-                    shard.grad_dtype = None  # its gradient may have another dtype than it
+                    shard.grad_dtype = None  # permits a gradient whose dtype differs from the shard's
         param = self.addressable(PARAM)
         self.copies: Sequence[Tensor | None] = [None for _ in self.shards]
-        """What a fused step writes beside each entry: its range of the addressable parameter, where that is another
-        tensor."""
+        """Where a fused step writes a copy of each updated entry in the compute dtype: its range of the parameter.
+        None if the parameter is the same tensor as the master, or is away."""
         if self.masters_apart and param is not None:
             self.copies = cut(param)
 
@@ -193,12 +196,12 @@ class BucketStorage:
 
     @property
     def exact(self) -> str:
-        """The kind whose values count: "master", or "param" where parameters are frozen."""
+        """The kind with the authoritative values: "master", or "param" if the parameters are frozen."""
         return MASTER if MASTER in self._rests else PARAM
 
     @property
     def masters_apart(self) -> bool:
-        """Whether masters are other tensors than the parameters."""
+        """Whether masters and parameters are different tensors."""
         return MASTER in self._rests and not self.kinds.alias
 
     def has(self, kind: str) -> bool:
@@ -206,57 +209,58 @@ class BucketStorage:
         return kind in self._rests
 
     def is_away(self, *kinds: str) -> bool:
-        """Whether one of these kinds is not addressable."""
+        """Whether at least one of these kinds is away."""
         return not self._away.isdisjoint(kinds)
 
     @property
     def away(self) -> Sequence[ShardKey]:
-        """Keys of the kinds that are not addressable."""
+        """Keys of the kinds that are away."""
         return [
             ShardKey(name=self.layout.name, kind=kind) for kind in self.kinds.reserved if self.is_away(kind)
         ]
 
     def addressable(self, kind: str) -> Tensor | None:
-        """The tensor itself; None where there is none or it is away."""
+        """Returns the tensor itself; None if the bucket has none of this kind or it is away."""
         rest = self._rests.get(kind)
         return rest.tensor if rest is not None else None
 
     def rest(self, kind: str) -> Resting:
-        """One kind of this bucket.
+        """Returns the stored tensor of one kind.
 
         Raises:
-            ValueError: it has none of this kind.
+            ValueError: the bucket has no tensor of this kind.
         """
         rest = self._rests.get(kind)
         if rest is None:
             raise ValueError(
-                f"bucket {self.layout.name!r} has no {kind!r}: it has {', '.join(sorted(self._rests))}"
+                f"bucket {self.layout.name!r} has no {kind!r}: it has {', '.join(sorted(self._rests))} "
+                "(frozen parameters have neither masters nor gradients)"
             )
         return rest
 
     # --- values
 
     def opened(self, kind: str, *, write: bool = False, load: bool = True) -> AbstractContextManager[Tensor]:
-        """The values of one kind in memory, [Note: tensors that are away].
+        """Context manager that provides the values of one kind in memory, [Note: tensors that are away].
 
         Args:
-            write: what was changed goes to rest when the context is left without an exception.
-            load: False where every element will be written before it is read.
+            write: store the values when the context is left without an exception.
+            load: False if every element will be written before it is read.
         """
         return self.rest(kind).opened(write=write, load=load)
 
     def read_param(self, out: Tensor) -> Work:
-        """Copy this rank's part of the parameters into `out`."""
+        """Starts to copy this rank's part of the parameters into `out`."""
         return self._rests[PARAM].read_into(out)
 
     def refresh_param(self) -> None:
-        """Cast the masters into the parameters, where these are other tensors."""
+        """Casts the masters to the compute dtype and writes them to the parameters, if these are different tensors."""
         if self.masters_apart:
             with self.opened(MASTER) as master, self.opened(PARAM, write=True, load=False) as param:
                 param.copy_(master)
 
     def partial_sum(self, index: int, numel: int, device: torch.device) -> Resting:
-        """Reserve room for one more sum of gradients."""
+        """Reserves a tensor for one more partial sum of gradients."""
         key = ShardKey(name=f"{self.layout.name}+{index}", kind=GRAD)
         dtype = self.kinds.reserved[GRAD]
         partition = f"partial sums {index}"
@@ -265,34 +269,35 @@ class BucketStorage:
         )
 
     def prefetch(self, kinds: Iterable[str]) -> None:
-        """Begin to load what will be opened next; nothing happens for addressable kinds."""
+        """Starts to load kinds that will be opened next. Has no effect on addressable kinds."""
         for kind in kinds:
             self._rests[kind].prefetch()
 
     def abandon(self, kinds: Iterable[str]) -> None:
-        """Undo `prefetch` where nobody has opened it since."""
+        """Undoes `prefetch` of kinds that have not been opened since."""
         for kind in kinds:
             self._rests[kind].abandon()
 
     def settle(self) -> None:
-        """Return when the store has nothing under way for this bucket."""
+        """Waits for all operations of the store on this bucket."""
         for rest in self._rests.values():
             rest.settle()
 
     @property
     def staging(self) -> Staging:
-        """The buffers that all buckets of the model share."""
+        """The staging buffers that all buckets of the model share."""
         return self._reserved.staging
 
 
 def visit(
     buckets: Sequence[Bucket], kinds: Sequence[str], *, write: Collection[str] = ()
 ) -> Generator[Bucket, None, None]:
-    """Each bucket in turn with its `kinds` in memory; those of the next one are loaded and those of the last one stored
-    meanwhile. Wrap it in `contextlib.closing` where the loop may raise: a bucket that is left so is not stored.
+    """Yields each bucket with its `kinds` in memory. Meanwhile those of the next bucket are loaded, and those of the
+    previous one are stored. If the loop may raise, wrap the generator in `contextlib.closing`: the bucket at which the
+    loop raised is then not stored.
 
     Args:
-        write: kinds that are changed.
+        write: the kinds that the loop changes.
     """
     away = iter([b for b in buckets if b.storage.is_away(*kinds)])
     ahead: Bucket | None = None

@@ -1,10 +1,10 @@
-"""Functions that torch.compile does not look into.
+"""Functions that torch.compile does not trace.
 
-[Note: outside of graphs]
-Hooks gather, wait and resize storages, which no graph may contain. A compiled model breaks its graph before
-each of them, runs it as it is, and goes on; so graphs lie between the hooks, where parameters have their
-values. `torch.compiler.disable` does the same, but imports the whole compiler, which takes seconds, into every
-program.
+[Note: graph breaks at hooks]
+Hooks gather parameters, wait for messages and resize storages, which a compiled graph cannot contain. So torch.compile
+breaks the graph at each hook and runs the hook in eager mode. Each graph covers the code between two hooks, during
+which parameters have their values. `torch.compiler.disable` has the same effect, but it imports the whole compiler,
+which would add seconds to the start of every program.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 def opaque(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, run without the compiler, called or compiled."""
+    """Returns `function` as a function that torch.compile does not trace."""
 
     @functools.wraps(function)
     def hidden(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -38,8 +38,8 @@ def opaque(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _skip(function: object) -> None:
-    """Keep the compiler from looking at the wrapper itself; where torch has no way to say so, it finds an
-    uncompilable line there, which costs a second once.
+    """Excludes the wrapper itself from tracing. If this version of torch has no such function, tracing fails once at
+    the wrapper, which takes about a second.
     """
     strategy = getattr(eval_frame, "_FrameExecStrategy", None)
     action = getattr(eval_frame, "_FrameAction", None)

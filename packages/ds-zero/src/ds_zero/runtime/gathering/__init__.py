@@ -1,1 +1,1 @@
-"""Stage 3 during forward and backward: which parameters are gathered when, and for how long."""
+"""Stage 3 in forward and backward: when parameters are gathered and dropped."""

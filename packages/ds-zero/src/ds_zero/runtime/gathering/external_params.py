@@ -1,12 +1,18 @@
-"""Finds parameters that are read outside their module's forward, as in `F.linear(x, self.embed.weight)`.
+"""Detects external parameters: those that are read outside their module's forward, as in
+`F.linear(x, self.embed.weight)`.
 
-[Note: read outside]
-A parameter that another module reads has no hook of its own. Two means find it. The first forward in each mode
-watches all operations (`OutsideReads`, `OutsideOperands`): a parameter found there is gathered when it is first
-read, and from then on the model itself holds it, from the beginning of its forward to the end, and again while backward
-runs. And modules keep their parameters in a dictionary that tells when one is taken out during a forward
-(`Told`, some 0.2 us a read): it finds what a later branch reads, and gathers it for that forward. A parameter
-of which the watched forward only asked the dtype, the device or the shape is left alone by the second.
+[Note: external parameters]
+If a module reads a parameter of another module, no hook gathers that parameter. Two mechanisms detect this.
+
+In the first forward of each mode (training or evaluation, with or without gradients), all operations are intercepted
+(`ExternalReads`, `ExternalOperands`). A parameter whose values an operation reads outside its module's forward is
+gathered at once. From then on the model as a whole gathers it: from the beginning to the end of the model's forward,
+and again during backward.
+
+In all forwards, the modules' `_parameters` dictionaries report when a parameter is read from them by name
+(`WatchedParameters`, about 0.2 us per read). This detects parameters that only a later forward reads, in another
+branch; such a parameter is gathered for that forward. Parameters of which the first forward read only the dtype, device
+or shape are ignored here.
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _VALUES = frozenset(["data", "T", "mT", "H", "mH", "real", "imag"])
-"""Properties of a tensor that lead to its elements; all others tell about the tensor."""
+"""Properties of a tensor that are views of its elements; all others are metadata."""
 
 _ABOUT = frozenset(
     [
@@ -49,11 +55,11 @@ _ABOUT = frozenset(
         "__delete__",
     ]
 )
-"""Functions that take a parameter without reading its elements."""
+"""Functions that do not read the elements of a parameter that is passed to them."""
 
 
-class OutsideReads(TorchFunctionMode):
-    """While active, calls `read` with every parameter that a torch function is about to take values from."""
+class ExternalReads(TorchFunctionMode):
+    """While active, calls `read` with every parameter whose elements a torch function is about to read."""
 
     def __init__(self, read: Callable[[nn.Parameter], None]) -> None:
         super().__init__()
@@ -76,9 +82,9 @@ class OutsideReads(TorchFunctionMode):
                 self._look(value)
 
 
-class OutsideOperands(TorchDispatchMode):
-    """The same below autograd, for forwards without gradients: torch's modules take other (fused) ways where no
-    function mode is active, which round differently.
+class ExternalOperands(TorchDispatchMode):
+    """The same below autograd, for forwards without gradients. In those, torch's modules use fused implementations,
+    which round differently, but not if a function mode such as `ExternalReads` is active.
     """
 
     def __init__(self, read: Callable[[nn.Parameter], None]) -> None:
@@ -102,20 +108,20 @@ def _reads(func: Any) -> bool:
 
 
 class Listener(Protocol):
-    """Who is told when a parameter is taken out of its module, or replaced."""
+    """Is called when a parameter is read from its module's dictionary, or replaced there."""
 
-    telling: bool
-    """Whether a forward is running, so that it wants to know."""
+    listening: bool
+    """Whether reads are reported; true while a forward is running."""
 
-    def taken(self, param: Tensor) -> None: ...
+    def on_read(self, param: Tensor) -> None: ...
 
-    def replaced(self, name: str, value: object) -> None: ...
+    def on_replaced(self, name: str, value: object) -> None: ...
 
 
-class Told(dict[str, Any]):
-    """A module's own dictionary of parameters, which tells `listener` when one is taken out by name.
+class WatchedParameters(dict[str, Any]):
+    """A module's `_parameters` dictionary that reports reads and replacements to `listener`.
 
-    A copy of it, or of the module, is an ordinary dictionary.
+    A copy of it, or of the module, has an ordinary dictionary.
     """
 
     def __init__(self, params: Mapping[str, Any], listener: weakref.ref[Listener]) -> None:
@@ -125,37 +131,37 @@ class Told(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         listener = self._listener()
-        if listener is not None and listener.telling and value is not None:
-            listener.taken(value)
+        if listener is not None and listener.listening and value is not None:
+            listener.on_read(value)
         return value
 
     def __setitem__(self, name: str, value: Any) -> None:
         listener = self._listener()
         if listener is not None:
-            listener.replaced(name, value)
+            listener.on_replaced(name, value)
         super().__setitem__(name, value)
 
     def __reduce__(self) -> tuple[type, tuple[dict[str, Any]]]:
         return dict, (dict(self),)
 
 
-class Telling:
-    """A module whose parameters tell; `remove` makes it an ordinary one again."""
+class ParameterReadHook:
+    """Installs `WatchedParameters` in a module, as if by a hook; `remove` restores the ordinary dictionary."""
 
     def __init__(self, module: nn.Module, listener: weakref.ref[Listener]) -> None:
         self._module = weakref.ref(module)
-        # torch has no hook for this; the dictionary is the one place through which every read by name goes.
-        vars(module)["_parameters"] = Told(module._parameters, listener)
+        # torch has no hook for reads of parameters, but every read by name uses this dictionary.
+        vars(module)["_parameters"] = WatchedParameters(module._parameters, listener)
 
     def remove(self) -> None:
         module = self._module()
-        if module is not None and isinstance(module._parameters, Told):
+        if module is not None and isinstance(module._parameters, WatchedParameters):
             vars(module)["_parameters"] = dict(module._parameters)
 
 
 def tensors_in(value: object, depth: int = 4) -> list[Tensor]:
-    """The tensors inside lists, tuples, dicts and objects with attributes, such as dataclasses that pytree
-    does not know.
+    """Returns the tensors in nested lists, tuples, dicts and attributes of objects, such as dataclasses that are not
+    registered as pytree nodes.
     """
     if isinstance(value, Tensor):
         return [value]

@@ -1,4 +1,4 @@
-"""Forward calls of units, open or waiting for their backward."""
+"""Forward calls of units: those that are running, and those whose backward is running."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ds_zero.runtime.gathering.gather import Gatherer
 
 
 class Call:
-    """One forward call of a unit, and its later backward."""
+    """One forward call of a unit, and the backward of this call."""
 
     def __init__(self, unit: str, buckets: list[Bucket], begin: int) -> None:
         self.unit, self.buckets = unit, list(buckets)
         self.begin = self.end = begin
-        """When the forward began and ended, counted in calls."""
+        """Logical times of the begin and end of the forward; every begin and end of a call increases the time by 1."""
         self.keep = False
-        """Whether the values stay when the call is left."""
+        """Whether the buckets stay gathered after the call."""
         self._task = -1
 
     def begins_backward(self) -> bool:
-        """Whether the backward that runs meets this call for the first time."""
+        """Whether this is the first call of the method in the running backward."""
         task = torch._C._current_graph_task_id()
         first = task != self._task
         self._task = task
@@ -28,13 +28,15 @@ class Call:
 
 
 class Calls:
-    """Which calls are open in forward, and which hold their buckets in backward."""
+    """The calls whose forward is running, and those that keep their buckets gathered in backward."""
 
     def __init__(self, gatherer: Gatherer) -> None:
         self._gatherer = gatherer
         self._clock = 0
         self._open: list[Call] = []
+        """Calls whose forward is running, outer ones first."""
         self._held: list[Call] = []
+        """Calls whose backward is running."""
 
     def begin(self, unit: str, buckets: list[Bucket]) -> Call:
         self._clock += 1
@@ -56,8 +58,10 @@ class Calls:
     def none_open(self) -> bool:
         return not self._open
 
-    def take_over(self, call: Call, *, keep_all: bool) -> None:
-        """The backward of `call` begins: calls that began after its end are done, [Note: who holds a unit]."""
+    def begin_backward(self, call: Call, *, keep_all: bool) -> None:
+        """Called when the backward of `call` begins. Releases the buckets of calls that began after its end, because
+        their backward is over, [Note: lifetime of a gathered unit].
+        """
         done = [c for c in self._held if c.begin > call.end]
         if done:
             self._held = [c for c in self._held if c.begin <= call.end]
@@ -65,13 +69,13 @@ class Calls:
                 self._gatherer.release(late.buckets, keep=keep_all or late.keep)
         self._held.append(call)
 
-    def leave_all(self, *, keep_all: bool) -> None:
-        """Backward is over."""
+    def end_backward(self, *, keep_all: bool) -> None:
+        """Releases the buckets of all calls at the end of backward."""
         held, self._held = self._held, []
         for call in held:
             self._gatherer.release(call.buckets, keep=keep_all)
 
     def forget(self) -> None:
-        """A backward was left by an exception; counts are void."""
+        """Forgets all calls after a backward that raised; the caller resets the counts of the gatherer."""
         self._held.clear()
         self._open.clear()

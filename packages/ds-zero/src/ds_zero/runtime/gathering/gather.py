@@ -1,4 +1,4 @@
-"""Gathers the buckets of stage 3 when a module needs them and drops them when nobody does."""
+"""Gathers the buckets of stage 3 before a module uses them, and drops them afterwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ds_zero.runtime.profiler_ranges import span
 
 
 class Gatherer:
-    """Counts the users of each gathered bucket; the last one to leave drops it.
+    """Gathers buckets and counts their users. A bucket is dropped when its count becomes 0.
 
     Every method is collective: all ranks call it in the same order with the same buckets.
     """
@@ -27,13 +27,13 @@ class Gatherer:
         self._users = {id(b): 0 for b in self._buckets}
         self._works: dict[int, Work] = {}
         self._loading: deque[tuple[Bucket, Work | None]] = deque()
-        """Buckets whose own part is on its way from the store. While one is loaded, the module before it computes."""
+        """Buckets whose all-gather has not started, because this rank's part is still being loaded from the store."""
         self._pinned: set[int] = set()
-        """Buckets that are held until `unpin`, or the next step."""
+        """`id` of the buckets that stay gathered until `unpin` or the next step."""
         self._numbers = {id(b): i + 1 for i, b in enumerate(self._buckets)}
 
     def start(self, bucket: Bucket) -> None:
-        """Begin to gather; nothing happens if the bucket is whole, gathered or on its way."""
+        """Starts to gather. Has no effect if the bucket is whole, gathered or being gathered."""
         if bucket.state is not BucketState.SHARDED:
             return
         with torch.no_grad():
@@ -44,7 +44,7 @@ class Gatherer:
             self._send_loaded()
 
     def _send_loaded(self) -> None:
-        """Begin the gathers of buckets whose own part had to be loaded first, in the order of `start` on every rank."""
+        """Waits for parts that are being loaded, and starts the all-gathers of their buckets in order of `start`."""
         while self._loading:
             bucket, loading = self._loading.popleft()
             try:
@@ -57,15 +57,18 @@ class Gatherer:
                 self._works[id(bucket)] = bucket.start_gather(self._comm, self._numbers[id(bucket)])
 
     def finish(self, bucket: Bucket, *, late: bool = False) -> None:
-        """Return when the parameters show their values. With `late` they must not be written until the bucket is
-        dropped: other ranks may not have taken this rank's part yet, [Note: received and sent].
+        """Waits until the parameters have their values.
+
+        Args:
+            late: do not wait until the other ranks have received this rank's part, [Note: received and sent]. The
+                parameters must then not be written until the bucket is dropped.
         """
         self.start(bucket)
         if bucket.state is BucketState.GATHERING:
             self._send_loaded()
-            work = self._works.pop(id(bucket), None)  # None: it failed before
+            work = self._works.pop(id(bucket), None)  # None: an earlier wait for it raised
             if work is not None:
-                with self._waiting.guard(f"the values of bucket {bucket.layout.name}"):
+                with self._waiting.guard(f"the all-gather of bucket {bucket.layout.name}"):
                     wait_received(work)
                 self._works[id(bucket)] = work
             with torch.no_grad():
@@ -76,11 +79,11 @@ class Gatherer:
     def _wait_sent(self, bucket: Bucket) -> None:
         work = self._works.pop(id(bucket), None)
         if work is not None:
-            with self._waiting.guard(f"other ranks to take the values of bucket {bucket.layout.name}"):
+            with self._waiting.guard(f"other ranks to receive the values of bucket {bucket.layout.name}"):
                 wait_sent(work)
 
     def acquire(self, buckets: list[Bucket], *, late: bool = False) -> None:
-        """Gather and hold until `release`; `late` as in `finish`."""
+        """Gathers buckets and counts one more user of each, until `release`; `late` as in `finish`."""
         for bucket in buckets:
             self.start(bucket)
         for bucket in buckets:
@@ -89,13 +92,11 @@ class Gatherer:
                 self._users[id(bucket)] += 1
 
     def holds(self, buckets: list[Bucket]) -> bool:
-        """Whether a call already holds all of them. Those that are only pinned are not counted: a pin may end between
-        forward and backward.
-        """
+        """Whether all buckets have a user, other than a pin: a pin may end between forward and backward."""
         return all(b.whole or self._users[id(b)] > (id(b) in self._pinned) for b in buckets)
 
     def pin(self, buckets: Sequence[Bucket]) -> None:
-        """Start to gather, and hold until `unpin` or the next step; `finish` tells when the values are there."""
+        """Starts to gather buckets, which stay gathered until `unpin` or the next step. Call `finish` to wait."""
         for bucket in buckets:
             if not bucket.whole and id(bucket) not in self._pinned:
                 self._pinned.add(id(bucket))
@@ -103,7 +104,7 @@ class Gatherer:
                 self.start(bucket)
 
     def unpin(self, buckets: Sequence[Bucket]) -> None:
-        """Undo `pin`, and drop what no call holds."""
+        """Undoes `pin`, and drops the buckets without users."""
         for bucket in buckets:
             if id(bucket) in self._pinned:
                 self._pinned.remove(id(bucket))
@@ -112,12 +113,12 @@ class Gatherer:
                 self.drop(bucket)
 
     def is_pinned(self, bucket: Bucket) -> bool:
-        """Whether `pin` holds it."""
+        """Whether the bucket is pinned."""
         return id(bucket) in self._pinned
 
     def release(self, buckets: list[Bucket], keep: bool = False) -> None:
-        """Undo one `acquire`; with `keep` the last one leaves the values there, to be dropped by
-        `drop_unused` or a new step.
+        """Undoes one `acquire`. A bucket without users is dropped, or, with `keep`, stays gathered until `drop_unused`
+        or the next step.
         """
         for bucket in buckets:
             if bucket.whole:
@@ -130,15 +131,15 @@ class Gatherer:
                 self.drop(bucket)
 
     def drop(self, bucket: Bucket) -> None:
-        """Give the gathered memory back."""
+        """Frees the gathered memory, whatever the number of users."""
         if bucket.state is BucketState.GATHERING:
-            self.finish(bucket)  # messages still arrive in the buffer
+            self.finish(bucket)  # the memory is still being written
         if bucket.state is BucketState.GATHERED:
             self._wait_sent(bucket)
             bucket.drop()
 
     def drop_all(self) -> None:
-        """After a step (copies are stale) or a failed forward (counts are void)."""
+        """Drops all buckets and resets all counts, after a step or a forward or backward that raised."""
         self._pinned.clear()
         for bucket in self._buckets:
             self._users[id(bucket)] = 0
@@ -147,7 +148,7 @@ class Gatherer:
                 bucket.changed()
 
     def drop_unused(self) -> None:
-        """At the end of a backward: what was gathered ahead and not used after all."""
+        """Drops the buckets without users: those that were prefetched and not used, and those that were kept."""
         for bucket in self._buckets:
             if self._users[id(bucket)] == 0:
                 self.drop(bucket)

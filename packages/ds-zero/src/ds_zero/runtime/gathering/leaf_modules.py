@@ -1,10 +1,10 @@
-"""Leaf modules: gathered whole, whatever part of them a rank uses.
+"""Leaf modules: modules that are gathered as a whole, whichever of their submodules a rank calls.
 
 [Note: leaf modules]
-A mixture of experts calls different children on different ranks, so no child may gather anything of its own.
-The leaf gathers all it contains before its forward; and whatever it returns needs a gradient, so that each rank
-meets the leaf's backward, also one whose experts had nothing to do and whose input needs none. The reduction
-counts missing gradients as zeros.
+In a mixture of experts, ranks call different submodules. Gathers are collective, so these submodules must not gather
+their own parameters. Instead, the leaf module gathers all of its parameters before its forward. All of its outputs are
+made to require a gradient, so that every rank runs the leaf's backward, also a rank whose experts received no tokens
+and whose input requires no gradient. The reduction counts missing gradients as zeros.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class _Tie(torch.autograd.Function):
-    """Copies of tensors that depend on `anchor`, with no gradient for anything."""
+    """Copies tensors, so that the copies require a gradient like `anchor`. The backward computes no gradients."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -30,17 +30,17 @@ class _Tie(torch.autograd.Function):
 
 
 def tie(output: object) -> Any:
-    """`output` with every floating-point tensor that needs no gradient made to need one."""
+    """Returns `output`, with copies that require a gradient for all floating-point tensors that do not."""
     flat, spec = tree_flatten(output)
-    places = [
+    indices = [
         i
         for i, t in enumerate(flat)
         if isinstance(t, Tensor) and t.is_floating_point() and not t.requires_grad
     ]
-    if not places:
+    if not indices:
         return output
     anchor = torch.zeros(0, requires_grad=True)
-    tied = _Tie.apply(anchor, *(flat[i] for i in places))  # type: ignore[no-untyped-call]
-    for i, tensor in zip(places, tied, strict=True):
+    tied = _Tie.apply(anchor, *(flat[i] for i in indices))  # type: ignore[no-untyped-call]
+    for i, tensor in zip(indices, tied, strict=True):
         flat[i] = tensor
     return tree_unflatten(flat, spec)

@@ -1,12 +1,12 @@
-"""Module hooks of stage 3: the driver of `UnitGathering` in an ordinary loop.
+"""Module hooks of stage 3, which drive `UnitGathering` in an ordinary training loop.
 
-Hooks report when the forward of a module begins and ends, and when its backward begins; [Note: who holds a unit] in
-`unit_gathering.py` says what follows from that. Nothing is put into the graph: no node, no copy of an input, so that
-modules may change their inputs in place. Parameters that are read in other ways are found by three objects:
+Hooks report when the forward of a module begins and ends, and when its backward begins; [Note: lifetime of a gathered
+unit] in `unit_gathering.py` describes what follows from that. The hooks add no node to the autograd graph and copy no
+input, so modules may change their inputs in place. Three objects detect parameters that are read in other ways:
 
-WatchedForwards    the first forward in each mode, watched operation by operation   [Note: read outside]
-NamedReads         parameters that are taken out of their modules by name           [Note: read outside]
-SavedParameters    tensors saved for a backward that no module announces            [Note: hidden outputs]
+WatchedForwards    reads by any operation, in the first forward of each mode           [Note: external parameters]
+NamedReads         reads by name from other modules, in every forward                  [Note: external parameters]
+SavedParameters    reads in backwards that are not reported, by saved tensors          [Note: unreported backwards]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ds_zero.runtime.gathering.external_params import Listener, Telling, tensors_in
+from ds_zero.runtime.gathering.external_params import Listener, ParameterReadHook, tensors_in
 from ds_zero.runtime.gathering.forward_calls import Call
 from ds_zero.runtime.gathering.leaf_modules import tie
 from ds_zero.runtime.gathering.named_reads import NamedReads
@@ -41,14 +41,15 @@ class ModuleHooks:
         self._names = NamedReads(gathering, self._forwards)
         self._saved = SavedParameters(gathering, watch)
         self._idle: dict[str, list[RemovableHandle]] = {}
-        """Hooks of modules inside of units, as long as they had nothing to do. The first forward with gradients
-        removes them: they cost time and cut compiled graphs, and [Note: read outside] covers what comes later."""
+        """Hooks of modules inside of units that have never gathered anything. The end of the first forward with
+        gradients removes them, since they take time and break compiled graphs. If such a module is later called from
+        outside its unit, [Note: external parameters] detects it."""
 
-    def install(self, model: nn.Module) -> list[RemovableHandle | Telling]:
-        """Hook every unit and every module with parameters of its own; the hooks do not keep this object
-        alive.
+    def install(self, model: nn.Module) -> list[RemovableHandle | ParameterReadHook]:
+        """Registers hooks on every unit and every module with sharded parameters of its own. The hooks do not keep this
+        object alive.
         """
-        handles: list[RemovableHandle | Telling] = []
+        handles: list[RemovableHandle | ParameterReadHook] = []
         me = weakref.ref(self)
         listener: weakref.ref[Listener] = weakref.ref(self._names)
         for name, module in model.named_modules():
@@ -57,20 +58,21 @@ class ModuleHooks:
                 if name != ROOT and name not in self._units.units:
                     self._idle[name] = made
             if any(self._gathering.bucket_of(p) is not None for p in module.parameters(recurse=False)):
-                handles.append(Telling(module, listener))
+                handles.append(ParameterReadHook(module, listener))
         return handles
 
     def enter(self, unit: str, training: bool) -> tuple[Call | None, list[AbstractContextManager[Any]]]:
-        """The forward of `unit` begins.
+        """Called when the forward of `unit` begins.
 
         Returns:
-            Its call, None if the unit is held already, and the contexts in which the forward has to run.
+            The call, or None if the unit is already gathered for another call, and the context managers in which the
+            forward must run.
         """
         call = self._gathering.enter(unit, training=training)
         if call is None:
             return None, []
         self._idle.pop(unit, None)
-        self._names.telling = True
+        self._names.listening = True
         return call, self._contexts(call, training)
 
     def _contexts(self, call: Call, training: bool) -> list[AbstractContextManager[Any]]:
@@ -88,15 +90,15 @@ class ModuleHooks:
         return contexts
 
     def leave(self, call: Call, output: object, *, training: bool, failed: bool) -> object:
-        """The forward of `call` is over; returns its output, or what takes its place."""
+        """Called when the forward of `call` has ended. Returns its output, or a replacement of it."""
         if call.unit == ROOT and not failed and self._forwards.active:
             self._forwards.end(training=training)
             if torch.is_grad_enabled():
                 self._remove_idle()
-        looked_at = (call.buckets or call.unit == ROOT) and not inside_transform()
-        tensors = tensors_in(output) if looked_at else []
+        examined = (call.buckets or call.unit == ROOT) and not inside_transform()
+        tensors = tensors_in(output) if examined else []
         for tensor in tensors:
-            # A parameter that is returned is read later, and not by this module.
+            # The caller may read a returned parameter after this module has ended.
             bucket = self._saved.bucket_of(tensor)
             if bucket is not None:
                 self._gathering.hold_for_forward(bucket, below=call)
@@ -110,11 +112,11 @@ class ModuleHooks:
                 tensor.register_hook(_on_gradient(weakref.ref(self), call))
         self._gathering.leave(call, failed=failed, has_backward=any(t.requires_grad for t in tensors))
         if self._gathering.none_open:
-            self._names.telling = False
+            self._names.listening = False
         return output
 
     def enter_backward(self, call: Call) -> None:
-        """A gradient of one of the outputs of `call` has arrived."""
+        """Called when the first gradient of an output of `call` has been computed."""
         self._watch.arm()
         self._gathering.enter_backward(call)
 
@@ -135,7 +137,7 @@ def _on_gradient(owner: weakref.ref[ModuleHooks], call: Call) -> Any:
 
 
 class _Around:
-    """The open calls of one module; they may nest (a module that calls itself), so they are a stack."""
+    """The two forward hooks of one module, with a stack of its running calls (a module may call itself)."""
 
     def __init__(self, module: nn.Module, unit: str, owner: weakref.ref[ModuleHooks]) -> None:
         self._module, self._unit, self._owner = weakref.ref(module), unit, owner
@@ -148,8 +150,8 @@ class _Around:
             return
         if self._module() is not module:
             raise ValueError(
-                f"this {type(module).__name__} is a copy of a module that was sharded at stage 3: it has the hooks "
-                "and not the values. Copy before ds_zero.shard, or load ds_zero.full_state_dict into a new model"
+                f"this {type(module).__name__} is a copy of a module that was sharded at stage 3: it has the hooks, "
+                "but not the values. Copy before ds_zero.shard, or load ds_zero.full_state_dict into a new model"
             )
         call, contexts = hooks.enter(self._unit, module.training)
         for context in contexts:
@@ -166,7 +168,7 @@ class _Around:
             context.__exit__(None, None, None)
         if call is None:
             return None
-        # torch calls this hook for a forward that raises, too.
+        # torch also calls this hook after a forward that raised.
         failed = output is None and sys.exc_info()[0] is not None
         replaced = hooks.leave(call, output, training=module.training, failed=failed)
         return replaced if replaced is not output else None

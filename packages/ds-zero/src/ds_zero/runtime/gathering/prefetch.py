@@ -1,5 +1,6 @@
-"""What to gather ahead and what to keep, planned from the order of the previous pass: a pure function, and the
-recorder that feeds it.
+"""Plans which units to prefetch and which to keep gathered, from the order in which the previous pass ran them.
+
+A pass is one forward of the model, or one backward. `plan` is a pure function; `Recorder` records the orders.
 """
 
 from __future__ import annotations
@@ -10,24 +11,24 @@ from dataclasses import dataclass
 from ds_zero.config import ZeroConfig
 
 Kind = tuple[str | bool, ...]
-"""What kind of pass: where it begins, then the modes it runs in."""
+"""Kind of a pass: the unit that begins it, then the modes in which it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much may be gathered at once, in elements; None adapts."""
+    """Limits on gathered elements."""
 
     prefetch_numel: int | None = None
-    """Units are fetched ahead while fewer elements than this are on their way; None: the next unit."""
+    """More units are prefetched while fewer elements than this are being prefetched. None: only the next unit."""
     max_live_numel: int | None = None
-    """Nothing is fetched ahead or kept beyond so many gathered elements; None: no limit of its own."""
+    """Maximum number of gathered elements up to which units are prefetched or kept. None: no limit."""
     max_reuse_distance_numel: int | None = None
-    """A unit stays gathered if at most so many elements are used before it is used again; None: 0, which
-    keeps what the very next unit uses again."""
+    """A unit stays gathered if at most this number of other elements are used before it is used again. None: 0, so that
+    a unit stays only if it is used twice in a row."""
 
 
 def limits_of(config: ZeroConfig) -> Limits:
-    """The limits that a configuration gives."""
+    """Returns the limits of a configuration."""
     return Limits(
         prefetch_numel=config.prefetch_numel if config.prefetch else 0,
         max_live_numel=config.max_live_numel,
@@ -37,58 +38,60 @@ def limits_of(config: ZeroConfig) -> Limits:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do while one unit runs."""
+    """What to do when one unit runs."""
 
     fetch: tuple[str, ...] = ()
     """Units to start gathering now, in this order."""
     keep: bool = False
-    """Whether the unit's values stay when it is done."""
+    """Whether the unit stays gathered afterwards."""
 
 
 def plan(order: Sequence[str], numel_of: Mapping[str, int], limits: Limits) -> tuple[Advice, ...]:
-    """One advice for every position of `order`, the units of one pass in the order in which they run.
+    """Returns one advice for each position of `order`, the units of one pass in the order in which they run.
 
-    Follows what is gathered at each position, so that advice never asks for more than `limits` allow; the unit
-    that runs is always gathered, whatever its size.
+    Simulates what is gathered at each position, so that prefetched and kept units stay within `limits`. The unit that
+    runs is always gathered, whatever its size.
     """
     kept = _kept(order, numel_of, limits)
-    resting = [0] * len(order)
-    """Elements that rest at each position, kept from an earlier one for a later one."""
+    kept_numel = [0] * len(order)
+    """Elements at each position that are kept from an earlier position for a later one."""
     for i, again in kept.items():
         for t in range(i + 1, again):
-            resting[t] += numel_of[order[i]]
-    arrives = set(kept.values())
+            kept_numel[t] += numel_of[order[i]]
+    already_gathered = set(kept.values())
     ahead: set[str] = set()
-    found: list[Advice] = []
+    plan_of_pass: list[Advice] = []
     for i, unit in enumerate(order):
         ahead.discard(unit)
         fetch: list[str] = []
-        under_way = sum(numel_of[u] for u in ahead)
-        busiest = 0
+        ahead_numel = sum(numel_of[u] for u in ahead)
+        most_live_numel = 0
         for j in range(i + 1, len(order) if limits.prefetch_numel is not None else min(i + 2, len(order))):
-            busiest = max(busiest, resting[j - 1] + numel_of[order[j - 1]])
-            if limits.prefetch_numel is not None and under_way >= limits.prefetch_numel:
+            most_live_numel = max(most_live_numel, kept_numel[j - 1] + numel_of[order[j - 1]])
+            if limits.prefetch_numel is not None and ahead_numel >= limits.prefetch_numel:
                 break
-            coming = order[j]
-            if coming in ahead or coming == unit or j in arrives:
+            candidate = order[j]
+            if candidate in ahead or candidate == unit or j in already_gathered:
                 continue
             if (
                 limits.max_live_numel is not None
-                and busiest + under_way + numel_of[coming] > limits.max_live_numel
+                and most_live_numel + ahead_numel + numel_of[candidate] > limits.max_live_numel
             ):
                 break
-            fetch.append(coming)
-            ahead.add(coming)
-            under_way += numel_of[coming]
-        found.append(Advice(tuple(fetch), i in kept))
-    return tuple(found)
+            fetch.append(candidate)
+            ahead.add(candidate)
+            ahead_numel += numel_of[candidate]
+        plan_of_pass.append(Advice(tuple(fetch), i in kept))
+    return tuple(plan_of_pass)
 
 
 def _kept(order: Sequence[str], numel_of: Mapping[str, int], limits: Limits) -> dict[int, int]:
-    """Positions after which a unit stays gathered -> where it is used again; short distances first."""
+    """Returns the positions after which a unit stays gathered -> the position of its next use. Short distances have
+    priority.
+    """
     last: dict[str, int] = {}
     chances: list[tuple[int, int, int]] = []
-    # What would be fetched ahead as soon as it is dropped had better stay.
+    # A unit that would be prefetched as soon as it is dropped should stay instead.
     farthest = max(limits.max_reuse_distance_numel or 0, (limits.prefetch_numel or 0) - 1)
     for j, unit in enumerate(order):
         i = last.get(unit)
@@ -97,29 +100,30 @@ def _kept(order: Sequence[str], numel_of: Mapping[str, int], limits: Limits) -> 
             if between <= farthest:
                 chances.append((between, i, j))
         last[unit] = j
-    resting = [0] * len(order)
+    kept_numel = [0] * len(order)
     kept: dict[int, int] = {}
     for _, i, j in sorted(chances):
         numel = numel_of[order[i]]
         if limits.max_live_numel is not None and any(
-            resting[t] + numel_of[order[t]] + numel > limits.max_live_numel for t in range(i + 1, j)
+            kept_numel[t] + numel_of[order[t]] + numel > limits.max_live_numel for t in range(i + 1, j)
         ):
             continue
         kept[i] = j
         for t in range(i + 1, j):
-            resting[t] += numel
+            kept_numel[t] += numel
     return kept
 
 
 _LONGEST = 100_000
-"""Entries after which a pass that nobody ends is forgotten."""
+"""Number of entries after which the record of a pass that has not been ended is dropped."""
 
 
 class Recorder:
-    """Records the order of each kind of pass and gives the advice that was planned from the previous one.
+    """Records the order of units in each kind of pass, and returns the advice planned from the previous pass of that
+    kind.
 
-    Passes are forwards, of several kinds, and backwards. A forward after which a backward is to be expected is
-    planned together with the last one, so that what backward needs first can stay.
+    If a backward is expected after a forward, both are planned together, so that units that the backward uses first can
+    stay gathered.
     """
 
     def __init__(self, numel_of: Mapping[str, int], limits: Limits) -> None:
@@ -129,22 +133,24 @@ class Recorder:
         self._kind: Kind = ()
         self._current: list[str] = []
         self._position = -1
-        """Where in the old order the pass is."""
-        self._left: tuple[str, str] | None = None
+        """Position of the present pass in the previous order."""
+        self._deviation: tuple[str, str] | None = None
+        """The first (unit that ran, unit that was expected) of the present pass."""
         self._borrowed = False
+        """Whether the previous order is that of another kind of pass."""
 
     def begin(self, kind: Kind, then: Kind | None = None) -> None:
-        """A pass begins; one that nobody ended is forgotten.
+        """Begins a pass. Drops the record of a pass that was not ended.
 
         Args:
-            then: the kind of pass that is to be expected after it.
+            then: the kind of pass that is expected after it.
         """
         if kind == self._kind:
             return
         self.forget()
         self._kind = kind
         if kind not in self._orders:
-            # The first evaluation probably goes the way of training.
+            # The first evaluation probably runs the same units as training.
             alike = next((o for k, o in self._orders.items() if k[:1] == kind[:1]), None)
             if alike is None:
                 return
@@ -155,7 +161,7 @@ class Recorder:
             self._plans[kind] = plan(both, self._numel_of, self._limits)[: len(order)]
 
     def enter(self, unit: str) -> Advice:
-        """`unit` runs now."""
+        """Records that `unit` runs now. Returns the advice for it."""
         if len(self._current) >= _LONGEST:
             self._current.clear()
         self._current.append(unit)
@@ -164,9 +170,9 @@ class Recorder:
             return Advice()
         expected = self._position + 1
         if expected >= len(order) or order[expected] != unit:
-            if self._left is None:
-                self._left = (unit, order[expected] if expected < len(order) else "")
-            # A unit was skipped or put in: go on where the old order has this one next.
+            if self._deviation is None:
+                self._deviation = (unit, order[expected] if expected < len(order) else "")
+            # A unit was skipped or inserted: continue at the next position of this unit in the previous order.
             try:
                 expected = order.index(unit, expected)
             except ValueError:
@@ -176,26 +182,26 @@ class Recorder:
         return plan_now[expected] if plan_now is not None else Advice()
 
     def end(self) -> tuple[str, str] | None:
-        """The pass is over. If it left the order of the previous one, the first (unit that ran, unit that was
-        expected) is returned, and the new order takes the place of the old one.
+        """Ends the pass. If its order differs from the previous one, replaces that, and returns the first (unit that
+        ran, unit that was expected); "" stands for the end of the pass.
         """
-        left = None
+        deviation = None
         old = self._orders.get(self._kind)
         if self._current and self._kind and tuple(self._current) != old:
             self._orders[self._kind] = tuple(self._current)
             self._plans.clear()
             if old is not None and not self._borrowed:
                 missing = old[len(self._current)] if len(old) > len(self._current) else ""
-                left = self._left or ("", missing)
+                deviation = self._deviation or ("", missing)
         self.forget()
-        return left
+        return deviation
 
     def clear(self) -> None:
-        """Forget every order: units have changed."""
+        """Drops all orders, after the buckets of units have changed."""
         self._orders.clear()
         self._plans.clear()
 
     def forget(self) -> None:
-        """The pass was broken off: nothing is learnt from it."""
-        self._current, self._position, self._left, self._kind = [], -1, None, ()
+        """Drops the record of the present pass, such as after an exception."""
+        self._current, self._position, self._deviation, self._kind = [], -1, None, ()
         self._borrowed = False

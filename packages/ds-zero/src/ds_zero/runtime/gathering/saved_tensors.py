@@ -1,12 +1,12 @@
-"""Tensors saved for backward that look into gathered memory.
+"""Tensors saved for backward that are views of gathered parameters.
 
-[Note: hidden outputs]
-A module's backward is noticed by the gradients of its outputs. What it leaves elsewhere (an auxiliary loss kept
-as an attribute, a tensor put into a list) has a backward that nobody announces. So the first forward that is
-watched packs what it saves: a tensor that looks into a bucket's `full` is unpacked only after the bucket has
-been gathered, whoever asks. Calls that use a bucket which was once asked for while nobody held it go on packing.
-Other calls save as always: packing costs some microseconds a tensor, and takes torch's check for tensors that
-were changed in place after they were saved.
+[Note: unreported backwards]
+The begin of a module's backward is detected by hooks on the gradients of its outputs. If a module stores a tensor
+elsewhere (an auxiliary loss as an attribute, a tensor in a list), the backward of that tensor is not reported by any
+hook. Therefore the first watched forward uses `saved_tensors_hooks`: when autograd unpacks a saved tensor that is a
+view of a bucket's `full`, the bucket is gathered first. If this happens for a bucket that no call had gathered, later
+calls that use the bucket keep using these hooks. Other calls do not, because the hooks take some microseconds per
+tensor and disable torch's check for saved tensors that were changed in place.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from ds_zero.runtime.uncompiled import opaque
 
 
 class SavedParameters:
-    """Packs saved tensors, and gathers the bucket of every parameter that is unpacked."""
+    """Hooks on saved tensors that gather the bucket of a parameter when it is unpacked."""
 
     def __init__(self, gathering: UnitGathering, watch: BackwardWatch) -> None:
         self._bucket_of = {b.full.untyped_storage()._cdata: b for b in gathering.buckets}
-        # Packed tensors keep this object alive as long as their graph, and must not keep the model's state.
+        # Weak references, since autograd graphs keep this object alive, and must not keep the model's state alive.
         self._gathering, self._watch = weakref.ref(gathering), weakref.ref(watch)
 
     def bucket_of(self, tensor: Tensor) -> Bucket | None:
-        """The bucket into whose memory `tensor` looks."""
+        """Returns the bucket of which `tensor` is a view, or None."""
         return (
             self._bucket_of.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
         )
 
     def packing(self) -> AbstractContextManager[None] | None:
-        """A context that packs; None inside of other hooks on saved tensors (activation checkpointing,
-        offloading), which see to it themselves that values are there.
+        """Returns a context manager that enables the hooks; None if others are active (those of activation
+        checkpointing or offloading), which provide the values themselves.
         """
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return None

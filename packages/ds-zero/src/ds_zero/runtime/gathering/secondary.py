@@ -1,11 +1,11 @@
-"""A second, nearer copy of what stage 3 divides.
+"""A secondary copy of the parameters that stage 3 shards, within a small group of ranks.
 
 [Note: secondary shards]
-Stage 3 gathers a unit in forward and again in backward, each time from all ranks. With a secondary copy the first
-gather after a step goes to all ranks; from what arrived, each rank keeps a part, so that the few ranks of its
-secondary group (a node) together hold all of it. Until the next step every gather stays inside that group. It
-costs one copy of the gathered parameters, in compute dtype, divided by the size of the group. Masters, gradients
-and states stay divided among all ranks.
+Stage 3 gathers a unit in forward and again in backward, each time from all ranks. With secondary shards only the first
+gather after a step is from all ranks. Each rank keeps a part of the result, so that the ranks of its secondary group
+(usually one node) together have a copy of all parameters. Until the next step, all other gathers are within that group.
+The memory per rank is that of the parameters in the compute dtype, divided by the size of the group. Masters, gradients
+and optimizer states stay sharded over all ranks.
 Source: Wang et al., ZeRO++ (2023), section 3.2 (hpZ).
 """
 
@@ -22,35 +22,35 @@ from ds_zero.comm.ranks import Ranks, SimulatedGroup, discover_peers
 
 
 class Secondary:
-    """One bucket's part in a secondary group."""
+    """This rank's secondary shard of one bucket."""
 
     def __init__(self, ranks: Ranks, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         each, more = divmod(numel, ranks.size)
         self.ranks = ranks
         sizes = [each + (r < more) for r in range(ranks.size)]
         self.sizes: Sequence[int] | None = sizes if more else None
-        """Elements of each rank's part; None where all are equal."""
+        """Number of elements of each rank's part; None if all are equal."""
         self._begin = sum(sizes[: ranks.rank])
         self._part = torch.zeros(sizes[ranks.rank], dtype=dtype, device=device)
         self.fresh = False
-        """Whether it holds the present values."""
+        """Whether the part has the present values of the parameters."""
 
     @property
     def tensor(self) -> Tensor:
-        """What this rank keeps."""
+        """This rank's part, 1-D."""
         return self._part
 
     def keep(self, whole: Tensor) -> None:
-        """Take this rank's part of the whole bucket."""
+        """Stores this rank's part of the gathered bucket."""
         self._part.copy_(self._own(whole))
         self.fresh = True
 
     def make_stale(self) -> None:
-        """The parameters have new values."""
+        """Called when the parameters have new values."""
         self.fresh = False
 
     def put(self, whole: Tensor) -> None:
-        """Put this rank's part into `whole`, from where the others gather it."""
+        """Copies this rank's part into `whole`, before an all-gather within the group."""
         self._own(whole).copy_(self._part)
 
     def _own(self, whole: Tensor) -> Tensor:
@@ -58,11 +58,13 @@ class Secondary:
 
 
 def secondary_ranks(ranks: Ranks, size: int, device: torch.device, abort: AbortFlag | None) -> Ranks:
-    """Groups of `size` neighbouring ranks, as this rank sees its own. Collective over `ranks`; makes a process
-    group. With `abort`, they read each other's memory where they can.
+    """Creates process groups of `size` consecutive ranks, and returns this rank's group. Collective over `ranks`.
+
+    Args:
+        abort: if given, ranks of a group read each other's memory where possible, [Note: peer memory].
 
     Raises:
-        ValueError: a size that does not divide the number of ranks.
+        ValueError: `size` does not divide the number of ranks.
     """
     assert ranks.group is not None
     if isinstance(ranks.group, SimulatedGroup) and ranks.size % size == 0:

@@ -1,14 +1,14 @@
-"""Keeps the units of stage 3 gathered while a forward or a backward needs them.
+"""Keeps the units of stage 3 gathered while their forward or backward runs.
 
-[Note: who holds a unit]
-forward   from the module's pre-hook to its post-hook. The post-hook also runs when forward raises, as
+[Note: lifetime of a gathered unit]
+forward   From the module's pre-hook to its post-hook. The post-hook also runs if forward raises, as
           activation checkpointing does to stop a recomputation early.
-backward  from the first gradient of one of the module's outputs to the moment an earlier call takes over, or
-          to the end of backward. Autograd runs nodes in the reverse order of their creation, so when the
-          backward of a call begins, that of every call that began after its end is over.
+backward  From the first gradient of one of the module's outputs to the begin of the backward of an earlier call, or
+          to the end of backward. Autograd runs nodes in the reverse order of their creation. So when the backward of a
+          call begins, the backwards of all calls that began after its end are over.
 
-A module inside a unit that is held gathers nothing. Modules inside of units are hooked as well, since they may
-be called from outside their unit's forward.
+A module inside a gathered unit gathers nothing. Modules inside of units have hooks, too, since they may be called from
+outside their unit's forward.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BACKWARD = ("in backward",)
 
 
 class UnitGathering:
-    """Gathers units for the calls that a driver reports; does not know what drives it.
+    """Gathers units for the forward calls that a driver, such as module hooks, reports.
 
     Every method is collective: all ranks report the same calls in the same order.
     """
@@ -47,11 +47,11 @@ class UnitGathering:
         self._order = Recorder(numel_of, limits)
         self._calls = Calls(gatherer)
         self._unannounced: list[Bucket] = []
-        """Buckets that are held to the end of backward, since no call was known to need them."""
+        """Buckets that stay gathered to the end of backward, because their use was not reported as a call."""
         self._ever_unannounced: set[int] = set()
-        """Buckets that were held so at some time, [Note: hidden outputs]."""
+        """`id` of all buckets that have been in `_unannounced`, [Note: unreported backwards]."""
         self._keeps_all = False
-        """Whether this backward builds a graph of its own, which needs the values again."""
+        """Whether the running backward was called with create_graph=True, so that a later backward needs the values."""
         self._root_grew = False
         self._warned = False
         self._stay: set[str] = set()
@@ -59,39 +59,41 @@ class UnitGathering:
 
     @property
     def buckets(self) -> list[Bucket]:
-        """Every bucket that is gathered for some unit."""
+        """All buckets that belong to a unit."""
         return list({id(b): b for b in self._bucket_of.values()}.values())
 
     @property
     def units(self) -> list[str]:
-        """Names of the units and of the modules with sharded parameters of their own."""
+        """Names of the units, and of the modules with sharded parameters of their own."""
         return list(self._buckets_of)
 
     def bucket_of(self, param: Tensor) -> Bucket | None:
-        """The bucket of a parameter; None for one that is never sharded."""
+        """Returns the bucket of a parameter; None if the parameter is never sharded."""
         return self._bucket_of.get(id(param))
 
     def is_held(self, bucket: Bucket) -> bool:
-        """Whether the values are there for some call."""
+        """Whether the bucket is gathered for a call."""
         return self._gatherer.holds([bucket])
 
     def has_hidden_backward(self, call: Call) -> bool:
-        """Whether a bucket of `call` was once needed by a backward of which no call was known."""
+        """Whether a bucket of `call` has been used by a backward that was not reported."""
         return not self._ever_unannounced.isdisjoint(map(id, call.buckets))
 
     @property
     def none_open(self) -> bool:
-        """Whether no forward runs."""
+        """Whether no forward is running."""
         return self._calls.none_open
 
     def set_stay(self, units: Sequence[str], stay: bool) -> None:
-        """Whether `units` stay gathered between their forward and their backward."""
+        """Sets whether `units` stay gathered between their forward and their backward."""
         (self._stay.update if stay else self._stay.difference_update)(units)
 
     # --- forward
 
     def enter(self, unit: str, *, training: bool) -> Call | None:
-        """The forward of `unit` begins: gather it and start on the next ones; None if it is held already."""
+        """Called when the forward of `unit` begins. Gathers it and starts to prefetch the next units. Returns None if
+        the unit is already gathered for another call.
+        """
         buckets = self._buckets_of[unit]
         if buckets and self._gatherer.holds(buckets):
             return None
@@ -114,7 +116,7 @@ class UnitGathering:
         return call
 
     def leave(self, call: Call, *, failed: bool, has_backward: bool) -> None:
-        """The forward of `call` is over.
+        """Called when the forward of `call` has ended.
 
         Args:
             failed: whether it raised.
@@ -128,13 +130,13 @@ class UnitGathering:
         if failed:
             self._order.forget()
         if not in_backward():
-            self._end_pass(say=True)
+            self._end_pass(warn=True)
             if not has_backward:
                 self._gatherer.drop_unused()
 
     def hold_for_forward(self, bucket: Bucket, below: Call | None = None) -> None:
-        """Gather until the outermost forward that runs is over, and again in its backward. Where no forward runs, or
-        `below` is the outermost: until the end of the next backward, or the next step.
+        """Gathers `bucket` until the end of the outermost running forward, and again in its backward. If no forward is
+        running or `below` is the outermost one, until the end of the next backward or the next step.
         """
         call = self._calls.outermost
         if call is None or call is below:
@@ -145,7 +147,7 @@ class UnitGathering:
         call.buckets.append(bucket)
 
     def hold_in_root(self, bucket: Bucket) -> None:
-        """From the next forward on, gather `bucket` with the parameters of the model itself."""
+        """From the next forward on, gathers `bucket` during the whole forward and backward of the model."""
         if not any(b is bucket for b in self._buckets_of[ROOT]):
             self._buckets_of[ROOT].append(bucket)
             self._root_grew = True
@@ -153,16 +155,18 @@ class UnitGathering:
     # --- backward
 
     def enter_backward(self, call: Call) -> None:
-        """A gradient of one of the outputs of `call` has arrived."""
+        """Called when the first gradient of an output of `call` has been computed."""
         self._keeps_all = self._keeps_all or torch.is_grad_enabled()
         self._order.begin(_BACKWARD)
-        self._calls.take_over(call, keep_all=self._keeps_all)
+        self._calls.begin_backward(call, keep_all=self._keeps_all)
         if call.buckets:
             self._log.note("backward", call.unit)
             self._acquire(call)
 
     def hold_for_backward(self, bucket: Bucket) -> bool:
-        """Values are needed now by a backward of which no call is known; whether they had to be gathered."""
+        """Gathers `bucket` until the end of backward, for a use that was not reported as a call. Returns False if it
+        was already gathered for a call.
+        """
         if self._gatherer.holds([bucket]):
             return False
         self._log.note("unannounced", bucket.layout.name)
@@ -172,18 +176,18 @@ class UnitGathering:
         return True
 
     def end_backward(self) -> None:
-        """The outermost backward is over."""
+        """Called when the outermost backward has ended."""
         keep, self._keeps_all = self._keeps_all, False
-        self._calls.leave_all(keep_all=keep)
+        self._calls.end_backward(keep_all=keep)
         for bucket in self._unannounced:
             self._gatherer.release([bucket], keep=keep)
         self._unannounced.clear()
-        self._end_pass(say=False)
+        self._end_pass(warn=False)
         if not keep:
             self._gatherer.drop_unused()
 
     def abort(self) -> None:
-        """A backward was left by an exception."""
+        """Called when it is detected that a backward raised."""
         self._calls.forget()
         self._unannounced.clear()
         self._keeps_all = False
@@ -200,18 +204,18 @@ class UnitGathering:
             for bucket in self._buckets_of[unit]:
                 self._gatherer.start(bucket)
 
-    def _end_pass(self, *, say: bool) -> None:
-        left = self._order.end()
+    def _end_pass(self, *, warn: bool) -> None:
+        deviation = self._order.end()
         if self._root_grew:
-            # The model itself holds more from now on, and the units that held it no longer gather it.
+            # From now on the model gathers more buckets itself, which their units then no longer do.
             self._root_grew = False
             self._order.clear()
-        elif left is not None and say and not self._warned:
+        elif deviation is not None and warn and not self._warned:
             self._warned = True
-            ran, expected = (repr(name) if name else "nothing more" for name in left)
+            ran, expected = (repr(name) if name else "nothing more" for name in deviation)
             warnings.warn(
-                f"modules run in another order than in the previous pass: {ran} where {expected} was expected. What "
-                "is gathered ahead is planned anew from each new order (said once)",
+                f"modules ran in another order than in the previous pass: {ran} where {expected} was expected. The new "
+                "order determines from now on which parameters are prefetched (reported once)",
                 stacklevel=2,
             )
 

@@ -1,4 +1,4 @@
-"""The first forward in each mode, watched operation by operation, [Note: read outside]."""
+"""The first forward in each mode, of which all operations are intercepted, [Note: external parameters]."""
 
 from __future__ import annotations
 
@@ -8,60 +8,59 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_zero.runtime.gathering.external_params import OutsideOperands, OutsideReads
+from ds_zero.runtime.gathering.external_params import ExternalOperands, ExternalReads
 from ds_zero.runtime.gathering.unit_gathering import UnitGathering
 
 
 class WatchedForwards:
-    """Gathers parameters that are read outside of their modules in a watched forward, and has the model itself hold
-    them in later ones.
-    """
+    """Gathers external parameters in a watched forward, and makes the model gather them in later ones."""
 
     def __init__(self, gathering: UnitGathering) -> None:
         self._gathering = gathering
         self._done: set[tuple[bool, bool]] = set()
-        """(training, gradients wanted) of the forwards that were watched."""
-        self._taken: set[int] | None = None
-        """While a forward is watched: parameters that were taken out of their modules and not read so far."""
-        self._only_described: set[int] = set()
+        """(training, gradients enabled) of the forwards that were watched."""
+        self._named: set[int] | None = None
+        """While a forward is watched: `id` of the parameters that were read by name and whose values no operation has
+        read so far. Otherwise None."""
+        self._metadata_only: set[int] = set()
 
     @property
     def active(self) -> bool:
-        """Whether a forward is watched now."""
-        return self._taken is not None
+        """Whether a watched forward is running."""
+        return self._named is not None
 
     def is_due(self, *, training: bool) -> bool:
-        """Whether the model's forward that begins now is the first one in its mode."""
+        """Whether a forward that begins now is the first one in its mode."""
         return (training, torch.is_grad_enabled()) not in self._done
 
     def begin(self) -> AbstractContextManager[Any]:
-        """The context in which the forward runs; `end` follows it."""
-        self._taken = set()
-        return OutsideReads(self._read) if torch.is_grad_enabled() else OutsideOperands(self._read)
+        """Starts to watch. Returns the context manager in which the forward must run; call `end` after it."""
+        self._named = set()
+        return ExternalReads(self._read) if torch.is_grad_enabled() else ExternalOperands(self._read)
 
     def end(self, *, training: bool) -> None:
-        """The watched forward has come to its end."""
-        if self._taken is not None:
+        """Called when the watched forward has ended without an error."""
+        if self._named is not None:
             self._done.add((training, torch.is_grad_enabled()))
-            self._only_described |= self._taken
-            self._taken = None
+            self._metadata_only |= self._named
+            self._named = None
 
-    def taken(self, param: Tensor) -> None:
-        """Code took `param` out of its module while a forward is watched."""
-        if self._taken is not None:
-            self._taken.add(id(param))
+    def note_named(self, param: Tensor) -> None:
+        """Called when code has read `param` by name from its module during a watched forward."""
+        if self._named is not None:
+            self._named.add(id(param))
 
-    def is_only_described(self, param: Tensor) -> bool:
-        """Whether a watched forward took the shape, dtype or device of `param` and never its elements."""
-        return id(param) in self._only_described
+    def reads_only_metadata(self, param: Tensor) -> bool:
+        """Whether a watched forward read `param` by name, but only its shape, dtype or device."""
+        return id(param) in self._metadata_only
 
     def _read(self, param: nn.Parameter) -> None:
-        """A torch function takes elements of `param`."""
+        """Called when an operation is about to read values of `param`."""
         bucket = self._gathering.bucket_of(param)
         if bucket is None or self._gathering.is_held(bucket):
             return
-        if self._taken is not None:
-            self._taken.discard(id(param))
-        self._only_described.discard(id(param))
+        if self._named is not None:
+            self._named.discard(id(param))
+        self._metadata_only.discard(id(param))
         self._gathering.hold_for_forward(bucket)
         self._gathering.hold_in_root(bucket)

@@ -1,1 +1,1 @@
-"""The way of a gradient: from autograd through the reduction to the shard, its scale and its norm."""
+"""Gradients: from autograd through the reduction to the optimizer's shards, their scale and their norm."""

@@ -1,11 +1,11 @@
 """Reduced gradients of one bucket, added up over micro-batches.
 
 [Note: tree over micro-batches]
-Floating-point sums depend on their order. Let global micro-batch g = k W + r be the k-th of rank r of W. A
-reduction adds the W micro-batches of one k in a binary tree over r; here the results for k = 0, 1, ... are
-merged as a binary counter counts: two sums of 2^j reductions become one of 2^(j+1). For W a power of two both
-together are one and the same tree over g, whatever W is: the same micro-batches on 1, 2, 4 or 8 ranks give
-the same bits. At most log2(k) sums wait besides the new one; the lowest is the optimizer's gradient itself.
+Floating-point sums depend on the order of additions. Let micro-batch g = k W + r be the k-th of rank r, for W ranks. A
+reduction adds the W micro-batches of one k in a binary tree over r. This module adds the results for k = 0, 1, ... like
+a binary counter: two sums of 2^j reductions are merged into one of 2^(j+1). If W is a power of two, both trees together
+form one tree over g that does not depend on W. So the same micro-batches on 1, 2, 4 or 8 ranks give the same bits. At
+most log2(k) partial sums exist besides the newest; the first is stored in the gradient itself.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from ds_zero.tensors.storage import same_place
 
 
 class Sums:
-    """Adds slices into the bucket's gradient at rest, in order of arrival or in [Note: tree over micro-batches]."""
+    """Adds reduced slices to the bucket's stored gradient, in order or in [Note: tree over micro-batches]."""
 
     def __init__(self, bucket: Bucket, *, tree: bool) -> None:
         self._bucket, self._tree = bucket, tree
         self._rest = bucket.storage.rest(GRAD)
         self._levels: list[int] = []
-        """Height of the tree in each buffer that holds a sum; buffer 0 is the gradient at rest."""
+        """Height of the tree of each partial sum; sum 0 is in the stored gradient, sum i in `_buffers[i - 1]`."""
         self._buffers: list[Resting] = []
-        """Buffers 1, 2, ...; reserved when first needed, then kept."""
+        """Reserved at their first use, then kept."""
         self._whole = bucket.layout.by_rows
-        """Whether reductions land on every rank as the whole bucket, [Note: gradients by rows]."""
+        """Whether a reduction gives the whole bucket on every rank, [Note: gradients by rows], instead of a slice."""
         begin, end = bucket.owned_range if self._whole else bucket.slice_range
         self._offset = begin - bucket.owned_range[0]
         self._numel = end - begin
         self._complete = True
 
     def add(self, part: Tensor) -> None:
-        """Take in this rank's slice of one reduction, or the whole of it [Note: gradients by rows]; entries whose
-        gradient is None start a new accumulation.
+        """Adds the result of one reduction: this rank's slice, or the whole bucket for [Note: gradients by rows].
+        Entries whose gradient is None start a new accumulation.
         """
         bucket = self._bucket
         zeroed = self._rest.take_zeroed()
@@ -52,21 +52,21 @@ class Sums:
             return
         if not any(kept):
             self._levels = [0]
-            self._sink(part, 0, accumulate=False)
+            self._put(part, 0, accumulate=False)
         elif not all(kept):
             self._merge_all()
-            self._sink_apart(part, zeroed)
+            self._put_each(part, zeroed)
         elif not self._tree:
-            self._sink(part, 0, accumulate=True)
+            self._put(part, 0, accumulate=True)
         else:
             self._push(part)
-        self._complete = len(self._levels) == 1 and not self._apart
+        self._complete = len(self._levels) == 1 and not self._needs_gather
         for shard, grad in zip(bucket.shards, bucket.storage.grads, strict=True):
             if shard.grad is None and shard.numel():
                 shard.grad = grad
 
     def add_own(self, whole: Tensor) -> None:
-        """Add this rank's own gradient of the whole bucket, all of which it owns, without a reduction."""
+        """Adds this rank's own gradient without a reduction. The rank must own the whole bucket."""
         storage = self._bucket.storage
         for shard, grad, part in zip(storage.shards, storage.grads, storage.cut(whole), strict=True):
             if shard.grad is None:
@@ -75,8 +75,10 @@ class Sums:
             else:
                 shard.grad.add_(part.to(grad.device))
 
-    def place(self) -> Tensor | None:
-        """Memory into which the next slice may be reduced directly; None where it has to be added to an earlier one."""
+    def output(self) -> Tensor | None:
+        """Returns the fp32 memory into which the next slice may be reduced directly; None if it must be added to an
+        earlier one, or the stored gradient has another dtype or device.
+        """
         bucket = self._bucket
         grad = self._rest.tensor
         if grad is None or grad.dtype != torch.float32 or grad.device != bucket.device:
@@ -86,18 +88,18 @@ class Sums:
         return grad[self._offset : self._offset + self._numel]
 
     def complete(self, comm: Comm) -> None:
-        """Make the entries' gradients final: merge what waits; in stage 0, bring in the other ranks' slices."""
+        """Completes the entries' gradients: merges partial sums and, in stage 0, gathers the other ranks' slices."""
         if self._complete:
             return
         bucket = self._bucket
         self._merge_all()
-        if self._apart:
+        if self._needs_gather:
             with self._rest.opened(write=True) as grad:
                 comm.gather(grad, bucket.ranks).wait()
         self._complete = True
 
     def so_far(self) -> Tensor:
-        """A copy of this rank's slice of what has been added; undefined where an entry has no gradient."""
+        """Returns a copy of this rank's slice of the sum so far; undefined where an entry has no gradient."""
         top = max(len(self._levels) - 1, 0)
         with self._opened(top) as last:
             total = last.clone()
@@ -107,37 +109,37 @@ class Sums:
         return self._bucket.slice_of(total) if self._whole else total
 
     def settle(self) -> None:
-        """Return when the store has taken in everything that was added."""
+        """Waits until the store has added all results."""
         self._rest.settle()
 
-    def waiting(self) -> list[Tensor]:
-        """Memory that is held besides the gradient at rest."""
+    def partial_sums(self) -> list[Tensor]:
+        """Returns the memory of partial sums, without the stored gradient."""
         return [buffer.tensor for buffer in self._buffers if buffer.tensor is not None]
 
     @property
-    def _apart(self) -> bool:
-        """Whether ranks have summed different slices of what all of them own."""
+    def _needs_gather(self) -> bool:
+        """Whether every rank owns the whole gradient, but has only its slice of the sum (stage 0)."""
         return self._bucket.layout.num_owners != self._bucket.ranks.size and not self._whole
 
-    def _sink(self, part: Tensor, begin: int, *, accumulate: bool) -> None:
+    def _put(self, part: Tensor, begin: int, *, accumulate: bool) -> None:
         offset, grad = self._offset + begin, self._rest.tensor
         if not accumulate and grad is not None and same_place(part, grad[offset:]):
-            return  # it landed there
-        self._rest.sink(part, offset=offset, accumulate=accumulate)
+            return  # it was reduced into this memory
+        self._rest.put_grad(part, offset=offset, accumulate=accumulate)
 
-    def _sink_apart(self, part: Tensor, zeroed: frozenset[int]) -> None:
-        """Some entries accumulate and others start anew."""
+    def _put_each(self, part: Tensor, zeroed: frozenset[int]) -> None:
+        """Adds to the entries that have a gradient, and sets it for the others."""
         first = self._bucket.owned_range[0] + self._offset
         for i, (shard, slot) in enumerate(zip(self._bucket.shards, self._bucket.layout.slots, strict=True)):
             piece = piece_of(slot, first, first + self._numel)
             if piece.numel:
                 own = part[piece.offset : piece.offset + piece.numel]
                 accumulate = shard.grad is not None and i not in zeroed
-                self._sink(own, piece.offset, accumulate=accumulate)
+                self._put(own, piece.offset, accumulate=accumulate)
 
     @contextlib.contextmanager
     def _opened(self, index: int, *, write: bool = False, load: bool = True) -> Iterator[Tensor]:
-        """The sum in one buffer, which is reserved if it is new."""
+        """Context manager that provides partial sum `index`; its buffer is reserved if it does not exist."""
         if index > len(self._buffers):
             self._buffers.append(self._bucket.storage.partial_sum(index, self._numel, self._bucket.device))
         rest = self._rest if index == 0 else self._buffers[index - 1]

@@ -1,4 +1,4 @@
-"""What has arrived for one bucket and has not been reduced yet."""
+"""The gradients of one bucket that autograd has computed and that have not been reduced."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Arrivals:
 
     def __init__(self, num_params: int) -> None:
         self._expected = [1] * num_params
-        """How often each parameter arrives in one backward, as far as is known."""
+        """For each parameter, the largest number of arrivals in one backward so far."""
         self._seen = [0] * num_params
         self.missing = 0
-        """Arrivals that the present backward still has to bring."""
+        """Number of arrivals that are still expected in the present backward."""
 
     def begin(self, params: Sequence[Tensor]) -> None:
-        """A backward begins."""
+        """Called when a backward begins."""
         self._seen = [0] * len(params)
         self.missing = sum(n for n, p in zip(self._expected, params, strict=True) if p.requires_grad)
 
     def count(self, index: int) -> None:
-        """Parameter `index` has arrived."""
+        """Counts an arrival of the gradient of parameter `index`."""
         seen = self._seen[index] = self._seen[index] + 1
         if seen > self._expected[index]:
             self._expected[index] = seen
@@ -40,11 +40,11 @@ class Pending:
 
     arrivals: Arrivals
     fresh: GradBuffer | FreshGrads | None = None
-    """Of the present micro-batch, in their own dtype. After the end of a backward that was reduced: what arrived
-    after the bucket had left."""
+    """Gradients of the present micro-batch, in their own dtype. After the end of a backward that was reduced: those
+    that arrived after the reduction of the bucket had started."""
     local: GradBuffer | None = None
-    """Sums over micro-batches that were not reduced, in the dtype of accumulation."""
+    """Sums over micro-batches that were not reduced, in `grad_dtype`."""
 
     def clear(self) -> None:
-        """Drop them."""
+        """Drops the gradients."""
         self.fresh = self.local = None

@@ -1,11 +1,12 @@
-"""Tells when a backward pass ends.
+"""Detects the end of a backward pass.
 
 [Note: backward inside backward]
-Reentrant activation checkpointing runs a backward of its own inside a node of the outer one, and autograd calls
-the callbacks of each when that one ends. Where the inner one is the first that reaches this model (a loss that is
-computed in checkpointed chunks, outside of the model's forward), its end must not be taken for the end of the
-outer one. While the callbacks of an inner backward run, autograd's current node is the outer node that runs it;
-a hook on that node's successors then adds the callback to the outer backward.
+Reentrant activation checkpointing runs an inner backward inside a node of the outer one. autograd calls the callbacks
+that were queued during a backward at the end of that backward. If hooks of this model run in an inner backward first
+(a loss that is computed in checkpointed chunks, outside of the model's forward), the end of that backward must not be
+taken for the end of the outer one. While the callbacks of an inner backward run, autograd's current node is the node of
+the outer backward that contains it. So the callback registers a prehook on the successors of that node. The prehook
+runs in the outer backward, and queues the callback again, for the end of that one.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from ds_zero.runtime.uncompiled import opaque
 
 
 def in_backward() -> bool:
-    """Whether this thread is inside a backward, where forwards are recomputations."""
+    """Whether this thread is inside a backward. A forward is then a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
 
 class BackwardWatch:
-    """Calls its listeners once when the backward pass in which `arm` was called is over, the outermost one."""
+    """Calls its listeners at the end of the outermost backward pass in which `arm` was called."""
 
     def __init__(self) -> None:
         self._at_begin: list[weakref.WeakMethod[Callable[[], None]]] = []
@@ -39,7 +40,7 @@ class BackwardWatch:
 
     @property
     def armed(self) -> bool:
-        """Whether a backward is running of which hooks have already seen something."""
+        """Whether `arm` was called in a backward that has not ended."""
         return self._armed
 
     def listen(
@@ -49,29 +50,29 @@ class BackwardWatch:
         at_end: Sequence[Callable[[], None]],
         at_abort: Sequence[Callable[[], None]],
     ) -> None:
-        """Name all listeners, once: bound methods, which are not kept alive.
+        """Sets all listeners, once. They are bound methods, which are not kept alive.
 
         Args:
-            at_begin: called when the first hook of a backward runs.
-            at_end: called in this order when the outermost backward is over.
-            at_abort: called in this order when it turns out that a backward was left by an exception.
+            at_begin: called in this order by the first `arm` in a backward.
+            at_end: called in this order when the outermost backward has ended.
+            at_abort: called in this order when it is detected that a backward raised.
         """
-        assert not self._at_end, "the listeners are named once"
+        assert not self._at_end, "listen is called once"
         self._at_begin = [weakref.WeakMethod(listener) for listener in at_begin]
         self._at_end = [weakref.WeakMethod(listener) for listener in at_end]
         self._at_abort = [weakref.WeakMethod(listener) for listener in at_abort]
 
     def check_abort(self) -> None:
-        """Call where no backward of this model can be running, as before a forward that is no
-        recomputation.
+        """Detects that the last backward raised. Called when no backward of this model can be running, such as before
+        a forward outside of a backward.
         """
         if self._armed and not in_backward():
             self._armed = False
             _call(self._at_abort)
 
     def install(self, model: nn.Module) -> RemovableHandle:
-        """Arm when the gradient of one of the model's outputs arrives: that is in the outermost backward, where
-        reentrant activation checkpointing runs others inside.
+        """Registers hooks that arm when the gradient of one of the model's outputs arrives. This happens in the
+        outermost backward, before inner ones of reentrant activation checkpointing.
         """
         me = weakref.ref(self)
 
@@ -84,14 +85,14 @@ class BackwardWatch:
         def after(_: nn.Module, __: object, output: object) -> None:
             if torch.is_grad_enabled() and not in_backward():
                 for tensor in tensors_in(output):
-                    # A parameter that is returned as it is outlives the forward, and with it a hook on it.
+                    # Not on a parameter that the model returns: it outlives the forward, and so would the hook.
                     if tensor.requires_grad and not tensor.is_leaf:
                         tensor.register_hook(arrived)
 
         return model.register_forward_hook(after)
 
     def arm(self) -> None:
-        """Only valid inside a backward pass."""
+        """Has the listeners called for the backward that is running. Only valid inside a backward."""
         if self._armed:
             return
         self._armed = True
@@ -99,7 +100,7 @@ class BackwardWatch:
         self._call_at_end()
 
     def _call_at_end(self) -> None:
-        """Have `_fire` called at the end of the backward that runs now, which may be an inner one."""
+        """Has `_fire` called at the end of the running backward, which may be an inner one."""
         me = weakref.ref(self)
 
         def fire() -> None:
@@ -110,7 +111,7 @@ class BackwardWatch:
         Variable._execution_engine.queue_callback(fire)
 
     def _fire(self) -> None:
-        """A backward has ended; where it ran inside of another one, wait for that one."""
+        """Called when a backward has ended. If it was an inner one, waits for the end of the outer one."""
         outer: Node | None = torch._C._current_autograd_node()
         if outer is None:
             self._armed = False
@@ -120,8 +121,8 @@ class BackwardWatch:
 
 
 def _before_next(node: Node, action: Callable[[], None]) -> None:
-    """Call the bound method `action`, which is not kept alive, once before the first of the nodes runs to which
-    `node` passes its gradients.
+    """Has `action` called once, before the first of the nodes runs to which `node` passes gradients. `action` is a
+    bound method, which is not kept alive.
     """
     pointer = weakref.WeakMethod(action)
     handles: list[RemovableHandle] = []

@@ -1,4 +1,4 @@
-"""What holds the whole gradients of one bucket until they are reduced."""
+"""Two forms of the gradients of one bucket before they are reduced: one flat buffer, or separate tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from ds_zero.layout.buckets import BucketLayout
 
 
 class GradBuffer:
-    """Whole gradients of one bucket; gaps between slots are zero, slots are undefined until first written."""
+    """The gradients of one bucket in a flat buffer. Gaps between slots are zero; a slot is undefined until its gradient
+    is added.
+    """
 
     def __init__(self, layout: BucketLayout, dtype: torch.dtype, device: torch.device) -> None:
         self.tensor = torch.empty(layout.padded_numel, dtype=dtype, device=device)
@@ -24,7 +26,7 @@ class GradBuffer:
         if grad.is_sparse:
             if index not in self._filled:
                 view.zero_()
-            view.add_(grad)  # only the rows that it has
+            view.add_(grad)  # changes only the rows that the sparse gradient contains
         elif index in self._filled:
             view.add_(grad)
         else:
@@ -32,7 +34,7 @@ class GradBuffer:
         self._filled.add(index)
 
     def add_to(self, other: GradBuffer) -> None:
-        """Add what has been added so far to `other`, a buffer of the same bucket."""
+        """Adds the gradients to `other`, a buffer of the same bucket."""
         for index in self._filled:
             slot = self._layout.slots[index]
             other.add(index, self.tensor[slot.offset : slot.end].view(slot.shape))
@@ -44,7 +46,7 @@ class GradBuffer:
 
 
 class FreshGrads:
-    """Gradients of one bucket and one micro-batch, as autograd made them."""
+    """The gradients of one bucket and one micro-batch, in the memory in which autograd stored them."""
 
     def __init__(self, layout: BucketLayout, dtype: torch.dtype, device: torch.device) -> None:
         self._layout, self._dtype, self._device = layout, dtype, device
@@ -58,12 +60,12 @@ class FreshGrads:
             held.add_(grad.reshape(-1))
 
     def add_to(self, other: GradBuffer) -> None:
-        """Add what is held to `other`, a buffer of the same bucket."""
+        """Adds the gradients to `other`, a buffer of the same bucket."""
         for index, grad in self._grads.items():
             other.add(index, grad.view(self._layout.slots[index].shape))
 
     def take(self) -> list[Tensor]:
-        """One flat tensor a slot; zeros where nothing came. Nothing is held afterwards."""
+        """Removes and returns the gradients: one 1-D tensor per slot, zeros for parameters without a gradient."""
         grads, self._grads = self._grads, {}
         return [
             grads[i] if i in grads else torch.zeros(slot.numel, dtype=self._dtype, device=self._device)

@@ -1,11 +1,11 @@
-"""Loss scaling for fp16: the scale, when it changes, and which steps are left out.
+"""Loss scaling for fp16: the scale, when it changes, and which steps are skipped.
 
 [Note: dynamic loss scale]
-fp16 has no numbers below 6e-8 and none above 65504. The loss is multiplied by a scale S before backward, so
-that small gradients do not vanish, and the gradients are divided by it before the optimizer sees them. S is
-as large as it may be: a step whose gradient is not finite on any rank is left out on all of them, and S is
-halved, unless `hysteresis` lets some go by first; once more than `window` steps in a row were finite, S doubles, and
-again after every further `window`.
+fp16 represents no magnitudes below 6e-8 and none above 65504. The loss is multiplied by a scale S before backward, so
+that small gradients do not become 0, and the gradients are divided by S before the optimizer uses them. S is kept as
+large as possible without overflow. If the gradient on any rank is not finite, all ranks skip the step, and S is halved;
+`hysteresis` is the number of such steps until it is. When more than `window` steps in a row were finite, S doubles, and
+it doubles again after every further `window` steps.
 
 Micikevicius et al., Mixed precision training (ICLR 2018), sections 3.2 and 4; the counting is that of
 DeepSpeed's `DynamicLossScaler`, so that a configuration means the same.
@@ -46,60 +46,59 @@ class DynamicScale:
     """Finite steps in a row after which the scale doubles; one step more before the first doubling."""
 
     hysteresis: int = 2
-    """Which step with non-finite gradients, counted from 1, is the first to halve the scale. From then on every such
+    """Number of the first step with non-finite gradients that halves the scale, counted from 1. From then on every such
     step halves it, until the scale doubles and the count restarts."""
 
     consecutive_hysteresis: bool = False
-    """Restart the count of `hysteresis` after every finite step."""
+    """Whether the count of `hysteresis` restarts after every finite step."""
 
     min_scale: float = 1.0
-    """The scale is never lower."""
+    """Lower limit of the scale."""
 
     raise_at_min: bool = True
-    """A step with non-finite gradients at `min_scale` raises `LossScaleError`. False: it is skipped like others, and
-    the first one warns."""
+    """Whether a step with non-finite gradients at `min_scale` raises `LossScaleError`. If False, it is skipped as
+    usual, with a warning the first time."""
 
     def __post_init__(self) -> None:
         if not self.min_scale > 0 or not self.initial_scale >= self.min_scale:
             raise ValueError(
-                f"initial_scale={self.initial_scale}, min_scale={self.min_scale}: give positive numbers, the "
-                "second at most as large as the first"
+                f"initial_scale={self.initial_scale}, min_scale={self.min_scale}: both must be positive, and min_scale "
+                "must be at most initial_scale"
             )
         for name in ("window", "hysteresis"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give 1 or more")
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
 
 
 @dataclass
 class ScaleState:
-    """The counting of [Note: dynamic loss scale]: a state machine without tensors. A static scale never
-    changes.
-    """
+    """The scale and the counters that change it, [Note: dynamic loss scale]; pure Python, without tensors."""
 
     policy: DynamicScale | None
-    """None: static."""
+    """None: the scale never changes."""
     scale: float
     steps: int = 0
+    """Number of steps so far, including skipped ones."""
     last_overflow: int = -1
-    """Index of the last step that was not finite; -1 before the first."""
+    """Index of the last step whose gradient was not finite; -1 before the first."""
     left: int = field(default=1)
-    """The count of `hysteresis`: at 1 the next overflow halves the scale."""
+    """Number of overflows until the scale is halved: if 1, by the next one."""
 
     @classmethod
     def of(cls, scale: float | DynamicScale) -> ScaleState:
         if isinstance(scale, DynamicScale):
             return cls(policy=scale, scale=float(scale.initial_scale), left=scale.hysteresis)
         if not 0 < scale < float("inf"):
-            raise ValueError(f"scale={scale}: give a positive number, or a DynamicScale")
+            raise ValueError(f"scale={scale}: it must be a positive finite number, or a DynamicScale")
         return cls(policy=None, scale=float(scale))
 
     @property
     def at_minimum(self) -> bool:
-        """Whether an overflow now has no answer."""
+        """Whether the next overflow cannot lower the scale, because it is at its minimum."""
         return self.policy is not None and self.left == 1 and self.scale == self.policy.min_scale
 
     def update(self, overflow: bool) -> None:
-        """Count one step."""
+        """Counts one step, and changes the scale if it is due."""
         policy = self.policy
         if policy is not None and overflow:
             if self.left == 1:
@@ -129,15 +128,15 @@ class LossScaler:
         optimizer.zero_grad()
 
     No other call is needed. `optimizer.step()` computes the norm of the gradient unless `clip_grad_norm_` has done so.
-    If it is not finite, no rank changes anything, the gradients are dropped, and `step_was_skipped` is True. The scaler
-    exists as long as the model is sharded.
+    If it is not finite, no parameter or optimizer state changes on any rank, the gradients are dropped, and
+    `step_was_skipped` is True. The scaler can be used as long as the model is sharded.
 
-    With the static scale 1, losses need not go through `scale`. The scaler then only skips steps whose gradient is not
-    finite, which is useful in bf16, too.
+    With the static scale 1, losses need not be passed to `scale`. The scaler then only skips steps whose gradient is
+    not finite, which is useful in bf16, too.
 
     Args:
         model: a model that `ds_zero.shard` has returned.
-        scale: a number for a constant scale, or a `DynamicScale`; None: `DynamicScale()`.
+        scale: a number for a static scale, or a `DynamicScale`. Default: `DynamicScale()`.
 
     Raises:
         ValueError: the model is not sharded, or has a scaler already.
@@ -146,18 +145,21 @@ class LossScaler:
     def __init__(self, model: nn.Module, scale: float | DynamicScale | None = None) -> None:
         state = _registry.state_of(model)
         if state.scaler is not None:
-            raise ValueError("this model has a LossScaler already: use that one")
+            raise ValueError(
+                "this model has a LossScaler already: use that one, as a model can have only one"
+            )
         self._counting = ScaleState.of(DynamicScale() if scale is None else scale)
         self._state = weakref.ref(state)
         self._scaled = self._warned = False
         self.step_was_skipped = False
         """Whether the last `optimizer.step()` changed nothing because the gradient was not finite."""
         self.skipped_steps = 0
-        """How many steps changed nothing."""
+        """Number of steps that changed nothing because the gradient was not finite."""
         self.culprit: str | None = None
-        """Where the last gradient that was not finite came from: the parameter nearest to the loss."""
+        """The parameter nearest to the loss whose gradient was not finite in the last skipped step, with the number of
+        other such parameters."""
         state.scaler = self
-        state.stepper.ask(self._judge)
+        state.stepper.step_if(self._is_finite)
 
     @property
     def loss_scale(self) -> float:
@@ -165,20 +167,20 @@ class LossScaler:
         return self._counting.scale
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss times the scale, in fp32 or wider since an fp16 loss would overflow. Call it before every backward.
+        """Returns the loss times the scale, in fp32 or fp64, since fp16 would overflow. Call it before every backward.
 
         Raises:
             ValueError: the model is not sharded any more.
         """
         state = self._live()
-        if not self._scaled:  # until here the gradients of the last step may still be looked at
+        if not self._scaled:  # before this, the gradients of the last step may still be read with its scale
             self._scaled = True
             state.stepper.pending.loss_scale = self.loss_scale
         wide = loss if loss.dtype == torch.float64 else loss.float()
         return wide * self.loss_scale
 
     def state_dict(self) -> dict[str, Any]:
-        """The scale and its counters: plain numbers."""
+        """Returns the scale and its counters, as plain numbers."""
         counting = self._counting
         return {
             "dynamic": counting.policy is not None,
@@ -190,16 +192,16 @@ class LossScaler:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()` of any rank. The policy is this scaler's own: a static scale stays, and
-        a dynamic one begins anew where a static one was saved.
+        """Restores the `state_dict()` of any rank. The policy is not restored: a static scale keeps its value, and a
+        dynamic one starts at its initial value if a static one was saved.
 
         Raises:
-            ValueError: between a backward and its step, whose gradients carry the present scale.
+            ValueError: it is called between a backward and its step, whose gradients have the present scale.
         """
         if self._live().reducer.accumulating:
             raise ValueError(
-                "load_state_dict between backward and step: the gradients carry the present loss scale; load "
-                "after optimizer.step()"
+                "load_state_dict between backward and step: the gradients were computed with the present loss scale; "
+                "load after optimizer.step()"
             )
         self._scaled = False
         counting = self._counting
@@ -211,10 +213,10 @@ class LossScaler:
         counting.left = min(int(state_dict["hysteresis_left"]), counting.policy.hysteresis)
         counting.scale = max(float(state_dict["scale"]), counting.policy.min_scale)
 
-    # --- what the step asks
+    # --- called by the step
 
-    def _judge(self) -> bool:
-        """Whether the step that begins is taken. Collective."""
+    def _is_finite(self) -> bool:
+        """Whether all gradients of this step are finite, so that it is taken. Updates the scale. Collective."""
         state = self._live()
         pending = state.stepper.pending
         if self.loss_scale != 1.0 and not self._scaled and state.reducer.accumulating:
@@ -225,7 +227,7 @@ class LossScaler:
             )
         if pending.norm is None:
             norm = float(state.measure())
-            pending.found(GradNorm(before=norm, after=norm))
+            pending.measured(GradNorm(before=norm, after=norm))
         assert pending.norm is not None
         overflow = not pending.norm.finite
         self._scaled, self.step_was_skipped = False, overflow
@@ -244,7 +246,7 @@ class LossScaler:
             raise LossScaleError(self._advice())
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{self._advice()}. Such steps are left out (said once)", stacklevel=4)
+            warnings.warn(f"{self._advice()}. Such steps are skipped (reported once)", stacklevel=4)
 
     def _live(self) -> ZeroState:
         state = self._state()
@@ -254,17 +256,17 @@ class LossScaler:
 
     def _advice(self) -> str:
         return (
-            f"the loss scale is {self.loss_scale:g}, its minimum, and the gradient is still not finite; nearest "
-            f"to the loss is that of {self.culprit}. Either training diverges (try a lower learning rate, and "
-            "look at the data of this step), or the gradients do not fit into fp16, whose largest number is "
+            f"the loss scale is {self.loss_scale:g}, its minimum, and the gradient is still not finite, nearest "
+            f"to the loss in {self.culprit}. Either training diverges (try a lower learning rate, and check "
+            "the data of this step), or the gradients do not fit into fp16, whose largest number is "
             "65504: train in bf16, which has the range of fp32 and needs no loss scale "
             '(ZeroConfig(param_dtype=torch.bfloat16), or "bf16": {"enabled": true} in ds_config.json)'
         )
 
 
 def first_not_finite(state: ZeroState) -> str:
-    """Name of the parameter whose gradient is not finite and which backward reached first, as far as the order
-    of registration tells; with the number of others. Collective, over all ranks that share the norm, whose
+    """Returns the name of the parameter nearest to the loss whose gradient is not finite, and the number of other such
+    parameters. Nearest is the one that was registered last. Collective over all ranks that share the norm; their
     parameters may differ.
     """
     order: dict[str, int] = {}
@@ -283,7 +285,7 @@ def first_not_finite(state: ZeroState) -> str:
                 order = {**their_order, **order}
                 bad = bad | their_bad
     if not bad:
-        return "a gradient that has changed since"
+        return "a parameter whose gradient has changed since"
     first = min(bad, key=lambda name: (order[name], name))
     others = f" (and {len(bad) - 1} more of {len(order)} parameters)" if len(bad) > 1 else ""
     return f"parameter {first!r}{others}"

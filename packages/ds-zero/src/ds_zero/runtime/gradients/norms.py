@@ -1,10 +1,10 @@
-"""Norms that do not depend on how tensors are cut.
+"""Norms that do not depend on how tensors are sharded.
 
 [Note: norm in fixed blocks]
-`torch.nn.utils.clip_grad_norm_` adds fp32 squares tensor by tensor and is off by up to 1e-5 relative; the
-clip factor then reaches every element. Here squares are added in fp64 over blocks of `BLOCK_NUMEL` elements,
-the block sums with `math.fsum`, which is exact. A different cut moves the fp64 sum by parts in 1e-16, which
-rounding to fp32 hides: the number of shards does not change the norm.
+`torch.nn.utils.clip_grad_norm_` adds squares in fp32, tensor by tensor, with a relative error of up to 1e-5, and the
+clip factor passes it on to every element. Here squares are added in fp64 over blocks of `BLOCK_NUMEL` elements, and
+the sums of blocks by `math.fsum`, which is exact. Sharding tensors differently changes the fp64 sum by a relative 1e-16
+or so, which disappears when the norm is rounded to fp32. So the norm does not depend on the number of shards.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK_NUMEL = 1 << 16
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> tuple[float, bool]:
-    """Sum of squares over all tensors in fp64, and whether all elements are finite. The default of
+    """Returns the sum of squares over all tensors in fp64, and whether all elements are finite. The default of
     `shard(norms=...)`.
     """
     sums: list[Tensor] = []
@@ -41,23 +41,24 @@ def squared_norm(tensors: Sequence[Tensor]) -> tuple[float, bool]:
 
 
 def total_norm(tensors: Sequence[Tensor], norms: Norms = squared_norm) -> Tensor:
-    """2-norm of whole tensors, as `clip_grad_norm_` computes it of shards: a 0-dim fp32 tensor."""
+    """Returns the 2-norm of whole tensors as 0-dim fp32, computed as `ds_zero.clip_grad_norm_` does for shards."""
     return torch.tensor(math.sqrt(norms(tensors)[0]), dtype=torch.float32)
 
 
 def combine(own: float, groups: Sequence[Ranks], device: torch.device) -> float:
-    """Sum of the ranks' sums of squares: over the first group, then over the next, and so on. Collective.
+    """Returns the sum of the ranks' sums of squares `own`: over the first group, then over the next, and so on.
+    Collective.
 
-    [Note: where ranks meet] This is the only place where ranks tell each other about the size of gradients. A
-    sum that is not finite stays so, therefore it also carries the news that some rank has an infinity or NaN:
-    clipping and skipping a step need no other message. A rank that must not count twice in a group (a
-    parameter that its members hold alike) leaves such pieces out of `own`.
+    [Note: norm across ranks]
+    This is the only exchange between ranks about the size of gradients. If the gradient of one rank contains an
+    infinity or NaN, the sum on every rank is not finite, so that skipping a step needs no further message. If several
+    ranks of a group hold the same parameter, only one of them includes its gradient in `own`.
     """
     total = own
     for ranks in groups:
         if ranks.group is None:
             continue
-        # Adding zeros is exact, so this all-reduce gathers the ranks' sums without rounding.
+        # An all-reduce that only adds zeros to each rank's sum gathers all sums without rounding.
         sums = torch.zeros(ranks.size, dtype=torch.float64)
         sums[ranks.rank] = total
         sums = sums.to(device)
@@ -71,8 +72,8 @@ def combine(own: float, groups: Sequence[Ranks], device: torch.device) -> float:
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """`min(1, max_norm / (norm + 1e-6))` in fp32, torch's rule; 1 where there is no limit. NaN norms give
-    NaN, as in torch.
+    """Returns `min(1, max_norm / (norm + 1e-6))` in fp32, as torch does; 1 if `max_norm` is 0, negative or infinite. A
+    NaN norm gives NaN, as in torch.
     """
     if max_norm <= 0 or math.isinf(max_norm):
         return torch.ones((), dtype=torch.float32)

@@ -1,11 +1,11 @@
-"""What `param.grad` of a sharded model shows between two backwards.
+"""The value of `param.grad` of a sharded model between two backwards.
 
 [Note: what param.grad shows]
-Backward leaves gradients on parameters, and reduction moves them to the optimizer's shards. Were `param.grad` None
-afterwards, `torch.nn.utils.clip_grad_norm_(model.parameters())` would measure 0 and clip nothing, and an optimizer made
-over the parameters would step without a gradient: both in silence. So a parameter whose gradient was taken shows a
-handle without memory (`handle.ReducedGradient`), which raises when it is used. It is removed when the next backward
-begins, since autograd takes over a gradient without a copy only where there is none.
+Backward sets `param.grad`, and the reduction moves the gradients to the optimizer's shards. If `param.grad` were None
+afterwards, `torch.nn.utils.clip_grad_norm_(model.parameters())` would compute a norm of 0 and clip nothing, and an
+optimizer that was created over the parameters would update nothing, both without an error. So `param.grad` is set to a
+placeholder tensor without memory (`tensors.placeholder.ReducedGradient`), which raises when it is used. It is removed
+when the next backward begins, because autograd stores a gradient without a copy only if `param.grad` is None.
 """
 
 from __future__ import annotations
@@ -21,44 +21,45 @@ from ds_zero.tensors.placeholder import ReducedGradient
 from ds_zero.tensors.storage import is_fake
 
 _EXPLANATION = (
-    "param.grad of a model that ds_zero shards has no values: the gradient was reduced onto the optimizer's shard. "
-    "To clip, call ds_zero.clip_grad_norm_(model, max_norm) instead of torch's; to read it, "
-    "ds_zero.get_full(model, name, 'grad'); to step, use the optimizer that ds_zero.shard was given (one that was made "
-    "over the parameters afterwards trains nothing; pass it to ds_zero.shard_optimizer where ds_zero.shard had none)"
+    "param.grad of a model that is sharded by ds_zero has no values: the gradient was reduced to the optimizer's "
+    "shard. To clip, call ds_zero.clip_grad_norm_(model, max_norm) instead of torch's function. To read the gradient, "
+    "call ds_zero.get_full(model, name, 'grad'). To step, use the optimizer that was passed to ds_zero.shard; another "
+    "optimizer over the same parameters updates nothing. If ds_zero.shard was called without an optimizer, pass it to "
+    "ds_zero.shard_optimizer"
 )
 
 
 class ShownGradient(enum.Enum):
-    """What `param.grad` is after a backward."""
+    """The value of `param.grad` after a backward."""
 
     HANDLE = "handle"
-    """A tensor without memory that explains itself."""
+    """A placeholder without memory, whose error says how to access the gradient."""
     NOTHING = "nothing"
     """None, as in DeepSpeed at stages 1 to 3."""
     REDUCED = "reduced"
-    """The mean over ranks, where every rank has all of it (stage 0) and it is complete, else None. A change of it
-    counts in the next step."""
+    """The mean over ranks, if every rank has the complete reduced gradient (stage 0); else None. The next step uses the
+    changes that are made to it."""
 
 
 class ParamGrads:
-    """Takes gradients off the parameters of `buckets`, and shows something in their place, [Note: what param.grad
-    shows].
+    """Removes the gradients that autograd leaves on the parameters of `buckets`, and sets `param.grad` in their place,
+    [Note: what param.grad shows].
     """
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         self.shown = ShownGradient.HANDLE
         self.are_reduced = False
-        """Whether the gradients of the backward that has just ended are complete on the optimizer's shards."""
+        """Whether the gradients on the optimizer's shards are complete after the backward that has just ended."""
         self._buckets = [b for b in buckets if b.trainable]
         self._has_values = not any(is_fake(b.full) for b in buckets)
         self._handles: dict[int, ReducedGradient] = {}
         self._taken: dict[int, nn.Parameter] = {}
-        """Parameters whose gradients the present backward has produced."""
+        """Parameters whose gradients the present backward has computed."""
         self._showing: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
-        """Parameter, what it shows, and the optimizer's shard whose gradient that is."""
+        """(parameter, the tensor that was set as `param.grad`, the shard whose gradient it is a view of)."""
 
     def take(self, param: nn.Parameter) -> Tensor:
-        """The gradient that has just been put on `param`, which has none afterwards."""
+        """Returns the gradient that autograd has just stored in `param.grad`, and sets that to None."""
         grad = param.grad
         assert grad is not None
         param.grad = None
@@ -66,7 +67,7 @@ class ParamGrads:
         return grad.take_arrived() if isinstance(grad, ReducedGradient) else grad
 
     def show(self) -> None:
-        """A backward is over and its gradients are reduced, or wait for others."""
+        """Sets `param.grad`, after a backward."""
         taken, self._taken = self._taken, {}
         if not self._has_values or self.shown is ShownGradient.NOTHING:
             return
@@ -97,18 +98,18 @@ class ParamGrads:
                     self._showing.append((param, view, shard))
 
     def showing(self) -> list[nn.Parameter]:
-        """Parameters on which something is shown, even if it has been replaced or dropped since."""
+        """Parameters whose `grad` was set by `show`, even if the user has replaced or removed it since."""
         return [param for param, _, _ in self._showing]
 
     def stepped(self) -> None:
-        """The gradients that are shown were those of a step that is over."""
+        """Removes reduced gradients from the parameters, after a step has used them."""
         if self.shown is ShownGradient.REDUCED:
             for param, _, _ in self._showing:
-                param.grad = None  # also one that was put there by hand: it has been used
+                param.grad = None  # also a gradient that the user has assigned: the step has used it
             self._showing.clear()
 
     def forget(self) -> None:
-        """No parameter has a gradient, nor shows one."""
+        """Sets `param.grad` of all parameters to None."""
         self._showing.clear()
         self._taken.clear()
         for bucket in self._buckets:
@@ -116,21 +117,21 @@ class ParamGrads:
                 param.grad = None
 
     def clear(self) -> None:
-        """Remove what is shown; what others have put there stays."""
+        """Removes what `show` has set; a gradient that the user has assigned stays."""
         showing, self._showing = self._showing, []
         for param, shown, _ in showing:
             if param.grad is shown:
                 param.grad = None
 
-    def make_way_for_compiler(self) -> None:
-        """Remove handles before a forward that torch.compile may trace: it describes the gradients of the parameters
-        that it meets, and a handle refuses to be described. A backward shows them again.
+    def remove_for_compiler(self) -> None:
+        """Removes placeholders before a forward that torch.compile may trace, since its tracing reads properties of
+        `param.grad` for which a placeholder raises. The next backward sets them again.
         """
         if self.shown is ShownGradient.HANDLE and "torch._dynamo" in sys.modules:
             self.clear()
 
     def adopt(self) -> None:
-        """Make gradients that were replaced or dropped since those of the step that follows."""
+        """Copies gradients that the user has replaced to the optimizer's shards, and drops those that were removed."""
         for param, shown, shard in self._showing:
             if shard is None or param.grad is shown:
                 continue

@@ -1,30 +1,29 @@
-"""Takes gradients as backward produces them, reduces them bucket by bucket, and leaves the sums on the
+"""Takes gradients as backward computes them, reduces them bucket by bucket, and adds the results to `shard.grad` of the
 optimizer's shards.
 
-[Note: two plans]
-local    Every micro-batch but the last adds its gradients to a whole buffer on each rank, in
-         `ZeroConfig.grad_dtype` (fp32 by default). One reduction follows at the accumulation boundary.
-sharded  Every micro-batch is reduced, and each rank adds its slice of the result to its shard.
+[Note: two accumulation plans]
+local    Each micro-batch except the last adds its gradients to a buffer of the whole bucket on each rank, in
+         `ZeroConfig.grad_dtype` (fp32 by default). The sums are reduced once, at the accumulation boundary.
+sharded  Each micro-batch is reduced, and each rank adds its slice of the result to its shard's gradient.
 
 Without accumulation both plans send the gradients in their own dtype.
 
 [Note: launch order]
 All ranks must start the same reductions in the same order. Buckets are numbered in the order in which
-backward completes them (reverse of registration). Bucket k starts only after bucket k-1, whatever order the
-gradients arrive in. A bucket that is still incomplete at the end of backward is filled with zeros and sent
-then. So a parameter that one rank did not use delays a reduction, but never mismatches messages.
+backward completes them (the reverse of registration). The reduction of bucket k starts only after that of bucket k-1,
+whatever order the gradients arrive in. A bucket that is incomplete at the end of backward is filled with zeros and
+reduced then. So a parameter that one rank did not use delays a reduction, but the messages of ranks always match.
 
 [Note: repeated arrivals]
-Autograd delivers the gradient of a parameter once for each backward that reaches it. Reentrant activation
-checkpoints run backwards inside the backward: a parameter that k of them use arrives k times or, where it is
-also used outside of them, k + 1 times. Nothing announces the count beforehand, and ranks may differ in it.
-So the reducer counts arrivals for each parameter and remembers the largest number that one backward has
-brought; a bucket is complete when every parameter has arrived that often. The remembered counts decide only
-when a rank is ready to start a reduction, never the order, so ranks need not agree on them.
-A gradient that arrives after its bucket has left, as in the first backward, starts the bucket's next round:
-it stays whole on its rank and travels with the bucket's next reduction. At the accumulation boundary the
-message that counts the users of each parameter also says which buckets have such gradients on any rank, and
-all ranks reduce those once more.
+Autograd accumulates the gradient of a parameter once for each backward that reaches it. Reentrant activation
+checkpoints run inner backwards inside the outer one. The gradient of a parameter that k checkpoints use arrives k
+times, or k + 1 times if it is also used outside of them. The number is not known beforehand, and ranks may differ in
+it. So the reducer counts the arrivals of each parameter and remembers the largest number in one backward. A bucket is
+complete when every parameter has arrived that often. These numbers decide only when a rank starts a reduction, never in
+which order, so ranks need not agree on them.
+A gradient that arrives after the reduction of its bucket has started, as in the first backward, stays unreduced on its
+rank until the bucket's next reduction. At the accumulation boundary, the message that counts the ranks that use each
+parameter also tells which buckets have such late gradients on any rank. All ranks reduce these buckets once more.
 """
 
 from __future__ import annotations
@@ -65,31 +64,33 @@ class Reducer:
         param_grads: ParamGrads,
         options: OptimizerOptions,
     ) -> None:
-        """`before_accumulation` is called when a backward begins after the gradients on the shards were complete."""
+        """`before_accumulation` is called at the begin of the first backward after the gradients of the shards were
+        completed by `finish`.
+        """
         self.buckets = [b for b in buckets if b.trainable]
         self.policy = policy
         self.param_grads = param_grads
         self.sync_depth = 0
-        """How many `no_sync` contexts are open."""
+        """Number of open `no_sync` contexts."""
         self.requires_sync = True
-        """Whether backwards outside of them are reduced."""
+        """Whether backwards outside of `no_sync` are reduced."""
         self._learned_steps = policy.steps
         self._before_accumulation = before_accumulation
         self._watch = watch
         self._pending = {id(b): Pending(Arrivals(len(b.params))) for b in self.buckets}
         self._reductions = Reductions(self.buckets, comm, policy)
         self._next = 0
-        """Index of the first bucket that has not left in the present backward."""
+        """Index of the first bucket whose reduction has not started in the present backward."""
         self._backwards = 0
         self._in_backward = False
         self._final = False
         self._deferred = False
-        """Whether a backward since the last reduction was not reduced: then every rank sends such sums, also
-        for buckets whose parameters it did not use itself."""
+        """Whether a backward since the last reduction was not reduced. The next reduction then sends sums in
+        `grad_dtype` on every rank, also for buckets whose parameters the rank did not use."""
         self._flag = Flag()
-        """[Note: gradients that wait]"""
+        """[Note: dropped unreduced gradients]"""
         self._late_flag = Flag()
-        """The same for gradients that arrived after their bucket had left."""
+        """The same for gradients that arrived after the reduction of their bucket had started."""
         self._usage = Usage(self.buckets, options, ignore_unused=policy.ignore_unused)
         self._touched = False
         self._consumed = False
@@ -105,17 +106,17 @@ class Reducer:
         return self.policy.reduction
 
     def set_reduction(self, reduction: Reduction) -> None:
-        """Change that, between a step and the next backward."""
+        """Changes `reduction`, between a step and the next backward."""
         if reduction not in get_args(Reduction):
             raise ValueError(
-                f"reduction={reduction!r}: give one of {', '.join(map(repr, get_args(Reduction)))}"
+                f"reduction={reduction!r}: it must be one of {', '.join(map(repr, get_args(Reduction)))}"
             )
         self._notice_drop()
-        waits = not self._consumed and any(s.grad is not None for s in self._shards())
-        if self._touched or waits:
+        unused = not self._consumed and any(s.grad is not None for s in self._shards())
+        if self._touched or unused:
             raise ValueError(
                 f"reduction={reduction!r} between a backward and its step: the gradients of that backward are reduced "
-                f"as {self.reduction!r} says; change it after optimizer.step() or optimizer.zero_grad()"
+                f"by {self.reduction!r}. Change it after optimizer.step() or optimizer.zero_grad()"
             )
         if reduction == "none":
             require_whole_grads(self.buckets)
@@ -124,13 +125,13 @@ class Reducer:
     # --- hooks
 
     def install(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Watch every trainable parameter that is not watched yet; the hooks do not keep this object alive.
+        """Registers a hook on every trainable parameter that has none yet. The hooks do not keep this object alive.
 
-        Called before every forward too: a parameter that is frozen now cannot be hooked, and may be trained
-        later.
+        Also called before every forward, because a hook cannot be registered on a frozen parameter, which may become
+        trainable later.
         """
-        found = [p for p in self._unwatched if p.requires_grad]
-        if not found:
+        trainable = [p for p in self._unwatched if p.requires_grad]
+        if not trainable:
             return []
         self._unwatched = [p for p in self._unwatched if not p.requires_grad]
         me = weakref.ref(self)
@@ -140,7 +141,7 @@ class Reducer:
             if reducer is not None:
                 reducer._arrive(param)
 
-        return [p.register_post_accumulate_grad_hook(on_grad) for p in found]
+        return [p.register_post_accumulate_grad_hook(on_grad) for p in trainable]
 
     def _arrive(self, param: nn.Parameter) -> None:
         position, bucket, index = self._where[id(param)]
@@ -156,7 +157,7 @@ class Reducer:
                 pending.local.add(index, grad)
             else:
                 if pending.fresh is None:
-                    pending.fresh = self._reductions.room_for(bucket)
+                    pending.fresh = self._reductions.buffer_for(bucket)
                 pending.fresh.add(index, grad)
         self._usage.add(param)
         pending.arrivals.count(index)
@@ -183,7 +184,7 @@ class Reducer:
         self._watch.arm()
 
     def _notice_drop(self) -> None:
-        """Drop what waits where `zero_grad` has dropped the shards' gradients, to which it belongs."""
+        """Drops unreduced gradients if `zero_grad` was called, [Note: dropped unreduced gradients]."""
         if not self._touched or self._in_backward:
             return
         if self._flag.dropped:
@@ -200,27 +201,28 @@ class Reducer:
         )
 
     def _begin_accumulation(self) -> None:
-        """The first backward after the gradients on the shards were complete begins. It adds to `shard.grad`, or
-        starts it where it is None.
+        """Called at the begin of the first backward after the gradients of the shards were completed. This backward
+        adds to `shard.grad`, or sets it if it is None.
         """
         if all(s.grad is None for b in self.buckets for s in b.shards):
-            self._usage.clear()  # also where a step was left out
+            self._usage.clear()  # also after a skipped step
         elif self._consumed:
             self._note_stale_grads()
         self._consumed = False
         self._before_accumulation()
 
     def _note_stale_grads(self) -> None:
-        """Warn where a step happened and gradients were not cleared.
+        """Warns if the gradients were not cleared after a step.
 
-        Legal in torch, but in a sharded loop almost always `model.zero_grad()`, which does not reach shards.
+        torch permits this. In a sharded loop the cause is almost always a call of `model.zero_grad()`, which does not
+        clear the gradients of the shards.
         """
         first = next((s.grad for b in self.buckets for s in b.shards if s.grad is not None), None)
         if first is None or not first.any():
             return
         warnings.warn(
-            "gradients of the previous step are still on the shards and the new ones will be added to them; "
-            "call optimizer.zero_grad() (model.zero_grad() does not reach shards)",
+            "the gradients of the previous step have not been cleared, so that new ones will be added to them: call "
+            "optimizer.zero_grad() after every step (model.zero_grad() does not clear the gradients of shards)",
             stacklevel=2,
         )
 
@@ -235,23 +237,23 @@ class Reducer:
             self._launch(bucket)
 
     def _launch(self, bucket: Bucket) -> None:
-        """Start the reduction of what has accumulated; missing gradients count as zeros."""
-        self._reductions.wait_sent()  # before there is more to hold
+        """Starts the reduction of the bucket's unreduced gradients; missing gradients count as zeros."""
+        self._reductions.wait_sent()  # frees the previous bucket's gradients first
         pending = self._pending[id(bucket)]
-        # The form and dtype are the same on all ranks, also on those without gradients for the bucket.
+        # All ranks must send the same dtype and shapes, also those without gradients for the bucket.
         source: GradBuffer | FreshGrads
         if self._deferred:
             source = pending.local or whole_buffer(bucket, self.policy.grad_dtype)
             if pending.fresh is not None:
                 pending.fresh.add_to(source)
         else:
-            source = pending.fresh or self._reductions.room_for(bucket)
+            source = pending.fresh or self._reductions.buffer_for(bucket)
         pending.local = pending.fresh = None
         self._reductions.start(bucket, source, last=self._is_last())
 
     def _is_last(self) -> bool:
-        """Whether nothing more is known to come before the step. A number of backwards that was only learnt
-        must not decide where a tree of sums ends.
+        """Whether this is expected to be the last backward before the step. For a tree of sums, a number of backwards
+        that was only observed is not relied on.
         """
         known = self.policy.steps if self.policy.tree else self._learned_steps
         return self.reduction != "sharded" or (known is not None and self._backwards >= known)
@@ -273,7 +275,7 @@ class Reducer:
         return [s for b in self.buckets for s in b.shards]
 
     def abort(self) -> None:
-        """A backward raised half-way: drop everything that has accumulated since the last step."""
+        """Drops all gradients since the last step, after a backward that raised."""
         warnings.warn(
             "the previous backward did not finish; the gradients accumulated since the last step were dropped",
             stacklevel=2,
@@ -281,14 +283,14 @@ class Reducer:
         self.forget()
 
     def forget(self) -> None:
-        """Drop every gradient since the last step, of values that are no longer there."""
+        """Drops all gradients since the last step, and cancels reductions in progress."""
         self._reductions.drop()
         self.param_grads.forget()
         self._in_backward = False
         self._drop()
 
     def _drop(self) -> None:
-        """Forget what has accumulated, but not what a backward that runs has put on its parameters."""
+        """Drops the accumulated gradients, but not those that a running backward has stored in `param.grad`."""
         self._flag.lower()
         self._late_flag.lower()
         for bucket in self.buckets:
@@ -300,7 +302,7 @@ class Reducer:
         self._usage.clear()
 
     def _drop_late(self) -> None:
-        """Forget what arrived after its bucket had left."""
+        """Drops gradients that arrived after the reduction of their bucket had started."""
         self._late_flag.lower()
         for pending in self._pending.values():
             pending.fresh = None
@@ -311,15 +313,15 @@ class Reducer:
             self._launch(bucket)
         self._next = len(self.buckets)
         self._deferred = False
-        self._reductions.land_all(last=self._is_last())
+        self._reductions.finish_all(last=self._is_last())
 
     # --- boundary
 
     def finish(self) -> bool:
-        """Reduce what still waits, so that the shards' gradients are complete; called before norms and steps.
+        """Reduces all unreduced gradients, so that the shards' gradients are complete. Called before norms and steps.
 
         Returns:
-            Whether gradients have arrived since the last call.
+            Whether a backward has computed gradients since the last call.
         """
         self.param_grads.adopt()
         self._notice_drop()
@@ -340,7 +342,7 @@ class Reducer:
         return True
 
     def _keep_own(self) -> None:
-        """Give this rank's own gradients to the optimizer."""
+        """Adds this rank's gradients to those of the shards without a reduction."""
         self._flag.lower()
         for bucket in self.buckets:
             pending = self._pending[id(bucket)]
@@ -351,40 +353,42 @@ class Reducer:
         self._deferred = False
 
     def _reduce_late(self) -> UsageCounts:
-        """Count the users of every parameter, and reduce what arrived late on any rank, [Note: repeated arrivals]."""
+        """Counts the ranks that use each parameter, and reduces the buckets with late gradients on any rank, [Note:
+        repeated arrivals].
+        """
         counts = self._usage.count([b for b in self.buckets if self._pending[id(b)].fresh is not None])
         for bucket in self.buckets:
             if id(bucket) in counts.flagged:
                 self._launch(bucket)
-        self._reductions.land_all(last=self._is_last())
+        self._reductions.finish_all(last=self._is_last())
         self._late_flag.lower()
         return counts
 
     @property
     def backwards(self) -> int:
-        """Number of backwards since the last step that have brought gradients."""
+        """Number of backwards since the last step that computed gradients of this model."""
         return self._backwards
 
     @property
     def accumulating(self) -> bool:
-        """Whether a backward has left something for the next step, here or (once reduced) on any rank."""
+        """Whether there are gradients for the next step: on this rank, or, after the reduction, on any rank."""
         return self._touched or self._usage.any
 
     def stepped(self) -> None:
-        """The optimizer has used the gradients; what counts as used starts anew."""
+        """Called after a step has used the gradients."""
         self._usage.clear()
         self._consumed = True
         self.param_grads.stepped()
 
     def local_bytes(self) -> int:
-        """Bytes of gradients that are held now besides the shards': whole fp32 sums of the local plan, and
-        sums of micro-batches that wait for others.
+        """Bytes of gradients in memory now, without those of the shards: the whole sums of the local plan, and the
+        partial sums of [Note: tree over micro-batches].
         """
         held = [p.local.tensor for p in self._pending.values() if p.local is not None]
-        held += self._reductions.waiting()
+        held += self._reductions.partial_sums()
         return sum(t.numel() * t.element_size() for t in held)
 
-    # --- looking on, for access by name
+    # --- read access to gradients by name
 
     def has_grad(self, param: Tensor, shard: Tensor) -> bool:
         """Whether this rank has a gradient for `param` that the next step would use."""
@@ -392,34 +396,35 @@ class Reducer:
         return self._usage.has(param) if self._touched else shard.grad is not None
 
     def is_reduced(self, shard: Tensor) -> bool:
-        """Whether an optimizer's entry has a gradient that came from a reduction."""
+        """Whether `shard.grad` is a reduced gradient."""
         return shard.grad is not None and not self._flag.is_on(shard)
 
     def keep(self, param: Tensor) -> None:
-        """A gradient was written from outside: it counts, whether or not a backward has used `param`."""
+        """Treats `param` as used, since its gradient was written by the user."""
         self._usage.add(param)
 
     def preview(self, bucket: Bucket) -> tuple[Tensor | None, Tensor]:
-        """This rank's slice of what waits to be reduced, as it would come out (None if nothing waits on any rank),
-        and of what has been reduced. Both stay as they are. Collective.
+        """Returns this rank's slice of the reduction of the unreduced gradients (None if no rank has any), and its
+        slice of the gradients reduced so far. Changes neither. Collective.
 
         Raises:
-            ValueError: nobody but the optimizer reduces.
+            ValueError: the reduction is "none".
         """
         if self.reduction == "none":
             raise ValueError(
-                'with reduction="none" every rank has gradients of its own: read .grad of the optimizer\'s entries'
+                'with reduction="none" every rank has gradients of its own: read .grad of the optimizer\'s entries '
+                "instead"
             )
         pending = self._pending[id(bucket)]
-        waits = self._deferred
-        if not waits:
+        unreduced = self._deferred
+        if not unreduced:
             [late] = sum_over_ranks([pending.fresh is not None], bucket.ranks, bucket.device)
-            waits = late > 0
-        if not waits:
+            unreduced = late > 0
+        if not unreduced:
             return None, self._reductions.sums_of(bucket).so_far()
         whole = whole_buffer(bucket, self.policy.grad_dtype)
         for part in (pending.local, pending.fresh):
             if part is not None:
                 part.add_to(whole)
         whole.zero_missing()
-        return self._reductions.tried(bucket, whole), self._reductions.sums_of(bucket).so_far()
+        return self._reductions.reduced(bucket, whole), self._reductions.sums_of(bucket).so_far()

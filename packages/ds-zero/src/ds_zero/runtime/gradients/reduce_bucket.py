@@ -1,13 +1,15 @@
-"""How gradients travel: from one rank's whole bucket to its slice of the mean over ranks.
+"""Reduces one bucket: from each rank's gradients of the whole bucket to its slice of the mean over ranks.
 
-[Note: mean in parts]
-With predivide factor f and n ranks, gradients are multiplied by 1/f before they travel and sums by f/n after:
-narrow types neither overflow in the sum (f = n) nor lose small values before it (f = 1). Powers of two change
-no bit of it.
+[Note: predivided mean]
+With predivide factor f and n ranks, gradients are multiplied by 1/f before the reduction, and their sum by f/n after
+it. In a 16-bit dtype a large f avoids overflow in the sum (with f = n it is a mean), and a small f keeps small
+gradients (with f = 1 they are not changed before the sum). If f and n are powers of two, the result has the same bits
+for every f.
 
 [Note: replicas]
-Where groups of ranks hold the same slices, a bucket is first reduced inside the group; then each rank
-all-reduces its slice with those that hold the same one. Only 1/size of the bucket crosses between groups.
+On a mesh with a replicate axis, several groups of ranks hold the same slices. A bucket is first reduce-scattered within
+each group. Then each rank all-reduces its slice with the ranks of other groups that hold the same slice. So only
+1/(size of a group) of the bucket is sent between groups.
 """
 
 from __future__ import annotations
@@ -29,45 +31,50 @@ from ds_zero.runtime.bucket import Bucket
 
 @dataclass(frozen=True, kw_only=True)
 class WirePolicy:
-    """What `ZeroConfig` says about reductions."""
+    """The options of `ZeroConfig` for the messages of reductions."""
 
     scatter: bool = True
-    """Whether each rank receives its slice alone; else everybody receives everything and keeps a slice."""
+    """Whether to reduce-scatter, so that each rank receives only its slice; else all-reduce."""
     dtype: torch.dtype | None = None
-    """What travels; None: what was accumulated."""
+    """Dtype in which gradients are sent; None: the dtype in which they were accumulated."""
     mean: bool = True
     """Whether sums are divided by the number of ranks."""
     predivide: float = 1.0
-    """[Note: mean in parts]"""
+    """The factor f of [Note: predivided mean]."""
 
 
-class Flight:
-    """One bucket on its way."""
+class BucketReduction:
+    """The reduction of one bucket, in progress."""
 
     def __init__(
         self,
         bucket: Bucket,
         work: Work,
-        travels: Tensor | Sequence[Tensor],
-        arrives: Tensor,
+        sent: Tensor | Sequence[Tensor],
+        received: Tensor,
         factor: float,
         comm: Comm,
     ) -> None:
-        """`travels` is held until the flight has settled."""
+        """
+        Args:
+            sent: this rank's gradients, which are kept alive until no other rank needs them.
+            received: fp32 memory that `work` fills.
+            factor: what the result of `work` is multiplied by.
+        """
         self.bucket = bucket
-        self._work, self._travels, self._arrives = work, travels, arrives
+        self._work, self._sent, self._received = work, sent, received
         self._factor, self._comm = factor, comm
 
     def wait(self) -> None:
-        """Return when the messages have come; the result is not wanted."""
+        """Waits for the messages of a reduction whose result is not needed."""
         self._work.wait()
 
-    def land(self) -> Tensor:
-        """This rank's slice of the result, fp32. `wait_sent` must follow."""
+    def result(self) -> Tensor:
+        """Waits for the messages, and returns this rank's slice of the result, in fp32. Call `wait_sent` later."""
         wait_received(self._work)
         if self.bucket.device.type != "cpu":
-            self._travels = ()  # nobody copies it from there
-        bucket, result = self.bucket, self._arrives
+            self._sent = ()  # only on the CPU do other ranks read this rank's memory
+        bucket, result = self.bucket, self._received
         if result.numel() == bucket.layout.padded_numel and bucket.ranks.size > 1:
             result = bucket.slice_of(result).clone()
         if bucket.ranks.replicas is not None:
@@ -77,13 +84,15 @@ class Flight:
         return result
 
     def wait_sent(self) -> None:
-        """Return when nobody needs this rank's gradients any more, [Note: received and sent]."""
+        """Waits until no other rank needs this rank's gradients, and frees them, [Note: received and sent]."""
         wait_sent(self._work)
-        self._travels = ()
+        self._sent = ()
 
 
 def takes_pieces(bucket: Bucket, comm: Comm, policy: WirePolicy) -> bool:
-    """Whether the bucket's gradients may stay where autograd puts them until they travel."""
+    """Whether the bucket's gradients can be reduced from the memory in which autograd stored them, [Note: reduction
+    without copying].
+    """
     narrowed = policy.dtype not in (None, bucket.dtype)
     scattered = policy.scatter or bucket.layout.num_owners == 1
     return (
@@ -101,24 +110,24 @@ def launch_pieces(
     pieces: PieceReduce,
     comm: Comm,
     policy: WirePolicy,
-    place: Tensor | None,
-) -> Flight:
-    """As `launch`, of one flat gradient for each slot; `takes_pieces` says where it may be used."""
+    out: Tensor | None,
+) -> BucketReduction:
+    """Like `launch`, with one flat gradient per slot. Only for buckets for which `takes_pieces` is true."""
     op, factor = operation(bucket.ranks, policy)
-    arrives = _landing(bucket, place)
-    work = comm.reduce_pieces(arrives, grads, pieces, op)
-    return Flight(bucket, work, grads, arrives, factor, comm)
+    received = _output(bucket, out)
+    work = comm.reduce_pieces(received, grads, pieces, op)
+    return BucketReduction(bucket, work, grads, received, factor, comm)
 
 
-def _landing(bucket: Bucket, place: Tensor | None) -> Tensor:
-    """`place`, or new memory for this rank's slice of a result."""
+def _output(bucket: Bucket, out: Tensor | None) -> Tensor:
+    """Returns `out`, or new memory for this rank's slice of a result."""
     begin, end = bucket.slice_range
-    return place if place is not None else torch.empty(end - begin, dtype=torch.float32, device=bucket.device)
+    return out if out is not None else torch.empty(end - begin, dtype=torch.float32, device=bucket.device)
 
 
 def operation(ranks: Ranks, policy: WirePolicy) -> tuple[dist.ReduceOp.RedOpType, float]:
-    """What the backend does with the ranks' values, and what its result is multiplied by: its own mean where it is
-    the one that is wanted.
+    """Returns the operation of the collective, and the factor for its result: the collective's own mean if that is the
+    wanted one, else its sum and a factor.
     """
     if policy.mean and policy.predivide == 1.0 and ranks.divisor == ranks.size:
         return dist.ReduceOp.AVG, 1.0
@@ -126,26 +135,26 @@ def operation(ranks: Ranks, policy: WirePolicy) -> tuple[dist.ReduceOp.RedOpType
 
 
 def launch(
-    bucket: Bucket, source: Tensor, comm: Comm, policy: WirePolicy, place: Tensor | None = None
-) -> Flight:
-    """Start to reduce `source`, this rank's gradients of a whole bucket, which must not be used afterwards.
-    Collective; all ranks launch the same buckets in the same order.
+    bucket: Bucket, source: Tensor, comm: Comm, policy: WirePolicy, out: Tensor | None = None
+) -> BucketReduction:
+    """Starts to reduce `source`, this rank's gradients of the whole bucket, which must not be used afterwards.
+    Collective: all ranks launch the same buckets in the same order.
 
     Args:
-        place: where this rank's slice of the result may be put when it lands, fp32; else it gets memory of its own.
+        out: fp32 memory for this rank's slice of the result; None allocates it.
     """
     ranks = bucket.ranks
     if policy.predivide != 1.0:
         source.mul_(1.0 / policy.predivide)
-    travels = source if policy.dtype is None else source.to(policy.dtype)
+    sent = source if policy.dtype is None else source.to(policy.dtype)
     op, factor = operation(ranks, policy)
     if ranks.group is None:
-        return Flight(bucket, Done(), travels, travels.float(), factor, comm)
+        return BucketReduction(bucket, Done(), sent, sent.float(), factor, comm)
     if policy.scatter or bucket.layout.num_owners == 1:
-        arrives = _landing(bucket, place)
-        work = comm.reduce(arrives, travels, ranks, op, sizes=bucket.layout.slice_sizes)
+        received = _output(bucket, out)
+        work = comm.reduce(received, sent, ranks, op, sizes=bucket.layout.slice_sizes)
     else:
-        arrives = travels.float()
-        comm.all_reduce(arrives, ranks, op)
+        received = sent.float()
+        comm.all_reduce(received, ranks, op)
         work = Done()
-    return Flight(bucket, work, travels, arrives, factor, comm)
+    return BucketReduction(bucket, work, sent, received, factor, comm)

@@ -1,4 +1,4 @@
-"""What a configuration says about reductions."""
+"""The options of gradient reductions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ds_zero.runtime.storage import GRAD
 
 
 def require_whole_grads(buckets: Sequence[Bucket]) -> None:
-    """Refuse reduction "none" where the optimizer would not find the whole gradients of this rank.
+    """Checks that reduction "none" is possible: every rank must hold whole gradients in memory.
 
     Raises:
         ValueError: ranks own parts of gradients, or the store keeps gradients away.
@@ -23,30 +23,32 @@ def require_whole_grads(buckets: Sequence[Bucket]) -> None:
         fqn = bucket.layout.slots[0].fqn
         if bucket.layout.num_owners > 1:
             raise ValueError(
-                f'reduction="none" where ranks own parts of the masters (such as of {fqn!r}): an optimizer that '
-                "reduces by itself needs whole gradients; shard with stage=0"
+                f'reduction="none" is not possible if each rank owns a part of the masters (such as of {fqn!r}): an '
+                "optimizer that reduces by itself needs whole gradients. Shard with stage=0"
             )
         if bucket.storage.is_away(GRAD):
             raise ValueError(
-                f'reduction="none" where the store keeps gradients away (such as of {fqn!r}): an optimizer that '
-                "reduces by itself reads them all; use a store that keeps gradients in memory"
+                f'reduction="none" is not possible if the store keeps gradients out of memory (such as of {fqn!r}): an '
+                "optimizer that reduces by itself reads them all. Use a store that keeps gradients in memory"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReducePolicy:
-    """When gradients are reduced."""
+    """When and how gradients are reduced."""
 
     reduction: Reduction
-    """[Note: two plans]; "none": nobody but the optimizer reduces."""
+    """"local" or "sharded": the accumulation plan, [Note: two accumulation plans]; "none": only the optimizer reduces.
+    """
     steps: int | None = None
-    """Backwards between steps; None: as many as last time."""
+    """Number of backwards between two steps; None: as many as before the last step."""
     tree: bool = False
-    """Add micro-batches in [Note: tree over micro-batches]."""
+    """Whether micro-batches are added in the order of [Note: tree over micro-batches]."""
     overlap: bool = True
-    """Whether backward goes on while a reduction travels."""
+    """Whether reductions overlap with backward."""
     ignore_unused: bool = True
-    """Whether a parameter may stay without gradient."""
+    """Whether a parameter may have no gradient."""
     grad_dtype: torch.dtype = torch.float32
-    """Dtype in which micro-batches are added."""
+    """Dtype in which gradients of micro-batches are added."""
     wire: WirePolicy = field(default_factory=WirePolicy)
+    """How the messages of a reduction are computed and sent."""

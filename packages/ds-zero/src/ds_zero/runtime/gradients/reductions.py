@@ -1,4 +1,4 @@
-"""The reductions that are under way, and the sums that their results are added to."""
+"""The reductions in progress, and the sums to which their results are added."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ds_zero.comm.piece_exchange import PieceReduce
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gradients.accumulate import Sums
 from ds_zero.runtime.gradients.grad_buffer import FreshGrads, GradBuffer
-from ds_zero.runtime.gradients.reduce_bucket import Flight, launch, launch_pieces, takes_pieces
+from ds_zero.runtime.gradients.reduce_bucket import BucketReduction, launch, launch_pieces, takes_pieces
 from ds_zero.runtime.gradients.reduce_policy import ReducePolicy
 from ds_zero.runtime.gradients.sparse_rows import launch_rows
 from ds_zero.runtime.profiler_ranges import span
 
 
 def whole_buffer(bucket: Bucket, dtype: torch.dtype) -> GradBuffer:
-    """Room for the gradients of a whole bucket."""
+    """Allocates a buffer for the gradients of a whole bucket."""
     return GradBuffer(bucket.layout, dtype, bucket.device)
 
 
 class Reductions:
-    """Sends whole gradients of buckets and adds the slices that come back, in the order in which they were started."""
+    """Reduces the gradients of buckets, and adds the results to the sums, in the order in which they were started."""
 
     def __init__(self, buckets: Iterable[Bucket], comm: Comm, policy: ReducePolicy) -> None:
         buckets = list(buckets)
@@ -33,82 +33,85 @@ class Reductions:
         self._pieces = {
             id(b): PieceReduce(b.layout, b.ranks) for b in buckets if takes_pieces(b, comm, policy.wire)
         }
-        """[Note: gradients where they lie]"""
-        self._flights: list[Flight] = []
-        self._landed: Flight | None = None
-        """The last one that landed, [Note: received and sent]."""
+        """[Note: reduction without copying]"""
+        self._in_progress: list[BucketReduction] = []
+        self._sending: BucketReduction | None = None
+        """The last reduction whose result was added; other ranks may still read its gradients, [Note: received and
+        sent]."""
 
     def sums_of(self, bucket: Bucket) -> Sums:
         return self._sums[id(bucket)]
 
-    def room_for(self, bucket: Bucket) -> GradBuffer | FreshGrads:
-        """What holds the gradients of one micro-batch until they travel."""
+    def buffer_for(self, bucket: Bucket) -> GradBuffer | FreshGrads:
+        """Returns an object that collects the gradients of one micro-batch until they are reduced."""
         if id(bucket) in self._pieces:
             return FreshGrads(bucket.layout, bucket.dtype, bucket.device)
         return whole_buffer(bucket, bucket.dtype)
 
     def start(self, bucket: Bucket, source: GradBuffer | FreshGrads, *, last: bool) -> None:
-        """Start to reduce `source`; missing gradients count as zeros. Collective.
+        """Starts to reduce `source`; missing gradients count as zeros. Collective.
 
         Args:
-            last: whether sums are final once all of this backward has been added.
+            last: whether the sums are complete once the gradients of this backward have been added.
         """
-        wire, place = self._policy.wire, self.sums_of(bucket).place()
+        wire, out = self._policy.wire, self.sums_of(bucket).output()
         with span(f"ds.zero.reduce_scatter/{bucket.layout.name}"), torch.no_grad():
             if isinstance(source, FreshGrads):
                 pieces = self._pieces[id(bucket)]
-                flight = launch_pieces(bucket, source.take(), pieces, self._comm, wire, place)
+                reduction = launch_pieces(bucket, source.take(), pieces, self._comm, wire, out)
             else:
                 source.zero_missing()
                 send = launch_rows if bucket.layout.by_rows else launch
-                flight = send(bucket, source.tensor, self._comm, wire, place)
-        self._flights.append(flight)
-        # One reduction is in flight and one settles while the next bucket fills: memory is bounded by three buckets,
-        # whatever the model's size.
-        while len(self._flights) > (1 if self._policy.overlap else 0):
-            self._land(self._flights.pop(0), last=last)
+                reduction = send(bucket, source.tensor, self._comm, wire, out)
+        self._in_progress.append(reduction)
+        # At most three buckets of gradients are in memory, whatever the size of the model: one is filled by backward,
+        # one is being reduced, and one may still be read by other ranks.
+        while len(self._in_progress) > (1 if self._policy.overlap else 0):
+            self._finish(self._in_progress.pop(0), last=last)
 
-    def tried(self, bucket: Bucket, source: GradBuffer) -> Tensor:
-        """This rank's slice of the reduction of `source`, which is added to nothing. Collective."""
-        return launch(bucket, source.tensor, self._comm, self._policy.wire).land()
+    def reduced(self, bucket: Bucket, source: GradBuffer) -> Tensor:
+        """Returns this rank's slice of the reduction of `source`, without adding it to the sums. Collective."""
+        return launch(bucket, source.tensor, self._comm, self._policy.wire).result()
 
-    def land_all(self, *, last: bool) -> None:
-        """Return when every result has been added."""
-        while self._flights:
-            self._land(self._flights.pop(0), last=last)
+    def finish_all(self, *, last: bool) -> None:
+        """Waits for all reductions, and adds their results."""
+        while self._in_progress:
+            self._finish(self._in_progress.pop(0), last=last)
         self.wait_sent()
         for sums in self._sums.values():
             sums.settle()
 
     def complete(self) -> None:
-        """Make the sums final."""
+        """Completes the sums, see `Sums.complete`."""
         with torch.no_grad():
             for sums in self._sums.values():
                 sums.complete(self._comm)
 
     def drop(self) -> None:
-        """Wait for what is under way, and add it to nothing."""
+        """Waits for the reductions in progress, and drops their results."""
         self.wait_sent()
-        while self._flights:
-            self._flights.pop(0).wait()
+        while self._in_progress:
+            self._in_progress.pop(0).wait()
 
-    def waiting(self) -> list[Tensor]:
-        """Sums of micro-batches that wait for others."""
-        return [t for sums in self._sums.values() for t in sums.waiting()]
+    def partial_sums(self) -> list[Tensor]:
+        """Returns the memory of partial sums over micro-batches, [Note: tree over micro-batches]."""
+        return [t for sums in self._sums.values() for t in sums.partial_sums()]
 
-    def _land(self, flight: Flight, *, last: bool) -> None:
+    def _finish(self, reduction: BucketReduction, *, last: bool) -> None:
         self.wait_sent()
-        self._landed = flight
-        sums = self.sums_of(flight.bucket)
+        self._sending = reduction
+        sums = self.sums_of(reduction.bucket)
         with torch.no_grad():
-            sums.add(flight.land())
+            sums.add(reduction.result())
             if last:
                 sums.complete(self._comm)
         if not self._policy.overlap:
             self.wait_sent()
 
     def wait_sent(self) -> None:
-        """Let the gradients of the flight that landed last go, [Note: received and sent]."""
-        landed, self._landed = self._landed, None
-        if landed is not None:
-            landed.wait_sent()
+        """Waits until no other rank needs the gradients of the last finished reduction, and frees them, [Note: received
+        and sent].
+        """
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            sending.wait_sent()

@@ -1,15 +1,15 @@
-"""Gradients of embeddings that travel as the rows that are not zero.
+"""Reduces gradients of embeddings by sending only the rows that are not zero.
 
 [Note: gradients by rows]
-A micro-batch touches as many rows of an embedding as it has different tokens, often one in a hundred. In stage 0
-ranks tell each other how many rows they have, then send those with their indices to everybody, and every rank adds
-them in the order of the fixed binary tree over ranks, [Note: ordered reduction]; a row that a rank did not send is a
-row of zeros in it. So the sum is bitwise the one that the whole gradient would have given. The counts also say, on
-every rank alike, where rows would be more bytes than the whole (an embedding whose weight is the head's, too): then
-the whole travels.
+A micro-batch has gradients for as many rows of an embedding as it has different tokens, often one in a hundred. In
+stage 0, ranks first gather the number of nonzero rows of each rank. Then each rank sends its nonzero rows and their
+indices to all others, and every rank adds them in the order of the fixed binary tree over ranks, [Note: ordered
+reduction]; a row that a rank did not send counts as zeros. So the sum is bitwise that of a reduction of the whole
+gradient. If the rows would be more bytes than the whole gradient (for example of an embedding that is tied to the
+head), the whole gradient is reduced. All ranks decide this alike, from the gathered numbers.
 
-What is zero is looked up in the gradient itself, whether or not autograd made it sparse: reading an embedding once is
-little beside sending it, and accumulation needs no lists of indices.
+The nonzero rows are searched in the gradient itself, whether or not autograd computed a sparse one. Reading an
+embedding once is cheap compared with sending it, and accumulation then needs no lists of indices.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ from ds_zero.comm.direct import SUM_CHUNK_NUMEL, sum_tree
 from ds_zero.comm.topology import Topology
 from ds_zero.interfaces import Work
 from ds_zero.runtime.bucket import Bucket
-from ds_zero.runtime.gradients.reduce_bucket import Flight, WirePolicy, launch, operation
+from ds_zero.runtime.gradients.reduce_bucket import BucketReduction, WirePolicy, launch, operation
 from ds_zero.tensors.storage import is_fake, same_place
 
 INDEX = torch.int32
-"""Enough for the rows of any embedding that fits into memory."""
+"""Dtype of row indices in messages."""
 
 
 def row_parameters(model: nn.Module, stage: int, topology: Topology) -> frozenset[int]:
-    """Identities of the parameters whose gradient has rows of zeros: the weights of embeddings.
+    """Returns the `id` of each parameter whose gradient is reduced by rows: the weights of embeddings.
 
     Raises:
-        ValueError: rows cannot travel, because ranks own parts of gradients, or groups of ranks are replicas.
+        ValueError: `stage` is not 0, or the mesh has replicas.
     """
     if stage > 0:
         raise ValueError(
-            f"sparse_gradients=True with stage={stage}: each rank receives only its part of every gradient there, and "
-            "rows are cut; use stage 0, or sparse_gradients=False"
+            f"sparse_gradients=True with stage={stage}: from stage 1 on, each rank receives only its part of every "
+            "gradient, which may begin inside a row; use stage 0, or sparse_gradients=False"
         )
     if any(ranks.replicas is not None for ranks in topology.axes):
         raise ValueError(
-            "sparse_gradients=True with a mesh of two axes (replicate, shard): pass a mesh of one axis"
+            "sparse_gradients=True does not support a mesh of two axes (replicate, shard): pass a mesh of one axis"
         )
     kinds = (nn.Embedding, nn.EmbeddingBag)
     return frozenset(id(m.weight) for m in model.modules() if isinstance(m, kinds))
 
 
-class RowFlight(Flight):
-    """Rows of one bucket on their way; lands as the whole bucket, not as a slice."""
+class RowReduction(BucketReduction):
+    """The reduction of one bucket by rows. Its result is the whole bucket, not a slice."""
 
-    def __init__(self, bucket: Bucket, comm: Comm, place: Tensor | None, scale: float, factor: float) -> None:
-        whole = place
+    def __init__(self, bucket: Bucket, comm: Comm, out: Tensor | None, scale: float, factor: float) -> None:
+        whole = out
         if whole is None:
             whole = torch.empty(bucket.layout.padded_numel, dtype=torch.float32, device=bucket.device)
         super().__init__(bucket, _All([]), whole, whole, factor, comm)
@@ -64,23 +64,29 @@ class RowFlight(Flight):
         self._values: list[Tensor] = []
 
     def send(self, rows: Tensor, values: Tensor, counts: Sequence[int]) -> None:
-        """Start to send `values`, (rows, width), to everybody, and to receive theirs."""
+        """Starts to exchange rows between all ranks.
+
+        Args:
+            rows: (number of rows,), the indices of this rank's nonzero rows.
+            values: (number of rows, width), these rows.
+            counts: the number of rows of each rank.
+        """
         ranks, width = self.bucket.ranks, values.shape[1]
-        # Backends of accelerators take messages of equal size.
+        # Backends of accelerators require messages of equal size.
         sizes = list(counts) if values.device.type == "cpu" else [max(counts)] * ranks.size
         begin = sum(sizes[: ranks.rank])
         works = []
-        for mine, found, each in ((rows.to(INDEX), self._indices, 1), (values, self._values, width)):
-            whole = torch.zeros(sum(sizes) * each, dtype=mine.dtype, device=mine.device)
-            whole[begin * each : begin * each + mine.numel()] = mine.reshape(-1)
+        for own, of_ranks, each in ((rows.to(INDEX), self._indices, 1), (values, self._values, width)):
+            whole = torch.zeros(sum(sizes) * each, dtype=own.dtype, device=own.device)
+            whole[begin * each : begin * each + own.numel()] = own.reshape(-1)
             if whole.numel():
                 works.append(self._comm.gather(whole, ranks, sizes=[n * each for n in sizes]))
             parts = torch.split(whole, [n * each for n in sizes])
-            found += [part[: n * each] for part, n in zip(parts, counts, strict=True)]
+            of_ranks += [part[: n * each] for part, n in zip(parts, counts, strict=True)]
         self._work = _All(works)
 
-    def land(self) -> Tensor:
-        """The whole result, fp32."""
+    def result(self) -> Tensor:
+        """Waits for the messages, and returns the whole result, in fp32."""
         self._work.wait()
         slot = self.bucket.layout.slots[0]
         self._whole.zero_()
@@ -100,7 +106,7 @@ class RowFlight(Flight):
 def _add_rows(
     table: Tensor, rows: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], scale: float
 ) -> None:
-    """Put the ranks' sums of `rows` into `table`; all indices ascend."""
+    """Writes the sums over ranks of the given `rows` to `table`. `rows` and the indices of each rank are sorted."""
     first, last = rows[:1], rows[-1:]
     parts = []
     for index, value in zip(indices, values, strict=True):
@@ -114,15 +120,15 @@ def _add_rows(
     table[rows.long()] = total.view(rows.numel(), -1)
 
 
-class _WholeFlight(Flight):
-    """The bucket as it is, where rows would be more; lands whole, too."""
+class _WholeReduction(BucketReduction):
+    """The reduction of the whole bucket, if its rows would be more bytes. Its result is the whole bucket, too."""
 
-    def __init__(self, inner: Flight, whole: Tensor, comm: Comm) -> None:
+    def __init__(self, inner: BucketReduction, whole: Tensor, comm: Comm) -> None:
         super().__init__(inner.bucket, inner, whole, whole, 1.0, comm)
         self._inner, self._whole = inner, whole
 
-    def land(self) -> Tensor:
-        part, bucket = self._inner.land(), self.bucket
+    def result(self) -> Tensor:
+        part, bucket = self._inner.result(), self.bucket
         own = bucket.slice_of(self._whole)
         if not same_place(part, own):
             own.copy_(part)
@@ -131,7 +137,7 @@ class _WholeFlight(Flight):
 
 
 class _All:
-    """Several works as one."""
+    """Waits for several operations."""
 
     def __init__(self, works: Sequence[Work]) -> None:
         self._works = works
@@ -142,37 +148,40 @@ class _All:
 
 
 def launch_rows(
-    bucket: Bucket, source: Tensor, comm: Comm, policy: WirePolicy, place: Tensor | None = None
-) -> Flight:
-    """As `wire.launch`, for a bucket that holds one embedding and is not divided; lands as the whole bucket.
+    bucket: Bucket, source: Tensor, comm: Comm, policy: WirePolicy, out: Tensor | None = None
+) -> BucketReduction:
+    """Like `reduce_bucket.launch`, for a bucket that contains one embedding and is not sharded. The result is the whole
+    bucket.
 
     Args:
-        place: where the whole result may be put when it lands, fp32.
+        out: (padded_numel,), fp32, for the result; None allocates it.
     """
     ranks, slot = bucket.ranks, bucket.layout.slots[0]
     if ranks.group is None:
-        return launch(bucket, source, comm, policy, place)
+        return launch(bucket, source, comm, policy, out)
     table = source[slot.offset : slot.end].view(slot.shape[0], -1)
     dtype = source.dtype if policy.dtype is None else policy.dtype
-    if is_fake(source):  # has no values that could be looked at: the most that may travel
-        return _whole(bucket, source, comm, policy, place)
+    if is_fake(source):  # rows without values cannot be counted, so the maximum is assumed
+        return _whole(bucket, source, comm, policy, out)
     rows = (table != 0).any(1).nonzero().view(-1)  # NaN is not 0
     counts: list[int] = comm.gather_slices(rows.new_tensor([rows.numel()]), ranks, bucket.device).tolist()
-    by_rows = max(counts) * ranks.size * (table.shape[1] * dtype.itemsize + INDEX.itemsize)
-    if by_rows >= bucket.layout.padded_numel * (dtype.itemsize + torch.float32.itemsize):
-        return _whole(bucket, source, comm, policy, place)
+    by_rows_bytes = max(counts) * ranks.size * (table.shape[1] * dtype.itemsize + INDEX.itemsize)
+    if by_rows_bytes >= bucket.layout.padded_numel * (dtype.itemsize + torch.float32.itemsize):
+        return _whole(bucket, source, comm, policy, out)
     op, factor = operation(ranks, policy)
     values = table[rows]
     if policy.predivide != 1.0:
         values.mul_(1.0 / policy.predivide)
     scale = 1.0 / ranks.size if op == dist.ReduceOp.AVG else 1.0
-    flight = RowFlight(bucket, comm, place, scale, factor)
-    flight.send(rows, values.to(dtype), counts)
-    return flight
+    reduction = RowReduction(bucket, comm, out, scale, factor)
+    reduction.send(rows, values.to(dtype), counts)
+    return reduction
 
 
-def _whole(bucket: Bucket, source: Tensor, comm: Comm, policy: WirePolicy, place: Tensor | None) -> Flight:
-    whole = place
+def _whole(
+    bucket: Bucket, source: Tensor, comm: Comm, policy: WirePolicy, out: Tensor | None
+) -> BucketReduction:
+    whole = out
     if whole is None:
         whole = torch.empty(bucket.layout.padded_numel, dtype=torch.float32, device=bucket.device)
-    return _WholeFlight(launch(bucket, source, comm, policy, bucket.slice_of(whole)), whole, comm)
+    return _WholeReduction(launch(bucket, source, comm, policy, bucket.slice_of(whole)), whole, comm)

@@ -17,30 +17,30 @@ from ds_zero.tensors.storage import is_fake
 
 
 class UnusedParameterError(ValueError):
-    """Parameters got no gradient on some rank, where that is not allowed; the message names them."""
+    """Parameters had no gradient on some rank, and `ZeroConfig.ignore_unused` is False; the message names them."""
 
 
 @dataclass(frozen=True)
 class UsageCounts:
-    """What ranks have told each other, by the identity of a bucket."""
+    """Counts over all ranks. A bucket is identified by its `id`."""
 
     users: Mapping[int, Sequence[int]]
-    """For each parameter, the number of ranks on which it had a gradient."""
+    """Bucket -> for each of its parameters, the number of ranks on which it had a gradient."""
     flagged: frozenset[int]
-    """Buckets that some rank has flagged."""
+    """Buckets that at least one rank has flagged."""
 
 
 class Usage:
-    """Remembers which parameters of `buckets` had a gradient since the last step."""
+    """Records which parameters of `buckets` have had a gradient since the last step."""
 
     def __init__(self, buckets: Sequence[Bucket], options: OptimizerOptions, *, ignore_unused: bool) -> None:
         self._buckets, self._options, self._ignore_unused = buckets, options, ignore_unused
         self._own: set[int] = set()
         self._anywhere: set[int] = set()
-        """What any rank had used when `drop_unused` was called last."""
+        """Parameters that had a gradient on any rank at the last call of `drop_unused`."""
 
     def add(self, param: Tensor) -> None:
-        """`param` has a gradient on this rank."""
+        """Records that `param` has a gradient on this rank."""
         self._own.add(id(param))
 
     def has(self, param: Tensor) -> bool:
@@ -49,20 +49,20 @@ class Usage:
 
     @property
     def any(self) -> bool:
-        """Whether some parameter had a gradient on any rank when `drop_unused` was called last."""
+        """Whether a parameter had a gradient on any rank at the last call of `drop_unused`."""
         return bool(self._anywhere)
 
     def clear(self) -> None:
-        """A step has used the gradients, or they were dropped."""
+        """Starts anew, after a step has used the gradients or they were dropped."""
         self._own.clear()
         self._anywhere.clear()
 
     def count(self, flagged: Sequence[Bucket]) -> UsageCounts:
-        """Count the users of every parameter, tell the other ranks which buckets this one flags, and compare the
-        optimizer's options, with which ranks would step apart; one message. Collective.
+        """Counts the ranks that have a gradient of each parameter, and merges the sets of `flagged` buckets. The same
+        message compares the optimizer's options, which must be equal on all ranks. Collective.
 
         Raises:
-            ValueError: on every rank, where ranks have different options; names them.
+            ValueError: on every rank, if ranks have different options; names them.
         """
         mine = {id(b) for b in flagged}
         users: dict[int, Sequence[int]] = {}
@@ -77,19 +77,21 @@ class Usage:
             anywhere |= {id(b) for b in buckets if next(counts)}
             if not is_same(list(counts), ranks):
                 raise ValueError(
-                    f"the optimizer's options: {differences(self._options.described(), ranks)}. Set the same on every "
-                    "rank; a schedule that follows a loss needs the same number everywhere, such as the mean over ranks"
+                    f"the optimizer's options: {differences(self._options.described(), ranks)}. Set the same values on "
+                    "every rank. A schedule that depends on a loss needs the same loss on every rank, such as the mean "
+                    "over ranks"
                 )
         return UsageCounts(users, frozenset(anywhere))
 
     def drop_unused(self, counts: UsageCounts) -> None:
-        """Set the gradients of parameters that no rank has used to None, as in plain PyTorch, so that the optimizer
-        leaves their values and states alone.
+        """Sets the gradients of parameters without a gradient on any rank to None, as in plain PyTorch, so that the
+        optimizer does not update them or their states.
 
         Raises:
-            UnusedParameterError: on every rank, where parameters must not be unused and some rank has not used one.
+            UnusedParameterError: on every rank, if a parameter had no gradient on some rank and `ignore_unused` is
+                False.
         """
-        lazy = []
+        unused = []
         for bucket in self._buckets:
             for shard, slot, param, users in zip(
                 bucket.shards, bucket.layout.slots, bucket.params, counts.users[id(bucket)], strict=True
@@ -99,22 +101,25 @@ class Usage:
                 elif id(param) not in self._anywhere:
                     shard.grad = None
                 if users < bucket.ranks.total and param.requires_grad:
-                    lazy.append(f"{slot.fqn} ({users} of {bucket.ranks.total} ranks)")
-        if lazy and not self._ignore_unused:
+                    unused.append(f"{slot.fqn} ({users} of {bucket.ranks.total} ranks)")
+        if unused and not self._ignore_unused:
             raise UnusedParameterError(
-                f"{len(lazy)} parameters got no gradient on every rank since the last step: {', '.join(lazy[:10])}. "
-                "The loss does not depend on them; freeze them, or allow it with ZeroConfig(ignore_unused=True), in a "
-                "ds_config.json with zero_optimization.ignore_unused_parameters"
+                f"{len(unused)} parameters got no gradient on at least one rank since the last step: "
+                f"{', '.join(unused[:10])}. The loss does not depend on them there. Freeze them, or allow unused "
+                "parameters by ZeroConfig(ignore_unused=True), or in a ds_config.json by "
+                "zero_optimization.ignore_unused_parameters"
             )
 
 
 def sum_over_ranks(values: Sequence[int], ranks: Ranks, device: torch.device) -> list[int]:
-    """Element-wise sums over all ranks of `ranks`, replicas included. Collective."""
+    """Returns the element-wise sums over all ranks of `ranks`, including replicas. Collective."""
     counts = torch.tensor(values, dtype=torch.int32).to(device)
     for axis in ranks.axes:
         if axis.group is not None:
             dist.all_reduce(counts, group=axis.group)
     if is_fake(counts):
-        return list(values)  # `plan` runs without values: this rank stands for all
+        return list(
+            values
+        )  # `plan` runs without values and other ranks: every rank has the values of this one
     total: list[int] = counts.tolist()
     return total

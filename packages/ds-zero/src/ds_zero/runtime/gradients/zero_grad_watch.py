@@ -1,10 +1,11 @@
-"""Tells that gradients were dropped while they waited to be reduced.
+"""Detects that `zero_grad` was called while gradients had not been reduced.
 
-[Note: gradients that wait]
-Under the local plan and in `no_sync` the optimizer's entries have no gradient until the sums of all micro-batches are
-reduced, so `optimizer.zero_grad()` would find nothing to drop, and what waits would be added to the next step's
-gradients: two models that train against each other do exactly that. So while sums wait, one entry shows a NaN as its
-gradient. When it is gone, or zero, the sums are dropped as well.
+[Note: dropped unreduced gradients]
+Under the local plan and in `no_sync`, the optimizer's entries have no gradient until the sums of all micro-batches are
+reduced. So `optimizer.zero_grad()` would have no effect on these sums, and they would be added to the next step's
+gradients. Two models that train against each other clear each other's gradients in this way. Therefore one entry gets
+a NaN as its gradient while there are unreduced sums: the flag. If the flag has been removed or set to zero, the sums
+are dropped.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ds_zero.tensors.storage import is_fake
 
 
 class Flag:
-    """The gradient that one of the optimizer's entries shows while sums wait."""
+    """The NaN that is one entry's gradient while there are unreduced sums, [Note: dropped unreduced gradients]."""
 
     def __init__(self) -> None:
         self._shard: Tensor | None = None
@@ -27,7 +28,9 @@ class Flag:
         self._version = 0
 
     def raise_on(self, shards: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Show it, on an entry with elements if there is one; an entry that has a gradient stands for itself."""
+        """Sets the flag on the first entry that has elements, else on the first entry. If that has a gradient already,
+        the gradient serves as the flag.
+        """
         if self._shard is not None or not shards:
             return
         shard = next((s for s in shards if s.numel()), shards[0])
@@ -38,27 +41,27 @@ class Flag:
         self._version = shard.grad._version if shard.grad is not None else 0
 
     def lower(self) -> None:
-        """The sums are about to be reduced, or gone."""
+        """Removes the flag, before the sums are reduced or after they were dropped."""
         if self.is_on(self._shard):
             assert self._shard is not None
             self._shard.grad = None
         self._shard = self._shown = None
 
     def is_on(self, shard: Tensor | None) -> bool:
-        """Whether this entry's gradient is only the flag."""
+        """Whether the gradient of entry `shard` is the flag's NaN and not a real gradient."""
         return shard is not None and shard is self._shard and self._is_mine and shard.grad is self._shown
 
     @property
     def dropped(self) -> bool:
-        """Whether somebody has cleared the gradients since."""
+        """Whether the gradients have been cleared since the flag was set."""
         if self._shard is None:
             return False
         grad = self._shard.grad
         if grad is None:
             return True
         if is_fake(grad):
-            return False  # has no values that anybody could have cleared
+            return False  # a fake tensor has no values that could be cleared
         if self.is_on(self._shard):
             return bool(grad.numel()) and not grad.isnan().any()
-        # Zeros alone say nothing: a gradient may be zero. That somebody wrote them does.
+        # A gradient may be zero without being cleared, so it must also have been written since.
         return grad._version != self._version and not grad.any()
