@@ -172,6 +172,8 @@ class Engine:
                 self._reporting.step(report)
 
     def _update(self, lr_kwargs: Mapping[str, Any]) -> StepReport:
+        if self.job.is_check_due(self.global_steps + 1):
+            self.model_state.check_replicas(self.global_steps + 1)
         self._norms.clip(self.job.clipping)
         lr, scale = self.get_lr()[0], self.loss_scale  # of this update, before the schedule is stepped
         with scaled_rates(self.optimizer, self._rate_factor()):

@@ -191,6 +191,11 @@ class ModelState(Protocol):
     def offloaded(self) -> frozenset[str]:
         """Kinds of state that `offload` has moved and `reload` has not moved back."""
 
+    def check_replicas(self, step: int) -> None:
+        """Raises on every rank, with the number of the step, if ranks hold different bits of replicated values.
+        Collective.
+        """
+
     def destroy(self) -> None:
         """Makes the module an ordinary module again, whole on every rank. Collective."""
 

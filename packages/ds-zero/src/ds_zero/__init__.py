@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ds_zero.predict.plan import plan
     from ds_zero.predict.report import PhaseMemory, Plan, Remedy
     from ds_zero.prove.deviation import Difference, Verification
+    from ds_zero.prove.replicas import ReplicaError, check_replicas
     from ds_zero.prove.verify import verify
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ __all__ = [
     "Plan",
     "RankOrderError",
     "Remedy",
+    "ReplicaError",
     "ResidentStore",
     "ShardRecord",
     "ShardStoreError",
@@ -67,6 +69,7 @@ __all__ = [
     "UnusedParameterError",
     "Verification",
     "ZeroConfig",
+    "check_replicas",
     "clip_grad_norm_",
     "control",
     "counted_memory",
@@ -109,7 +112,9 @@ _HOMES: Mapping[str, str] = {
     "PhaseMemory": "ds_zero.predict.report",
     "Plan": "ds_zero.predict.report",
     "Remedy": "ds_zero.predict.report",
+    "ReplicaError": "ds_zero.prove.replicas",
     "Verification": "ds_zero.prove.deviation",
+    "check_replicas": "ds_zero.prove.replicas",
     "counted_memory": "ds_zero.predict.measured_memory",
     "plan": "ds_zero.predict.plan",
     "verify": "ds_zero.prove.verify",

@@ -261,6 +261,15 @@ class ZeroState:
     def records(self) -> Sequence[ds_zero.ShardRecord]:
         return ds_zero.records(self._model, self._optimizer)
 
+    def check_replicas(self, step: int) -> None:
+        own = isinstance(self._optimizer, ReducesGradients) and self._optimizer.reduces_gradients
+        if own:
+            return  # its states, and between two of its reductions the parameters, differ on purpose
+        try:
+            ds_zero.check_replicas(self._model)
+        except ds_zero.ReplicaError as error:
+            raise ds_zero.ReplicaError(f"before step {step}: {error}") from None
+
     def group_names(self) -> list[list[str]]:
         return ds_zero.group_names(self._model, self._optimizer)
 

@@ -33,6 +33,11 @@ class Job(Choices):
     accumulating: Accumulating
     precision: Precision
 
+    def is_check_due(self, step: int) -> bool:
+        """Whether replicated values are compared over the ranks before optimizer step number `step`."""
+        interval = self.settings.integrity.replica_check_interval
+        return interval > 0 and step % interval == 0
+
 
 def describe(choices: Choices, topology: Topology, device_type: str) -> Job:
     """Resolves choices for a topology and a device.

@@ -20,6 +20,7 @@ WORKING: tuple[Row, ...] = (
         for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     ),
     works("elasticity", _ENGINE, "ds_engine.config.elastic"),
+    works("integrity", "ds-zero", "ds_zero.check_replicas"),
     works("managed_gradient_accumulation", _ENGINE, "ds_engine.training.accumulation"),
     works("sparse_gradients", "ds-zero", "ds_zero.runtime.gradients.sparse_rows"),
     works("optimizer", _ENGINE, "ds_engine.build.optimizer"),

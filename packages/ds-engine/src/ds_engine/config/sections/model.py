@@ -19,6 +19,7 @@ from ds_engine.config.sections.data.curriculum import LegacyCurriculumConfig
 from ds_engine.config.sections.data.data_efficiency import DataEfficiencyConfig
 from ds_engine.config.sections.elasticity import ElasticityConfig
 from ds_engine.config.sections.hybrid_engine import HybridEngineConfig
+from ds_engine.config.sections.integrity import IntegrityConfig
 from ds_engine.config.sections.monitor import CometConfig, CsvConfig, TensorBoardConfig, WandbConfig
 from ds_engine.config.sections.optimizer import OptimizerConfig
 from ds_engine.config.sections.parallel.expert_parallel import ExpertParallelConfig
@@ -218,6 +219,9 @@ class DsConfig(Section):
     )
     elasticity: ElasticityConfig = Field(
         default_factory=ElasticityConfig, description="Batch sizes for many numbers of ranks."
+    )
+    integrity: IntegrityConfig = Field(
+        default_factory=IntegrityConfig, description="Checks that find corrupted values."
     )
     hybrid_engine: HybridEngineConfig = Field(
         default_factory=HybridEngineConfig, description="Training and generation with the same weights."

@@ -1,0 +1,17 @@
+"""The section `integrity`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ds_engine.config.support.section import Count, Section
+
+
+class IntegrityConfig(Section):
+    """Checks that find corrupted values during training."""
+
+    replica_check_interval: Count = Field(
+        default=100,
+        description="Number of optimizer steps between two comparisons, bit by bit, of the parameters and optimizer "
+        "states that several ranks hold. A difference raises ds_zero.ReplicaError on every rank. 0: never.",
+    )

@@ -1,0 +1,84 @@
+"""A value that one rank alone has changed is found at the next check, with step, rank and tensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import ds_engine
+import ds_zero
+from harness import ranks
+
+
+def engine(stage: int, **integrity: int) -> ds_engine.Engine:
+    """The second layer is frozen."""
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 8,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+        "zero_optimization": {"stage": stage},
+        "startup_summary": False,
+        "integrity": integrity,
+    }
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].requires_grad_(False)
+    return ds_engine.initialize(model=model, config=config)[0]
+
+
+def train(made: ds_engine.Engine, steps: int) -> None:
+    for _ in range(steps):
+        made.backward(made(torch.ones(8, 8)).square().mean())
+        made.step()
+
+
+def damage(made: ds_engine.Engine, layer: int) -> None:
+    if dist.get_rank() == 1:
+        bias = made.module[layer].bias.detach()
+        bias[3:4].view(torch.int32).bitwise_xor_(torch.tensor(1 << 20, dtype=torch.int32))
+
+
+@ranks(3)
+@pytest.mark.parametrize(("stage", "layer"), [(0, 0), (0, 1), (2, 1)])
+def test_a_flipped_bit_in_a_value_that_stays_is_found_at_the_next_check(stage: int, layer: int) -> None:
+    made = engine(stage, replica_check_interval=4)
+    train(made, 5)
+    damage(made, layer)
+    train(made, 2)
+    with pytest.raises(
+        ds_zero.ReplicaError, match=rf"before step 8: .*'{layer}\.bias' is different on rank 1: "
+    ):
+        train(made, 1)
+    assert made.global_steps == 7
+    made.destroy()
+
+
+@ranks(3)
+def test_a_copy_that_the_next_step_would_replace_is_found_before_it() -> None:
+    made = engine(2, replica_check_interval=1)
+    train(made, 2)
+    damage(made, 0)
+    with pytest.raises(
+        ds_zero.ReplicaError, match=r"before step 3: .*'0\.bias' is different on rank 1: 1 element"
+    ):
+        train(made, 1)
+    made.destroy()
+
+
+@ranks(2)
+def test_zero_turns_the_check_off() -> None:
+    made = engine(2, replica_check_interval=0)
+    damage(made, 1)
+    train(made, 4)
+    with pytest.raises(ds_zero.ReplicaError):
+        ds_zero.check_replicas(made.module)
+    made.destroy()
+
+
+def test_the_default_interval() -> None:
+    made = engine(1)
+    assert [step for step in range(1, 301) if made.job.is_check_due(step)] == [100, 200, 300]
+    made.destroy()
