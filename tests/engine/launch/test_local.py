@@ -227,6 +227,20 @@ def test_kill_9_of_the_launcher_ends_the_ranks(tmp_path: Path) -> None:
     job.finish()
 
 
+def test_kill_9_of_the_launcher_ends_what_ranks_started(tmp_path: Path) -> None:
+    source = """
+(HERE / f"child{RANK}").write_text(str(subprocess.Popen(["sleep", "100"]).pid))
+mark("up")
+time.sleep(100)
+"""
+    job = Job(tmp_path, source, "--nproc", "2")
+    pids = job.pids("up")
+    pids += [int((tmp_path / f"child{rank}").read_text()) for rank in range(2)]
+    job.process.kill()
+    assert until(lambda: all(gone(pid) for pid in pids), 5.0)
+    job.finish()
+
+
 _SAVES = """
 try:
     mark("up")

@@ -26,6 +26,13 @@ time.sleep(100)
 """
 
 
+@pytest.fixture(params=[0, *(pytest.param(number, marks=pytest.mark.full) for number in range(1, 10))])
+def repetition(request: pytest.FixtureRequest) -> int:
+    """Faults are tried ten times in a full run."""
+    number: int = request.param
+    return number
+
+
 def start(
     network: Network,
     folder: Path,
@@ -167,8 +174,10 @@ from engine.launch import training
         peers = (tmp_path / f"peers{rank}").read_text().split()
         assert not {"2", "3"} & set(peers) if rank < 2 else not {"0", "1"} & set(peers)
     assert (tmp_path / "peers0").read_text() in ("1", "none")
+    assert [host.run("ls", "/dev/shm") for host in network.hosts.values()] == ["", ""]
 
 
+@pytest.mark.usefixtures("repetition")
 def test_a_rank_that_is_killed_is_named_with_its_host(network: Network, tmp_path: Path) -> None:
     job = start(network, tmp_path, _WAITS)
     pids = job.pids("up", 4)
@@ -205,6 +214,61 @@ wait_for("never")
     assert nothing_left(network, job)
 
 
+def _slow(network: Network, rate: str) -> None:
+    network["host-b"].run(*f"tc qdisc add dev eth0 root tbf rate {rate} burst 1600 limit 100000".split())
+
+
+def test_a_slow_link_is_told_from_a_dead_one(network: Network, tmp_path: Path) -> None:
+    job = start(network, tmp_path, 'mark("up"); wait_for("go")', "--host-timeout", "3")
+    job.pids("up", 4)
+    _slow(network, "16kbit")
+    try:
+        time.sleep(6)  # twice the limit
+        (tmp_path / "go").touch()
+        code, _, err = job.finish()
+    finally:
+        network["host-b"].run(*["tc", "qdisc", "del", "dev", "eth0", "root"])
+    assert code == 0, err
+    assert nothing_left(network, job)
+
+
+@pytest.mark.usefixtures("repetition")
+def test_a_link_that_carries_almost_nothing_is_lost(network: Network, tmp_path: Path) -> None:
+    job = start(network, tmp_path, _WAITS, "--host-timeout", "3")
+    job.pids("up", 4)
+    _slow(network, "8bit")
+    try:
+        code, _, err = job.finish()
+    finally:
+        network["host-b"].run(*["tc", "qdisc", "del", "dev", "eth0", "root"])
+    assert code == 1
+    assert "machine host-b was lost first, with ranks 2, 3: no heartbeat for 3 s" in err
+    assert nothing_left(network, job)
+
+
+@pytest.mark.usefixtures("repetition")
+def test_a_full_disk_on_one_host(network: Network, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    source = """
+mark("up")
+for other in range(4):
+    wait_for(f"up{other}")
+if RANK == 3:
+    (HERE / "disk" / "checkpoint").write_bytes(bytes(1 << 20))
+time.sleep(100)
+"""
+    network["host-b"].run("mount", "-t", "tmpfs", "-o", "size=64k", "none", str(tmp_path / "disk"))
+    try:
+        job = start(network, tmp_path, source)
+        code, _, err = job.finish()
+    finally:
+        network["host-b"].run("umount", str(tmp_path / "disk"))
+    assert code == 1
+    assert "[ds] rank 3 (host-b, pid" in err and "No space left on device" in err
+    assert nothing_left(network, job)
+
+
+@pytest.mark.usefixtures("repetition")
 def test_a_host_that_vanishes_is_lost_after_the_timeout(network: Network, tmp_path: Path) -> None:
     job = start(network, tmp_path, _WAITS, "--host-timeout", "2", "--grace", "1")
     job.pids("up", 4)
@@ -218,6 +282,7 @@ def test_a_host_that_vanishes_is_lost_after_the_timeout(network: Network, tmp_pa
     assert until(lambda: not network["host-b"].processes("ds_engine.launch.remote.agent"), 20.0)
 
 
+@pytest.mark.usefixtures("repetition")
 def test_all_processes_of_a_host_killed(network: Network, tmp_path: Path) -> None:
     job = start(network, tmp_path, _WAITS)
     job.pids("up", 4)
@@ -232,8 +297,13 @@ def test_all_processes_of_a_host_killed(network: Network, tmp_path: Path) -> Non
     assert nothing_left(network, job)
 
 
-def test_ctrl_c_reaches_every_rank_and_lets_it_save(network: Network, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("repetition")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_every_rank_and_lets_it_save(
+    number: signal.Signals, network: Network, tmp_path: Path
+) -> None:
     source = """
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 try:
     mark("up")
     time.sleep(100)
@@ -243,17 +313,23 @@ except KeyboardInterrupt:
 """
     job = start(network, tmp_path, source)
     job.pids("up", 4)
-    os.kill(launcher(network), signal.SIGINT)
+    os.kill(launcher(network), number)
     code, _, err = job.finish()
-    assert code == 128 + signal.SIGINT
+    assert code == 128 + number
     assert all((tmp_path / f"saved{rank}").exists() for rank in range(4))
-    assert "[ds] SIGINT: forwarded to 4 ranks" in err
+    assert f"[ds] {number.name}: forwarded to 4 ranks" in err
     assert "failed first" not in err
     assert nothing_left(network, job)
 
 
+@pytest.mark.usefixtures("repetition")
 def test_kill_9_of_the_launcher_ends_the_ranks_of_all_hosts(network: Network, tmp_path: Path) -> None:
-    source = 'signal.signal(signal.SIGTERM, signal.SIG_IGN); mark("up"); time.sleep(100)'
+    source = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)", str(HERE)])
+mark("up")
+time.sleep(100)
+"""
     job = start(network, tmp_path, source, "--grace", "0.5")
     job.pids("up", 4)
     os.kill(launcher(network), signal.SIGKILL)

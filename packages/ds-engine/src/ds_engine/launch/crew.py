@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from ds_engine.launch.failure import RankEnd
+from ds_engine.launch.guardian import Guardian
 from ds_engine.launch.machine import oom_kills
 from ds_engine.launch.output import Outputs
 from ds_engine.launch.plan import LaunchPlan
@@ -67,6 +68,7 @@ class LocalCrew:
         self._outputs_of = outputs_of
         self._terminal = terminal
         self._ranks: list[RankProcess] = []
+        self._guardian: Guardian | None = None
         self._oom_before = oom_kills()
 
     @property
@@ -77,6 +79,7 @@ class LocalCrew:
     def start(self, selector: selectors.BaseSelector) -> None:
         """Starts the ranks."""
         self._selector = selector
+        self._guardian = guardian = Guardian()
         for local_rank, environ in enumerate(self._plan.environs):
             rank = self._plan.first_rank + local_rank
             process = RankProcess(
@@ -87,11 +90,14 @@ class LocalCrew:
                 terminal=self._terminal and rank == 0,
             )
             self._ranks.append(process)
+            guardian.add(process.pid)
             process.register(selector)
 
     def collect(self) -> list[RankEnd]:
         """Returns how ranks ended since the last call."""
-        ended = [process.reap(self._selector) for process in self._ranks]
+        assert self._guardian is not None
+        remove = self._guardian.remove
+        ended = [process.reap(self._selector, remove) for process in self._ranks]
         return [
             dataclasses.replace(end, oom_killed=oom_kills() > self._oom_before)
             for end in ended
@@ -122,3 +128,5 @@ class LocalCrew:
         for process in self._ranks:
             process.kill()
             process.close(self._selector)
+        if self._guardian is not None:
+            self._guardian.close()

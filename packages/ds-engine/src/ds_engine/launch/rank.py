@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ds_engine.launch.failure import RankEnd
@@ -116,12 +116,16 @@ class RankProcess:
             self.signalled = self.signalled or not self._is_dead()
             self._kill_group()
 
-    def reap(self, selector: selectors.BaseSelector) -> RankEnd | None:
-        """Returns how the rank ended, once; before, kills its remaining processes, and reads the rest of its output."""
+    def reap(self, selector: selectors.BaseSelector, before: Callable[[int], None]) -> RankEnd | None:
+        """Returns how the rank ended, once; before, kills its remaining processes, and reads the rest of its output.
+
+        before: is called with the process id before it may be reused.
+        """
         if self.ended is not None or not self._is_dead():
             return None
         ended_s = time.monotonic()
         self._kill_group()
+        before(self.pid)
         returncode = self._process.wait()
         for stream in list(self._streams):
             while stream in self._streams and self._has_data(stream):
