@@ -123,7 +123,7 @@ def _launch_here(options: argparse.Namespace, slots: Sequence[int]) -> int:
     console = _console(options, inherit=True)
     if not options.quiet:
         _say(f"{plan.num_ranks} rank(s): {options.user_script} {' '.join(options.user_args)}".rstrip())
-    return run(plan, say=_say, console=console)
+    return run(plan, say=_say, console=console).code
 
 
 def _launch_on_machines(options: argparse.Namespace, pool: Pool) -> int:
@@ -142,13 +142,13 @@ def _launch_on_machines(options: argparse.Namespace, pool: Pool) -> int:
     )
     if options.no_ssh:
         plan = plan_share(job, options.node_rank)
-        return run(plan, say=_say, console=_console(options, inherit=True))
+        return run(plan, say=_say, console=_console(options, inherit=True)).code
     transport = Transport(
         port=options.ssh_port,
         arguments=split_arguments(options.launcher_args),
         activate=options.venv_script,
     )
-    return run_on_hosts(job, transport, Watch(say=_say, console=_console(options, inherit=False)))
+    return run_on_hosts(job, transport, Watch(say=_say, console=_console(options, inherit=False))).code
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ import typer
 
 if TYPE_CHECKING:
     from ds_engine.launch.console import Console
+    from ds_engine.launch.hosts import Pool
     from ds_engine.launch.plan import LaunchPlan
     from ds_engine.launch.remote.prepare import Script, Selection
-    from ds_engine.launch.supervise import Patience
+    from ds_engine.launch.restart import Restarts
+    from ds_engine.launch.supervise import Outcome, Patience
 
 _SEVERAL = "Several machines, over ssh"
+_AGAIN = "After a failure"
 _EACH = "Several machines, one command on each"
 _Script = Annotated[
     str, typer.Argument(help="Python file to run on every rank (or a module, with --module).")
@@ -105,6 +109,22 @@ _Python = Annotated[
         help="Path of the interpreter on the machines. Default: this one's.", rich_help_panel=_SEVERAL
     ),
 ]
+_MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        "--max-restarts",
+        help="How often the job is started again after a failure, without the machines that were lost.",
+        rich_help_panel=_AGAIN,
+    ),
+]
+_MinNodes = Annotated[
+    int | None,
+    typer.Option(
+        "--min-nodes",
+        help="Smallest number of machines on which the job may start or go on. Default: as many as it begins with.",
+        rich_help_panel=_AGAIN,
+    ),
+]
 _Nnodes = Annotated[int | None, typer.Option("--nnodes", help="Number of machines.", rich_help_panel=_EACH)]
 _NodeRank = Annotated[
     int | None, typer.Option("--node-rank", help="Number of this machine, from 0.", rich_help_panel=_EACH)
@@ -136,6 +156,8 @@ def run(
     host_timeout: _HostTimeout = 60.0,
     export: _Export = None,
     python: _Python = sys.executable,
+    max_restarts: _MaxRestarts = 0,
+    min_nodes: _MinNodes = None,
     nnodes: _Nnodes = None,
     node_rank: _NodeRank = None,
     rdzv_endpoint: _Endpoint = None,
@@ -145,6 +167,7 @@ def run(
     The exit code is that of the rank that failed first, or 128 + n for signal n.
     """
     from ds_engine.launch.remote.prepare import Script, Selection
+    from ds_engine.launch.restart import Restarts
     from ds_engine.launch.supervise import Patience
 
     kind = "module" if module else "script"
@@ -156,9 +179,10 @@ def run(
         "exclude": exclude,
         "launcher-args": launcher_args,
     }
-    over_ssh |= {"ssh-port": ssh_port, "export": export, "master-addr": master_addr}
+    over_ssh |= {"ssh-port": ssh_port, "export": export, "master-addr": master_addr, "min-nodes": min_nodes}
     on_each = {"nnodes": nnodes, "node-rank": node_rank, "rdzv-endpoint": rdzv_endpoint}
     try:
+        again = Restarts(limit=max_restarts, min_nodes=min_nodes)
         if hostfile is not None:
             _refuse(on_each, "cannot be combined with --hostfile, which starts all machines")
             pool = Selection(
@@ -167,10 +191,11 @@ def run(
             reach = _Reach(
                 master_addr, master_port, launcher_args, ssh_port, host_timeout, export or [], python
             )
-            code = _on_hosts(what, pool, reach, shown)
+            code = _on_hosts(what, pool, reach, shown, again)
         else:
             _refuse(over_ssh, "needs --hostfile")
-            code = _here(what, nproc, master_port, _Node(nnodes, node_rank, rdzv_endpoint), shown)
+            node = _Node(nnodes, node_rank, rdzv_endpoint)
+            code = _here(what, nproc, master_port, node, shown, again)
     except ValueError as error:  # also LaunchError
         say(f"cannot start: {error}")
         code = 2
@@ -223,19 +248,36 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
         raise LaunchError(f"{', '.join(given)} {why}")
 
 
-def _on_hosts(script: Script, selection: Selection, reach: _Reach, shown: _Shown) -> int:
+def _on_hosts(script: Script, selection: Selection, reach: _Reach, shown: _Shown, restarts: Restarts) -> int:
+    from ds_engine.launch.restart import Candidates, run_again
+
+    pool = selection.candidates()
+    selection.pool()  # refuses more machines than there are
+    candidates = Candidates(pool, selection.num_nodes, restarts, say)
+
+    def start(number: int) -> Outcome:
+        return candidates.attempt(lambda chosen: _attempt(script, pool, chosen, reach, shown, number))
+
+    return run_again(start, restarts, say).code
+
+
+def _attempt(script: Script, pool: Pool, chosen: Pool, reach: _Reach, shown: _Shown, number: int) -> Outcome:
+    """Starts the job once, on the chosen machines of a pool. number: that of the restart."""
     from ds_engine.launch.remote.connect import Watch, run_on_hosts
     from ds_engine.launch.remote.link import Pulse
     from ds_engine.launch.remote.prepare import plan_job, plan_share
     from ds_engine.launch.remote.transport import Transport, split_arguments
+    from ds_engine.launch.restart import restart_environ
 
     job = plan_job(
         script,
-        selection.pool(),
-        master_addr=reach.master_addr,
+        chosen,
+        # The address that was given is that of the first machine of the file.
+        master_addr=reach.master_addr if next(iter(chosen)) == next(iter(pool)) else "",
         master_port=reach.master_port,
         export=reach.export,
         python=reach.python,
+        environ={**os.environ, **restart_environ(number)},
     )
     if job.is_here:
         return _run_here(plan_share(job, 0), script, shown)
@@ -254,12 +296,25 @@ def _on_hosts(script: Script, selection: Selection, reach: _Reach, shown: _Shown
     return run_on_hosts(job, transport, watch)
 
 
-def _here(script: Script, nproc: int | None, port: int | None, node: _Node, shown: _Shown) -> int:
+def _here(
+    script: Script, nproc: int | None, port: int | None, node: _Node, shown: _Shown, restarts: Restarts
+) -> int:
     from ds_engine.launch.local import prepare
     from ds_engine.launch.remote.prepare import plan_node
+    from ds_engine.launch.restart import restart_environ, run_again
 
-    if node.nnodes is None:
-        _refuse({"node-rank": node.node_rank is not None, "rdzv-endpoint": node.endpoint}, "needs --nnodes")
+    if node.nnodes is not None:
+        _refuse(
+            {"master-port": port}, "cannot be combined with --nnodes: the port is that of --rdzv-endpoint"
+        )
+        _refuse({"max-restarts": restarts.limit}, "needs one launcher for all machines: use --hostfile")
+        plan = plan_node(
+            script, nnodes=node.nnodes, node_rank=node.node_rank, endpoint=node.endpoint, nproc=nproc
+        )
+        return _run_here(plan, script, shown).code
+    _refuse({"node-rank": node.node_rank is not None, "rdzv-endpoint": node.endpoint}, "needs --nnodes")
+
+    def start(number: int) -> Outcome:
         plan = prepare(
             script.name,
             script.arguments,
@@ -267,18 +322,14 @@ def _here(script: Script, nproc: int | None, port: int | None, node: _Node, show
             module=script.kind == "module",
             config=script.config,
             port=port,
+            environ={**os.environ, **restart_environ(number)},
         )
-    else:
-        _refuse(
-            {"master-port": port}, "cannot be combined with --nnodes: the port is that of --rdzv-endpoint"
-        )
-        plan = plan_node(
-            script, nnodes=node.nnodes, node_rank=node.node_rank, endpoint=node.endpoint, nproc=nproc
-        )
-    return _run_here(plan, script, shown)
+        return _run_here(plan, script, shown)
+
+    return run_again(start, restarts, say).code
 
 
-def _run_here(plan: LaunchPlan, script: Script, shown: _Shown) -> int:
+def _run_here(plan: LaunchPlan, script: Script, shown: _Shown) -> Outcome:
     from ds_engine.launch.supervise import run as run_plan
 
     console = shown.console(script.name, inherit=True)

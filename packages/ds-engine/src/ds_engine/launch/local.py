@@ -36,7 +36,7 @@ def launch(
     """
     plan = prepare(script, arguments, nproc=nproc, module=module, config=config)
     say(f"{plan.num_ranks} rank{'s' * (plan.num_ranks > 1)} ({plan.reason}): {' '.join(plan.command[1:])}")
-    return run(plan, say=say, patience=patience)
+    return run(plan, say=say, patience=patience).code
 
 
 def prepare(

@@ -41,18 +41,27 @@ class _Phase(enum.Enum):
     """All ranks have got SIGKILL."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a launch ended."""
+
+    code: int
+    """Exit code for the shell: 0 if every rank returned 0; else the code of the rank that failed first, 128 + n if
+    signal n killed it, or if the launcher itself received signal n."""
+    stopped: bool = False
+    """Whether the launcher was stopped by a signal."""
+    lost: frozenset[str] = frozenset()
+    """Machines that were lost."""
+
+
 def run(
     plan: LaunchPlan,
     *,
     say: Callable[[str], None],
     patience: Patience | None = None,
     console: Console | None = None,
-) -> int:
-    """Starts all ranks on this machine, waits until none is left, and returns the exit code for the shell.
-
-    0 if every rank returned 0; else the code of the rank that failed first, 128 + n if signal n killed it, or
-    if the launcher itself received signal n. `say` is called with each line for the user.
-    """
+) -> Outcome:
+    """Starts all ranks on this machine, and waits until none is left. `say` is called with each line for the user."""
     console = console or Console(say, inherit=True)
     return Supervisor(LocalCrew(plan, console.outputs_of), say, patience or Patience()).run()
 
@@ -69,8 +78,8 @@ class Supervisor:
         self._deadline_s = float("inf")
         self._stopped_by: signal.Signals | None = None
 
-    def run(self, selector: selectors.BaseSelector | None = None) -> int:
-        """Returns the exit code for the shell. selector: one with which the crew has registered already."""
+    def run(self, selector: selectors.BaseSelector | None = None) -> Outcome:
+        """Returns how the launch ended. selector: one with which the crew has registered already."""
         with selector or selectors.DefaultSelector() as selector, CaughtSignals(selector) as caught:
             try:
                 self._crew.start(selector)
@@ -129,13 +138,14 @@ class Supervisor:
         self._phase = phase
         self._deadline_s = time.monotonic() + seconds
 
-    def _conclude(self) -> int:
+    def _conclude(self) -> Outcome:
+        lost = frozenset(end.host for end in self._ends if end.lost)
         finding = find_first(self._ends)
         if self._stopped_by is not None:
             self._say(f"stopped by {self._stopped_by.name}; no rank is left")
-            return 128 + int(self._stopped_by)
+            return Outcome(code=128 + int(self._stopped_by), stopped=True, lost=lost)
         if finding is None:
-            return 0
+            return Outcome(code=0)
         for line in finding.lines:
             self._say(line)
-        return finding.exit_code
+        return Outcome(code=finding.exit_code, lost=lost)

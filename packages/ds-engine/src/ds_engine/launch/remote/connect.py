@@ -16,7 +16,8 @@ from ds_engine.launch.remote.job import JobPlan
 from ds_engine.launch.remote.link import Pulse
 from ds_engine.launch.remote.ranks import RemoteCrew, RemoteHost, Start, close_all
 from ds_engine.launch.remote.transport import Transport
-from ds_engine.launch.supervise import Patience, Supervisor
+from ds_engine.launch.restart import UnusableHostsError
+from ds_engine.launch.supervise import Outcome, Patience, Supervisor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,11 @@ class Watch:
     """When a machine is considered lost."""
 
 
-def run_on_hosts(job: JobPlan, transport: Transport, watch: Watch) -> int:
-    """Runs the job, and returns the exit code as `supervise.run` does.
+def run_on_hosts(job: JobPlan, transport: Transport, watch: Watch) -> Outcome:
+    """Runs the job, and returns how it ended.
 
-    Raises LaunchError, before any rank is started, if a machine cannot be reached or differs from this one. The message
-    names every such machine.
+    Raises UnusableHostsError, before any rank is started, if a machine cannot be reached or differs from this one. The
+    message names every such machine.
     """
     selector = selectors.DefaultSelector()
     hosts: list[RemoteHost] = []
@@ -55,9 +56,16 @@ def run_on_hosts(job: JobPlan, transport: Transport, watch: Watch) -> int:
             host.link.send("examine", **ask, port=host is hosts[0] and job.master_port is None)
         _wait_for_hello(hosts, selector)
         ours = gather(job.program.kind, job.program.script, job.program.files)
-        problems = [line for host in hosts for line in _problems(host, ours, job)]
-        if problems:
-            raise LaunchError("\n  ".join(["the job does not start on any machine:", *problems]))
+        problems = {host.name: _problems(host, ours, job) for host in hosts}
+        lines = [line for of_host in problems.values() for line in of_host]
+        if lines:
+            unreachable = [
+                host.name for host in hosts if host.hello is None or host.lost_because() is not None
+            ]
+            others = any(of_host for name, of_host in problems.items() if name not in unreachable)
+            raise UnusableHostsError(
+                "\n  ".join(["the job does not start on any machine:", *lines]), [] if others else unreachable
+            )
     except BaseException as error:
         close_all(hosts)
         selector.close()

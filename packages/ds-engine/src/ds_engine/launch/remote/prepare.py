@@ -70,7 +70,11 @@ class Selection:
     """Only the first slots of each machine."""
 
     def pool(self) -> Pool:
-        """Reads the host file, and applies the filters.
+        """Returns the machines and slots of the job; raises as `candidates` does."""
+        return first_slots(self.candidates(), num_nodes=self.num_nodes, nproc=None)
+
+    def candidates(self) -> Pool:
+        """Reads the host file, and applies the filters. More machines than `num_nodes` are spares.
 
         Raises:
             LaunchError: there is no such file.
@@ -87,7 +91,7 @@ class Selection:
         pool = parse_resource_filter(listed, self.include, self.exclude)
         if not pool:
             raise LaunchError(f"--include/--exclude leave no slot of {self.hostfile}")
-        return first_slots(pool, num_nodes=self.num_nodes, nproc=self.nproc)
+        return first_slots(pool, num_nodes=None, nproc=self.nproc)
 
 
 def plan_job(
