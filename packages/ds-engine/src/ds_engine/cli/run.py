@@ -173,13 +173,9 @@ def run(
     kind = "module" if module else "script"
     what = Script(name=script, arguments=arguments or [], kind=kind, config=config)
     shown = _Shown(Patience(grace_s=grace_s, stop_s=stop_s), log_dir, show)
-    over_ssh: dict[str, object] = {
-        "num-nodes": num_nodes,
-        "include": include,
-        "exclude": exclude,
-        "launcher-args": launcher_args,
-    }
-    over_ssh |= {"ssh-port": ssh_port, "export": export, "master-addr": master_addr, "min-nodes": min_nodes}
+    over_ssh: dict[str, object] = {"include": include, "exclude": exclude, "launcher-args": launcher_args}
+    over_ssh |= {"ssh-port": ssh_port, "export": export, "master-addr": master_addr}
+    over_ssh |= {"num-nodes": num_nodes, "min-nodes": min_nodes}
     on_each = {"nnodes": nnodes, "node-rank": node_rank, "rdzv-endpoint": rdzv_endpoint}
     try:
         again = Restarts(limit=max_restarts, min_nodes=min_nodes)
