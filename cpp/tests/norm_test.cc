@@ -13,7 +13,7 @@ NormTensor tensor(const std::vector<float>& x, std::size_t begin = 0) {
   return {x.data() + begin, static_cast<std::int64_t>(x.size() - begin), DType::kF32};
 }
 
-// [Note: fixed sums], written out.
+// [Note: sums in fixed order], written out.
 double oracle_block(const float* x, std::int64_t n) {
   double lane[16] = {};
   for (std::int64_t i = 0; i < n; ++i) lane[i % 16] += static_cast<double>(x[i]) * static_cast<double>(x[i]);

@@ -1,10 +1,10 @@
 // Threads for the CPU kernels.
 //
-// [Note: whose threads] torch's idle OpenMP workers keep spinning for some milliseconds after a parallel
-// region. A second pool beside them fights for the same cores and loses up to half of its speed. So the team
-// of the OpenMP runtime that is already in the process is used (found at run time, never linked), and an own
-// pool only where there is none, or in a forked child, where the OpenMP runtime would wait for threads that
-// fork() did not copy.
+// [Note: shared OpenMP threads] torch's idle OpenMP threads spin for some milliseconds after a parallel
+// region. A second pool of threads would compete with them for the cores, and be up to twice as slow. So the
+// kernels run on the threads of the OpenMP runtime that is already loaded in the process (looked up at run
+// time, not linked). If there is none, they use a pool of their own, and also in a forked child, where the
+// OpenMP runtime would wait for threads that fork() did not copy.
 #pragma once
 
 #include <cstdint>

@@ -16,9 +16,10 @@ namespace {
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
 constexpr std::size_t kSlab = 16 * kHugePage;
 
-// [Note: colours] Arrays that all begin at a multiple of 2 MiB of physical memory and are walked side by side
-// meet in the same cache sets and banks of memory. So slabs of one large block begin at different pages,
-// which keep the alignment that direct I/O needs; their first and last pages are small ones then.
+// [Note: cache colouring] If several arrays begin at multiples of 2 MiB of physical memory and a loop reads
+// them in parallel, the elements with the same index are in the same cache sets and memory banks. So slabs
+// for large blocks begin at different 4 KiB pages (colours) after a multiple of 2 MiB. This keeps the
+// alignment for direct I/O; the first and last pages of a slab are then small ones.
 constexpr std::size_t kColour = 4096;
 constexpr std::size_t kNumColours = 16;
 

@@ -1,8 +1,8 @@
 // Sums of squares. Included per target.
 //
-// [Note: fixed sums] Element i goes to accumulator i % 16; the 16 are added as a binary tree. The square of a
-// widened fp32 number is exact in fp64. So the order of the additions, and with it the result, is the same on
-// every target.
+// [Note: sums in fixed order] Element i is added to accumulator i % 16, and the 16 accumulators are added as
+// a binary tree. The square of an fp32 number is exact in fp64. So the order of additions and the result are
+// the same on every target.
 
 inline double tree_sum(const Sum16& sum) {
   double lane[16];

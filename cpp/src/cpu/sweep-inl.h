@@ -1,9 +1,11 @@
-// Walking arrays vector by vector, bodies and tails with the same arithmetic. Included per target.
+// Loops over arrays in vectors of kLanes elements, with the same arithmetic for all elements. Included per
+// target.
 //
-// [Note: tails] A tail of fewer than kLanes elements is copied into a buffer of kLanes, goes through the
-// vector code, and is copied back. So an element's bits never depend on its place in a tensor.
+// [Note: tails] The last elements of an array, if fewer than kLanes, are copied to a buffer of kLanes
+// elements, processed by the vector code, and copied back. So the result of an element does not depend on its
+// position in a tensor.
 
-// The element type of an array that is not there: reads as zeros, writes go nowhere.
+// The element type of an optional array that is missing: reads give zeros, writes have no effect.
 struct Absent {};
 inline F32 load(const Absent*) { return set(0.0f); }
 inline void store(Absent*, F32) {}
@@ -46,10 +48,10 @@ inline void staged_step(Step step, Staged<T>... staged) {
   step(staged.get()...);
 }
 
-// [Note: prefetch] An optimizer step walks up to five arrays at once, and a square root or a division keeps
-// the window of instructions in flight short: some lines ahead at most. Asking for lines kAhead elements
-// ahead is worth 3 to 5 % where memory is the limit, and costs nothing where it is not. Further ahead is
-// slower.
+// [Note: prefetch] An optimizer step reads up to five arrays at once. Square roots and divisions fill the
+// processor's reorder buffer, so that it loads only a few cache lines ahead. Prefetching kAhead elements
+// ahead makes steps that are limited by memory bandwidth 3 to 5 % faster, and does not slow down others. A
+// larger distance is slower.
 constexpr std::int64_t kLine = 16;
 constexpr std::int64_t kAhead = 256;
 template <class T>

@@ -1,9 +1,10 @@
-// Sums in the CPU's order ([Note: fixed sums] in cpu/norm-inl.h): 16 neighbouring threads are the 16
-// accumulators of a block of elements. Included inside an anonymous namespace, after multi_tensor.h.
+// Sums in the order of the CPU kernels ([Note: sums in fixed order] in cpu/norm-inl.h): 16 consecutive
+// threads have the 16 accumulators of a block of elements. Included inside an anonymous namespace, after
+// multi_tensor.h.
 
 constexpr int kSumLanes = 16;
 
-// Which lane of which block this thread is; blocks are the units of a Table.
+// The block of elements and the lane of this thread; blocks are the units of a Table.
 struct SumLane {
   std::int64_t unit;
   int lane;
@@ -14,7 +15,7 @@ DS_INLINE SumLane sum_lane() {
   return {thread / kSumLanes, static_cast<int>(thread % kSumLanes)};
 }
 
-// The tree over the 16 lanes; the result is lane 0's. Every thread of the warp must call it.
+// Adds the 16 lanes as a binary tree; lane 0 gets the result. Every thread of the warp must call it.
 DS_INLINE double tree_sum(double sum) {
 #pragma unroll
   for (int half = kSumLanes / 2; half > 0; half /= 2)

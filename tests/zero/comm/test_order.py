@@ -148,7 +148,7 @@ def test_slow_is_not_stuck() -> None:
         train(model, optimizer, [0])
         assert state.waiting.looks > 3
         said: list[str] = []
-        board = state.waiting._board
+        board = state.waiting._store
 
         class Spy:
             def set(self, key: str, value: str) -> None:
@@ -162,7 +162,7 @@ def test_slow_is_not_stuck() -> None:
                 said.extend(keys)
                 return board.check(keys)
 
-        state.waiting._board = Spy()
+        state.waiting._store = Spy()
         for silent in (False, True):  # in the first round it may take back what it said before
             said.clear()
             looks = state.waiting.looks
@@ -234,7 +234,7 @@ def test_a_rank_that_ended_while_it_waited_is_not_taken_for_one_that_answers() -
         waiting = _registry.state_of(model).waiting
         waiting.stop()
         if dist.get_rank() == 1:
-            waiting._say(blocked=True)
+            waiting._write_standing(blocked=True)
         dist.barrier()
         if dist.get_rank() == 0:
             with pytest.raises(ds_zero.RankOrderError, match=r"; rank 1 do not answer"), waiting.guard("x"):
@@ -260,11 +260,13 @@ def test_a_machine_that_vanished_is_named_once_it_shows_no_sign_of_life() -> Non
             def check(self, keys: list[str]) -> bool:
                 return keys[0] in texts
 
-        watch._board, watch._index = Texts(), 0
-        watch._say(blocked=True)
+        watch._store, watch._index = Texts(), 0
+        watch._write_standing(blocked=True)
         long_s = 10 * watch._timeout_s
         assert watch._decide(long_s) is None, "the first look says nothing about silence"
-        watch._signs = {rank: (sign, since - long_s) for rank, (sign, since) in watch._signs.items()}
+        watch._heartbeats = {
+            rank: (beat, since - long_s) for rank, (beat, since) in watch._heartbeats.items()
+        }
         texts[watch._key("alive/0")] = "0:8"
         said = watch._decide(long_s)
         assert said is not None and "rank 1 do not answer" in said and "no heartbeat" in said

@@ -242,7 +242,7 @@ def test_gradients_are_updated_many_at_a_time(stage: int) -> None:
 @pytest.mark.parametrize("plan", ["local", "sharded"])
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_looking_changes_nothing(stage: int, plan: str) -> None:
-    """Also in the middle of an accumulation, [Note: reading does not disturb]; and it shows the sum so far."""
+    """Also in the middle of an accumulation, [Note: reading gradients has no effect]; and it shows the sum so far."""
     results = []
     for look in (False, True):
         model, optimizer = make(stage, accumulation=plan)

@@ -28,9 +28,10 @@ ANSWER_S = 10.0
 class Team:
     """All ranks of the default process group, or this process alone if there is none.
 
-    [Note: a rank that died] If a rank dies, the collectives of the ranks connected to it fail at once, but other
-    ranks wait for those until the timeout, half an hour. So the first rank that notices writes this to the store of
-    the process group. The others check the store while they wait, and each names the ranks that do not answer.
+    [Note: ranks that end] If the process of a rank ends, the collectives of the ranks connected to it fail at once,
+    but other ranks would wait for these until the timeout of half an hour. So the first rank whose collective fails
+    writes this to the store of the process group. The others check the store while they wait, and the error of each
+    rank names the ranks that do not answer.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -133,7 +134,7 @@ class Team:
         content = torch.frombuffer(bytearray(payload.ljust(max(length, 1), b"\0")), dtype=torch.uint8)
         return content[:length].to(self.device)
 
-    # --- [Note: a rank that died]
+    # --- [Note: ranks that end]
 
     def _finish(self, work: dist.Work | None) -> None:
         """Waits for a collective.

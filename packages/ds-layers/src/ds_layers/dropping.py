@@ -1,12 +1,12 @@
 """Layers that process a random subset of the tokens.
 
-[Note: tokens that pass by]
+[Note: skipped tokens]
 In training, a layer processes `kept` of the S tokens of every sequence. They are drawn anew for each sequence, layer
-and call, and keep their order; the other tokens skip the layer unchanged. The outputs replace the kept tokens in the
-sequence, so layers before and after process whole sequences. Masks and positions are restricted to the kept tokens,
-so a causal mask stays causal.
+and call, and keep their order. The other tokens skip the layer: they are not changed. The layer's outputs replace the
+kept tokens in the sequence, so the layers before and after receive whole sequences. Masks and positions are restricted
+to the kept tokens, so a causal mask stays causal.
 
-No module is replaced: forward hooks do the work, so names of parameters and checkpoints stay the same.
+This is implemented by forward hooks. No module is replaced, so names of parameters and checkpoints stay the same.
 
 Source: Yao et al., Random-LTD: Random and Layerwise Token Dropping (2022), section 3.
 """
@@ -42,7 +42,7 @@ class DroppingConfig:
 class TokenDropping:
     """In training, lets each of `layers` process only `kept` random tokens of every sequence; the others skip it.
 
-    It works through hooks, until `remove`. Set `kept` at any time; None means all tokens. [Note: tokens that pass by]
+    It works through hooks, until `remove`. Set `kept` at any time; None means all tokens. [Note: skipped tokens]
     """
 
     def __init__(self, layers: Sequence[nn.Module], config: DroppingConfig | None = None) -> None:

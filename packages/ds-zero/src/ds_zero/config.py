@@ -153,7 +153,8 @@ class ZeroConfig:
 
     order_timeout_s: float = 30.0
     """Seconds without progress after which ranks that wait for each other in different modules raise
-    `RankOrderError`; four times as long if they ran the same modules so far. 0: no check. [Note: standing still]
+    `RankOrderError`; four times as long if they ran the same modules so far. 0: no check. [Note: detection of stalled
+    ranks]
     """
 
     overlap_publish: bool = False

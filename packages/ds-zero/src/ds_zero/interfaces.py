@@ -35,19 +35,19 @@ class Capabilities:
     """
 
     tags: bool = False
-    """Has `bound(number, peer_memory)`: one whose messages meet only those of the same number, and which copies from
-    processes whose memory it can read."""
+    """It has a method `bound(number, peer_memory)`, which returns a collective whose messages have the tag `number`,
+    and which copies from the memory of other processes where it can."""
     uneven: bool = False
-    """Takes `sizes=`, the number of elements of each rank's slice, where they differ. Without it uneven slices travel
-    straight from rank to rank, or by the backend, past this collective."""
+    """It takes an argument `sizes=`, the number of elements of each rank's slice if they differ. Without this
+    capability, uneven slices are sent by other collectives."""
     dtypes: frozenset[torch.dtype] | None = None
-    """Those it moves; None: all. Others travel by the default collectives of the device."""
+    """The dtypes that it can send; None: all. Others are sent by the default collectives of the device."""
     pieces: bool = False
-    """Sends straight from rank to rank and adds in the order of [Note: ordered reduction], so that gradients may be
-    reduced where they lie."""
+    """It sends directly from rank to rank and adds in the order of [Note: ordered reduction], which permits [Note:
+    reduction without copying]."""
 
     def moves(self, dtype: torch.dtype) -> bool:
-        """Whether the collective takes tensors of this type."""
+        """Whether the collective accepts tensors of this dtype."""
         return self.dtypes is None or dtype in self.dtypes
 
 

@@ -1,10 +1,10 @@
 """A new file that is written sequentially, and is on the disk when it is closed.
 
-[Note: past the cache] Large files are written by direct I/O (O_DIRECT) if the file system supports it. The page cache
-would be filled with data that nobody reads, and the disk would be idle until `fsync`. Direct I/O needs aligned
-memory, so bytes are copied to a few buffers (`buffers.py`), which a thread writes while another one is filled. The
-remainder of less than a page is written through the cache. On other file systems the cache is used, and flushed to
-the disk in small steps.
+[Note: direct writes] Large files are written by direct I/O (O_DIRECT) if the file system supports it. Otherwise the
+page cache would fill with data that is not read again, and the disk would be idle until `fsync`. Direct I/O needs
+aligned memory, so bytes are copied to a few buffers (`buffers.py`): a thread writes one while the next one is filled.
+The remainder of less than a page is written through the cache. On other file systems the whole file is written through
+the cache, which is flushed to the disk in small steps.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class OutFile:
 
 
 class _PastCache:
-    """[Note: past the cache]"""
+    """[Note: direct writes]"""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor

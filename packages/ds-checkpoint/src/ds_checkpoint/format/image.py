@@ -13,7 +13,7 @@ from ds_checkpoint.format.datafile import Layout
 
 
 class Image:
-    """The bytes of one data file, page-aligned for direct I/O ([Note: past the cache])."""
+    """The bytes of one data file, page-aligned for direct I/O ([Note: direct writes])."""
 
     def __init__(self, layout: Layout, *, pinned: bool) -> None:
         """`pinned`: use page-locked memory, for copies from an accelerator."""

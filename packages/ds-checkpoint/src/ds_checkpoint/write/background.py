@@ -3,7 +3,7 @@
 Memory is bounded: there is one copy, its buffers are reused, and a save waits for the previous one. A crash at any
 moment has the same effect as in a synchronous save: the checkpoint is complete or absent.
 
-[Note: copied late] Tensors that only an optimizer step changes (optimizer states, masters that are not the module's
+[Note: deferred copies] Tensors that only an optimizer step changes (optimizer states, masters that are not the module's
 parameters) need not be copied while training waits. The thread copies them during the next forward and backward, at
 low priority, and the training thread copies the rest before the optimizer's next step. Parameters and buffers of the
 module, which other code can change, are copied in the call, on two cores. If anything but a step changes a tensor
@@ -196,7 +196,7 @@ class BackgroundSaver:
         """
         Args:
             say: called with the message of a failure as soon as it happens.
-            optimizer: its next step waits for late copies, [Note: copied late]. None: everything is copied in the
+            optimizer: its next step waits for late copies, [Note: deferred copies]. None: everything is copied in the
                 call.
         """
         self._say = say

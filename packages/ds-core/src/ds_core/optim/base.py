@@ -128,7 +128,7 @@ class FusedOptimizer(Optimizer):
             self._step_group(group, params, None, 1.0)
         return loss
 
-    # [Note: light step] torch wraps the `step` of every optimizer for hooks and profilers. Without either, the
+    # [Note: unwrapped step] torch wraps the `step` of every optimizer for hooks and profilers. Without either, the
     # wrapper still takes some 25 us per call, as long as the kernel on 100,000 parameters. `step.hooked` (below)
     # prevents the wrapping; the wrapper is called only if hooks or a profiler are active. A subclass that overrides
     # `step` gets torch's wrapper.
@@ -248,9 +248,9 @@ class FusedOptimizer(Optimizer):
                     state[name] = self._new_state(param)
         return state, None
 
-    # -- torch's surface. [Note: no dynamo] torch wraps these four methods; their first call would import
-    # torch._dynamo, which takes seconds and some hundred MB. They compile nothing, so the wrapped functions are
-    # called directly.
+    # -- methods of torch.optim.Optimizer. [Note: no import of torch._dynamo] torch wraps these four methods, so that
+    # their first call imports torch._dynamo, which takes seconds and some hundred MB. Nothing in them is compiled, so
+    # the wrapped functions are called directly.
 
     def add_param_group(self, param_group: Group) -> None:
         """As `torch.optim.Optimizer.add_param_group`."""
@@ -283,7 +283,7 @@ class FusedOptimizer(Optimizer):
         return {**super().__getstate__(), **own}
 
 
-FusedOptimizer.step.hooked = True  # type: ignore[attr-defined]  # [Note: light step]
+FusedOptimizer.step.hooked = True  # type: ignore[attr-defined]  # [Note: unwrapped step]
 
 
 def check_not_negative(**options: float) -> None:

@@ -1,11 +1,12 @@
-"""Curriculum learning: draws samples up to difficulties that grow with the steps.
+"""Curriculum learning: draws samples whose difficulty is below limits that grow with the steps.
 
 [Note: clusters]
-At each step the samples that are easy enough by every measure are eligible. Those that become so together are a
-cluster. A batch is drawn from all clusters in proportion to their sizes; inside a cluster samples come in a computed
-order ([Note: computed order]), each once before any comes again. So a batch follows from the seed, the step and how far
-each cluster is: that is what a checkpoint holds, and every rank computes the same without a message. A sample that was
-eligible stays it, also where a schedule of one's own falls again.
+At each step, the samples whose difficulty is within the limit of every measure are eligible. The samples that become
+eligible at the same step form a cluster. A batch is drawn from all clusters in proportion to their sizes. Within a
+cluster the samples are drawn in a computed order ([Note: computed order]), each once before any is drawn again. So a
+batch depends only on the seed, the step, and the number of samples drawn from each cluster. A checkpoint contains
+these, and every rank computes the same batch without communication. Eligible samples stay eligible, even if a limit
+decreases again (a custom schedule).
 
 Source: Li et al., DeepSpeed Data Efficiency (AAAI 2024), section 3.1.
 """

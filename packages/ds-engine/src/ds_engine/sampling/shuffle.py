@@ -1,10 +1,11 @@
 """Random permutations that are computed instead of stored; they are the same on every machine.
 
 [Note: computed order]
-A shuffled list of n samples is n indices on every rank, and going on in the middle of one means to make it anew. Here
-the i-th sample of an order is a function of (key, i, n): a Feistel network permutes the numbers below 4^k >= n, and
-what falls outside of n is permuted again until it does not ("cycle walking"; Black and Rogaway, Ciphers with Arbitrary
-Finite Domains, 2002). Integers only, so that no library's generator or rounding has a say.
+A shuffled list of n samples would be n indices in memory on every rank, and continuing in the middle of an epoch would
+require shuffling it again. Here the i-th sample of the order is computed from (key, i, n): a Feistel network permutes
+the numbers below 4^k >= n, and a result of n or more is permuted again until it is less than n ("cycle walking"; Black
+and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). Only integers are used, so that the order does not depend on
+a library's random generator or on rounding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The collectives that ds_zero uses, behind FSDP2's `Comm` signature, and which of them serves which ranks."""
+"""The collectives of ds_zero, with the call signatures of FSDP2's `Comm`, and the choice between them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ds_zero.comm.works import Done, Then
 from ds_zero.interfaces import AllGather, ReduceScatter, Work, capabilities_of
 
 MOST_RANKS_OF_PIECES = 8
-"""Ranks up to which gradients travel in pieces: with more of them, pieces are small and messages many."""
+"""Maximum number of ranks for [Note: reduction without copying]: with more, messages are many and small."""
 
 
 # torch 2.13 renamed the two collectives and warns about the old names; 2.11 has only those.
@@ -77,7 +77,7 @@ class _Gathers(Protocol):
 
 
 class _Reduces(Protocol):
-    """The same of a `ReduceScatter`."""
+    """What the capability `tags` of a `ReduceScatter` promises."""
 
     def bound(self, number: int, peer_memory: PeerMemory | None) -> ReduceScatter: ...
 
@@ -97,7 +97,7 @@ class _GathersUneven(Protocol):
 
 
 class _ReducesUneven(Protocol):
-    """The same of a `ReduceScatter`."""
+    """What the capability `uneven` of a `ReduceScatter` promises."""
 
     def __call__(
         self,
@@ -121,7 +121,7 @@ class Pieces(Protocol):
 
 @dataclass(frozen=True)
 class Collectives:
-    """What gathers and what reduces over one group of ranks."""
+    """An all-gather and a reduce-scatter for one kind of ranks."""
 
     all_gather: AllGather
     reduce_scatter: ReduceScatter
@@ -213,11 +213,11 @@ class Comm:
         return collective(out, whole, ranks.group, op, async_op=True) or Done()
 
     def takes_pieces(self, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether to call `reduce_pieces` instead of `reduce`: if ranks send directly to each other, and are so few
-        that a rank's part of a gradient is worth a separate message.
+        """Whether to call `reduce_pieces` instead of `reduce`: if ranks send directly to each other, and there are at
+        most `MOST_RANKS_OF_PIECES`.
 
         Args:
-            dtype: in which gradients travel.
+            dtype: dtype in which gradients are sent.
         """
         if ranks.group is None:
             return True
@@ -271,8 +271,11 @@ def _range(numel: int, ranks: Ranks, sizes: Sequence[int] | None) -> tuple[int, 
 
 
 def default_comm(device: torch.device, *, ordered: bool | None = None) -> Comm:
-    """Direct and ordered on the CPU, the backend's collectives elsewhere; `ordered` decides itself where it is
-    given.
+    """Returns the default collectives of a device.
+
+    Args:
+        ordered: whether to use [Note: direct exchange] and [Note: ordered reduction] instead of the backend's
+            collectives. Default: on the CPU only.
     """
     chosen = _defaults(device, ordered=ordered)
     return Comm(chosen.all_gather, chosen.reduce_scatter)

@@ -1,17 +1,16 @@
-"""Collectives of messages that go straight from rank to rank.
+"""Collectives in which each rank sends directly to every other rank.
 
 [Note: ordered reduction]
-A ring or tree inside a library adds in an order that depends on the number of ranks and on the message size.
-Here every rank sends slice r to rank r, and rank r adds what it received in the order of a fixed binary tree
-over rank indices, in fp32. The bytes on the wire are those of a ring reduce-scatter, (N-1)/N of the buffer,
-and the result depends on nothing but the inputs.
+The ring and tree algorithms of communication libraries add in an order that depends on the number of ranks and on the
+message size. Here every rank sends slice r to rank r, and rank r adds the received slices in fp32, in the order of a
+fixed binary tree over rank indices. Each rank sends as many bytes as in a ring reduce-scatter, (N-1)/N of the buffer,
+and the result depends only on the inputs.
 
 [Note: direct exchange]
-On gloo, `all_gather_into_tensor` and `reduce_scatter_tensor` move each byte several times: for 32 MB of fp32
-on 2 ranks they took 2.8 and 9 times as long as sending each slice straight to the rank that needs it.
-Messages carry a tag of their own for gathering and for reducing, so the two never wait for each other's
-order. Between processes of one machine that can read each other's memory nothing travels at all:
-[Note: peer memory] in `comm/peer_memory.py`.
+gloo's `all_gather_into_tensor` and `reduce_scatter_tensor` move each byte several times: for 32 MB of fp32 on 2 ranks
+they took 2.8 and 9 times as long as sending each slice directly to the rank that needs it. Messages of gathers and of
+reductions have different tags, so the order of the former does not matter for the latter. Processes on one machine that
+can read each other's memory send no messages: [Note: peer memory] in `comm/peer_memory.py`.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ SUM_CHUNK_NUMEL = 1 << 18
 
 
 def sum_tree(parts: Sequence[Tensor], out: Tensor, scale: float = 1.0) -> None:
-    """`out[i] = scale * (sum over parts of parts[p][i])` in the order of a fixed binary tree over p, in `out`'s
-    dtype.
+    """Computes `out[i] = scale * (sum over p of parts[p][i])` in the dtype of `out`, in the order of a fixed binary
+    tree over p.
 
-    `out` may be one of `parts`. All are 1-D and of equal length.
+    `out` may be one of `parts`. All are 1-D and have the same length.
     """
     if len(parts) == 1:
         torch.mul(parts[0], scale, out=out) if scale != 1.0 else out.copy_(parts[0])
@@ -53,12 +52,12 @@ def sum_tree(parts: Sequence[Tensor], out: Tensor, scale: float = 1.0) -> None:
 
 
 def _middle(count: int) -> int:
-    """The largest power of two below `count`: where the tree splits."""
+    """Returns the index at which the tree splits: the largest power of two below `count`."""
     return 1 << ((count - 1).bit_length() - 1)
 
 
-# A function of its own, not a closure: a closure that calls itself is a reference cycle, which kept every
-# received buffer alive until the garbage collector came by.
+# Not a closure in `sum_tree`: a closure that calls itself is a reference cycle, which kept every received buffer alive
+# until the garbage collector ran.
 def _subtree(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if len(parts) == 1:
         return parts[0].to(dtype)
@@ -73,31 +72,31 @@ def exchange(
     tag: int,
     peer_memory: PeerMemory | None = None,
 ) -> list[Work]:
-    """Send all of `sends(p)` to and receive all of `receives(p)` from every other rank p; all ranks start with a
-    different peer. What is sent must not change before the works are over.
+    """Starts to send the tensors `sends(p)` to every other rank p, and to receive `receives(p)` from it. Each rank
+    starts with a different peer. Tensors that are sent must not change until the returned works have finished.
     """
     rank, size = group.rank(), group.size()
     works: list[Work] = []
     near = Exchange(peer_memory, tag) if peer_memory is not None else None
     for step in range(1, size):
         to, origin = (rank + step) % size, (rank - step) % size
-        # Slices may be empty, and then nobody sends them.
-        coming = [t for t in receives(origin) if t.numel()]
-        going = [t for t in sends(to) if t.numel()]
+        # Slices may be empty; then no message is sent.
+        incoming = [t for t in receives(origin) if t.numel()]
+        outgoing = [t for t in sends(to) if t.numel()]
         if near is not None and near.reaches(origin):
-            near.receive(origin, coming)
+            near.receive(origin, incoming)
         else:
-            works += [group.recv([t], origin, tag) for t in coming]
+            works += [group.recv([t], origin, tag) for t in incoming]
         if near is not None and near.reaches(to):
-            near.send(to, going)
+            near.send(to, outgoing)
         else:
-            works += [group.send([t], to, tag) for t in going]
+            works += [group.send([t], to, tag) for t in outgoing]
     return [near, *works] if near is not None else works
 
 
 class DirectAllGather:
-    """[Note: direct exchange]; `input` should be the rank's own slice of `output`, else it is copied
-    there.
+    """An all-gather by [Note: direct exchange]. `input` should be this rank's slice of `output`; if it is other memory,
+    it is copied there.
     """
 
     capabilities = Capabilities(tags=True)
@@ -106,8 +105,8 @@ class DirectAllGather:
         self._tag, self._peer_memory = GATHER_TAG + number, peer_memory
 
     def bound(self, number: int, peer_memory: PeerMemory | None) -> DirectAllGather:
-        """One whose messages meet only those of the same number: ranks that gather different things wait for
-        each other, and never take one for the other.
+        """Returns an all-gather with message tag `number`. Ranks that gather with different numbers wait for each
+        other, instead of receiving each other's messages.
         """
         return DirectAllGather(number, peer_memory)
 
@@ -127,7 +126,7 @@ class DirectAllGather:
 
 
 class OrderedReduceScatter:
-    """[Note: ordered reduction] over [Note: direct exchange]."""
+    """A reduce-scatter in the order of [Note: ordered reduction], by [Note: direct exchange]."""
 
     capabilities = Capabilities(tags=True, pieces=True)
 
@@ -135,7 +134,7 @@ class OrderedReduceScatter:
         self._peer_memory = peer_memory
 
     def bound(self, number: int, peer_memory: PeerMemory | None) -> OrderedReduceScatter:
-        """The same, over the memory of the peers that can be read."""
+        """Returns a reduce-scatter that uses [Note: peer memory]; `number` has no effect."""
         return OrderedReduceScatter(peer_memory)
 
     def __call__(
@@ -162,7 +161,7 @@ def _ordered(
     tag: int,
     peer_memory: PeerMemory | None = None,
 ) -> Work:
-    """Send `parts[p]` to rank p and sum what arrives, [Note: ordered reduction]."""
+    """Starts to send `parts[p]` to each rank p, and to sum the received parts, [Note: ordered reduction]."""
     rank, size = group.rank(), group.size()
     received = in_large_pages(parts[rank].new_empty(size - 1, parts[rank].numel()))
     mine = [parts[p] if p == rank else received[p - (p > rank)] for p in range(size)]
@@ -171,15 +170,13 @@ def _ordered(
 
     def add_up() -> None:
         sum_tree(mine, out, scale)
-        mine.clear()  # a finished work may be kept; its messages need not be
+        mine.clear()  # frees the messages, even if the caller keeps the finished work
 
     return Then(works, add_up)
 
 
 def gather_uneven(whole: Tensor, sizes: Sequence[int], ranks: Ranks, tag: int) -> Work:
-    """As `Comm.gather` with slices of `sizes` elements: straight from rank to rank on the CPU, by the backend
-    elsewhere.
-    """
+    """Like `Comm.gather` with slices of `sizes` elements: by direct exchange on the CPU, by the backend elsewhere."""
     assert ranks.group is not None
     parts = list(torch.split(whole, list(sizes)))
     own = parts[ranks.rank]
@@ -192,7 +189,7 @@ def gather_uneven(whole: Tensor, sizes: Sequence[int], ranks: Ranks, tag: int) -
 def reduce_uneven(
     out: Tensor, whole: Tensor, sizes: Sequence[int], ranks: Ranks, op: dist.ReduceOp.RedOpType, tag: int
 ) -> Work:
-    """As `Comm.reduce` with slices of `sizes` elements."""
+    """Like `Comm.reduce` with slices of `sizes` elements."""
     assert ranks.group is not None
     parts = list(torch.split(whole, list(sizes)))
     if whole.device.type == "cpu":

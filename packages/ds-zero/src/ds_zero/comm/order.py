@@ -1,4 +1,4 @@
-"""Records what each rank has run, in order, and finds the cause when ranks stall: pure, without communication.
+"""Records the order in which each rank has run modules, and finds the cause when ranks stall. No communication.
 
 [Note: order of modules]
 All ranks must run the same modules in the same order. Every rank records what it runs (`OrderLog`, two list
@@ -66,7 +66,7 @@ class OrderLog:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Where one rank stalls."""
+    """The state of one stalled rank, as it reports it to the others."""
 
     rank: int
     count: int
@@ -77,11 +77,11 @@ class Standing:
     blocked: bool
     """Whether the rank waits for other ranks, in ds_zero or in a function of torch.distributed."""
     where: str
-    """The line of the user's code."""
+    """The line of the user's code at which the training thread is."""
     beat: int = 0
-    """Increases as long as the rank stalls there."""
+    """Increases with every report of the rank."""
     broken: bool = False
-    """Whether a connection of the rank broke. It stands there for good, and its process may end."""
+    """Whether a connection of the rank has broken. Such a rank cannot continue, and its process may end."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -122,8 +122,8 @@ def judge(standings: Mapping[int, Standing], size: int, *, patient: bool) -> str
 
     Args:
         standings: those of the stalled ranks; the other ranks are running.
-        patient: whether enough time has passed to treat ranks that ran the same events as stuck. Before that, a rank
-            that is behind may only be slow.
+        patient: whether ranks that ran the same events count as stuck, because enough time has passed. Before that, a
+            rank that is behind may only be slow.
     """
     stalled = [standings[rank] for rank in sorted(standings)]
     if len(stalled) < size or size < 2 or not all(s.blocked for s in stalled):

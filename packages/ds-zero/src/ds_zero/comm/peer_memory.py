@@ -4,13 +4,13 @@
 When two processes of one machine send each other a slice over TCP, threads of the backend copy it twice, packet by
 packet, and compete with the training for its cores. Linux lets a process read the memory of another process that it
 may trace (`process_vm_readv`); MPI libraries call this cross-memory attach. Between such ranks nothing is sent. Each
-rank owns a mailbox: a shared page with a ring of descriptors for every other rank. The sender posts a descriptor that
-says where its slice lies. The receiver copies the slice when it needs the values, then marks the descriptor as
-fetched. A waiting rank sleeps on a doorbell word of the other rank's mailbox (a futex). Operations keep the order they
-would have as messages, and ranks that do different things run into the same errors. Nothing moves in the background:
-the thread that waits for a slice copies it, at the speed of memory.
+rank owns a mailbox: shared memory with a ring of descriptors for every other rank. The sender posts a descriptor with
+the address of its slice. The receiver copies the slice when it needs the values, then marks the descriptor as fetched.
+A waiting rank sleeps on the doorbell, a word of the other rank's mailbox (a futex). Operations with the same tag are
+matched in order, as messages would be, so ranks that run different operations get the same errors. Nothing is copied in
+the background: the thread that waits for a slice copies it, at memory speed.
 
-`connect` tries out which pairs of ranks can do this: each rank reads a random number from the memory of every other
+`connect` finds out which pairs of ranks can do this: each rank reads a random number from the memory of every other
 rank, writes one there, and opens its mailbox. A pair in which either side fails sends messages. That is the case
 between machines, between containers that hide their processes, on systems other than Linux on x86-64, and where the
 kernel refuses (Yama's `ptrace_scope` above 0, seccomp).
@@ -43,8 +43,8 @@ _SLOT, _HEAD = 3, 8
 """Words of a ring entry (tag, address of the descriptor, number of tensors), and of the head of a block."""
 _OFFERED, _TAKEN, _DOORBELL, _WAITERS, _TOKEN, _LEFT = 0, 1, 2, 3, 4, 5
 """Words of the head: entries posted, entries of the other rank read, how often anything has changed, how many threads
-sleep until the other rank changes something, the random number that identifies the mailbox, and whether its rank has
-left the group."""
+sleep until the other rank changes something, the random number that identifies the mailbox, and whether the owner of
+the mailbox has left the group."""
 _BLOCK = _HEAD + _RING * _SLOT
 _POLL_S = 0.1
 """Seconds between two checks of a waiting rank that the other rank is alive."""
@@ -65,7 +65,7 @@ _FETCHED = ctypes.c_int64(1)
 
 
 class AbortFlag:
-    """Ends all waits of this process for its peers, and those of the peers for this process, once it is raised."""
+    """When it is raised, ends all waits of this process for peers, and all waits of peers for this process."""
 
     def __init__(self) -> None:
         self.raised = False
@@ -111,20 +111,20 @@ class _Peer:
     pid: int
     mailbox: _Mailbox
     alive: int
-    """Its pidfd, by which its end is noticed."""
+    """The peer's pidfd, which becomes readable when its process ends."""
     taken: int = 0
-    """Entries read from its mailbox."""
+    """Number of entries read from its mailbox."""
     open: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
-    """Entries that were read and not fetched, by tag and number under that tag: (address of the descriptor, number of
-    tensors)."""
+    """Entries that were read from its mailbox, but not fetched: (tag, number of the entry with that tag) -> (address of
+    the descriptor, number of tensors)."""
     received: Counter[int] = field(default_factory=Counter)
-    """Tag -> entries read."""
+    """Tag -> number of entries read."""
     expected: Counter[int] = field(default_factory=Counter)
-    """Tag -> entries that this rank waits for, or has fetched."""
+    """Tag -> number of entries that this rank waits for or has fetched."""
     made: int = 0
-    """Entries that this rank has posted for it."""
+    """Number of entries that this rank has posted for the peer."""
     later: deque[tuple[int, int, int]] = field(default_factory=deque)
-    """Entries for which the ring has no room yet."""
+    """Entries for the peer that will be posted when the ring has room."""
 
     def __del__(self) -> None:
         os.close(self.alive)
@@ -135,14 +135,15 @@ class PeerMemory:
 
     def __init__(self, rank: int, mailbox: _Mailbox, peers: Sequence[_Peer], abort: AbortFlag) -> None:
         self.abort = abort
-        self._rank, self._board = rank, mailbox
+        self._rank, self._mailbox = rank, mailbox
         self._peers = {p.rank: p for p in peers}
         self._lock = threading.Lock()
         self._lent: dict[int, tuple[Descriptor, Sequence[Tensor]]] = {}
-        """Descriptors by address, with the tensors that they name: kept alive while others may read them."""
+        """Address -> descriptor, and its tensors, which are kept alive while the peer may read them."""
         abort.add(self)
 
     def knows(self, rank: int) -> bool:
+        """Whether `rank` is one of the peers."""
         return rank in self._peers
 
     def offer(self, rank: int, tag: int, tensors: Sequence[Tensor]) -> Descriptor:
@@ -158,7 +159,7 @@ class PeerMemory:
         return descriptor
 
     def expect(self, rank: int, tag: int) -> int:
-        """The number, under this tag, of the next entry of `rank` that is not expected yet."""
+        """Expects one more entry of `rank` with this tag. Returns its number, to be passed to `fetch`."""
         peer = self._peers[rank]
         with self._lock:
             peer.expected[tag] += 1
@@ -210,22 +211,23 @@ class PeerMemory:
         """Ends the waits of all peers for this rank, which will neither offer nor fetch any more."""
         with self._lock:
             for peer in self._peers.values():
-                self._board.words[peer.rank * _BLOCK + _LEFT] = 1
+                self._mailbox.words[peer.rank * _BLOCK + _LEFT] = 1
                 self._ring_doorbell(peer)
 
     def _ring_doorbell(self, peer: _Peer) -> None:
-        """Tell the peer that its block has changed. The lock is held.
+        """Tells the peer that its block has changed. The caller holds the lock.
 
-        A peer announces itself as a waiter before it reads the doorbell for the last time; here the doorbell changes
-        before the waiters are read. If a processor reorders the two after all, the peer's sleep times out.
+        A peer increases the number of waiters before it reads the doorbell for the last time, and here the doorbell is
+        changed before the number of waiters is read. So one of the two sees the other's change. If a processor reorders
+        the two accesses nevertheless, the peer's sleep times out.
         """
-        self._board.words[peer.rank * _BLOCK + _DOORBELL] += 1
+        self._mailbox.words[peer.rank * _BLOCK + _DOORBELL] += 1
         if peer.mailbox.words[self._rank * _BLOCK + _WAITERS]:
-            self._board.wake(peer.rank)
+            self._mailbox.wake(peer.rank)
 
     def _publish(self, peer: _Peer) -> None:
-        """Posts entries as long as the ring has room. The lock is held."""
-        words, block = self._board.words, peer.rank * _BLOCK
+        """Posts entries as long as the ring has room. The caller holds the lock."""
+        words, block = self._mailbox.words, peer.rank * _BLOCK
         while peer.later and peer.made - peer.mailbox.words[self._rank * _BLOCK + _TAKEN] < _RING:
             slot = block + _HEAD + peer.made % _RING * _SLOT
             words[slot], words[slot + 1], words[slot + 2] = peer.later.popleft()
@@ -234,7 +236,7 @@ class PeerMemory:
             self._ring_doorbell(peer)
 
     def _take(self, peer: _Peer) -> None:
-        """Reads new entries, which frees room in the ring. The lock is held."""
+        """Reads new entries, which frees room in the ring. The caller holds the lock."""
         words, block = peer.mailbox.words, self._rank * _BLOCK
         before = peer.taken
         while peer.taken < words[block + _OFFERED]:
@@ -244,10 +246,10 @@ class PeerMemory:
             peer.received[tag] += 1
             peer.taken += 1
         if peer.taken != before:
-            self._board.words[peer.rank * _BLOCK + _TAKEN] = peer.taken
+            self._mailbox.words[peer.rank * _BLOCK + _TAKEN] = peer.taken
 
     def _progress(self) -> bool:
-        """Reads and posts entries of all peers. Returns whether some still wait for room."""
+        """Reads and posts entries of all peers. Returns whether entries remain for which a ring has no room."""
         with self._lock:
             for peer in self._peers.values():
                 self._take(peer)
@@ -255,25 +257,25 @@ class PeerMemory:
             return any(p.later for p in self._peers.values())
 
     def _until(self, peer: _Peer, ready: Callable[[], bool]) -> None:
-        """Waits until the peer has made `ready` true."""
+        """Waits until `ready` returns true, which depends on entries or marks that the peer writes."""
         bell = self._rank * _BLOCK + _DOORBELL
         begun = 0.0
         while True:
             heard = peer.mailbox.words[bell]
-            crowded = self._progress()
+            ring_is_full = self._progress()
             if ready():
                 return
             if begun:
                 self._check_alive(peer, begun)
             begun = begun or time.monotonic()
             self._count_waiter(peer, 1)
-            # Room in another peer's ring rings no doorbell that this thread sleeps on.
-            peer.mailbox.sleep(self._rank, heard, _POLL_S / 100 if crowded else _POLL_S)
+            # This thread sleeps on the doorbell of one peer only, so it polls for room in the rings of other peers.
+            peer.mailbox.sleep(self._rank, heard, _POLL_S / 100 if ring_is_full else _POLL_S)
             self._count_waiter(peer, -1)
 
     def _count_waiter(self, peer: _Peer, by: int) -> None:
         with self._lock:
-            self._board.words[peer.rank * _BLOCK + _WAITERS] += by
+            self._mailbox.words[peer.rank * _BLOCK + _WAITERS] += by
 
     def _check_alive(self, peer: _Peer, begun: float) -> None:
         if self.abort.raised:
@@ -307,7 +309,7 @@ class Exchange:
         return self._peer_memory.knows(rank)
 
     def receive(self, rank: int, tensors: Sequence[Tensor]) -> None:
-        """Expect `tensors` from `rank`; they are filled by `wait_received`."""
+        """Expects `tensors` from `rank`; `wait_received` fills them."""
         if tensors:
             self._incoming.append((rank, self._peer_memory.expect(rank, self._tag), tensors))
 
@@ -334,7 +336,8 @@ class Exchange:
 
 
 def connect(group: dist.ProcessGroup, device: torch.device, abort: AbortFlag) -> PeerMemory | None:
-    """Finds out which ranks of `group` can read and write each other's memory. Collective. Returns None if none can.
+    """Finds out which ranks of `group` can read and write each other's memory. Returns None if this rank has no such
+    peer. Collective.
 
     If the system refuses access, no rank raises; messages are used instead.
     """
@@ -351,7 +354,7 @@ def connect(group: dist.ProcessGroup, device: torch.device, abort: AbortFlag) ->
     reached = torch.tensor([peer is not None for peer in peers])
     table = [torch.empty_like(reached) for _ in range(size)]
     dist.all_gather(table, reached, group=group)
-    # Every rank has opened the mailboxes it can open, so the descriptor may go.
+    # Every rank has opened the mailboxes that it can open, so the file descriptor is no longer needed.
     if file >= 0:
         os.close(file)
     mutual = [peer for r, peer in enumerate(peers) if peer is not None and table[r][rank]]

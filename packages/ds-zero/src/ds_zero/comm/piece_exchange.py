@@ -94,7 +94,7 @@ class PieceReduce:
 
         def add_up() -> None:
             _add_up(mine, rows, out, scale)
-            rows.clear()  # a finished work may be kept; its messages need not be
+            rows.clear()  # frees the messages, even if the caller keeps the finished work
             sent.clear()
 
         return Then(works, add_up)

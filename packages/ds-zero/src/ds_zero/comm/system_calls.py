@@ -1,4 +1,4 @@
-"""The system calls by which a process reads the memory of another one, and sleeps on a word that both share."""
+"""System calls to read and write the memory of another process, and to sleep until a shared word changes (futex)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 _MOST_PARTS = 512
 """Maximum number of tensors per system call; Linux permits 1024."""
 _SYS_FUTEX: Mapping[str, int] = {"x86_64": 202}
-"""Number of the system call. Only processors that show stores to others in the order in which they were made: an entry
-must be complete when it is counted.
+"""Number of the system call by architecture. Only architectures on which other processors see stores in program order
+(x86-64), because an entry of a mailbox must be complete before the count of entries increases.
 """
 _FUTEX_WAIT, _FUTEX_WAKE, _ALL_WAITERS = 0, 1, 1 << 30
 
@@ -42,16 +42,16 @@ class System:
     call: Callable[..., int]
     """syscall"""
     futex: int
-    """Its number."""
+    """Number of the futex system call."""
 
     def wake(self, address: int) -> None:
-        """Wakes the threads of all processes that sleep on a word."""
+        """Wakes the threads of all processes that sleep on the word at `address`."""
         self.call(self.futex, ctypes.c_void_p(address), _FUTEX_WAKE, _ALL_WAITERS, None, None, 0)
 
     def sleep(self, address: int, value: int, seconds: float) -> None:
-        """Returns once the word is no longer `value` and its changer has called `wake`, or after `seconds`."""
+        """Sleeps until another process has changed the word from `value` and called `wake`, or for `seconds`."""
         limit = ctypes.byref(_Time(int(seconds), int(seconds % 1 * 1e9)))
-        # A futex is the lower half of the word, since x86 is little-endian.
+        # A futex has 32 bits: here the lower half of the 64-bit word, which comes first on little-endian x86.
         low = ctypes.c_uint32(value & 0xFFFFFFFF)
         self.call(self.futex, ctypes.c_void_p(address), _FUTEX_WAIT, low, limit, None, 0)
 
@@ -88,7 +88,7 @@ def copy_from(pid: int, addresses: Sequence[int], tensors: Sequence[Tensor]) -> 
 
 
 Part = tuple[int, int, int]
-"""Address here, address there, bytes."""
+"""(address in this process, address in the other process, number of bytes)."""
 
 
 def parts_of(addresses: Sequence[int], tensors: Sequence[Tensor]) -> list[Part]:
@@ -97,7 +97,7 @@ def parts_of(addresses: Sequence[int], tensors: Sequence[Tensor]) -> list[Part]:
 
 
 def copy_parts(call: Callable[..., int], pid: int, todo: list[Part]) -> None:
-    """Copies between this process and another one by a system call."""
+    """Copies parts between this process and process `pid`, by `System.read` or `System.write` as `call`."""
     while todo:
         now = todo[:_MOST_PARTS]
         here = (_Range * len(now))(*[_Range(own, length) for own, _, length in now])
@@ -113,7 +113,7 @@ def copy_parts(call: Callable[..., int], pid: int, todo: list[Part]) -> None:
 
 
 def _rest(parts: Sequence[Part], copied: int) -> list[Part]:
-    """Returns the parts that remain after `copied` bytes; the kernel may stop anywhere."""
+    """Returns the parts that remain after `copied` bytes. The kernel may stop at any byte."""
     left = []
     for own, other, length in parts:
         done = min(length, copied)

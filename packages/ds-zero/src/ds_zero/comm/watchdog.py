@@ -1,17 +1,17 @@
 """Detects stalled ranks, and makes all of them raise instead of waiting forever.
 
-[Note: standing still]
-A thread per model checks a few times per `order_timeout_s` whether its rank makes progress. As long as it does, the
-thread only writes a heartbeat into the process group's store. A rank that makes no progress for half of the time
-writes its `Standing` into the store, and renews it at every check. Soon after, the first of the waiting ranks reports
-what every rank does. Once all ranks have reported twice that they stall at the same place, `order.judge` decides, with
-the same result on every rank. The rank that decides writes the error into the store and closes its connections, which
-wakes threads that are blocked inside a collective, on this rank and on others. A rank without a heartbeat is treated
+[Note: detection of stalled ranks]
+A thread per model checks a few times per `order_timeout_s` whether its rank makes progress. While it does, the thread
+only writes a heartbeat into the process group's store. A rank without progress for half of `order_timeout_s` writes
+its `Standing` into the store, and renews it at every check. After 0.7 `order_timeout_s`, the first of the waiting ranks
+logs what every rank does. Once all ranks have reported twice that they stall at the same place, `order.judge` decides,
+with the same result on every rank. The rank that decides writes the error into the store and closes its connections.
+This wakes threads that are blocked in a collective, on this rank and on others. A rank without a heartbeat is treated
 as dead.
 
-A rank whose connection breaks also writes its standing and closes its other connections: ranks that wait for it notice
-at once, and do the same. After a few seconds each of them names the ranks that have neither answered nor sent a
-heartbeat.
+A rank whose connection breaks also writes its standing and closes its other connections. The ranks that wait for it
+notice this at once, and do the same. After a few seconds each of them names the ranks that have neither written a
+standing nor sent a heartbeat.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ds_zero.interfaces import Work
 _LOOKS = 8
 """Number of checks per `order_timeout_s`."""
 _TICK_S = 2.0
-"""Most seconds between two checks, so that `_ANSWER_S` is enough for a heartbeat."""
+"""Maximum seconds between two checks. Below `_ANSWER_S`, so that a heartbeat arrives in that time."""
 _PATIENCE = 4
 """Multiple of `order_timeout_s` after which ranks that ran the same events so far count as stuck, and a rank without a
 heartbeat as dead."""
@@ -51,14 +51,15 @@ of the checks it stays below `order_timeout_s`."""
 _ANSWER_S = 5.0
 """Seconds that a rank with a broken connection waits for the reports of other ranks."""
 _BROKEN = ("Connection", "closed", "pair closure", "Timed out", "timeout", "NCCL", "gloo", "Socket", "abort")
+"""Words in the error of a broken connection."""
 
-_AT_WORK = ("ds_zero.prove.reference_training", "ds_zero.prove.deviation")
+_COMPUTING = ("ds_zero.prove.reference_training", "ds_zero.prove.deviation")
 """Modules of this package that may compute for a long time while other ranks wait."""
 
 _log = logging.getLogger("ds_zero")
 
 
-class Board(Protocol):
+class Store(Protocol):
     """The methods of `torch.distributed.Store` that are used here."""
 
     def set(self, key: str, value: str) -> None: ...
@@ -84,43 +85,53 @@ class Waiting:
 
 
 class StallWatch(Waiting):
-    """Detects stalled ranks of a model, on one rank. See [Note: standing still]."""
+    """Detects stalled ranks of a model, on one rank, [Note: detection of stalled ranks]."""
 
     def __init__(
         self,
-        board: Board,
+        store: Store,
         token: str,
         place: tuple[int, int],
         groups: Sequence[dist.ProcessGroup],
         abort: AbortFlag,
         timeout_s: float,
     ) -> None:
-        """`place`: which one of how many ranks this is. `groups`, `abort`: what is closed and raised to wake those who
-        wait.
+        """
+        Args:
+            token: identifies this model in the store.
+            place: index of this rank, and the number of ranks.
+            groups: process groups whose connections are closed to wake blocked threads.
+            abort: raised for the same purpose.
+            timeout_s: `ZeroConfig.order_timeout_s`.
         """
         super().__init__()
-        self._board, self._token, self._groups, self._timeout_s = board, token, groups, timeout_s
+        self._store, self._token, self._groups, self._timeout_s = store, token, groups, timeout_s
         self._abort = abort
         self._index, self._size = place
         self._global_rank = dist.get_rank()
         self._verdict: str | None = None
         self._seen = -1
-        self._still_since = time.monotonic()
-        self._said = ""
+        self._stalled_since = time.monotonic()
+        self._written = ""
+        """The standing of this rank in the store, as text."""
         self._beat = 0
         self._first: Mapping[int, Standing] = {}
+        """First report of each rank at the place where it stalls."""
         self._warned = False
         self._broken = False
-        self._speaks = threading.Lock()
-        """Held while this rank's standing is written or removed: the training thread's last one must remain."""
-        self._signs: dict[int, tuple[str, float]] = {}
-        self._ends = threading.Event()
+        self._standing_lock = threading.Lock()
+        """Held while this rank's standing is written or removed, so that the watching thread cannot replace the last
+        one of the training thread."""
+        self._heartbeats: dict[int, tuple[str, float]] = {}
+        """Rank -> its last heartbeat, and when it was first seen."""
+        self._stopped = threading.Event()
         self.looks = 0
-        weakref.finalize(self, self._ends.set)
+        """Number of checks so far."""
+        weakref.finalize(self, self._stopped.set)
         self._tick_s = min(max(timeout_s / _LOOKS, 0.02), _TICK_S)
         self._watcher = threading.Thread(
-            target=_look_now_and_then,
-            args=(weakref.ref(self), self._ends, self._tick_s),
+            target=_check_repeatedly,
+            args=(weakref.ref(self), self._stopped, self._tick_s),
             name="ds_zero.comm.watchdog",
             daemon=True,
         )
@@ -128,7 +139,7 @@ class StallWatch(Waiting):
 
     def stop(self) -> None:
         """Ends the thread."""
-        self._ends.set()
+        self._stopped.set()
         if threading.current_thread() is not self._watcher:
             self._watcher.join()
 
@@ -141,7 +152,7 @@ class StallWatch(Waiting):
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """The same for collectives inside."""
+        """The same as a context manager around collectives."""
         outer = self.log.waiting
         self.log.waiting = outer or what
         try:
@@ -159,13 +170,13 @@ class StallWatch(Waiting):
             return error
         said = str(error).splitlines()[0][:200]
         try:
-            return RankOrderError(self._ask_around(said))
+            return RankOrderError(self._describe_broken(said))
         except RuntimeError:  # from the store
             return RankOrderError(lost_store(self._standing(blocked=True), _store_holder(), said))
 
-    def _ask_around(self, error: str) -> str:
-        """Returns an error about a broken connection, with what all ranks know."""
-        self._say(blocked=True, broken=True)
+    def _describe_broken(self, error: str) -> str:
+        """Returns the message for a broken connection, from the reports and heartbeats of all ranks."""
+        self._write_standing(blocked=True, broken=True)
         before = self._beats()
         if self._read_verdict() is None:
             self._close()
@@ -176,7 +187,7 @@ class StallWatch(Waiting):
             while (verdict := self._read_verdict()) is None:
                 beating = {rank for rank, sign in self._beats().items() if sign != before[rank]}
                 # A standing without a heartbeat may be that of a rank that ended while it waited.
-                answers = {r: s for r, s in self._heard().items() if s.broken or r in beating}
+                answers = {r: s for r, s in self._read_standings().items() if s.broken or r in beating}
                 missing = [rank for rank in range(self._size) if rank not in answers]
                 silent = self._global([rank for rank in missing if rank not in beating])
                 message = lost(answers, silent, self._global([r for r in missing if r in beating]), error)
@@ -184,134 +195,136 @@ class StallWatch(Waiting):
                 if verdict is None and time.monotonic() > deadline:
                     verdict = message
                 if verdict is not None:
-                    self._board.set(self._key("verdict"), verdict)  # so that all ranks say the same
+                    self._store.set(self._key("verdict"), verdict)  # so that all ranks raise the same message
                     break
                 time.sleep(0.05)
         except RuntimeError:  # from the store
             if not any(standing.rank == 0 and standing.broken for standing in answers.values()):
                 raise
-            return message  # rank 0, which holds the store, has drawn its conclusion and ended
+            return message  # rank 0, which held the store, has raised its error and ended
         return verdict
 
     # --- the watching thread
 
     def look(self) -> None:
-        """One check of the thread."""
+        """One check of the thread: writes a heartbeat and, if this rank stalls, reports it."""
         self.looks += 1
         if self._broken:
             return
         now = time.monotonic()
-        self._board.set(self._key(f"alive/{self._index}"), f"{self._global_rank}:{self.looks}")
+        self._store.set(self._key(f"alive/{self._index}"), f"{self._global_rank}:{self.looks}")
         if self.log.count != self._seen:
-            self._seen, self._still_since, self._warned = self.log.count, now, False
-            self._signs.clear()
-            self._take_back()
+            self._seen, self._stalled_since, self._warned = self.log.count, now, False
+            self._heartbeats.clear()
+            self._remove_standing()
             return
-        still_s = now - self._still_since
-        if still_s < self._timeout_s / 2:
+        stalled_s = now - self._stalled_since
+        if stalled_s < self._timeout_s / 2:
             return
         if self._verdict is None:
-            self._stand(still_s)
+            self._report_stall(stalled_s)
         elif self.log.waiting:
             self._wake()
 
-    def _stand(self, still_s: float) -> None:
+    def _report_stall(self, stalled_s: float) -> None:
         blocked = self._blocked()
-        self._say(blocked=blocked)
+        self._write_standing(blocked=blocked)
         if not blocked:
             self._first = {}
             return
-        verdict = self._read_verdict() or self._decide(still_s)
+        verdict = self._read_verdict() or self._decide(stalled_s)
         if verdict:
             if not self.log.waiting:
                 _log.error("%s", verdict)
             self._wake()
 
-    def _decide(self, still_s: float) -> str | None:
+    def _decide(self, stalled_s: float) -> str | None:
         """Decides once every rank has reported twice that it stalls at the same place."""
-        standings = self._heard()
+        standings = self._read_standings()
         same = {r: s for r, s in standings.items() if (old := self._first.get(r)) and old.count == s.count}
         confirmed = {r: s for r, s in same.items() if s.beat > self._first[r].beat}
         for rank, standing in standings.items():
             if rank not in same:
                 self._first = {**self._first, rank: standing}
-        patient = still_s >= _PATIENCE * self._timeout_s
+        patient = stalled_s >= _PATIENCE * self._timeout_s
         silent_s = self._silences()
         gone = [rank for rank, seconds in silent_s.items() if seconds >= (_PATIENCE - 1) * self._timeout_s]
         if gone:
             present = {rank: standing for rank, standing in standings.items() if rank not in gone}
             running = [rank for rank in range(self._size) if rank not in present and rank not in gone]
             verdict: str | None = lost(
-                present, self._global(gone), self._global(running), f"no heartbeat for {still_s:.0f} s"
+                present, self._global(gone), self._global(running), f"no heartbeat for {stalled_s:.0f} s"
             )
         else:
             verdict = judge(confirmed, self._size, patient=patient)
         if verdict is not None:
             self._verdict = verdict
-            self._board.set(self._key("verdict"), verdict)
-        elif still_s >= _REPORT * self._timeout_s and not self._warned:
+            self._store.set(self._key("verdict"), verdict)
+        elif stalled_s >= _REPORT * self._timeout_s and not self._warned:
             self._warned = True
             self._warn(
-                standings, [r for r, s in silent_s.items() if s > 1.5 * self._timeout_s / _LOOKS], still_s
+                standings, [r for r, s in silent_s.items() if s > 1.5 * self._timeout_s / _LOOKS], stalled_s
             )
         return verdict
 
     def _silences(self) -> dict[int, float]:
-        """Returns the seconds since the last heartbeat of each other rank's watching thread. If no connection is
-        closed, the end of a process or of its machine cannot be detected otherwise.
+        """Returns the seconds since the last heartbeat of each other rank. If a process or its machine ends without
+        closing a connection, this is the only sign of it.
         """
         now = time.monotonic()
-        for rank, sign in self._beats().items():
-            if rank not in self._signs or self._signs[rank][0] != sign:
-                self._signs[rank] = sign, now
-        return {rank: now - since for rank, (_, since) in self._signs.items() if rank != self._index}
+        for rank, beat in self._beats().items():
+            if rank not in self._heartbeats or self._heartbeats[rank][0] != beat:
+                self._heartbeats[rank] = beat, now
+        return {rank: now - since for rank, (_, since) in self._heartbeats.items() if rank != self._index}
 
     def _beats(self) -> dict[int, str]:
-        """Returns the heartbeat of each rank, "" for a rank that has sent none yet."""
+        """Returns the last heartbeat of each rank; "" for a rank without one."""
         return {rank: self._get(self._key(f"alive/{rank}")) for rank in range(self._size)}
 
     def _global(self, ranks: Sequence[int]) -> list[int]:
-        """Returns the global numbers of ranks of this model, as far as their heartbeats have told them."""
+        """Returns the global ranks for ranks of this model, which their heartbeats contain."""
         beats = self._beats()
         return [int(beats[rank].partition(":")[0] or rank) for rank in ranks]
 
-    def _warn(self, standings: Mapping[int, Standing], silent: Sequence[int], still_s: float) -> None:
-        """Reports what each rank does, on the first of the waiting ranks."""
+    def _warn(self, standings: Mapping[int, Standing], silent: Sequence[int], stalled_s: float) -> None:
+        """Logs what each rank does, on the first of the waiting ranks."""
         if self._index != min(rank for rank, standing in standings.items() if standing.blocked):
             return
-        told = [
+        clauses = [
             f"rank {s.rank} waits for {s.waiting or 'other ranks'} at {s.where}"
             if s.blocked
             else f"rank {s.rank} is at {s.where}"
             for s in standings.values()
         ]
-        at_work = [r for r in range(self._size) if r not in standings and r not in silent]
-        if at_work:
-            told.append(
-                f"{name_ranks(at_work)} (of this model's {self._size}) are running, and wait for no rank"
+        running = [r for r in range(self._size) if r not in standings and r not in silent]
+        if running:
+            clauses.append(
+                f"{name_ranks(running)} (of this model's {self._size}) are running, and wait for no rank"
             )
         if missing := [r for r in silent if r not in standings]:
-            told.append(f"{name_ranks(missing)} send no heartbeat")
+            clauses.append(f"{name_ranks(missing)} send no heartbeat")
         _log.warning(
             "ranks have waited %.0f s for each other: %s. All ranks must make the same calls that communicate "
             "(forward, backward, step, saving, evaluation, generation)",
-            still_s,
-            "; ".join(told),
+            stalled_s,
+            "; ".join(clauses),
         )
 
-    def _say(self, *, blocked: bool, broken: bool = False) -> None:
-        with self._speaks:
+    def _write_standing(self, *, blocked: bool, broken: bool = False) -> None:
+        """Writes the standing of this rank into the store."""
+        with self._standing_lock:
             if self._broken and not broken:
                 return
             self._broken = broken
-            self._said = self._standing(blocked=blocked).to_json()
-            self._board.set(self._key(self._index), self._said)
+            self._written = self._standing(blocked=blocked).to_json()
+            self._store.set(self._key(self._index), self._written)
 
-    def _take_back(self) -> None:
-        with self._speaks:
-            if self._said and not self._broken:
-                self._said = ""
-                self._board.set(self._key(self._index), "")
+    def _remove_standing(self) -> None:
+        """Removes it from the store, since this rank makes progress again."""
+        with self._standing_lock:
+            if self._written and not self._broken:
+                self._written = ""
+                self._store.set(self._key(self._index), "")
 
     def _standing(self, *, blocked: bool) -> Standing:
         self._beat += 1
@@ -326,7 +339,8 @@ class StallWatch(Waiting):
             broken=self._broken,
         )
 
-    def _heard(self) -> dict[int, Standing]:
+    def _read_standings(self) -> dict[int, Standing]:
+        """Returns the standings in the store, by rank."""
         standings: dict[int, Standing] = {}
         for rank in range(self._size):
             text = self._get(self._key(rank))
@@ -339,51 +353,52 @@ class StallWatch(Waiting):
         return self._verdict
 
     def _get(self, key: str) -> str:
-        return self._board.get(key).decode() if self._board.check([key]) else ""
+        return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _key(self, name: int | str) -> str:
         return f"ds_zero/{self._token}/{name}"
 
     def _blocked(self) -> bool:
+        """Whether the training thread waits for other ranks."""
         frame = sys._current_frames().get(self.log.thread_id)
         name = _module(frame) if frame is not None else ""
-        inside = name.startswith(("torch.distributed", "ds_zero")) and name not in _AT_WORK
+        inside = name.startswith(("torch.distributed", "ds_zero")) and name not in _COMPUTING
         return bool(self.log.waiting) or inside
 
     def _wake(self) -> None:
-        """Closes all connections, so that threads that are blocked in them raise."""
+        """Closes all connections, so that threads that are blocked in collectives raise."""
         self._close()
         for group in self._groups:
             if "gloo" not in dist.get_backend(group):
                 group.abort()
 
     def _close(self) -> None:
-        """Closes the connections of gloo and to peers' memory, and so those of the other ranks to this one."""
+        """Closes the connections of gloo and those to peers' memory, which the other ranks notice at once."""
         self._abort.set()
         for group in self._groups:
             if "gloo" not in dist.get_backend(group):
                 continue
-            # A wait that runs out closes every connection of the group; one that is closed already refuses at
-            # once, and the next rank is tried.
+            # gloo has no function for this, but a wait that times out closes all connections of the group. If the
+            # connection to one rank is closed already, the wait fails at once, and the next rank is tried.
             for step in range(1, group.size()):
                 try:
                     other = (group.rank() + step) % group.size()
                     nothing = dist.irecv(torch.zeros(1), group=group, group_src=other, tag=0x5A11)
                     assert nothing is not None
                     nothing.wait(timedelta(milliseconds=1))
-                except RuntimeError:  # that is how closing shows
+                except RuntimeError:  # the timeout, or a closed connection
                     continue
 
 
-def _look_now_and_then(pointer: weakref.ref[StallWatch], ends: threading.Event, tick_s: float) -> None:
-    while not ends.wait(tick_s):
+def _check_repeatedly(pointer: weakref.ref[StallWatch], stopped: threading.Event, tick_s: float) -> None:
+    while not stopped.wait(tick_s):
         watch = pointer()
         if watch is None or not dist.is_initialized():
             return
         try:
             watch.look()
         except (RuntimeError, ValueError) as error:
-            # The store is gone: its process has ended, and connections break by themselves.
+            # The process that held the store has ended. Connections to it break without this thread.
             _log.debug("ds_zero stops the detection of stalled ranks: %s", error)
             return
         del watch
@@ -456,7 +471,7 @@ def _store_holder() -> str:
     return "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
 
 
-def _store() -> Board | None:
+def _store() -> Store | None:
     """Returns the store of the default process group, with a separate connection if possible, because the training
     thread may be blocked in the other one.
     """
@@ -469,7 +484,7 @@ def _store() -> Board | None:
     clone = getattr(store, "clone", None)
     if clone is not None:
         try:
-            own: Board = clone()
+            own: Store = clone()
         except (RuntimeError, NotImplementedError):
             return store
         return own

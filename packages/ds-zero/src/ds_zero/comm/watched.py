@@ -63,7 +63,7 @@ class WatchedComm(Comm):
         self, whole: Tensor, ranks: Ranks, *, sizes: Sequence[int] | None = None, number: int = 0
     ) -> Work:
         work = self._inner.gather(whole, ranks, sizes=sizes, number=number)
-        return Watched(work, self._waiting, "what other ranks hold")
+        return Watched(work, self._waiting, "an all-gather")
 
     def reduce(
         self,

@@ -1,4 +1,4 @@
-"""Started operations: what waiting for them means, and for several of them at once."""
+"""Waiting for operations that have been started."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ from ds_zero.interfaces import Work
 
 
 class Done:
-    """A work that is already finished."""
+    """An operation that has already finished."""
 
     def wait(self) -> None:
         return None
 
 
 def wait_received(work: Work) -> None:
-    """Wait until what comes is there. `wait_sent` must follow before what was sent may change or go."""
+    """Waits until everything has been received. The tensors that this rank sends must not be changed or freed before
+    `wait_sent` has returned.
+    """
     getattr(work, "wait_received", work.wait)()
 
 
 def wait_sent(work: Work) -> None:
-    """After `wait_received`: wait until nobody needs what was sent any more.
+    """Waits until no other rank needs the tensors that this rank sends. Called after `wait_received`.
 
     [Note: received and sent]
-    A rank that reads peer memory copies when it needs the values, so what was sent has to stay until the slowest rank
-    has come as far as this one. A rank that waits for that at once moves in step with all others, and the delays of all
-    ranks add up. So the two waits are apart: the second comes one bucket or one unit later, when it is usually over.
+    With [Note: peer memory], the receiver copies a tensor when it needs the values. So the tensor must stay unchanged
+    until the slowest rank has reached this point. If each rank waited for that at once, all ranks would run in
+    lockstep, and the delays of all ranks would add up. So there are two waits, and the second one is called one bucket
+    or one unit later, when it usually returns at once.
     """
     late = getattr(work, "wait_sent", None)
     if late is not None:
@@ -33,7 +36,7 @@ def wait_sent(work: Work) -> None:
 
 
 class Then:
-    """Several works, and what has to happen once after what comes has come."""
+    """Several operations, and a function that is called once after everything has been received."""
 
     def __init__(self, works: Sequence[Work], then: Callable[[], None]) -> None:
         self._works, self._then, self._arrived = list(works), then, False

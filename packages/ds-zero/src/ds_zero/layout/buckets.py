@@ -93,15 +93,16 @@ class BucketLayout:
     num_ranks: int
     """Ranks that exchange this bucket; each sums and sends one slice."""
     num_owners: int
-    """Ranks among which states are divided: `num_ranks`, or 1 in stage 0 where every rank owns everything."""
+    """Number of ranks over which optimizer states are sharded: `num_ranks`, or 1 in stage 0, where every rank owns the
+    whole bucket."""
     undivided: bool = False
-    """Whether optimizer entries have their parameter's shape: whole tensors, each on one rank."""
+    """Whether each tensor is owned by one rank, and optimizer entries have their parameter's shape."""
     cuts: tuple[int, ...] | None = None
     """Boundaries of the slices (`num_ranks` + 1 numbers); None: equal slices."""
     axis: int = 0
     """Index of the set of ranks that exchange it."""
     by_rows: bool = False
-    """[Note: gradients by rows]"""
+    """Whether only nonzero rows of the gradient are sent, [Note: gradients by rows]."""
 
     @cached_property
     def padded_numel(self) -> int:

@@ -1,11 +1,11 @@
 """Determines which optimizers can work on shards, and which need whole tensors.
 
 [Note: three kinds of optimizer]
-element-wise      every element is updated by itself (AdamW): tensors are cut anywhere, in the flat layout.
-by segments       an element's update needs a few sums over its tensor (LAMB): flat, and the sums are added over
-                  ranks between two passes (`interfaces.SegmentStep`).
-on whole tensors  everything else that treats tensors one by one (Muon, Adafactor): the whole layout.
-What needs all parameters at once (LBFGS) is refused.
+element-wise      Each element is updated independently (AdamW). The flat layout shards tensors at any element.
+by segments       The update of an element needs a few sums over its tensor (LAMB). The flat layout is used, and the
+                  sums are added over ranks between two passes (`interfaces.SegmentStep`).
+on whole tensors  Any other optimizer that updates each tensor independently (Muon, Adafactor), in the whole layout.
+Optimizers that combine several tensors (LBFGS) are refused.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Reads and writes parameters, gradients and optimizer states by name: whole values, and this rank's part.
 
-[Note: reading does not disturb]
-`get_full` of a gradient in the middle of an accumulation shows what would be stepped with if the accumulation ended
-now, and changes nothing: under the local plan a copy of the rank's sums is reduced, and the sums stay. So a training
-that looks at its gradients has the same bits as one that does not. Writing a gradient has to end that: what waits is
+[Note: reading gradients has no effect]
+In the middle of an accumulation, `get_full` of a gradient returns the gradient with which the optimizer would step if
+the accumulation ended now. It does not change the accumulation: under the local plan a copy of the rank's sums is
+reduced. So reading gradients does not change the bits of a training. Writing a gradient does: unreduced gradients are
 reduced first.
 """
 
@@ -41,7 +41,7 @@ def get_full(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tensor
     """Returns the whole value on every rank, in the parameter's shape: a copy, fp32 unless the state has another
     dtype.
 
-    Collective: all ranks among which the parameter is sharded must call it. [Note: reading does not disturb]
+    Collective: all ranks among which the parameter is sharded must call it. [Note: reading gradients has no effect]
 
     Args:
         model: the sharded model; None where `where` is the parameter itself.

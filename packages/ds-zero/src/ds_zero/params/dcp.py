@@ -1,10 +1,10 @@
 """A sharded model and its optimizer for torch.distributed.checkpoint, at any stage and on any number of ranks.
 
-[Note: states that are not there yet]
-torch's load fills what is there, so an optimizer that has not stepped needs its states before. They are made as one
-step would make them (a step over a few elements shows which), and put in place when the load is done. A save writes
-them as zeros with a step count of 0; where a load finds this count, the states are dropped again, so that the first
-step begins as it does in a fresh optimizer.
+[Note: optimizer states before the first step]
+torch's load fills existing tensors, so the states of an optimizer that has not stepped must be allocated first. A step
+of a copy of the optimizer over a few elements shows which states it has. They are given to the optimizer when the load
+has finished. A save before the first step writes them as zeros with a step count of 0. If a load reads this count, it
+drops the states, so that the first step starts as in a new optimizer.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class _OptimizerState(_TopLevel):
         self._model = model
         self._optimizer = optimizer
         self._made: dict[int, dict[str, Any]] = {}
-        """Id of a shard -> states that a load fills; [Note: states that are not there yet]."""
+        """Id of a shard -> states that a load fills; [Note: optimizer states before the first step]."""
 
     def state_dict(self) -> dict[str, Any]:
         """Views of the live states, and the options of the groups."""

@@ -1,12 +1,12 @@
 """Deferred construction: records initialisation on the meta device, and replays it tensor by tensor in `shard`.
 
 [Note: deferred construction]
-Inside `deferred_init` every new tensor is a meta tensor, and every operation that writes one is written down.
-A random operation is also run once on a scratch tensor of the same shape, which advances the generator
-exactly as ordinary construction would, and the generator's state from before is kept. So the values of any
-tensor can be made later, in any order and any number of times, bitwise as ordinary construction makes them:
-walk the record backwards for what the tensor depends on, then run that forwards. Views need no
-record: a tensor is (storage, geometry), and the replay rebuilds storages.
+Inside `deferred_init` every new tensor is a meta tensor, and every operation that writes to one is recorded. A random
+operation is also run once on a scratch tensor of the same shape. This advances the generator exactly as ordinary
+construction does; the state of the generator before the operation is recorded. So the values of any tensor can be
+computed later, in any order and any number of times, with the same bits as by ordinary construction: the record is
+searched backwards for the operations on which the tensor depends, which are then run in order. Views need no record: a
+tensor is a storage with an offset, sizes and strides, and the replay computes storages.
 """
 
 from __future__ import annotations

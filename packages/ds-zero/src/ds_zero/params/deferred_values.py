@@ -1,12 +1,12 @@
-"""Parameters between construction and `shard`: whole for a while, and written before they are sharded.
+"""Access to parameters between their construction and `shard`.
 
-[Note: waiting parameters]
-A parameter from `deferred_init` is a meta tensor with a record of its initialisation. To look at it, its values are
-made by replay and swapped in, and the meta tensor is swapped back afterwards. A parameter from `divided_init` is on
-its device and shows NaN; its values are gathered from the ranks' slices. To load a checkpoint into either, one rank
-writes, all receive that rank's values, and each keeps its slice: between construction and `shard` a rank holds one
-part in N of what was written, and nothing of what was not. `shard` asks the record for the values, whichever kind it
-is.
+[Note: constructed parameters]
+A parameter from `deferred_init` is a meta tensor with a record of its initialisation. To read it, its values are
+computed by replay and take the place of the meta tensor for the duration of a context. A parameter from `divided_init`
+is on its device and reads as NaN; its values are gathered from the ranks' slices. To load a checkpoint into either,
+one rank writes the values, they are broadcast, and each rank keeps its slice. So between construction and `shard`, each
+of N ranks has 1/N of the values that were written, and no memory for the others. `shard` gets the values of both kinds
+from the same interface.
 """
 
 from __future__ import annotations

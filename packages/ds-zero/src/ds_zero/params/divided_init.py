@@ -1,13 +1,13 @@
 """Construction of a model whose parameters are sharded as soon as their module is constructed.
 
 [Note: divided construction]
-Construction runs as it is: every tensor is real, files and collectives work, and the random generator draws what it
-always draws. A parameter is noted when a module registers it. When another module registers one, the parameters
-noted before are complete as a rule, and are divided: rank 0's values go to all ranks, each keeps its slice, and the
-parameter shows NaN. If code looks at a divided parameter all the same (a model that scales the weights of a layer
-that it has just made), the function that it calls finds the parameter whole: it is gathered first, and divided again
-later. A parameter whose memory somebody else still holds, for example as `weight.data`, is not divided meanwhile.
-So a rank holds its slices and a few whole parameters, and values are those of ordinary construction.
+The construction code runs unchanged: all tensors are real, files and collectives can be used, and the random generator
+is used as usual. A parameter is recorded when a module registers it. When another module registers its first parameter,
+the parameters recorded before are normally initialised, and are sharded: rank 0's values are broadcast, each rank keeps
+its slice, and the parameter reads as NaN. If a torch function is called with a sharded parameter (by a model that
+scales the weights of a layer that it has just constructed), the parameter is gathered first, and sharded again later.
+A parameter is not sharded while another tensor refers to its memory, such as `weight.data` in a variable. So each rank
+holds its slices and a few whole parameters, and the values are those of ordinary construction.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def gathered(
     on another rank, raises on every rank, even if it was made through `.data`. Contexts may be nested; an outer
     context with `write` keeps changes in an inner context without it. After an exception changes are discarded.
     Parameters that were constructed under `deferred_init` and are not sharded yet have their values inside the
-    context, see [Note: waiting parameters].
+    context, see [Note: constructed parameters].
 
     Raises:
         ValueError: a parameter is not sharded, a change would be lost, or there was an optimizer step inside the

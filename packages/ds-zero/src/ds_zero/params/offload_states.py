@@ -1,10 +1,10 @@
 """Moves sharded state to host memory temporarily, to free accelerator memory for other work.
 
-[Note: storage stays]
-Several objects hold views of one tensor: shards in the optimizer's groups, parameters in the module, partitions in
-the store. So the contents of storages are moved: they are copied to the host, the storage is resized to zero, and
-later it is filled again, so that all views stay valid. In the meantime, tensors that a user can access refer to the
-copy on the host, so reading them gives the right values.
+[Note: storages are emptied and refilled]
+Several objects are views of one storage: shards in the optimizer's groups, parameters in the module, partitions in the
+store. So the tensors are not replaced. Instead, the contents of the storage are copied to host memory, and the storage
+is resized to 0. Later it is resized back and filled again, so that all views stay valid. In the meantime, tensors that
+a user can access refer to the copy in host memory, so reading them gives the right values.
 """
 
 from __future__ import annotations

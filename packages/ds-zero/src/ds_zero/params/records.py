@@ -1,4 +1,4 @@
-"""Sharded state as logical ranges by name, for checkpoints that know nothing of ranks or stages."""
+"""Sharded state as ranges of named, flattened tensors, for checkpoints that do not depend on ranks or stages."""
 
 from __future__ import annotations
 
@@ -20,51 +20,51 @@ from ds_zero.state import ZeroState
 
 PARAM, BUFFER = "param", "buffer"
 Reading = tuple[str, str, Coordinates, int, int]
-"""What is read from a source at once: name, state, coordinates, first element, number of elements."""
+"""One read from a source: (name, state, coordinates, first element, number of elements)."""
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """Elements [flat_offset, flat_offset + data.numel()) of one flattened logical tensor."""
+    """Elements [flat_offset, flat_offset + data.numel()) of one flattened tensor of the model or optimizer."""
 
     fqn: str
     """Name of the parameter or buffer."""
     state: str
-    """"param" (the fp32 master, or the frozen parameter itself), "buffer", or the optimizer's name of a
-    state."""
+    """"param" (the fp32 master, or the frozen parameter itself), "buffer", or the name of an optimizer state."""
     global_shape: tuple[int, ...]
+    """Shape of the whole tensor, which is () for a number."""
     flat_offset: int
     data: Tensor
-    """1-D, contiguous: a view of the live tensor, or a copy where the store keeps that away."""
+    """1-D, contiguous: a view of the tensor, or a copy if the tensor is away ([Note: tensors that are away])."""
     coordinates: Coordinates = field(default_factory=dict)
-    """Which of the tensors of that name it is: {"expert": (i, n)} where n sets of ranks hold different values under it
-    (`mesh_for`)."""
+    """Distinguishes tensors with the same name: {"expert": (i, n)} for set i of n sets of ranks that have different
+    values (`mesh_for`); else empty."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """What one rank has of one parameter."""
+    """This rank's part of one parameter."""
 
     slot: Slot
     bucket: Bucket
     index: int
     start: int
-    """First element within the parameter."""
+    """Index of the first element in the flattened parameter."""
     numel: int
     offset: int
-    """First element within what this rank owns of the bucket."""
+    """Index of the first element in this rank's owned range of the bucket."""
     shard_start: int
-    """Where the optimizer's shard starts within the parameter."""
+    """Index of the optimizer shard's first element in the flattened parameter."""
 
     def of(self, owned: Tensor) -> Tensor:
-        """This range of a tensor over everything that the rank owns of the bucket."""
+        """Returns this range of a 1-D tensor over the owned range of the bucket."""
         return owned[self.offset : self.offset + self.numel]
 
     @property
     def values(self) -> Tensor:
-        """This range of the master, or of the frozen parameter's shard, where that is addressable."""
+        """This range of the master, or of the frozen parameter. It must be addressable."""
         owned = self.bucket.storage.addressable(self.bucket.storage.exact)
-        assert owned is not None, "values that are away have to be opened"
+        assert owned is not None, "a tensor that is away must be opened"
         return self.of(owned.detach())
 
     @property
@@ -76,24 +76,24 @@ class Range:
         return coordinates_of(self.bucket)
 
     def record(self, state: str, shape: tuple[int, ...], start: int, data: Tensor) -> ShardRecord:
-        """Elements from `start` on of this parameter, or of one of its states."""
+        """Returns a record of the elements from `start` on of this parameter or one of its states."""
         return ShardRecord(self.fqn, state, shape, start, data, self.coordinates)
 
 
 def coordinates_of(bucket: Bucket) -> dict[str, tuple[int, int]]:
-    """`ShardRecord.coordinates`."""
+    """Returns `ShardRecord.coordinates` of the bucket's parameters."""
     index, count = bucket.ranks.part
     return {"expert": (index, count)} if count > 1 else {}
 
 
 def ranges(state: ZeroState, *, owned: bool) -> Iterator[Range]:
-    """This rank's ranges: all it holds (`owned`), or its slice only, so that ranks together have every
-    element once.
+    """Yields this rank's ranges of all parameters: the owned ranges, or, without `owned`, only its slices. The slices
+    of all ranks contain every element exactly once.
     """
     for bucket in state.buckets:
         rank = bucket.ranks.rank
         if not owned and bucket.ranks.replicas is not None and bucket.ranks.replicas.rank > 0:
-            continue  # the first replica speaks for all
+            continue  # the first replica has the same slices
         first, last = bucket.owned_range
         begin, end = (first, last) if owned else bucket.slice_range
         for index, slot in enumerate(bucket.layout.slots):
@@ -112,30 +112,30 @@ def ranges(state: ZeroState, *, owned: bool) -> Iterator[Range]:
 
 
 def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
-    """The pieces of parameters, buffers and optimizer states that this rank writes to a checkpoint. Over all ranks,
-    every element of every tensor appears exactly once, at any stage.
+    """Returns the parts of parameters, buffers and optimizer states that this rank writes to a checkpoint. At any
+    stage, the records of all ranks contain every element of every tensor exactly once.
 
-    Scalar states (Adam's `step`) come from the rank that has the parameter's first element; buffers from rank
-    0.
+    Scalar states (Adam's `step`) are in the records of the rank that has the parameter's first element, buffers in
+    those of rank 0.
     """
     state = _registry.state_of(model)
     state.stepper.wait()
-    found: list[ShardRecord] = []
+    own_records: list[ShardRecord] = []
     for bucket, parts in groupby(ranges(state, owned=False), key=lambda r: r.bucket):
         kind = bucket.storage.exact
         with bucket.storage.opened(kind) as values:
             for r in parts:
                 own = r.of(values).detach()
                 own = own.clone() if bucket.storage.is_away(kind) else own
-                found.append(r.record(PARAM, r.slot.shape, r.start, own))
+                own_records.append(r.record(PARAM, r.slot.shape, r.start, own))
                 if bucket.shards:
                     shard = bucket.shards[r.index]
                     for name, value in optimizer.state.get(shard, {}).items():
-                        found += _state_record(r, name, value, shard)
+                        own_records += _state_record(r, name, value, shard)
     if state.ranks.first:
         for fqn, buffer in saved_buffers(model).items():
-            found.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
-    return found
+            own_records.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
+    return own_records
 
 
 def _state_record(r: Range, name: str, value: object, shard: Tensor) -> list[ShardRecord]:
@@ -149,19 +149,21 @@ def _state_record(r: Range, name: str, value: object, shard: Tensor) -> list[Sha
         return [r.record(name, (), 0, value.detach().reshape(1))]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return [r.record(name, (), 0, torch.tensor([value], dtype=torch.float64))]
-    if isinstance(value, Tensor) and r.bucket.layout.undivided:  # of a form of its own, as Adafactor's
+    if (
+        isinstance(value, Tensor) and r.bucket.layout.undivided
+    ):  # another shape than the parameter, as of Adafactor
         return [r.record(name, tuple(value.shape), 0, value.detach().reshape(-1))]
     if value is None:
         return []
     raise ValueError(
         f"optimizer state {name!r} of parameter {r.fqn!r} is neither element-wise nor a number "
-        f"({type(value).__name__}): "
-        "it cannot be saved by logical range"
+        f"({type(value).__name__}): it cannot be saved from shards. Store it as a number, or as a tensor of the "
+        "parameter's shape"
     )
 
 
 def group_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
-    """The parameters' names behind the entries of each of the optimizer's groups."""
+    """Returns, for each of the optimizer's groups, the names of the parameters of its entries."""
     state = _registry.state_of(model)
     names = {
         id(shard): slot.fqn
@@ -180,23 +182,24 @@ def load_records(
     keep: AbstractSet[str] = frozenset(),
     expect: Callable[[Sequence[Reading]], None] | None = None,
 ) -> None:
-    """Read this rank's ranges of every parameter, buffer and state from `source`, then publish. Collective.
+    """Reads this rank's ranges of every parameter, buffer and optimizer state from `source`, then updates the
+    parameters of all ranks. Collective.
 
-    Works from a checkpoint of any stage and number of ranks.
+    The checkpoint may have been written at any stage and by any number of ranks.
 
     Args:
-        optimizer: the model's; None where no states are to be read.
-        optimizer_states: read those too.
-        keep: names of tensors that are not read and stay as they are, with their states.
-        expect: called before the first read with everything that will be read, in order. For sources that read ahead.
+        optimizer: the model's optimizer; None if no states are to be read.
+        optimizer_states: whether to read optimizer states.
+        keep: names of tensors that are not read. They and their states keep their values.
+        expect: called before the first read with all reads in order, for sources that read ahead.
 
     Raises:
-        ValueError: a tensor that the source lacks or has in another shape; nothing has been changed then.
+        ValueError: the source lacks a tensor, or has it in another shape. Nothing has been changed then.
     """
     state = _registry.state_of(model)
     state.stepper.wait()
     _check(state, model, source, keep)
-    state.stepper.forget()  # gradients of the values that are replaced, as in the middle of an accumulation
+    state.stepper.forget()  # gradients with respect to the replaced values, such as in the middle of an accumulation
     if expect is not None:
         expect(list(_to_be_read(state, source, optimizer_states, keep)))
     with torch.no_grad():
@@ -218,7 +221,7 @@ def load_records(
 
 
 def publish_loaded(state: ZeroState) -> None:
-    """After masters, and frozen parameters' shards, were filled: every rank sees the new values. Collective."""
+    """Updates the parameters of all ranks after masters and frozen parameters have been loaded. Collective."""
     with torch.no_grad():
         for bucket in state.buckets:
             bucket.refresh_params()
@@ -230,7 +233,7 @@ def publish_loaded(state: ZeroState) -> None:
 def _to_be_read(
     state: ZeroState, source: RecordSource, optimizer_states: bool, keep: AbstractSet[str]
 ) -> Iterator[Reading]:
-    """What `load_records` will ask for."""
+    """Yields the reads of `load_records` in order, without those of buffers."""
     for r in ranges(state, owned=True):
         if r.slot.fqn in keep:
             continue
@@ -246,20 +249,21 @@ def _to_be_read(
 
 
 def _is_ranged(r: Range, shape: Sequence[int]) -> bool:
-    """Whether a state has an element for each of the parameter's; otherwise it is a number, or of a form of its own,
-    which only whole tensors have. (1,) is a state of a 0-dim parameter, told apart from a number.
+    """Whether a state is element-wise, so that this rank reads only its range. Otherwise it is a number, or a tensor of
+    another shape, which exists only in the whole layout. An element-wise state of a 0-dim parameter has the shape (1,),
+    which distinguishes it from a number.
     """
     return tuple(shape) == (r.slot.shape or (1,))
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The persistent buffers by name."""
+    """Returns the persistent buffers by name."""
     persistent = model.state_dict(keep_vars=True).keys()
     return {fqn: buffer for fqn, buffer in model.named_buffers() if fqn in persistent}
 
 
 def _share_frozen(state: ZeroState) -> None:
-    """Whole frozen buckets that are divided for saving: every rank read its own slice, and needs the rest."""
+    """Gathers whole frozen buckets of which each rank has read only its slice."""
     for bucket in state.buckets:
         if not bucket.trainable and bucket.whole and bucket.layout.num_owners > 1:
             state.comm.gather(bucket.full, bucket.ranks, sizes=bucket.layout.slice_sizes).wait()
@@ -276,22 +280,21 @@ def _check(state: ZeroState, model: nn.Module, source: RecordSource, keep: Abstr
     missing = [fqn for fqn, states in stored.items() if wanted[fqn][0] not in states]
     if missing:
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} of {len(stored)} tensors of the model, first "
-            f"{missing[:5]}: "
+            f"the checkpoint lacks {len(missing)} of {len(stored)} tensors of the model, first {missing[:5]}: "
             "it was written for another model"
         )
     for fqn, states in stored.items():
         kind, _, shape = wanted[fqn]
-        there = tuple(states[kind][0])
-        if there != shape:
+        stored_shape = tuple(states[kind][0])
+        if stored_shape != shape:
             raise ValueError(
-                f"{fqn!r} has shape {shape} in the model and {there} in the checkpoint: use the model it "
-                "was written for"
+                f"{fqn!r} has shape {shape} in the model and {stored_shape} in the checkpoint: use the model it was "
+                "written for"
             )
 
 
 def new_state(optimizer: Optimizer, shard: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for one state, where the optimizer wants it if it has a say (`_new_state`)."""
+    """Allocates one optimizer state: by the optimizer's `_new_state`, which chooses the device, if it has one."""
     make = getattr(optimizer, "_new_state", None)
     made: Tensor = make(shard) if callable(make) else torch.zeros_like(shard, dtype=dtype)
     return made.detach()
@@ -302,7 +305,7 @@ def _load_states(r: Range, optimizer: Optimizer, source: RecordSource) -> None:
     held = optimizer.state[shard]
     stored = {name: kind for name, kind in source.states(r.fqn, r.coordinates).items() if name != PARAM}
     for name in held.keys() - stored.keys():
-        del held[name]  # gathered by this run: not what the checkpoint stands for
+        del held[name]  # a state of this run that the checkpoint does not contain
     for name, (shape, dtype) in stored.items():
         if _is_ranged(r, shape):
             if name not in held:

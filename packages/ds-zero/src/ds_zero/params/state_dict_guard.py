@@ -1,10 +1,10 @@
-"""Reads and writes of a sharded model by torch's own means: `state_dict` and `load_state_dict` say what they
-would lose, and everything that reads waits for published values.
+"""Hooks on torch's `state_dict` and `load_state_dict` of a sharded model: they raise if values would be lost, and wait
+until updated parameters have been published.
 
 [Note: state_dict of a sharded model]
-At stage 3 `model.state_dict()` outside of `gathered` raises. Inside, the gathered parameters have their values, and the
-others are tensors without memory that raise when they are read or written to a file: PEFT takes the state_dict of the
-whole model to save the adapters alone.
+At stage 3 `model.state_dict()` raises outside of `gathered`. Inside, the gathered parameters have their values, and the
+others are tensors without memory that raise when they are read or written to a file. This permits calls that use only
+the gathered ones: PEFT calls `state_dict` of the whole model to save the adapters.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Fast operations on fake tensors.
 
-[Note: lean operations] Torch's fake tensors are made for tracing: every operation looks for constants, symbols,
-other modes and a place in a cache, some 0.3 ms in all. For the operations that make up nearly all of a training
-step none of that matters: their result is what torch's meta kernel says, on the storage of the operand where it
-is a view. So the kernel is called and its result wrapped; where operands of the same shapes, strides and dtypes
-were there before, the result is made without it. All others go torch's way.
-`tests/zero/predict/test_fake_ops.py` compares the two.
+[Note: fast fake operations]
+Torch's fake tensors are designed for tracing: every operation handles constants, symbolic sizes, other modes and a
+cache, which takes about 0.3 ms. The operations that make up nearly all of a training step need none of that: the result
+is that of torch's meta kernel, on the storage of the operand if it is a view. So this module calls the meta kernel and
+wraps its result. If operands with the same shapes, strides and dtypes have occurred before, it constructs the result
+without the kernel. All other operations are run by torch's fake tensors. `tests/zero/predict/test_fake_ops.py` compares
+the two.
 """
 
 from __future__ import annotations

@@ -115,12 +115,13 @@ class counted_memory:
 
 
 def _peaks(recorded: profile, num_phases: int) -> list[int]:
-    """Running sum of all memory events, its maximum within each phase.
+    """Returns the maximum allocated bytes in each phase.
 
-    [Note: unseen releases] The profiler sees the threads that it was started in and autograd's. A release in
-    another one, such as gloo's when it is the last to let go of a broadcast tensor, is no event. Such a block would
-    count for ever; it is known by its address, which comes up again, or by belonging to no tensor at the end, and
-    is left out.
+    [Note: unrecorded releases]
+    The profiler records events of the thread that started it and of autograd's threads. A release in another thread,
+    such as gloo's after a broadcast, is not recorded, so that the block would seem to be allocated for ever. Such
+    blocks are excluded. They are recognised by another allocation at the same address, or because no tensor uses them
+    at the end.
     """
     assert recorded.profiler is not None
     results = recorded.profiler.kineto_results

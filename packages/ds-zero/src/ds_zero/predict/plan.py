@@ -56,7 +56,7 @@ def plan(
     """Predicts the bytes that one rank holds in each phase of training, and the bytes that it sends in a step.
 
     Pure: it starts no process, changes nothing, and allocates no memory for values. The model may be on the meta
-    device, and larger than any memory. See [Note: plan by running] in `predict/simulate.py`.
+    device, and larger than any memory. See [Note: plan by simulation] in `predict/simulate.py`.
 
     Args:
         model: the unsharded model, or a function that makes it, which is called on the meta device.

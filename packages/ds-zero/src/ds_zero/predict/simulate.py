@@ -1,11 +1,12 @@
 """Runs the training steps of one rank, with this package's own code, on tensors without memory.
 
-[Note: plan by running] A formula for the memory of a step would be a second copy of what `shard`, the reducer, the
-gatherer and the optimizer do, and would be wrong the day after one of them changes. Here those run themselves, over
-torch's fake tensors, which have shapes, dtypes and storages with sizes, and no elements. Messages go to a stand-in
-process group that counts them; the `Ledger` keeps book of the storages. An accelerator is planned over fake CPU
-tensors too (a torch without support for it has no fake ones of its kind either), with its collectives, its
-optimizers' defaults and its allocator's granule.
+[Note: plan by simulation]
+A formula for the memory of a step would duplicate what `shard`, the reducer, the gatherer and the optimizer do, and
+would become wrong when one of them changes. So this module runs their code, on torch's fake tensors, which have shapes,
+dtypes and storages with sizes, but no elements. A simulated process group counts the messages, and the `Ledger` tracks
+the allocated storages. Plans for accelerators also use fake CPU tensors, because a torch without support for a device
+has no fake tensors of it. They use the accelerator's collectives, its defaults of optimizers, and the block size of its
+allocator.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def simulate(model: nn.Module, job: Job, *, lean: bool = True) -> Outcome:
     """Simulates load, two steps and a save of `job` on rank 0, on a copy of `model` without memory.
 
     Args:
-        lean: take [Note: lean operations]; without, all is left to torch's own fake tensors.
+        lean: use [Note: fast fake operations]; if False, torch's own fake tensors run all operations.
     """
     # Real tensors in closures of the model, and the inputs, are replaced by fake tensors of the same shapes.
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,19 +1,20 @@
 """Measures the difference of two trainings, tensor by tensor, in units in the last place (ULP), and its bounds.
 
-[Note: what rounding explains]
-Over many steps two trainings whose arithmetic differs may drift apart without limit: an element whose gradient nearly
-cancels gets the other sign, and Adam moves it by a whole learning rate the other way. Within one step, from the same
-values, what rounding can do is small and known. So after any difference plain PyTorch goes on from the sharded
-training's values, and every step is judged by itself:
+[Note: bounds of rounding]
+Over many steps, two trainings whose arithmetic differs may diverge without limit: if the terms of a gradient element
+nearly cancel, rounding may change its sign, and Adam then moves the parameter by a learning rate in the other
+direction. Within one step that starts from equal values, the effect of rounding is small and has known bounds. So after
+a difference, the plain training continues from the sharded training's values, and each step is compared separately:
 
-* gradients: sums of the same numbers in another order differ by at most a few units in the last place of the sum of
-  their sizes (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 4.2), in the coarsest dtype in
-  which they are added;
-* where forward differs already (a loss shows it), or may (accelerators choose kernels by alignment): `FACTOR` times
-  what weights moved by one unit in the last place change in plain PyTorch, tensor by tensor, or as much relative to its
-  largest element as half of all tensors change (a tensor of one element may be lucky);
-* parameters and optimizer states: plain PyTorch steps with the sharded training's gradient, and then `UNITS` units in
-  the last place of the tensor's largest element are allowed.
+* Gradients: sums of the same numbers in another order differ by at most a few units in the last place of the sum of
+  their absolute values (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 4.2), in the least
+  precise dtype in which they are added.
+* Gradients after a forward that differs (as the loss shows), or may differ (accelerators choose kernels by alignment):
+  the plain training is repeated with weights changed by one unit in the last place. The bound of a tensor is `FACTOR`
+  times its largest change. If that is less, relative to the tensor's largest element, than the median over all tensors,
+  the median is used, since a tensor with one element may change little by chance.
+* Parameters and optimizer states: the plain training steps with the sharded training's gradient. The bound is `UNITS`
+  units in the last place of the tensor's largest element.
 """
 
 from __future__ import annotations

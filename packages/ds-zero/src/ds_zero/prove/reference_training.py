@@ -1,12 +1,12 @@
 """The reference of `verify`: plain PyTorch in one process, which processes the micro-batches of all ranks.
 
-[Note: what plain means]
-One whole model, one whole optimizer, and no collective: every rank's micro-batches run one after the other, and their
-gradients are added in the order that the accumulation plan names (docs/notes/zero.md): over ranks in a binary tree,
-over micro-batches on each rank before that (`local`), after it (`sharded`), or in one tree with them
-(`rank_invariant`). Parameters in 16 bits have fp32 masters in a second copy of the model, which the optimizer steps.
-Of ds_zero only the norm and the counting of the loss scale are used, both of which have tests of their own. Whatever is
-wrong in buckets, slices, messages, hooks, stores or the order of publications is not wrong here.
+[Note: reference training]
+The reference has one whole model, one whole optimizer and no collectives. The micro-batches of all ranks run one after
+the other. Their gradients are added in the order of the accumulation plan (docs/notes/zero.md): over ranks in a binary
+tree; over micro-batches before that, on each rank (`local`), after it (`sharded`), or in one tree with the ranks
+(`rank_invariant`). 16-bit parameters have fp32 masters in a second copy of the model, which the optimizer updates.
+The only code of ds_zero in it computes the norm and changes the loss scale; both have their own tests. So errors in
+buckets, slices, messages, hooks, stores or the publication of parameters cannot affect the reference.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class LineSum:
 
 
 class PlainTraining:
-    """One training by [Note: what plain means]: `gradients`, then `update`, for every step."""
+    """One training by [Note: reference training]: `gradients`, then `update`, for every step."""
 
     def __init__(self, recipe: Recipe) -> None:
         seed_everything(recipe.seed)

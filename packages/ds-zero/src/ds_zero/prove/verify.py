@@ -57,8 +57,8 @@ def verify(
     Collective: all ranks of the process group (or one process without a group) must call it with the same arguments,
     and get the same result. Rank 0 also trains the plain model, on the micro-batches of all ranks, so it needs memory
     for a whole model and optimizer, and computes as much as all ranks together. Gradients are compared before
-    clipping, parameters after the step, all tensors of both in every step. See [Note: what plain means] in
-    `prove/reference_training.py` and [Note: what rounding explains] in `prove/deviation.py`. For every micro-batch,
+    clipping, parameters after the step, all tensors of both in every step. See [Note: reference training] in
+    `prove/reference_training.py` and [Note: bounds of rounding] in `prove/deviation.py`. For every micro-batch,
     random generators get the same seed on both sides, so dropout causes no difference. They are restored at the end.
 
     Args:

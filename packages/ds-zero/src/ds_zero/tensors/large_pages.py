@@ -1,9 +1,10 @@
 """Large pages for memory that is frequently allocated and freed.
 
 [Note: large pages]
-Every page of new memory costs a fault when it is first written: for a gathered unit of 12 MB three thousand, twice a
-step. Linux takes pages of 2 MB where it is asked to. Only whole large pages inside the tensor are asked for, all of
-which are about to be filled, so no memory is used beyond what the tensor has.
+The first write to each page of new memory causes a page fault: with pages of 4 KiB three thousand for a gathered unit
+of 12 MB, twice per step. Linux uses pages of 2 MB for memory that `madvise(MADV_HUGEPAGE)` selects. Only large pages
+that lie completely inside the tensor are selected. All of the tensor is about to be written, so this needs no more
+memory.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def _advise() -> Callable[..., int] | None:
 
 
 def in_large_pages(tensor: Tensor) -> Tensor:
-    """Ask for large pages for new CPU memory, [Note: large pages]; returns `tensor`. Whether there are any is up to the
-    system.
+    """Requests large pages for new CPU memory, [Note: large pages], and returns `tensor`. The system may ignore the
+    request.
     """
     advise, advice = _advise(), getattr(mmap, "MADV_HUGEPAGE", None)
     if advise is None or advice is None or tensor.device.type != "cpu" or is_fake(tensor):

@@ -1,9 +1,10 @@
-"""A whole tensor of which this rank has some elements, for torch.distributed.checkpoint.
+"""A tensor subclass with the shape of a whole tensor and the elements of this rank, for torch.distributed.checkpoint.
 
 [Note: blocks of a range]
-A rank has a contiguous range of the flattened tensor. torch's checkpoints know rectangular blocks only. A range of a
-matrix is the end of a row, some whole rows, and the beginning of a row; in more dims the end and the beginning are cut
-in the same way. So a range of an N-dim tensor is at most 2 N - 1 blocks, each of them contiguous in memory.
+A rank has a contiguous range of the flattened tensor, but torch's checkpoints store rectangular blocks. A range of a
+matrix consists of the end of a row, some whole rows, and the beginning of a row. With more dims, the end and the
+beginning are split in the same way. So a range of an N-dim tensor is at most 2 N - 1 blocks, each of them contiguous in
+memory.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Block:
 
 
 def blocks(shape: Sequence[int], begin: int, end: int) -> Iterator[Block]:
-    """The blocks of the elements [begin, end) of a flattened tensor, in order; [Note: blocks of a range]."""
+    """Yields the blocks of the elements [begin, end) of a flattened tensor, in order; [Note: blocks of a range]."""
     if begin < end:
         yield from _blocks(tuple(shape), begin, end)
 

@@ -1,9 +1,10 @@
 """Chooses the batch of the section `elasticity`, and divides it among a number of ranks.
 
-[Note: versions] In version 0.1 all ranks are alike, and a number of ranks that the batch does not suit is refused.
-In version 0.2 ranks come and go by machines: the batch suits whole machines, `ranks_per_node` ranks each, of which
-`model_parallel` work on the same samples. Another number of ranks is accepted and gets the best batch for this number
-alone, so the batch size then changes with it.
+[Note: versions of elasticity]
+In version 0.1 single ranks may be added or removed, and a number of ranks to which the batch cannot be divided is
+refused. In version 0.2 whole machines are added or removed: the batch can be divided among any number of machines with
+`ranks_per_node` ranks each, of which `model_parallel` process the same samples. Any other number of ranks is accepted,
+too, with the best batch for that number, so the batch size then depends on the number of ranks.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ds_engine.config.elastic.errors import ElasticityConfigError, ElasticityInc
 from ds_engine.config.support.batch import Batch
 
 ALIKE, BY_MACHINES = 0.1, 0.2
-"""See [Note: versions]."""
+"""See [Note: versions of elasticity]."""
 VERSIONS = (ALIKE, BY_MACHINES)
 
 
@@ -38,7 +39,7 @@ class Limits:
     model_parallel: int = 1
     """Version 0.2: number of ranks that work on the same samples."""
     version: float = BY_MACHINES
-    """See [Note: versions]."""
+    """See [Note: versions of elasticity]."""
 
 
 @dataclass(frozen=True, kw_only=True)
