@@ -132,12 +132,15 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "inference.config": {_INFERENCE: "DeepSpeedInferenceConfig"},
     "inference.engine": {_INFERENCE: "InferenceEngine"},
     "launcher": {},
+    "launcher.launch": {"ds_compat.launch.node": "main parse_args"},
     "launcher.multinode_runner": {
-        _REFUSED: "MultiNodeRunner PDSHRunner OpenMPIRunner SlurmRunner MPICHRunner"
+        "ds_compat.launch.runners": "MultiNodeRunner PDSHRunner OpenMPIRunner SlurmRunner MPICHRunner IMPIRunner "
+        "MVAPICHRunner"
     },
     "launcher.runner": {
+        "ds_compat.launch.hostfile": "fetch_hostfile _parse_hostfile=parse_hostfile",
         "ds_compat.launch.launcher": "main parse_args encode_world_info parse_resource_filter "
-        "parse_inclusion_exclusion fetch_hostfile DEEPSPEED_ENVIRONMENT_NAME DLTS_HOSTFILE EXPORT_ENVS"
+        "parse_inclusion_exclusion DEEPSPEED_ENVIRONMENT_NAME DLTS_HOSTFILE EXPORT_ENVS",
     },
     "linear": {_REFUSED: "LoRAConfig QuantizationConfig OptimizedLinear LoRAOptimizedLinear init_lora"},
     "linear.config": {_REFUSED: "LoRAConfig QuantizationConfig"},

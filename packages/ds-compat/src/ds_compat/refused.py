@@ -34,8 +34,8 @@ OWNERS: Mapping[str, str] = {
         "BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig SparseAttentionUtils "
         "DeepSpeedTransformerLayer DeepSpeedTransformerConfig initialize_sequence_parallel",
         PROFILER: "FlopsProfiler get_model_profile",
-        ENGINE: "Autotuner ResourceManager MultiNodeRunner PDSHRunner OpenMPIRunner SlurmRunner MPICHRunner "
-        "init_compression redundancy_clean ds_to_universal DeepSpeedDataSampler DataAnalyzer RandomLTDScheduler",
+        ENGINE: "Autotuner ResourceManager init_compression "
+        "redundancy_clean ds_to_universal DeepSpeedDataSampler DataAnalyzer RandomLTDScheduler",
         OFFLOAD: "AsyncIOBuilder GDSBuilder aio_handle",
         COMM: "OnebitAdam OnebitLamb ZeroOneAdam CompressedBackend",
         NONE: "LoRAOptimizedLinear OptimizedLinear LoRAConfig QuantizationConfig init_lora DeepSpeedHybridEngine "
