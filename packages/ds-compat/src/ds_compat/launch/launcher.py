@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds_compat.launch import scheduled
 from ds_engine.launch.hosts import Pool, fetch_hostfile, parse_resource_filter, read_env_files
 from ds_engine.launch.network import is_this_machine
 from ds_engine.launch.plan import LOCAL_RANK, LaunchError
@@ -50,8 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--master_port", type=int, default=None, help="port of rank 0; default: a free port")
     add("--master_addr", default="", help="address of rank 0's machine, as the others see it")
     add("--node_rank", type=int, default=-1, help="with --no_ssh: number of this machine in the host file")
-    add("--launcher", default="pdsh", help="ssh or pdsh: the machines of the host file are started over ssh")
-    add("--launcher_args", default="", help="further arguments of ssh")
+    add(
+        "--launcher",
+        default="pdsh",
+        help="ssh or pdsh: the machines of the host file are started over ssh; openmpi, mpich, impi, mvapich or "
+        "slurm: mpirun or srun starts the ranks",
+    )
+    add("--launcher_args", default="", help="further arguments of ssh, mpirun or srun")
     add("--ssh_port", type=int, default=None, help="port of the ssh servers")
     add(
         "--no_ssh",
@@ -94,6 +100,10 @@ def launch(options: argparse.Namespace) -> int:
     """Runs the job, and returns the exit code."""
     try:
         _refuse_what_is_not_here(options)
+        if scheduled.starts_ranks(options.launcher):
+            exported = scheduled.exported_variables(os.environ, EXPORT_ENVS)
+            exported |= read_env_files(DEEPSPEED_ENVIRONMENT_NAME)
+            return scheduled.launch(options, _pool, exported, _say)
         pool = _pool(options)
         host = next(iter(pool))
         if len(pool) > 1 or options.force_multi or options.no_ssh or not is_this_machine(host):
@@ -173,11 +183,13 @@ def _refuse_what_is_not_here(options: argparse.Namespace) -> None:
         raise LaunchError(
             "--elastic_training is not supported; a checkpoint can be loaded on any number of ranks"
         )
-    if options.launcher.lower() not in _LAUNCHERS:
+    if options.launcher.lower() not in _LAUNCHERS and not scheduled.starts_ranks(options.launcher):
         raise LaunchError(
-            f"--launcher {options.launcher}: `ssh` and `pdsh` are possible, which both start the machines over ssh. "
-            "Under Slurm and MPI the scheduler starts the ranks: srun or mpirun, followed by `python` and the script"
+            f"--launcher {options.launcher}: `ssh` and `pdsh` are possible, which start the machines over ssh, and "
+            "`openmpi`, `mpich`, `impi`, `mvapich` and `slurm`, which start the ranks by mpirun or srun"
         )
+    if scheduled.starts_ranks(options.launcher):
+        return
     for name in ("save_pid", "bind_cores_to_rank", "bind_core_list"):
         if getattr(options, name):
             _say(f"--{name} has no effect: numactl and taskset bind the command, and its ranks inherit it")

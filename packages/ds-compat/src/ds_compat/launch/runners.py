@@ -151,7 +151,7 @@ class PDSHRunner(MultiNodeRunner):
         return [*words, f"cd {_for_pdsh(os.getcwd())};"]
 
 
-class _SchedulerRunner(MultiNodeRunner):
+class SchedulerRunner(MultiNodeRunner):
     """A program that starts every rank itself, without a shell.
 
     Args:
@@ -225,7 +225,7 @@ class _SchedulerRunner(MultiNodeRunner):
         return {"MASTER_ADDR": host, "MASTER_PORT": str(self.args.master_port or PORT)}
 
 
-class OpenMPIRunner(_SchedulerRunner):
+class OpenMPIRunner(SchedulerRunner):
     """mpirun of Open MPI."""
 
     label = "openmpi"
@@ -252,7 +252,7 @@ class OpenMPIRunner(_SchedulerRunner):
         return ["-host", ",".join(f"{host}:{num_slots(slots)}" for host, slots in self.resource_pool.items())]
 
 
-class MPICHRunner(_SchedulerRunner):
+class MPICHRunner(SchedulerRunner):
     """mpirun of MPICH, which is Hydra."""
 
     label = "mpich"
@@ -270,7 +270,7 @@ class MPICHRunner(_SchedulerRunner):
         return [*ranks, *launcher_args, *exported, *hosts, *helper, *self._script()]
 
 
-class IMPIRunner(_SchedulerRunner):
+class IMPIRunner(SchedulerRunner):
     """mpirun of Intel MPI: each rank is a part of the command, with variables of its own."""
 
     label = "impi"
@@ -290,7 +290,7 @@ class IMPIRunner(_SchedulerRunner):
         return command
 
 
-class MVAPICHRunner(_SchedulerRunner):
+class MVAPICHRunner(SchedulerRunner):
     """mpirun of MVAPICH2, which is Hydra."""
 
     label = "mvapich"
@@ -316,7 +316,7 @@ class MVAPICHRunner(_SchedulerRunner):
         return [*command, *self._script()]
 
 
-class SlurmRunner(_SchedulerRunner):
+class SlurmRunner(SchedulerRunner):
     """srun, inside an allocation or with options that ask for one."""
 
     program = "srun"
@@ -353,7 +353,7 @@ class SlurmRunner(_SchedulerRunner):
         return [*command, f"--export={','.join(export)}", *self._script()]
 
 
-SCHEDULERS: Mapping[str, type[_SchedulerRunner]] = {
+SCHEDULERS: Mapping[str, type[SchedulerRunner]] = {
     runner.label: runner for runner in (OpenMPIRunner, MPICHRunner, IMPIRunner, MVAPICHRunner, SlurmRunner)
 }
 """Value of --launcher -> runner, for the programs that start every rank themselves."""
