@@ -94,7 +94,7 @@ def test_what_a_host_file_does_not_have(line: str, message: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--launcher openmpi", "--launcher openmpi: .* srun or mpirun"),
+        ("--launcher lsf", "--launcher lsf: .* mpirun or srun"),
         ("--elastic_training", "--elastic_training is not supported"),
         ("--no_ssh --node_rank 1", "the number of this machine is 1"),
         ("--num_gpus 1 --hostfile {}", "'-oProxyCommand=x' is not a name of a host"),

@@ -102,7 +102,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except (LaunchError, OSError) as error:
         _say(f"cannot start: {error}")
         sys.exit(2)
-    sys.exit(run(planned, say=_say, console=Console(_say, logs=folder, only_rank_0=False, inherit=False)))
+    console = Console(_say, logs=folder, only_rank_0=False, inherit=False)
+    sys.exit(run(planned, say=_say, console=console).code)
 
 
 def _say(line: str) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ds_engine.cli.emit import Emission, EmitOption, GpusOption, ImageOption, show_emitted
+
 if TYPE_CHECKING:
     from ds_engine.launch.console import Console
     from ds_engine.launch.hosts import Pool
@@ -161,6 +163,9 @@ def run(
     nnodes: _Nnodes = None,
     node_rank: _NodeRank = None,
     rdzv_endpoint: _Endpoint = None,
+    emit: EmitOption = None,
+    gpus_per_node: GpusOption = None,
+    image: ImageOption = "IMAGE",
 ) -> None:
     """Run a script on all ranks, and terminate all of them if one fails.
 
@@ -168,24 +173,24 @@ def run(
     """
     from ds_engine.launch.remote.prepare import Script, Selection
     from ds_engine.launch.restart import Restarts
-    from ds_engine.launch.supervise import Patience
 
     kind = "module" if module else "script"
     what = Script(name=script, arguments=arguments or [], kind=kind, config=config)
-    shown = _Shown(Patience(grace_s=grace_s, stop_s=stop_s), log_dir, show)
+    if emit is not None:
+        wanted = Emission(emit, nproc, nnodes or num_nodes, gpus_per_node, image, python, export or [])
+        raise typer.Exit(show_emitted(what, wanted, say))
+    shown = _Shown(grace_s, stop_s, log_dir, show)
     over_ssh: dict[str, object] = {"include": include, "exclude": exclude, "launcher-args": launcher_args}
     over_ssh |= {"ssh-port": ssh_port, "export": export, "master-addr": master_addr}
     over_ssh |= {"num-nodes": num_nodes, "min-nodes": min_nodes}
     on_each = {"nnodes": nnodes, "node-rank": node_rank, "rdzv-endpoint": rdzv_endpoint}
+    reach = _Reach(master_addr, master_port, launcher_args, ssh_port, host_timeout, export or [], python)
     try:
         again = Restarts(limit=max_restarts, min_nodes=min_nodes)
         if hostfile is not None:
             _refuse(on_each, "cannot be combined with --hostfile, which starts all machines")
             pool = Selection(
                 hostfile=hostfile, include=include, exclude=exclude, num_nodes=num_nodes, nproc=nproc
-            )
-            reach = _Reach(
-                master_addr, master_port, launcher_args, ssh_port, host_timeout, export or [], python
             )
             code = _on_hosts(what, pool, reach, shown, again)
         else:
@@ -200,9 +205,16 @@ def run(
 
 @dataclass(frozen=True)
 class _Shown:
-    patience: Patience
+    grace_s: float
+    stop_s: float
     log_dir: str | None
     show: str | None
+
+    @property
+    def patience(self) -> Patience:
+        from ds_engine.launch.supervise import Patience
+
+        return Patience(grace_s=self.grace_s, stop_s=self.stop_s)
 
     def console(self, script: str, *, inherit: bool) -> Console:
         """Makes the sinks of the output, and the folder of the log files."""
