@@ -139,3 +139,21 @@ def test_what_is_left_at_the_end_is_shared_out_if_asked() -> None:
     shares = [[batch.tolist() for batch in one] for one in loaders]
     assert [len(batch) for batch in shares[0]] == [len(batch) for batch in shares[1]] == [4, 4, 3]
     assert {x for share in shares for batch in share for x in batch} == set(range(22))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_pass_draws_nothing_from_the_global_generator(num_workers: int) -> None:
+    """A job that resumes in the middle of a pass starts an iterator more than one that was never interrupted."""
+    made = Loader(
+        Numbers(),
+        micro_batch=4,
+        rank=0,
+        ranks=1,
+        seed=3,
+        collate_fn=torch.tensor,
+        pin_memory=False,
+        num_workers=num_workers,
+    )
+    before = torch.get_rng_state()
+    assert len(list(made)) == 5
+    assert torch.equal(torch.get_rng_state(), before)

@@ -117,7 +117,12 @@ class Loader:
         """Called with every micro-batch and the information of the order about it (`current_difficulties`); returns
         the micro-batch to use.
         """
+        # Without a generator of its own, a new iterator would draw from torch's global one, so that a job that resumes
+        # in the middle of an epoch would get other random numbers (dropout) than one that was never interrupted.
+        self._worker_seeds = torch.Generator()
+        self._seed = seed + rank
         options: dict[str, Any] = {"collate_fn": collate_fn, "pin_memory": pin_memory}
+        options["generator"] = self._worker_seeds
         options["num_workers"] = num_workers
         if isinstance(dataset, IterableDataset):
             if ranks > 1:
@@ -149,6 +154,7 @@ class Loader:
             self.epoch += 1
             self._seen = 0
         self._resumed = False
+        self._worker_seeds.manual_seed((self._seed << 32) + self.epoch)
         if self.sampler is None:
             return self._told(iter(self.loader))
         self.sampler.epoch = self.epoch - 1
