@@ -1,0 +1,1 @@
+"""Ranks that call a function of this interpreter, for notebooks and the Python prompt."""
