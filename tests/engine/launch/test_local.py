@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from ds_engine import __version__
+from ds_engine.cli.main import app
 from ds_engine.launch.local import prepare
 from ds_engine.launch.machine import usable_cores
 from ds_engine.launch.plan import LaunchError
@@ -339,6 +341,37 @@ def test_what_cannot_start_ends_with_code_2(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("[ds] cannot start: there is no file 'nope.py'")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--include a", "--include needs --hostfile"),
+        ("--num-nodes 2 --export X", "--num-nodes, --export needs --hostfile"),
+        ("--hostfile h --nnodes 2", "--nnodes cannot be combined with --hostfile"),
+        ("--node-rank 0", "--node-rank needs --nnodes"),
+        ("--nnodes 2 --node-rank 0 --rdzv-endpoint a:1 --master-port 5", "--master-port cannot be combined"),
+        ("--show 3", "--show 3: `all` and `0` are possible"),
+        ("--hostfile nowhere", "--hostfile nowhere: there is no such file"),
+    ],
+)
+def test_options_that_do_not_fit(
+    options: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.py").write_text("raise SystemExit('started')")
+    done = CliRunner().invoke(app, ["run", *options.split(), "x.py"])
+    assert done.exit_code == 2
+    assert f"[ds] cannot start: {message}" in done.stderr
+
+
+def test_a_host_file_with_this_machine_only(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    source = "print(os.environ['MASTER_ADDR'], os.environ['CUDA_VISIBLE_DEVICES'], os.getppid())"
+    job = Job(tmp_path, source, "--hostfile", str(tmp_path / "hosts"))
+    _, out, _ = job.finish()
+    line = f"127.0.0.1 0,1 {job.process.pid}"  # without an agent
+    assert sorted(out.splitlines()) == [line, f"[rank 1] {line}"]
 
 
 def test_the_launcher_does_not_import_torch() -> None:

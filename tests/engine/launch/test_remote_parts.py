@@ -170,6 +170,7 @@ def test_the_address_of_rank_0() -> None:
 
 def test_the_environment_that_is_forwarded() -> None:
     environ = {"PATH": "/bin", "NCCL_DEBUG": "INFO", "HOME": "/h", "TOKEN": "t", "CUDA_VISIBLE_DEVICES": "3"}
+    environ["HF_TOKEN"] = "secret"
     assert forwarded(environ) == {"PATH": "/bin", "NCCL_DEBUG": "INFO"}
     assert forwarded(environ, ["TOKEN"])["TOKEN"] == "t"
     with pytest.raises(LaunchError, match="--export WHAT: this variable is not set"):

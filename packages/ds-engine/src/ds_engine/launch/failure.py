@@ -23,6 +23,7 @@ _VICTIM = re.compile(
     r"ncclRemoteError|ncclSystemError|DistNetworkError|DistBackendError|heartbeat|peer.*(gone|closed)",
     re.IGNORECASE,
 )
+_FULL_DISK = re.compile(r"No space left on device|Disk quota exceeded", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +242,9 @@ def _remedy(end: RankEnd, has_traceback: bool) -> str:
         )
     if number > 0:
         return "another process sent this signal: check the batch system, a time limit, or other users"
+    if _FULL_DISK.search(exception_line(last_traceback(end.stderr))):
+        where = f" on {end.host}" if end.host else ""
+        return f"the disk{where} is full (`df -h` there): free space, or write elsewhere, and start again"
     if has_traceback:
         return (
             "fix the error above and start again; a job with checkpoints resumes from the newest complete one"

@@ -51,10 +51,12 @@ def is_this_machine(host: str) -> bool:
     return False
 
 
-def interface_towards(host: str) -> str | None:
-    """Returns the network interface over which this machine reaches another; None if that is unknown, or the loopback
-    interface.
+def interface_towards(host: str | None) -> str | None:
+    """Returns the network interface over which this machine reaches another, which is None for no other: then the
+    loopback interface. Returns None if it is unknown, or would be the loopback interface although there is another.
     """
+    if host is None:
+        return loopback_interface()
     with contextlib.suppress(OSError, UnicodeError):
         for family, address in _addresses(host):
             with socket.socket(family, socket.SOCK_DGRAM) as probe:

@@ -142,7 +142,9 @@ class Supervisor:
         lost = frozenset(end.host for end in self._ends if end.lost)
         finding = find_first(self._ends)
         if self._stopped_by is not None:
-            self._say(f"stopped by {self._stopped_by.name}; no rank is left")
+            names = ", ".join(sorted(lost))
+            left = f"; no rank is left{f', as far as is known: {names} was lost' if lost else ''}"
+            self._say(f"stopped by {self._stopped_by.name}{left}")
             return Outcome(code=128 + int(self._stopped_by), stopped=True, lost=lost)
         if finding is None:
             return Outcome(code=0)

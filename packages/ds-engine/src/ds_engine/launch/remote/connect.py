@@ -19,6 +19,9 @@ from ds_engine.launch.remote.transport import Transport
 from ds_engine.launch.restart import UnusableHostsError
 from ds_engine.launch.supervise import Outcome, Patience, Supervisor
 
+_REPORT_S = 5.0
+"""Seconds after which the machines that have not answered are named."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
@@ -54,7 +57,7 @@ def run_on_hosts(job: JobPlan, transport: Transport, watch: Watch) -> Outcome:
         }
         for host in hosts:
             host.link.send("examine", **ask, port=host is hosts[0] and job.master_port is None)
-        _wait_for_hello(hosts, selector)
+        _wait_for_hello(hosts, selector, watch.say)
         ours = gather(job.program.kind, job.program.script, job.program.files)
         problems = {host.name: _problems(host, ours, job) for host in hosts}
         lines = [line for of_host in problems.values() for line in of_host]
@@ -92,9 +95,15 @@ def run_on_hosts(job: JobPlan, transport: Transport, watch: Watch) -> Outcome:
         signal.signal(signal.SIGTSTP, previous)
 
 
-def _wait_for_hello(hosts: Sequence[RemoteHost], selector: selectors.BaseSelector) -> None:
-    while any(host.hello is None and host.link.closed is None for host in hosts):
-        left_s = min(host.link.due_s for host in hosts) - time.monotonic()
+def _wait_for_hello(
+    hosts: Sequence[RemoteHost], selector: selectors.BaseSelector, say: Callable[[str], None]
+) -> None:
+    report_s = time.monotonic() + _REPORT_S
+    while missing := [host.name for host in hosts if host.hello is None and host.link.closed is None]:
+        if time.monotonic() >= report_s:
+            say(f"waiting for {', '.join(missing)}")
+            report_s = float("inf")
+        left_s = min(report_s, *(host.link.due_s for host in hosts)) - time.monotonic()
         for key, _ in selector.select(timeout=max(0.0, left_s)):
             key.data(key.fd)
         for host in hosts:

@@ -19,7 +19,7 @@ FORWARDED_NAMES = frozenset({"PATH", "LD_LIBRARY_PATH", "TOKENIZERS_PARALLELISM"
 """Further variables that are set on every machine as they are here."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 """Environment variable with the numbers of the accelerators that a process may use."""
-_NOT_FORWARDED = frozenset({VISIBLE, "DS_LAUNCHER"})
+_NOT_FORWARDED = frozenset({VISIBLE, "DS_LAUNCHER", "HF_TOKEN"})
 # A name that begins with "-" would be read as an option of ssh; other characters have a meaning for shells.
 _HOST_NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.:-]*")
 
@@ -86,11 +86,14 @@ class JobPlan:
         """Whether its only machine is this one."""
         return len(self.shares) == 1 and is_this_machine(self.shares[0].host)
 
-    def outlook(self, node_rank: int) -> str:
+    def outlook(self, node_rank: int) -> str | None:
         """Returns the address that shows which network interface a machine uses for the job: that of rank 0's machine.
-        The first machine would reach its own address over the loopback interface, so it takes another one's.
+        The first machine would reach its own address over the loopback interface, so it takes another one's; None if
+        there is no other.
         """
-        if node_rank > 0 or len(self.shares) == 1:
+        if len(self.shares) == 1:
+            return None
+        if node_rank > 0:
             return self.master_addr
         return self.shares[1].host.rpartition("@")[2]
 

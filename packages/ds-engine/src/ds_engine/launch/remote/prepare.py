@@ -12,7 +12,7 @@ from ds_engine.launch.devices import count_accelerators
 from ds_engine.launch.hosts import Pool, fetch_hostfile, parse_resource_filter, read_env_files
 from ds_engine.launch.local import check_config, check_exists, target_of
 from ds_engine.launch.machine import usable_cores
-from ds_engine.launch.network import free_port, interface_towards, loopback_interface
+from ds_engine.launch.network import free_port, interface_towards
 from ds_engine.launch.plan import LaunchError, LaunchPlan, Part, choose_nproc, make_plan, refuse_nesting
 from ds_engine.launch.remote.job import (
     VISIBLE,
@@ -153,7 +153,7 @@ def plan_share(job: JobPlan, node_rank: int) -> LaunchPlan:
             node_rank=node_rank,
             master_addr="127.0.0.1" if alone else job.master_addr,
             master_port=job.master_port or (free_port() if alone else _DEFAULT_PORT),
-            interface=loopback_interface() if alone else interface_towards(job.outlook(node_rank)),
+            interface=interface_towards(job.outlook(node_rank)),
         ),
         reason=f"machine {node_rank} of {len(job.shares)}, {share.host}",
         environ=environ,
