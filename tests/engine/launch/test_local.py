@@ -347,7 +347,7 @@ def test_what_cannot_start_ends_with_code_2(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ("--include a", "--include needs --hostfile"),
-        ("--num-nodes 2 --export X", "--num-nodes, --export needs --hostfile"),
+        ("--num-nodes 2 --export X", "--export, --num-nodes needs --hostfile"),
         ("--hostfile h --nnodes 2", "--nnodes cannot be combined with --hostfile"),
         ("--node-rank 0", "--node-rank needs --nnodes"),
         ("--nnodes 2 --node-rank 0 --rdzv-endpoint a:1 --master-port 5", "--master-port cannot be combined"),
