@@ -58,11 +58,18 @@ def elastic_ranks() -> None:
     ds_engine.config.load({"elasticity": section}).batch(7)
 
 
+def unusable_hosts() -> None:
+    from ds_engine.launch.restart import UnusableHostsError
+
+    raise UnusableHostsError("host-b cannot be reached", ["host-b"])
+
+
 # Where each class with a constructor of its own is really raised; the others are built from a message.
 RAISED: dict[str, Callable[[], None]] = {
     "ConfigError": ds_engine_config,
     "DeepSpeedConfigError": deepspeed_config,
     "ElasticityError": elastic_base,
+    "UnusableHostsError": unusable_hosts,
     "ElasticityConfigError": elastic_config,
     "ElasticityIncompatibleWorldSize": elastic_ranks,
 }

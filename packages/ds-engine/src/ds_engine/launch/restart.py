@@ -33,7 +33,9 @@ class Restarts:
 class UnusableHostsError(LaunchError):
     """The job cannot start because of some of its machines."""
 
-    def __init__(self, message: str, unreachable: Sequence[str]) -> None:
+    def __init__(
+        self, message: str, unreachable: Sequence[str] = ()
+    ) -> None:  # unpickled by the message alone
         super().__init__(message)
         self.unreachable = frozenset(unreachable)
         """Machines that cannot be reached; empty if another reason keeps the job from starting."""
