@@ -10,7 +10,17 @@ Importing this package has no effect. Its only state is the default process grou
 
 from ds_comm.mesh import data_mesh
 from ds_comm.placement import Placement, detect
+from ds_comm.stop import StopRequest
 from ds_comm.variables import PlacementError
 from ds_comm.world import StartError, World, start
 
-__all__ = ["Placement", "PlacementError", "StartError", "World", "data_mesh", "detect", "start"]
+__all__ = [
+    "Placement",
+    "PlacementError",
+    "StartError",
+    "StopRequest",
+    "World",
+    "data_mesh",
+    "detect",
+    "start",
+]
