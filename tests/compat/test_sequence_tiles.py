@@ -94,7 +94,7 @@ def test_a_loss_whose_logits_never_exist_at_once(masked: bool) -> None:
     )
     mean = TiledFusedLogitsLoss.apply(loss, head, x, y, mask, 3, [head.weight], "mean")
     assert torch.allclose(mean, loss(head, x, y, mask) / 3)
-    with pytest.raises(ValueError, match="give 'mean' or 'sum'"):
+    with pytest.raises(ValueError, match="must be 'mean' or 'sum'"):
         TiledFusedLogitsLoss.apply(loss, head, x, y, mask, 3, [], "max")
     with pytest.raises(ValueError, match="seqlen is 4"):
         sequence_tiled_compute(lambda x: x, 4, 2, {"x": x}, {}, "x")

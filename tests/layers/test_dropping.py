@@ -161,7 +161,7 @@ def test_what_cannot_be_dropped() -> None:
         TokenDropping([])
     layer = Layer()
     dropping(layer)
-    with pytest.raises(ValueError, match=r"mask has shape \(3, 3\), and sequences have 7 tokens"):
+    with pytest.raises(ValueError, match=r"mask has shape \(3, 3\), but sequences have 7 tokens"):
         layer(torch.randn(B, S, D), torch.ones(3, 3))
     with pytest.raises(ValueError, match=r"ambiguous: \(batch, tokens\) or \(tokens, tokens\)"):
         layer(torch.randn(S, S, D), torch.ones(S, S))

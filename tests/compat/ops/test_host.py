@@ -70,7 +70,7 @@ def test_a_subgroup_is_stepped_as_a_parameter_is_and_rolled_back(options: dict[s
         optimizer.rollback_subgroup(1)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     optimizer.param_groups[1]["params"][0].grad = torch.ones(1)
-    with pytest.raises(ValueError, match="hold 2 parameters with a gradient"):
+    with pytest.raises(ValueError, match="have 2 parameters with a gradient"):
         optimizer.step_subgroup(7)
 
 

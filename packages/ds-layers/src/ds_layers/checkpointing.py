@@ -58,7 +58,7 @@ class CheckpointingConfig:
                 "(usually the number of layers)"
             )
         if self.num_checkpoints is not None and self.num_checkpoints < 1:
-            raise ValueError(f"num_checkpoints={self.num_checkpoints}: give 1 or more")
+            raise ValueError(f"num_checkpoints={self.num_checkpoints}: it must be at least 1")
 
 
 @dataclass
@@ -69,10 +69,11 @@ class Statistics:
     """Calls with gradients enabled."""
     recomputations: int = 0
     resting_bytes: int = 0
-    """Bytes of inputs that were copied to other memory on this rank, over all calls; an input that stays in place
-    counts 0.
+    """Bytes of inputs that were copied to other memory on this rank, over all calls. An input that is kept in place
+    counts as 0.
     """
     forward_s: float = 0.0
+    """Seconds in forward and in recomputations."""
     recompute_s: float = 0.0
 
 
@@ -98,8 +99,8 @@ class Checkpointing:
         self._slabs = Slabs(self.config.num_checkpoints or 1) if self.config.contiguous else None
 
     def __call__(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """`function(*args, **kwargs)`, recomputed in backward. Arguments may contain tensors in nested lists, tuples
-        and dicts.
+        """Returns `function(*args, **kwargs)`, which is recomputed in backward. Arguments may contain tensors in nested
+        lists, tuples and dicts.
         """
         if not torch.is_grad_enabled():
             return function(*args, **kwargs)

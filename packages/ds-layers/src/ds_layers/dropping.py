@@ -118,8 +118,8 @@ class TokenDropping:
         part = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(part, Tensor):
             raise ValueError(
-                f"{type(layer).__name__} returns {type(part).__name__}: dropping tokens needs a tensor, or a tuple "
-                "that begins with one"
+                f"{type(layer).__name__} returns {type(part).__name__}: to drop tokens, it must return a tensor, or a "
+                "tuple whose first element is a tensor"
             )
         dim = 1 if self.config.batch_first else 0
         whole = hidden.to(part.dtype).scatter(dim, self._wide(part, index), part)
@@ -142,14 +142,13 @@ def _mask_of(mask: Tensor, index: Tensor, tokens: int) -> Tensor:
     batch, kept = index.shape
     if mask.shape[-1] != tokens:
         raise ValueError(
-            f"the mask has shape {tuple(mask.shape)}, and sequences have {tokens} tokens: its last dim must be "
-            "the number of tokens"
+            f"the mask has shape {tuple(mask.shape)}, but sequences have {tokens} tokens: its last dim must be the "
+            "number of tokens"
         )
     if mask.dim() == 2 and mask.shape[0] == batch == tokens:
         raise ValueError(
             f"the mask has shape {tuple(mask.shape)}, which is ambiguous: (batch, tokens) or (tokens, tokens). "
-            "Pass it as "
-            "(batch, 1, 1, tokens) or (1, 1, tokens, tokens)"
+            "Pass it as (batch, 1, 1, tokens) or (1, 1, tokens, tokens)"
         )
     if mask.dim() == 2 and mask.shape[0] != tokens:  # (batch or 1, tokens)
         return mask.expand(batch, tokens).gather(1, index)

@@ -1,7 +1,7 @@
-"""Functions of single tokens, such as an MLP or a loss, over one part of the sequence at a time.
+"""Applies functions of single tokens, such as an MLP or a loss, to one part of the sequence at a time.
 
-The intermediate values of a long sequence, such as its logits, are many times its hidden states. Here only those of one
-part exist at a time: forward keeps the inputs of the parts, and backward recomputes one part after the other.
+The intermediate values of a long sequence, such as its logits, are much larger than its hidden states. Here only those
+of one part exist at a time: forward keeps the inputs of the parts, and backward recomputes one part after the other.
 
 Source: Bekman et al. 2025, Arctic Long Sequence Training, section 3.1.2.
 """
@@ -19,15 +19,15 @@ from torch.utils.checkpoint import checkpoint
 def tiled_over_sequence(
     function: Callable[[Tensor], Tensor], x: Tensor, num_tiles: int, *, dim: int = -2
 ) -> Tensor:
-    """`function(x)`, computed and recomputed in at most `num_tiles` parts along `dim`. Each token's output must depend
-    on that token alone.
+    """Returns `function(x)`, computed and recomputed in at most `num_tiles` parts along `dim`. The output for each
+    token must depend only on that token.
 
     Args:
         x: any shape; with the default `dim`, (..., tokens, features).
-        num_tiles: parts of nearly equal size; fewer where there are fewer tokens.
+        num_tiles: maximum number of parts, which have nearly equal sizes.
 
     Raises:
-        ValueError: less than one part.
+        ValueError: `num_tiles` is less than 1.
     """
     return torch.cat(outputs_of_tiles(function, [x], num_tiles, dim=dim), dim)
 
@@ -39,21 +39,22 @@ def tiled_loss(
     reduction: Literal["mean", "sum"] = "mean",
     dim: int = 1,
 ) -> Tensor:
-    """The mean or sum of `function` over at most `num_tiles` parts of `tensors` along `dim`; no logits of the whole
-    sequence exist.
+    """Returns the mean or sum of `function` over at most `num_tiles` parts of `tensors` along `dim`. The logits of the
+    whole sequence are never in memory together.
 
-    A mean counts every part alike, so it is the mean over tokens only where each part has as many of them: let
-    `function` sum, and divide the result by the number of tokens, where labels are masked.
+    The mean gives every part the same weight. It equals the mean over tokens only if all parts have the same number of
+    tokens that count. So if labels are masked, let `function` return a sum, use reduction "sum", and divide the result
+    by the number of tokens.
 
     Args:
-        function: gives one number for a part of each tensor, such as `lambda hidden, labels: ...`.
-        tensors: (batch, tokens, ...), all of one number of tokens.
+        function: returns a scalar for one part of each tensor, such as `lambda hidden, labels: ...`.
+        tensors: (batch, tokens, ...), all with the same number of tokens.
 
     Raises:
-        ValueError: less than one part, tensors of different lengths, or an unknown reduction.
+        ValueError: `num_tiles` is less than 1, tensors have different lengths, or the reduction is unknown.
     """
     if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction={reduction!r}: give 'mean' or 'sum'")
+        raise ValueError(f"reduction={reduction!r}: it must be 'mean' or 'sum'")
     losses = torch.stack(outputs_of_tiles(function, tensors, num_tiles, dim=dim))
     return losses.mean() if reduction == "mean" else losses.sum()
 
@@ -61,17 +62,18 @@ def tiled_loss(
 def outputs_of_tiles(
     function: Callable[..., Tensor], tensors: Sequence[Tensor], num_tiles: int, *, dim: int
 ) -> list[Tensor]:
-    """What `function` gives for the parts of `tensors` along `dim`, in order; each is recomputed in backward.
+    """Returns the outputs of `function` for the parts of `tensors` along `dim`, in order. Each is recomputed in
+    backward.
 
     Raises:
-        ValueError: less than one part, or tensors of different lengths.
+        ValueError: `num_tiles` is less than 1, or tensors have different lengths.
     """
     if num_tiles < 1:
-        raise ValueError(f"num_tiles is {num_tiles}: it has to be at least 1")
+        raise ValueError(f"num_tiles is {num_tiles}: it must be at least 1")
     lengths = [tensor.shape[dim] for tensor in tensors]
     if len(set(lengths)) > 1:
-        raise ValueError(f"the tensors have {lengths} tokens along dimension {dim}: it has to be one number")
-    # Contiguous: functions look at their whole input by view(), which a part of a longer sequence does not allow.
+        raise ValueError(f"the tensors have {lengths} tokens along dim {dim}: the numbers must be equal")
+    # Contiguous, because functions may call view() on their input, which fails for a part of a longer sequence.
     parts = [[part.contiguous() for part in tensor.chunk(num_tiles, dim)] for tensor in tensors]
     tiles = list(zip(*parts, strict=True))
     if not torch.is_grad_enabled():

@@ -61,7 +61,7 @@ def init_distributed(
         backend = dist_backend or dist.get_default_backend_for_device(_kind())
         dist.init_process_group(backend, init_method=init_method, timeout=timeout, **place)
         return
-    if "RANK" in os.environ:  # the original insists on a port from here, launchers may leave it out
+    if "RANK" in os.environ:  # DeepSpeed uses `distributed_port` if the launcher has not set a port
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(distributed_port))
     wish = os.environ.get("DS_ACCELERATOR") or None
@@ -136,7 +136,7 @@ def allgather_fn(
     async_op: bool = False,
     debug: Any = None,
 ) -> Any:
-    """Equal slices of all ranks, one after the other in `output_tensor`."""
+    """Gathers slices of equal size from all ranks, in the order of ranks. Training gathers parameters by it."""
     return gather_slices(output_tensor, input_tensor, group or dist.group.WORLD, async_op)
 
 
@@ -149,12 +149,12 @@ def reduce_scatter_fn(
     prof: bool = False,
     debug: Any = None,
 ) -> Any:
-    """This rank's slice of the sum, or another operation, of `tensor` over ranks. Training reduces gradients by it."""
+    """Reduces `tensor` over ranks, and gives each rank its slice. Training reduces gradients by it."""
     return reduce_slices(output_tensor, tensor, op, group or dist.group.WORLD, async_op)
 
 
 def initialize_mesh_device(mesh_shape: tuple[int, ...], mesh_dim_names: tuple[str, ...]) -> Any:
-    """Makes a DeviceMesh of torch over the default group."""
+    """Creates a torch DeviceMesh over the default group."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(_kind(), mesh_shape, mesh_dim_names=mesh_dim_names)
@@ -165,8 +165,8 @@ def configure(deepspeed_config: Any = None, **_: Any) -> None:
 
 
 def log_summary(show_straggler: bool = False, return_dict: bool = False) -> Any:
-    """Prints that torch.profiler shows collectives, named ds.zero.<what>/<where>."""
+    """Collectives are not counted: logs that torch.profiler shows them, named ds.zero.<operation>/<bucket>."""
     from ds_compat.utils.logs import log_dist
 
-    log_dist("collectives are not counted: run under torch.profiler, which names each of them", ranks=[0])
+    log_dist("collectives are not counted: use torch.profiler, which shows each of them by name", ranks=[0])
     return {} if return_dict else None

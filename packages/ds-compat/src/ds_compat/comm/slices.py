@@ -1,5 +1,5 @@
-"""The collectives of training, which go through `deepspeed.comm`, so that code that wraps or counts its functions sees
-them.
+"""The collectives of training, which call functions of `deepspeed.comm`, so that code that wraps or counts those
+functions also covers training.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ds_zero.interfaces import AllGather, Capabilities, ReduceScatter, Work
 
 _direct_gather: ContextVar[AllGather | None] = ContextVar("_direct_gather", default=None)
 _direct_reduce: ContextVar[ReduceScatter | None] = ContextVar("_direct_reduce", default=None)
-"""What a call of training uses, in its thread, where ranks send straight to each other: message numbers and the memory
-of peers are not arguments of DeepSpeed's functions."""
+"""The collectives with the message tags and peer memory of the running call of training, in its thread. DeepSpeed's
+functions have no arguments for these."""
 
 _T = TypeVar("_T")
 
@@ -36,14 +36,14 @@ def _using(variable: ContextVar[_T | None], value: _T) -> Iterator[None]:
 
 
 def gather_slices(output: Tensor, input: Tensor, group: Any, async_op: bool) -> Work | None:
-    """Straight from rank to rank on the CPU, by the backend elsewhere."""
+    """All-gathers by direct exchange on the CPU, by the backend elsewhere."""
     direct = _direct_gather.get() or DirectAllGather()
     collective = direct if output.device.type == "cpu" else TorchAllGather()
     return collective(output, input, group, async_op)
 
 
 def reduce_slices(output: Tensor, input: Tensor, op: Any, group: Any, async_op: bool) -> Work | None:
-    """Sums and means in the order of ranks on the CPU, by the backend elsewhere and for other operations."""
+    """Reduce-scatters: sums and means on the CPU in a fixed order of ranks, everything else by the backend."""
     summed = op in (dist.ReduceOp.SUM, dist.ReduceOp.AVG)
     direct = _direct_reduce.get() or OrderedReduceScatter()
     collective = direct if input.device.type == "cpu" and summed else TorchReduceScatter()
@@ -100,5 +100,5 @@ class _Reduce:
 
 
 def training_comm() -> ds_zero.Comm:
-    """What `deepspeed.initialize` gives to training."""
+    """Returns the collectives that `deepspeed.initialize` passes to `ds_engine.initialize`."""
     return ds_zero.Comm(_Gather(DirectAllGather()), _Reduce(OrderedReduceScatter()))

@@ -68,18 +68,18 @@ def _tracker() -> RngTracker:
 
 
 def _instance() -> Checkpointing:
-    """The one in use, with what was written to the module's switches since."""
+    """Returns the present `Checkpointing` object, after applying changes of the module's switches."""
     instance: Checkpointing = _present.setdefault("instance", Checkpointing(rng=_tracker()))
     switches: dict[str, Any] = _present.pop("switches", {})
     if switches:
         if instance.config.group is None:
-            switches.pop("partition", None)  # as with one model-parallel rank
+            switches.pop("partition", None)  # ignored, as by `configure` with one model-parallel rank
         instance = _present["instance"] = Checkpointing(replace(instance.config, **switches), _tracker())
     return instance
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """`function(*args)`, recomputed in backward."""
+    """Returns `function(*args)`, which is recomputed in backward."""
     for name in ("use_reentrant", "preserve_rng_state"):  # arguments of torch, which callers may pass
         kwargs.pop(name, None)
     result = _instance()(function, *args, **kwargs)
@@ -90,7 +90,7 @@ non_reentrant_checkpoint = checkpoint
 
 
 class CheckpointFunction:
-    """`CheckpointFunction.apply(run_function, all_outputs, *args)`, as older code calls it."""
+    """Supports `CheckpointFunction.apply(run_function, all_outputs, *args)` of older code."""
 
     @staticmethod
     def apply(run_function: Callable[..., Any], all_outputs: list[Any], *args: Any) -> Any:
@@ -106,11 +106,11 @@ _SWITCHES: Mapping[str, str] = {
     "SYNCHRONIZE": "synchronize",
     "num_layers": "num_checkpoints",
 }
-"""Switch of the original's module -> option of `ds_layers.CheckpointingConfig`."""
+"""Module-level switch of DeepSpeed -> option of `ds_layers.CheckpointingConfig`."""
 
 
 class _Switchable(ModuleType):
-    """This module, whose switches some code writes: they hold from the next checkpoint on, together."""
+    """The class of this module. Code may assign switches of the module; they take effect at the next checkpoint."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SWITCHES:
@@ -130,9 +130,9 @@ def __getattr__(name: str) -> Any:
         return pending[option] if option in pending else getattr(_instance().config, option)
     if name == "deepspeed_checkpointing_enabled":
         return is_configured()
-    if name == "PROFILE_TIME":  # torch.profiler shows it
+    if name == "PROFILE_TIME":  # not supported; torch.profiler shows checkpoints
         return False
-    if name == "mpu":  # what is kept of it is its group
+    if name == "mpu":  # `configure` keeps only its process group
         return None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -143,7 +143,7 @@ def is_configured() -> bool:
 
 
 def reset() -> None:
-    """Discards the inputs that were kept for the last backward."""
+    """Resets the statistics; slabs are freed once the backwards that use them have ended."""
     _instance().reset()
 
 

@@ -25,7 +25,7 @@ from ds_compat.engine.answers import ZeroAnswers, answer, of_config
 from ds_compat.engine.dataloader import loader
 from ds_compat.engine.monitor import monitor
 from ds_compat.engine.optimizer import wrap
-from ds_compat.engine.plain_loops import scale_gradients, take_gradients, unused_told
+from ds_compat.engine.plain_loops import raising_assertion_error, scale_gradients, take_gradients
 from ds_compat.utils.logs import log_dist, logger
 from ds_compat.utils.timer import ThroughputTimer
 from ds_engine.build.data import Loader
@@ -52,9 +52,11 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         mpu: Any = None,
     ) -> None:
         super().__init__()
-        self._modules["module"] = engine.module  # seen by state_dict() and parameters(), as "module."
+        self._modules["module"] = (
+            engine.module
+        )  # so that state_dict() and parameters() have the prefix "module."
         vars(self).update(module=engine.module, _engine=engine)
-        # Loops of the original may step without a backward, or call loss.backward() themselves.
+        # Loops for DeepSpeed may step without a backward, or call loss.backward() themselves.
         engine.accumulation.strict = False
         shown: Literal["nothing", "reduced"] = "nothing" if self.zero_optimization() else "reduced"
         ds_zero.set_presentation(engine.module, gradients=shown, refuse_state_dict=False)
@@ -83,7 +85,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         return output
 
     def _factor_of_plain_backward(self) -> float:
-        """Gradients of a plain `loss.backward()` are also averaged over micro-batches."""
+        """Returns the factor by which gradients of a plain `loss.backward()` are averaged over micro-batches."""
         return 1.0 if self._backward_depth else 1.0 / self.gradient_accumulation_steps()
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
@@ -106,13 +108,13 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         if self.zero_optimization_stage() == 0:
             take_gradients(self.module, self._engine.loss_scale)
         boundary = self.is_gradient_accumulation_boundary()
-        with unused_told():
+        with raising_assertion_error():
             self._engine.step(lr_kwargs)
         self.tput_timer.stop(global_step=boundary)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Context manager inside which backwards add gradients locally, at every stage."""
+        """Context manager in which backwards accumulate gradients without a reduction, at every stage."""
         assert not self._in_no_sync, (
             "no_sync context manager reentry is unsupported: no_sync and coalesce_grad_reduction cannot be nested"
         )
@@ -131,8 +133,8 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         accumulation = self._engine.accumulation
         assert accumulation.managed, (
-            "set_gradient_accumulation_boundary where managed_gradient_accumulation is false: every step() is a "
-            "boundary; do not call it, or set managed_gradient_accumulation to true"
+            "set_gradient_accumulation_boundary has no effect if managed_gradient_accumulation is false, because every "
+            "step() is then a boundary: do not call it, or set managed_gradient_accumulation to true"
         )
         accumulation.forced = is_boundary
 
@@ -140,13 +142,13 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         return self._engine.was_step_applied()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drops what has accumulated since the last step."""
+        """Drops all gradients since the last step."""
         zero_grad(self._engine.optimizer)
         for param in self.module.parameters():
             param.grad = None
 
     def allreduce_gradients(self, bucket_size: int | None = None) -> None:
-        """Gradients are reduced by the backward of the boundary, or by step()."""
+        """Does nothing: gradients are reduced by the backward at the boundary, or by step()."""
 
     def train(self, mode: bool = True) -> DeepSpeedEngine:
         self.training = mode
@@ -163,16 +165,16 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         schedule: Any = None,
         compiled_autograd_enabled: bool = False,
     ) -> None:
-        """`torch.compile` of the module, in place."""
+        """Compiles the module in place, by torch.compile."""
         options = {k: v for k, v in (compile_kwargs or {}).items() if k != "backend"}
         self.module.compile(backend=backend or "inductor", **options)
         self.is_compiled = True
 
     def destroy(self) -> None:
-        """Undo the sharding and forget the model."""
+        """Undoes the sharding. The engine cannot be used afterwards."""
         self._engine.destroy()
 
-    # --- what it knows
+    # --- state and settings
 
     def get_global_grad_norm(self) -> float | None:
         return self._engine.get_global_grad_norm()
@@ -190,7 +192,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         return [group.get(name, 0.0) for group in self._engine.optimizer.param_groups]
 
     def set_lr(self, lr: float) -> None:
-        """The rate of every group, until a schedule changes it."""
+        """Sets the learning rate of every group, until a schedule changes it."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
 
@@ -211,12 +213,12 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         )
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Changes the number of micro-batches of a step."""
+        """Sets the batch size, by changing the number of micro-batches per step."""
         self._engine.set_train_batch_size(train_batch_size)
         self._config.take_batch(self._engine.batch)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Changes the batch with it; the number of micro-batches stays."""
+        """Sets the size of micro-batches. Their number per step stays the same, so the batch size changes."""
         self._engine.set_train_micro_batch_size(micro_batch_size)
         self._config.take_batch(self._engine.batch)
 
@@ -267,7 +269,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
     def log_level(self) -> str | None:
         return getattr(self._config, "log_level", None)
 
-    # One line for each question that the configuration answers: where, and what holds when it does not say.
+    # For each setting with a method in DeepSpeed: its path in the configuration, and its default.
     is_sanity_checks_enabled = answer("zero_optimization.enable_sanity_checks", False)
     zero_allow_untested_optimizer = answer("zero_allow_untested_optimizer", False)
     zero_force_ds_cpu_optimizer = answer("zero_force_ds_cpu_optimizer", True)
@@ -307,7 +309,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         collate_fn: Callable[[list[Any]], Any] | None = None,
         num_local_io_workers: int | None = None,
     ) -> Any:
-        """A loader of this rank's share; in another route than "train" in order."""
+        """Returns a loader of this rank's part of `dataset`; shuffled for the route "train", in order for others."""
         return loader(self, dataset, batch_size, route, data_sampler, collate_fn or self.collate_fn)
 
     # --- checkpoints
@@ -366,7 +368,7 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
         keep_vars: bool = False,
         exclude_frozen_parameters: bool = False,
     ) -> dict[str, Any]:
-        """The module's own state_dict; at stage 3 without values for what is divided, see
+        """Returns the state_dict of the module. At stage 3 sharded parameters have no values in it: see
         `_zero3_consolidated_16bit_state_dict`.
         """
         state = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
@@ -487,4 +489,4 @@ class DeepSpeedEngine(ZeroAnswers, nn.Module):
 
 
 def _check_scalar(loss: Tensor) -> None:
-    assert loss.numel() == 1, f"loss must be a scalar tensor, and has shape {tuple(loss.shape)}"
+    assert loss.numel() == 1, f"loss must be a scalar tensor, but has shape {tuple(loss.shape)}"

@@ -41,9 +41,9 @@ def initialize(
     mesh_param: Any = None,
     config_params: str | os.PathLike[str] | Mapping[str, Any] | None = None,
 ) -> tuple[DeepSpeedEngine, Any, Any, Any]:
-    """Builds an engine for `model`, with DeepSpeed's arguments, which `ds_engine.initialize` describes.
+    """Creates an engine for `model`. The arguments are those of DeepSpeed; `ds_engine.initialize` describes them.
 
-    An engine that the model has already is destroyed, with a warning.
+    If the model already has an engine, that is destroyed, with a warning.
 
     Returns:
         (engine, optimizer, loader of `training_data` or None, schedule or None).
@@ -72,7 +72,7 @@ def initialize(
             optimizer=optimizer if has_optimizer else _no_optimizer,
             model_parameters=model_parameters,
             training_data=training_data,
-            lr_scheduler=_whatever_it_moves(lr_scheduler, optimizer),
+            lr_scheduler=_of_any_optimizer(lr_scheduler, optimizer),
             collate_fn=collate_fn,
             mpu=mpu,
             comm=None if resolved.typed.zero_optimization.rank_invariant else training_comm(),
@@ -150,8 +150,8 @@ def _the_config(args: Any, config: Any, config_params: Any) -> Any:
     return chosen
 
 
-def _whatever_it_moves(schedule: Any, optimizer: Any) -> Any:
-    """Steps a schedule of another optimizer, as DeepSpeed does; ds_engine refuses it."""
+def _of_any_optimizer(schedule: Any, optimizer: Any) -> Any:
+    """Accepts a schedule of another optimizer, with a warning, as DeepSpeed does. ds_engine would refuse it."""
     if getattr(schedule, "optimizer", optimizer) is optimizer:
         return schedule
     logger.warning(

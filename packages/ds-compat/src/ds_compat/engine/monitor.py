@@ -1,4 +1,4 @@
-"""The engine's monitor, or one that is switched off."""
+"""The attribute `monitor` of the engine."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ class _Silent:
 
 
 def monitor(engine: DeepSpeedEngine) -> Any:
-    """The engine's monitor, or one that is switched off."""
+    """Returns the engine's monitor, or one that writes nothing."""
     return getattr(engine._engine, "monitor", None) or _Silent()

@@ -30,13 +30,15 @@ class DeepSpeedOptimizer(Optimizer):
     _engine: ds_engine.Engine
     optimizer: Optimizer
 
-    def __init__(self, engine: ds_engine.Engine) -> None:  # of the inner one all is there already
+    def __init__(
+        self, engine: ds_engine.Engine
+    ) -> None:  # without super(): groups and state are the inner optimizer's
         vars(self).update(optimizer=engine.optimizer, _engine=engine)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("optimizer", "_engine"):
             raise AttributeError(name)
-        if name in _COUNTERS:  # where older versions have them
+        if name in _COUNTERS:  # older versions of DeepSpeed have these as attributes of the optimizer
             return getattr(self.loss_scale_config, name)
         return getattr(self.optimizer, name)
 
@@ -148,7 +150,7 @@ class ZeROOptimizer(DeepSpeedOptimizer):
     def offload_states(
         self, include: Any = None, device: Any = "cpu", pin_memory: bool = True, non_blocking: bool = False
     ) -> None:
-        """As the engine's method of that name."""
+        """Same as `DeepSpeedEngine.offload_states`."""
         self._engine.offload_states(include, device, pin_memory, non_blocking)
 
     def reload_states(self, non_blocking: bool = False) -> None:
@@ -160,14 +162,14 @@ class DeepSpeedZeroOptimizer(ZeROOptimizer):
 
     @property
     def bit16_groups_flat(self) -> list[Tensor]:
-        """The memory of the groups' parameters, 1-D and whole: one tensor for each bucket, in the order of
-        the groups. The parameters are views of it; a step writes it anew.
+        """The memory of the groups' parameters: one 1-D tensor per bucket, in the order of the groups. The parameters
+        are views of it, and every step overwrites it.
         """
         return flat_memory(param for group in self.bit16_groups for param in group)
 
     @property
     def accumulated_grads_in_cpu(self) -> dict[int, Tensor]:
-        """Whole gradients that wait on the host: none, since each rank adds the parts that it owns."""
+        """Returns an empty dict: no whole gradients are kept in host memory, since each rank keeps only its parts."""
         return {}
 
 
@@ -176,7 +178,7 @@ class DeepSpeedZeroOptimizer_Stage3(ZeROOptimizer):
 
     @property
     def fp16_partitioned_groups_flat(self) -> list[Tensor]:
-        """This rank's slice of every parameter of the groups, in its own dtype, 1-D."""
+        """This rank's 1-D slice of every parameter of the groups, in the parameter's dtype."""
         presences = (ds_zero.presence(param) for group in self.bit16_groups for param in group)
         return [held.own for held in presences if held is not None and held.own is not None]
 
@@ -187,8 +189,8 @@ class DeepSpeedZeroOptimizer_Stage3(ZeROOptimizer):
 
 
 class ParameterHooks:
-    """The hooks that gather parameters, as TRL handles them: there are none to remove, since gathering what is gathered
-    already costs nothing here.
+    """The hooks that gather parameters, with the attributes that TRL uses to remove them for a while. Its lists are
+    empty: hooks need not be removed, since they do nothing while parameters are gathered.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -244,7 +246,7 @@ class BF16_Optimizer(ZeROOptimizer):
 
 
 def flat_memory(params: Iterable[nn.Parameter]) -> list[Tensor]:
-    """The storages that parameters are views of, each from the first to the last element that one of them uses."""
+    """Returns a 1-D tensor for each storage of `params`, from the first to the last element that they use."""
     seen: dict[int, tuple[Tensor, int, int]] = {}
     for param in params:
         value = param.detach()

@@ -14,12 +14,12 @@ import ds_zero
 
 
 class UnusedParametersError(ds_zero.UnusedParameterError, AssertionError):
-    """As ds_zero's; code that expects the original's finds an AssertionError."""
+    """ds_zero's error, which is also an AssertionError, as in DeepSpeed."""
 
 
 @contextlib.contextmanager
-def unused_told() -> Iterator[None]:
-    """Parameters without a gradient are UnusedParametersError inside."""
+def raising_assertion_error() -> Iterator[None]:
+    """Context manager that raises UnusedParametersError instead of ds_zero's UnusedParameterError."""
     try:
         yield
     except ds_zero.UnusedParameterError as error:
@@ -27,7 +27,7 @@ def unused_told() -> Iterator[None]:
 
 
 def scale_gradients(output: Any, factor: Callable[[], float]) -> None:
-    """Multiply gradients that come into `output`'s tensors by `factor()`, asked when they come."""
+    """Multiplies the gradients of tensors in `output` by `factor()`, which is called when a gradient arrives."""
 
     def hook(grad: Tensor) -> Tensor:
         by = factor()
@@ -40,15 +40,15 @@ def scale_gradients(output: Any, factor: Callable[[], float]) -> None:
 
 @torch.no_grad()
 def take_gradients(module: nn.Module, scale: float) -> None:
-    """Make gradients that somebody has put on the parameters of a stage-0 model those of the step that follows.
+    """Makes the next step use gradients that the user has assigned to parameters of a stage-0 model, instead of
+    computing them by backward.
 
-    What backward shows there, and what has taken its place, ds_zero uses by itself; anything else was put there. Rank
-    0's values count; collective where there are some, so every rank has to put them on the same parameters.
-
-    Gradients of parameters that no group of the optimizer holds are dropped, as nothing is trained with them.
+    Gradients that backward has shown in `param.grad`, and their replacements, are used by ds_zero already. Rank 0's
+    values are used on all ranks. Collective if there are such gradients, so every rank must assign them to the same
+    parameters. Gradients of parameters that are not in the optimizer are dropped.
 
     Args:
-        scale: the loss scale that they carry.
+        scale: the loss scale with which the gradients were computed.
     """
     for param in ds_zero.foreign_gradients(module):
         if not param.requires_grad or param.grad is None:

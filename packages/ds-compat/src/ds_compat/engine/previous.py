@@ -1,7 +1,7 @@
-"""Models that are initialised again.
+"""Models that are passed to `deepspeed.initialize` again.
 
-The original makes a second engine over the same model, and code drops or forgets the first. Here one engine owns the
-model's parameters, so the next `deepspeed.initialize` takes it away from the one before.
+In DeepSpeed a model may have several engines, of which code uses the last one. Here an engine owns the model's
+parameters, so `deepspeed.initialize` first destroys the previous engine of a model.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from ds_compat.engine.engine import DeepSpeedEngine
 
 _engine_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Model -> weak reference to the engine that it was given last."""
+"""Model -> weak reference to its last engine."""
 
 
 def note(model: nn.Module, engine: DeepSpeedEngine) -> None:
-    """`engine` is the model's engine from here on; it is not kept alive."""
+    """Records `engine` as the model's engine, without keeping it alive."""
     _engine_of[model] = weakref.ref(engine)
 
 
 def release(model: nn.Module) -> None:
-    """Make a model that has an engine, or had one that was dropped, an ordinary one again. Collective then."""
+    """Undoes the sharding of a model by an earlier engine, if there was one. Collective in that case."""
     pointer = _engine_of.pop(model, None)
     if pointer is None or not any(ds_zero.presence(p) is not None for p in model.parameters()):
         return

@@ -1,7 +1,7 @@
 """Fused optimizers over parameters of any floating-point dtype.
 
-ds_core and ds_offload step fp32 masters, which ds_zero makes. Code that uses DeepSpeed's optimizers by themselves also
-gives them 16-bit parameters: those are stepped in fp32, and the result is rounded to their dtype.
+The optimizers of ds_core and ds_offload update fp32 masters, which ds_zero creates. Code that uses DeepSpeed's
+optimizers without an engine also passes 16-bit parameters. Those are updated in fp32, and rounded to their dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Group = dict[str, Any]
 
 
 class StepsAnyDtype(FusedOptimizer):
-    """Goes before a class of ds_core.optim; 16-bit parameters are stepped one by one, with moments in fp32."""
+    """A mixin for classes of ds_core.optim: updates 16-bit parameters one by one, with moments in fp32."""
 
     def _new_state(self, param: Tensor) -> Tensor:
         if param.dtype == torch.float32:
@@ -47,7 +47,7 @@ class StepsAnyDtype(FusedOptimizer):
     def _update(
         self, group: Group, param: Tensor, state: dict[str, Any], step: int, grad_scale: float
     ) -> None:
-        """Update `param` and its moments in `state` by `param.grad`, which may have any dtype."""
+        """Updates `param` and its moments in `state` by `param.grad`, which may have any dtype."""
         assert param.grad is not None
         is_fp32 = param.dtype == torch.float32
         batch = Batch(

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class OpBuilder:
-    """A builder of an operation that ds_core has."""
+    """A builder of an operation that ds_core provides."""
 
     NAME = ""
     BUILD_VAR = ""

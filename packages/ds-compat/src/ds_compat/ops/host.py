@@ -1,4 +1,4 @@
-"""The optimizers of `deepspeed.ops` that step on the host."""
+"""The optimizers of `deepspeed.ops` for parameters in host memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ds_compat.ops.optimizers import FusedLion, InstanceOfBase, refuse
 
 
 class DeepSpeedCPUAdam(StepsAnyDtype, ds_offload.CPUAdam, metaclass=InstanceOfBase):
-    """Adam and AdamW whose states rest on the host.
+    """Adam and AdamW with states in host memory.
 
     Args:
-        fp32_optimizer_states: False: the moments of bf16 parameters are bf16, too.
+        fp32_optimizer_states: if False, the moments of bf16 parameters are in bf16, too.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class DeepSpeedCPUAdam(StepsAnyDtype, ds_offload.CPUAdam, metaclass=InstanceOfBa
     # --- one subgroup at a time
 
     def step_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the one parameter with a gradient that the groups hold now. Its moments are `state[subgroup_id]`,
-        whatever tensor it is, so that the groups can be refilled with one subgroup after the other.
+        """Updates the only parameter in the groups that has a gradient, with the moments `state[subgroup_id]`. So code
+        can put the parameters of one subgroup after the other into the groups.
         """
         loss = closure() if closure is not None else None
         group, param = self._only_parameter()
@@ -68,8 +68,8 @@ class DeepSpeedCPUAdam(StepsAnyDtype, ds_offload.CPUAdam, metaclass=InstanceOfBa
         return loss
 
     def rollback_subgroup(self, subgroup_id: int, closure: Callable[[], Any] | None = None) -> Any:
-        """Undo the last `step_subgroup`: parameter and moments as before it, except for rounding. The gradient of that
-        step has to be there still.
+        """Undoes the last `step_subgroup`: restores parameter and moments, except for rounding. The parameter must
+        still have the gradient of that step.
 
         Raises:
             RuntimeError: there is no step to undo.
@@ -83,7 +83,7 @@ class DeepSpeedCPUAdam(StepsAnyDtype, ds_offload.CPUAdam, metaclass=InstanceOfBa
         state = self.state[subgroup_id]  # type: ignore[index]
         if state["step"] == 0:
             raise RuntimeError(
-                f"Cannot rollback sub_group_id {subgroup_id}: step count is 0, all its steps are undone already"
+                f"Cannot rollback sub_group_id {subgroup_id}: step count is 0, all its steps have been undone already"
             )
         group, param = self._only_parameter()
         self._undo(group, param, state)
@@ -94,14 +94,14 @@ class DeepSpeedCPUAdam(StepsAnyDtype, ds_offload.CPUAdam, metaclass=InstanceOfBa
         held = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         if len(held) != 1:
             raise ValueError(
-                f"the groups hold {len(held)} parameters with a gradient: a subgroup is one of them, flat; put it into "
-                "param_groups alone"
+                f"the groups have {len(held)} parameters with a gradient, but a subgroup is one flat parameter: put "
+                "only that one into param_groups"
             )
         return held[0]
 
     @torch.no_grad()
     def _undo(self, group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-        """Adam's equations, solved for the values before the step."""
+        """Computes the values before the step, by Adam's equations solved for them."""
         assert param.grad is not None
         beta1, beta2 = group["betas"]
         lr, decay, step = float(group["lr"]), group["weight_decay"], state["step"]
@@ -121,7 +121,7 @@ class DeepSpeedCPUAdam(StepsAnyDtype, ds_offload.CPUAdam, metaclass=InstanceOfBa
 
 
 class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad, metaclass=InstanceOfBase):
-    """Adagrad on the host."""
+    """Adagrad for parameters in host memory."""
 
     def __init__(
         self,
@@ -142,11 +142,13 @@ class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad, metaclass=InstanceOfBase):
         out: Sequence[Tensor | None] | None,
         grad_scale: float,
     ) -> None:
-        """Sparse gradients count as dense ones with zeros, by which Adagrad without weight decay moves nothing."""
+        """Steps with sparse gradients as with dense ones: without weight decay, Adagrad does not change rows whose
+        gradient is zero.
+        """
         sparse = [(param, param.grad) for param in params if param.grad is not None and param.grad.is_sparse]
         if sparse and group["weight_decay"]:
             raise ValueError(
-                f"weight_decay {group['weight_decay']:g} with sparse gradients: the decay would touch every row; set "
+                f"weight_decay {group['weight_decay']:g} with sparse gradients: the decay would change every row; set "
                 "it to 0, or use sparse=False in the embedding"
             )
         for param, grad in sparse:
@@ -159,4 +161,4 @@ class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad, metaclass=InstanceOfBase):
 
 
 class DeepSpeedCPULion(FusedLion):
-    """Lion on the host."""
+    """Lion for parameters in host memory."""

@@ -9,7 +9,9 @@ from ds_compat.ops.any_dtype import StepsAnyDtype
 
 
 class InstanceOfBase(type):
-    """`isinstance` holds for what the configuration's name builds, which is the class of ours below these."""
+    """Makes `isinstance` true for the optimizers that `deepspeed.initialize` creates, which are instances of the base
+    classes in ds_core and ds_offload.
+    """
 
     def __instancecheck__(cls, instance: Any) -> bool:
         below = [kind for kind in cls.__mro__[1:] if not kind.__module__.startswith("ds_compat.")]
@@ -17,7 +19,7 @@ class InstanceOfBase(type):
 
 
 class FusedAdam(StepsAnyDtype, ds_core.optim.FusedAdam, metaclass=InstanceOfBase):
-    """Adam and AdamW in one pass."""
+    """Adam and AdamW, in one kernel."""
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class FusedLamb(ds_core.optim.FusedLamb, metaclass=InstanceOfBase):
         min_coeff: float = 0.01,
         **others: Any,
     ) -> None:
-        others.pop("max_grad_norm", None)  # the engine clips
+        others.pop("max_grad_norm", None)  # ignored: the engine clips gradients
         refuse(eps_inside_sqrt=eps_inside_sqrt, **others)
         super().__init__(
             params,
@@ -88,7 +90,7 @@ class FusedLion(ds_core.optim.FusedLion, metaclass=InstanceOfBase):
 
 
 def refuse(**asked: bool) -> None:
-    """RuntimeError for variants that are not there; so does the original for amsgrad."""
+    """Raises RuntimeError for variants that are not supported, as DeepSpeed does for amsgrad."""
     wanted = [name for name, is_asked in asked.items() if is_asked]
     if wanted:
         raise RuntimeError(f"not supported in these optimizers: {', '.join(wanted)}")

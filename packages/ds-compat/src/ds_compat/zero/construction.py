@@ -1,4 +1,4 @@
-"""`deepspeed.zero`: construction without memory, whole parameters for a while, memory estimates, leaf modules."""
+"""`deepspeed.zero.Init` and `GatheredParameters`: sharded construction, and gathering of parameters in a context."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ds_compat.zero.params import present
 class Init:
     """Context manager in which modules are constructed with sharded parameters, by `ds_zero.divided_init`.
 
-    Their values are rank 0's of ordinary construction; `deepspeed.initialize` puts them into buckets. Before that,
-    `GatheredParameters` shows them, and keeps what is written.
+    Their values are those of ordinary construction on rank 0. `deepspeed.initialize` moves them into buckets. Before
+    that, they can be read and written in `GatheredParameters`.
 
     Args:
-        module: a model that is constructed already; `deepspeed.initialize` divides it.
-        config_dict_or_path, config: no effect if its stage is not 3.
-        enabled: False: no effect.
+        module: a model that is constructed already; `deepspeed.initialize` shards it.
+        config_dict_or_path, config: the context has no effect if the stage in it is not 3.
+        enabled: False disables the context.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Init:
         if self.enabled:
             from ds_compat.comm.collectives import init_distributed
 
-            init_distributed()  # as the original does, so that ranks are known from here on
+            init_distributed()  # as DeepSpeed does, so that code can use the process group afterwards
             if module is not None:
                 present(module.parameters())
 
@@ -85,20 +85,20 @@ class _Construction:
             self.pause(*error)
 
     def resume(self) -> None:
-        """Divide what is constructed from here on, if an `Init` context is open."""
+        """Shards modules that are constructed from now on, if an `Init` context is open."""
         if self._depth and self._context is None:
             self._context = contextlib.ExitStack()
             self._context.enter_context(_divided())
 
     def pause(self, *error: Any) -> None:
-        """Divide what was constructed; what follows is ordinary. Collective."""
+        """Shards all parameters that were constructed, and stops sharding later ones. Collective."""
         context, self._context = self._context, None
         if context is not None:
             context.__exit__(*(error or (None, None, None)))
 
 
 _construction = _Construction()
-"""The original's functions for it have no object to keep it in."""
+"""Global, because DeepSpeed's functions have no object that could hold it."""
 
 
 @contextlib.contextmanager
@@ -162,8 +162,10 @@ class GatheredParameters:
     def __exit__(self, *error: Any) -> None:
         try:
             self._stack.__exit__(*error)
-        except ValueError as found:
-            raise LostWriteError(f"in-place modification of parameters of stage 3: {found}") from found
+        except ValueError as error_of_context:
+            raise LostWriteError(
+                f"in-place modification of parameters of stage 3: {error_of_context}"
+            ) from error_of_context
 
 
 class LostWriteError(ValueError, RuntimeError):
@@ -179,7 +181,7 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
         RuntimeError: `parameter` is not a Parameter.
     """
     if not isinstance(parameter, nn.Parameter):
-        raise RuntimeError("a torch.nn.Parameter is needed")
+        raise RuntimeError(f"expected a torch.nn.Parameter, got {type(parameter).__name__}")
 
 
 unregister_external_parameter = register_external_parameter

@@ -1,6 +1,6 @@
-"""What the states of a model take, by its number of parameters alone: rules of thumb under the names that code knows.
+"""DeepSpeed's functions that estimate the memory of a model's states from its number of parameters.
 
-`ds plan` computes it for a model, a configuration and every rank; use that where there is a model.
+`ds plan` computes the memory of each rank from a model and a configuration. Use it if there is a model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def _numbers_of(model: nn.Module) -> tuple[int, int]:
-    """(parameters, parameters of the largest layer)."""
+    """Returns (number of parameters, number of parameters of the largest layer)."""
     total = sum(p.numel() for p in model.parameters())
     layers = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     return total, max(layers, default=0)
@@ -24,8 +24,8 @@ def estimate_zero2_model_states_mem_needs(
     cpu_offload: bool = True,
     additional_buffer_factor: float = 1.5,
 ) -> tuple[int, int]:
-    """(bytes of host memory per node, bytes per GPU) for 16-bit training with Adam; ds_zero: 2 bytes of parameters,
-    and masters, sums and two states of 4 bytes divided among ranks.
+    """Returns (bytes of host memory per node, bytes per GPU) for 16-bit training with Adam. Per parameter there are 2
+    bytes on each GPU, and 16 bytes sharded over ranks: master, gradient and two optimizer states of 4 bytes each.
     """
     ranks = num_gpus_per_node * num_nodes
     whole, divided = 2 * total_params, 16 * total_params
@@ -44,9 +44,9 @@ def estimate_zero3_model_states_mem_needs(
     zero_init: bool = True,
     additional_buffer_factor: float = 1.5,
 ) -> tuple[int, int, int]:
-    """(bytes of host memory per node, bytes per GPU, bytes of the largest layer while it computes)."""
+    """Returns (bytes of host memory per node, bytes per GPU, bytes of the largest layer while it is gathered)."""
     ranks = num_gpus_per_node * num_nodes
-    layer = 2 * 2 * largest_layer_params  # its parameters and gradients, or the next layer's
+    layer = 2 * 2 * largest_layer_params  # its parameters, and its gradients or the next layer's parameters
     loading = (largest_layer_params if zero_init else total_params) * 4 * num_gpus_per_node
     on_host = (16 + 2 * cpu_offload_params) * total_params / num_nodes if cpu_offload else 0
     on_device = (0 if cpu_offload else 16) + (0 if cpu_offload and cpu_offload_params else 2)
@@ -57,7 +57,7 @@ def estimate_zero3_model_states_mem_needs(
 def estimate_zero2_model_states_mem_needs_all_cold(
     total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5
 ) -> None:
-    """Print the estimates for all ways to offload."""
+    """Prints the estimates for all variants of offloading."""
     rows = [
         (*estimate_zero2_model_states_mem_needs(total_params, num_gpus_per_node, num_nodes, offload,
                                                 additional_buffer_factor),
@@ -74,7 +74,7 @@ def estimate_zero3_model_states_mem_needs_all_cold(
     num_nodes: int = 1,
     additional_buffer_factor: float = 1.5,
 ) -> None:
-    """Print the estimates for all ways to offload and to construct."""
+    """Prints the estimates for all variants of offloading and construction."""
     rows = []
     for offload, params in ((True, True), (True, False), (False, False)):
         for early in (True, False):
@@ -90,7 +90,7 @@ def estimate_zero3_model_states_mem_needs_all_cold(
 def estimate_zero2_model_states_mem_needs_all_live(
     model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5
 ) -> None:
-    """Print the estimates for a model."""
+    """Prints the estimates for a model."""
     estimate_zero2_model_states_mem_needs_all_cold(
         _numbers_of(model)[0], num_gpus_per_node, num_nodes, additional_buffer_factor
     )
@@ -99,7 +99,7 @@ def estimate_zero2_model_states_mem_needs_all_live(
 def estimate_zero3_model_states_mem_needs_all_live(
     model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5
 ) -> None:
-    """Print the estimates for a model."""
+    """Prints the estimates for a model."""
     estimate_zero3_model_states_mem_needs_all_cold(
         *_numbers_of(model), num_gpus_per_node, num_nodes, additional_buffer_factor
     )

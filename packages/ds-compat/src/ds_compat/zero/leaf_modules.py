@@ -1,7 +1,7 @@
 """Marks modules that stage 3 gathers as a whole, by class, by name, or by suffix.
 
-The mark is an attribute of the module, as in the original, so that copies of a model have it too (the reference model
-of a preference training). It is set by the user's call or, for the section `leaf_module` of the configuration, by
+The mark is an attribute of the module, as in DeepSpeed, so that copies of a model have it, too (such as the reference
+model in DPO). It is set by the user's call or, for the section `leaf_module` of the configuration, by
 `deepspeed.initialize`, and read before the model is sharded.
 """
 
@@ -77,7 +77,7 @@ def set_z3_leaf_modules_by_suffix(
 
 
 def mark_configured(model: nn.Module, section: LeafModuleConfig) -> None:
-    """Mark the modules that the configuration names."""
+    """Marks the modules that the configuration names."""
     modules = dict(model.named_modules())
     for name in leaf_modules(section, model):
         set_z3_leaf_module(modules[name], True)
@@ -99,5 +99,5 @@ def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def z3_leaf_parameter(model: nn.Parameter) -> bool:
-    """Parameters are not marked, modules are."""
+    """Returns False: only modules are marked."""
     return False

@@ -8,7 +8,7 @@ import torch
 
 
 class OnDevice:
-    """Context manager in which modules are constructed with a dtype and on a device; "meta" makes parameters without
+    """Context manager in which modules are constructed with a dtype and on a device; on "meta", parameters have no
     memory.
     """
 

@@ -1,8 +1,8 @@
-"""What DeepSpeed writes on ZeRO-3 parameters and code asks for: `ds_id`, `ds_shape`, `ds_status`, `all_gather()`, ...
+"""The attributes that DeepSpeed adds to ZeRO-3 parameters: `ds_id`, `ds_shape`, `ds_status`, `all_gather()`, ...
 
-A parameter gets a subclass of its own class with these as properties, which look at ds_zero when they are asked. So
-`hasattr(param, "ds_id")` is true exactly while the parameter is divided among ranks, or waits to be, and nothing has
-to be kept up to date.
+The class of a parameter is replaced by a subclass with these properties, which read the state of ds_zero when they are
+accessed. So nothing has to be updated, and `hasattr(param, "ds_id")` is true exactly while the parameter is sharded, or
+is going to be by `deepspeed.initialize`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import ds_zero
 
 
 class ZeroParamType(enum.Enum):
-    """How a parameter is treated; REMOTE for all that are divided."""
+    """Kind of a parameter; REMOTE for all sharded ones."""
 
     NORMAL = 1
     PARTITIONED = 2
@@ -30,7 +30,7 @@ class ZeroParamType(enum.Enum):
 
 
 class ZeroParamStatus(enum.Enum):
-    """Whether a divided parameter's values are here."""
+    """Whether a sharded parameter is gathered."""
 
     AVAILABLE = 1
     NOT_AVAILABLE = 2
@@ -39,21 +39,21 @@ class ZeroParamStatus(enum.Enum):
 
 _numbers = itertools.count()
 _open: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Parameter -> what `param.all_gather()` left open."""
+"""Parameter -> the `gathered` context that `param.all_gather()` has opened."""
 
 
 class Divided:
-    """The properties. AttributeError, as for any missing name, while the parameter is an ordinary one."""
+    """The properties. They raise AttributeError, as for any missing attribute, while the parameter is not sharded."""
 
     def _look(self) -> ds_zero.Presence:
         if not known(self):
-            raise AttributeError("this parameter is not one of ZeRO stage 3")
+            raise AttributeError("this parameter is not sharded at ZeRO stage 3")
         return ds_zero.presence(self)  # type: ignore[arg-type, return-value]
 
     @property
     def ds_id(self) -> int:
-        if not self._look().divided:  # code takes it for "has to be gathered"
-            raise AttributeError("this parameter is small, and kept by every rank")
+        if not self._look().divided:  # code gathers a parameter if it has a ds_id
+            raise AttributeError("this parameter is small, so every rank keeps it whole")
         return int(vars(self)["_ds_number"])
 
     @property
@@ -93,14 +93,14 @@ class Divided:
 
     @property
     def ds_active_sub_modules(self) -> set[int]:
-        """Modules that use it at this moment: not told here, a new empty set."""
+        """Returns an empty set: modules that use the parameter now are not tracked."""
         return set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        """An ordinary parameter with the whole value. Collective while the values are divided.
+        """Returns an ordinary parameter with the whole value. Collective if the parameter is not gathered.
 
-        PEFT copies a layer for `modules_to_save` and gathers it only if its parameters have no elements, as the
-        original's have; a copy of ours as it is would be NaN.
+        PEFT copies a layer for `modules_to_save`, and gathers it before only if its parameters have no elements, as in
+        DeepSpeed. A plain copy of a sharded parameter would contain NaN.
         """
         if id(self) in memo:
             return memo[id(self)]  # type: ignore[no-any-return]
@@ -116,7 +116,7 @@ class Divided:
     def all_gather(
         self, param_list: Sequence[nn.Parameter] | None = None, async_op: bool = False, **_: Any
     ) -> None:
-        """Values from now on, until `partition()`. Collective."""
+        """Gathers parameters until `partition()`. Collective."""
         for param in _all(self, param_list):
             if param not in _open:
                 stack = contextlib.ExitStack()
@@ -124,7 +124,7 @@ class Divided:
                 _open[param] = stack
 
     def partition(self, param_list: Sequence[nn.Parameter] | None = None, **_: Any) -> None:
-        """Undo `all_gather`; rank 0's values are everybody's. Collective."""
+        """Undoes `all_gather`. Rank 0's values are kept on all ranks. Collective."""
         for param in _all(self, param_list):
             stack = _open.pop(param, None)
             if stack is not None:
@@ -132,7 +132,7 @@ class Divided:
 
 
 def known(param: Any) -> bool:
-    """Whether stage 3 divides it, or keeps it because it is small."""
+    """Whether stage 3 shards the parameter, or keeps it whole because it is small."""
     status = ds_zero.presence(param)
     return status is not None and (status.divided or status.kept)
 
@@ -149,7 +149,7 @@ def _subclass(kind: type) -> type:
 
 
 def present(params: Iterable[nn.Parameter]) -> None:
-    """Give parameters these properties; harmless to repeat, and for those that are not divided."""
+    """Adds the properties to parameters, which may have them already, and need not be sharded."""
     for param in params:
         if not isinstance(param, Divided):
             param.__class__ = _subclass(type(param))
@@ -157,5 +157,5 @@ def present(params: Iterable[nn.Parameter]) -> None:
 
 
 def is_zero_param(parameter: Any) -> bool:
-    """Whether it is divided by stage 3, or will be."""
+    """Whether the parameter is sharded at stage 3, or is going to be."""
     return hasattr(parameter, "ds_id")

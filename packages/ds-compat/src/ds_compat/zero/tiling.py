@@ -1,4 +1,4 @@
-"""`deepspeed.zero.TiledLinear`: one weight, shown as the tiles that the original is made of."""
+"""`deepspeed.zero.TiledLinear`: a layer with one weight, which also provides DeepSpeed's tiles as views of it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ds_compat.zero.construction import GatheredParameters
 
 
 def _bounds(size: int, parts: int) -> list[int]:
-    """Where `parts` nearly equal parts of `size` elements begin, and where the last one ends."""
+    """Returns the boundaries of `parts` nearly equal parts of `size` elements: `parts` + 1 numbers."""
     small, larger = divmod(size, parts)
     return [i * small + min(i, larger) for i in range(parts + 1)]
 
 
 class TiledLinear(ds_layers.TiledLinear):
-    """See `ds_layers.TiledLinear`; takes values from layers that are divided, too, and shows its tiles."""
+    """See `ds_layers.TiledLinear`. It can also copy values from sharded layers, and has DeepSpeed's `linears`."""
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class TiledLinear(ds_layers.TiledLinear):
 
     @property
     def linears(self) -> list[list[nn.Linear]]:
-        """Tile [row of the output][column of the input]: layers over the memory of the one weight, made anew at each
-        look. Writing into a tile writes into the weight; the last tile of a row has the bias.
+        """The tiles, indexed [part of the output][part of the input]: new layers whose weights are views of the one
+        weight, so writing to a tile writes to the weight. The last tile of each row has the bias.
         """
         return [
             [self._tile(row, column) for column in range(self.in_splits)] for row in range(self.out_splits)
@@ -60,14 +60,14 @@ class TiledLinear(ds_layers.TiledLinear):
 
 
 class TiledLinearReturnBias(TiledLinear):
-    """As TiledLinear, for layers that return their bias beside the product."""
+    """A TiledLinear that returns the product without bias, and the bias."""
 
     def forward(self, input: Any) -> Any:
         return nn.functional.linear(self.whole(input), self.weight), self.bias
 
 
 def _part(param: Tensor, where: tuple[slice, ...]) -> nn.Parameter:
-    """A part of a parameter over its memory, with that part of its gradient."""
+    """Returns a parameter that is a view of a part of `param`, with that part of its gradient."""
     part = nn.Parameter(param.detach()[where], param.requires_grad)
     if param.grad is not None:
         part.grad = param.grad[where]

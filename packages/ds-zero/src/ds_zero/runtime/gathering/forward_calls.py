@@ -14,7 +14,7 @@ class Call:
     def __init__(self, unit: str, buckets: list[Bucket], begin: int) -> None:
         self.unit, self.buckets = unit, list(buckets)
         self.begin = self.end = begin
-        """Logical times of the begin and end of the forward; every begin and end of a call increases the time by 1."""
+        """Logical times of the start and end of the forward; every start and end of a call increases the time by 1."""
         self.keep = False
         """Whether the buckets stay gathered after the call."""
         self._task = -1

@@ -1,7 +1,7 @@
 """Tensors saved for backward that are views of gathered parameters.
 
 [Note: unreported backwards]
-The begin of a module's backward is detected by hooks on the gradients of its outputs. If a module stores a tensor
+The start of a module's backward is detected by hooks on the gradients of its outputs. If a module stores a tensor
 elsewhere (an auxiliary loss as an attribute, a tensor in a list), the backward of that tensor is not reported by any
 hook. Therefore the first watched forward uses `saved_tensors_hooks`: when autograd unpacks a saved tensor that is a
 view of a bucket's `full`, the bucket is gathered first. If this happens for a bucket that no call had gathered, later

@@ -3,7 +3,7 @@
 [Note: lifetime of a gathered unit]
 forward   From the module's pre-hook to its post-hook. The post-hook also runs if forward raises, as
           activation checkpointing does to stop a recomputation early.
-backward  From the first gradient of one of the module's outputs to the begin of the backward of an earlier call, or
+backward  From the first gradient of one of the module's outputs to the start of the backward of an earlier call, or
           to the end of backward. Autograd runs nodes in the reverse order of their creation. So when the backward of a
           call begins, the backwards of all calls that began after its end are over.
 

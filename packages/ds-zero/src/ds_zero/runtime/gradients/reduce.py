@@ -64,7 +64,7 @@ class Reducer:
         param_grads: ParamGrads,
         options: OptimizerOptions,
     ) -> None:
-        """`before_accumulation` is called at the begin of the first backward after the gradients of the shards were
+        """`before_accumulation` is called at the start of the first backward after the gradients of the shards were
         completed by `finish`.
         """
         self.buckets = [b for b in buckets if b.trainable]
@@ -201,7 +201,7 @@ class Reducer:
         )
 
     def _begin_accumulation(self) -> None:
-        """Called at the begin of the first backward after the gradients of the shards were completed. This backward
+        """Called at the start of the first backward after the gradients of the shards were completed. This backward
         adds to `shard.grad`, or sets it if it is None.
         """
         if all(s.grad is None for b in self.buckets for s in b.shards):
