@@ -89,7 +89,7 @@ class Killer:
 
     def first_step(self, after: int) -> Mapping[str, Any]:
         """Waits for a step that no rank has made before."""
-        assert until(lambda: any(e["step"] > after for e in entries(self.job.folder, 0)), 60.0), (
+        assert until(lambda: any(e["step"] > after for e in entries(self.job.folder, 0)), 180.0), (
             self.job.finish()
         )
         return next(e for e in entries(self.job.folder, 0) if e["step"] > after)

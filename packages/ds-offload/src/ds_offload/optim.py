@@ -56,7 +56,7 @@ class CPUAdam(FusedAdam):
             state_dtype=state_dtype,
         )
 
-    def _new_state(self, param: Tensor) -> Tensor:
+    def new_state(self, param: Tensor) -> Tensor:
         if param.device.type != "cpu":
             raise ValueError(
                 f"CPUAdam: a parameter of shape {tuple(param.shape)} is on {param.device}: keep masters on "

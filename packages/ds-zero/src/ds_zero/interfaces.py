@@ -168,6 +168,16 @@ class FusedStep(Protocol):
 
 
 @runtime_checkable
+class MakesState(Protocol):
+    """An optimizer that chooses the memory of its states: their dtype, their device."""
+
+    def new_state(self, param: Tensor) -> Tensor:
+        """Returns a zero-filled state of the shape of `param`. Without this method, states that are loaded before the
+        first step have the dtype of the checkpoint and the device of the parameter.
+        """
+
+
+@runtime_checkable
 class SegmentStep(Protocol):
     """An optimizer whose update of an element needs sums over the whole tensor, such as LAMB. It has two passes; in
     between, the sums are added over the ranks that hold parts of the tensor.

@@ -20,9 +20,9 @@ Group = dict[str, Any]
 class StepsAnyDtype(FusedOptimizer):
     """A mixin for classes of ds_core.optim: updates 16-bit parameters one by one, with moments in fp32."""
 
-    def _new_state(self, param: Tensor) -> Tensor:
+    def new_state(self, param: Tensor) -> Tensor:
         if param.dtype == torch.float32:
-            return super()._new_state(param)
+            return super().new_state(param)
         return torch.zeros_like(param, dtype=self._state_dtype)
 
     def _step_group(

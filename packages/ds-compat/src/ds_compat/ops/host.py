@@ -45,9 +45,9 @@ class DeepSpeedCPUAdam(StepsAnyDtype, ds_offload.CPUAdam, metaclass=InstanceOfBa
         )
         self._fp32_states = fp32_optimizer_states
 
-    def _new_state(self, param: Tensor) -> Tensor:
+    def new_state(self, param: Tensor) -> Tensor:
         if param.dtype == torch.float32 or param.device.type != "cpu":
-            return super()._new_state(param)
+            return super().new_state(param)
         narrow = param.dtype == torch.bfloat16 and not self._fp32_states
         return torch.zeros_like(param, dtype=torch.bfloat16 if narrow else torch.float32)
 
@@ -62,7 +62,7 @@ class DeepSpeedCPUAdam(StepsAnyDtype, ds_offload.CPUAdam, metaclass=InstanceOfBa
         state = self.state[subgroup_id]  # type: ignore[index]
         if not state:
             state["step"] = 0
-            state |= {name: self._new_state(param) for name in self.state_names}
+            state |= {name: self.new_state(param) for name in self.state_names}
         self._update(group, param, state, state["step"] + 1, 1.0)
         state["step"] += 1
         return loss

@@ -104,7 +104,7 @@ class FusedOptimizer(Optimizer):
     def _apply(self, group: Group, batch: Batch, grad_scale: float) -> None:
         """Calls the kernel with the group's options. `grad_scale` is negative if the group maximizes."""
 
-    def _new_state(self, param: Tensor) -> Tensor:
+    def new_state(self, param: Tensor) -> Tensor:
         """Returns a zero-filled state for `param`, in its memory order. Override it to allocate states elsewhere."""
         if param.device.type == "cpu" and param.numel() * self._state_dtype.itemsize >= ARENA_BYTES:
             return arena.zeros(param.numel(), self._state_dtype).as_strided(param.size(), param.stride())
@@ -245,7 +245,7 @@ class FusedOptimizer(Optimizer):
             with torch.no_grad():
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 for name in self._names(group):
-                    state[name] = self._new_state(param)
+                    state[name] = self.new_state(param)
         return state, None
 
     # -- methods of torch.optim.Optimizer. [Note: no import of torch._dynamo] torch wraps these four methods, so that
@@ -270,7 +270,7 @@ class FusedOptimizer(Optimizer):
         for param, state in self.state.items():
             for name in self.state_names:
                 if (loaded := state.get(name)) is not None:
-                    state[name] = self._new_state(param).copy_(loaded)
+                    state[name] = self.new_state(param).copy_(loaded)
             if "step" in state:
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu").clone()
         self._check_groups()

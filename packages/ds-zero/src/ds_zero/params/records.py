@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
-from ds_zero.interfaces import EVERYWHERE, Coordinates, RecordSource
+from ds_zero.interfaces import EVERYWHERE, Coordinates, MakesState, RecordSource
 from ds_zero.layout.buckets import Slot
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.state import ZeroState
@@ -294,9 +294,12 @@ def _check(state: ZeroState, model: nn.Module, source: RecordSource, keep: Abstr
 
 
 def new_state(optimizer: Optimizer, shard: Tensor, dtype: torch.dtype) -> Tensor:
-    """Allocates one optimizer state: by the optimizer's `_new_state`, which chooses the device, if it has one."""
-    make = getattr(optimizer, "_new_state", None)
-    made: Tensor = make(shard) if callable(make) else torch.zeros_like(shard, dtype=dtype)
+    """Allocates one optimizer state: by the optimizer's `new_state`, which chooses the device, if it has one."""
+    made = (
+        optimizer.new_state(shard)
+        if isinstance(optimizer, MakesState)
+        else torch.zeros_like(shard, dtype=dtype)
+    )
     return made.detach()
 
 
