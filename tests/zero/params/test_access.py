@@ -322,7 +322,7 @@ def test_mistakes_are_named() -> None:
         ds_zero.get_full(None, "head.weight")
     with pytest.raises(ValueError, match=r"'frozen\.weight' is frozen"):
         ds_zero.set_full(model, "frozen.weight", "grad", torch.zeros(15, 15))
-    with pytest.raises(ValueError, match=r"has shape \(37, 15\) and the value has shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"has shape \(37, 15\) but the value has shape \(2,\)"):
         ds_zero.set_full(model, "head.weight", "param", torch.zeros(2))
     assert ds_zero.get_full(model, "frozen.weight", "grad") is None
     assert ds_zero.get_full(model, "frozen.weight", "exp_avg") is None

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Reduction = Literal["none", "local", "sharded"]
-"""When gradients are reduced: "none": never, the optimizer does; "local": each rank adds whole gradients, which are
-reduced once before a step; "sharded": in every backward.
+"""When gradients are reduced. "none": only by the optimizer itself. "local": each rank accumulates whole gradients,
+which are reduced once before a step. "sharded": in every backward.
 """
 
 
@@ -30,8 +30,7 @@ class Capabilities:
     """Optional features of a collective beyond the signature of FSDP2's `Comm`, in the class attribute
     `capabilities`.
 
-    Only the class that declares it is believed: a class that derives from it and overrides what it does has to declare
-    again what it still can.
+    Capabilities are not inherited: a subclass may override methods, so it must declare its own `capabilities`.
     """
 
     tags: bool = False
@@ -109,29 +108,31 @@ class Reservation:
 
 
 class ShardStore(Protocol):
-    """Where shards rest between uses: on the device, in host memory, on disk.
+    """Stores a rank's shards between their uses: on the device, in host memory, or on a disk.
 
-    A key is *addressable* where `reserve` maps it to a tensor, and *away* where it does not: then its values are
-    reached by `load`, `store` and `sink_grad` alone. ds_zero starts a work on a key only after the earlier one on that
-    key has been waited for; works on different keys are under way at the same time. Methods and `wait` may raise; the
-    error reaches the user as a `ShardStoreError` that names bucket and kind.
+    A key is *addressable* if `reserve` returns a tensor for it. Otherwise it is *away*, and its values are accessed
+    only by `load`, `store` and `sink_grad`. ds_zero starts an operation on a key only after it has waited for the
+    previous one on that key; operations on different keys may run concurrently. Methods and `wait` may raise; the user
+    gets a `ShardStoreError` that names bucket and kind.
     """
 
     def reserve(self, plan: Sequence[Reservation]) -> Mapping[ShardKey, Tensor]:
-        """Hold room, zero-filled. Keys that rest in addressable memory map to that tensor, which the
-        optimizer then steps in place; keys that are away are left out. Called again for partial sums that are added
-        later.
+        """Allocates zero-filled tensors. Returns the tensors of addressable keys, which the optimizer then updates in
+        place, and omits keys that are away. May be called again, for partial sums of gradients.
         """
 
     def load(self, key: ShardKey, out: Tensor) -> Work:
-        """Copy the resting tensor into `out`, which has its size and dtype."""
+        """Starts to copy the stored tensor into `out`, which has the same size and dtype."""
 
     def store(self, key: ShardKey, src: Tensor) -> Work:
-        """Copy `src` to rest, in the dtype of the reservation; `src` is not changed until the work is waited for."""
+        """Starts to store `src`, cast to the dtype of the reservation. The caller does not change `src` before it has
+        waited for the operation.
+        """
 
     def sink_grad(self, key: ShardKey, grad: Tensor, *, offset: int, accumulate: bool) -> Work:
-        """Put (or add) a reduced gradient at `offset` of the resting one; `grad` may be reused once the work
-        is waited for. A sum is formed in the wider of both dtypes and rounded once.
+        """Starts to write a reduced gradient to the stored one from element `offset` on, or, with `accumulate`, to add
+        it. The sum is computed in the wider of both dtypes and rounded once. The caller does not change `grad` before
+        it has waited for the operation.
         """
 
     def release(self, key: ShardKey) -> None:
@@ -147,11 +148,11 @@ class ShardStoreError(RuntimeError):
 
 @runtime_checkable
 class MakesStaging(Protocol):
-    """A store that says in which memory tensors that are away are used: pinned, aligned, on another device."""
+    """A store that allocates the staging buffers of tensors that are away, such as in pinned or aligned memory."""
 
     def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """New memory, 1-D, with undefined values; without this method it is ordinary memory of `device`, on which the
-        model computes. The optimizer steps where it lies.
+        """Returns a new 1-D tensor with undefined values. Without this method, staging buffers are ordinary tensors on
+        `device`, the device of the model. The optimizer updates masters in these buffers, on their device.
         """
 
 
@@ -191,7 +192,7 @@ class SegmentStep(Protocol):
         """
 
     def step_segments(self, params: Sequence[Tensor], sums: Tensor, *, out: Sequence[Tensor | None]) -> None:
-        """Second pass, with the sums over whole tensors: updates `params`. `out` as in `FusedStep`."""
+        """Second pass: updates `params`, given the sums over whole tensors. `out` as in `FusedStep`."""
 
 
 @runtime_checkable
@@ -209,47 +210,47 @@ class Norms(Protocol):
 
 
 Coordinates = Mapping[str, tuple[int, int]]
-"""Name of a mesh axis -> (index on it, size of it), for the axes along which the values under one name differ. An axis
-along which all ranks hold the same values, or ranges of one logical tensor, does not appear."""
+"""Name of a mesh axis -> (index on it, size of it), for the axes along which tensors of one name have different values.
+Axes along which ranks hold the same values, or ranges of the same tensor, are not included."""
 
 EVERYWHERE: Coordinates = MappingProxyType({})
-"""Coordinates of a tensor whose values differ along no axis."""
+"""Coordinates of a tensor that has the same values along all axes."""
 
 
 class RecordSource(Protocol):
-    """A checkpoint seen by logical name; `ds_zero.load_records` asks it for exactly the ranges this rank
+    """A checkpoint that is read by name and range. `ds_zero.load_records` reads exactly the ranges that this rank
     owns.
     """
 
     def states(
         self, fqn: str, coordinates: Coordinates = EVERYWHERE
     ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
-        """State name -> (global shape, dtype) of what is stored for this parameter or buffer; empty if it is
-        unknown.
+        """Returns the stored states of a parameter or buffer: name of the state -> (global shape, dtype). Empty if the
+        checkpoint does not contain it.
 
-        Raises where the stored values differ along other axes, or along axes of other sizes; the error says which.
+        Raises an error that names the axes if the stored values differ along other axes, or along axes of other sizes.
         """
 
     def read(
         self, fqn: str, state: str, flat_offset: int, out: Tensor, coordinates: Coordinates = EVERYWHERE
     ) -> None:
-        """Fill the 1-D `out` with elements [flat_offset, flat_offset + out.numel()) of the flattened tensor,
-        cast to its dtype.
+        """Fills the 1-D `out` with elements [flat_offset, flat_offset + out.numel()) of the flattened tensor, cast to
+        the dtype of `out`.
         """
 
 
 class InitialValues(Protocol):
-    """Where a deferred parameter's values come from when it is sharded."""
+    """Provides the initial values of a parameter from `deferred_init` or `divided_init`."""
 
     stage: int | None
-    """The stage that the model was constructed for, if that was said."""
+    """The stage that was passed to `deferred_init` or `divided_init`, or None."""
 
     def values(self, tensor: Tensor) -> Tensor:
-        """All of them, a new tensor in ordinary memory. Collective where ranks hold parts."""
+        """Returns all values as a new tensor. Collective if ranks hold parts of them."""
         ...
 
     def place(self, tensor: Tensor) -> int:
-        """Where the parameter stands in the order of construction, which is the same on every rank."""
+        """Returns the index of the parameter in the order of construction, which is the same on every rank."""
         ...
 
     def hides(self, tensor: Tensor) -> bool:

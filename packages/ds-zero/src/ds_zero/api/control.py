@@ -91,7 +91,7 @@ class Control:
 
     @property
     def backwards(self) -> int:
-        """Number of backwards of the model whose gradients wait for the next step."""
+        """Number of backwards of the model since the last step."""
         return self._live().reducer.backwards
 
     @property

@@ -46,7 +46,7 @@ class MemoryReport:
         )
 
     def __str__(self) -> str:
-        """One line with each purpose that has memory, and the sum."""
+        """Formats the bytes of each purpose that has memory, and the sum, in one line."""
         purposes = {field.name.removesuffix("_bytes"): getattr(self, field.name) for field in fields(self)}
         held = {name: num_bytes for name, num_bytes in purposes.items() if num_bytes} | {
             "total": self.total_bytes

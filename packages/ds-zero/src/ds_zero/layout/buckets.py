@@ -179,17 +179,17 @@ def split_by_size(params: Sequence[ParamInfo], max_numel: int) -> list[list[Para
 
 
 def default_bucket_numel(total_numel: int) -> int:
-    """About eight buckets a model, so that reduction starts while backward still runs; between 0.25 and 32 M
-    elements.
+    """Returns a bucket size that gives about eight buckets per model, so that reductions start while backward is
+    running; between 0.25 and 32 M elements.
     """
     return min(max(total_numel // 8, 1 << 18), 1 << 25)
 
 
 def default_persistence_numel(params: Sequence[ParamInfo]) -> int:
-    """Largest threshold up to 1e5 for which the parameters kept whole are at most 2% of the model.
+    """Returns the largest threshold up to 1e5 for which the parameters that stay whole are at most 2% of the model.
 
-    A vector of a few thousand elements costs a message to gather and next to nothing to keep; but in a small
-    model "small" parameters are most of it, and keeping them would undo stage 3.
+    Keeping a vector of a few thousand elements takes little memory, while gathering it takes a message. But in a small
+    model most parameters are that small, and keeping them whole would defeat stage 3.
     """
     total = sum(p.numel for p in params)
     kept, threshold = 0, 0
@@ -198,21 +198,21 @@ def default_persistence_numel(params: Sequence[ParamInfo]) -> int:
         if numel > 100_000 or kept * 50 > total:
             break
         threshold = numel
-    # Equal sizes stand or fall together: a threshold cannot tell them apart.
+    # A threshold cannot distinguish parameters of equal size, so all of them must fit.
     return threshold if sum(p.numel for p in params if p.numel <= threshold) * 50 <= total else 0
 
 
 def keep_small_whole(
     params: Sequence[ParamInfo], threshold_numel: int, total_numel: int | None = None
 ) -> list[ParamInfo]:
-    """Stage 3: parameters of at most `threshold_numel` elements lose their unit, that is, stay whole on every
-    rank; in order, as long as they are no more than `total_numel` elements together.
+    """For stage 3: removes the unit of parameters with at most `threshold_numel` elements, so that they stay whole on
+    every rank; in order, as long as they have at most `total_numel` elements together.
     """
     kept = 0
     kept_infos = []
     for p in params:
         small = p.numel <= threshold_numel and (total_numel is None or kept + p.numel <= total_numel)
-        # A single number cannot be both gathered and protected against writes by its stride.
+        # A parameter with one element cannot be protected against writes by a stride of 0 while it is sharded.
         if small or p.numel <= 1:
             kept += p.numel
             p = replace(p, unit=None)

@@ -71,12 +71,11 @@ def _is_fine(module: nn.Module, granularity_numel: int) -> bool:
 
 
 def choose_units(model: nn.Module, leaves: set[str] | None = None) -> dict[str, nn.Module]:
-    """Name -> module of the units: the modules whose forward gathers their parameters as one.
+    """Returns name -> module of the units: the modules whose parameters are gathered together, for their forward.
 
-    Leaf modules and the children of a ModuleList, ModuleDict or Sequential are units (the blocks of a
-    transformer). Outside of them, the largest subtrees below the model without a unit inside are units (an
-    embedding, a head). Parameters of modules that contain units belong to the module itself, which is then a
-    unit too.
+    Leaf modules and the children of a ModuleList, ModuleDict or Sequential are units (the blocks of a transformer).
+    Outside of them, the largest submodules that contain no unit are units (an embedding, a head). A module that
+    contains units and has parameters of its own is a unit for these parameters.
     """
     leaves = choose_leaves(model) if leaves is None else leaves
     modules = dict(model.named_modules())
@@ -136,7 +135,7 @@ def _contains(name: str, others: Mapping[str, nn.Module]) -> bool:
 
 
 def unit_of_params(model: nn.Module, units: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Parameter name -> name of the innermost unit that contains it."""
+    """Returns name of a parameter -> name of the innermost unit that contains it."""
     owner: dict[str, str] = {}
     for fqn, _ in model.named_parameters(remove_duplicate=False):
         parts = fqn.split(".")

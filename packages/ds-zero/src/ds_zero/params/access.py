@@ -85,8 +85,7 @@ def set_full(model: nn.Module | None, where: Where, kind: str, value: Tensor | f
         elif kind == GRAD:
             _write_grad(place, _own(place, from_first(place, value)))
         else:
-            found = kind_of_state(place, kind)[0]
-            if found is StateKind.ELEMENTS:
+            if kind_of_state(place, kind)[0] is StateKind.ELEMENTS:
                 _write_state(place, kind, _own(place, from_first(place, value)))
             else:
                 _write_as_it_is(place, kind, value)
@@ -110,7 +109,7 @@ def update_full_grads(
     if state is None:
         return
     with torch.no_grad():
-        _settle_grads(state)
+        _complete_grads(state)
         for bucket in state.buckets:
             places = wanted.get(id(bucket), [])
             has = any_rank(
@@ -118,7 +117,7 @@ def update_full_grads(
                 [p.shard is not None and p.shard.grad is not None for p in places],
                 bucket.device,
             )
-            places = [p for p, found in zip(places, has, strict=True) if found]
+            places = [p for p, has_grad in zip(places, has, strict=True) if has_grad]
             if not places:
                 continue
             with bucket.storage.opened(GRAD, write=True) as grad:
@@ -208,7 +207,7 @@ def local_range(model: nn.Module | None, where: Where) -> tuple[int, int]:
 
 def _whole_param(place: Place) -> Tensor:
     bucket, slot = place.bucket, place.slot
-    if not bucket.trainable and bucket.whole:  # whole everywhere, though ranks own slices for saving
+    if not bucket.trainable and bucket.whole:  # every rank has it whole; ranks own slices only for saving
         return bucket.full[slot.offset : slot.end].clone().view(slot.shape).float()
     with bucket.storage.opened(bucket.storage.exact) as values:
         return assemble(place, place.part(values).to(bucket.device)).float()
@@ -221,14 +220,14 @@ def _whole_grad(place: Place) -> Tensor | None:
     [has] = any_rank(place.ranks, [reducer.has_grad(bucket.params[place.index], shard)], bucket.device)
     if not has:
         return None
-    arrives, reduced = reducer.preview(bucket)
+    unreduced, reduced = reducer.preview(bucket)
     piece = piece_of(place.slot, *bucket.slice_range)
     mine = slice(piece.offset, piece.offset + piece.numel)
     own = torch.zeros(piece.numel, dtype=torch.float32, device=bucket.device)
     if reducer.is_reduced(shard):
         own += reduced[mine].to(bucket.device)
-    if arrives is not None:
-        own += arrives[mine]
+    if unreduced is not None:
+        own += unreduced[mine]
     whole = assemble(place, own, slices=True)
     return whole.mul_(place.state.stepper.pending.factor().to(whole.device))
 
@@ -246,14 +245,14 @@ def _prepare_write(place: Place, kind: str) -> None:
     if kind != PARAM and place.shard is None:
         raise ValueError(f"{place.fqn!r} is frozen: it is in no optimizer group, so it has no {kind!r}")
     if kind == GRAD:
-        _settle_grads(place.state)
+        _complete_grads(place.state)
 
 
-def _settle_grads(state: ZeroState) -> None:
-    """Reduce what waits, and apply clipping and loss scale: from here on gradients are as they show."""
+def _complete_grads(state: ZeroState) -> None:
+    """Reduces unreduced gradients, and applies clipping and the loss scale to them in place."""
     state.reducer.finish()
     state.stepper.apply_pending()
-    state.stepper.pending.norm = None  # found for gradients that change now
+    state.stepper.pending.norm = None  # the caller changes gradients, so their norm is unknown
 
 
 def _write_param(place: Place, whole: Tensor) -> None:
@@ -285,7 +284,7 @@ def _write_state(place: Place, kind: str, own: Tensor) -> None:
 
 
 def _write_as_it_is(place: Place, kind: str, value: Tensor | float | None) -> None:
-    """A number, or a tensor of a shape of its own; rank 0's value."""
+    """Writes a state that is a number, or a tensor of another shape than the parameter: rank 0's value."""
     old = whole_state(place, kind)
     assert old is not None
     if place.ranks.first and (value is None or (isinstance(value, Tensor) and value.shape != old.shape)):
@@ -296,7 +295,7 @@ def _write_as_it_is(place: Place, kind: str, value: Tensor | float | None) -> No
         old = torch.as_tensor(value).to(old)
     broadcast_values(old, place.ranks)
     held = place.held()
-    mine = held.get(kind)  # nothing on a rank that owns nothing of this parameter
+    mine = held.get(kind)  # None on a rank that owns no part of this parameter
     if isinstance(mine, Tensor):
         mine.copy_(old.view_as(mine))
     elif isinstance(mine, (int, float)):

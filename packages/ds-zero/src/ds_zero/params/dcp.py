@@ -45,15 +45,17 @@ class Stateful(Protocol):
 def dcp_state_dict(
     model: nn.Module, optimizer: Optimizer | None = None, *, bare_names: bool = False
 ) -> dict[str, Any]:
-    """What torch.distributed.checkpoint's `save`, `async_save` and `load` take, for a model that `shard` has sharded.
+    """Returns a state dict for `save`, `async_save` and `load` of torch.distributed.checkpoint, for a model that
+    `shard` has sharded.
 
-    Each rank writes and reads its own elements; no rank makes a whole tensor. Tensors have the names and shapes that
-    `{"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}` has for an ordinary model
-    or one of FSDP2's, so that each reads what the other has written. Parameters are the fp32 masters. After `load`
-    every rank computes with the loaded values.
+    Each rank writes and reads its own elements; no rank needs memory for a whole tensor. Tensors have the names and
+    shapes of `{"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}` for an ordinary
+    model or an FSDP2 model, so that each of them can read the files of the others. Parameters are the fp32 masters.
+    After `load`, the parameters of all ranks have the loaded values.
 
     Args:
-        bare_names: without "model." in front, for files of `dcp.save(model.state_dict(), ...)`; the model alone.
+        bare_names: use names without the prefix "model.", for files of `dcp.save(model.state_dict(), ...)`. Only for
+            the model without its optimizer.
 
     Returns:
         {"model": ..., "optimizer": ...}: add keys of your own, but leave these at the top level.
@@ -125,14 +127,14 @@ class _ModelState(_TopLevel):
 
 
 _PUBLISH = "ds_zero.publish"
-"""Key of what stands beside bare names. It adds nothing to a file."""
+"""Key of an entry that is added to bare names. It adds nothing to a file."""
 
 
 class _Publishing(_ModelState):
-    """Has nothing to save or load, and is told by torch when all has been loaded."""
+    """An entry without tensors, whose `load_state_dict` torch calls after everything has been loaded."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
+        """Returns an empty dict."""
         return {}
 
 
@@ -224,8 +226,8 @@ class _OptimizerState(_TopLevel):
 
 
 def _take_numbers(optimizer: Optimizer, shard: Tensor, loaded: Mapping[str, Any]) -> None:
-    """What was read of one parameter's states beside the elements; none of them are kept from before the first
-    step.
+    """Sets the states of one parameter that are numbers. Drops all of its states if their step count is 0, [Note:
+    optimizer states before the first step].
     """
     held = optimizer.state.get(shard)
     if held is None:
@@ -241,13 +243,13 @@ def _take_numbers(optimizer: Optimizer, shard: Tensor, loaded: Mapping[str, Any]
 def _entry(
     r: Range, name: str, value: Any, shard: Tensor, written: tuple[int, int] | None, missing: str
 ) -> Any:
-    """One state, as torch's planner takes it."""
+    """Returns one optimizer state in a form that torch's planner accepts."""
     if isinstance(value, (int, float)):
         return torch.tensor(value, dtype=torch.float64)
     if not isinstance(value, Tensor):
         raise ValueError(
-            f"optimizer state {name!r} of parameter {r.fqn!r} is a {type(value).__name__}: a checkpoint holds tensors "
-            "and numbers"
+            f"optimizer state {name!r} of parameter {r.fqn!r} is a {type(value).__name__}: a checkpoint can contain "
+            "only tensors and numbers"
         )
     if value.shape == shard.shape and name not in NUMBERS:
         begin = r.start - r.shard_start
@@ -255,15 +257,15 @@ def _entry(
         return LogicalTensor.of(r.slot.shape, own, parts(r.slot.shape, r.start, own, written), missing)
     if value.ndim == 0:
         return value.detach()
-    if r.bucket.layout.undivided:  # of a form of its own, as Adafactor's
+    if r.bucket.layout.undivided:  # another shape than the parameter, as of Adafactor
         whole = (0, value.numel()) if written is not None else None
         return LogicalTensor.of(value.shape, value, parts(value.shape, 0, value.detach().view(-1), whole))
     raise ValueError(
-        f"optimizer state {name!r} of parameter {r.fqn!r} has shape {tuple(value.shape)}, and the shard "
-        f"{tuple(shard.shape)}: it is neither element-wise nor a number, and cannot be saved by range"
+        f"optimizer state {name!r} of parameter {r.fqn!r} has shape {tuple(value.shape)}, but the shard has shape "
+        f"{tuple(shard.shape)}: it is neither element-wise nor a number, so it cannot be saved by range"
     )
 
 
 def _written(state: ZeroState) -> dict[str, tuple[int, int]]:
-    """Name of a parameter -> the range of it that this rank writes; over all ranks each element once."""
+    """Returns name of a parameter -> the range that this rank writes. The ranks together write each element once."""
     return {r.fqn: (r.start, r.start + r.values.numel()) for r in ranges(state, owned=False)}

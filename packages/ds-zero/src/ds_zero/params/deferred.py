@@ -29,7 +29,7 @@ from ds_zero.params.deferred_values import swap
 
 @dataclass(frozen=True)
 class _Ref:
-    """A recorded tensor: which storage, and how it looks into it."""
+    """A recorded tensor: its storage, and its view of it."""
 
     storage: int
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class _Node:
 
 
 class Record(TorchDispatchMode):
-    """What happened to every tensor constructed under `deferred_init`."""
+    """Records the operations on all tensors that are constructed under `deferred_init`, and replays them."""
 
     def __init__(self, stage: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -82,7 +82,7 @@ class Record(TorchDispatchMode):
         rng_state = (
             self._advance(func, args, kwargs) if torch.Tag.nondeterministic_seeded in func.tags else None
         )
-        # Real tensors (made from Python data) take part by shape only; their values are kept for the replay.
+        # Real tensors (made from Python data) are replaced by meta tensors here; the record keeps their values.
         result = func(*_on_meta(args), **_on_meta(kwargs))
         self._write_down(func, args, kwargs, result, rng_state)
         return result
@@ -91,7 +91,7 @@ class Record(TorchDispatchMode):
         return isinstance(value, Tensor) and value.device.type == "meta" and _key(value) in self._storages
 
     def _advance(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Run a random operation on scratch, for its effect on the generator alone."""
+        """Runs a random operation on scratch tensors, to advance the generator. Returns the state before that."""
         state = torch.get_rng_state()
 
         def scratch(t: Tensor) -> Tensor:
@@ -130,20 +130,20 @@ class Record(TorchDispatchMode):
     # --- replay
 
     def place(self, tensor: Tensor) -> int:
-        """Of the tensor's storage in the order of construction."""
+        """Returns the index of the tensor's storage in the order of construction."""
         key = _key(tensor)
         return next((i for i, storage in enumerate(self._storages) if storage == key), -1)
 
     def hides(self, tensor: Tensor) -> bool:
-        """Whether it is a meta tensor still."""
+        """Whether the tensor is still a meta tensor."""
         return tensor.is_meta
 
     def own(self, tensor: Tensor) -> Tensor | None:
-        """None: nothing is divided before `shard`."""
+        """Returns None, since there are no slices before `shard`."""
         return None
 
     def values(self, tensor: Tensor) -> Tensor:
-        """The values that ordinary construction would have given `tensor`; a new CPU tensor."""
+        """Returns the values of `tensor` by ordinary construction, as a new CPU tensor."""
         target = _Ref(
             _key(tensor),
             tensor.dtype,
@@ -183,7 +183,7 @@ class Record(TorchDispatchMode):
 
 
 class _Ordinary(TorchFunctionMode):
-    """Recorded tensors claim to be ordinary: several functions of `torch.nn.init` return at once for meta
+    """Makes `is_meta` false for recorded tensors, because several functions of `torch.nn.init` do nothing for meta
     tensors.
     """
 
@@ -211,12 +211,12 @@ def _on_meta(tree: Any) -> Any:
 
 
 def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    found: list[Tensor] = []
+    mutated: list[Tensor] = []
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found += [t for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
-    return found
+            mutated += [t for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
+    return mutated
 
 
 @contextlib.contextmanager
@@ -260,7 +260,7 @@ def deferred_init(stage: int | None = None, *, defer_buffers: bool = True) -> It
 
 
 def materialize_buffers(model: nn.Module, device: torch.device) -> None:
-    """Give every deferred buffer its values."""
+    """Replaces every deferred buffer by a tensor with its values."""
     for module in model.modules():
         _materialize_own(module, device)
 
@@ -273,9 +273,7 @@ def _materialize_own(module: nn.Module, device: torch.device) -> None:
 
 
 def recorded_values(params: Mapping[str, nn.Parameter]) -> Callable[[str, nn.Parameter], Tensor]:
-    """A function from a parameter to its initial values: its own, or the replayed ones of a deferred
-    parameter.
-    """
+    """Returns a function from a parameter to its initial values: its own, or those of its record."""
 
     def values(fqn: str, param: nn.Parameter) -> Tensor:
         waits = param.device.type == "meta" or _registry.find_record(param) is not None
@@ -285,12 +283,12 @@ def recorded_values(params: Mapping[str, nn.Parameter]) -> Callable[[str, nn.Par
 
 
 def become_real(param: nn.Parameter, device: torch.device) -> None:
-    """Turn a waiting parameter into one on `device` that has no memory of its own yet; the same object, name and
-    shape.
+    """Turns a parameter of `deferred_init` or `divided_init` into one on `device` without memory of its own; the object
+    and its shape stay the same.
     """
-    waits = _registry.find_record(param) is not None
-    _registry.drop_record(param)  # tensors that something points to weakly cannot be swapped
-    if not waits and param.device.type != "meta":
+    has_record = _registry.find_record(param) is not None
+    _registry.drop_record(param)  # a tensor with weak references cannot be swapped
+    if not has_record and param.device.type != "meta":
         return
     stand_in = torch.empty(1, dtype=param.dtype, device=device).expand(param.shape)
     if param.device.type != "meta":

@@ -24,10 +24,10 @@ from ds_zero.tensors.fingerprint import fingerprint
 
 
 class Slices:
-    """One tensor divided evenly among the ranks of the default group; this rank holds its slice."""
+    """One tensor, sharded evenly over the ranks of the default group."""
 
     def __init__(self, value: Tensor) -> None:
-        """Args: value: the whole tensor, the same on every rank."""
+        """`value` is the whole tensor, with the same values on every rank."""
         self.shape, self._numel = tuple(value.shape), value.numel()
         ranks, rank = team()
         per_rank = -(-self._numel // ranks)
@@ -36,7 +36,7 @@ class Slices:
         self.own[: own.numel()].copy_(own)
 
     def whole(self) -> Tensor:
-        """The whole tensor, a copy. Collective."""
+        """Returns a copy of the whole tensor. Collective."""
         ranks, _ = team()
         whole = self.own.new_empty(self.own.numel() * ranks)
         if ranks > 1:
@@ -50,12 +50,17 @@ class Written:
     """Values of a meta parameter that were written before `shard`."""
 
     def __init__(self, value: Tensor, before: InitialValues, place: int) -> None:
-        """Args: value: all of them, the same on every rank. place: of the parameter in the order of construction."""
+        """
+        Args:
+            value: all values, the same on every rank.
+            before: the record of the parameter before it was written.
+            place: index of the parameter in the order of construction.
+        """
         self.stage, self._place = before.stage, place
         self._slices = Slices(value)
 
     def values(self, tensor: Tensor) -> Tensor:
-        """Collective."""
+        """Returns the whole tensor. Collective."""
         return self._slices.whole()
 
     def place(self, tensor: Tensor) -> int:
@@ -69,53 +74,57 @@ class Written:
 
 
 class Constructed:
-    """A parameter of `divided_init`: whole, or one slice on each rank and NaN where its values would be."""
+    """A parameter of `divided_init`: whole, or sharded with one slice on each rank and data that reads as NaN."""
 
     def __init__(self, stage: int | None, place: int, device: torch.device) -> None:
-        """Args: place: of the parameter in the order of construction. device: where it is to be trained."""
+        """
+        Args:
+            place: index of the parameter in the order of construction.
+            device: the training device.
+        """
         self.stage, self._place, self._device = stage, place, device
         self._slices: Slices | None = None
-        self._hole: Tensor | None = None
-        """The one element that the parameter shows while it is divided."""
+        self._nan: Tensor | None = None
+        """The NaN of which the parameter's data is a view while it is sharded."""
 
     def place(self, tensor: Tensor) -> int:
         return self._place
 
     def hides(self, tensor: Tensor) -> bool:
-        return self._hole is not None and _same_memory(tensor, self._hole)
+        return self._nan is not None and _same_memory(tensor, self._nan)
 
     def own(self, tensor: Tensor) -> Tensor | None:
         return self._slices.own if self._slices is not None and self.hides(tensor) else None
 
     def values(self, tensor: Tensor) -> Tensor:
-        """Collective where the parameter is divided, or was cast while it was."""
+        """Returns all values. Collective if the parameter is sharded, or was cast while it was."""
         if self._slices is None:
             return tensor.detach().clone()
         if self.hides(tensor):
             return self._slices.whole()
-        # `.data` was replaced by something else than `show`: NaN alone is the hole itself, cast or moved.
+        # Other code has replaced `.data`. If all elements are NaN, it was cast or moved while it was sharded.
         if tensor.shape == self._slices.shape and bool(torch.isnan(tensor.detach()).all()):
             return self._slices.whole().to(tensor.device, tensor.dtype)
         return tensor.detach().clone()
 
     def show(self, param: nn.Parameter) -> None:
-        """Make a divided parameter whole; this rank's slice stays until it is divided anew. Collective."""
-        # A copy: the process group's thread may hold the gathered memory for a moment after it is there, and
-        # `divided_init` leaves a parameter whole whose memory somebody else holds.
+        """Makes a sharded parameter whole, and keeps this rank's slice. Collective."""
+        # A copy, because the thread of the process group may refer to the gathered memory for a moment longer, and
+        # `divided_init` does not shard a parameter to whose memory something else refers.
         param.data = self.values(param).clone()
 
     def hide(self, param: nn.Parameter) -> None:
-        """Forget what was done to a shown parameter since it was divided."""
-        if self._hole is not None and self._slices is not None:
-            param.data = self._hole.expand(self._slices.shape)
+        """Shards a parameter again after `show`, and discards changes of its values."""
+        if self._nan is not None and self._slices is not None:
+            param.data = self._nan.expand(self._slices.shape)
 
     def divide(self, param: nn.Parameter, source: int = 0) -> None:
-        """Keep this rank's slice of rank `source`'s values, and show NaN. Collective."""
+        """Shards a parameter: keeps this rank's slice of rank `source`'s values. Collective."""
         value = param.detach().to(self._device).contiguous()
         if team()[0] > 1:
             dist.broadcast(value, src=source)
         self._slices = Slices(value)
-        self._hole = torch.full((1,), torch.nan, dtype=value.dtype, device=value.device)
+        self._nan = torch.full((1,), torch.nan, dtype=value.dtype, device=value.device)
         self.hide(param)
 
 
@@ -126,66 +135,70 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def team() -> tuple[int, int]:
-    """(number of ranks, own rank) of the default group."""
+    """Returns (number of ranks, this rank) of the default process group; (1, 0) if there is none."""
     return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 
 
 @contextlib.contextmanager
-def whole_for_a_while(params: Sequence[nn.Parameter], writer: int | None) -> Iterator[None]:
-    """Waiting parameters with values inside; with `writer`, that rank's values stay, on all ranks.
+def gathered_before_shard(params: Sequence[nn.Parameter], writer: int | None) -> Iterator[None]:
+    """Context manager in which parameters that are not sharded by `shard` yet have their values, [Note: constructed
+    parameters]. With `writer`, that rank's values at the end are kept on all ranks. Collective.
 
-    Collective. Raises ValueError for values that were changed without `writer`: they would be lost.
+    Raises:
+        ValueError: values were changed without `writer`, and would be lost.
     """
-    # What is whole already, in a context around this one, belongs to that one.
+    # Parameters that an outer context has made whole are left to that context.
     records = [(p, _registry.find_record(p)) for p in params]
-    # All ranks in one order, in whatever order they were named.
-    waiting = sorted(
+    # Sorted, so that all ranks run the collectives in the same order.
+    hidden = sorted(
         {id(p): (p, record) for p, record in records if record is not None and record.hides(p)}.values(),
         key=lambda pair: pair[1].place(pair[0]),
     )
     opened = [
-        _DividedLook(param, record) if isinstance(record, Constructed) else _DeferredLook(param, record)
-        for param, record in waiting
+        _GatheredDivided(param, record)
+        if isinstance(record, Constructed)
+        else _GatheredDeferred(param, record)
+        for param, record in hidden
     ]
     lost: list[tuple[int, ...]] = []
     completed = False
     try:
         yield
         if writer is None:
-            lost = [tuple(look.param.shape) for look in _changed_anywhere(opened)]
+            lost = [tuple(one.param.shape) for one in _changed_anywhere(opened)]
         completed = True
     finally:
-        for look in opened:
-            look.close(writer if completed else None)
+        for one in opened:
+            one.close(writer if completed else None)
     if lost:
         raise ValueError(
-            f"deferred parameters of shapes {lost} were written while gathered for reading: the change would be lost; "
-            "say which rank writes"
+            f"parameters of shapes {lost} were written inside gathered(..., write=False) before ds_zero.shard: the "
+            "change would be lost; pass write=True"
         )
 
 
-class _Look:
-    """A waiting parameter while it is whole."""
+class _Gathered:
+    """A parameter with its values, between construction and `shard`."""
 
     def __init__(self, param: nn.Parameter) -> None:
         self.param = param
         self._before = _appearance(param)
 
     def changed(self) -> bool:
-        """Whether this rank has written it, or replaced its `.data`."""
+        """Whether this rank has written the parameter, or replaced its `.data`."""
         return _appearance(self.param) != self._before
 
     def close(self, writer: int | None) -> None:
-        """Let it wait again. Collective with a writer.
+        """Removes the values again. Collective with a writer.
 
         Args:
-            writer: the rank whose values stay; None: those from before stay.
+            writer: the rank whose values are kept; None: changes are discarded.
         """
         raise NotImplementedError
 
 
-class _DeferredLook(_Look):
-    """Of a meta parameter."""
+class _GatheredDeferred(_Gathered):
+    """A parameter of `deferred_init`."""
 
     def __init__(self, param: nn.Parameter, record: InitialValues) -> None:
         self._record, self._place = record, record.place(param)
@@ -203,13 +216,13 @@ class _DeferredLook(_Look):
         self._swap(self.param, record)
 
     def _swap(self, param: nn.Parameter, record: InitialValues) -> None:
-        _registry.drop_record(param)  # tensors that something points to weakly cannot be swapped
+        _registry.drop_record(param)  # a tensor with weak references cannot be swapped
         swap(param, self._meta)
         _registry.put_record(param, record)
 
 
-class _DividedLook(_Look):
-    """Of a parameter of `divided_init`."""
+class _GatheredDivided(_Gathered):
+    """A parameter of `divided_init`."""
 
     def __init__(self, param: nn.Parameter, record: Constructed) -> None:
         self._record = record
@@ -227,18 +240,18 @@ def _appearance(param: nn.Parameter) -> tuple[tuple[int, ...], int]:
     return tuple(param.shape), fingerprint(param)
 
 
-def _changed_anywhere(looks: Sequence[_Look]) -> list[_Look]:
-    """Those that some rank has changed, on every rank. Collective."""
-    if not looks:
+def _changed_anywhere(opened: Sequence[_Gathered]) -> list[_Gathered]:
+    """Returns, on every rank, the parameters that at least one rank has changed. Collective."""
+    if not opened:
         return []
-    flags = torch.tensor([look.changed() for look in looks], dtype=torch.int32, device=looks[0].param.device)
+    flags = torch.tensor([one.changed() for one in opened], dtype=torch.int32, device=opened[0].param.device)
     if team()[0] > 1:
         dist.all_reduce(flags)
-    return [look for look, flag in zip(looks, flags.tolist(), strict=True) if flag]
+    return [one for one, flag in zip(opened, flags.tolist(), strict=True) if flag]
 
 
 def swap(param: nn.Parameter, other: nn.Parameter) -> None:
-    """Exchange the tensors behind two Parameter objects; class and attributes of `param` stay with it."""
+    """Exchanges the tensors of two Parameter objects; `param` keeps its class and attributes."""
     kind, attributes = type(param), dict(vars(param))
     torch.utils.swap_tensors(param, other)
     if type(param) is not kind:

@@ -27,10 +27,10 @@ from ds_zero import _registry
 from ds_zero.params.deferred_values import Constructed, team
 
 WHOLE_BYTES = 64 * 2**20
-"""Parameters that were gathered again because code looked at them are divided when they take more than this."""
+"""Bytes of parameters that were gathered because code used them, above which they are sharded again."""
 
 _READING_GETTERS = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
-"""Attributes of a tensor that show its values; all others are about its shape, dtype, place or gradient."""
+"""Attributes of a tensor that are views of its values; all others are metadata, or its gradient."""
 
 _BLIND = frozenset(
     (
@@ -59,12 +59,12 @@ _BLIND = frozenset(
         *("size", "storage_offset", "stride", "untyped_storage"),
     )
 )
-"""Methods of a tensor, and functions on tensors, that do not look at values. Printing is one of them, since ranks
-print alone and gathering needs all of them."""
+"""Methods of a tensor, and functions on tensors, for which a sharded parameter is not gathered. Printing is one of
+them, since one rank may print alone, but gathering needs all ranks."""
 
 
 class _Whole:
-    """Parameters that are whole at present, and who registered them."""
+    """The parameters that are whole at present, and the modules that registered them."""
 
     def __init__(self, stage: int | None, device: torch.device) -> None:
         self._stage, self._device = stage, device
@@ -72,7 +72,7 @@ class _Whole:
         self._shown_bytes = 0
 
     def note(self, module: nn.Module, param: nn.Parameter) -> None:
-        """A parameter that `module` registers; those of other modules are divided. Collective."""
+        """Records a parameter that `module` registers, and shards those of other modules. Collective."""
         known = _registry.find_record(param) is not None or _registry.find(param) is not None
         if known or param.is_meta or not param.is_floating_point() or type(param.data) is not Tensor:
             return
@@ -81,7 +81,7 @@ class _Whole:
         self._params[id(param)] = (param, id(module))
 
     def show(self, params: Iterable[nn.Parameter]) -> None:
-        """Make those of them whole that are divided. Collective where there is one."""
+        """Gathers those of `params` that are sharded. Collective if there are any."""
         hidden = []
         for param in params:
             record = _registry.find_record(param)
@@ -94,14 +94,14 @@ class _Whole:
             self.keep(param)
 
     def keep(self, param: nn.Parameter) -> None:
-        """A known parameter that is whole now."""
+        """Records a parameter of `divided_init` that is whole now."""
         if id(param) not in self._params and _registry.find_record(param) is not None:
             self._params[id(param)] = (param, None)
             self._shown_bytes += param.nbytes
 
     def divide(self, owners: Iterable[int | None]) -> None:
-        """Divide what these modules have registered (None: what was shown), unless somebody holds its memory.
-        Collective.
+        """Shards the parameters that modules with these `id`s have registered (None: those that `show` has gathered),
+        except those to whose memory another tensor refers. Collective.
         """
         wanted = set(owners)
         due = [param for param, owner in self._params.values() if owner in wanted]
@@ -109,7 +109,7 @@ class _Whole:
             self._divide([p for p, held in zip(due, _held(due, self._device), strict=True) if not held])
 
     def divide_all(self) -> None:
-        """Collective."""
+        """Shards all parameters. Collective."""
         self._divide([param for param, _ in self._params.values()])
 
     def _owners(self) -> set[int | None]:
@@ -126,8 +126,8 @@ class _Whole:
 
 
 def _held(params: list[nn.Parameter], device: torch.device) -> list[bool]:
-    """Whether somebody beside the parameter itself points to its memory on rank 0, whose answer all ranks take, since
-    dividing is collective.
+    """Returns, for each parameter, whether another tensor refers to its memory on rank 0. All ranks use rank 0's
+    answer, because sharding is collective.
     """
     counts = [torch._C._storage_Use_Count(p.untyped_storage()._cdata) for p in params]
     flags = torch.tensor([count > 2 for count in counts], dtype=torch.int32, device=device)
@@ -136,8 +136,8 @@ def _held(params: list[nn.Parameter], device: torch.device) -> list[bool]:
     return [bool(flag) for flag in flags.tolist()]
 
 
-class _Looking(TorchFunctionMode):
-    """Shows divided parameters to the functions that are called with them."""
+class _GatherArguments(TorchFunctionMode):
+    """Gathers sharded parameters before torch functions that are called with them."""
 
     def __init__(self, whole: _Whole) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ def divided_init(stage: int | None = None, *, device: torch.device | str | None 
 
     handle = nn_module.register_module_parameter_registration_hook(note)
     try:
-        with _Looking(whole):
+        with _GatherArguments(whole):
             yield
         whole.divide_all()
     finally:

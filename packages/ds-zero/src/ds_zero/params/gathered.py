@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_zero import _registry
-from ds_zero.params.deferred_values import whole_for_a_while
+from ds_zero.params.deferred_values import gathered_before_shard
 from ds_zero.params.gathered_context import OpenGather
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.materialize import broadcast_values
@@ -39,28 +39,27 @@ def gathered(
     """
     named = params.parameters() if isinstance(params, nn.Module) else params
     wanted = [named] if isinstance(named, nn.Parameter) else list(named)
-    waiting = [p for p in wanted if _registry.find_record(p) is not None]
-    found: dict[int, tuple[ZeroState, dict[int, Bucket]]] = {}
+    not_sharded_yet = [p for p in wanted if _registry.find_record(p) is not None]
+    buckets_of: dict[int, tuple[ZeroState, dict[int, Bucket]]] = {}
     for param in wanted:
-        if any(param is w for w in waiting):
+        if any(param is other for other in not_sharded_yet):
             continue
         state = _registry.state_of(param)
         bucket, _ = state.bucket_of(param)
-        found.setdefault(id(state), (state, {}))[1][id(bucket)] = bucket
+        buckets_of.setdefault(id(state), (state, {}))[1][id(bucket)] = bucket
     with contextlib.ExitStack() as stack:
-        if waiting:
-            stack.enter_context(whole_for_a_while(waiting, writer_rank if write else None))
-        for state, asked in found.values():
-            buckets = [
-                b for b in state.buckets if id(b) in asked
-            ]  # one order on all ranks, whatever was asked
+        if not_sharded_yet:
+            stack.enter_context(gathered_before_shard(not_sharded_yet, writer_rank if write else None))
+        for state, wanted_buckets in buckets_of.values():
+            # In the same order on all ranks, whatever the order of `params`.
+            buckets = [b for b in state.buckets if id(b) in wanted_buckets]
             stack.enter_context(_gathered(state, buckets, writer_rank if write else None))
         yield
 
 
 @contextlib.contextmanager
 def _gathered(state: ZeroState, buckets: list[Bucket], writer: int | None) -> Iterator[None]:
-    """The part of one model; `writer` is None for a context that does not write."""
+    """`gathered` for the buckets of one model; `writer` is None for a context that does not write."""
     smallest = min(b.ranks.size for b in buckets)
     if writer is not None and not 0 <= writer < smallest:
         raise ValueError(f"writer_rank={writer}: the model is sharded among ranks 0 to {smallest - 1}")
@@ -75,19 +74,19 @@ def _gathered(state: ZeroState, buckets: list[Bucket], writer: int | None) -> It
                 "optimizer.step() or a failed backward inside ds_zero.gathered has dropped the gathered values: leave "
                 "the context first"
             )
-        _settle(state, opened, writer)
+        _apply_changes(state, opened, writer)
     finally:
         state.open_gathers.remove(opened)
         if state.gatherer.holds(buckets):
             state.gatherer.release(buckets)
 
 
-def _settle(state: ZeroState, opened: OpenGather, writer: int | None) -> None:
-    """Adopt what the writer changed; raise for what would be lost."""
+def _apply_changes(state: ZeroState, opened: OpenGather, writer: int | None) -> None:
+    """Keeps the changes of the writer, and raises for changes that would be lost."""
     if writer is None and all(state.is_written(bucket) for bucket in opened.buckets):
-        return  # an outer context adopts it
+        return  # an outer context keeps them
     changed = opened.changed()
-    # The same on all ranks of a bucket; ranks of other experts may have changed others.
+    # Equal on all ranks of a bucket; ranks of other experts may have changed other buckets.
     touched = [bucket for bucket in opened.buckets if changed[id(bucket)].any()]
     if writer is not None and touched:
         opened.put_back(touched)
@@ -115,7 +114,7 @@ def _settle(state: ZeroState, opened: OpenGather, writer: int | None) -> None:
 
 
 def _adopt(buckets: list[Bucket], writer: int) -> None:
-    """The writer's whole values into everybody's shards."""
+    """Copies the writer's values to the shards and masters of all ranks."""
     with torch.no_grad():
         for bucket in buckets:
             broadcast_values(bucket.full, bucket.ranks, writer)
@@ -127,7 +126,7 @@ def _adopt(buckets: list[Bucket], writer: int) -> None:
             bucket.changed()
             if storage.masters_apart:
                 with storage.opened(MASTER, write=True) as master:
-                    # Keep what the cast cannot express where the low-precision value did not change.
+                    # Masters of elements that were not written keep their full precision.
                     low = values.to(master.device)
                     same = master.to(low.dtype) == low
                     master.copy_(torch.where(same, master, low.float()))
@@ -141,22 +140,22 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state = _registry.state_of(model)
     state.stepper.wait()
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
     for bucket in state.buckets:
         whole = _whole(state, bucket)
         if state.ranks.first:
             for slot in bucket.layout.slots:
                 value = whole[slot.offset : slot.end].view(slot.shape).cpu().clone()
                 for name in state.names[slot.fqn]:
-                    found[name] = value
+                    values[name] = value
     if not state.ranks.first:
         return {}
-    found |= {n: b.detach().cpu().clone() for n, b in model.named_buffers()}
-    return {name: found[name] for name in model.state_dict(keep_vars=True)}
+    values |= {n: b.detach().cpu().clone() for n, b in model.named_buffers()}
+    return {name: values[name] for name in model.state_dict(keep_vars=True)}
 
 
 def _whole(state: ZeroState, bucket: Bucket) -> Tensor:
-    """All of a bucket in the best precision there is."""
+    """Returns the whole bucket from the masters, or from the parameters if they are frozen. Collective."""
     with bucket.storage.opened(bucket.storage.exact) as values:
         own = values.detach()
         if bucket.layout.num_owners == 1 or bucket.ranks.group is None:

@@ -1,4 +1,4 @@
-"""One parameter of a sharded model, seen from one rank, and what the ranks that divide it tell each other."""
+"""One parameter of a sharded model on one rank, and collectives over the ranks that share it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ _MAX_DIMS = 8
 
 
 class StateKind(enum.IntEnum):
-    """What an optimizer keeps for a parameter under one name."""
+    """Kind of an optimizer state of one parameter."""
 
     NOTHING = 0
+    """There is no such state."""
     NUMBER = 1
     """One number, the same on all ranks that have it."""
     ELEMENTS = 2
-    """One value for every element."""
+    """One value for each element of the parameter."""
     OTHER = 3
-    """A tensor of another shape, held by the one rank that owns all of the parameter."""
+    """A tensor of another shape, on the one rank that owns the whole parameter."""
 
 
 @dataclass(frozen=True)
@@ -61,37 +62,37 @@ class Place:
 
     @property
     def own(self) -> Piece:
-        """What this rank owns; the offset counts from the beginning of its owned range."""
+        """The part that this rank owns; the offset is relative to the beginning of its owned range."""
         return piece_of(self.slot, *self.bucket.owned_range)
 
     @property
     def divided(self) -> bool:
-        """Whether ranks own different parts."""
+        """Whether ranks own different parts of the parameter."""
         return self.bucket.layout.num_owners > 1 and self.ranks.group is not None
 
     def part(self, owned: Tensor) -> Tensor:
-        """This parameter's elements of a tensor over the owned range, 1-D."""
+        """Returns this parameter's elements of a 1-D tensor over the owned range."""
         own = self.own
         return owned[own.offset : own.offset + own.numel]
 
     def held(self) -> dict[str, object]:
-        """The optimizer's states of this rank's shard."""
+        """Returns the optimizer's states of this rank's shard; empty if there are none."""
         optimizer = self.state.optimizer() if self.state.optimizer is not None else None
         shard = self.shard
         if optimizer is None or shard is None or shard not in optimizer.state:
             return {}
-        found: dict[str, object] = optimizer.state[shard]
-        return found
+        states: dict[str, object] = optimizer.state[shard]
+        return states
 
     def checked(self, value: Tensor) -> Tensor:
-        """`value`, if it has the parameter's shape.
+        """Returns `value`, which must have the parameter's shape.
 
         Raises:
-            ValueError: it has another one.
+            ValueError: it has another shape.
         """
         if tuple(value.shape) != self.slot.shape:
             raise ValueError(
-                f"{self.fqn!r} has shape {self.slot.shape} and the value has shape {tuple(value.shape)}"
+                f"{self.fqn!r} has shape {self.slot.shape} but the value has shape {tuple(value.shape)}"
             )
         return value
 
@@ -118,8 +119,12 @@ def find(model: nn.Module | None, where: Where) -> Place:
 
 
 def assemble(place: Place, own: Tensor, *, slices: bool = False) -> Tensor:
-    """Every rank's part side by side, in the parameter's shape; `own` is this rank's, on the model's device: of what
-    it owns, or of the slice that it reduces, which differs in stage 0. Collective.
+    """Returns the whole value, in the parameter's shape, from the parts of all ranks. Collective.
+
+    Args:
+        own: this rank's part, 1-D, on the model's device.
+        slices: whether parts are those of the slices that ranks reduce, instead of the owned ranges. They differ in
+            stage 0, where every rank owns everything.
     """
     slot, ranks, layout = place.slot, place.ranks, place.bucket.layout
     if not place.divided and not (slices and ranks.group is not None):
@@ -136,15 +141,15 @@ def assemble(place: Place, own: Tensor, *, slices: bool = False) -> Tensor:
 
 
 def any_rank(ranks: Ranks, flags: list[bool], device: torch.device) -> list[bool]:
-    """For every flag whether some rank has it. Collective."""
+    """Returns, for each flag, whether it is set on at least one rank. Collective."""
     if not flags or ranks.total == 1:
         return flags
-    found: list[bool] = exchange_flags(flags, ranks, device).any(0).any(0).tolist()
-    return found
+    on_any_rank: list[bool] = exchange_flags(flags, ranks, device).any(0).any(0).tolist()
+    return on_any_rank
 
 
 def from_first(place: Place, value: Tensor | float | None) -> Tensor:
-    """Rank 0's value on all ranks, fp32 (a frozen parameter's in its own dtype). Collective."""
+    """Broadcasts rank 0's value, in fp32; for a frozen parameter in its own dtype. Collective."""
     bucket = place.bucket
     dtype = torch.float32 if bucket.trainable else bucket.dtype
     if isinstance(value, Tensor):
@@ -161,10 +166,10 @@ def from_first(place: Place, value: Tensor | float | None) -> Tensor:
 
 
 def kind_of_state(place: Place, name: str, *, required: bool = True) -> tuple[StateKind, torch.dtype]:
-    """What the ranks together have under this name; those without elements may have nothing. Collective.
+    """Returns kind and dtype of a state over all ranks; a rank that owns no elements may have no state. Collective.
 
     Raises:
-        ValueError: no rank has it, and it is required.
+        ValueError: no rank has the state, and it is required.
     """
     held, shard = place.held().get(name), place.shard
     kind, dtype = StateKind.NOTHING, torch.float32
@@ -190,7 +195,7 @@ def kind_of_state(place: Place, name: str, *, required: bool = True) -> tuple[St
 
 
 def whole_state(place: Place, name: str) -> Tensor | None:
-    """A state as all ranks together have it. Collective."""
+    """Returns a whole optimizer state from the parts of all ranks; None if no rank has it. Collective."""
     kind, dtype = kind_of_state(place, name, required=False)
     held, device = place.held().get(name), place.bucket.device
     if kind is StateKind.NOTHING:
@@ -208,7 +213,7 @@ def whole_state(place: Place, name: str) -> Tensor | None:
 
 
 def _from_owner(place: Place, own: Tensor) -> Tensor:
-    """A tensor of a shape of its own, from the rank that owns the parameter."""
+    """Broadcasts a state whose shape is not that of the parameter, from the rank that owns the parameter."""
     ranges = [place.bucket.layout.owned_range(rank) for rank in range(place.ranks.size)]
     owner = next(r for r, ends in enumerate(ranges) if piece_of(place.slot, *ends).numel == place.slot.numel)
     if not place.divided:

@@ -84,10 +84,10 @@ class Away:
         self.kinds = frozenset(kinds)
         self._moved: dict[int, _Moved] = {}
         needed: dict[int, set[str]] = {}
-        found = [(kind, tensor) for kind, tensor in _held(state) if _movable(tensor)]
-        for kind, tensor in found:
+        movable = [(kind, tensor) for kind, tensor in _held(state) if _movable(tensor)]
+        for kind, tensor in movable:
             needed.setdefault(tensor.untyped_storage().data_ptr(), set()).add(kind)
-        for _, tensor in found:
+        for _, tensor in movable:
             storage = tensor.untyped_storage()
             where = storage.data_ptr()
             if where not in self._moved and needed[where] <= self.kinds:
@@ -103,7 +103,7 @@ class Away:
         if self._moved and not non_blocking:
             torch.accelerator.synchronize()
         if self._moved:
-            torch.accelerator.empty_cache()  # for other processes, too
+            torch.accelerator.empty_cache()  # so that other processes can use the memory, too
 
     @property
     def num_bytes(self) -> int:
@@ -128,7 +128,7 @@ def _movable(tensor: Tensor) -> bool:
 
 
 def _held(state: ZeroState) -> Iterator[tuple[str, Tensor]]:
-    """Everything of the four kinds, under each kind that it serves."""
+    """Yields (kind, tensor) for all state; a tensor that belongs to several kinds is yielded for each of them."""
     optimizer = state.optimizer() if state.optimizer is not None else None
     for held in optimizer.state.values() if optimizer is not None else ():
         yield from ((OPTIM_STATES, v) for v in held.values() if isinstance(v, Tensor) and v.ndim > 0)
@@ -144,7 +144,7 @@ def _held(state: ZeroState) -> Iterator[tuple[str, Tensor]]:
 
 
 def _reachable(state: ZeroState) -> Iterator[Tensor]:
-    """What others hold and may read: each tensor once."""
+    """Yields the tensors that other code can access, each once."""
     optimizer = state.optimizer() if state.optimizer is not None else None
     every: list[Tensor] = [p for bucket in state.buckets for p in (*bucket.params, *bucket.shards)]
     every += [shard.grad for bucket in state.buckets for shard in bucket.shards if shard.grad is not None]

@@ -20,7 +20,7 @@ from ds_zero.runtime.materialize import NUMBERS, cut_states
 from ds_zero.state import ZeroState
 
 MARK = "ds_zero"
-"""Key of a state_dict under which a rank says which shards it holds."""
+"""Key of a state_dict that identifies the rank's shards."""
 
 _REMEDY = (
     "optimizer.state_dict() contains only the shards of one rank. Save and load on any number of ranks with "
@@ -30,7 +30,9 @@ _REMEDY = (
 
 
 def guard_optimizer(optimizer: Optimizer, state: ZeroState) -> list[RemovableHandle]:
-    """Mark what `state_dict()` gives, and check what `load_state_dict` gets. The hooks do not keep `state` alive."""
+    """Registers hooks that mark the result of `state_dict()`, and check the argument of `load_state_dict`. They do not
+    keep `state` alive.
+    """
     me = weakref.ref(state)
 
     def after_save(optimizer: Optimizer, saved: dict[str, Any]) -> None:
@@ -62,21 +64,21 @@ def guard_optimizer(optimizer: Optimizer, state: ZeroState) -> list[RemovableHan
 
 _BY_IDENTITY = "torch.distributed.checkpoint.state_dict"
 _NUM_FRAMES = 16
-"""Callers that are looked at: the functions of that module are near."""
+"""Number of callers that are examined."""
 
 
 def _refuse_identities(optimizer: Optimizer) -> None:
-    """Raise where torch's `get_state_dict`, `set_state_dict` or their like ask. They look entries of the optimizer up
-    among the model's parameters, by identity, and those of a sharded optimizer are shards.
+    """Raises if torch's `get_state_dict`, `set_state_dict` or a similar function is the caller. They search the
+    optimizer's entries among the model's parameters, by identity, but the entries of a sharded optimizer are shards.
     """
     frame = sys._getframe(1)
     for _ in range(_NUM_FRAMES):
         if frame.f_globals.get("__name__") == _BY_IDENTITY:
             _undo_preparation(optimizer, frame.f_locals.get("lrs"))
             raise ValueError(
-                f"{_BY_IDENTITY} cannot tell the parameters of an optimizer that ds_zero has sharded: use "
-                "dcp.save(ds_zero.dcp_state_dict(model, optimizer), checkpoint_id=...), and dcp.load with the same, "
-                "which read and write the same names; or ds_checkpoint.save and load"
+                f"{_BY_IDENTITY} cannot identify the parameters of an optimizer that ds_zero has sharded: use "
+                "dcp.save(ds_zero.dcp_state_dict(model, optimizer), checkpoint_id=...), and dcp.load with the same "
+                "argument, which use the same names; or ds_checkpoint.save and load"
             )
         if frame.f_back is None:
             return
@@ -84,8 +86,8 @@ def _refuse_identities(optimizer: Optimizer) -> None:
 
 
 def _undo_preparation(optimizer: Optimizer, rates: object) -> None:
-    """To have states, torch steps an optimizer that has none with gradients of zero and a learning rate of 0. The rates
-    of before are in a local variable of that function.
+    """Restores learning rates and gradients. If an optimizer has no states, torch's function creates them by a step
+    with gradients of zero and a learning rate of 0; the previous rates are in a local variable of that function.
     """
     if not isinstance(rates, list):
         return
@@ -97,10 +99,10 @@ def _undo_preparation(optimizer: Optimizer, rates: object) -> None:
 
 
 def _accepted(optimizer: Optimizer, state: ZeroState, given: dict[str, Any]) -> dict[str, Any]:
-    """`given`, with states of whole tensors cut along. Collective.
+    """Returns the state_dict `given`; if it is that of an unsharded optimizer, this rank's part of it. Collective.
 
     Raises:
-        ValueError: on every rank, if it fits on no rank or only on some.
+        ValueError: on every rank, if it does not fit on at least one of them.
     """
     problem, result = "", given
     mark = given.get(MARK)
@@ -111,8 +113,8 @@ def _accepted(optimizer: Optimizer, state: ZeroState, given: dict[str, Any]) -> 
             problem = str(error)
     elif mark["shards"] != _shards(optimizer, state):
         problem = (
-            f"the state_dict holds the shards of rank {mark['rank']} of {mark['ranks']}, and this is rank "
-            f"{state.ranks.rank} of {state.ranks.size}, which owns others"
+            f"the state_dict contains the shards of rank {mark['rank']} of {mark['ranks']}, but this is rank "
+            f"{state.ranks.rank} of {state.ranks.size}, which owns other shards"
         )
     with state.comm.guard("optimizer.load_state_dict()"):
         refused = gathered_flags(bool(problem), state.ranks, state.buckets[0].device)
@@ -124,7 +126,7 @@ def _accepted(optimizer: Optimizer, state: ZeroState, given: dict[str, Any]) -> 
 
 
 def _entries(optimizer: Optimizer, state: ZeroState) -> Iterator[tuple[Bucket, int]]:
-    """Bucket and index of every entry, in the order of the groups: that of indices in a state_dict."""
+    """Yields bucket and index of every entry, in the order of the groups, which is that of indices in a state_dict."""
     place_of = {id(shard): (b, i) for b in state.buckets for i, shard in enumerate(b.shards)}
     for group in optimizer.param_groups:
         for shard in group["params"]:
@@ -132,7 +134,7 @@ def _entries(optimizer: Optimizer, state: ZeroState) -> Iterator[tuple[Bucket, i
 
 
 def _shards(optimizer: Optimizer, state: ZeroState) -> str:
-    """A checksum of which elements of which parameters the entries hold; the same on all ranks of stage 0."""
+    """Returns a checksum of names and element ranges of the entries. It is equal on all ranks at stage 0."""
     owned = [
         (
             b.layout.slots[i].fqn,
@@ -147,14 +149,14 @@ def _shards(optimizer: Optimizer, state: ZeroState) -> str:
 
 
 def _cut(optimizer: Optimizer, state: ZeroState, given: dict[str, Any]) -> dict[str, Any]:
-    """The state_dict of an optimizer over whole parameters, as this rank needs it."""
+    """Returns this rank's part of the state_dict of an optimizer over whole parameters."""
     states: dict[Any, Any] = dict(given["state"])
     for key, (bucket, index) in enumerate(_entries(optimizer, state)):
         if key not in states:
             continue
         _check_whole(states[key], bucket, index)
         if bucket.layout.undivided and not bucket.storage.pieces[index].numel:
-            del states[key]  # whole tensors rest with one rank
+            del states[key]  # in the whole layout another rank owns this tensor
         else:
             states[key] = cut_states(bucket, index, states[key])
     return {**given, "state": states}
@@ -166,6 +168,6 @@ def _check_whole(held: Mapping[str, object], bucket: Bucket, index: int) -> None
         element_wise = isinstance(value, Tensor) and value.ndim > 0 and name not in NUMBERS
         if element_wise and not bucket.layout.undivided and value.numel() not in (slot.numel, 1):  # type: ignore[attr-defined]
             raise ValueError(
-                f"state {name!r} of parameter {slot.fqn!r} has {value.numel()} elements, and the parameter has "  # type: ignore[attr-defined]
-                f"{slot.numel}: it is no state_dict of an optimizer over whole parameters"
+                f"state {name!r} of parameter {slot.fqn!r} has {value.numel()} elements, but the parameter has "  # type: ignore[attr-defined]
+                f"{slot.numel}: this is not the state_dict of an optimizer over whole parameters"
             )

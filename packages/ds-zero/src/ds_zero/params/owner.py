@@ -14,21 +14,21 @@ class Owner:
     """`records` and `load_records` of one model and its optimizer."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, *, states: bool) -> None:
-        """`states`: the optimizer's, too."""
+        """`states`: whether to include optimizer states."""
         self._model = model
         self._optimizer = optimizer
         self._states = states
 
     def records(self) -> list[ShardRecord]:
-        """What this rank writes."""
+        """Returns the records that this rank writes."""
         mine = records(self._model, self._optimizer)
         return mine if self._states else [r for r in mine if r.state in (PARAM, BUFFER)]
 
     def load_records(self, source: RecordSource) -> None:
-        """Read this rank's ranges. Collective.
+        """Reads this rank's ranges. Collective.
 
         Raises:
-            ValueError: a tensor that the source lacks, or has in another shape; nothing has been changed then.
+            ValueError: the source lacks a tensor, or has it in another shape. Nothing has been changed then.
         """
         load_records(
             self._model,
@@ -40,7 +40,8 @@ class Owner:
 
 
 def claim(model: nn.Module, optimizer: Optimizer | None) -> Owner | None:
-    """The owner of a model that `shard` has sharded; None for any other. An entry point of `ds_checkpoint.owners`.
+    """Returns the owner of a model that `shard` has sharded; None for other models. An entry point of
+    `ds_checkpoint.owners`.
 
     Raises:
         ValueError: the optimizer is not the one that was sharded with the model.

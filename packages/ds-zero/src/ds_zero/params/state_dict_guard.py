@@ -32,8 +32,8 @@ _Find = Callable[[nn.Module], "tuple[ZeroState, list[Bucket]] | None"]
 
 
 def guard_state_dicts(model: nn.Module, state: ZeroState) -> list[RemovableHandle]:
-    """Hook the model and each of its modules that has sharded parameters somewhere below it, since any of them
-    may be saved and loaded by itself. The hooks do not keep `state` alive.
+    """Registers hooks on the model and on all modules that contain sharded parameters, since each of them may be saved
+    and loaded separately. The hooks do not keep `state` alive.
     """
     handles: list[RemovableHandle] = []
     for module, buckets in _with_buckets(model, state, recurse=True):
@@ -42,17 +42,17 @@ def guard_state_dicts(model: nn.Module, state: ZeroState) -> list[RemovableHandl
 
 
 def wait_in_modules(model: nn.Module, state: ZeroState) -> list[RemovableHandle]:
-    """For `overlap_publish`: every module that has parameters of its own waits for published values before it
-    computes, also one that is called without the model's forward.
+    """For `overlap_publish`: registers hooks by which every module with parameters of its own waits for published
+    values before its forward, also if it is called outside of the model's forward.
     """
     handles = []
     for module, buckets in _with_buckets(model, state, recurse=False):
         find = _finder(module, buckets, state)
 
         def before(module: nn.Module, *_: object, find: _Find = find) -> None:
-            found = find(module)
-            if found is not None:
-                found[0].stepper.wait()
+            sharding = find(module)
+            if sharding is not None:
+                sharding[0].stepper.wait()
 
         handles.append(module.register_forward_pre_hook(before))
     return handles
@@ -62,57 +62,59 @@ def _with_buckets(
     model: nn.Module, state: ZeroState, *, recurse: bool
 ) -> list[tuple[nn.Module, list[Bucket]]]:
     bucket_of = {id(p): b for b in state.buckets for p in b.params}
-    found = []
+    with_buckets = []
     for module in model.modules():
         held = {
             id(bucket_of[id(p)]): bucket_of[id(p)] for p in module.parameters(recurse) if id(p) in bucket_of
         }
         if held:
-            found.append((module, list(held.values())))
-    return found
+            with_buckets.append((module, list(held.values())))
+    return with_buckets
 
 
 def _finder(module: nn.Module, buckets: list[Bucket], state: ZeroState) -> _Find:
-    """Gives the state, and the buckets of `module`; None for a copy of the module, and after the state is gone."""
+    """Returns a function that returns the state and the buckets of `module`; None for a copy of the module, and after
+    the state was deleted.
+    """
     me, original = weakref.ref(state), weakref.ref(module)
     held = [weakref.ref(b) for b in buckets]
 
     def find(module: nn.Module) -> tuple[ZeroState, list[Bucket]] | None:
-        found = me()
-        if found is None or original() is not module:
+        live = me()
+        if live is None or original() is not module:
             return None
-        return found, [b for b in (pointer() for pointer in held) if b is not None]
+        return live, [b for b in (pointer() for pointer in held) if b is not None]
 
     return find
 
 
 def _guard(module: nn.Module, find: _Find) -> list[RemovableHandle]:
     def before_load(module: nn.Module, _: object, prefix: str, metadata: dict[str, Any], *__: object) -> None:
-        found = find(module)
-        if found is None:
+        sharding = find(module)
+        if sharding is None:
             return
-        state, buckets = found
+        state, buckets = sharding
         if metadata.get("assign_to_params_buffers"):
             raise ValueError(
                 f"load_state_dict(assign=True) would replace parameters of {_called(module, prefix)}, which ds_zero "
-                "shards: leave assign out"
+                "has sharded: call it without assign"
             )
         if any(_is_apart(b) and not state.is_written(b) for b in buckets):
             raise ValueError(
-                f"load_state_dict on a sharded model ({_called(module, prefix)}) does not reach its fp32 masters "
-                "and shards, so the next step would undo it: load before ds_zero.shard, or ds_zero.load_records, "
-                "or load inside `with ds_zero.gathered(model, write=True):`, or with torch.distributed.checkpoint into "
+                f"load_state_dict on a sharded model ({_called(module, prefix)}) would not change its fp32 masters "
+                "and shards, so the next step would undo it: load before ds_zero.shard, or by ds_zero.load_records, "
+                "or inside `with ds_zero.gathered(model, write=True):`, or by torch.distributed.checkpoint into "
                 "ds_zero.dcp_state_dict(model, optimizer)"
             )
-        state.stepper.wait()  # or messages would arrive over what is loaded
+        state.stepper.wait()  # otherwise published values could overwrite the loaded ones
 
     def before_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        found = find(module)
-        if found is None:
+        sharding = find(module)
+        if sharding is None:
             return
-        state, buckets = found
+        state, buckets = sharding
         state.stepper.wait()
-        # Asked for its tensors themselves, or as a part of what has been told already.
+        # With keep_vars the caller wants the parameters themselves. With a prefix, the outer module was checked.
         if keep_vars or (prefix and state.model() is not module):
             return
         if (
@@ -143,5 +145,5 @@ def _called(module: nn.Module, prefix: str) -> str:
 
 
 def _is_apart(bucket: Bucket) -> bool:
-    """Whether what parameters show is not what counts."""
+    """Whether the parameters are not the tensors that a step updates."""
     return not bucket.whole or bucket.storage.masters_apart

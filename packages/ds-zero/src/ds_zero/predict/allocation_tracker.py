@@ -150,8 +150,8 @@ class Ledger(TorchDispatchMode):
     def classify(
         self, tensors: Sequence[Tensor | None], purpose: str, *, on_host: bool | None = None
     ) -> None:
-        """Say what these tensors' storages are for, and, where it is not their device that tells, that they lie on
-        the host.
+        """Sets the purpose of these tensors' storages. `on_host` says whether they are in host memory, if that does not
+        follow from their device.
         """
         for tensor in tensors:
             if tensor is None:
@@ -255,7 +255,9 @@ class Ledger(TorchDispatchMode):
         del self._of[key], self._alive[key]
 
     def _look_at_watched(self, args: tuple[Any, ...]) -> None:
-        """Those that had memory, which may have lost it, and those that are used, which have got some."""
+        """Updates the sizes of watched storages: of those that had memory, which may have been freed, and of those
+        among `args`, which may have been allocated.
+        """
         for value in args:
             if isinstance(value, Tensor):
                 key = value.untyped_storage()._cdata

@@ -137,7 +137,7 @@ class LeanOperations:
         return result
 
     def _fake(self, meta: Tensor) -> Tensor:
-        """`FakeTensor(mode, meta, cpu)`, whose attributes are the same for all."""
+        """Returns `FakeTensor(mode, meta, cpu)`, with the attributes of the first one, since they are always equal."""
         if self._attributes is None:
             first = FakeTensor(self._mode, meta, _CPU)
             self._attributes = dict(vars(first))
@@ -150,8 +150,8 @@ class LeanOperations:
         return made
 
     def _describe(self, args: Sequence[Any], key: list[Any]) -> int | None:
-        """Number of tensors, with all that a result depends on added to `key`; None where one is not fake, or has a
-        value that torch knows.
+        """Appends everything on which the result depends to `key`. Returns the number of tensors; None if one of them
+        is not fake, or has a value that torch tracks.
         """
         count = 0
         for value in args:

@@ -102,7 +102,7 @@ class counted_memory:
 
     @property
     def phase_bytes(self) -> Mapping[str, int]:
-        """Phase -> peak bytes."""
+        """Name of a phase -> its peak of allocated bytes."""
         peaks: dict[str, int] = {}
         for name, peak, held in zip(self._names, self._peaks, self._held, strict=True):
             peaks[name] = max(peaks.get(name, 0), peak + held)
@@ -110,7 +110,7 @@ class counted_memory:
 
     @property
     def peak_bytes(self) -> int:
-        """Peak bytes."""
+        """Peak of allocated bytes over all phases."""
         return max(self.phase_bytes.values())
 
 

@@ -251,7 +251,7 @@ class _Run:
         return made.requires_grad_(given.requires_grad)
 
     def _classify(self) -> None:
-        """Put everything that has a known purpose under it."""
+        """Sets the purpose of all storages whose purpose is known."""
         ledger, buckets = self.ledger, self.state.buckets
         storages = [b.storage for b in buckets]
         ledger.classify([s.addressable(GRAD) for s in storages], allocation_tracker.GRADIENTS)

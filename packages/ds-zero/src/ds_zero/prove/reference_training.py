@@ -225,8 +225,8 @@ class PlainTraining:
     def disturbed(
         self, batches: Sequence[Sequence[Any]], first: int
     ) -> tuple[list[list[float]], dict[str, Tensor], dict[str, Tensor]]:
-        """Losses, gradients (as `gradient` gives them) and rank 0's buffers of the same step with every weight moved by
-        one unit in the last place; nothing of it stays.
+        """Repeats the step with every weight changed by one unit in the last place, and restores everything. Returns
+        losses, gradients (as `gradient` returns them) and rank 0's buffers.
         """
         kept = self._grads, self._before, self._buffers, self._sizes
         params = [p for p in self.worker.parameters() if p.is_floating_point()]
@@ -246,7 +246,9 @@ class PlainTraining:
         return losses, grads, buffers
 
     def sum_error(self, name: str, *, ordered: bool) -> float:
-        """How far another order of sums may take a gradient; `ordered`: sums over ranks are taken in fp32."""
+        """Returns a bound for the change of a gradient by another order of additions. `ordered`: whether sums over
+        ranks are computed in fp32.
+        """
         config, recipe = self.config, self._recipe
         if name not in self._grads:
             return 0.0
@@ -309,7 +311,7 @@ class PlainTraining:
         return [(n, kind) for n in self.names for kind, v in self._held(params[n]).items() if _is_value(v)]
 
     def state(self, name: str, kind: str) -> Tensor:
-        """One of `states`."""
+        """Returns the value of one of `states`."""
         return torch.as_tensor(self._held(self.keeper.get_parameter(name))[kind])
 
     def adopt_state(self, name: str, kind: str, value: Tensor) -> None:

@@ -116,7 +116,7 @@ def verify(
 
 
 def _check_mesh(mesh: Group | None) -> None:
-    """Micro-batch number k N + r has to be that of rank r, and all ranks have to see data."""
+    """Checks that `mesh` contains all ranks in order, so that micro-batch k N + r is that of rank r."""
     mesh_ranks = ranks_of(mesh)
     across = mesh_ranks.replicas.rank if mesh_ranks.replicas is not None else 0
     if (mesh_ranks.total, across * mesh_ranks.size + mesh_ranks.rank) != (world_size(), own_rank()):

@@ -114,7 +114,7 @@ class LogicalTensor(Tensor):
         return made
 
     def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
-        """What this rank writes, for torch's planner of saves."""
+        """Returns the blocks that this rank writes; called by torch's save planner."""
         from torch.distributed.checkpoint import planner
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 
@@ -135,11 +135,11 @@ class LogicalTensor(Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """What this rank reads, for torch's planner of loads."""
+        """Returns the blocks that this rank reads; called by torch's load planner."""
         return [_chunk(offsets, values) for offsets, values, _ in self.blocks_held]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """The live values of a block."""
+        """Returns the values of a block, as a view of the live tensor."""
         for offsets, values, _ in self.blocks_held:
             if index.offset is not None and tuple(index.offset) == tuple(offsets):
                 return values

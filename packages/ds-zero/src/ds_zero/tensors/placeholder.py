@@ -92,17 +92,17 @@ def _flat(values: Sequence[Any]) -> list[Any]:
 
 
 class ReducedGradient(Placeholder):
-    """`param.grad` after a backward: the gradient was moved, to be reduced onto the optimizer's shards.
+    """`param.grad` after a backward, when the gradient has been taken to be reduced to the optimizer's shards.
 
-    A backward that nobody announced (of modules that are called by themselves) may find it there. Autograd then adds
-    to it, and the handle keeps what it is given.
+    In a backward of which no hook reports the start (of submodules that are called directly), the placeholder may still
+    be there when autograd accumulates a gradient. It then stores that gradient.
     """
 
     _arrived: Tensor | None = None
 
     @property
     def is_sparse(self) -> NoReturn:  # type: ignore[override]
-        """Raises: torch's optimizers ask this of every gradient before they change anything."""
+        """Raises, since torch's optimizers read this attribute of every gradient before they change anything."""
         self._refuse("is_sparse")
 
     def _answer(self, func: Any, args: Sequence[Any]) -> Any:
