@@ -2,22 +2,20 @@
 
     ds run docs/examples/gpt/train.py --config docs/examples/gpt/ds_config.json
 
-Only the public interface of ds_engine is used. Stopped at any moment, by Ctrl-C or kill -9, it continues from the
-last checkpoint when it is started again, and sees the same bytes as if it had never stopped. The exit status is 1
-when the model is not clearly better than a bigram model.
+Only the public interfaces of ds_engine and ds_comm are used. Stopped at any moment, by Ctrl-C or kill -9, it
+continues from the last checkpoint when it is started again, and sees the same bytes as if it had never stopped. The
+exit status is 1 when the model is not clearly better than a bigram model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import data
@@ -28,6 +26,7 @@ import torch.distributed as dist
 from model import GPT
 from torch import Tensor
 
+import ds_comm
 import ds_engine
 
 MARGIN = 0.10
@@ -81,27 +80,6 @@ def settings_for(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     return config, notes
 
 
-class StopRequest:
-    """Ctrl-C or SIGTERM, noted for the end of the step; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.noted = False
-        self._noted_at_s = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        # A terminal signals every process, and the launcher may hand the same signal on: that is one request.
-        if self.noted and time.monotonic() > self._noted_at_s + 1.0:
-            raise KeyboardInterrupt
-        self.noted, self._noted_at_s = True, time.monotonic()
-
-    def forget(self) -> None:
-        """Signals do again what they do by default."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 @dataclass(kw_only=True)
 class Job:
     """What the functions below share: the engine and the data, and where this rank stands."""
@@ -113,7 +91,7 @@ class Job:
     device: torch.device
     rank: int
     ranks: int
-    stop: StopRequest
+    stop: ds_comm.StopRequest
 
     def mean(self, *values: Tensor | float) -> list[float]:
         """Means over all ranks."""
@@ -140,7 +118,8 @@ def train_step(job: Job) -> tuple[float, bool]:
         engine.backward(loss)
         engine.step()
         losses.append(loss.detach())
-    # A signal reaches the ranks at different times; this way all of them stop after the same step.
+    # A signal reaches the ranks at different times. Together with the loss, without a message of its own, all of them
+    # learn of it after the same step; `job.stop.agreed()` would be the simple way.
     loss, stop = job.mean(torch.stack(losses).mean(), job.stop.noted)
     return loss, stop > 0
 
@@ -268,7 +247,7 @@ def prepare(args: argparse.Namespace) -> tuple[Job, Path, list[str]]:
         device=world.device,
         rank=world.rank,
         ranks=world.world_size,
-        stop=StopRequest(),
+        stop=ds_comm.StopRequest(),
     )
     size = sum(p.numel() for p in model.parameters())
     notes.append(
@@ -286,7 +265,7 @@ def main() -> int:
         live.say(note)
     resume(job, run, live)
     log = runs.Log(run / "log.jsonl", first_step=job.engine.global_steps + 1) if job.rank == 0 else None
-    with live:
+    with job.stop, live:
         for row in train(job, run):
             if log is not None:
                 log.write(**row)
@@ -296,7 +275,6 @@ def main() -> int:
     if job.engine.global_steps < job.total_steps:
         live.say(f"stopped and saved after step {job.engine.global_steps}: start it again to continue")
         return leave(130)
-    job.stop.forget()
     passed = finish(job, run, runs.read_log(run / "log.jsonl"), live)
     # One rank is enough to fail the job, and the launcher then shows one failure.
     return leave(0 if passed or job.rank != 0 else 1)
