@@ -104,7 +104,7 @@ class DeepSpeedAccelerator:
     def amp(self) -> Any:
         return torch.amp
 
-    # --- the rest of what code asks
+    # --- other methods that code uses
 
     def visible_devices_envs(self) -> list[str]:
         return ["CUDA_VISIBLE_DEVICES"]

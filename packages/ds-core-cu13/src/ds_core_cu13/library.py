@@ -1,4 +1,4 @@
-"""Where the library lies."""
+"""The path of the CUDA library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NAME = "libds_core_cuda.so"
 
 
 def library_path() -> Path:
-    """The file that ds_core opens. Raises FileNotFoundError where the package is a source tree, never built."""
+    """Returns the file that ds_core opens. Raises FileNotFoundError if it has not been built, as in a source tree."""
     for folder in ds_core_cu13.__path__:
         path = Path(folder) / NAME
         if path.is_file():

@@ -9,40 +9,40 @@ from ds_checkpoint.interfaces import Coordinates
 
 
 def merged(*parts: Coordinates) -> dict[str, tuple[int, int]]:
-    """One mapping of all axes.
+    """Merges the axes of several coordinates.
 
     Raises:
-        ValueError: an index that is not on its axis.
+        ValueError: an index is outside of its axis.
     """
     whole = {axis: (index, size) for part in parts for axis, (index, size) in part.items()}
     for axis, (index, size) in whole.items():
         if not 0 <= index < size:
             raise ValueError(
-                f"coordinate {index} is not on the axis {axis!r} of size {size}, which counts from 0"
+                f"coordinate {index} is outside of the axis {axis!r} with {size} ranks, which are numbered from 0"
             )
     return whole
 
 
 def hashable(coordinates: Coordinates) -> tuple[tuple[str, int, int], ...]:
-    """Equal for equal coordinates, in whatever order the axes come."""
+    """Returns a hashable value that is equal for equal coordinates, whatever the order of axes."""
     return tuple(sorted((axis, index, size) for axis, (index, size) in coordinates.items()))
 
 
 def text(coordinates: Coordinates) -> str:
-    """For people, as "expert 0 of 2"; empty without axes."""
+    """Formats coordinates for messages: "expert 0 of 2"; empty without axes."""
     return ", ".join(f"{axis} {index} of {size}" for axis, index, size in hashable(coordinates))
 
 
 def sizes(coordinates: Coordinates) -> dict[str, int]:
-    """Name of each axis -> its size."""
+    """Returns name of each axis -> its size."""
     return {axis: size for axis, (_, size) in coordinates.items()}
 
 
 def check_sizes(name: str, stored: Iterable[Coordinates], wanted: Coordinates) -> None:
-    """Refuse a tensor whose values differ along other axes in the checkpoint than in this job.
+    """Checks that the values of a tensor differ along the same axes in the checkpoint and in this job.
 
     Raises:
-        CheckpointError: says which axis, and both sizes.
+        CheckpointError: names the axis and both sizes.
     """
     here = sizes(wanted)
     for coordinates in stored:
@@ -53,5 +53,5 @@ def check_sizes(name: str, stored: Iterable[Coordinates], wanted: Coordinates) -
                 raise CheckpointError(
                     f"the values of {name} differ along the axis {axis!r}, which has size {written} in the checkpoint "
                     f"and {running} in this job: load it in a job with size {written} of the axis {axis!r} (the sizes "
-                    "of axes along which a tensor is only divided, or the same, may change)"
+                    "of axes along which a tensor is only sharded, or replicated, may change)"
                 )

@@ -41,7 +41,7 @@ class ModelPart:
 
     @property
     def axes(self) -> dict[str, int]:
-        """What `MODEL_AXES` stands for in a manifest's values."""
+        """Sizes of the axes, which a manifest stores as the value `MODEL_AXES`."""
         return sizes(self.coordinates)
 
     @property
@@ -50,7 +50,7 @@ class ModelPart:
         return f"part/{self.index}"
 
     def placed(self, records: Iterable[ShardRecord]) -> list[ShardRecord]:
-        """The records, with the coordinates of this part."""
+        """Returns the records with the coordinates of this part added."""
         if not self.coordinates:
             return list(records)
         return [
@@ -61,10 +61,10 @@ class ModelPart:
         ]
 
     def narrow(self, checkpoint: Checkpoint) -> None:
-        """Let `checkpoint` show the tensors and values of this part alone.
+        """Restricts `checkpoint` to the tensors and values of this part.
 
         Raises:
-            CheckpointError: it was written by a model that is cut in another way.
+            CheckpointError: it was written by a model that was split into other parts.
         """
         values = checkpoint.manifest.values
         written: Mapping[str, int] = values.get(MODEL_AXES) or {}

@@ -109,9 +109,7 @@ class Checkpoint:
         return entry
 
     def expect(self, ranges: Sequence[tuple[str, str, Coordinates, int, int]]) -> None:
-        """`read` will be asked for these, in this order: name, state, coordinates, first element, number of
-        elements.
-        """
+        """Announces the following reads, in order: (name, state, coordinates, first element, number of elements)."""
         self._expect(
             part
             for fqn, state, coordinates, first, numel in ranges
@@ -212,7 +210,7 @@ _Ranges = dict[tuple[str, str, tuple[tuple[str, int, int], ...]], list[tuple[int
 
 
 def _name(fqn: str, state: str, coordinates: Coordinates) -> str:
-    """For people."""
+    """Formats a state of a parameter for messages."""
     where = mesh.text(coordinates)
     return f"{state} of {fqn!r}" + (f" ({where})" if where else "")
 

@@ -53,7 +53,7 @@ class _LateCopy:
     """Copies tensors into buffers in another thread, and delays the optimizer's step until all are copied."""
 
     def __init__(self, optimizer: Optimizer, image: Image, work: Sequence[tuple[Record, str]]) -> None:
-        """`work`: what to copy, and its key in the image. Copies from an accelerator are under way at once."""
+        """`work`: the records to copy, and their keys in the image. Copies from an accelerator start at once."""
         self._image = image
         self._work = [(record, record.data._version) for record, _ in work]
         self._host = deque(pair for pair in work if pair[0].data.device.type == "cpu")
@@ -83,7 +83,7 @@ class _LateCopy:
             self._work = []
 
     def _fill(self) -> None:
-        """Copy what nobody has begun with; several threads may be at it."""
+        """Copies the records that no other thread has started to copy. Several threads may call it."""
         for record, key in _taken(self._host):
             self._image.fill(key, record.data)
 

@@ -59,7 +59,7 @@ def shard(
 
 
 def require_same(entries: Mapping[str, str], device: torch.device) -> None:
-    """Compare what describes a job over all ranks. Collective.
+    """Compares the descriptions of a job over all ranks. Collective.
 
     Raises:
         ConfigError: on every rank, if the ranks differ; with each value and the ranks that have it.

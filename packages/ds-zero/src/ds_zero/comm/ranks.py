@@ -17,13 +17,14 @@ class SimulatedGroup(dist.ProcessGroup):
     """
 
     def part(self, size: int) -> SimulatedGroup:
-        """This rank among `size` others."""
+        """Returns the simulated group of `size` ranks that contains this rank."""
         raise NotImplementedError
 
 
 AXES = ("data", "replicate", "expert", "secondary")
-"""Who exchanges values: the ranks that divide buckets; those that hold the same slices in other rows of a mesh; those
-that divide what `mesh_for` gives a mesh of its own; those that hold secondary copies together."""
+"""Kinds of rank groups: "data": the ranks over which buckets are sharded. "replicate": ranks that hold the same slices
+in different rows of a mesh. "expert": the ranks over which parameters with a mesh from `mesh_for` are sharded.
+"secondary": ranks that share a secondary copy."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Ranks:
     sets.
     """
     axis: str = "data"
-    """Which of `AXES` they are, for a `Comm` with collectives of their own for some."""
+    """The kind of these ranks, one of `AXES`; a `Comm` may have different collectives for some kinds."""
     peer_memory: PeerMemory | None = field(default=None, compare=False, repr=False)
     """The peers whose memory can be read; None before `discover_peers`, and if there are none."""
 
@@ -65,7 +66,7 @@ class Ranks:
 
     @property
     def axes(self) -> tuple[Ranks, ...]:
-        """The groups over which, one after the other, a value is sent to all ranks."""
+        """The groups over which a collective must run, one after the other, to include all replicas."""
         return (self,) if self.replicas is None else (self, self.replicas)
 
 

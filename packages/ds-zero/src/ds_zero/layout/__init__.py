@@ -1,1 +1,1 @@
-"""Pure arithmetic: which parameter lies in which bucket, and which rank owns which element."""
+"""Pure arithmetic: which bucket contains which parameter, and which rank owns which element."""

@@ -76,7 +76,7 @@ def undivided_groups(optimizer: Optimizer, wanted: Layout | None, stage: int) ->
     elif name in _ELEMENTWISE or isinstance(optimizer, SegmentStep) or _declared(optimizer):
         needs = [False for _ in groups]
     elif stage == 0:
-        # Nobody divides anything, and a tensor in its own shape suits everybody.
+        # Nothing is sharded, and every optimizer can update a tensor in its own shape.
         return [True for _ in groups]
     else:
         needs = [_needs_whole(optimizer, flat=wanted == "flat")] * len(groups)

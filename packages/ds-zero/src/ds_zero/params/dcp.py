@@ -69,17 +69,17 @@ def dcp_state_dict(
     for bucket in state.buckets:
         if coordinates_of(bucket):
             raise ValueError(
-                f"{bucket.layout.slots[0].fqn!r} has different values on sets of ranks (mesh_for), and a checkpoint of "
+                f"{bucket.layout.slots[0].fqn!r} has different values on sets of ranks (mesh_for), but a checkpoint of "
                 "torch.distributed.checkpoint has one tensor for each name: use ds_checkpoint.save and load"
             )
         if bucket.storage.is_away(bucket.storage.exact):
             raise ValueError(
-                f"{type(state.store).__name__} keeps the values of {bucket.layout.slots[0].fqn!r} away, and "
-                "torch.distributed.checkpoint reads and writes tensors where they lie: use ds_checkpoint.save and load"
+                f"{type(state.store).__name__} keeps the values of {bucket.layout.slots[0].fqn!r} away, but "
+                "torch.distributed.checkpoint needs tensors in memory: use ds_checkpoint.save and load"
             )
     if bare_names:
         if optimizer is not None:
-            raise ValueError("bare_names is for the model alone: leave the optimizer out, or bare_names")
+            raise ValueError("bare_names is for the model alone: pass no optimizer, or remove bare_names")
         return {**_ModelState(model).state_dict(), _PUBLISH: _Publishing(model)}
     entries: dict[str, Any] = {"model": _ModelState(model)}
     if optimizer is not None:
@@ -92,11 +92,11 @@ def dcp_state_dict(
 
 
 class _TopLevel:
-    """Refuses what torch does with objects that it finds below the top level of a state dict."""
+    """Raises if it is not at the top level of a state dict, where torch would pickle it."""
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
-            "what ds_zero.dcp_state_dict returns has to be at the top level of the state dict: "
+            "the result of ds_zero.dcp_state_dict has to be at the top level of the state dict: "
             "dcp.save(ds_zero.dcp_state_dict(model, optimizer), ...), or {**ds_zero.dcp_state_dict(...), 'more': ...}"
         )
 
@@ -108,7 +108,7 @@ class _ModelState(_TopLevel):
         self._model = model
 
     def state_dict(self) -> dict[str, Any]:
-        """Views of the live values."""
+        """Returns views of the live values."""
         state = _registry.state_of(self._model)
         state.stepper.wait()
         written = _written(state)
@@ -120,9 +120,9 @@ class _ModelState(_TopLevel):
         return entries | {fqn: buffer.detach() for fqn, buffer in saved_buffers(self._model).items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The live values have been filled: publish them. Collective."""
+        """Called after torch has filled the live values: updates the parameters of all ranks. Collective."""
         state = _registry.state_of(self._model)
-        state.stepper.forget()  # gradients of the values that were replaced, as in the middle of an accumulation
+        state.stepper.forget()  # gradients with respect to the replaced values, such as during an accumulation
         publish_loaded(state)
 
 
@@ -148,7 +148,7 @@ class _OptimizerState(_TopLevel):
         """Id of a shard -> states that a load fills; [Note: optimizer states before the first step]."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Views of the live states, and the options of the groups."""
+        """Returns views of the live states, and the options of the groups."""
         state = _registry.state_of(self._model)
         state.stepper.wait()
         self._made.clear()

@@ -47,7 +47,8 @@ _MADE_BY: Mapping[str, str] = {
     "ds_zero.predict.simulate": "",
     "ds_zero.params.stores": MASTERS,
 }
-"""What tensors are for that these modules make; "" for what the phase says, and all others make buckets."""
+"""Module -> the purpose of tensors that it creates; "" stands for the purpose given by the phase. Tensors that other
+modules of this package create are buckets."""
 
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
@@ -89,12 +90,12 @@ class PhasePeaks:
 class Ledger(TorchDispatchMode):
     """Inside `FakeTensorMode`, tracks every storage from the operation that creates it to its last reference.
 
-    A storage that is resized behind the dispatcher's back (gathered buckets) is watched: `watch`. What a storage is
-    for is told by the code that asked for it, until `classify` says better.
+    Resizing a storage is not an operation that the dispatcher sees, so storages of gathered buckets must be watched:
+    `watch`. The purpose of a storage is derived from the code that allocated it, unless `classify` sets it.
 
     Args:
-        granule_bytes: the device's allocator rounds up to this (512 on accelerators, 1 on the CPU).
-        operations: runs what it knows; NotImplemented leaves an operation to torch.
+        granule_bytes: the device's allocator rounds up to multiples of this (512 on accelerators, 1 on the CPU).
+        operations: runs an operation, or returns NotImplemented, so that torch runs it.
         resizes: whether buckets are resized, so that new ones must be watched.
     """
 
@@ -277,7 +278,7 @@ class Ledger(TorchDispatchMode):
         now.host.offer(host, lambda: dict(self._host))
         now.both.offer(device + host, lambda: {p: self._device[p] + self._host[p] for p in PURPOSES})
 
-    # --- values that nobody has
+    # --- values, which fake tensors do not have
 
     def _guess(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Returns an answer with which the program continues: all elements for a selection, False for a condition."""

@@ -72,7 +72,7 @@ class Job:
     accumulation_steps: int
     device: torch.device
     offload: frozenset[str] = frozenset()
-    """Kinds of shards that rest on the host."""
+    """Kinds of shards that are stored in host memory."""
     checkpointing: bool = False
     clip: bool = True
     shard_ranks: int | None = None

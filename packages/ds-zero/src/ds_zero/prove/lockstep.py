@@ -60,11 +60,11 @@ class Lockstep:
         self._stream = _numbered(batches) if own_rank() == 0 else iter(())
         self.plain: PlainTraining | None = None
         self.differences: list[Difference] = []
-        """Judged."""
+        """Differences of all steps so far, with their bounds."""
         self._fresh: list[Difference] = []
-        """Of the present part of the step, not judged yet."""
+        """Differences of the present part of the step, without bounds."""
         self._sharded_values: dict[str, Tensor] = {}
-        """What the sharded training has where it differs."""
+        """Values of the sharded training for tensors that differ."""
         self._buffer_bounds: dict[str, float] = {}
         self.losses: list[float] = []
         self.plain_losses: list[float] = []
