@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 
+import ds_comm
 from ds_comm import Placement, PlacementError, detect
 
 TORCHRUN = {
@@ -280,3 +283,10 @@ def test_ranks_that_torch_multiprocessing_started_are_on_one_machine(given: dict
     assert (placement.local_rank, placement.local_size) == (2, 4)
     with pytest.raises(PlacementError, match="LOCAL_"):
         detect({**variables, "MASTER_ADDR": "10.0.0.7"})
+
+
+def test_a_launcher_can_detect_without_torch() -> None:
+    code = "import sys, ds_comm; ds_comm.detect({}); assert 'torch' not in sys.modules; ds_comm.start"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    with pytest.raises(AttributeError, match="no attribute 'stop'"):
+        _ = ds_comm.stop

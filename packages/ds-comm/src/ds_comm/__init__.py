@@ -5,14 +5,23 @@
     world = ds_comm.start()  # under torchrun, ds run, srun or mpirun, or in a single process
     mesh = ds_comm.data_mesh(world, axes={"data": world.world_size})
 
-Importing this package has no effect. Its only state is the default process group of torch.distributed.
+Importing this package has no effect, and imports torch only when a name needs it: `detect` does not. Its only state is
+the default process group of torch.distributed.
 """
 
-from ds_comm.mesh import data_mesh
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ds_comm.placement import Placement, detect
-from ds_comm.stop import StopRequest
 from ds_comm.variables import PlacementError
-from ds_comm.world import StartError, World, start
+
+if TYPE_CHECKING:
+    from ds_comm.mesh import data_mesh
+    from ds_comm.stop import StopRequest
+    from ds_comm.world import StartError, World, start
 
 __all__ = [
     "Placement",
@@ -24,3 +33,21 @@ __all__ = [
     "detect",
     "start",
 ]
+
+_HOMES: Mapping[str, str] = {
+    "StartError": "ds_comm.world",
+    "StopRequest": "ds_comm.stop",
+    "World": "ds_comm.world",
+    "data_mesh": "ds_comm.mesh",
+    "start": "ds_comm.world",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
