@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -56,6 +57,28 @@ def test_the_machines_of_a_host_file(network: Network, tmp_path: Path) -> None:
     assert [(logs / f"rank_{rank}.log").read_text() for rank in range(3)] == [
         f"said by {rank}\n" for rank in range(3)
     ]
+
+
+@pytest.mark.parametrize("hostfile", ["localhost slots=2\n", "host-a slots=1\nhost-b slots=2\n"])
+def test_each_rank_has_its_own_cores(hostfile: str, network: Network, tmp_path: Path) -> None:
+    usable = sorted(os.sched_getaffinity(0))
+    if len(usable) < 2:
+        pytest.skip("needs two cores")
+    (tmp_path / "hostfile").write_text(hostfile)
+    source = '(HERE / f"cores{RANK}").write_text(str(sorted(os.sched_getaffinity(0))))'
+    job = Job(
+        tmp_path,
+        source,
+        *("--hostfile", str(tmp_path / "hostfile"), "--launcher_args", network.ssh_arguments),
+        *("--bind_cores_to_rank", "--bind_core_list", f"{usable[1]},{usable[0]}"),
+        prefix=network["host-a"].inside_folder(tmp_path),
+        module=_LAUNCHER,
+    )
+    code, _, err = job.finish()
+    assert code == 0, err
+    bound = [(tmp_path / f"cores{rank}").read_text() for rank in range(2 if "localhost" in hostfile else 3)]
+    assert bound[-2:] == [str([usable[1]]), str([usable[0]])]
+    assert len(bound) == 2 or bound[0] == str(usable[:2])
 
 
 def test_one_command_on_each_machine(network: Network, tmp_path: Path) -> None:

@@ -20,7 +20,15 @@ from ds_engine.launch.failure import (
     shortened,
 )
 from ds_engine.launch.output import PassThrough, Prefixed, Tail
-from ds_engine.launch.plan import LaunchError, Part, choose_nproc, make_plan, refuse_nesting
+from ds_engine.launch.plan import (
+    LaunchError,
+    Part,
+    bind_cores,
+    choose_nproc,
+    make_plan,
+    parse_cores,
+    refuse_nesting,
+)
 
 _VALUE_ERROR = """Traceback (most recent call last):
   File "train.py", line 3, in <module>
@@ -176,6 +184,29 @@ def test_environments() -> None:
     refuse_nesting({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8"})  # the shell of an allocation
     with pytest.raises(LaunchError, match="mpiexec has already started 4 processes"):
         refuse_nesting({"PMI_SIZE": "4"})
+
+
+def test_ranks_are_bound_to_equal_parts_of_the_cores() -> None:
+    part = Part(nproc=2, world_size=2, master_port=1, interface=None)
+    plan = make_plan(python="python", target=["x.py"], part=part, environ={}, cores=8)
+    bound = bind_cores(plan, [0, 1, 4, 5, 9], keep_threads=False)
+    assert bound.cores == ((0, 1), (4, 5)) and plan.cores_of(0) == ()
+    assert [environ["OMP_NUM_THREADS"] for environ in bound.environs] == ["2", "2"]
+    assert bind_cores(plan, [0, 1], keep_threads=True).environs[0]["OMP_NUM_THREADS"] == "4"
+    with pytest.raises(LaunchError, match=r"2 ranks cannot be bound to 1 cores \(3\)"):
+        bind_cores(plan, [3], keep_threads=False)
+
+
+def test_lists_of_cores() -> None:
+    assert parse_cores("", [0, 2]) == [0, 2]
+    assert parse_cores("0-2,8,1", range(9)) == [0, 1, 2, 8]
+    for text, message in (
+        ("a", "is not a list of cores"),
+        ("-3", "is not a list"),
+        ("7-9", r"\[9\] cannot be used"),
+    ):
+        with pytest.raises(LaunchError, match=message):
+            parse_cores(text, range(9))
 
 
 def _written(pieces: list[bytes], prefix: str | None) -> bytes:

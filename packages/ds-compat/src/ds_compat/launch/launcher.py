@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import dataclasses
 import json
 import os
 import re
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from ds_compat.launch import scheduled
 from ds_engine.launch.hosts import Pool, fetch_hostfile, parse_resource_filter, read_env_files
+from ds_engine.launch.machine import core_numbers
 from ds_engine.launch.network import is_this_machine
-from ds_engine.launch.plan import LOCAL_RANK, LaunchError
+from ds_engine.launch.plan import LOCAL_RANK, LaunchError, bind_cores, parse_cores
 
 if TYPE_CHECKING:
     from ds_engine.launch.console import Console
@@ -70,12 +72,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--module", action="store_true", help="the script is the name of a module, as with python -m")
     add("--no_python", action="store_true", help="the script is a program")
     add("--no_local_rank", action="store_true", help="do not pass --local_rank=N to the script")
-    for name in ("no_ssh_check", "save_pid", "bind_cores_to_rank", "elastic_training"):
+    add(
+        "--bind_cores_to_rank",
+        action="store_true",
+        help="bind each rank to an equal part of a machine's cores",
+    )
+    add("--bind_core_list", default=None, help="the cores to divide, such as 0-3,8")
+    for name in ("no_ssh_check", "save_pid", "elastic_training"):
         add(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     for name in ("min_elastic_nodes", "max_elastic_nodes"):
         add(f"--{name}", type=int, default=None, help=argparse.SUPPRESS)
-    for name in ("bind_core_list", "log_level"):
-        add(f"--{name}", default=None, help=argparse.SUPPRESS)
+    add("--log_level", default=None, help=argparse.SUPPRESS)
     add("--autotuning", default="", choices=["", "tune", "run"], help=argparse.SUPPRESS)
     add("-q", "--quiet", action="store_true", help="print nothing at the start")
     add("user_script", help="the script, followed by its arguments")
@@ -130,6 +137,9 @@ def _launch_here(options: argparse.Namespace, slots: Sequence[int]) -> int:
         port=options.master_port,
         environ=environ,
     )
+    if (cores := _cores(options)) is not None:
+        keep = "OMP_NUM_THREADS" in environ
+        plan = bind_cores(plan, parse_cores(cores, core_numbers()), keep_threads=keep)
     console = _console(options, inherit=True)
     if not options.quiet:
         _say(f"{plan.num_ranks} rank(s): {options.user_script} {' '.join(options.user_args)}".rstrip())
@@ -150,6 +160,7 @@ def _launch_on_machines(options: argparse.Namespace, pool: Pool) -> int:
         master_port=options.master_port,
         env_file=DEEPSPEED_ENVIRONMENT_NAME,
     )
+    job = dataclasses.replace(job, bind=_cores(options))
     if options.no_ssh:
         plan = plan_share(job, options.node_rank)
         return run(plan, say=_say, console=_console(options, inherit=True)).code
@@ -159,6 +170,12 @@ def _launch_on_machines(options: argparse.Namespace, pool: Pool) -> int:
         activate=options.venv_script,
     )
     return run_on_hosts(job, transport, Watch(say=_say, console=_console(options, inherit=False))).code
+
+
+def _cores(options: argparse.Namespace) -> str | None:
+    """Returns the cores to which ranks are bound: "" for all; None if they are not bound."""
+    listed: str | None = options.bind_core_list
+    return listed or "" if listed or options.bind_cores_to_rank else None
 
 
 def _arguments(options: argparse.Namespace) -> list[str]:
@@ -190,9 +207,8 @@ def _refuse_what_is_not_here(options: argparse.Namespace) -> None:
         )
     if scheduled.starts_ranks(options.launcher):
         return
-    for name in ("save_pid", "bind_cores_to_rank", "bind_core_list"):
-        if getattr(options, name):
-            _say(f"--{name} has no effect: numactl and taskset bind the command, and its ranks inherit it")
+    if options.save_pid:
+        _say("--save_pid has no effect: the summary names the process ids of ranks")
 
 
 def _pool(options: argparse.Namespace) -> Pool:

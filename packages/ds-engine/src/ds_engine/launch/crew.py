@@ -88,6 +88,7 @@ class LocalCrew:
                 environ,
                 self._outputs_of(rank),
                 terminal=self._terminal and rank == 0,
+                cores=self._plan.cores_of(local_rank),
             )
             self._ranks.append(process)
             guardian.add(process.pid)

@@ -9,6 +9,11 @@ from pathlib import Path
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+def core_numbers() -> list[int]:
+    """Returns the numbers of the cores that this process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
 def usable_cores() -> int:
     """Returns the number of cores for this process, from its affinity and the CPU quota of its cgroup (rounded up)."""
     cores = len(os.sched_getaffinity(0))

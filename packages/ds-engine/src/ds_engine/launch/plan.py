@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,12 @@ class LaunchPlan:
     """Reason for the number of ranks, shown at the start."""
     first_rank: int = 0
     """Rank of the first process."""
+    cores: tuple[tuple[int, ...], ...] = ()
+    """For each rank, the numbers of the cores to which it is bound; empty if they are not bound."""
+
+    def cores_of(self, local_rank: int) -> tuple[int, ...]:
+        """Returns the cores of one rank; none if it is not bound."""
+        return self.cores[local_rank] if self.cores else ()
 
     def command_of(self, local_rank: int) -> tuple[str, ...]:
         """Returns the command of one rank."""
@@ -110,6 +117,46 @@ def make_plan(
         reason=reason,
         first_rank=part.first_rank,
     )
+
+
+def bind_cores(plan: LaunchPlan, cores: Sequence[int], *, keep_threads: bool) -> LaunchPlan:
+    """Returns the plan with each rank bound to an equal part of `cores`, neighbours together.
+
+    keep_threads: the user has set the number of threads; else it is the number of cores of a rank.
+
+    Raises LaunchError if there are fewer cores than ranks.
+    """
+    count = len(cores) // plan.num_ranks
+    if count == 0:
+        raise LaunchError(
+            f"{plan.num_ranks} ranks cannot be bound to {len(cores)} cores ({', '.join(map(str, cores))}): start fewer "
+            "ranks, or do not bind them"
+        )
+    threads = {} if keep_threads else {"OMP_NUM_THREADS": str(count)}
+    return dataclasses.replace(
+        plan,
+        environs=tuple({**environ, **threads} for environ in plan.environs),
+        cores=tuple(tuple(cores[start : start + count]) for start in range(0, count * plan.num_ranks, count)),
+    )
+
+
+def parse_cores(text: str, usable: Sequence[int]) -> list[int]:
+    """Returns the cores of a list such as "0-3,8"; all usable ones if it is empty.
+
+    Raises LaunchError if a core does not exist, or is not usable for this process.
+    """
+    if not text:
+        return list(usable)
+    cores: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not first.strip().isdigit() or not (last or first).strip().isdigit():
+            raise LaunchError(f"{text!r} is not a list of cores: write numbers and ranges, such as 0-3,8")
+        cores += range(int(first), int(last or first) + 1)
+    missing = sorted(set(cores) - set(usable))
+    if missing or not cores:
+        raise LaunchError(f"cores {text}: {missing or 'none'} cannot be used; usable are {list(usable)}")
+    return list(dict.fromkeys(cores))
 
 
 def refuse_nesting(environ: Mapping[str, str]) -> None:

@@ -29,6 +29,7 @@ class RankProcess:
 
     terminal: the rank has our stdin, and its output streams are terminals where ours are; its stdout is ours unless
     `outputs` has a sink for it.
+    cores: numbers of the cores to which it is bound; none for all.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class RankProcess:
         outputs: Outputs,
         *,
         terminal: bool,
+        cores: Sequence[int] = (),
     ) -> None:
         self.rank = rank
         self.ended: RankEnd | None = None
@@ -59,7 +61,7 @@ class RankProcess:
                 stdout=their_stdout,
                 stderr=their_stderr,
                 start_new_session=True,
-                preexec_fn=DieWithParent(),
+                preexec_fn=ChildSetup(cores),
             )
         finally:
             os.close(their_stderr)
@@ -170,18 +172,22 @@ class RankProcess:
             return bool(probe.select(timeout=0))
 
 
-class DieWithParent:
-    """Runs in the child before its program: makes the kernel kill it when the launcher dies, even by kill -9.
+class ChildSetup:
+    """Runs in the child before its program: makes the kernel kill it when the launcher dies, even by kill -9, and
+    binds it to cores.
 
     Between fork and exec of a process with one thread (this one) calling Python is safe; the library is
     loaded beforehand.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cores: Sequence[int] = ()) -> None:
+        self._cores = cores
         self._prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
         self._parent = os.getpid()
 
     def __call__(self) -> None:
+        if self._cores:
+            os.sched_setaffinity(0, self._cores)
         if self._prctl is not None:
             self._prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
             if os.getppid() != self._parent:  # it died before the call above

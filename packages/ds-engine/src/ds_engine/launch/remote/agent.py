@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ds_engine.launch.crew import LocalCrew
-from ds_engine.launch.machine import usable_cores
+from ds_engine.launch.machine import core_numbers, usable_cores
 from ds_engine.launch.network import free_port, interface_towards
 from ds_engine.launch.output import Outputs
-from ds_engine.launch.plan import LaunchError, Part, make_plan
+from ds_engine.launch.plan import LaunchError, Part, bind_cores, make_plan, parse_cores
 from ds_engine.launch.remote.facts import gather
 from ds_engine.launch.remote.frames import MAGIC, Frame
 from ds_engine.launch.remote.job import VISIBLE, visible
@@ -136,13 +136,22 @@ class Agent:
             environ=environ,
             cores=usable_cores(),
         )
-        self._crew = LocalCrew(plan, self._outputs_of, terminal=False)
         try:
+            if request["bind"] is not None:
+                cores = parse_cores(request["bind"], core_numbers())
+                plan = bind_cores(plan, cores, keep_threads="OMP_NUM_THREADS" in os.environ)
+            self._crew = LocalCrew(plan, self._outputs_of, terminal=False)
             self._crew.start(self._outputs)
+        except LaunchError as error:
+            self._fail(str(error))
         except OSError as error:
+            self._fail(f"cannot start {plan.command[0]}: {error.strerror}")
+
+    def _fail(self, reason: str) -> None:
+        if self._crew is not None:
             self._crew.close()
             self._crew = None
-            self._link.send("failed", reason=f"cannot start {plan.command[0]}: {error.strerror}")
+        self._link.send("failed", reason=reason)
 
     def _outputs_of(self, rank: int) -> Outputs:
         return Outputs(

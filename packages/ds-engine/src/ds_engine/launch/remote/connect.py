@@ -148,6 +148,7 @@ def _start_request(job: JobPlan, node_rank: int, port: int, watch: Watch) -> dic
         "python": None if job.program.kind == "program" else job.program.python,
         "target": list(job.program.target),
         "towards": job.outlook(node_rank),
+        "bind": job.bind,
         "grace_s": watch.patience.grace_s,
         "timeout_s": watch.pulse.timeout_s,
     }

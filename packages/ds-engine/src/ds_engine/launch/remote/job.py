@@ -76,6 +76,9 @@ class JobPlan:
     master_port: int | None
     """TCP port on which rank 0 listens; None: a free one, chosen on its machine."""
 
+    bind: str | None = None
+    """List of cores, such as "0-3,8", that are divided among the ranks of a machine; "" for all; None: not bound."""
+
     @property
     def world_size(self) -> int:
         """Number of ranks."""

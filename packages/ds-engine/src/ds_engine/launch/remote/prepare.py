@@ -11,9 +11,18 @@ from pathlib import Path
 from ds_engine.launch.devices import count_accelerators
 from ds_engine.launch.hosts import Pool, fetch_hostfile, parse_resource_filter, read_env_files
 from ds_engine.launch.local import check_config, check_exists, target_of
-from ds_engine.launch.machine import usable_cores
+from ds_engine.launch.machine import core_numbers, usable_cores
 from ds_engine.launch.network import free_port, interface_towards
-from ds_engine.launch.plan import LaunchError, LaunchPlan, Part, choose_nproc, make_plan, refuse_nesting
+from ds_engine.launch.plan import (
+    LaunchError,
+    LaunchPlan,
+    Part,
+    bind_cores,
+    choose_nproc,
+    make_plan,
+    parse_cores,
+    refuse_nesting,
+)
 from ds_engine.launch.remote.job import (
     VISIBLE,
     JobPlan,
@@ -143,7 +152,7 @@ def plan_share(job: JobPlan, node_rank: int) -> LaunchPlan:
     share = job.shares[node_rank]
     alone = len(job.shares) == 1
     environ = {**os.environ, **job.environ, VISIBLE: visible(os.environ.get(VISIBLE), share.slots)}
-    return make_plan(
+    plan = make_plan(
         python=None if job.program.kind == "program" else job.program.python,
         target=job.program.target,
         part=Part(
@@ -159,6 +168,9 @@ def plan_share(job: JobPlan, node_rank: int) -> LaunchPlan:
         environ=environ,
         cores=usable_cores(),
     )
+    if job.bind is None:
+        return plan
+    return bind_cores(plan, parse_cores(job.bind, core_numbers()), keep_threads="OMP_NUM_THREADS" in environ)
 
 
 def plan_node(

@@ -14,7 +14,7 @@ from typing import Any
 
 from ds_engine.launch.failure import RankEnd
 from ds_engine.launch.output import Outputs, Sink, Tail
-from ds_engine.launch.rank import DieWithParent
+from ds_engine.launch.rank import ChildSetup
 from ds_engine.launch.remote.frames import Frame
 from ds_engine.launch.remote.job import HostShare
 from ds_engine.launch.remote.link import Link, Pulse
@@ -72,7 +72,7 @@ class RemoteHost:
             bufsize=0,
             cwd="/",
             start_new_session=True,
-            preexec_fn=DieWithParent(),
+            preexec_fn=ChildSetup(),
         )
         assert self._process.stdin and self._process.stdout and self._process.stderr
         receive, send = os.dup(self._process.stdout.fileno()), os.dup(self._process.stdin.fileno())
