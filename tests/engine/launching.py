@@ -59,7 +59,7 @@ class Job:
     def pids(self, name: str, num_ranks: int = 2) -> list[int]:
         """Process ids of the ranks, once all have called `mark(name)`."""
         files = [self.folder / f"{name}{rank}" for rank in range(num_ranks)]
-        assert until(lambda: all(file.exists() for file in files) or self.process.poll() is not None)
+        assert until(lambda: all(file.exists() for file in files) or self.process.poll() is not None, 60.0)
         assert all(file.exists() for file in files), self.finish()
         return [int(file.read_text()) for file in files]
 

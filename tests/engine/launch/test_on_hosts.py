@@ -354,8 +354,11 @@ def test_a_stopped_rank_is_told_from_a_lost_host(network: Network, tmp_path: Pat
     stopped = ranks_on(network, "host-b", job)[0]
     os.kill(stopped, signal.SIGSTOP)
     assert job.process.stderr is not None
-    lines = [job.process.stderr.readline().decode() for _ in range(2)]
-    assert "on host-b is stopped (SIGSTOP or a debugger)" in lines[1]
+    said = b""
+    while b"on host-b is stopped (SIGSTOP or a debugger)" not in said:
+        line = job.process.stderr.readline()
+        assert line, said
+        said += line
     os.kill(stopped, signal.SIGCONT)
     (tmp_path / "go").touch()
     assert job.finish()[0] == 0
@@ -363,14 +366,19 @@ def test_a_stopped_rank_is_told_from_a_lost_host(network: Network, tmp_path: Pat
 
 def test_a_terminal_that_accepts_nothing_does_not_end_the_job(network: Network, tmp_path: Path) -> None:
     source = """
+signal.signal(signal.SIGUSR1, lambda *_: mark("told"))
 mark("up")
 for _ in range(100):
     print("x" * 10_000)
 mark("printed")
+wait_for("go")
 """
     job = start(network, tmp_path, source, "--host-timeout", "4")
     job.pids("up", 4)
     time.sleep(6)  # the pipe of our end is full, and nobody reads it
+    os.kill(launcher(network), signal.SIGUSR1)
+    assert until(lambda: all((tmp_path / f"told{rank}").exists() for rank in range(4)), 30.0)
+    (tmp_path / "go").touch()
     code, out, err = job.finish()
     assert code == 0, err
     assert out.count("x") == 4 * 1_000_000

@@ -77,24 +77,30 @@ class Supervisor:
         self._phase = _Phase.RUNNING
         self._deadline_s = float("inf")
         self._stopped_by: signal.Signals | None = None
+        self._caught: CaughtSignals | None = None
 
     def run(self, selector: selectors.BaseSelector | None = None) -> Outcome:
         """Returns how the launch ended. selector: one with which the crew has registered already."""
         with selector or selectors.DefaultSelector() as selector, CaughtSignals(selector) as caught:
+            self._caught = caught
             try:
                 self._crew.start(selector)
-                self._watch(selector, caught)
+                self._watch(selector)
             finally:
                 self._crew.close()
         return self._conclude()
 
-    def _watch(self, selector: selectors.BaseSelector, caught: CaughtSignals) -> None:
+    def act_on_signals(self) -> None:
+        """Acts on the signals that this process has received, also while its loop waits for the terminal."""
+        for number in self._caught.take() if self._caught is not None else ():
+            self._act_on(number)
+
+    def _watch(self, selector: selectors.BaseSelector) -> None:
         while self._crew.is_running:
             left_s = min(self._deadline_s, self._crew.due_s) - time.monotonic()
             for key, _ in selector.select(timeout=None if left_s == float("inf") else max(0.0, left_s)):
                 key.data(key.fd)
-            for number in caught.take():
-                self._act_on(number)
+            self.act_on_signals()
             for end in self._crew.collect():
                 self._ends.append(end)
                 if end.failed and self._phase is _Phase.RUNNING:

@@ -86,11 +86,17 @@ def run_on_hosts(job: JobPlan, transport: Transport, watch: Watch) -> Outcome:
         ),
         watch.say,
     )
-    watch.console.while_blocked = crew.keep_alive
+    supervisor = Supervisor(crew, watch.say, watch.patience)
+
+    def while_blocked() -> None:
+        crew.keep_alive()
+        supervisor.act_on_signals()
+
+    watch.console.while_blocked = while_blocked
     # While the launcher is suspended it sends no heartbeats, so the machines would end the job.
     previous = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
     try:
-        return Supervisor(crew, watch.say, watch.patience).run(selector)
+        return supervisor.run(selector)
     finally:
         signal.signal(signal.SIGTSTP, previous)
 

@@ -105,7 +105,9 @@ class Link:
         self.keep_alive()
 
     def keep_alive(self) -> None:
-        """Sends a heartbeat if one is due. Receives nothing."""
+        """Sends what waits, and a heartbeat if one is due. Receives nothing."""
+        if self.closed is None and self._outgoing:
+            self._flush(self._send)
         if self._clock() - self._sent_s >= self.pulse.interval_s and not self._outgoing:
             self.send("heartbeat", **self.status())
 
