@@ -57,7 +57,7 @@ class RecordSource(Protocol):
     ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
         """Returns state name -> (global shape, dtype) for a parameter or buffer; empty if the name is unknown.
 
-        Raises where the stored values differ along other axes, or along axes of other sizes; the error says which.
+        Raises an error that names the axes if the stored values differ along other axes, or along axes of other sizes.
         """
 
     def read(

@@ -12,8 +12,8 @@ _OF_DYNAMIC_SCALE = frozenset({"loss_scale_window", "hysteresis", "min_loss_scal
 
 
 def adapted(raw: dict[str, Any]) -> dict[str, Any]:
-    """The configuration for ds_engine: with the original's defaults where code can see them, and without what the
-    original does not look at.
+    """Returns the configuration for ds_engine: with those defaults of DeepSpeed that code can observe, and without
+    settings that DeepSpeed does not read.
     """
     settings = dict(raw)
     for name, adapt in (("fp16", _fp16), ("zero_optimization", _zero)):
@@ -23,8 +23,8 @@ def adapted(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fp16(section: dict[str, Any]) -> dict[str, Any]:
-    """Without settings of a dynamic loss scale where there is none: some configurations have a 0 there, which ds_engine
-    refuses.
+    """Removes the settings of a dynamic loss scale if the scale is static: some configurations have a 0 there, which
+    ds_engine refuses.
     """
     if section.get("enabled") is True and not section.get("loss_scale"):
         return section

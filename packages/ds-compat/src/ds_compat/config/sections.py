@@ -95,7 +95,7 @@ class DeepSpeedFP16Config(DeepSpeedConfigModel):
 
     @model_validator(mode="after")
     def _check_dynamic_scale(self) -> DeepSpeedFP16Config:
-        """What only a dynamic loss scale reads may be anything where there is none."""
+        """Checks the settings of a dynamic loss scale, only if there is one."""
         if self.enabled and self.loss_scale == 0:
             for name in ("loss_scale_window", "hysteresis", "min_loss_scale"):
                 if getattr(self, name) <= 0:

@@ -1,6 +1,6 @@
 """The optimizer that `deepspeed.initialize` returns: a wrapper of the torch optimizer with DeepSpeed's attributes.
 
-The engine steps the torch optimizer inside; this object is what code looks at: `overflow`, `cur_scale`, `loss_scale`.
+The engine steps the wrapped torch optimizer; code reads attributes of the wrapper: `overflow`, `cur_scale`, ...
 """
 
 from __future__ import annotations

@@ -81,9 +81,9 @@ def undivided_groups(optimizer: Optimizer, wanted: Layout | None, stage: int) ->
     else:
         needs = [_needs_whole(optimizer, flat=wanted == "flat")] * len(groups)
     if wanted == "flat" and any(needs):
-        why = _WHOLE.get(name, "it says so")
+        why = _WHOLE.get(name, "its needs_whole says so")
         raise ValueError(
-            f'{name} needs whole tensors ({why}), and the flat layout cuts them: give layout="whole" or None'
+            f'{name} needs whole tensors ({why}), but the flat layout splits them: pass layout="whole" or None'
         )
     return needs
 

@@ -54,7 +54,7 @@ def choose_leaves(
 
 
 def _is_mixture(module: nn.Module) -> bool:
-    """Whether it chooses among experts of its own."""
+    """Whether the module chooses between experts that it contains."""
     for name, child in module.named_children():
         if _EXPERTS.search(name) and (
             (isinstance(child, _REPEATED) and len(child) > 1) or _MIXTURES.search(type(module).__name__)

@@ -225,7 +225,7 @@ class Ledger(TorchDispatchMode):
         self._resize(key, storage.nbytes())
 
     def _purpose_of(self, frame: FrameType | None) -> tuple[str, str]:
-        """The module that asked, where it is this package's, and what it wants the memory for."""
+        """Returns the module of this package that allocates ("" for other code), and the purpose of the memory."""
         while frame is not None:
             name: str = frame.f_globals.get("__name__", "")
             if name.startswith("ds_zero.") and name not in _TRANSPARENT:

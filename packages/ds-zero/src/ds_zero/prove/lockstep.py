@@ -112,7 +112,7 @@ class Lockstep:
         for k, row in enumerate(table):
             seed_everything(recipe.seed, first + k * recipe.ranks + rank)
             own.append(self._candidate.micro_batch(row[rank]))
-        losses = _everybodys(own)
+        losses = _gathered(own)
         from_first(lambda: self._plain_gradients(step, table, losses, first))
         self._compare_gradients(step)
         from_first(lambda: self._judge_gradients(table, first))
@@ -252,7 +252,7 @@ class Lockstep:
 
 
 def _moved(table: list[list[Any]], device: torch.device) -> list[list[Any]]:
-    """Micro-batches with their tensors on one device: what another rank sent was on a device of its own."""
+    """Moves the tensors of micro-batches to one device; those from other ranks were on the devices of these ranks."""
     return tree_map_only(Tensor, lambda t: t.to(device), table)  # type: ignore[no-any-return]
 
 
@@ -318,10 +318,10 @@ def _told(error: Exception) -> Exception:
     return error
 
 
-def _everybodys(own: list[float]) -> list[list[float]]:
+def _gathered(own: list[float]) -> list[list[float]]:
     """Returns the lists of all ranks."""
     if world_size() == 1:
         return [own]
-    told: list[Any] = [None] * world_size()
-    dist.all_gather_object(told, own)
-    return told
+    of_ranks: list[Any] = [None] * world_size()
+    dist.all_gather_object(of_ranks, own)
+    return of_ranks

@@ -52,6 +52,6 @@ def mixed_sum(tensor: Tensor) -> Tensor:
     change of a single bit always changes the number, and other changes do unless their sums cancel in every block.
     """
     sums = block_sums(tensor)
-    # A weight of its own for each block, so that exchanged blocks do not go unnoticed.
+    # Each block has a different weight, so that exchanged blocks are detected.
     weights = torch.arange(sums.numel(), device=sums.device) * 2 + 1
     return (sums * (weights * _MIX)).sum()

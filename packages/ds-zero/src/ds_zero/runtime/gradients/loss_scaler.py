@@ -279,9 +279,9 @@ def first_not_finite(state: ZeroState) -> str:
                     bad.add(slot.fqn)
     for ranks in state.norm_groups:
         if ranks.group is not None:
-            told: list[Any] = [None] * ranks.size
-            dist.all_gather_object(told, (order, bad), group=ranks.group)
-            for their_order, their_bad in told:
+            of_ranks: list[Any] = [None] * ranks.size
+            dist.all_gather_object(of_ranks, (order, bad), group=ranks.group)
+            for their_order, their_bad in of_ranks:
                 order = {**their_order, **order}
                 bad = bad | their_bad
     if not bad:
