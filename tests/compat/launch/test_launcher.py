@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -118,7 +119,10 @@ def test_what_a_host_file_does_not_have(line: str, message: str, tmp_path: Path)
     ("options", "message"),
     [
         ("--launcher lsf", "--launcher lsf: .* mpirun or srun"),
-        ("--elastic_training", "--elastic_training is not supported"),
+        (
+            "--elastic_training --min_elastic_nodes 3 --force_multi",
+            "--min-nodes 3 is more than the 1 machines",
+        ),
         ("--no_ssh --node_rank 1", "the number of this machine is 1"),
         ("--num_gpus 1 --hostfile {}", "'-oProxyCommand=x' is not a name of a host"),
     ],
@@ -133,3 +137,37 @@ def test_what_cannot_start(
     assert launcher.launch(launcher.parse_args(words)) == 2
     said = capfd.readouterr().err
     assert re.search(message, said), said
+
+
+def test_an_elastic_job_starts_again_without_a_lost_machine(network: Network, tmp_path: Path) -> None:
+    """One machine of two fails in the first start, where the third one of the file is a spare."""
+    (tmp_path / "hostfile").write_text("host-b slots=1\nhost-a slots=1\n10.77.0.99 slots=1\n")
+    source = """
+attempt = os.environ["DS_RESTART_COUNT"]
+mark(f"attempt{attempt}-")
+if attempt == "0":
+    time.sleep(100)
+(HERE / "ranks").write_text(os.environ["WORLD_SIZE"] + " " + os.environ["MASTER_ADDR"])
+"""
+    job = Job(
+        tmp_path,
+        source,
+        *(
+            "--hostfile",
+            str(tmp_path / "hostfile"),
+            "--launcher_args",
+            network.ssh_arguments,
+            "--elastic_training",
+        ),
+        *("--min_elastic_nodes", "1", "--max_elastic_nodes", "2"),
+        prefix=network["host-a"].inside_folder(tmp_path),
+        module=_LAUNCHER,
+    )
+    job.pids("attempt0-")
+    for pid in network["host-b"].processes("ds_engine.launch.remote.agent"):
+        os.kill(pid, signal.SIGKILL)
+    code, _, err = job.finish()
+    assert code == 0, err
+    assert "restart 1 of 100" in err and "without host-b: 2 machines" in err
+    assert "10.77.0.99 cannot be used" in err
+    assert (tmp_path / "ranks").read_text() == "1 host-a"

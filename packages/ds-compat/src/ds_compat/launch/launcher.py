@@ -21,11 +21,15 @@ from ds_engine.launch.plan import LOCAL_RANK, LaunchError, bind_cores, parse_cor
 
 if TYPE_CHECKING:
     from ds_engine.launch.console import Console
+    from ds_engine.launch.remote.job import JobPlan
+    from ds_engine.launch.restart import Restarts
 
 DLTS_HOSTFILE = "/job/hostfile"
 EXPORT_ENVS = ["MLFLOW", "PYTHON", "MV2", "UCX"]
 DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
 _LAUNCHERS = frozenset({"pdsh", "ssh"})
+_ELASTIC_RESTARTS = 100
+"""Maximum number of restarts of an elastic job, as in DeepSpeed."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,16 +82,26 @@ def _parser() -> argparse.ArgumentParser:
         help="bind each rank to an equal part of a machine's cores",
     )
     add("--bind_core_list", default=None, help="the cores to divide, such as 0-3,8")
-    for name in ("no_ssh_check", "save_pid", "elastic_training"):
+    _add_elastic_options(parser)
+    for name in ("no_ssh_check", "save_pid"):
         add(f"--{name}", action="store_true", help=argparse.SUPPRESS)
-    for name in ("min_elastic_nodes", "max_elastic_nodes"):
-        add(f"--{name}", type=int, default=None, help=argparse.SUPPRESS)
     add("--log_level", default=None, help=argparse.SUPPRESS)
     add("--autotuning", default="", choices=["", "tune", "run"], help=argparse.SUPPRESS)
     add("-q", "--quiet", action="store_true", help="print nothing at the start")
     add("user_script", help="the script, followed by its arguments")
     add("user_args", nargs=argparse.REMAINDER)
     return parser
+
+
+def _add_elastic_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--elastic_training",
+        action="store_true",
+        help=f"start the job again after a failure, up to {_ELASTIC_RESTARTS} times, without machines that were lost",
+    )
+    add("--min_elastic_nodes", type=int, default=-1, help="smallest number of machines of an elastic job (1)")
+    add("--max_elastic_nodes", type=int, default=-1, help="largest number; the others are spares (all)")
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -123,53 +137,87 @@ def launch(options: argparse.Namespace) -> int:
 
 def _launch_here(options: argparse.Namespace, slots: Sequence[int]) -> int:
     from ds_engine.launch import local
-    from ds_engine.launch.supervise import run
+    from ds_engine.launch.restart import restart_environ, run_again
+    from ds_engine.launch.supervise import Outcome, run
 
     environ = {**os.environ, **read_env_files(DEEPSPEED_ENVIRONMENT_NAME), "LOCAL_SIZE": str(len(slots))}
     if options.include or options.exclude:
         environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
-    plan = local.prepare(
-        options.user_script,
-        _arguments(options),
-        nproc=len(slots),
-        module=options.module,
-        program=options.no_python,
-        port=options.master_port,
-        environ=environ,
-    )
-    if (cores := _cores(options)) is not None:
-        keep = "OMP_NUM_THREADS" in environ
-        plan = bind_cores(plan, parse_cores(cores, core_numbers()), keep_threads=keep)
-    console = _console(options, inherit=True)
-    if not options.quiet:
-        _say(f"{plan.num_ranks} rank(s): {options.user_script} {' '.join(options.user_args)}".rstrip())
-    return run(plan, say=_say, console=console).code
+
+    def start(number: int) -> Outcome:
+        plan = local.prepare(
+            options.user_script,
+            _arguments(options),
+            nproc=len(slots),
+            module=options.module,
+            program=options.no_python,
+            port=options.master_port,
+            environ={**environ, **restart_environ(number)},
+        )
+        if (cores := _cores(options)) is not None:
+            keep = "OMP_NUM_THREADS" in environ
+            plan = bind_cores(plan, parse_cores(cores, core_numbers()), keep_threads=keep)
+        console = _console(options, inherit=True)
+        if not options.quiet:
+            _say(f"{plan.num_ranks} rank(s): {options.user_script} {' '.join(options.user_args)}".rstrip())
+        return run(plan, say=_say, console=console)
+
+    return run_again(start, _restarts(options), _say).code
 
 
 def _launch_on_machines(options: argparse.Namespace, pool: Pool) -> int:
     from ds_engine.launch.remote.connect import Watch, run_on_hosts
-    from ds_engine.launch.remote.prepare import Script, plan_job, plan_share
+    from ds_engine.launch.remote.prepare import plan_share
     from ds_engine.launch.remote.transport import Transport, split_arguments
-    from ds_engine.launch.supervise import run
+    from ds_engine.launch.restart import Candidates, run_again
+    from ds_engine.launch.supervise import Outcome, run
 
-    kind = "module" if options.module else "program" if options.no_python else "script"
-    job = plan_job(
-        Script(name=options.user_script, arguments=_arguments(options), kind=kind),
-        pool,
-        master_addr=options.master_addr,
-        master_port=options.master_port,
-        env_file=DEEPSPEED_ENVIRONMENT_NAME,
-    )
-    job = dataclasses.replace(job, bind=_cores(options))
     if options.no_ssh:
-        plan = plan_share(job, options.node_rank)
+        plan = plan_share(_job(options, pool, pool, 0), options.node_rank)
         return run(plan, say=_say, console=_console(options, inherit=True)).code
     transport = Transport(
         port=options.ssh_port,
         arguments=split_arguments(options.launcher_args),
         activate=options.venv_script,
     )
-    return run_on_hosts(job, transport, Watch(say=_say, console=_console(options, inherit=False))).code
+    restarts = _restarts(options)
+    most = options.max_elastic_nodes if options.elastic_training and options.max_elastic_nodes > 0 else None
+    candidates = Candidates(pool, most, restarts, _say)
+
+    def start(number: int) -> Outcome:
+        def attempt(chosen: Pool) -> Outcome:
+            watch = Watch(say=_say, console=_console(options, inherit=False))
+            return run_on_hosts(_job(options, pool, chosen, number), transport, watch)
+
+        return candidates.attempt(attempt)
+
+    return run_again(start, restarts, _say).code
+
+
+def _job(options: argparse.Namespace, pool: Pool, chosen: Pool, number: int) -> JobPlan:
+    """Plans the job on the chosen machines of a pool. number: that of the restart."""
+    from ds_engine.launch.remote.prepare import Script, plan_job
+    from ds_engine.launch.restart import restart_environ
+
+    kind = "module" if options.module else "program" if options.no_python else "script"
+    job = plan_job(
+        Script(name=options.user_script, arguments=_arguments(options), kind=kind),
+        chosen,
+        # The address that was given is that of the first machine of the file.
+        master_addr=options.master_addr if next(iter(chosen)) == next(iter(pool)) else "",
+        master_port=options.master_port,
+        environ={**os.environ, **restart_environ(number)},
+        env_file=DEEPSPEED_ENVIRONMENT_NAME,
+    )
+    return dataclasses.replace(job, bind=_cores(options))
+
+
+def _restarts(options: argparse.Namespace) -> Restarts:
+    from ds_engine.launch.restart import Restarts
+
+    if not options.elastic_training:
+        return Restarts()
+    return Restarts(limit=_ELASTIC_RESTARTS, min_nodes=max(1, options.min_elastic_nodes))
 
 
 def _cores(options: argparse.Namespace) -> str | None:
@@ -196,10 +244,6 @@ def _console(options: argparse.Namespace, *, inherit: bool) -> Console:
 def _refuse_what_is_not_here(options: argparse.Namespace) -> None:
     if options.autotuning:
         raise LaunchError("--autotuning is not supported yet; ds-engine will add it")
-    if options.elastic_training:
-        raise LaunchError(
-            "--elastic_training is not supported; a checkpoint can be loaded on any number of ranks"
-        )
     if options.launcher.lower() not in _LAUNCHERS and not scheduled.starts_ranks(options.launcher):
         raise LaunchError(
             f"--launcher {options.launcher}: `ssh` and `pdsh` are possible, which start the machines over ssh, and "

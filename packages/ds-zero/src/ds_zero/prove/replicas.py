@@ -7,7 +7,7 @@ mesh of two axes. Every rank sums the bytes of each (one pass over memory) and t
 tensor tell whether all are equal. Only if they are not, ranks exchange more: sums of the blocks of the parameters in
 question, then the first block that differs.
 
-A step at stages 1 to 3 writes the parameters of all ranks anew from the shards of their owners. A copy that was
+At stages 1 to 3, a step replaces the parameters of all ranks by values from the shards of their owners. A copy that was
 corrupted since the last step is therefore found before a step and not after it, and what was corrupted in an owner's
 shard becomes the same on all ranks. In values that stay (stage 0, frozen parameters, rows of a mesh) a difference is
 found at any later check, unless training has rounded it away.
@@ -174,7 +174,7 @@ def _described(differing: Sequence[_Copy], state: ZeroState) -> str:
             if shown[len(copy.axes)] < _SHOWN and (text := _difference(copy, fqn, part)) is not None:
                 own.append(text)
                 shown[len(copy.axes)] += 1
-    texts = list(dict.fromkeys(text for one in _everybodys(own, state.ranks.axes) for text in one))
+    texts = list(dict.fromkeys(text for one in _gathered(own, state.ranks.axes) for text in one))
     more = "; further tensors may differ" if len(texts) >= _SHOWN else ""
     return (
         f"ranks hold different values of what must be the same on all of them: {'; '.join(texts[:_SHOWN])}{more}. "
@@ -187,7 +187,7 @@ def _described(differing: Sequence[_Copy], state: ZeroState) -> str:
 def _difference(copy: _Copy, fqn: str, part: Tensor) -> str | None:
     """Describes how one parameter's values differ; None if they do not. Collective over the ranks that hold it."""
     sums = block_sums(part).tolist()
-    all_sums = _everybodys((dist.get_rank(), sums), copy.axes)
+    all_sums = _gathered((dist.get_rank(), sums), copy.axes)
     wrong = _minority({rank: tuple(theirs) for rank, theirs in all_sums})
     if wrong is None:
         return None
@@ -196,7 +196,7 @@ def _difference(copy: _Copy, fqn: str, part: Tensor) -> str | None:
     each = BLOCK_BYTES // part.element_size()
     begin = blocks[0] * each
     mine = part.detach().contiguous().view(-1)[begin : begin + each].cpu()
-    values = dict(_everybodys((dist.get_rank(), mine), copy.axes))
+    values = dict(_gathered((dist.get_rank(), mine), copy.axes))
     return f"{copy.state} of {fqn!r} {_where(values, wrong, begin, len(blocks), tuple(part.shape))}"
 
 
@@ -245,7 +245,7 @@ def _minority(values: Mapping[int, _H]) -> list[int] | None:
     return sorted(r for r, v in values.items() if v != value) if 2 * count > len(values) else sorted(values)
 
 
-def _everybodys(value: Any, axes: Sequence[Ranks]) -> list[Any]:
+def _gathered(value: Any, axes: Sequence[Ranks]) -> list[Any]:
     """Returns the values of all ranks of `axes`. Collective."""
     values = [value]
     for axis in axes:
