@@ -107,7 +107,7 @@ def test_rank_0s_optimizer_state_is_refused_on_every_rank(stage: int) -> None:
         return
     with pytest.raises(ValueError, match=r"ds_checkpoint\.save") as caught:
         optimizer.load_state_dict(box[0])
-    assert ("rank 0 of 2, and this is rank 1" if dist.get_rank() else "does not fit on rank 1") in str(
+    assert ("rank 0 of 2, but this is rank 1" if dist.get_rank() else "does not fit on rank 1") in str(
         caught.value
     )
 

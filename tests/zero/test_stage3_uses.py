@@ -286,7 +286,7 @@ def build(make: type[nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:modules run in another order"),
+    pytest.mark.filterwarnings("ignore:modules ran in another order"),
     pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),
 ]

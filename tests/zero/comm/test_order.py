@@ -17,7 +17,7 @@ from ds_zero import _registry
 from ds_zero.comm.order import Event, OrderLog, Standing, first_difference, judge, lost
 from harness import ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore:modules run in another order")
+pytestmark = pytest.mark.filterwarnings("ignore:modules ran in another order")
 
 DIM = 8
 SOON_S = 0.6

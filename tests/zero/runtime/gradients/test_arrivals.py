@@ -17,7 +17,7 @@ from harness import ranks
 from zero.graphs import Net, Program, batch, program
 from zero.parity import everywhere, world
 
-pytestmark = pytest.mark.filterwarnings("ignore:modules run in another order")  # every forward is another one
+pytestmark = pytest.mark.filterwarnings("ignore:modules ran in another order")  # every forward is another one
 STEPS = 2
 
 

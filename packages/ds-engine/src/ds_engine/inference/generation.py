@@ -33,7 +33,7 @@ def generate_of(module: nn.Module, *, divided: bool) -> Callable[..., Any]:
         with warnings.catch_warnings():
             # In generation modules run in another order than in training: an encoder once, a decoder once for each
             # token.
-            warnings.filterwarnings("ignore", message="modules run in another order")
+            warnings.filterwarnings("ignore", message="modules ran in another order")
             return own(*args, **kwargs)
 
     return generate
