@@ -35,9 +35,12 @@ class Job:
         arguments: tuple[str, ...] = (),
         prefix: tuple[str, ...] = (),
         module: tuple[str, ...] = ("ds_engine", "run"),
+        output: Path | None = None,
         **environ: str,
     ):
-        """prefix: of the command, for example `nsenter ...`. module: the launcher."""
+        """prefix: of the command, for example `nsenter ...`. module: the launcher. output: a file for all that it
+        prints, where that is more than a pipe holds before `finish` reads it.
+        """
         self.folder = folder
         (folder / "script.py").write_text(_PRELUDE + source)
         command = [sys.executable, "-m", *module, *options, str(folder / "script.py"), *arguments]
@@ -46,8 +49,8 @@ class Job:
             cwd=folder,
             env={**clean_environ(), **environ},
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE if output is None else output.open("wb"),
+            stderr=subprocess.PIPE if output is None else subprocess.STDOUT,
             start_new_session=True,
         )
 

@@ -89,9 +89,7 @@ class Killer:
 
     def first_step(self, after: int) -> Mapping[str, Any]:
         """Waits for a step that no rank has made before."""
-        assert until(lambda: any(e["step"] > after for e in entries(self.job.folder, 0)), 180.0), (
-            self.job.finish()
-        )
+        assert until(lambda: any(e["step"] > after for e in entries(self.job.folder, 0)), 180.0)
         return next(e for e in entries(self.job.folder, 0) if e["step"] > after)
 
     def disturb(self, *, twice: bool) -> None:
@@ -151,13 +149,17 @@ def test_every_kill_is_recovered(part: int, tmp_path: Path) -> None:
     assert undisturbed.process.returncode == 0, err.decode()
     (tmp_path / "killed").mkdir()
     options = ("-n", str(_RANKS), "--max-restarts", "1000", "--grace", "2")
-    job = Job(tmp_path / "killed", _SOURCE, *options, arguments=(str(steps),))
+    said = tmp_path / "killed" / "output"
+    job = Job(tmp_path / "killed", _SOURCE, *options, arguments=(str(steps),), output=said)
     killer = Killer(job, seed=part)
     twice = set(killer.random.sample(range(kills), during_recovery))
-    for kill in range(kills):
-        killer.disturb(twice=kill in twice)
-    err = job.process.communicate(timeout=600)[1]
-    assert job.process.returncode == 0, err.decode()
+    try:
+        for kill in range(kills):
+            killer.disturb(twice=kill in twice)
+        job.process.communicate(timeout=600)
+    finally:
+        job.process.kill()
+    assert job.process.returncode == 0, said.read_text()
     check(tmp_path / "killed", tmp_path / "undisturbed", steps)
     slowest = sorted(killer.recovery_s)
     print(
