@@ -44,15 +44,18 @@ class Job:
         self.folder = folder
         (folder / "script.py").write_text(_PRELUDE + source)
         command = [sys.executable, "-m", *module, *options, str(folder / "script.py"), *arguments]
+        sink = None if output is None else output.open("wb")
         self.process = subprocess.Popen(
             [*prefix, *command],
             cwd=folder,
             env={**clean_environ(), **environ},
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if output is None else output.open("wb"),
-            stderr=subprocess.PIPE if output is None else subprocess.STDOUT,
+            stdout=subprocess.PIPE if sink is None else sink,
+            stderr=subprocess.PIPE if sink is None else subprocess.STDOUT,
             start_new_session=True,
         )
+        if sink is not None:
+            sink.close()
 
     def finish(self, stdin: str = "") -> tuple[int, str, str]:
         """Exit code, stdout, stderr (with line ends as they were written)."""
