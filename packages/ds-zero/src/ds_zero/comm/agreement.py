@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from ds_zero.comm.ranks import Ranks, SimulatedGroup, ranks_of
 from ds_zero.comm.thread_claim import GroupClaims
 
 _SHOWN = 5
+T = TypeVar("T")
 
 
 def digest(values: Mapping[str, str]) -> int:
@@ -63,14 +65,22 @@ def is_same(slots: Sequence[int], ranks: Ranks) -> bool:
     return isinstance(ranks.group, SimulatedGroup) or len(set(slots)) <= 1
 
 
+def gathered_values(value: T, axes: Sequence[Ranks]) -> list[T]:
+    """Returns the values of all ranks of `axes`, on every rank, for messages about errors: values are pickled.
+    Collective.
+    """
+    values = [value]
+    for axis in axes:
+        if axis.group is not None:
+            parts: list[list[T]] = [[] for _ in range(axis.size)]
+            dist.all_gather_object(parts, values, group=axis.group)
+            values = [one for part in parts for one in part]
+    return values
+
+
 def differences(values: Mapping[str, str], ranks: Ranks) -> str:
     """Describes which of `values` differ over `ranks`, and how. Collective."""
-    of_rank: list[Mapping[str, str]] = [values]
-    for axis in ranks.axes:
-        if axis.group is not None:
-            parts: list[list[Mapping[str, str]]] = [[] for _ in range(axis.size)]
-            dist.all_gather_object(parts, of_rank, group=axis.group)
-            of_rank = [one for part in parts for one in part]
+    of_rank = gathered_values(values, ranks.axes)
     names = {name: None for one in of_rank for name in one}  # in order of appearance
     clauses = []
     for name in names:

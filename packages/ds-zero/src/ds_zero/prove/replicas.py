@@ -19,7 +19,7 @@ import zlib
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
+from ds_zero.comm.agreement import gathered_values
 from ds_zero.comm.ranks import Ranks
 from ds_zero.runtime.bucket import Bucket, BucketState
 from ds_zero.runtime.storage import MASTER, PARAM
@@ -174,7 +175,7 @@ def _described(differing: Sequence[_Copy], state: ZeroState) -> str:
             if shown[len(copy.axes)] < _SHOWN and (text := _difference(copy, fqn, part)) is not None:
                 own.append(text)
                 shown[len(copy.axes)] += 1
-    texts = list(dict.fromkeys(text for one in _gathered(own, state.ranks.axes) for text in one))
+    texts = list(dict.fromkeys(text for one in gathered_values(own, state.ranks.axes) for text in one))
     more = "; further tensors may differ" if len(texts) >= _SHOWN else ""
     return (
         f"ranks hold different values of what must be the same on all of them: {'; '.join(texts[:_SHOWN])}{more}. "
@@ -187,7 +188,7 @@ def _described(differing: Sequence[_Copy], state: ZeroState) -> str:
 def _difference(copy: _Copy, fqn: str, part: Tensor) -> str | None:
     """Describes how one parameter's values differ; None if they do not. Collective over the ranks that hold it."""
     sums = block_sums(part).tolist()
-    all_sums = _gathered((dist.get_rank(), sums), copy.axes)
+    all_sums = gathered_values((dist.get_rank(), sums), copy.axes)
     wrong = _minority({rank: tuple(theirs) for rank, theirs in all_sums})
     if wrong is None:
         return None
@@ -196,7 +197,7 @@ def _difference(copy: _Copy, fqn: str, part: Tensor) -> str | None:
     each = BLOCK_BYTES // part.element_size()
     begin = blocks[0] * each
     mine = part.detach().contiguous().view(-1)[begin : begin + each].cpu()
-    values = dict(_gathered((dist.get_rank(), mine), copy.axes))
+    values = dict(gathered_values((dist.get_rank(), mine), copy.axes))
     return f"{copy.state} of {fqn!r} {_where(values, wrong, begin, len(blocks), tuple(part.shape))}"
 
 
@@ -243,14 +244,3 @@ def _minority(values: Mapping[int, _H]) -> list[int] | None:
     if not others:
         return None
     return sorted(r for r, v in values.items() if v != value) if 2 * count > len(values) else sorted(values)
-
-
-def _gathered(value: Any, axes: Sequence[Ranks]) -> list[Any]:
-    """Returns the values of all ranks of `axes`. Collective."""
-    values = [value]
-    for axis in axes:
-        if axis.group is not None:
-            parts: list[list[Any]] = [[] for _ in range(axis.size)]
-            dist.all_gather_object(parts, values, group=axis.group)
-            values = [one for part in parts for one in part]
-    return values
