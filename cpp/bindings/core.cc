@@ -24,4 +24,5 @@ PYBIND11_MODULE(_core, m) {
   ds::bindings::bind_reductions(m);
   ds::bindings::bind_signs(m);
   ds::bindings::bind_memory(m);
+  ds::bindings::bind_io(m);
 }

@@ -214,6 +214,15 @@ View TensorReader::floats(py::handle object, std::string_view name, DTypes allow
   return view;
 }
 
+Span TensorReader::bytes(py::handle object, std::string_view name) {
+  const View view = read(object, {function_, name});
+  if (on_gpu()) fail({function_, name}, "must be on the CPU, but is on " + device_name(device_));
+  const std::int64_t bits = std::int64_t{view.type.bits} * view.type.lanes;
+  if (bits % 8 != 0)
+    fail({function_, name}, "has elements of " + std::to_string(bits) + " bits; view it as uint8");
+  return {view.data, static_cast<std::size_t>(view.numel * bits / 8)};
+}
+
 View TensorReader::typed(py::handle object, std::string_view name, dlpack::TypeCode code, int bits,
                          std::string_view type_name) {
   const Arg arg{function_, name};

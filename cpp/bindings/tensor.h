@@ -31,6 +31,12 @@ inline constexpr DTypes kFloat32 = only(DType::kF32);
 inline constexpr DTypes kStates = kFloat32 | only(DType::kBF16);
 inline constexpr DTypes kFloats = kStates | only(DType::kF16);
 
+// The memory of a tensor of any dtype.
+struct Span {
+  void* data;
+  std::size_t size;  // in bytes
+};
+
 struct View {
   void* data;
   std::int64_t numel;
@@ -61,6 +67,7 @@ class TensorReader {
   explicit TensorReader(std::string_view function) : function_(function) {}
 
   View floats(py::handle object, std::string_view name, DTypes allowed, std::int64_t index = -1);
+  Span bytes(py::handle object, std::string_view name);
   View typed(py::handle object, std::string_view name, dlpack::TypeCode code, int bits,
              std::string_view type_name);
 
@@ -104,5 +111,6 @@ void bind_lamb(py::module_& m);
 void bind_reductions(py::module_& m);
 void bind_signs(py::module_& m);
 void bind_memory(py::module_& m);
+void bind_io(py::module_& m);
 
 }  // namespace ds::bindings

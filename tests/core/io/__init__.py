@@ -1,0 +1,1 @@
+"""Tests of ds_core.io."""
