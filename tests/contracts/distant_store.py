@@ -76,7 +76,7 @@ class DistantStore:
     def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         self.staged_bytes[numel] += numel * dtype.itemsize
         made = torch.empty(numel, dtype=dtype, device=device)
-        return made.fill_(float("nan"))
+        return made.fill_(float("nan") if dtype.is_floating_point else 0xFF)
 
     def load(self, key: ShardKey, out: Tensor) -> Work:
         if key not in self._bytes:

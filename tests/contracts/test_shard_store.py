@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 
 import pytest
 import torch
 
 from contracts.distant_store import DistantStore
-from ds_offload import HostStore
+from ds_offload import HostStore, NVMeStore
 from ds_zero.interfaces import Reservation, ShardKey, ShardStore
 from ds_zero.params.stores import ResidentStore
 
-STORES: list[Callable[[], ShardStore]] = [ResidentStore, HostStore, DistantStore]  # type: ignore[list-item]
+
+
+def disk() -> ShardStore:
+    """All kinds in a file."""
+    return NVMeStore(tempfile.gettempdir(), ("param", "master", "grad"))  # type: ignore[return-value]
+
+
+STORES: list[Callable[[], ShardStore]] = [ResidentStore, HostStore, DistantStore, disk]  # type: ignore[list-item]
 ADDRESSABLE = STORES[:2]
 CPU = torch.device("cpu")
 

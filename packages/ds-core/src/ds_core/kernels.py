@@ -17,6 +17,7 @@ Common arguments of the optimizer steps, all of which work in place:
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -425,4 +426,6 @@ def crc32c(data: Tensor | bytes | bytearray | memoryview, crc: int = 0) -> int:
     if data.untyped_storage().nbytes() == 0:
         raise ValueError("crc32c: data has no memory: its storage was freed")
     values = data.detach().resolve_conj().resolve_neg()
-    return _native.core.crc32c(values.view(-1).view(torch.uint8).numpy(), crc, torch.get_num_threads())
+    # Not `values.numpy()`: torch then refuses to resize the storage, as ds_zero does with that of gathered parameters.
+    memory = (ctypes.c_uint8 * values.nbytes).from_address(values.data_ptr())
+    return _native.core.crc32c(memory, crc, torch.get_num_threads())

@@ -113,17 +113,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         first="zero_optimization.offload_param.device cpu",
         second="a model on the CPU",
-        applies=lambda c: _offloads_params(c) and c.stage == 3 and c.device_type == "cpu",
+        applies=lambda c: c.placement.params == "cpu" and c.device_type == "cpu",
         reason="parameters are in host memory already",
         remedy="remove the section",
         refuse=False,
-    ),
-    Rule(
-        first="zero_optimization.offload_param.device cpu",
-        second="a model on an accelerator",
-        applies=lambda c: _offloads_params(c) and c.stage == 3 and c.device_type != "cpu",
-        reason="this version cannot keep parameters in host memory yet, which ds-offload will add",
-        remedy='set zero_optimization.offload_param.device to "none"; offload_optimizer works',
     ),
     Rule(
         first="zero_optimization.offload_optimizer.pin_memory false",

@@ -1,8 +1,14 @@
-"""Training state in host memory: a store for sharded models, and an Adam that steps it there."""
+"""Training state in host memory and on disks: stores for sharded models, optimizers that run on the host, and an
+optimizer whose states are paged.
+"""
 
 from ds_offload.host import HostStore
+from ds_offload.nvme.options import NVMeOptions
+from ds_offload.nvme.store import NVMeStore, SwapError
 from ds_offload.optim import CPUAdam
+from ds_offload.paging.optimizer import PagedOptimizer
+from ds_offload.paging.pager import PagingError
 
 __version__ = "0.1.0"
 
-__all__ = ["CPUAdam", "HostStore"]
+__all__ = ["CPUAdam", "HostStore", "NVMeOptions", "NVMeStore", "PagedOptimizer", "PagingError", "SwapError"]

@@ -2,53 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ds_core import arena
-
-
-class Work(Protocol):
-    """A copy that was started and may still run."""
-
-    def wait(self) -> object: ...
-
-
-class Key(Protocol):
-    """Identifies one stored tensor; hashable."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-
-
-class Reservation(Protocol):
-    """A tensor that a sharding package asks a store to hold. Tensors of one `partition` are stored contiguously."""
-
-    @property
-    def key(self) -> Key: ...
-    @property
-    def partition(self) -> str: ...
-    @property
-    def numel(self) -> int: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
-
-
-R = TypeVar("R", bound=Reservation)
-
-
-class Done:
-    """A copy that is already finished."""
-
-    def wait(self) -> None:
-        return None
+from ds_offload.interfaces import Done, Key, Reservation, Work
 
 
 class _CopyEvent:
@@ -62,17 +22,19 @@ class _CopyEvent:
 
 
 class HostStore:
-    """Keeps masters and gradients in host memory, so that the optimizer steps there; parameters stay with the
-    model.
+    """Keeps masters and gradients in host memory, so that the optimizer steps there; and, if asked, parameters.
 
     Pass it as `ds_zero.shard(..., store=HostStore())`. The memory comes from ds_core's huge-page arena; on a machine
     with an accelerator it comes from the pinned allocator instead, so that copies run while the device computes.
     """
 
-    RESTING = ("master", "grad")
-    """Kinds of tensors that are moved to the host. Parameters are read in every forward and stay on the device."""
-
-    def __init__(self) -> None:
+    def __init__(self, kinds: Collection[str] = ("master", "grad", "state")) -> None:
+        """
+        Args:
+            kinds: the kinds of tensors that are kept in host memory: "master", "grad", "param" (sharded parameters in
+                their compute dtype), "state" (pages of a `PagedOptimizer`). Others stay on the device of the model.
+        """
+        self.kinds = frozenset(kinds)
         self._resting: dict[Key, Tensor] = {}
 
     def reserve(self, plan: Sequence[Reservation]) -> Mapping[Key, Tensor]:
@@ -85,8 +47,12 @@ class HostStore:
         reserved: dict[Key, Tensor] = {}
         for (_, dtype), items in partitions.items():
             device = items[0].device
-            on_host = items[0].key.kind in self.RESTING
-            whole = _allocate(sum(i.numel for i in items), dtype, device, on_host)
+            on_host = items[0].key.kind in self.kinds
+            numel = sum(i.numel for i in items)
+            whole = (
+                host_memory(numel, dtype, device) if on_host else torch.empty(numel, dtype=dtype, device=device)
+            )
+            whole.zero_()
             for item, part in zip(items, torch.split(whole, [i.numel for i in items]), strict=True):
                 reserved[item.key] = part
         self._resting.update(reserved)
@@ -108,6 +74,10 @@ class HostStore:
         place.add_(grad.to(place.device))
         return Done()
 
+    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns a new tensor on `device`, where an optimizer reads and writes pages that rest on the host."""
+        return torch.empty(numel, dtype=dtype, device=device)
+
     def release(self, key: Key) -> None:
         """Removes one tensor. The memory of its partition is freed with the last one."""
         self._resting.pop(key, None)
@@ -117,12 +87,13 @@ class HostStore:
         self._resting.clear()
 
 
-def _allocate(numel: int, dtype: torch.dtype, device: torch.device, on_host: bool) -> Tensor:
-    if not on_host:
-        return torch.zeros(numel, dtype=dtype, device=device)
+def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Returns a CPU tensor with undefined values: in page-locked memory if `device` is an accelerator, else in huge
+    pages.
+    """
     if device.type == "cpu":
-        return arena.empty(numel, dtype).zero_()
-    return torch.zeros(numel, dtype=dtype, pin_memory=True)
+        return arena.empty(numel, dtype)
+    return torch.empty(numel, dtype=dtype, pin_memory=True)
 
 
 def _copy(src: Tensor, dst: Tensor) -> Work:

@@ -5,6 +5,7 @@ implement them without importing it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -12,6 +13,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 Reduction = Literal["none", "local", "sharded"]
 """When gradients are reduced. "none": only by the optimizer itself. "local": each rank accumulates whole gradients,
@@ -175,6 +177,34 @@ class MakesState(Protocol):
     def new_state(self, param: Tensor) -> Tensor:
         """Returns a zero-filled state of the shape of `param`. Without this method, states that are loaded before the
         first step have the dtype of the checkpoint and the device of the parameter.
+        """
+
+
+@runtime_checkable
+class PagesState(Protocol):
+    """An optimizer that keeps its states away, except while it steps. `state[p]` reads a copy of them; a change of the
+    copy would be lost.
+    """
+
+    @property
+    def inner(self) -> Optimizer:
+        """The optimizer that computes the steps. It shares the dicts in `param_groups`, and has no states."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states where they are stored."""
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the memory into which states are loaded."""
+
+    def states_opened(
+        self, params: Sequence[Tensor], *, write: bool = False
+    ) -> AbstractContextManager[None]:
+        """Context manager within which `state[p]` of these parameters is an ordinary dict of tensors in memory.
+
+        Args:
+            write: store the dicts when the context is left without an exception.
         """
 
 

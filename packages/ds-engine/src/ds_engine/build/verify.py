@@ -81,7 +81,7 @@ def verify(
             plain.to(world.device)
             return plain, optimizer_of(job, optimizer, plain)
 
-        on_host = job.placement.masters == "cpu"
+        on_host = job.placement.optimizer_on_host
         recipe = Recipe(
             make=make,
             loss=loss or default_model_loss,
@@ -218,5 +218,5 @@ def _words(job: Job) -> str:
     batch = job.batch
     return (
         f"stage {job.stage}, {batch.ranks} rank{'s' * (batch.ranks != 1)}, micro-batches of {batch.micro} x "
-        f"{batch.steps} a step; {job.precision}{'; optimizer on the host' if job.placement.masters == 'cpu' else ''}"
+        f"{batch.steps} a step; {job.precision}{'; optimizer on the host' if job.placement.optimizer_on_host else ''}"
     )

@@ -31,17 +31,13 @@ def shard(
     meshes: Meshes,
     device: torch.device,
     comm: ds_zero.Comm | None = None,
+    store: Any = None,
 ) -> None:
     """Shards a model and its optimizer, in place. Collective.
 
     A model that was constructed under `ds_zero.deferred_init` is materialised here, on `device`.
     """
     deferred = any(p.is_meta for p in model.parameters())
-    store: Any = None
-    if job.placement.masters == "cpu":
-        import ds_offload
-
-        store = ds_offload.HostStore()
     with device if deferred else contextlib.nullcontext():
         ds_zero.shard(
             model,
@@ -137,7 +133,7 @@ def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
         param_dtype=job.precision.param_dtype,
         dtype_for=job.precision.dtype_for(model),
         grad_dtype=job.precision.grad_dtype,
-        reduce_bucket_numel=zero.reduce_bucket_size,
+        reduce_bucket_numel=_bucket_numel(job),
         overlap_reduce=zero.overlap_comm,
         reduce_scatter=zero.reduce_scatter,
         ignore_unused=zero.ignore_unused_parameters,
@@ -158,6 +154,18 @@ def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
         leaf_modules=leaf_modules(zero.leaf_module, model) if job.stage == 3 else (),
         overlap_publish=zero.overlap_publish and job.stage in (1, 2),
     )
+
+
+_STAGED_NUMEL = 16 * 2**20
+"""Maximum number of elements of a bucket whose masters are on a disk: three of them are in memory at a time."""
+
+
+def _bucket_numel(job: Job) -> int | None:
+    """Returns `ZeroConfig.reduce_bucket_numel`."""
+    wanted = job.settings.zero_optimization.reduce_bucket_size
+    if job.placement.masters != "nvme":
+        return wanted
+    return _STAGED_NUMEL if wanted is None else min(wanted, _STAGED_NUMEL)
 
 
 def leaf_modules(section: LeafModuleConfig, model: nn.Module) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from ds_engine.config.sections.model import DsConfig
 
-Where = Literal["device", "cpu"]
-"""On the training device, or in host memory."""
+Where = Literal["device", "cpu", "nvme"]
+"""On the training device, in host memory, or on a disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +32,24 @@ class Placement:
 
     @classmethod
     def of(cls, settings: DsConfig) -> Placement:
-        if settings.zero_optimization.offload_optimizer.device == "cpu":
-            return cls(gradients="cpu", masters="cpu", optimizer_states="cpu")
-        return cls()
+        zero = settings.zero_optimization
+        step: Where = _where(zero.offload_optimizer.device)
+        params: Where = _where(zero.offload_param.device) if zero.stage == 3 else "device"
+        return cls(params=params, gradients=step, masters=step, optimizer_states=step)
 
     @property
     def optimizer_on_host(self) -> bool:
         """Whether the update runs in host memory."""
-        return self.optimizer_states == "cpu"
+        return self.optimizer_states != "device"
+
+    def on(self, where: Where) -> frozenset[str]:
+        """Returns the kinds of tensors of ds_zero's stores that are stored at `where`."""
+        kinds = {"param": self.params, "grad": self.gradients, "master": self.masters, "state": self.optimizer_states}
+        return frozenset(kind for kind, place in kinds.items() if place == where)
+
+
+def _where(device: Literal["none", "cpu", "nvme"]) -> Where:
+    return "device" if device == "none" else device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
+from ds_zero.interfaces import PagesState
 from ds_zero.runtime.storage import GRAD, MASTER, PARAM
 from ds_zero.tensors.sizes import human_bytes
 
@@ -28,7 +29,8 @@ class MemoryReport:
     grads_bytes: int
     """Reduced gradients of the shards, and whole gradients during local accumulation."""
     optimizer_bytes: int
-    """Tensors in `optimizer.state` with at least one dimension."""
+    """Tensors in `optimizer.state` with at least one dimension; of an optimizer that keeps its states away, the memory
+    into which it loads them."""
     buffers_bytes: int
     """The module's buffers."""
     gathered_bytes: int
@@ -107,7 +109,9 @@ def memory(model: nn.Module, optimizer: Optimizer) -> MemoryReport:
         grads_bytes=_bytes([b.storage.addressable(GRAD) for b in buckets], seen)
         + staging(GRAD)
         + state.reducer.local_bytes(),
-        optimizer_bytes=_bytes(
+        optimizer_bytes=optimizer.buffer_bytes
+        if isinstance(optimizer, PagesState)
+        else _bytes(
             [
                 v
                 for held in optimizer.state.values()

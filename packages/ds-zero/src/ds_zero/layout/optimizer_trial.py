@@ -7,9 +7,13 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from ds_zero.interfaces import PagesState
+
 
 def reproduce(optimizer: Optimizer, groups: list[list[Any]]) -> Optimizer:
     """An optimizer of the same class and options over other tensors, without state or hooks."""
+    while isinstance(optimizer, PagesState):
+        optimizer = optimizer.inner
     made: Optimizer = object.__new__(type(optimizer))
     for name, value in vars(optimizer).items():
         made.__dict__[name] = OrderedDict() if isinstance(value, OrderedDict) else value

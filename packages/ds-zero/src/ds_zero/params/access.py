@@ -278,9 +278,10 @@ def _write_grad(place: Place, own: Tensor) -> None:
 
 
 def _write_state(place: Place, kind: str, own: Tensor) -> None:
-    held = place.held().get(kind)
-    if isinstance(held, Tensor) and held.numel():
-        held.copy_(own.view_as(held))
+    with place.states_opened():
+        held = place.held().get(kind)
+        if isinstance(held, Tensor) and held.numel():
+            held.copy_(own.view_as(held))
 
 
 def _write_as_it_is(place: Place, kind: str, value: Tensor | float | None) -> None:
@@ -294,9 +295,10 @@ def _write_as_it_is(place: Place, kind: str, value: Tensor | float | None) -> No
     if place.ranks.first:
         old = torch.as_tensor(value).to(old)
     broadcast_values(old, place.ranks)
-    held = place.held()
-    mine = held.get(kind)  # None on a rank that owns no part of this parameter
-    if isinstance(mine, Tensor):
-        mine.copy_(old.view_as(mine))
-    elif isinstance(mine, (int, float)):
-        held[kind] = type(mine)(old.item())
+    with place.states_opened():
+        held = place.held()
+        mine = held.get(kind)  # None on a rank that owns no part of this parameter
+        if isinstance(mine, Tensor):
+            mine.copy_(old.view_as(mine))
+        elif isinstance(mine, (int, float)):
+            held[kind] = type(mine)(old.item())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
+from ds_zero.interfaces import PagesState
 from ds_zero.layout.optimizer_trial import reproduce
 from ds_zero.params.records import (
     Range,
@@ -62,8 +63,8 @@ def dcp_state_dict(
 
     Raises:
         ValueError: the model is not sharded, the optimizer is not the one that was sharded with it, ranks hold
-            different experts under one name, which torch's checkpoints cannot keep apart, or the store keeps the values
-            away; `bare_names` beside an optimizer.
+            different experts under one name, which torch's checkpoints cannot keep apart, or the store or the optimizer
+            keeps values away; `bare_names` beside an optimizer.
     """
     state = _registry.state_of(model)
     for bucket in state.buckets:
@@ -86,6 +87,11 @@ def dcp_state_dict(
         if _registry.find(optimizer) is not state:
             raise ValueError(
                 "the optimizer was not sharded with this model: pass the objects that ds_zero.shard returned"
+            )
+        if isinstance(optimizer, PagesState):
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps its states away, but torch.distributed.checkpoint needs tensors in "
+                "memory: use ds_checkpoint.save and load"
             )
         entries["optimizer"] = _OptimizerState(model, optimizer)
     return entries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from ds_zero.layout.buckets import Piece, Slot, piece_of
 from ds_zero.params.gathered_context import exchange_flags
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.materialize import NUMBERS, broadcast_values
+from ds_zero.runtime.optimizer_states import states_opened
 from ds_zero.state import ZeroState
 
 Where = nn.Parameter | str
@@ -83,6 +85,11 @@ class Place:
             return {}
         states: dict[str, object] = optimizer.state[shard]
         return states
+
+    def states_opened(self) -> AbstractContextManager[None]:
+        """Context manager within which changes of `held()` are kept."""
+        optimizer = self.state.optimizer() if self.state.optimizer is not None else None
+        return states_opened(optimizer, [self.shard] if self.shard is not None else [], write=True)
 
     def checked(self, value: Tensor) -> Tensor:
         """Returns `value`, which must have the parameter's shape.

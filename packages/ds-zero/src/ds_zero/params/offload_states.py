@@ -9,13 +9,14 @@ a user can access refer to the copy in host memory, so reading them gives the ri
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ds_zero import _registry
+from ds_zero.interfaces import PagesState
 from ds_zero.runtime.storage import GRAD, MASTER, PARAM
 from ds_zero.state import ZeroState
 
@@ -129,8 +130,7 @@ def _movable(tensor: Tensor) -> bool:
 
 def _held(state: ZeroState) -> Iterator[tuple[str, Tensor]]:
     """Yields (kind, tensor) for all state; a tensor that belongs to several kinds is yielded for each of them."""
-    optimizer = state.optimizer() if state.optimizer is not None else None
-    for held in optimizer.state.values() if optimizer is not None else ():
+    for held in _states(state):
         yield from ((OPTIM_STATES, v) for v in held.values() if isinstance(v, Tensor) and v.ndim > 0)
     for bucket in state.buckets:
         yield LP_PARAMS, bucket.full
@@ -143,11 +143,16 @@ def _held(state: ZeroState) -> Iterator[tuple[str, Tensor]]:
         yield from ((LP_GRADS, shard.grad) for shard in bucket.shards if shard.grad is not None)
 
 
+def _states(state: ZeroState) -> Iterable[Mapping[str, object]]:
+    """Returns the optimizer's states of each shard; none if the optimizer keeps them away."""
+    optimizer = state.optimizer() if state.optimizer is not None else None
+    return () if optimizer is None or isinstance(optimizer, PagesState) else optimizer.state.values()
+
+
 def _reachable(state: ZeroState) -> Iterator[Tensor]:
     """Yields the tensors that other code can access, each once."""
-    optimizer = state.optimizer() if state.optimizer is not None else None
     every: list[Tensor] = [p for bucket in state.buckets for p in (*bucket.params, *bucket.shards)]
     every += [shard.grad for bucket in state.buckets for shard in bucket.shards if shard.grad is not None]
-    for held in optimizer.state.values() if optimizer is not None else ():
+    for held in _states(state):
         every += [value for value in held.values() if isinstance(value, Tensor)]
     yield from {id(tensor): tensor for tensor in every}.values()

@@ -16,6 +16,7 @@ from ds_zero import _registry
 from ds_zero.interfaces import EVERYWHERE, Coordinates, MakesState, RecordSource
 from ds_zero.layout.buckets import Slot
 from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.optimizer_states import states_opened
 from ds_zero.state import ZeroState
 
 PARAM, BUFFER = "param", "buffer"
@@ -123,7 +124,7 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     own_records: list[ShardRecord] = []
     for bucket, parts in groupby(ranges(state, owned=False), key=lambda r: r.bucket):
         kind = bucket.storage.exact
-        with bucket.storage.opened(kind) as values:
+        with bucket.storage.opened(kind) as values, states_opened(optimizer, bucket.shards):
             for r in parts:
                 own = r.of(values).detach()
                 own = own.clone() if bucket.storage.is_away(kind) else own
@@ -204,7 +205,10 @@ def load_records(
         expect(list(_to_be_read(state, source, optimizer_states, keep)))
     with torch.no_grad():
         for bucket, parts in groupby(ranges(state, owned=True), key=lambda r: r.bucket):
-            with bucket.storage.opened(bucket.storage.exact, write=True) as values:
+            with (
+                bucket.storage.opened(bucket.storage.exact, write=True) as values,
+                states_opened(optimizer if optimizer_states else None, bucket.shards, write=True),
+            ):
                 for r in parts:
                     if r.slot.fqn in keep:
                         continue

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ds_zero.interfaces import FusedStep
 from ds_zero.layout.optimizer_trial import reproduce
 
 _PROBE_NUMEL = 512
@@ -61,7 +62,7 @@ def stand_in(optimizer: Optimizer, groups: list[list[Any]], states: dict[str, to
     """Returns `optimizer` over fake parameters: of the same class if it uses torch's operations, else a replacement
     with the same `states`.
     """
-    if not hasattr(type(optimizer), "step_fused"):
+    if not isinstance(optimizer, FusedStep):
         return reproduce(optimizer, groups)
     # Under the same name, by which `shard` knows optimizers.
     kind = type(type(optimizer).__name__, (_StandInFused,), {"states": states})

@@ -8,6 +8,14 @@ _LAYERS = "ds-layers"
 _LTD = "data_efficiency.data_routing.random_ltd"
 _ENGINE = "ds-engine"
 
+_ON_DISK = {
+    "only": lambda config: (
+        config.zero_optimization.offload_optimizer.device == "nvme"
+        or config.zero_optimization.offload_param.device == "nvme"
+    ),
+    "otherwise": "nothing is offloaded to a disk",
+}
+
 WORKING: tuple[Row, ...] = (
     *(
         works(
@@ -21,6 +29,10 @@ WORKING: tuple[Row, ...] = (
     ),
     works("elasticity", _ENGINE, "ds_engine.config.elastic"),
     works("integrity", "ds-zero", "ds_zero.check_replicas"),
+    works("aio.block_size", "ds-offload", "NVMeOptions.block_bytes", **_ON_DISK),
+    works("aio.queue_depth", "ds-offload", "NVMeOptions.queue_depth", **_ON_DISK),
+    works("aio.intra_op_parallelism", "ds-offload", "NVMeOptions.num_threads", **_ON_DISK),
+    works("aio.verify", "ds-offload", "NVMeOptions.verify", **_ON_DISK),
     works("managed_gradient_accumulation", _ENGINE, "ds_engine.training.accumulation"),
     works("sparse_gradients", "ds-zero", "ds_zero.runtime.gradients.sparse_rows"),
     works("optimizer", _ENGINE, "ds_engine.build.optimizer"),
@@ -107,7 +119,8 @@ EFFECTLESS: tuple[Row, ...] = (
         _ENGINE,
         "the progress lines of steps_per_print contain the speed, which is measured without synchronisation",
     ),
-    no_effect("aio", "ds-offload", "nothing is offloaded to a disk"),
+    no_effect("aio.single_submit", "ds-offload", "requests are always submitted in batches"),
+    no_effect("aio.overlap_events", "ds-offload", "new requests are always submitted while others complete"),
     no_effect("checkpoint.tag_validation", _ENGINE, "different tags are always an error"),
     no_effect("checkpoint.parallel_write", _ENGINE, "every rank always writes its own part"),
     no_effect("checkpoint.checkpoint_serialization", _ENGINE, "nothing is pickled"),
@@ -115,6 +128,7 @@ EFFECTLESS: tuple[Row, ...] = (
 )
 
 NOT_YET: tuple[Row, ...] = (
+    later("aio.use_gds", "ds-offload", "copies between disk and GPU without host memory", "set it to false"),
     no_effect(
         "bf16.immediate_grad_update", "ds-zero", "gradients are always added as soon as they are computed"
     ),

@@ -27,6 +27,15 @@ def _on_host(config: Any) -> bool:
     return bool(config.zero_optimization.offload_optimizer.device != "none")
 
 
+def _on_disk(config: Any) -> bool:
+    return bool(config.zero_optimization.offload_optimizer.device == "nvme")
+
+
+def _params_on_disk(config: Any) -> bool:
+    zero = config.zero_optimization
+    return bool(zero.stage == 3 and zero.offload_param.device == "nvme")
+
+
 _STAGE3 = {"only": _stage3, "otherwise": "the stage is below 3"}
 _PUBLISH = {
     "only": _publishes,
@@ -34,6 +43,7 @@ _PUBLISH = {
 }
 _DIVIDED = {"only": _divides, "otherwise": "the stage is 0"}
 _DISK = "nothing is offloaded to a disk"
+_OVERLAP = "the disk always reads and writes while the optimizer steps"
 
 ROWS: tuple[Row, ...] = (
     works(f"{_ZERO}.stage", "ds-zero", "ds_zero.shard(stage=...)"),
@@ -63,7 +73,7 @@ ROWS: tuple[Row, ...] = (
     works(
         f"{_OFFLOAD}.device",
         "ds-offload",
-        "ds_offload.HostStore and CPUAdam",
+        "ds_offload.HostStore, NVMeStore, PagedOptimizer and CPUAdam",
         needs="ds_offload",
         switches={f"{_OFFLOAD}.device": ("none",)},
     ),
@@ -102,24 +112,20 @@ ROWS: tuple[Row, ...] = (
         "loading masters from 16-bit copies",
         "set it to true: checkpoints always contain fp32 masters",
     ),
-    later(
-        f"{_OFFLOAD}",
-        "ds-offload",
-        "optimizer states on a disk",
-        f'set {_OFFLOAD}.device to "cpu" or "none"',
-        switches={f"{_OFFLOAD}.device": ("none", "cpu")},
-    ),
     later(f"{_OFFLOAD}.ratio", "ds-offload", "offloading a fraction of the states", "set it to 1.0"),
     later(
         f"{_OFFLOAD}.super_offload", "ds-offload", "offload for hosts that share memory with the accelerator"
     ),
-    later(
-        f"{_PARAM}",
+    works(
+        f"{_PARAM}.device",
         "ds-offload",
-        "parameters on a disk",
-        f'set {_PARAM}.device to "none"; offload_optimizer works',
-        switches={f"{_PARAM}.device": ("none", "cpu")},
+        "ds_offload.HostStore and NVMeStore",
+        needs="ds_offload",
+        switches={f"{_PARAM}.device": ("none",)},
         **_STAGE3,
+    ),
+    works(
+        f"{_PARAM}.nvme_path", "ds-offload", "ds_offload.NVMeStore", only=_params_on_disk, otherwise=_DISK
     ),
     gone(
         f"{_ZERO}.legacy_stage1",
@@ -127,15 +133,27 @@ ROWS: tuple[Row, ...] = (
         "DeepSpeed's first implementation of stage 1",
         "remove it: stage 1 gives the same result",
     ),
-    no_effect(f"{_OFFLOAD}.nvme_path", "ds-offload", _DISK),
-    no_effect(f"{_OFFLOAD}.buffer_count", "ds-offload", _DISK),
-    no_effect(f"{_OFFLOAD}.pipeline_read", "ds-offload", _DISK),
-    no_effect(f"{_OFFLOAD}.pipeline_write", "ds-offload", _DISK),
-    no_effect(f"{_OFFLOAD}.fast_init", "ds-offload", _DISK),
+    works(f"{_OFFLOAD}.nvme_path", "ds-offload", "ds_offload.NVMeStore", only=_on_disk, otherwise=_DISK),
+    works(
+        f"{_OFFLOAD}.buffer_count",
+        "ds-offload",
+        "ds_offload.PagedOptimizer(num_buffers=...)",
+        only=_on_disk,
+        otherwise=_DISK,
+    ),
+    no_effect(f"{_OFFLOAD}.pipeline_read", "ds-offload", _OVERLAP),
+    no_effect(f"{_OFFLOAD}.pipeline_write", "ds-offload", _OVERLAP),
+    no_effect(f"{_OFFLOAD}.fast_init", "ds-offload", "states that were never written are never read"),
+    no_effect(f"{_PARAM}.buffer_count", "ds-offload", "parameters are read into the memory in which they are used"),
+    no_effect(f"{_PARAM}.buffer_size", "ds-offload", "parameters are read into the memory in which they are used"),
+    no_effect(f"{_PARAM}.max_in_cpu", "ds-offload", "all parameters that are offloaded to a disk stay there"),
+    no_effect(
+        f"{_PARAM}.pin_memory", "ds-offload", "host memory is page-locked on a machine with an accelerator"
+    ),
     no_effect(
         f"{_OFFLOAD}.cpuadam_cores_perc", "ds-offload", "the optimizer on the host uses torch's threads"
     ),
-    no_effect(f"{_ZERO}.sub_group_size", "ds-zero", "steps are divided into parts only for states on a disk"),
+    no_effect(f"{_ZERO}.sub_group_size", "ds-zero", "states on a disk are read in pages of 64 MiB"),
     no_effect(f"{_ZERO}.contiguous_gradients", "ds-zero", "gradients always go into contiguous buckets"),
     no_effect(
         f"{_ZERO}.use_multi_rank_bucket_allreduce",

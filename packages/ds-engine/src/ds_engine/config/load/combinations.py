@@ -211,6 +211,15 @@ COMBINATIONS: tuple[Combination, ...] = (
         sentence='zero_optimization.offload_optimizer.device "nvme" needs nvme_path, a directory on the disk',
     ),
     Combination(
+        key="zero_optimization.offload_optimizer.buffer_count",
+        broken=lambda c: (
+            c.zero_optimization.offload_optimizer.device == "nvme"
+            and c.zero_optimization.offload_optimizer.buffer_count < 3
+        ),
+        sentence='zero_optimization.offload_optimizer.device "nvme" needs a buffer_count of at least 3: one page is '
+        "stepped, the next one is read, and the previous one is written",
+    ),
+    Combination(
         key="zero_optimization.offload_param.nvme_path",
         broken=lambda c: (
             c.zero_optimization.stage == 3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from ds_engine.config.support.section import Positive, Section
@@ -12,16 +14,23 @@ class AioConfig(Section):
 
     block_size: Positive = Field(default=2**20, description="Size of one read or write request, in bytes.")
     queue_depth: Positive = Field(
-        default=8, description="Number of requests that each thread keeps in flight."
+        default=32, description="Number of requests that the disk has at a time. DeepSpeed's default is 8."
     )
     intra_op_parallelism: Positive = Field(
-        default=1, description="Number of threads that share one read or write."
+        default=8,
+        description="Number of threads that read and write where the system does not permit io_uring, which needs "
+        "none. DeepSpeed's default is 1.",
     )
     single_submit: bool = Field(
         default=False, description="Submits requests one at a time instead of in batches."
     )
     overlap_events: bool = Field(
         default=True, description="Submits new requests while earlier ones complete."
+    )
+    verify: Literal["off", "sampled", "full"] = Field(
+        default="full",
+        description='Which blocks have a checksum in memory that is compared when they are read: all ("full"), one in '
+        'sixteen ("sampled"), or none ("off").',
     )
     use_gds: bool = Field(
         default=False, description="Copies directly between disk and GPU memory (GPUDirect Storage)."

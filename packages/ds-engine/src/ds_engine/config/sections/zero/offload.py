@@ -24,7 +24,9 @@ class OffloadOptimizerConfig(Section):
         description='Directory on the disk, for device "nvme". Required by "nvme". Default: none.',
     )
     buffer_count: Count = Field(
-        default=4, description="Number of host buffers for reading from and writing to the disk."
+        default=4,
+        description='Number of pages of optimizer states, of 64 MiB each, that are in host memory with device "nvme"; '
+        "at least 3.",
     )
     pin_memory: bool = Field(
         default=True,

@@ -1,0 +1,44 @@
+"""Builds the store of a job whose state is not all on the training device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from ds_engine.job import Job
+
+
+def store_of(job: Job) -> Any:
+    """Returns a store of ds_offload for the kinds of state in host memory and on disks; None if there are none."""
+    on_disk, on_host = job.placement.on("nvme"), job.placement.on("cpu")
+    if not on_disk and not on_host:
+        return None
+    import ds_offload
+
+    if not on_disk:
+        return ds_offload.HostStore(on_host)
+    zero, aio = job.settings.zero_optimization, job.settings.aio
+    paths = {
+        kind: zero.offload_param.nvme_path if kind == "param" else zero.offload_optimizer.nvme_path
+        for kind in sorted(on_disk)
+    }
+    options = ds_offload.NVMeOptions(
+        block_bytes=aio.block_size,
+        queue_depth=aio.queue_depth,
+        num_threads=aio.intra_op_parallelism,
+        verify=aio.verify,
+    )
+    return ds_offload.NVMeStore({k: path for k, path in paths.items() if path}, host=on_host, options=options)
+
+
+def paged(job: Job, optimizer: Optimizer, store: Any) -> Optimizer:
+    """Returns `optimizer` with its states in `store`, if the job keeps them on a disk."""
+    if job.placement.optimizer_states != "nvme":
+        return optimizer
+    import ds_offload
+
+    if isinstance(optimizer, ds_offload.PagedOptimizer):
+        return optimizer
+    count = job.settings.zero_optimization.offload_optimizer.buffer_count
+    return ds_offload.PagedOptimizer(optimizer, store, num_buffers=count)

@@ -1,0 +1,99 @@
+"""The protocols of ds_offload, in torch types only. A sharding package uses its own, which fit these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class Work(Protocol):
+    """An asynchronous operation; `wait` returns when it has finished, and raises its error."""
+
+    def wait(self) -> object: ...
+
+
+class Done:
+    """A finished operation."""
+
+    def wait(self) -> None:
+        return None
+
+
+class Key(Protocol):
+    """Identifies one stored tensor; hashable."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+
+
+class Reservation(Protocol):
+    """A 1-D tensor that a store must hold. Tensors of one `partition` are stored contiguously."""
+
+    @property
+    def key(self) -> Key: ...
+    @property
+    def partition(self) -> str: ...
+    @property
+    def numel(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+R_contra = TypeVar("R_contra", bound=Reservation, contravariant=True)
+
+
+class Store(Protocol):
+    """Stores tensors between their uses. `HostStore` and `NVMeStore` implement it.
+
+    A caller starts an operation on a key only after it has waited for the previous one on that key. Operations on
+    different keys may run concurrently.
+    """
+
+    def reserve(self, plan: Sequence[PageReservation]) -> Mapping[Key, Tensor]:
+        """Allocates tensors of zeros. Returns those that are in addressable memory."""
+
+    def load(self, key: PageKey, out: Tensor) -> Work:
+        """Starts to copy the stored tensor into `out`, which has the same size and dtype."""
+
+    def store(self, key: PageKey, src: Tensor) -> Work:
+        """Starts to store `src`, which must not be changed before the operation has finished."""
+
+    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns a new 1-D tensor with undefined values, for `load` and `store`. `device` is that of the
+        parameters.
+        """
+
+    def release(self, key: PageKey) -> None:
+        """Frees the tensor, which must not be used afterwards."""
+
+    def close(self) -> None:
+        """Frees everything. Safe to call twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageKey:
+    """Identifies one page of optimizer states in a store."""
+
+    name: str
+    owner: int
+    """Distinguishes pages of optimizers that share a store."""
+    kind: str = "state"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageReservation:
+    """A page of optimizer states that a store must hold, as bytes."""
+
+    key: PageKey
+    numel: int
+    device: torch.device
+    partition: str = "states"
+    dtype: torch.dtype = torch.uint8

@@ -1,0 +1,1 @@
+"""Optimizer states that are in memory only while they are stepped."""

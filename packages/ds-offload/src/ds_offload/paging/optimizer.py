@@ -1,0 +1,192 @@
+"""An optimizer whose states are in a store."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ds_offload.interfaces import Store
+from ds_offload.nvme.store import NVMeStore
+from ds_offload.paging.paged_states import PagedStates
+from ds_offload.paging.pager import Pager
+from ds_offload.paging.part_step import step_parts
+
+PAGE_BYTES = 64 << 20
+"""Default size of a page."""
+
+
+class PagedOptimizer(Optimizer):
+    """Keeps the states of an element-wise optimizer in a store, and loads them page by page while it steps.
+
+    While a page is stepped, the next ones are loaded and the previous one is stored. The result is that of the inner
+    optimizer, bit for bit, if its result for an element does not depend on where the tensor is cut (ds_core's
+    optimizers, torch's with `foreach=True`).
+
+    `state` behaves like that of every optimizer, but reads from the store: `state[param]` is a copy, which raises when
+    it is changed in place. Write within `states_opened(params, write=True)`, or assign a whole dict.
+
+    It shares the dicts in `param_groups` with the inner optimizer, so schedules may use either.
+    """
+
+    elementwise = True
+    """Each element is updated independently of the others."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        store: Store | str | Path,
+        *,
+        page_bytes: int = PAGE_BYTES,
+        num_buffers: int = 4,
+        overlap_reads: bool = True,
+        overlap_writes: bool = True,
+    ) -> None:
+        """
+        Args:
+            optimizer: an element-wise optimizer, such as `CPUAdam`. Do not step it directly.
+            store: an `NVMeStore`, a `HostStore`, or a folder on a disk. The optimizer does not close it, but it closes
+                the store that it makes for a folder.
+            page_bytes: the maximum size of a page.
+            num_buffers: number of pages in memory, at least 3 with overlap and 1 without.
+            overlap_reads: load the next pages while a page is stepped.
+            overlap_writes: store the previous page while a page is stepped.
+
+        Raises:
+            ValueError: too few buffers; the optimizer is not element-wise (raised by the first step).
+        """
+        least = 1 + overlap_reads + overlap_writes
+        if num_buffers < least:
+            raise ValueError(
+                f"PagedOptimizer: num_buffers={num_buffers}, but it needs {least}: one page is stepped"
+                + ", one is loaded" * overlap_reads
+                + ", one is stored" * overlap_writes
+            )
+        self._inner = optimizer
+        self._own_store = isinstance(store, (str, Path))
+        self._store: Store = NVMeStore(store) if isinstance(store, (str, Path)) else store
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._pager = Pager(
+            self._store,
+            page_bytes=page_bytes,
+            num_buffers=num_buffers,
+            read_ahead=max(1, num_buffers - 2) if overlap_reads else 0,
+            write_behind=overlap_writes,
+        )
+        self._states = PagedStates(optimizer, lambda: self.param_groups, self._pager, page_bytes)
+        self._states.adopt(optimizer.state)
+        self.state: Any = self._states
+        optimizer.state = defaultdict(dict)
+
+    @property
+    def inner(self) -> Optimizer:
+        """The optimizer that computes the steps."""
+        return self._inner
+
+    # --- stepping
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Steps every parameter that has a gradient. `closure` re-evaluates the model and returns the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self._step(params, None, None)
+        return loss
+
+    @torch.no_grad()
+    def step_fused(self, params: Sequence[Tensor], *, grad_scale: Tensor, out: Sequence[Tensor | None]) -> None:
+        """Steps exactly `params` with gradients `p.grad * grad_scale`, and writes a copy of the new `params[i]` to
+        `out[i]`, unless None. In one pass over memory if the inner optimizer has `step_fused`.
+        """
+        if len(out) != len(params):
+            raise ValueError(f"step_fused: out has {len(out)} entries, but params has {len(params)}")
+        self._step(params, grad_scale, out)
+
+    def _step(
+        self, params: Sequence[Tensor], grad_scale: Tensor | None, out: Sequence[Tensor | None] | None
+    ) -> None:
+        live = [p for p in params if p.grad is not None and p.numel()]
+        copies = {p: c for p, c in zip(params, out, strict=True) if c is not None} if out is not None else {}
+        numbers: dict[Tensor, dict[str, Any]] = {}
+        try:
+            with closing(self._states.visit(live)) as visited:
+                for parts in visited:
+                    numbers |= step_parts(self._inner, self.param_groups, parts, grad_scale, copies)
+        finally:
+            self._inner.param_groups, self._inner.state = self.param_groups, defaultdict(dict)
+        self._states.set_numbers(numbers)
+
+    # --- states
+
+    @contextmanager
+    def states_opened(self, params: Sequence[Tensor], *, write: bool = False) -> Iterator[None]:
+        """Context manager within which `state[p]` of these parameters is an ordinary dict of tensors in memory.
+
+        Args:
+            write: store the dicts when the context is left without an exception. New dicts may be made.
+        """
+        with self._states.opened(params, write=write):
+            yield
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states in the store."""
+        return self._pager.num_bytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the pages in memory."""
+        return self._pager.buffer_bytes
+
+    def settle(self) -> None:
+        """Waits until all states are stored. Raises the error of an operation that failed."""
+        self._pager.settle()
+
+    def close(self) -> None:
+        """Drops all states, and frees their memory and their space in the store."""
+        self._states.clear()
+        if self._own_store:
+            self._store.close()
+
+    # --- methods of torch.optim.Optimizer, without the wrappers that import torch._dynamo at their first call
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.add_param_group`."""
+        inspect.unwrap(Optimizer.add_param_group)(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer.zero_grad`."""
+        inspect.unwrap(Optimizer.zero_grad)(self, set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`; it reads all states into memory."""
+        saved: dict[str, Any] = inspect.unwrap(Optimizer.state_dict)(self)
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`; the states are stored."""
+        inspect.unwrap(Optimizer.load_state_dict)(self, state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        loaded = state.pop("state", {})
+        self.__dict__.update(state)
+        self._inner.param_groups = self.param_groups
+        self._states.clear()
+        for param, held in loaded.items():
+            self._states[param] = held
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a PagedOptimizer cannot be pickled or copied, because its states are in a store: use state_dict(), or "
+            "ds_checkpoint.save"
+        )

@@ -1,0 +1,225 @@
+"""Moves pages between a store and a few buffers in memory."""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_offload.interfaces import PageKey, PageReservation, Store, Work
+from ds_offload.paging.pages import Page
+
+
+class PagingError(RuntimeError):
+    """A store failed to load or store a page of optimizer states."""
+
+
+class _Place(enum.Enum):
+    """Where the current values of a page are."""
+
+    STORED = "stored"
+    """In the store. The page has no buffer."""
+    LOADING = "loading"
+    """In the store. A buffer is being filled with them."""
+    OPEN = "open"
+    """In a buffer. The values in the store may be older."""
+    STORING = "storing"
+    """In a buffer, which must not be changed until the store has written it."""
+    CACHED = "cached"
+    """Both in the store and in a buffer, which is free for other pages."""
+
+
+@dataclass(eq=False)
+class _Held:
+    """A page and its place."""
+
+    page: Page
+    key: PageKey
+    place: _Place = _Place.STORED
+    buffer: Tensor | None = None
+    work: Work | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """The bytes of the page in its buffer."""
+        assert self.buffer is not None
+        return self.buffer[: self.page.num_bytes]
+
+
+class Pager:
+    """The pages of one optimizer: in a store, and up to `num_buffers` of them in memory."""
+
+    def __init__(self, store: Store, *, page_bytes: int, num_buffers: int, read_ahead: int, write_behind: bool) -> None:
+        """
+        Args:
+            read_ahead: number of following pages that are loaded while one is open.
+            write_behind: whether `close` returns before the page is written.
+        """
+        self._store = store
+        self._page_bytes, self._num_buffers = page_bytes, num_buffers
+        self._read_ahead, self._write_behind = read_ahead, write_behind
+        self._pages: list[_Held] = []
+        self._free: list[Tensor] = []
+        self._num_made = 0
+        self._device: torch.device | None = None
+        self._recent: OrderedDict[int, None] = OrderedDict()
+        """Indices of the pages that have a buffer, the one that was used longest ago first."""
+
+    @property
+    def num_pages(self) -> int:
+        """Number of pages."""
+        return len(self._pages)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pages in the store."""
+        return sum(held.page.num_bytes for held in self._pages)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the buffers in memory."""
+        return self._num_made * self._page_bytes
+
+    def page(self, index: int) -> Page:
+        """Returns the layout of a page."""
+        return self._pages[index].page
+
+    def add(self, pages: list[Page], device: torch.device) -> range:
+        """Reserves new pages, whose values are zero. Returns their indices."""
+        first = len(self._pages)
+        held = [_Held(page, PageKey(name=f"page {first + i}", owner=id(self))) for i, page in enumerate(pages)]
+        self._device = self._device or device
+        self._store.reserve(
+            [PageReservation(key=h.key, numel=h.page.num_bytes, device=device) for h in held]
+        )
+        self._pages += held
+        return range(first, len(self._pages))
+
+    def open(self, index: int, *, load: bool = True) -> Tensor:
+        """Returns the bytes of a page in a buffer, until `close`; meanwhile starts to load the next pages.
+
+        Args:
+            load: False if every byte that matters will be written.
+        """
+        held = self._pages[index]
+        self._settle(held)
+        if held.place is not _Place.CACHED:
+            held.buffer = self._take()
+            if load:
+                self._start(held, _Place.LOADING, lambda: self._store.load(held.key, held.values))
+                self._settle(held)
+        held.place = _Place.OPEN
+        self._touch(index)
+        for step in range(1, self._read_ahead + 1):
+            self._prefetch((index + step) % len(self._pages))
+        return held.values
+
+    def close(self, index: int, *, written: bool) -> None:
+        """Ends `open`; stores the page if it was changed."""
+        held = self._pages[index]
+        assert held.place is _Place.OPEN
+        if not written:
+            self._give(index)
+            return
+        self._start(held, _Place.STORING, lambda: self._store.store(held.key, held.values))
+        if not self._write_behind:
+            self._settle(held)
+
+    def settle(self) -> None:
+        """Waits for all operations in progress."""
+        for held in self._pages:
+            self._settle(held)
+
+    def destroy(self) -> None:
+        """Frees pages and buffers, whatever is in progress."""
+        for held in self._pages:
+            if held.work is not None:
+                try:
+                    held.work.wait()
+                except Exception:  # the values are dropped
+                    held.work = None
+            self._store.release(held.key)
+        self._pages.clear()
+        self._free.clear()
+        self._recent.clear()
+        self._num_made = 0
+
+    # --- operations
+
+    def _prefetch(self, index: int) -> None:
+        held = self._pages[index]
+        if held.place is not _Place.STORED:
+            return
+        if not self._free and self._num_made >= self._num_buffers and not self._evictable():
+            return
+        held.buffer = self._take()
+        self._start(held, _Place.LOADING, lambda: self._store.load(held.key, held.values))
+        self._touch(index)
+
+    def _start(self, held: _Held, place: _Place, start: Callable[[], Work]) -> None:
+        try:
+            held.work = start()
+        except Exception as error:
+            raise self._failed(held, place, error) from error
+        held.place = place
+
+    def _settle(self, held: _Held) -> None:
+        """Waits for the page's operation. Its buffer and the store then have the same values."""
+        work, held.work = held.work, None
+        if work is None:
+            return
+        place = held.place
+        try:
+            work.wait()
+        except Exception as error:
+            raise self._failed(held, place, error) from error
+        held.place = _Place.CACHED
+
+    def _failed(self, held: _Held, place: _Place, error: Exception) -> PagingError:
+        index = self._pages.index(held)
+        held.work = None
+        if held.buffer is not None:
+            self._give(index)
+        action = "load" if place is _Place.LOADING else "store"
+        return PagingError(
+            f"{type(self._store).__name__} could not {action} the optimizer states of {held.key.name}: "
+            f"{type(error).__name__}: {error}. If a step was in progress, it is incomplete: continue from a checkpoint"
+        )
+
+    # --- buffers
+
+    def _touch(self, index: int) -> None:
+        self._recent[index] = None
+        self._recent.move_to_end(index)
+
+    def _give(self, index: int) -> None:
+        held = self._pages[index]
+        assert held.buffer is not None
+        self._free.append(held.buffer)
+        held.buffer, held.place = None, _Place.STORED
+        self._recent.pop(index, None)
+
+    def _evictable(self) -> bool:
+        return any(self._pages[i].place in (_Place.CACHED, _Place.STORING) for i in self._recent)
+
+    def _take(self) -> Tensor:
+        """Returns a free buffer: a new one, or that of the page that was used longest ago."""
+        if self._free:
+            return self._free.pop()
+        if self._num_made < self._num_buffers:
+            assert self._device is not None
+            self._num_made += 1
+            return self._store.staging(self._page_bytes, torch.uint8, self._device)
+        # Pages that were loaded ahead but not opened come last: they will be needed soon.
+        for places in ((_Place.CACHED, _Place.STORING), (_Place.LOADING,)):
+            for index in list(self._recent):
+                held = self._pages[index]
+                if held.place in places:
+                    self._settle(held)
+                    self._give(index)
+                    return self._free.pop()
+        raise AssertionError("more pages are open than there are buffers")

@@ -1,0 +1,108 @@
+"""Steps parts of parameters with the inner optimizer of a `PagedOptimizer`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ds_offload.paging.paged_states import LoadedPart
+from ds_offload.paging.tensors import flat, flat_as, local
+
+
+def step_parts(
+    optimizer: Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    parts: Sequence[LoadedPart],
+    grad_scale: Tensor | None,
+    copies: Mapping[Tensor, Tensor],
+) -> dict[Tensor, dict[str, Any]]:
+    """Steps `parts` by giving the optimizer views of them as its parameters.
+
+    Args:
+        grad_scale: 0-dim; multiplies the gradients. None: 1.
+        copies: parameter -> the tensor that receives a copy of its new values.
+
+    Returns:
+        The new states of each parameter that are no ranges of elements.
+    """
+    views = [_view(part) for part in parts]
+    out = [_range_of(copies[part.param], part) if part.param in copies else None for part in parts]
+    by_group: dict[int, list[Tensor]] = {}
+    for part, view in zip(parts, views, strict=True):
+        by_group.setdefault(part.group, []).append(view)
+    optimizer.param_groups = [{**groups[number], "params": members} for number, members in by_group.items()]
+    optimizer.state = defaultdict(dict)
+    for part, view in zip(parts, views, strict=True):
+        if part.numbers is not None:
+            copied = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.numbers.items()}
+            optimizer.state[view] = {**copied, **part.states}
+    fused: Any = getattr(optimizer, "step_fused", None)
+    if fused is not None and (grad_scale is not None or copies):
+        scale = grad_scale if grad_scale is not None else torch.ones(())
+        fused(views, grad_scale=scale, out=out)
+    else:
+        _step_apart(optimizer, views, out, grad_scale)
+    return {
+        part.param: _kept(part, optimizer.state[view]) for part, view in zip(parts, views, strict=True) if optimizer.state[view]
+    }
+
+
+def _step_apart(
+    optimizer: Optimizer, views: Sequence[Tensor], out: Sequence[Tensor | None], grad_scale: Tensor | None
+) -> None:
+    """Scales, steps and copies in separate passes."""
+    for view in views:
+        assert view.grad is not None
+        if grad_scale is not None:
+            grad = view.grad.to(view.dtype)
+            view.grad = grad * grad_scale.to(grad.device, grad.dtype)
+        elif view.grad.dtype != view.dtype:
+            view.grad = view.grad.to(view.dtype)
+    optimizer.step()
+    for view, copy in zip(views, out, strict=True):
+        if copy is not None:
+            copy.copy_(view)
+
+
+def _view(part: LoadedPart) -> Tensor:
+    """Returns a 1-D view of the part, with its gradient."""
+    view = _range_of(part.param, part)
+    assert part.param.grad is not None
+    own = local(part.param)
+    grad = flat_as(local(part.param.grad), own)[part.start : part.start + part.numel]
+    if grad.dtype != view.dtype:
+        view.grad_dtype = None  # permits a gradient of another dtype
+    view.grad = grad
+    return view
+
+
+def _range_of(tensor: Tensor, part: LoadedPart) -> Tensor:
+    return flat(local(tensor))[part.start : part.start + part.numel]
+
+
+def _kept(part: LoadedPart, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies states that the optimizer has made or replaced to the page. Returns those that are no ranges.
+
+    Raises:
+        ValueError: the optimizer keeps a state that has no place in the page.
+    """
+    numbers: dict[str, Any] = {}
+    for name, value in state.items():
+        place = part.states.get(name)
+        if place is None:
+            if isinstance(value, Tensor) and value.ndim > 0 and part.numel > 1:
+                raise ValueError(
+                    f"the optimizer has added a state {name!r} of shape {tuple(value.shape)} to a parameter of "
+                    f"{part.numel} elements after its first step: set options that need further states before"
+                )
+            numbers[name] = value
+        elif value.data_ptr() != place.data_ptr():
+            place.copy_(value)
+    for name in part.states.keys() - state.keys():
+        part.states[name].zero_()
+    return numbers

@@ -1,0 +1,25 @@
+"""Access to the states of an optimizer that may keep them away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ds_zero.interfaces import PagesState
+
+
+def states_opened(
+    optimizer: Optimizer | None, shards: Sequence[Tensor], *, write: bool = False
+) -> AbstractContextManager[None]:
+    """Context manager within which `optimizer.state[shard]` is a dict of tensors in memory, for each of `shards`.
+
+    Args:
+        write: whether states are changed. If the optimizer keeps them away, they are stored when the context is left
+            without an exception.
+    """
+    if isinstance(optimizer, PagesState):
+        return optimizer.states_opened(shards, write=write)
+    return nullcontext()
