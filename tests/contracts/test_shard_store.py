@@ -14,7 +14,6 @@ from ds_zero.interfaces import Reservation, ShardKey, ShardStore
 from ds_zero.params.stores import ResidentStore
 
 
-
 def disk() -> ShardStore:
     """All kinds in a file."""
     return NVMeStore(tempfile.gettempdir(), ("param", "master", "grad"))  # type: ignore[return-value]

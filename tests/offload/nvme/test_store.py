@@ -111,7 +111,9 @@ def test_a_file_that_was_truncated_is_found(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_refused_with_the_numbers(tmp_path: Path) -> None:
     store = NVMeStore(tmp_path)
-    with pytest.raises(OSError, match=r"needs 4096.000 GiB for this rank, and \d+\.\d+ GiB are free") as caught:
+    with pytest.raises(
+        OSError, match=r"needs 4096.000 GiB for this rank, and \d+\.\d+ GiB are free"
+    ) as caught:
         store.reserve([item(B, 10), item(A, 1 << 40)])
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -182,7 +184,10 @@ def test_what_each_setting_of_verify_detects() -> None:
 
 def test_options_reach_the_engine(tmp_path: Path) -> None:
     store = NVMeStore(
-        tmp_path, options=NVMeOptions(backend="threads", block_bytes=1 << 16, queue_depth=3, num_threads=2, direct=False)
+        tmp_path,
+        options=NVMeOptions(
+            backend="threads", block_bytes=1 << 16, queue_depth=3, num_threads=2, direct=False
+        ),
     )
     store.reserve([item(A, 1 << 20)])
     engine = store._engine

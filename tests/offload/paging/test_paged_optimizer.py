@@ -232,7 +232,8 @@ def test_a_store_that_fails_is_named(action: str) -> None:
     train(module, optimizer, range(2))
     store.fails[action, "state"] = OSError(5, "Input/output error")
     with pytest.raises(
-        PagingError, match=rf"DistantStore could not {action} the optimizer states of page \d+: OSError.*checkpoint"
+        PagingError,
+        match=rf"DistantStore could not {action} the optimizer states of page \d+: OSError.*checkpoint",
     ):
         train(module, optimizer, range(2, 5))
     optimizer.close()

@@ -46,5 +46,7 @@ def test_pages_are_filled() -> None:
 
 
 def test_a_page_that_is_too_small_is_refused() -> None:
-    with pytest.raises(ValueError, match="page_bytes=100: a page must hold at least 1024 elements, 4096 bytes"):
+    with pytest.raises(
+        ValueError, match="page_bytes=100: a page must hold at least 1024 elements, 4096 bytes"
+    ):
         divide([(0, 10, {"a": torch.float32})], 100)

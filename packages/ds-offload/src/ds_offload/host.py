@@ -50,7 +50,9 @@ class HostStore:
             on_host = items[0].key.kind in self.kinds
             numel = sum(i.numel for i in items)
             whole = (
-                host_memory(numel, dtype, device) if on_host else torch.empty(numel, dtype=dtype, device=device)
+                host_memory(numel, dtype, device)
+                if on_host
+                else torch.empty(numel, dtype=dtype, device=device)
             )
             whole.zero_()
             for item, part in zip(items, torch.split(whole, [i.numel for i in items]), strict=True):

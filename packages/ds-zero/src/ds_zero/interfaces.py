@@ -198,9 +198,7 @@ class PagesState(Protocol):
     def buffer_bytes(self) -> int:
         """Bytes of the memory into which states are loaded."""
 
-    def states_opened(
-        self, params: Sequence[Tensor], *, write: bool = False
-    ) -> AbstractContextManager[None]:
+    def states_opened(self, params: Sequence[Tensor], *, write: bool = False) -> AbstractContextManager[None]:
         """Context manager within which `state[p]` of these parameters is an ordinary dict of tensors in memory.
 
         Args:

@@ -44,7 +44,12 @@ class Placement:
 
     def on(self, where: Where) -> frozenset[str]:
         """Returns the kinds of tensors of ds_zero's stores that are stored at `where`."""
-        kinds = {"param": self.params, "grad": self.gradients, "master": self.masters, "state": self.optimizer_states}
+        kinds = {
+            "param": self.params,
+            "grad": self.gradients,
+            "master": self.masters,
+            "state": self.optimizer_states,
+        }
         return frozenset(kind for kind, place in kinds.items() if place == where)
 
 

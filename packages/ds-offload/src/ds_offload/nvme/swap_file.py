@@ -36,7 +36,9 @@ class SwapFile:
             OSError: the folder cannot be used, or its disk has no room. The message names both and what is needed.
         """
         _check_room(folder, num_bytes)
-        number, name = tempfile.mkstemp(prefix=f"ds-{socket.gethostname()}-{os.getpid()}-", suffix=".swap", dir=folder)
+        number, name = tempfile.mkstemp(
+            prefix=f"ds-{socket.gethostname()}-{os.getpid()}-", suffix=".swap", dir=folder
+        )
         os.close(number)
         os.unlink(name)  # only the unused name was needed
         self.num_bytes = num_bytes
@@ -65,10 +67,14 @@ class SwapFile:
 def _check_room(folder: Path, num_bytes: int) -> None:
     if not folder.is_dir():
         raise NotADirectoryError(
-            errno.ENOTDIR, "the folder for offloaded state does not exist: create it, or name another", str(folder)
+            errno.ENOTDIR,
+            "the folder for offloaded state does not exist: create it, or name another",
+            str(folder),
         )
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, "cannot create files in the folder for offloaded state", str(folder))
+        raise PermissionError(
+            errno.EACCES, "cannot create files in the folder for offloaded state", str(folder)
+        )
     if shutil.disk_usage(folder).free < num_bytes:
         raise _no_room(folder, num_bytes)
 

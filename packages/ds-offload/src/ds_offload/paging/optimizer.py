@@ -104,7 +104,9 @@ class PagedOptimizer(Optimizer):
         return loss
 
     @torch.no_grad()
-    def step_fused(self, params: Sequence[Tensor], *, grad_scale: Tensor, out: Sequence[Tensor | None]) -> None:
+    def step_fused(
+        self, params: Sequence[Tensor], *, grad_scale: Tensor, out: Sequence[Tensor | None]
+    ) -> None:
         """Steps exactly `params` with gradients `p.grad * grad_scale`, and writes a copy of the new `params[i]` to
         `out[i]`, unless None. In one pass over memory if the inner optimizer has `step_fused`.
         """

@@ -42,7 +42,11 @@ class PagedStates(MutableMapping[Tensor, State]):
     """
 
     def __init__(
-        self, optimizer: Optimizer, groups: Callable[[], Sequence[Mapping[str, Any]]], pager: Pager, page_bytes: int
+        self,
+        optimizer: Optimizer,
+        groups: Callable[[], Sequence[Mapping[str, Any]]],
+        pager: Pager,
+        page_bytes: int,
     ) -> None:
         """`groups` returns the parameter groups."""
         self._optimizer, self._groups = optimizer, groups
@@ -169,7 +173,9 @@ class PagedStates(MutableMapping[Tensor, State]):
         return param in self._numbers or bool(self._new.get(param)) or bool(self._open.get(param))  # type: ignore[call-overload]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter([*self._numbers, *(p for p, state in self._new.items() if state and p not in self._numbers)])
+        return iter(
+            [*self._numbers, *(p for p, state in self._new.items() if state and p not in self._numbers)]
+        )
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -224,7 +230,9 @@ class PagedStates(MutableMapping[Tensor, State]):
         for param, state in full.items():
             names = self._layout_of(param).dtypes
             self._numbers[param] = {
-                n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in state.items() if n not in names
+                n: v.detach().clone() if isinstance(v, Tensor) else v
+                for n, v in state.items()
+                if n not in names
             }
 
     def _checked(self, param: Tensor, state: State) -> dict[str, Tensor]:
@@ -264,9 +272,7 @@ class PagedStates(MutableMapping[Tensor, State]):
         if not added:
             return
         first = len(self._params)
-        sizes = [
-            (first + i, local(p).numel(), self._layout_of(p).dtypes) for i, p in enumerate(added)
-        ]
+        sizes = [(first + i, local(p).numel(), self._layout_of(p).dtypes) for i, p in enumerate(added)]
         pages = divide(sizes, self._page_bytes)
         numbers = self._pager.add(pages, local(added[0]).device)
         self._params += added
@@ -288,8 +294,12 @@ class PagedStates(MutableMapping[Tensor, State]):
         """Returns the index of the parameter's group."""
         number = self._group_numbers.get(param)
         if number is None:
-            self._group_numbers = {p: index for index, group in enumerate(self._groups()) for p in group["params"]}
+            self._group_numbers = {
+                p: index for index, group in enumerate(self._groups()) for p in group["params"]
+            }
             number = self._group_numbers.get(param)
         if number is None:
-            raise ValueError(f"a parameter of shape {tuple(param.shape)} is in no parameter group of this optimizer")
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is in no parameter group of this optimizer"
+            )
         return number

@@ -53,7 +53,9 @@ class _Held:
 class Pager:
     """The pages of one optimizer: in a store, and up to `num_buffers` of them in memory."""
 
-    def __init__(self, store: Store, *, page_bytes: int, num_buffers: int, read_ahead: int, write_behind: bool) -> None:
+    def __init__(
+        self, store: Store, *, page_bytes: int, num_buffers: int, read_ahead: int, write_behind: bool
+    ) -> None:
         """
         Args:
             read_ahead: number of following pages that are loaded while one is open.
@@ -91,11 +93,11 @@ class Pager:
     def add(self, pages: list[Page], device: torch.device) -> range:
         """Reserves new pages, whose values are zero. Returns their indices."""
         first = len(self._pages)
-        held = [_Held(page, PageKey(name=f"page {first + i}", owner=id(self))) for i, page in enumerate(pages)]
+        held = [
+            _Held(page, PageKey(name=f"page {first + i}", owner=id(self))) for i, page in enumerate(pages)
+        ]
         self._device = self._device or device
-        self._store.reserve(
-            [PageReservation(key=h.key, numel=h.page.num_bytes, device=device) for h in held]
-        )
+        self._store.reserve([PageReservation(key=h.key, numel=h.page.num_bytes, device=device) for h in held])
         self._pages += held
         return range(first, len(self._pages))
 

@@ -45,9 +45,7 @@ def _needed(numel: int, dtypes: Mapping[str, torch.dtype]) -> int:
     return sum(_aligned(numel * dtype.itemsize) for dtype in dtypes.values())
 
 
-def divide(
-    params: Sequence[tuple[int, int, Mapping[str, torch.dtype]]], page_bytes: int
-) -> list[Page]:
+def divide(params: Sequence[tuple[int, int, Mapping[str, torch.dtype]]], page_bytes: int) -> list[Page]:
     """Fills one page after the other, in the order of the parameters. A parameter that does not fit into the rest of a
     page continues in the next one.
 

@@ -48,7 +48,9 @@ def step_parts(
     else:
         _step_apart(optimizer, views, out, grad_scale)
     return {
-        part.param: _kept(part, optimizer.state[view]) for part, view in zip(parts, views, strict=True) if optimizer.state[view]
+        part.param: _kept(part, optimizer.state[view])
+        for part, view in zip(parts, views, strict=True)
+        if optimizer.state[view]
     }
 
 

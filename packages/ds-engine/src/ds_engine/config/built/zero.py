@@ -124,9 +124,7 @@ ROWS: tuple[Row, ...] = (
         switches={f"{_PARAM}.device": ("none",)},
         **_STAGE3,
     ),
-    works(
-        f"{_PARAM}.nvme_path", "ds-offload", "ds_offload.NVMeStore", only=_params_on_disk, otherwise=_DISK
-    ),
+    works(f"{_PARAM}.nvme_path", "ds-offload", "ds_offload.NVMeStore", only=_params_on_disk, otherwise=_DISK),
     gone(
         f"{_ZERO}.legacy_stage1",
         "ds-zero",
@@ -144,8 +142,12 @@ ROWS: tuple[Row, ...] = (
     no_effect(f"{_OFFLOAD}.pipeline_read", "ds-offload", _OVERLAP),
     no_effect(f"{_OFFLOAD}.pipeline_write", "ds-offload", _OVERLAP),
     no_effect(f"{_OFFLOAD}.fast_init", "ds-offload", "states that were never written are never read"),
-    no_effect(f"{_PARAM}.buffer_count", "ds-offload", "parameters are read into the memory in which they are used"),
-    no_effect(f"{_PARAM}.buffer_size", "ds-offload", "parameters are read into the memory in which they are used"),
+    no_effect(
+        f"{_PARAM}.buffer_count", "ds-offload", "parameters are read into the memory in which they are used"
+    ),
+    no_effect(
+        f"{_PARAM}.buffer_size", "ds-offload", "parameters are read into the memory in which they are used"
+    ),
     no_effect(f"{_PARAM}.max_in_cpu", "ds-offload", "all parameters that are offloaded to a disk stay there"),
     no_effect(
         f"{_PARAM}.pin_memory", "ds-offload", "host memory is page-locked on a machine with an accelerator"

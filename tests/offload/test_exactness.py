@@ -1,0 +1,94 @@
+"""Training does not depend on where state is stored: device, host, disk or several of them."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ds_zero
+from ds_core.optim import FusedAdam
+from ds_offload import CPUAdam, HostStore, NVMeStore, PagedOptimizer
+from harness import ranks
+from harness.covering import covering
+from zero.parity import Job, Result, assert_same, sharded
+
+ALL = ("param", "master", "grad", "state")
+DISK = {"host": (), "disk": ALL, "states on the disk": ("state",), "mixed": ("master", "state")}
+FACTORS = {
+    "stage": [1, 2, 3],
+    "place": ["host", "disk", "states on the disk", "mixed"],
+    "overlap": [True, False],
+    "accumulation": [1, 4],
+    "clip": [None, 0.3],
+    "precision": ["fp16", "bf16", "fp32"],
+}
+ROWS = covering(FACTORS)
+SMALL = {"reduce_bucket_numel": 1500, "persistence_threshold_numel": 20}
+PRECISIONS: dict[str, dict[str, Any]] = {
+    # The first steps overflow at this scale.
+    "fp16": {"dtype": torch.float16, "scale": ds_zero.DynamicScale(initial_scale=2.0**17, hysteresis=1, window=8)},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp32": {"dtype": torch.float32},
+}
+
+
+def train(row: dict[str, Any], place: str, steps: int) -> Result:
+    """Trains on 2 ranks, with the state at `place`; "memory": on the device."""
+    on_disk = DISK.get(place, ())
+    folder = tempfile.mkdtemp()
+    store: Any = None
+    if place == "host":
+        store = HostStore(("master", "grad", "param"))
+    elif place != "memory":
+        store = NVMeStore(folder, on_disk)
+
+    def make(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        options = {"lr": 1e-2, "weight_decay": 0.1}
+        if place == "memory":
+            return FusedAdam(params, **options)
+        optimizer = CPUAdam(params, **options)
+        if "state" not in on_disk:
+            return optimizer
+        overlap = row["overlap"]
+        return PagedOptimizer(
+            optimizer, store, page_bytes=16384, num_buffers=3, overlap_reads=overlap, overlap_writes=overlap
+        )
+
+    job = Job(
+        steps=steps,
+        accumulation=row["accumulation"],
+        clip=row["clip"],
+        optimizer=make,
+        model={"extras": True},
+        **PRECISIONS[row["precision"]],
+    )
+    return sharded(job, row["stage"], store=store, **SMALL)
+
+
+def check(row: dict[str, Any], steps: int) -> None:
+    assert_same(train(row, row["place"], steps), train(row, "memory", steps))
+
+
+@ranks(2, timeout_s=300)
+def test_training_has_the_bits_of_training_in_memory() -> None:
+    for row in ROWS:
+        check(row, 6)
+
+
+@pytest.mark.full
+@ranks(2, timeout_s=900)
+@pytest.mark.parametrize("precision", FACTORS["precision"])
+@pytest.mark.parametrize("place", FACTORS["place"])
+@pytest.mark.parametrize("stage", FACTORS["stage"])
+def test_everything(stage: int, place: str, precision: str) -> None:
+    for overlap, accumulation, clip in itertools.product(
+        *(FACTORS[name] for name in ("overlap", "accumulation", "clip"))
+    ):
+        row = {"overlap": overlap, "accumulation": accumulation, "clip": clip}
+        check({"stage": stage, "place": place, "precision": precision, **row}, 30)
