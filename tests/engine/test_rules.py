@@ -21,6 +21,7 @@ def chosen(raw: dict[str, Any], **passed: Any) -> Choices:
 
 
 OFFLOAD = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
+ON_DISK = {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}
 
 # One job for each rule, in the order of the table.
 BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -28,11 +29,11 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"optimizer": {"type": "LBFGS"}}, {}),
     ({"optimizer": {"type": "SparseAdam"}}, {}),
     ({"zero_optimization": OFFLOAD}, {"optimizer": torch.optim.AdamW}),
+    ({"zero_optimization": ON_DISK, "optimizer": {"type": "Lamb"}}, {}),
     ({"optimizer": {"type": "Adam"}}, {"optimizer": torch.optim.AdamW}),
     ({"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}}, {"lr_scheduler": WarmupLR}),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme"}}}, {}),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {}),
-    ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {"device_type": "cuda"}),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": False}}}, {}),
 ]  # fmt: skip
 
@@ -61,6 +62,8 @@ def test_each_rule_refuses_its_job_and_says_why(index: int) -> None:
         ({"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 3}}, {}),
         ({"optimizer": {"type": "Adam"}, "zero_optimization": OFFLOAD}, {}),
         ({"zero_optimization": OFFLOAD}, {"optimizer": ds_offload.CPUAdam}),
+        ({"zero_optimization": ON_DISK, "optimizer": {"type": "Adam"}}, {}),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {"device_type": "cuda"}),
         (
             {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 9}},
             {"optimizer": torch.optim.SGD},

@@ -32,7 +32,10 @@ ROWS = covering(FACTORS)
 SMALL = {"reduce_bucket_numel": 1500, "persistence_threshold_numel": 20}
 PRECISIONS: dict[str, dict[str, Any]] = {
     # The first steps overflow at this scale.
-    "fp16": {"dtype": torch.float16, "scale": ds_zero.DynamicScale(initial_scale=2.0**17, hysteresis=1, window=8)},
+    "fp16": {
+        "dtype": torch.float16,
+        "scale": ds_zero.DynamicScale(initial_scale=2.0**17, hysteresis=1, window=8),
+    },
     "bf16": {"dtype": torch.bfloat16},
     "fp32": {"dtype": torch.float32},
 }

@@ -53,6 +53,14 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--sample-bytes", type=int, default=200, help="length of each sample from the trained model"
     )
+    parser.add_argument(
+        "--offload",
+        choices=["none", "cpu", "nvme"],
+        help="where masters, gradients and optimizer states are stored; nvme: also parameters (default: see --config)",
+    )
+    parser.add_argument(
+        "--nvme-path", type=Path, help="folder on the disk for --offload nvme (default: that of --runs)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the weights and of the order of the data")
     return parser.parse_args(argv)
 
@@ -73,11 +81,24 @@ def settings_for(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if config.get("bf16", {}).get("enabled") and not bf16_is_native():
         config["bf16"]["enabled"] = False
         notes.append("computing in float32: this CPU has no bfloat16 instructions (avx512_bf16, amx_bf16)")
+    if args.offload is not None:
+        _store_at(args.offload, args.nvme_path or args.runs, config["zero_optimization"])
+        notes.append(f"offload_optimizer and offload_param: {args.offload}")
     schedule = config["scheduler"]["params"]
     if args.steps is not None and args.steps != schedule["total_num_steps"]:
         schedule["warmup_num_steps"] = min(schedule["warmup_num_steps"], max(2, args.steps // 10))
         schedule["total_num_steps"] = args.steps
     return config, notes
+
+
+def _store_at(device: str, folder: Path, zero: dict[str, Any]) -> None:
+    """Sets where `zero_optimization` stores the state."""
+    place: dict[str, Any] = {"device": device}
+    if device == "nvme":
+        folder.mkdir(parents=True, exist_ok=True)
+        place["nvme_path"] = str(folder)
+    zero["offload_optimizer"] = place
+    zero["offload_param"] = place if device == "nvme" else {"device": "none"}
 
 
 @dataclass(kw_only=True)

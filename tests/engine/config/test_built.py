@@ -85,6 +85,11 @@ TESTED = {
     "startup_summary": "training/test_startup_summary.py::test_it_is_printed_once_and_can_be_silenced",
     "zero_optimization.stage": "test_built.py::test_a_key_reaches_ds_zero",
     "zero_optimization.offload_optimizer.device": "test_built.py::test_offload_chooses_where_states_rest",
+    "zero_optimization.offload_optimizer.nvme_path": "build/test_offload.py::test_the_settings_reach_the_store",
+    "zero_optimization.offload_optimizer.buffer_count": "build/test_offload.py::test_the_settings_reach_the_store",
+    "zero_optimization.offload_param.device": "test_built.py::test_offload_chooses_where_states_rest",
+    "zero_optimization.offload_param.nvme_path": "build/test_offload.py::test_the_settings_reach_the_store",
+    "aio": "build/test_offload.py::test_the_settings_reach_the_store",
     "zero_optimization.offload_optimizer.pin_memory": "test_rules.py::test_each_rule_refuses_its_job_and_says_why",
 }
 
@@ -209,8 +214,7 @@ def test_offload_param_asks_for_nothing_below_stage_3() -> None:
     for stage in (0, 1, 2):
         config = load(config_with("zero_optimization.offload_param.device", "nvme", stage))
         assert "the stage is below 3" in effectless(config)["zero_optimization.offload_param.device"]
-    with pytest.raises(ConfigError, match="ds-offload will add"):
-        load(config_with("zero_optimization.offload_param", {"device": "nvme", "nvme_path": "/x"}, 3))
+    load(config_with("zero_optimization.offload_param", {"device": "nvme", "nvme_path": "/x"}, 3))
 
 
 def test_what_has_no_effect_at_this_stage_is_told() -> None:
@@ -221,7 +225,7 @@ def test_what_has_no_effect_at_this_stage_is_told() -> None:
         value = next(v for v in values_of(key) if v is not None)
         found = [effectless(load(config_with(row.key, value, stage))) for stage in (0, 1, 2, 3)]
         assert any(row.key in idle for idle in found), row.key
-        if not row.key.startswith("zero_optimization.offload"):
+        if not row.key.startswith(("zero_optimization.offload", "aio.")):
             assert not all(row.key in idle for idle in found), row.key
 
 
@@ -273,11 +277,18 @@ def test_a_key_reaches_ds_zero(row: Row) -> None:
 
 
 def test_offload_chooses_where_states_rest() -> None:
-    def placement(device: str) -> Any:
-        return choices_of(load(config_with("zero_optimization.offload_optimizer.device", device))).placement
+    def placement(device: str, param: str = "none", stage: int = 3) -> Any:
+        step = {"device": device, "nvme_path": "/x"}
+        section = {"offload_optimizer": step, "offload_param": {"device": param, "nvme_path": "/y"}}
+        return choices_of(load(config_with("zero_optimization", {"stage": stage, **section}))).placement
 
-    assert placement("none").masters != "cpu" and not placement("none").optimizer_on_host
-    assert placement("cpu").masters == "cpu" and placement("cpu").optimizer_on_host
+    assert placement("none").on("device") == {"param", "grad", "master", "state"}
+    assert not placement("none").optimizer_on_host
+    assert placement("cpu").on("cpu") == {"grad", "master", "state"} and placement("cpu").optimizer_on_host
+    assert placement("nvme", "cpu").on("nvme") == {"grad", "master", "state"}
+    assert placement("nvme", "cpu").on("cpu") == {"param"} and placement("nvme").optimizer_on_host
+    assert placement("none", "nvme").on("nvme") == {"param"}
+    assert placement("none", "nvme", 2).on("device") == {"param", "grad", "master", "state"}
 
 
 def test_a_vocabulary_that_tensor_cores_do_not_like() -> None:

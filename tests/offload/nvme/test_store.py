@@ -89,11 +89,12 @@ def test_values_that_another_process_changed_are_found(tmp_path: Path, where: in
     out = torch.empty_like(values)
     store.load(A, out).wait()
     assert torch.equal(out, values)
+    block = where // BLOCK_BYTES
     os.pwrite(the_file(), b"\1\2\3\4", 4096 + where)
     os.fsync(the_file())
     with pytest.raises(
         SwapError,
-        match=rf"the master of 'a' was changed on the disk: .*\.swap, byte {4096 + where // BLOCK_BYTES * BLOCK_BYTES} on",
+        match=rf"the master of 'a' was changed on the disk: .*\.swap, byte {4096 + block * BLOCK_BYTES} on",
     ):
         store.load(A, torch.empty_like(values)).wait()
     store.close()
@@ -135,7 +136,7 @@ def test_kinds_may_be_on_different_disks_and_on_the_host(tmp_path: Path) -> None
     mapped = store.reserve([item(A, 100), item(grad, 100), item(ShardKey(name="a", kind="state"), 100)])
     assert mapped.keys() == {grad}
     links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-    assert sum(str(fast) in link for link in links) == sum(str(slow) in link for link in links) == 1
+    assert any(str(fast) in link for link in links) and any(str(slow) in link for link in links)
     store.close()
 
 

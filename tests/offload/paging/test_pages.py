@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -34,7 +36,7 @@ def test_every_state_of_every_element_has_its_own_place(
                 assert begin % 64 == 0
                 taken.append((begin, begin + part.numel * dtype.itemsize))
         taken.sort()
-        assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(taken))
         assert taken[-1][1] <= page.num_bytes
     assert covered == {i: numel for i, (numel, dtypes) in enumerate(params) if numel and dtypes}
 

@@ -58,6 +58,8 @@ def _offloads_params(choices: Choices) -> bool:
     return choices.settings.zero_optimization.offload_param.device != "none"
 
 
+_NOT_ELEMENTWISE = frozenset({"lamb", "fusedlamb", "muon", "adafactor"})
+
 RULES: tuple[Rule, ...] = (
     Rule(
         first="bf16.bf16_optimizer_states",
@@ -81,12 +83,19 @@ RULES: tuple[Rule, ...] = (
         remedy="use AdamW, and sparse=False in nn.Embedding",
     ),
     Rule(
-        first="offload_optimizer.device cpu",
+        first="offload_optimizer.device",
         second="an optimizer object that was passed in",
         applies=lambda c: _offloads(c) and _passed_for_device(c) and c.settings.zero_force_ds_cpu_optimizer,
         reason="masters and states are in host memory, where an optimizer that was not made for it is slow",
         remedy="pass a ds_offload.CPUAdam, name the optimizer in the config instead, or set "
         "zero_force_ds_cpu_optimizer to false",
+    ),
+    Rule(
+        first="offload_optimizer.device nvme",
+        second="an optimizer that needs whole tensors",
+        applies=lambda c: c.placement.optimizer_states == "nvme" and _named(c) in _NOT_ELEMENTWISE,
+        reason="its states are read from the disk in pages, which contain parts of tensors",
+        remedy='use AdamW, Adagrad, Lion or SGD, or set offload_optimizer.device to "cpu"',
     ),
     Rule(
         first="an optimizer object that was passed in",

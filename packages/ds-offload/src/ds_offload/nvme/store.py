@@ -87,7 +87,7 @@ class NVMeStore:
         folders = folder if isinstance(folder, Mapping) else dict.fromkeys(kinds, folder)
         self.folders = {kind: Path(path) for kind, path in folders.items()}
         """Kind -> folder, for the kinds on the disk."""
-        self._options = options = options or NVMeOptions()
+        self.options = options or NVMeOptions()
         self._host = HostStore(frozenset(host) - self.folders.keys())
         self._engine: io.Engine | None = None
         self._extents: dict[Key, _Extent] = {}
@@ -120,7 +120,7 @@ class NVMeStore:
             file.num_extents = len(items)
             offset = 0
             for item in items:
-                sums = BlockSums(item.numel * item.dtype.itemsize, self._options.verify)
+                sums = BlockSums(item.numel * item.dtype.itemsize, self.options.verify)
                 self._extents[item.key] = _Extent(file, offset, item.numel, item.dtype, sums)
                 offset += _size(item)
         self._files += made
@@ -207,7 +207,7 @@ class NVMeStore:
 
     def _open_engine(self) -> io.Engine:
         if self._engine is None:
-            chosen = self._options
+            chosen = self.options
             self._engine = io.Engine(
                 backend=chosen.backend,
                 block_bytes=chosen.block_bytes,

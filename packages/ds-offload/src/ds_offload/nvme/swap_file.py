@@ -45,7 +45,7 @@ class SwapFile:
         self.num_extents = 0
         """Number of tensors in the file. It is closed when the last one is released."""
         try:
-            self._file = engine.open(name, num_bytes=num_bytes, create=True)
+            self._file = engine.open(name, num_bytes=num_bytes, create=True, exclusive=True)
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise

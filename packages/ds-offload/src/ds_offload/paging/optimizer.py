@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -33,7 +32,7 @@ class PagedOptimizer(Optimizer):
     `state` behaves like that of every optimizer, but reads from the store: `state[param]` is a copy, which raises when
     it is changed in place. Write within `states_opened(params, write=True)`, or assign a whole dict.
 
-    It shares the dicts in `param_groups` with the inner optimizer, so schedules may use either.
+    The options in its own `param_groups` count. The inner optimizer has the same dicts until a state dict is loaded.
     """
 
     elementwise = True
@@ -70,6 +69,7 @@ class PagedOptimizer(Optimizer):
                 + ", one is stored" * overlap_writes
             )
         self._inner = optimizer
+        self.num_buffers = num_buffers
         self._own_store = isinstance(store, (str, Path))
         self._store: Store = NVMeStore(store) if isinstance(store, (str, Path)) else store
         super().__init__(optimizer.param_groups, optimizer.defaults)
@@ -83,7 +83,7 @@ class PagedOptimizer(Optimizer):
         self._states = PagedStates(optimizer, lambda: self.param_groups, self._pager, page_bytes)
         self._states.adopt(optimizer.state)
         self.state: Any = self._states
-        optimizer.state = defaultdict(dict)
+        optimizer.state.clear()
 
     @property
     def inner(self) -> Optimizer:
@@ -120,12 +120,9 @@ class PagedOptimizer(Optimizer):
         live = [p for p in params if p.grad is not None and p.numel()]
         copies = {p: c for p, c in zip(params, out, strict=True) if c is not None} if out is not None else {}
         numbers: dict[Tensor, dict[str, Any]] = {}
-        try:
-            with closing(self._states.visit(live)) as visited:
-                for parts in visited:
-                    numbers |= step_parts(self._inner, self.param_groups, parts, grad_scale, copies)
-        finally:
-            self._inner.param_groups, self._inner.state = self.param_groups, defaultdict(dict)
+        with closing(self._states.visit(live)) as visited:
+            for parts in visited:
+                numbers |= step_parts(self._inner, self.param_groups, parts, grad_scale, copies)
         self._states.set_numbers(numbers)
 
     # --- states
@@ -182,7 +179,6 @@ class PagedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state.pop("state", {})
         self.__dict__.update(state)
-        self._inner.param_groups = self.param_groups
         self._states.clear()
         for param, held in loaded.items():
             self._states[param] = held

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,7 @@ class PagedStates(MutableMapping[Tensor, State]):
 
     # --- for steps
 
-    def visit(self, params: Sequence[Tensor]) -> Iterator[Sequence[LoadedPart]]:
+    def visit(self, params: Sequence[Tensor]) -> Generator[Sequence[LoadedPart], None, None]:
         """Yields the parts of `params` page by page, with their states in memory, and stores each page when the next
         one is asked for. Close the generator if the loop may raise: the page at which it raised is not stored.
         """
@@ -148,7 +148,9 @@ class PagedStates(MutableMapping[Tensor, State]):
 
     def get(self, param: Tensor, default: Any = None) -> Any:
         """Returns the states of a parameter, or `default` if it has none."""
-        return self[param] if param in self else default
+        if param not in self:
+            return default
+        return self[param]
 
     def pop(self, param: Tensor, *default: Any) -> Any:
         """Removes and returns the states of a parameter; `default` if it has none.
@@ -186,7 +188,7 @@ class PagedStates(MutableMapping[Tensor, State]):
         self._params.clear()
         self._pages.clear()
         for held in (self._index, self._numbers, self._open, self._new, self._layouts, self._group_numbers):
-            held.clear()  # type: ignore[attr-defined]
+            held.clear()
 
     # --- reading and writing whole states
 

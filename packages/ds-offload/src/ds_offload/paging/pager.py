@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections import OrderedDict
 from collections.abc import Callable
@@ -140,10 +141,8 @@ class Pager:
         """Frees pages and buffers, whatever is in progress."""
         for held in self._pages:
             if held.work is not None:
-                try:
+                with contextlib.suppress(Exception):  # the values are dropped
                     held.work.wait()
-                except Exception:  # the values are dropped
-                    held.work = None
             self._store.release(held.key)
         self._pages.clear()
         self._free.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ds_offload.paging.paged_states import LoadedPart
+from ds_offload.paging.state_layout import over
 from ds_offload.paging.tensors import flat, flat_as, local
 
 
@@ -21,7 +21,7 @@ def step_parts(
     grad_scale: Tensor | None,
     copies: Mapping[Tensor, Tensor],
 ) -> dict[Tensor, dict[str, Any]]:
-    """Steps `parts` by giving the optimizer views of them as its parameters.
+    """Steps `parts` with an optimizer like the given one, whose parameters are views of them.
 
     Args:
         grad_scale: 0-dim; multiplies the gradients. None: 1.
@@ -35,22 +35,21 @@ def step_parts(
     by_group: dict[int, list[Tensor]] = {}
     for part, view in zip(parts, views, strict=True):
         by_group.setdefault(part.group, []).append(view)
-    optimizer.param_groups = [{**groups[number], "params": members} for number, members in by_group.items()]
-    optimizer.state = defaultdict(dict)
+    stepped = over(optimizer, [{**groups[number], "params": members} for number, members in by_group.items()])
     for part, view in zip(parts, views, strict=True):
         if part.numbers is not None:
             copied = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.numbers.items()}
-            optimizer.state[view] = {**copied, **part.states}
-    fused: Any = getattr(optimizer, "step_fused", None)
+            stepped.state[view] = {**copied, **part.states}
+    fused: Any = getattr(stepped, "step_fused", None)
     if fused is not None and (grad_scale is not None or copies):
         scale = grad_scale if grad_scale is not None else torch.ones(())
         fused(views, grad_scale=scale, out=out)
     else:
-        _step_apart(optimizer, views, out, grad_scale)
+        _step_apart(stepped, views, out, grad_scale)
     return {
-        part.param: _kept(part, optimizer.state[view])
+        part.param: _kept(part, stepped.state[view])
         for part, view in zip(parts, views, strict=True)
-        if optimizer.state[view]
+        if stepped.state[view]
     }
 
 

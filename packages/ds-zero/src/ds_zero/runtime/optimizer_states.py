@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ds_zero.interfaces import PagesState
 
 
 def states_opened(
-    optimizer: Optimizer | None, shards: Sequence[Tensor], *, write: bool = False
+    optimizer: object, shards: Sequence[Tensor], *, write: bool = False
 ) -> AbstractContextManager[None]:
     """Context manager within which `optimizer.state[shard]` is a dict of tensors in memory, for each of `shards`.
 

@@ -1,0 +1,103 @@
+"""State on a disk by the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ds_engine
+import ds_offload
+from ds_engine.build import offload
+from ds_engine.build.topology import arranged
+from ds_engine.config import ConfigError, load
+from ds_engine.job import Job, choices_of, describe
+from harness import ranks
+
+
+def job(zero: dict[str, Any], **more: Any) -> Job:
+    config = load({"train_batch_size": 8, "zero_optimization": zero, **more})
+    return describe(choices_of(config), arranged(config, 0, 1), "cpu")
+
+
+def test_the_settings_reach_the_store(tmp_path: Path) -> None:
+    states, params = tmp_path / "states", tmp_path / "params"
+    for folder in (states, params):
+        folder.mkdir()
+    zero = {
+        "stage": 3,
+        "offload_optimizer": {"device": "nvme", "nvme_path": str(states), "buffer_count": 5},
+        "offload_param": {"device": "nvme", "nvme_path": str(params)},
+    }
+    aio = {"block_size": 65536, "queue_depth": 3, "intra_op_parallelism": 2, "verify": "sampled"}
+    made = job(zero, aio=aio)
+    store = offload.store_of(made)
+    assert isinstance(store, ds_offload.NVMeStore)
+    assert store.folders == {"grad": states, "master": states, "param": params, "state": states}
+    assert store.options == ds_offload.NVMeOptions(
+        block_bytes=65536, queue_depth=3, num_threads=2, verify="sampled"
+    )
+    optimizer = ds_offload.CPUAdam(nn.Linear(2, 2).parameters())
+    paged = offload.paged(made, optimizer, store)
+    assert isinstance(paged, ds_offload.PagedOptimizer) and paged.inner is optimizer
+    assert paged.num_buffers == 5
+    assert offload.paged(made, paged, store) is paged
+    mixed = job({**zero, "offload_param": {"device": "cpu"}})
+    assert offload.store_of(mixed).folders.keys() == {"grad", "master", "state"}
+    host = job({**zero, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}})
+    assert offload.store_of(host).kinds == {"grad", "master", "state", "param"}
+    assert offload.paged(host, optimizer, None) is optimizer
+    assert offload.store_of(job({"stage": 3})) is None
+    with pytest.raises(ConfigError, match="needs a buffer_count of at least 3"):
+        job({"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/x", "buffer_count": 2}})
+
+
+def train(zero: dict[str, Any], folder: Path, **more: Any) -> list[float]:
+    """Trains 3 steps, saves, 2 more, loads, and 2 again."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 300), nn.Tanh(), nn.Linear(300, 7), nn.Linear(7, 1))
+    config = {
+        "train_batch_size": 16,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "zero_optimization": zero,
+        "startup_summary": False,
+        **more,
+    }
+    engine, *_ = ds_engine.initialize(model, config)
+    losses = []
+
+    def steps(numbers: range) -> None:
+        for number in numbers:
+            for micro in range(2):
+                torch.manual_seed(10 * number + micro)
+                data = torch.randn(4, 64, dtype=next(model.parameters()).dtype)
+                loss = engine(data).float().square().mean()
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+
+    with engine:
+        steps(range(3))
+        engine.save_checkpoint(folder)
+        steps(range(3, 5))
+        engine.load_checkpoint(folder)
+        steps(range(3, 5))
+    assert losses[-4:] == losses[-8:-4]
+    return losses
+
+
+@ranks(2)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_training_and_checkpoints_have_the_same_bits_on_the_disk(stage: int, tmp_path: Path) -> None:
+    more = {"bf16": {"enabled": True}} if stage == 3 else {}
+    on_disk = {"device": "nvme", "nvme_path": str(tmp_path)}
+    expected = train({"stage": stage, "offload_optimizer": {"device": "cpu"}}, tmp_path / "a", **more)
+    section = {"offload_optimizer": on_disk, **({"offload_param": on_disk} if stage == 3 else {})}
+    assert train({"stage": stage, **section}, tmp_path / "b", **more) == expected
+    # A checkpoint does not depend on where the states were.
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}, "swap files have no names"
