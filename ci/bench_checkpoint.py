@@ -105,7 +105,7 @@ def blocking(args: argparse.Namespace, root: Path) -> dict[str, Any]:
 
     def ours(folder: Path) -> Callable[[], bool]:
         engine.save_checkpoint(folder)
-        return lambda: not engine.background.busy
+        return lambda: not engine.savers.background.busy
 
     # As large as what we save, and each with a storage of its own, which is what its writer likes best.
     tensors = {

@@ -50,7 +50,7 @@ def test_what_is_written_is_the_state_of_the_call_whatever_training_does_meanwhi
 ) -> None:
     with job() as engine, job() as other:
         step(engine)
-        other.background = None
+        other.savers.background = None
         other.save_checkpoint(tmp_path / "plain")  # before any step
         step(other)
         other.save_checkpoint(tmp_path / "plain")
@@ -71,7 +71,7 @@ def test_what_is_written_is_the_state_of_the_call_whatever_training_does_meanwhi
 @ranks(2)
 def test_one_copy_at_a_time_in_the_same_buffers_and_pruned(tmp_path: Path) -> None:
     with job(keep_last=2) as engine:
-        saver = engine.background
+        saver = engine.savers.background
         assert saver is not None
         step(engine)
         engine.save_checkpoint(tmp_path)
@@ -96,7 +96,7 @@ def test_a_failure_is_told_and_training_goes_on_with_the_last_good_one(
 ) -> None:
     said: list[str] = []
     with job() as engine:
-        saver = engine.background
+        saver = engine.savers.background
         assert saver is not None
         saver._say = said.append
         step(engine)
@@ -150,7 +150,7 @@ def test_the_next_step_waits_for_what_is_copied_late(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, more: dict[str, Any]
 ) -> None:
     with decoupled(stage, more) as plain:
-        plain.background = None
+        plain.savers.background = None
         step(plain)
         step(plain)
         plain.save_checkpoint(tmp_path / "plain")
@@ -163,7 +163,7 @@ def test_the_next_step_waits_for_what_is_copied_late(
             monkeypatch.setattr(outfile, "LARGE_BYTES", 1)
             monkeypatch.setattr(buffers, "BUFFER_BYTES", 4096)
         path = engine.save_checkpoint(tmp_path / "late")
-        assert engine.background is not None and engine.background._late is not None
+        assert engine.savers.background is not None and engine.savers.background._late is not None
         timer = threading.Timer(0.2, go.set)
         timer.start()
         step(engine)
@@ -183,8 +183,8 @@ def test_a_state_that_is_changed_by_hand_meanwhile_fails_the_save(
     with job() as engine:
         step(engine)
         go = held_late(monkeypatch)
-        assert engine.background is not None
-        engine.background._say = lambda text: None
+        assert engine.savers.background is not None
+        engine.savers.background._say = lambda text: None
         engine.save_checkpoint(tmp_path)
         if engine.world.rank == 0:
             for states in engine.optimizer.state.values():

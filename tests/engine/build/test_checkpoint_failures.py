@@ -245,8 +245,8 @@ def test_a_disk_that_is_full_sooner_or_later(small_disk: Path, background: bool)
 def test_a_rank_that_cannot_write_in_the_background(tmp_path: Path, bad_rank: int) -> None:
     engine = jobs.engine(3, checkpoint={"writer": {"decoupled": True}})
     said: list[str] = []
-    assert engine.background is not None
-    engine.background._say = said.append
+    assert engine.savers.background is not None
+    engine.savers.background._say = said.append
     jobs.train(engine, 1)
     engine.save_checkpoint(tmp_path)
     engine.wait_for_checkpoint()

@@ -74,6 +74,9 @@ TESTED = {
     "dataloader_drop_last": "test_unexpected_use.py::test_training_data_of_less_than_a_micro_batch_is_refused",
     "checkpoint.keep_last": "build/test_checkpoint.py",
     "checkpoint.writer.decoupled": "checkpoint/write/test_background.py",
+    "checkpoint.memory_copies.interval": "build/test_memory_copies.py::"
+    "test_the_state_is_copied_every_few_steps_and_resumed",
+    "checkpoint.memory_copies.copies": "build/test_memory_copies.py::test_the_number_of_copies",
     "activation_checkpointing": "test_engine.py::test_activation_checkpointing_follows_the_configuration",
     "wall_clock_breakdown": "training/test_timing.py::test_the_engine_measures_its_parts_and_writes_curves",
     "memory_breakdown": "training/test_timing.py::test_memory_is_written_after_each_part",

@@ -19,6 +19,8 @@ from ds_checkpoint.format import codec, folder, options
 from ds_checkpoint.format.model_config import MODEL_CONFIG, model_config
 from ds_checkpoint.format.model_part import refuse_parts
 from ds_checkpoint.format.records import BUFFER, PARAM
+from ds_checkpoint.memory.copies import MemoryCopies
+from ds_checkpoint.memory.resume import load_newest
 from ds_checkpoint.owners import Claim, names, owner_of
 from ds_checkpoint.read import opening
 from ds_checkpoint.read.checkpoint import Checkpoint
@@ -56,12 +58,43 @@ def save(
     """
     team, root = Team(), Path(directory)
     name = tag if tag is not None else team.by_first(f"saving into {root}", lambda: _next_tag(root))
-    doing = f"saving {root / name}"
+    content = _content(team, f"saving {root / name}", model, optimizer, extra, owners)
+    return write(root, name, lambda: content, keep_last=keep_last, team=team)
+
+
+def save_copy(
+    copies: MemoryCopies,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    owners: Sequence[Claim] | None = None,
+) -> str:
+    """As `save`, into the memory of hosts. The previous copy is removed when this one is complete on all hosts.
+
+    Returns:
+        The folder on this host.
+
+    Raises:
+        CheckpointError: on every rank, if any rank failed, for example because memory is full. The previous copy is
+            unchanged, and training can go on, except after a LostRanksError.
+    """
+    content = _content(Team(), "copying the state into memory", model, optimizer, extra, owners)
+    return copies.write(lambda: content)
+
+
+def _content(
+    team: Team,
+    doing: str,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    extra: Mapping[str, Any] | None,
+    owners: Sequence[Claim] | None,
+) -> Content:
     owner = team.together(doing, lambda: owner_of(model, optimizer, owners))
     values, blobs = team.together(doing, lambda: _values_of(team, model, optimizer, extra or {}))
     # Not in `write`: owners may use collectives, and a rank that failed alone there would leave the others waiting.
-    content = Content(records=owner.records(), blobs=blobs, values=values)
-    return write(root, name, lambda: content, keep_last=keep_last, team=team)
+    return Content(records=owner.records(), blobs=blobs, values=values)
 
 
 def _next_tag(root: Path) -> str:
@@ -132,28 +165,70 @@ def load(
     """
     team, root = Team(), Path(directory)
     path = Path(team.by_first(f"loading from {root}", lambda: str(opening.locate_any(root, tag))))
-    doing = f"loading {path}"
-    with team.together(doing, lambda: opening.open_at(path)) as checkpoint:
-        team.together(doing, lambda: checkpoint.check_files(team.rank, team.size))
-        team.together(doing, lambda: _check_groups(checkpoint, optimizer))
-        _check_names(team, doing, checkpoint, model, strict=strict)
-        owner = team.together(doing, lambda: owner_of(model, optimizer, owners))
-        team.together(doing, lambda: owner.load_records(checkpoint))
-        read = team.together(doing, lambda: _values(checkpoint, team))
-        records = owner.records()
-        team.together(doing, lambda: _check_read(checkpoint, records, states=optimizer is not None))
-        saved, group_options, generators = read
-        if optimizer is not None:
-            options.set_options(optimizer, group_options)
-        _restore_extra(extra, saved)
-        if generators is not None:
-            rng.restore(team.rank, checkpoint.manifest.values[f"rng/{team.rank}"], generators.__getitem__)
-        elif checkpoint.manifest.world_size != team.size and team.first:
-            warnings.warn(
-                f"{path} was written on {checkpoint.manifest.world_size} ranks and is loaded on {team.size}: random "
-                "generators belong to ranks, and stay as they are",
-                stacklevel=2,
-            )
+    with team.together(f"loading {path}", lambda: opening.open_at(path)) as checkpoint:
+        return _restore(team, checkpoint, model, optimizer, extra, strict=strict, owners=owners)
+
+
+def resume(
+    directory: str | os.PathLike[str],
+    copies: MemoryCopies | None,
+    model: nn.Module,
+    optimizer: Optimizer | None = None,
+    extra: MutableMapping[str, Any] | None = None,
+    *,
+    strict: bool = True,
+    owners: Sequence[Claim] | None = None,
+) -> dict[str, Any] | None:
+    """Loads the newest state of this job: from the memory of hosts, or the one that `load` finds in `directory` if that
+    is newer. All ranks must call it.
+
+    Copies of which a part is lost are not used, and a warning names the part. If a copy turns out to be damaged on
+    every host that keeps it, a warning says so, and the state of `directory` is loaded.
+
+    Returns:
+        The saved `extra`, as `load` returns it; None if there is nothing to load.
+
+    Raises:
+        CheckpointError: on every rank, as for `load`.
+    """
+
+    def restore(checkpoint: Checkpoint) -> dict[str, Any]:
+        return _restore(Team(), checkpoint, model, optimizer, extra, strict=strict, owners=owners)
+
+    loaded = load_newest(Path(directory), copies, Team(), opening.open_at, restore)
+    return None if loaded is None else loaded[1]
+
+
+def _restore(
+    team: Team,
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    extra: MutableMapping[str, Any] | None,
+    *,
+    strict: bool,
+    owners: Sequence[Claim] | None,
+) -> dict[str, Any]:
+    doing = f"loading {checkpoint.path}"
+    team.together(doing, lambda: checkpoint.check_files(team.rank, team.size))
+    team.together(doing, lambda: _check_groups(checkpoint, optimizer))
+    _check_names(team, doing, checkpoint, model, strict=strict)
+    owner = team.together(doing, lambda: owner_of(model, optimizer, owners))
+    team.together(doing, lambda: owner.load_records(checkpoint))
+    saved, group_options, generators = team.together(doing, lambda: _values(checkpoint, team))
+    records = owner.records()
+    team.together(doing, lambda: _check_read(checkpoint, records, states=optimizer is not None))
+    if optimizer is not None:
+        options.set_options(optimizer, group_options)
+    _restore_extra(extra, saved)
+    if generators is not None:
+        rng.restore(team.rank, checkpoint.manifest.values[f"rng/{team.rank}"], generators.__getitem__)
+    elif checkpoint.manifest.world_size != team.size and team.first:
+        warnings.warn(
+            f"{checkpoint.path} was written on {checkpoint.manifest.world_size} ranks and is loaded on {team.size}: "
+            "random generators belong to ranks, and stay as they are",
+            stacklevel=3,
+        )
     return saved
 
 

@@ -6,8 +6,11 @@ Bytes are sent as uint8 tensors; torch's object collectives would pickle them.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from typing import TypeVar
 
@@ -15,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.errors import CheckpointError, LostRanksError
 
 T = TypeVar("T")
 
@@ -49,14 +52,14 @@ class Team:
     def first(self) -> bool:
         return self.rank == 0
 
-    def share(self, payload: bytes) -> bytes:
-        """Returns rank 0's `payload` on every rank."""
+    def share(self, payload: bytes, source: int = 0) -> bytes:
+        """Returns the `payload` of one rank on every rank."""
         if self.size == 1:
             return payload
         count = torch.tensor([len(payload)], dtype=torch.int64, device=self.device)
-        self._finish(dist.broadcast(count, src=0, group=self._group, async_op=True))
-        content = self._tensor(payload, int(count)) if self.first else self._tensor(b"", int(count))
-        self._finish(dist.broadcast(content, src=0, group=self._group, async_op=True))
+        self._finish(dist.broadcast(count, src=source, group=self._group, async_op=True))
+        content = self._tensor(payload if self.rank == source else b"", int(count))
+        self._finish(dist.broadcast(content, src=source, group=self._group, async_op=True))
         return _bytes(content)
 
     def gather(self, payload: bytes) -> list[bytes]:
@@ -68,6 +71,45 @@ class Team:
         parts = [torch.empty_like(content) for _ in lengths] if self.first else None
         self._finish(dist.gather(content, parts, dst=0, group=self._group, async_op=True))
         return [_bytes(part[:n]) for part, n in zip(parts, lengths, strict=True)] if parts is not None else []
+
+    def exchange(self, payload: bytes) -> list[bytes]:
+        """Returns every rank's `payload`, in order, on every rank. For short ones: all take the room of the longest."""
+        if self.size == 1:
+            return [payload]
+        lengths = self._lengths(len(payload))
+        if not any(lengths):
+            return [b""] * self.size
+        parts = [torch.empty(max(lengths), dtype=torch.uint8, device=self.device) for _ in lengths]
+        mine = self._tensor(payload, max(lengths))
+        self._finish(dist.all_gather(parts, mine, group=self._group, async_op=True))
+        return [_bytes(part[:n]) for part, n in zip(parts, lengths, strict=True)]
+
+    def watch(self, communicate: Callable[[], T]) -> T:
+        """Calls `communicate`, which sends to and receives from single ranks. It must not fail for another reason
+        than a lost connection.
+
+        Raises:
+            LostRanksError: a connection failed, here or on another rank.
+        """
+        # The works of gloo's `isend` and `irecv` do not say whether they are completed: `wait` has to be called.
+        result: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                result.set_result(communicate())
+            except BaseException as error:  # noqa: BLE001 - raised below
+                result.set_exception(error)
+
+        threading.Thread(target=run, name="ds-checkpoint-peers", daemon=True).start()
+        while True:
+            try:
+                return result.result(timeout=1.0)
+            except FutureTimeoutError:
+                if self._is_broken():
+                    why = "another rank reported that its connection failed"
+                    raise LostRanksError(self._who_is_gone(why)) from None
+            except RuntimeError as error:
+                raise LostRanksError(self._who_is_gone(str(error).splitlines()[0])) from error
 
     def together(self, doing: str, action: Callable[[], T]) -> T:
         """Calls `action` on every rank. If it fails on any, raises the same CheckpointError on all."""
@@ -108,18 +150,8 @@ class Team:
         If a rank raised alone, the others would wait in their next collective.
         """
         text = "" if error is None else _describe(error)
-        if self.size == 1:
-            failed = {0: text} if text else {}
-        else:
-            encoded = text.encode(errors="backslashreplace")
-            lengths = self._lengths(len(encoded))
-            if not any(lengths):
-                return
-            parts = [torch.empty(max(lengths), dtype=torch.uint8, device=self.device) for _ in lengths]
-            mine = self._tensor(encoded, max(lengths))
-            self._finish(dist.all_gather(parts, mine, group=self._group, async_op=True))
-            texts = [_bytes(part[:n]).decode() for part, n in zip(parts, lengths, strict=True)]
-            failed = {rank: said for rank, said in enumerate(texts) if said}
+        texts = [part.decode() for part in self.exchange(text.encode(errors="backslashreplace"))]
+        failed = {rank: said for rank, said in enumerate(texts) if said}
         if failed:
             raise CheckpointError(_summary(failed, self.size, doing)) from error
 
@@ -140,7 +172,7 @@ class Team:
         """Waits for a collective.
 
         Raises:
-            CheckpointError: the collective failed, here or on another rank. The message names the ranks that do not
+            LostRanksError: the collective failed, here or on another rank. The message names the ranks that do not
                 answer.
         """
         assert work is not None
@@ -151,13 +183,13 @@ class Team:
             if time.monotonic() - looked_s > 1.0:
                 looked_s = time.monotonic()
                 if self._is_broken():
-                    raise CheckpointError(
+                    raise LostRanksError(
                         self._who_is_gone("another rank reported that its connection failed")
                     )
         try:
             work.wait()
         except RuntimeError as error:
-            raise CheckpointError(self._who_is_gone(str(error).splitlines()[0])) from error
+            raise LostRanksError(self._who_is_gone(str(error).splitlines()[0])) from error
 
     def _is_broken(self) -> bool:
         with suppress(RuntimeError, ValueError):

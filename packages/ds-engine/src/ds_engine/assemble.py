@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,10 +30,8 @@ from ds_engine.training.monitor import Monitor
 from ds_engine.training.pacing import Pacing
 from ds_engine.training.progress import Progress, to_stderr
 from ds_engine.training.reporting import Reporting
+from ds_engine.training.savers import Savers
 from ds_engine.training.timing import Breakdown
-
-if TYPE_CHECKING:
-    from ds_engine.checkpoint import BackgroundSaver
 
 Parameters = Iterable[Any]
 
@@ -107,7 +105,7 @@ def initialize(
             roles=zero.roles_of(job, model, built),
             pacing=pacing,
             reporting=reporting,
-            background=_background(settings, reporting.progress, built),
+            savers=_savers(settings, reporting.progress, built),
             loader=_loader(job, training_data, world, collate_fn),
         )
     )
@@ -134,13 +132,18 @@ def _reporting(job: Job, world: World, schedule: LRSchedule | None) -> Reporting
     return Reporting(progress=progress, monitor=Monitor.of(settings, world.rank), breakdown=breakdown)
 
 
-def _background(settings: DsConfig, progress: Progress, optimizer: Optimizer) -> BackgroundSaver | None:
-    writer = settings.checkpoint.writer
-    if writer is None or not writer.decoupled:
-        return None
-    from ds_engine.checkpoint import BackgroundSaver
+def _savers(settings: DsConfig, progress: Progress, optimizer: Optimizer) -> Savers:
+    writer, memory = settings.checkpoint.writer, settings.checkpoint.memory_copies
+    savers = Savers()
+    if writer is not None and writer.decoupled:
+        from ds_engine.checkpoint import BackgroundSaver
 
-    return BackgroundSaver(progress.write, optimizer)
+        savers.background = BackgroundSaver(progress.write, optimizer)
+    if memory is not None:
+        from ds_engine.checkpoint import MemoryCopies
+
+        savers.copies, savers.interval = MemoryCopies(memory.copies), memory.interval
+    return savers
 
 
 def _announce(engine: Engine, settings: DsConfig) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ds_engine.build.data import Loader
 from ds_engine.build.optimizer import zero_grad
 from ds_engine.config.support.batch import Batch
-from ds_engine.interfaces import BackgroundWriter, Recompute, Roles, World
+from ds_engine.interfaces import Recompute, Roles, World
 from ds_engine.job import Job
 from ds_engine.sampling.build import lr_scaling_of
 from ds_engine.sampling.tokens import rate_factor, scaled_rates
@@ -27,6 +27,7 @@ from ds_engine.training.own_backwards import OwnBackwards
 from ds_engine.training.pacing import Pacing
 from ds_engine.training.progress import StepReport
 from ds_engine.training.reporting import Reporting
+from ds_engine.training.savers import Savers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,7 +53,7 @@ class Parts:
     roles: Roles
     pacing: Pacing
     reporting: Reporting
-    background: BackgroundWriter | None = None
+    savers: Savers = field(default_factory=Savers)
     loader: Loader | None = None
 
 
@@ -84,8 +85,8 @@ class Engine:
         self.monitor = parts.reporting.monitor
         """Writes curves; `write_events` writes your own values."""
         self.pacing = parts.pacing
-        self.background = parts.background
-        """Writes checkpoints in the background; None: `save_checkpoint` writes synchronously."""
+        self.savers = parts.savers
+        """Save the state in the background, and in the memory of hosts."""
         self.training_dataloader = parts.loader
         """The loader over `training_data`, or None. Checkpoints contain its position."""
         self.global_steps = 0
@@ -170,6 +171,10 @@ class Engine:
                 with self._reporting.part(timing.STEP):
                     report = self._update(lr_kwargs or {})
                 self._reporting.step(report)
+        if boundary and self.savers.copies is not None:
+            from ds_engine.build.checkpoint import copy_if_due
+
+            copy_if_due(self)
 
     def _update(self, lr_kwargs: Mapping[str, Any]) -> StepReport:
         if self.job.is_check_due(self.global_steps + 1):
@@ -333,8 +338,7 @@ class Engine:
             CheckpointError: on every rank, if the last checkpoint could not be written. Earlier checkpoints are
                 untouched.
         """
-        if self.background is not None:
-            self.background.wait()
+        self.savers.wait()
 
     def load_checkpoint(
         self,
@@ -376,6 +380,38 @@ class Engine:
         )
         return load(self, load_dir, tag, wanted)
 
+    def save_copy(self, client_state: Mapping[str, Any] | None = None) -> str:
+        """Saves the state in the memory of the hosts (`checkpoint.memory_copies`), in place of the previous copy. All
+        ranks must call it. With `interval`, `step()` does it, without a client state.
+
+        Returns:
+            The folder on this host.
+
+        Raises:
+            CheckpointError: on every rank, if any rank failed. The previous copy is untouched.
+            ValueError: the configuration has no `checkpoint.memory_copies`.
+        """
+        from ds_engine.build.checkpoint import save_copy
+
+        self._refuse_if_away("save_copy")
+        return save_copy(self, client_state or {})
+
+    def resume(self, load_dir: str | os.PathLike[str]) -> tuple[str, dict[str, Any]] | None:
+        """Loads the newest state of this job: from the memory of the hosts (`checkpoint.memory_copies`), or the
+        checkpoint that `load_checkpoint(load_dir)` loads if that is newer. All ranks must call it.
+
+        Returns:
+            The path of the checkpoint, and the client state; None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: as for `load_checkpoint`. Copies that are incomplete or damaged are not used, and a warning
+                says so.
+        """
+        from ds_engine.build.checkpoint import resume
+
+        self._refuse_if_away("resume")
+        return resume(self, load_dir)
+
     def offload_states(
         self,
         include: Collection[str] | None = None,
@@ -398,8 +434,7 @@ class Engine:
         Raises:
             ValueError: an unknown state or device.
         """
-        if self.background is not None:
-            self.background.hold()
+        self.savers.hold()
         self.model_state.offload(include, device, pin_memory=pin_memory, non_blocking=non_blocking)
 
     def reload_states(self, non_blocking: bool = False) -> None:
@@ -437,8 +472,7 @@ class Engine:
             self._live = False
             self.monitor.close()
             self.pacing.close()
-            if self.background is not None:
-                self.background.close()
+            self.savers.close()
             self.model_state.destroy()
 
     def __enter__(self) -> Engine:

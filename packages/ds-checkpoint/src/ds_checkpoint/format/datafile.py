@@ -213,16 +213,19 @@ class _Place:
 class DataFile:
     """Reads ranges of tensors, and verifies each accessed block once."""
 
-    def __init__(self, path: Path, info: FileInfo, ahead: ReadAhead | None = None) -> None:
+    def __init__(
+        self, path: Path, info: FileInfo, ahead: ReadAhead | None = None, file: InFile | None = None
+    ) -> None:
         """Opens the file and checks its size and header. Raises CheckpointError if they differ from the manifest.
 
         Args:
             ahead: shared by files that are read one after another. Default: one for this file alone.
+            file: the open file, where it is not to be opened at `path`.
         """
         self.path = path
         self.info = info
         try:
-            self._file = InFile(path)
+            self._file = InFile(path) if file is None else file
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be opened ({error.strerror}): the checkpoint is incomplete"

@@ -31,15 +31,18 @@ class Checkpoint:
     forever. It records damage in `problems`, which the caller checks after the load.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], stored: Manifest | None = None) -> None:
         """Opens the folder of one checkpoint (see `find`) and verifies its manifest. Data files are opened when
         needed.
+
+        Args:
+            stored: its manifest, if that was read already.
 
         Raises:
             CheckpointError: the manifest is damaged.
         """
         self.path = Path(path)
-        self.manifest: Manifest = folder.read_manifest(self.path)
+        self.manifest: Manifest = folder.read_manifest(self.path) if stored is None else stored
         self.problems: list[str] = []
         self._files: dict[str, DataFile] = {}
         self._ahead = ReadAhead()

@@ -76,7 +76,7 @@ def write(
     staging = _begin(team, directory, tag, name_latest)
     try:
         path = Path(team.share(os.fsencode(staging.path) if staging is not None else b"").decode())
-        fragment, error = _attempt(lambda: _write_file(path, team, content()))
+        fragment, error = _attempt(lambda: write_file(path, team, content()))
         team.settle(error, f"saving {directory / tag}")
         fragments = team.gather(fragment)
         final, error = _attempt(lambda: _commit(staging, fragments, tag) if staging is not None else b"")
@@ -141,8 +141,8 @@ def described(content: Content) -> tuple[list[Item], list[dict[str, Any]]]:
     return items, tensors
 
 
-def _write_file(path: Path, team: Team, content: Content) -> bytes:
-    """Writes this rank's file, and returns its part of the manifest as JSON."""
+def write_file(path: Path, team: Team, content: Content) -> bytes:
+    """Writes this rank's file into the folder `path`, and returns its part of the manifest as JSON, for `merged`."""
     if not path.is_dir():
         raise FileNotFoundError(
             f"rank 0 created {path}, but this rank does not see it: save to a file system that all ranks share"
@@ -160,17 +160,22 @@ def _write_file(path: Path, team: Team, content: Content) -> bytes:
 
 def _commit(staging: Staging, fragments: Sequence[bytes], tag: str) -> bytes:
     """Writes the manifest, and commits the folder."""
-    content = manifest.dump(_merge([json.loads(fragment) for fragment in fragments], tag, staging))
-    synced.write_synced(staging.path / manifest.NAME, content)
+    sequence = folder.next_sequence(staging.root)
+    whole = merged(fragments, tag, sequence=sequence, names_latest=staging.names_latest)
+    synced.write_synced(staging.path / manifest.NAME, manifest.dump(whole))
     return os.fsencode(staging.commit())
 
 
-def _merge(fragments: Sequence[dict[str, Any]], tag: str, staging: Staging) -> Manifest:
-    """Merges the manifests of all ranks. Raises CheckpointError unless they contain every element exactly once."""
+def merged(fragments: Sequence[bytes], tag: str, *, sequence: int, names_latest: bool) -> Manifest:
+    """Merges the parts of the manifest that `write_file` returned on all ranks.
+
+    Raises:
+        CheckpointError: they do not contain every element exactly once.
+    """
     by_tensor: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     values: dict[str, Any] = {}
     files: dict[str, FileInfo] = {}
-    for fragment in fragments:
+    for fragment in map(json.loads, fragments):
         files[fragment["file"]] = FileInfo(**fragment["info"])
         values.update(fragment["values"])
         for entry in fragment["tensors"]:
@@ -188,8 +193,8 @@ def _merge(fragments: Sequence[dict[str, Any]], tag: str, staging: Staging) -> M
         tag=tag,
         world_size=len(fragments),
         saved_at_s=time.time(),
-        sequence=folder.next_sequence(staging.root),
-        named_latest=staging.names_latest,
+        sequence=sequence,
+        named_latest=names_latest,
         files=files,
         tensors=tensors,
         blobs=blobs,

@@ -137,9 +137,10 @@ def launch(options: argparse.Namespace) -> int:
 
 def _launch_here(options: argparse.Namespace, slots: Sequence[int]) -> int:
     from ds_engine.launch import local
-    from ds_engine.launch.restart import restart_environ, run_again
+    from ds_engine.launch.restart import job_name, restart_environ, run_again
     from ds_engine.launch.supervise import Outcome, run
 
+    restarts, name = _restarts(options), job_name(os.environ)
     environ = {**os.environ, **read_env_files(DEEPSPEED_ENVIRONMENT_NAME), "LOCAL_SIZE": str(len(slots))}
     if options.include or options.exclude:
         environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
@@ -152,7 +153,7 @@ def _launch_here(options: argparse.Namespace, slots: Sequence[int]) -> int:
             module=options.module,
             program=options.no_python,
             port=options.master_port,
-            environ={**environ, **restart_environ(number)},
+            environ={**environ, **restart_environ(name, number)},
         )
         if (cores := _cores(options)) is not None:
             keep = "OMP_NUM_THREADS" in environ
@@ -160,44 +161,48 @@ def _launch_here(options: argparse.Namespace, slots: Sequence[int]) -> int:
         console = _console(options, inherit=True)
         if not options.quiet:
             _say(f"{plan.num_ranks} rank(s): {options.user_script} {' '.join(options.user_args)}".rstrip())
-        return run(plan, say=_say, console=console)
+        return run(plan, say=_say, console=console, is_last=number >= restarts.limit)
 
-    return run_again(start, _restarts(options), _say).code
+    return run_again(start, restarts, _say).code
 
 
 def _launch_on_machines(options: argparse.Namespace, pool: Pool) -> int:
+    from ds_engine.launch.copies import JOB
     from ds_engine.launch.remote.connect import Watch, run_on_hosts
     from ds_engine.launch.remote.prepare import plan_share
     from ds_engine.launch.remote.transport import Transport, split_arguments
-    from ds_engine.launch.restart import Candidates, run_again
+    from ds_engine.launch.restart import Candidates, job_name, restart_environ, run_again
     from ds_engine.launch.supervise import Outcome, run
 
     if options.no_ssh:
-        plan = plan_share(_job(options, pool, pool, 0), options.node_rank)
+        # The launchers of the machines do not know each other: only the user can give the job one name.
+        again = restart_environ(os.environ.get(JOB, ""), 0)
+        plan = plan_share(_job(options, pool, pool, again), options.node_rank)
         return run(plan, say=_say, console=_console(options, inherit=True)).code
     transport = Transport(
         port=options.ssh_port,
         arguments=split_arguments(options.launcher_args),
         activate=options.venv_script,
     )
-    restarts = _restarts(options)
+    restarts, name = _restarts(options), job_name(os.environ)
     most = options.max_elastic_nodes if options.elastic_training and options.max_elastic_nodes > 0 else None
     candidates = Candidates(pool, most, restarts, _say)
 
     def start(number: int) -> Outcome:
         def attempt(chosen: Pool) -> Outcome:
-            watch = Watch(say=_say, console=_console(options, inherit=False))
-            return run_on_hosts(_job(options, pool, chosen, number), transport, watch)
+            is_last = number >= restarts.limit
+            watch = Watch(say=_say, console=_console(options, inherit=False), is_last=is_last)
+            job = _job(options, pool, chosen, restart_environ(name, number))
+            return run_on_hosts(job, transport, watch)
 
         return candidates.attempt(attempt)
 
     return run_again(start, restarts, _say).code
 
 
-def _job(options: argparse.Namespace, pool: Pool, chosen: Pool, number: int) -> JobPlan:
-    """Plans the job on the chosen machines of a pool. number: that of the restart."""
+def _job(options: argparse.Namespace, pool: Pool, chosen: Pool, again: Mapping[str, str]) -> JobPlan:
+    """Plans the job on the chosen machines of a pool. again: the variables of `restart_environ`."""
     from ds_engine.launch.remote.prepare import Script, plan_job
-    from ds_engine.launch.restart import restart_environ
 
     kind = "module" if options.module else "program" if options.no_python else "script"
     job = plan_job(
@@ -206,7 +211,7 @@ def _job(options: argparse.Namespace, pool: Pool, chosen: Pool, number: int) -> 
         # The address that was given is that of the first machine of the file.
         master_addr=options.master_addr if next(iter(chosen)) == next(iter(pool)) else "",
         master_port=options.master_port,
-        environ={**os.environ, **restart_environ(number)},
+        environ={**os.environ, **again},
         env_file=DEEPSPEED_ENVIRONMENT_NAME,
     )
     return dataclasses.replace(job, bind=_cores(options))

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ds_checkpoint import rng
-from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.errors import CheckpointError, LostRanksError
 from ds_checkpoint.format import codec, folder, options
 from ds_checkpoint.format.model_config import MODEL_CONFIG, model_config
 from ds_checkpoint.format.model_part import MODEL_AXES, ModelPart
 from ds_checkpoint.interfaces import ShardRecord
+from ds_checkpoint.memory.resume import load_newest
 from ds_checkpoint.owners.names import tied
 from ds_checkpoint.read import opening
 from ds_checkpoint.read.checkpoint import Checkpoint
@@ -83,11 +84,53 @@ def save(
     def content() -> Content:
         return _content(engine, client_state, saving)
 
-    if engine.background is not None:
-        return engine.background.save(
+    if engine.savers.background is not None:
+        return engine.savers.background.save(
             Path(save_dir), name, content, keep_last=keep_last, name_latest=name_latest
         )
     return write(save_dir, name, content, keep_last=keep_last, name_latest=name_latest)
+
+
+def save_copy(engine: Engine, client_state: Mapping[str, Any]) -> str:
+    """See `Engine.save_copy`."""
+    if engine.savers.copies is None:
+        raise ValueError('save_copy() needs {"checkpoint": {"memory_copies": {}}} in the configuration')
+    return engine.savers.copies.write(lambda: _content(engine, client_state, Saving()))
+
+
+def copy_if_due(engine: Engine) -> None:
+    """Saves the state in memory after the steps that the configuration names. A failure only warns, because the
+    previous copy is there and training can go on; but the first step of each start raises if memory has no room.
+    """
+    savers = engine.savers
+    if savers.copies is None:
+        return
+    if not savers.has_room:
+        savers.copies.check(lambda: _content(engine, {}, Saving()))
+        savers.has_room = True
+    if not savers.is_due(engine.global_steps):
+        return
+    try:
+        save_copy(engine, {})
+    except LostRanksError:
+        raise
+    except CheckpointError as error:
+        if engine.world.rank == 0:
+            warnings.warn(f"step {engine.global_steps} was not copied into memory: {error}", stacklevel=3)
+
+
+def resume(engine: Engine, load_dir: str | os.PathLike[str]) -> tuple[str, dict[str, Any]] | None:
+    """See `Engine.resume`."""
+    engine.savers.wait()
+    team, order = Team(), engine.model_state.group_names()
+    loaded = load_newest(
+        Path(load_dir),
+        engine.savers.copies,
+        team,
+        lambda path: opening.open_at(path, order),
+        lambda checkpoint: _restore(engine, team, checkpoint, Wanted()),
+    )
+    return None if loaded is None else (str(loaded[0]), loaded[1])
 
 
 def _wanted(engine: Engine) -> str:
@@ -176,8 +219,7 @@ def load(
     engine: Engine, load_dir: str | os.PathLike[str], tag: str | None, wanted: Wanted
 ) -> tuple[str, dict[str, Any]]:
     """See `Engine.load_checkpoint`."""
-    if engine.background is not None:
-        engine.background.wait()
+    engine.savers.wait()
     team = Team()
     # Rank 0 locates the checkpoint for all ranks: file systems may show new names at different times.
     root = Path(load_dir)
@@ -186,27 +228,31 @@ def load(
     order = engine.model_state.group_names()
     checkpoint = team.together(doing, lambda: opening.open_at(path, order))
     with checkpoint:
-        # Each rank checks some of the files, so that no file is opened by all ranks. Damage of data is detected on
-        # reading.
-        team.together(doing, lambda: checkpoint.check_files(team.rank, team.size))
-        team.together(doing, lambda: _part(engine).narrow(checkpoint))
-        team.together(doing, lambda: _check_fit(engine, checkpoint, wanted))
-        if wanted.optimizer and not _has_states(checkpoint):
-            engine.optimizer.state.clear()  # saved before the first step: drop this run's optimizer states
-        team.together(
-            doing,
-            lambda: engine.model_state.load_records(
-                checkpoint,
-                optimizer_states=wanted.optimizer,
-                keep=_names(engine) - set(checkpoint.manifest.tensors),
-                expect=checkpoint.expect,
-            ),
-        )
-        # Blobs are also read before anything is used, so that all ranks report damage together.
-        apply = team.together(doing, lambda: _prepare(engine, checkpoint, wanted))
-        team.together(doing, lambda: _check_read(engine, checkpoint, wanted, team))
-        client_state = apply()
-    return str(path), client_state
+        return str(path), _restore(engine, team, checkpoint, wanted)
+
+
+def _restore(engine: Engine, team: Team, checkpoint: Checkpoint, wanted: Wanted) -> dict[str, Any]:
+    """Loads an open checkpoint, and returns its client state."""
+    doing = f"loading {checkpoint.path}"
+    # Each rank checks some of the files, so that no file is opened by all ranks. Damage of data is detected on reading.
+    team.together(doing, lambda: checkpoint.check_files(team.rank, team.size))
+    team.together(doing, lambda: _part(engine).narrow(checkpoint))
+    team.together(doing, lambda: _check_fit(engine, checkpoint, wanted))
+    if wanted.optimizer and not _has_states(checkpoint):
+        engine.optimizer.state.clear()  # saved before the first step: drop this run's optimizer states
+    team.together(
+        doing,
+        lambda: engine.model_state.load_records(
+            checkpoint,
+            optimizer_states=wanted.optimizer,
+            keep=_names(engine) - set(checkpoint.manifest.tensors),
+            expect=checkpoint.expect,
+        ),
+    )
+    # Blobs are also read before anything is used, so that all ranks report damage together.
+    apply = team.together(doing, lambda: _prepare(engine, checkpoint, wanted))
+    team.together(doing, lambda: _check_read(engine, checkpoint, wanted, team))
+    return apply()
 
 
 def _names(engine: Engine) -> set[str]:

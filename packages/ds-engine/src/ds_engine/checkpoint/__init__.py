@@ -5,6 +5,7 @@ from ds_checkpoint.export import consolidate
 from ds_checkpoint.export.consolidate import convert, export, load_into, state_dict
 from ds_checkpoint.format import folder
 from ds_checkpoint.format.folder import find, latest
+from ds_checkpoint.memory.copies import MemoryCopies
 from ds_checkpoint.read.checkpoint import Checkpoint
 from ds_checkpoint.read.opening import open_checkpoint
 from ds_checkpoint.write.background import BackgroundSaver
@@ -15,6 +16,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Content",
+    "MemoryCopies",
     "consolidate",
     "convert",
     "export",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Mapping
@@ -209,6 +210,7 @@ class _Shown:
     stop_s: float
     log_dir: str | None
     show: str | None
+    is_last: bool = False
 
     @property
     def patience(self) -> Patience:
@@ -257,25 +259,29 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 
 
 def _on_hosts(script: Script, selection: Selection, reach: _Reach, shown: _Shown, restarts: Restarts) -> int:
-    from ds_engine.launch.restart import Candidates, run_again
+    from ds_engine.launch.restart import Candidates, job_name, restart_environ, run_again
 
+    job = job_name(os.environ)
     pool = selection.candidates()
     selection.pool()  # refuses more machines than there are
     candidates = Candidates(pool, selection.num_nodes, restarts, say)
 
     def start(number: int) -> Outcome:
-        return candidates.attempt(lambda chosen: _attempt(script, pool, chosen, reach, shown, number))
+        environ = {**os.environ, **restart_environ(job, number)}
+        last = dataclasses.replace(shown, is_last=number >= restarts.limit)
+        return candidates.attempt(lambda chosen: _attempt(script, pool, chosen, reach, last, environ))
 
     return run_again(start, restarts, say).code
 
 
-def _attempt(script: Script, pool: Pool, chosen: Pool, reach: _Reach, shown: _Shown, number: int) -> Outcome:
-    """Starts the job once, on the chosen machines of a pool. number: that of the restart."""
+def _attempt(
+    script: Script, pool: Pool, chosen: Pool, reach: _Reach, shown: _Shown, environ: Mapping[str, str]
+) -> Outcome:
+    """Starts the job once, on the chosen machines of a pool."""
     from ds_engine.launch.remote.connect import Watch, run_on_hosts
     from ds_engine.launch.remote.link import Pulse
     from ds_engine.launch.remote.prepare import plan_job, plan_share
     from ds_engine.launch.remote.transport import Transport, split_arguments
-    from ds_engine.launch.restart import restart_environ
 
     job = plan_job(
         script,
@@ -285,7 +291,7 @@ def _attempt(script: Script, pool: Pool, chosen: Pool, reach: _Reach, shown: _Sh
         master_port=reach.master_port,
         export=reach.export,
         python=reach.python,
-        environ={**os.environ, **restart_environ(number)},
+        environ=environ,
     )
     if job.is_here:
         return _run_here(plan_share(job, 0), script, shown)
@@ -299,6 +305,7 @@ def _attempt(script: Script, pool: Pool, chosen: Pool, reach: _Reach, shown: _Sh
         say=say,
         console=shown.console(script.name, inherit=False),
         patience=shown.patience,
+        is_last=shown.is_last,
         pulse=Pulse(timeout_s=reach.host_timeout_s),
     )
     return run_on_hosts(job, transport, watch)
@@ -309,8 +316,9 @@ def _here(
 ) -> int:
     from ds_engine.launch.local import prepare
     from ds_engine.launch.remote.prepare import plan_node
-    from ds_engine.launch.restart import restart_environ, run_again
+    from ds_engine.launch.restart import job_name, restart_environ, run_again
 
+    job = job_name(os.environ)
     if node.nnodes is not None:
         _refuse(
             {"master-port": port}, "cannot be combined with --nnodes: the port is that of --rdzv-endpoint"
@@ -330,9 +338,9 @@ def _here(
             module=script.kind == "module",
             config=script.config,
             port=port,
-            environ={**os.environ, **restart_environ(number)},
+            environ={**os.environ, **restart_environ(job, number)},
         )
-        return _run_here(plan, script, shown)
+        return _run_here(plan, script, dataclasses.replace(shown, is_last=number >= restarts.limit))
 
     return run_again(start, restarts, say).code
 
@@ -342,7 +350,7 @@ def _run_here(plan: LaunchPlan, script: Script, shown: _Shown) -> Outcome:
 
     console = shown.console(script.name, inherit=True)
     say(f"{plan.num_ranks} rank{'s' * (plan.num_ranks > 1)} ({plan.reason}): {' '.join(plan.command[1:])}")
-    return run_plan(plan, say=say, patience=shown.patience, console=console)
+    return run_plan(plan, say=say, patience=shown.patience, console=console, is_last=shown.is_last)
 
 
 def say(line: str) -> None:

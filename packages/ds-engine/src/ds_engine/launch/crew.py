@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from typing import Protocol
 
+from ds_engine.launch import copies
 from ds_engine.launch.failure import RankEnd
 from ds_engine.launch.guardian import Guardian
 from ds_engine.launch.machine import oom_kills
@@ -46,6 +47,9 @@ class Crew(Protocol):
     def kill(self) -> None:
         """Kills the ranks and all processes that they started."""
 
+    def forget(self) -> None:
+        """The job will not be started again: what its ranks keep in memory is removed when they have ended."""
+
     def resize(self) -> None:
         """The size of the terminal has changed."""
 
@@ -70,6 +74,7 @@ class LocalCrew:
         self._ranks: list[RankProcess] = []
         self._guardian: Guardian | None = None
         self._oom_before = oom_kills()
+        self._forgets = False
 
     @property
     def is_running(self) -> bool:
@@ -115,6 +120,10 @@ class LocalCrew:
         for process in self._ranks:
             process.kill()
 
+    def forget(self) -> None:
+        """What the ranks keep in memory for the next start is removed when they have ended."""
+        self._forgets = True
+
     def resize(self) -> None:
         """Sets the size of rank 0's terminal to that of ours."""
         for process in self._ranks:
@@ -129,5 +138,7 @@ class LocalCrew:
         for process in self._ranks:
             process.kill()
             process.close(self._selector)
+        if self._forgets:
+            copies.remove(self._plan.environs[0])
         if self._guardian is not None:
             self._guardian.close()

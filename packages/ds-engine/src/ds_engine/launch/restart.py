@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ds_engine.launch.copies import JOB
 from ds_engine.launch.hosts import Pool
 from ds_engine.launch.plan import LaunchError
 from ds_engine.launch.supervise import Outcome
@@ -41,9 +43,14 @@ class UnusableHostsError(LaunchError):
         """Machines that cannot be reached; empty if another reason keeps the job from starting."""
 
 
-def restart_environ(number: int) -> Mapping[str, str]:
-    """Returns the variables that tell a rank how often the job was started again."""
-    return {RESTART_COUNT: str(number), _TORCHRUN_RESTART_COUNT: str(number)}
+def job_name(environ: Mapping[str, str]) -> str:
+    """Returns the name of a job: the user's, or a random one."""
+    return environ.get(JOB) or secrets.token_hex(8)
+
+
+def restart_environ(job: str, number: int) -> Mapping[str, str]:
+    """Returns the variables that tell a rank the name of its job, and how often it was started again."""
+    return {JOB: job, RESTART_COUNT: str(number), _TORCHRUN_RESTART_COUNT: str(number)}
 
 
 def run_again(start: Callable[[int], Outcome], restarts: Restarts, say: Callable[[str], None]) -> Outcome:

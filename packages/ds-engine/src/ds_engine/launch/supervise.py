@@ -60,17 +60,27 @@ def run(
     say: Callable[[str], None],
     patience: Patience | None = None,
     console: Console | None = None,
+    is_last: bool = False,
 ) -> Outcome:
-    """Starts all ranks on this machine, and waits until none is left. `say` is called with each line for the user."""
+    """Starts all ranks on this machine, and waits until none is left.
+
+    say: is called with each line for the user.
+    is_last: the job will not be started again after a failure.
+    """
     console = console or Console(say, inherit=True)
-    return Supervisor(LocalCrew(plan, console.outputs_of), say, patience or Patience()).run()
+    crew = LocalCrew(plan, console.outputs_of)
+    return Supervisor(crew, say, patience or Patience(), is_last=is_last).run()
 
 
 class Supervisor:
     """Runs a crew from the first process to the last."""
 
-    def __init__(self, crew: Crew, say: Callable[[str], None], patience: Patience) -> None:
+    def __init__(
+        self, crew: Crew, say: Callable[[str], None], patience: Patience, *, is_last: bool = False
+    ) -> None:
+        """is_last: the job will not be started again after a failure."""
         self._crew = crew
+        self._is_last = is_last
         self._say = say
         self._patience = patience
         self._ends: list[RankEnd] = []
@@ -86,6 +96,8 @@ class Supervisor:
             try:
                 self._crew.start(selector)
                 self._watch(selector)
+                if self._is_last or self._stopped_by is not None or not any(e.failed for e in self._ends):
+                    self._crew.forget()
             finally:
                 self._crew.close()
         return self._conclude()

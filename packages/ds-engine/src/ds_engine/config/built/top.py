@@ -85,6 +85,7 @@ WORKING: tuple[Row, ...] = (
             )
         },
     ),
+    works("checkpoint.memory_copies", _ENGINE, "ds_checkpoint.MemoryCopies"),
     works("checkpoint.writer.decoupled", _ENGINE, "ds_engine.checkpoint"),
     works("data_efficiency", _ENGINE, "ds_engine.sampling"),
     works(

@@ -41,6 +41,19 @@ class WriterConfig(Section):
     io_multiplier: Positive = Field(default=1, description="Number of writer threads per rank.")
 
 
+class MemoryCopiesConfig(Section):
+    """Copies of the newest state in the memory of several hosts."""
+
+    interval: Positive | None = Field(
+        default=None,
+        description="Number of steps from one copy to the next. Default: only engine.save_copy() makes them.",
+    )
+    copies: Positive = Field(
+        default=1,
+        description="Number of other hosts that keep each rank's part; so many hosts may be lost at once.",
+    )
+
+
 class CheckpointConfig(Section):
     """How many checkpoints save_checkpoint() keeps, and how it writes them."""
 
@@ -66,4 +79,9 @@ class CheckpointConfig(Section):
         default=None,
         description="How checkpoint files are written. Default: by one writer, before save_checkpoint() "
         "returns.",
+    )
+    memory_copies: MemoryCopiesConfig | None = Field(
+        default=None,
+        description="Keeps the newest state in the memory of several hosts too, from which engine.resume() restores it "
+        "after the loss of a host. Default: checkpoints are on the disk only.",
     )

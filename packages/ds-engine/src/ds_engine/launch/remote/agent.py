@@ -1,6 +1,7 @@
 """`python -m ds_engine.launch.remote.agent`: runs the ranks of one machine for a launcher on another.
 
-Frames arrive on stdin and leave on stdout. The launcher asks "examine", and then sends "start", "signal" and "kill".
+Frames arrive on stdin and leave on stdout. The launcher asks "examine", and then sends "start", "signal",
+"kill" and "forget".
 The agent answers "hello", and then sends "output", "ended" and "heartbeat". When the launcher is gone, the ranks end:
 they get SIGTERM, and after the grace period SIGKILL.
 """
@@ -108,6 +109,8 @@ class Agent:
             self._crew.send(signal.Signals(frame.fields["number"]), to_end=frame.fields["to_end"])
         elif frame.kind == "kill" and self._crew is not None:
             self._crew.kill()
+        elif frame.kind == "forget" and self._crew is not None:
+            self._crew.forget()
 
     def _examine(self, request: Mapping[str, Any]) -> dict[str, Any]:
         os.environ.update(request["environ"])

@@ -35,6 +35,8 @@ class Watch:
     """Time limits."""
     pulse: Pulse = field(default_factory=Pulse)
     """When a machine is considered lost."""
+    is_last: bool = False
+    """Whether the job will not be started again after a failure."""
 
 
 def run_on_hosts(job: JobPlan, transport: Transport, watch: Watch) -> Outcome:
@@ -86,7 +88,7 @@ def run_on_hosts(job: JobPlan, transport: Transport, watch: Watch) -> Outcome:
         ),
         watch.say,
     )
-    supervisor = Supervisor(crew, watch.say, watch.patience)
+    supervisor = Supervisor(crew, watch.say, watch.patience, is_last=watch.is_last)
 
     def while_blocked() -> None:
         crew.keep_alive()

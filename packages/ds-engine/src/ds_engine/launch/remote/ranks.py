@@ -253,6 +253,11 @@ class RemoteCrew:
             if host.link.pulse.timeout_s > _AFTER_KILL.timeout_s:
                 host.link.pulse = _AFTER_KILL
 
+    def forget(self) -> None:
+        """What the ranks keep in memory for the next start is removed when they have ended."""
+        for host in self._hosts:
+            host.link.send("forget")
+
     def keep_alive(self) -> None:
         """Sends heartbeats that are due, while the launcher waits for its terminal."""
         for host in self._hosts:
