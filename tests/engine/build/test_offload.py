@@ -101,3 +101,16 @@ def test_training_and_checkpoints_have_the_same_bits_on_the_disk(stage: int, tmp
     assert train({"stage": stage, **section}, tmp_path / "b", **more) == expected
     # A checkpoint does not depend on where the states were.
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}, "swap files have no names"
+    model = nn.Sequential(nn.Linear(64, 300), nn.Tanh(), nn.Linear(300, 7), nn.Linear(7, 1))
+    engine, *_ = ds_engine.initialize(
+        model,
+        {
+            "train_batch_size": 16,
+            "optimizer": {"type": "AdamW"},
+            "zero_optimization": {"stage": 0},
+            "startup_summary": False,
+        },
+    )
+    with engine:
+        engine.load_checkpoint(tmp_path / "b")
+        assert engine.global_steps == 3

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,24 @@ along which all ranks hold the same values, or ranges of one logical tensor, doe
 
 EVERYWHERE: Coordinates = MappingProxyType({})
 """Coordinates of a tensor whose values differ along no axis."""
+
+
+@runtime_checkable
+class StoredTensor(Protocol):
+    """The values of a record that are not in memory. They are loaded when they are written, in the order of the
+    records.
+    """
+
+    dtype: torch.dtype
+
+    def numel(self) -> int:
+        """Returns the number of elements."""
+
+    def element_size(self) -> int:
+        """Returns the bytes of one element."""
+
+    def load(self) -> Tensor:
+        """Returns the values, 1-D and contiguous; valid until the next `load` of a record."""
 
 
 class ShardRecord(Protocol):
@@ -41,8 +59,8 @@ class ShardRecord(Protocol):
         """First element of `data` within the flattened tensor."""
 
     @property
-    def data(self) -> Tensor:
-        """1-D and contiguous; may be a view of the live tensor."""
+    def data(self) -> Tensor | StoredTensor:
+        """1-D and contiguous; may be a view of the live tensor, or not be in memory."""
 
     @property
     def coordinates(self) -> Coordinates:

@@ -94,6 +94,16 @@ class LossGuard(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
 
 
+class StoredTensor(Protocol):
+    """A 1-D tensor whose values are not in memory."""
+
+    dtype: torch.dtype
+
+    def numel(self) -> int: ...
+    def element_size(self) -> int: ...
+    def load(self) -> Tensor: ...
+
+
 class Record(Protocol):
     """One contiguous range of one flattened tensor of the training state."""
 
@@ -106,7 +116,7 @@ class Record(Protocol):
     @property
     def flat_offset(self) -> int: ...
     @property
-    def data(self) -> Tensor: ...
+    def data(self) -> Tensor | StoredTensor: ...
     @property
     def coordinates(self) -> Mapping[str, tuple[int, int]]:
         """Index and size of every mesh axis along which the values under this name differ."""

@@ -198,6 +198,11 @@ class PagesState(Protocol):
     def buffer_bytes(self) -> int:
         """Bytes of the memory into which states are loaded."""
 
+    def stored_states(self, param: Tensor) -> tuple[Mapping[str, torch.dtype], Mapping[str, Any]]:
+        """Returns the dtypes of the element-wise states of a parameter, and its other states, without loading anything.
+        Both are empty if it has no states.
+        """
+
     def states_opened(self, params: Sequence[Tensor], *, write: bool = False) -> AbstractContextManager[None]:
         """Context manager within which `state[p]` of these parameters is an ordinary dict of tensors in memory.
 

@@ -25,6 +25,8 @@ from ds_checkpoint.disk.crc import crc32c
 from ds_checkpoint.disk.infile import InFile, ReadAhead
 from ds_checkpoint.disk.outfile import OutFile
 from ds_checkpoint.errors import CheckpointError
+from ds_checkpoint.format.records import in_memory
+from ds_checkpoint.interfaces import StoredTensor
 from ds_core import kernels
 
 if TYPE_CHECKING:
@@ -65,8 +67,8 @@ class Item:
 
     key: str
     """Unique name in the file."""
-    data: Tensor
-    """1-D and contiguous, on any device."""
+    data: Tensor | StoredTensor
+    """1-D and contiguous, on any device, or not in memory."""
     shape: tuple[int, ...] | None = None
     """Shape in the header. Default: that of `data`."""
 
@@ -145,14 +147,14 @@ def write(
     sums: dict[str, str] = {}
     with OutFile(path, plan.num_bytes) as file:
         if image is not None:
-            sums = {item.key: image.sums(item.key, item.data) for item in items}
+            sums = {item.key: image.sums(item.key, in_memory(item.data)) for item in items}
             file.write(image.content)
         else:
             file.write(plan.header)
             by_key = {item.key: item.data for item in items}
             for key in plan.begins:
                 digits = []
-                for block in _blocks(by_key[key], plan.block_bytes):
+                for block in _blocks(in_memory(by_key[key]), plan.block_bytes):
                     digits.append(crc32c(block))
                     file.write(block)
                 sums[key] = "".join(digits)
@@ -173,7 +175,9 @@ def _header(items: Sequence[Item], kind: str) -> bytes:
             raise ValueError(
                 f"{item.key!r} has dtype {item.data.dtype}, which the safetensors format does not have"
             )
-        assert item.data.ndim == 1 and item.data.is_contiguous() and item.key not in entries, item.key
+        assert item.key not in entries, item.key
+        if isinstance(item.data, Tensor):
+            assert item.data.ndim == 1 and item.data.is_contiguous(), item.key
         entries[item.key] = {
             "dtype": NAMES[item.data.dtype],
             "shape": list(item.shape) if item.shape is not None else [item.data.numel()],

@@ -19,6 +19,8 @@ prefix.
 
 def family(optimizer: Optimizer) -> str:
     """Returns the name of the family whose optimizers share states."""
+    while isinstance(inner := getattr(optimizer, "inner", None), Optimizer):
+        optimizer = inner  # ds_offload's PagedOptimizer has the states of the optimizer in it
     names = [kind.__name__ for kind in type(optimizer).__mro__]  # a subclass has the states of its base class
     known = next((FAMILIES[name] for name in names if name in FAMILIES), None)
     return known or names[0].removeprefix("Fused").lower()

@@ -6,10 +6,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ds_checkpoint.interfaces import Coordinates
+from ds_checkpoint.interfaces import Coordinates, StoredTensor
 
 PARAM, BUFFER = "param", "buffer"
 """States of the model itself; every other state belongs to the optimizer."""
+
+
+def in_memory(data: Tensor | StoredTensor) -> Tensor:
+    """Returns the values, loaded if they are not in memory."""
+    return data if isinstance(data, Tensor) else data.load()
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,6 @@ class Record:
     """"param", "buffer", or the name of an optimizer state."""
     global_shape: tuple[int, ...]
     flat_offset: int
-    data: Tensor
+    data: Tensor | StoredTensor
     """1-D and contiguous."""
     coordinates: Coordinates = field(default_factory=dict)

@@ -34,7 +34,7 @@ from torch.utils.hooks import RemovableHandle
 from ds_checkpoint.errors import CheckpointError
 from ds_checkpoint.format import datafile
 from ds_checkpoint.format.image import Image
-from ds_checkpoint.format.records import Record
+from ds_checkpoint.format.records import Record, in_memory
 from ds_checkpoint.interfaces import ShardRecord
 from ds_checkpoint.team import Team
 from ds_checkpoint.write.writer import Content, described, write
@@ -52,16 +52,16 @@ because the thread holds the GIL now and then.
 class _LateCopy:
     """Copies tensors into buffers in another thread, and delays the optimizer's step until all are copied."""
 
-    def __init__(self, optimizer: Optimizer, image: Image, work: Sequence[tuple[Record, str]]) -> None:
-        """`work`: the records to copy, and their keys in the image. Copies from an accelerator start at once."""
+    def __init__(self, optimizer: Optimizer, image: Image, work: Sequence[tuple[str, Tensor, str]]) -> None:
+        """`work`: name, tensor and key in the image of what is copied. Copies from an accelerator start at once."""
         self._image = image
-        self._work = [(record, record.data._version) for record, _ in work]
-        self._host = deque(pair for pair in work if pair[0].data.device.type == "cpu")
+        self._work = [(name, tensor, tensor._version) for name, tensor, _ in work]
+        self._host = deque((tensor, key) for _, tensor, key in work if tensor.device.type == "cpu")
         self._on_host = bool(self._host)
         self._filled = threading.Event()
         self._checking = threading.Lock()
         self._changed: str | None = None
-        others = [(r.data, image.place(key, r.data)) for r, key in work if r.data.device.type != "cpu"]
+        others = [(t, image.place(key, t)) for _, t, key in work if t.device.type != "cpu"]
         self._copied = _on_a_stream_of_its_own(others)
         self._hook = _before_each_step_of(optimizer, self._hold_back)
 
@@ -77,15 +77,15 @@ class _LateCopy:
     def _check(self) -> None:
         """Records, once, which tensors were changed since the call: before the step, or earlier if all are copied."""
         with self._checking:
-            for record, version in self._work:
-                if record.data._version != version and self._changed is None:
-                    self._changed = f"{record.state} of {record.fqn!r}"
+            for name, tensor, version in self._work:
+                if tensor._version != version and self._changed is None:
+                    self._changed = name
             self._work = []
 
     def _fill(self) -> None:
-        """Copies the records that no other thread has started to copy. Several threads may call it."""
-        for record, key in _taken(self._host):
-            self._image.fill(key, record.data)
+        """Copies the tensors that no other thread has started to copy. Several threads may call it."""
+        for tensor, key in _taken(self._host):
+            self._image.fill(key, tensor)
 
     def run(self) -> None:
         """Runs in the thread; returns when every buffer is filled.
@@ -318,21 +318,25 @@ class BackgroundSaver:
         """Returns the current content, in an image of the file, part of which may be copied late."""
         items, _ = described(content)
         layout = datafile.layout(items)
-        on_device = any(item.data.device.type != "cpu" for item in items)
+        on_device = any(isinstance(item.data, Tensor) and item.data.device.type != "cpu" for item in items)
         if self._image is None or self._image.layout != layout:
             self._image = None  # only one of them exists
             self._image = Image(layout, pinned=on_device)
         image = self._image
         image.forget_sums()
         records: list[ShardRecord] = []
-        late: list[tuple[Record, str]] = []
+        late: list[tuple[str, Tensor, str]] = []
         now: list[tuple[Tensor, str]] = []
         for record, item in zip(content.records, items, strict=False):
-            data, place = item.data.detach(), image.place(item.key, item.data)
+            data = in_memory(item.data).detach()
+            place = image.place(item.key, data)
             of = (record.fqn, record.state, record.global_shape, record.flat_offset)
             records.append(Record(*of, place, record.coordinates))
-            if self._optimizer is not None and data.nbytes >= LATE_BYTES and content.only_stepped(record):
-                late.append((Record(*of, data, record.coordinates), item.key))
+            waits = data.nbytes >= LATE_BYTES and isinstance(item.data, Tensor)
+            if self._optimizer is not None and waits and content.only_stepped(record):
+                late.append((f"{record.state} of {record.fqn!r}", data, item.key))
+            elif not isinstance(item.data, Tensor):
+                place.copy_(data)  # before the next one is loaded
             elif data.device.type == "cpu":
                 now.append((data, item.key))
             else:
@@ -342,7 +346,8 @@ class BackgroundSaver:
         self._cores.copy(image, now)
         blobs = {}
         for (name, blob), item in zip(content.blobs.items(), items[len(records) :], strict=True):
-            blobs[name] = image.place(item.key, item.data).copy_(item.data).view(blob.shape)
+            data = in_memory(item.data)
+            blobs[name] = image.place(item.key, data).copy_(data).view(blob.shape)
         if on_device:
             torch.accelerator.synchronize()
         if self._optimizer is not None and late:

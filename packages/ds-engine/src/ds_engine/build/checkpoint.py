@@ -162,7 +162,9 @@ def _only_stepped(module: nn.Module) -> Callable[[ShardRecord], bool]:
     user code may change at any time.
     """
     shown = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    return lambda record: record.data.untyped_storage().data_ptr() not in shown
+    return lambda record: (
+        not isinstance(record.data, Tensor) or record.data.untyped_storage().data_ptr() not in shown
+    )
 
 
 def _shared_values(

@@ -26,7 +26,7 @@ def store_of(job: Job) -> Any:
     options = ds_offload.NVMeOptions(
         block_bytes=aio.block_size,
         queue_depth=aio.queue_depth,
-        num_threads=aio.intra_op_parallelism,
+        num_threads=aio.intra_op_parallelism or 0,
         verify=aio.verify,
     )
     return ds_offload.NVMeStore({k: path for k, path in paths.items() if path}, host=on_host, options=options)

@@ -1,6 +1,6 @@
 """The description of a job: one frozen value, resolved once, that all other modules read."""
 
-from ds_engine.job.choices import Choices, OptimizerChoice, Placement, ScheduleChoice, choices_of
+from ds_engine.job.choices import Choices, OptimizerChoice, Placement, ScheduleChoice, Where, choices_of
 from ds_engine.job.description import Accumulating, Job, describe
 from ds_engine.job.precision import LossScaling, Precision
 from ds_engine.job.topology import ALONE, AXES, Axis, Topology
@@ -18,6 +18,7 @@ __all__ = [
     "Precision",
     "ScheduleChoice",
     "Topology",
+    "Where",
     "choices_of",
     "describe",
 ]

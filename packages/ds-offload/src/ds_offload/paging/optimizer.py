@@ -75,7 +75,6 @@ class PagedOptimizer(Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._pager = Pager(
             self._store,
-            page_bytes=page_bytes,
             num_buffers=num_buffers,
             read_ahead=max(1, num_buffers - 2) if overlap_reads else 0,
             write_behind=overlap_writes,
@@ -126,6 +125,12 @@ class PagedOptimizer(Optimizer):
         self._states.set_numbers(numbers)
 
     # --- states
+
+    def stored_states(self, param: Tensor) -> tuple[dict[str, torch.dtype], dict[str, Any]]:
+        """Returns the dtypes of the element-wise states of a parameter, and its other states, without loading anything.
+        Both are empty if it has no states.
+        """
+        return self._states.stored(param)
 
     @contextmanager
     def states_opened(self, params: Sequence[Tensor], *, write: bool = False) -> Iterator[None]:

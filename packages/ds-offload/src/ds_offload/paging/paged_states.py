@@ -112,6 +112,13 @@ class PagedStates(MutableMapping[Tensor, State]):
         """Takes over states that an optimizer has made before its first step. They are stored by the next step."""
         self._new.update({p: state for p, state in states.items() if state})
 
+    def stored(self, param: Tensor) -> tuple[dict[str, torch.dtype], State]:
+        """See `PagedOptimizer.stored_states`."""
+        self._store_new()
+        if param not in self._numbers:
+            return {}, {}
+        return dict(self._layout_of(param).dtypes), dict(self._numbers[param])
+
     @contextmanager
     def opened(self, params: Sequence[Tensor], *, write: bool = False) -> Iterator[None]:
         """See `PagedOptimizer.states_opened`."""

@@ -54,16 +54,14 @@ class _Held:
 class Pager:
     """The pages of one optimizer: in a store, and up to `num_buffers` of them in memory."""
 
-    def __init__(
-        self, store: Store, *, page_bytes: int, num_buffers: int, read_ahead: int, write_behind: bool
-    ) -> None:
+    def __init__(self, store: Store, *, num_buffers: int, read_ahead: int, write_behind: bool) -> None:
         """
         Args:
             read_ahead: number of following pages that are loaded while one is open.
             write_behind: whether `close` returns before the page is written.
         """
         self._store = store
-        self._page_bytes, self._num_buffers = page_bytes, num_buffers
+        self._num_buffers = num_buffers
         self._read_ahead, self._write_behind = read_ahead, write_behind
         self._pages: list[_Held] = []
         self._free: list[Tensor] = []
@@ -85,7 +83,8 @@ class Pager:
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the buffers in memory."""
-        return self._num_made * self._page_bytes
+        buffers = [*self._free, *(held.buffer for held in self._pages if held.buffer is not None)]
+        return sum(buffer.nbytes for buffer in buffers)
 
     def page(self, index: int) -> Page:
         """Returns the layout of a page."""
@@ -111,7 +110,7 @@ class Pager:
         held = self._pages[index]
         self._settle(held)
         if held.place is not _Place.CACHED:
-            held.buffer = self._take()
+            held.buffer = self._take(held.page.num_bytes)
             if load:
                 self._start(held, _Place.LOADING, lambda: self._store.load(held.key, held.values))
                 self._settle(held)
@@ -157,7 +156,7 @@ class Pager:
             return
         if not self._free and self._num_made >= self._num_buffers and not self._evictable():
             return
-        held.buffer = self._take()
+        held.buffer = self._take(held.page.num_bytes)
         self._start(held, _Place.LOADING, lambda: self._store.load(held.key, held.values))
         self._touch(index)
 
@@ -207,14 +206,23 @@ class Pager:
     def _evictable(self) -> bool:
         return any(self._pages[i].place in (_Place.CACHED, _Place.STORING) for i in self._recent)
 
-    def _take(self) -> Tensor:
+    def _take(self, num_bytes: int) -> Tensor:
         """Returns a free buffer: a new one, or that of the page that was used longest ago."""
+        if not self._free and self._num_made >= self._num_buffers:
+            self._evict()
         if self._free:
-            return self._free.pop()
-        if self._num_made < self._num_buffers:
-            assert self._device is not None
-            self._num_made += 1
-            return self._store.staging(self._page_bytes, torch.uint8, self._device)
+            buffer = self._free.pop()
+            if buffer.nbytes >= num_bytes:
+                return buffer
+            self._num_made -= 1  # it was made when there were only smaller pages
+            del buffer
+        assert self._device is not None
+        self._num_made += 1
+        largest = max(held.page.num_bytes for held in self._pages)
+        return self._store.staging(largest, torch.uint8, self._device)
+
+    def _evict(self) -> None:
+        """Frees the buffer of the page that was used longest ago."""
         # Pages that were loaded ahead but not opened come last: they will be needed soon.
         for places in ((_Place.CACHED, _Place.STORING), (_Place.LOADING,)):
             for index in list(self._recent):
@@ -222,5 +230,5 @@ class Pager:
                 if held.place in places:
                     self._settle(held)
                     self._give(index)
-                    return self._free.pop()
+                    return
         raise AssertionError("more pages are open than there are buffers")

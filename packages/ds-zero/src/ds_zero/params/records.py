@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
-from ds_zero.interfaces import EVERYWHERE, Coordinates, MakesState, RecordSource
+from ds_zero.interfaces import EVERYWHERE, Coordinates, MakesState, PagesState, RecordSource
 from ds_zero.layout.buckets import Slot
+from ds_zero.params.stored_values import BucketReader, StoredTensor
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.optimizer_states import states_opened
 from ds_zero.state import ZeroState
@@ -35,8 +36,8 @@ class ShardRecord:
     global_shape: tuple[int, ...]
     """Shape of the whole tensor, which is () for a number."""
     flat_offset: int
-    data: Tensor
-    """1-D, contiguous: a view of the tensor, or a copy if the tensor is away ([Note: tensors that are away])."""
+    data: Tensor | StoredTensor
+    """1-D, contiguous: a view of the tensor, or a `StoredTensor` if it is away ([Note: tensors that are away])."""
     coordinates: Coordinates = field(default_factory=dict)
     """Distinguishes tensors with the same name: {"expert": (i, n)} for set i of n sets of ranks that have different
     values (`mesh_for`); else empty."""
@@ -76,7 +77,9 @@ class Range:
     def coordinates(self) -> dict[str, tuple[int, int]]:
         return coordinates_of(self.bucket)
 
-    def record(self, state: str, shape: tuple[int, ...], start: int, data: Tensor) -> ShardRecord:
+    def record(
+        self, state: str, shape: tuple[int, ...], start: int, data: Tensor | StoredTensor
+    ) -> ShardRecord:
         """Returns a record of the elements from `start` on of this parameter or one of its states."""
         return ShardRecord(self.fqn, state, shape, start, data, self.coordinates)
 
@@ -122,21 +125,42 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     state = _registry.state_of(model)
     state.stepper.wait()
     own_records: list[ShardRecord] = []
-    for bucket, parts in groupby(ranges(state, owned=False), key=lambda r: r.bucket):
-        kind = bucket.storage.exact
-        with bucket.storage.opened(kind) as values, states_opened(optimizer, bucket.shards):
-            for r in parts:
-                own = r.of(values).detach()
-                own = own.clone() if bucket.storage.is_away(kind) else own
-                own_records.append(r.record(PARAM, r.slot.shape, r.start, own))
-                if bucket.shards:
-                    shard = bucket.shards[r.index]
-                    for name, value in optimizer.state.get(shard, {}).items():
-                        own_records += _state_record(r, name, value, shard)
+    reader = BucketReader(optimizer)
+    for r in ranges(state, owned=False):
+        own_records.append(r.record(PARAM, r.slot.shape, r.start, _own_values(r, reader)))
+        if not r.bucket.shards:
+            continue
+        shard = r.bucket.shards[r.index]
+        if isinstance(optimizer, PagesState):
+            dtypes, others = optimizer.stored_states(shard)
+            own_records += [_stored_state(r, name, dtype, reader) for name, dtype in dtypes.items()]
+        else:
+            others = optimizer.state.get(shard, {})
+        for name, value in others.items():
+            own_records += _state_record(r, name, value, shard)
     if state.ranks.first:
         for fqn, buffer in saved_buffers(model).items():
             own_records.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
     return own_records
+
+
+def _own_values(r: Range, reader: BucketReader) -> Tensor | StoredTensor:
+    """Returns this rank's part of the authoritative values of a parameter."""
+    storage = r.bucket.storage
+    if storage.addressable(storage.exact) is not None:
+        return r.values
+    dtype = torch.float32 if r.bucket.trainable else r.bucket.dtype
+    return StoredTensor(r.numel, dtype, lambda: r.of(reader.values(r.bucket)))
+
+
+def _stored_state(r: Range, name: str, dtype: torch.dtype, reader: BucketReader) -> ShardRecord:
+    """Returns the record of an element-wise optimizer state that is away."""
+    begin = r.start - r.shard_start
+
+    def load() -> Tensor:
+        return reader.state(r.bucket, r.index, name).reshape(-1)[begin : begin + r.numel]
+
+    return r.record(name, r.slot.shape or (1,), r.start, StoredTensor(r.numel, dtype, load))
 
 
 def _state_record(r: Range, name: str, value: object, shard: Tensor) -> list[ShardRecord]:

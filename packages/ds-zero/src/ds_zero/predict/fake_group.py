@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_zero.comm.ranks import SimulatedGroup
-from ds_zero.interfaces import Reservation
+from ds_zero.comm.works import Done
+from ds_zero.interfaces import Reservation, ShardKey, Work
 from ds_zero.params.stores import ResidentStore
 
 
@@ -81,21 +82,42 @@ class FakeGroup(SimulatedGroup):
 
 
 class StandInStore(ResidentStore):
-    """A `ShardStore` that keeps the given kinds in host memory, as ds_offload's `HostStore` does."""
+    """A `ShardStore` that keeps some kinds in host memory and others on a disk, as those of ds_offload do."""
 
-    def __init__(self, kinds: Collection[str], on_host: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self, kinds: Collection[str], on_host: Callable[[Tensor], None], *, on_disk: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self._kinds, self._on_host = frozenset(kinds), on_host
+        self._on_disk = frozenset(on_disk)
         self._to_host = False
 
     def reserve(self, plan: Sequence[Reservation]) -> Any:
         self._to_host = True
         reserved = dict(super().reserve([r for r in plan if r.key.kind in self._kinds]))
         self._to_host = False
-        return reserved | dict(super().reserve([r for r in plan if r.key.kind not in self._kinds]))
+        others = self._kinds | self._on_disk
+        return reserved | dict(super().reserve([r for r in plan if r.key.kind not in others]))
 
     def _allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         made = super()._allocate(numel, dtype, device)
         if self._to_host:
             self._on_host(made)
         return made
+
+    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns a buffer in host memory."""
+        made = torch.empty(numel, dtype=dtype, device=device)
+        self._on_host(made)
+        return made
+
+    def load(self, key: ShardKey, out: Tensor) -> Work:
+        return Done() if key.kind in self._on_disk else super().load(key, out)
+
+    def store(self, key: ShardKey, src: Tensor) -> Work:
+        return Done() if key.kind in self._on_disk else super().store(key, src)
+
+    def sink_grad(self, key: ShardKey, grad: Tensor, *, offset: int, accumulate: bool) -> Work:
+        if key.kind in self._on_disk:
+            return Done()
+        return super().sink_grad(key, grad, offset=offset, accumulate=accumulate)

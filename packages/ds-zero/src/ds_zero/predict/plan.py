@@ -43,6 +43,7 @@ def plan(
     accumulation_steps: int = 1,
     config: ZeroConfig | None = None,
     offload: bool | Collection[str] = False,
+    disk: bool | Collection[str] = False,
     checkpointing: bool = False,
     clip: bool = True,
     shard_ranks: int | None = None,
@@ -70,7 +71,10 @@ def plan(
         loss: a function from the model's output to a scalar. Default: the output itself, its `loss`, or its first
             element.
         accumulation_steps: number of micro-batches per optimizer step.
-        offload: True keeps masters and gradients in host memory; or the kinds of shards to keep there.
+        offload: True keeps masters and gradients in host memory; or the kinds of shards to keep there ("param",
+            "master", "grad").
+        disk: True keeps masters, gradients and optimizer states on a disk; or the kinds to keep there ("param",
+            "master", "grad", "state").
         checkpointing: recompute the activations of every block in backward, as `torch.utils.checkpoint` does. A model
             that recomputes by itself needs no argument.
         clip: whether gradients are clipped, or their norm is computed.
@@ -111,6 +115,7 @@ def plan(
         accumulation_steps=accumulation_steps,
         device=_device(device),
         offload=frozenset(OFFLOADED if offload is True else offload or ()),
+        disk=frozenset((*OFFLOADED, "state") if disk is True else disk or ()),
         checkpointing=checkpointing,
         clip=clip,
         shard_ranks=shard_ranks,
@@ -177,6 +182,8 @@ class _Planner:
             accumulation_plan="local" if local else "sharded",
             checkpointing=job.checkpointing,
             offload=tuple(sorted(job.offload)),
+            disk=tuple(sorted(job.disk)),
+            disk_bytes=resting_bytes(self.model, job).disk_bytes if job.disk else 0,
             device=job.device.type,
             phases=(self._rest(job),) if outcome is None else _phases(outcome, job.device, reserve),
             sent_bytes={} if outcome is None else outcome.sent_bytes,

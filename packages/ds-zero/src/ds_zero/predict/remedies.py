@@ -124,10 +124,14 @@ def _settings(job: Job) -> list[list[_Change]]:
     smaller = list(_halves(size))
     if smaller:
         settings.append([_micro_batch(n, size) for n in smaller])
-    if not job.offload:
+    if not job.disk:
         text = "optimizer states and masters on the host"
-        if not job.on_cpu:
-            settings.append([_Change("offload", True, text, lambda j: replace(j, offload=_OFFLOADED))])
+        host = _Change("offload", True, text, lambda j: replace(j, offload=_OFFLOADED))
+        text = "gradients, masters and optimizer states on a disk"
+        disk = _Change(
+            "disk", True, text, lambda j: replace(j, offload=frozenset(), disk=_OFFLOADED | {"state"})
+        )
+        settings.append([disk] if job.on_cpu or job.offload else [host, disk])
     return settings
 
 

@@ -52,6 +52,10 @@ class Plan:
     checkpointing: bool
     offload: tuple[str, ...]
     """Kinds of shards that are kept on the host."""
+    disk: tuple[str, ...] = ()
+    """Kinds of shards that are kept on a disk."""
+    disk_bytes: int = 0
+    """Bytes of one rank on a disk."""
     device: str
     phases: tuple[PhaseMemory, ...]
     sent_bytes: Mapping[str, int]
@@ -104,7 +108,7 @@ class Plan:
         table.append(["reserve", *(_cell(self.reserve_bytes) for _ in self.phases)])
         place = "in all" if self.device == "cpu" else f"on {self.device}"
         table.append([place, *(human_bytes(p.device_bytes) for p in self.phases)])
-        if self.offload:
+        if self.offload or self.disk:
             table.append(["on the host", *(human_bytes(p.host_bytes) for p in self.phases)])
         if self.sent_bytes:
             table.append(["sent a step", *(_cell(self.sent_bytes.get(p.phase, 0)) for p in self.phases)])
@@ -117,7 +121,7 @@ class Plan:
             f"stage {self.stage}",
             f"{self.ranks} rank{'s' if self.ranks > 1 else ''} ({self.device})",
             self.compute_dtype.removeprefix("torch."),
-            self.optimizer + (" on the host" if self.offload else ""),
+            self.optimizer + self._place(),
         ]
         if self.accumulation_steps > 1:
             parts.append(f"{self.accumulation_steps} micro-batches, {self.accumulation_plan} plan")
@@ -125,11 +129,18 @@ class Plan:
             parts.append("activations recomputed")
         return ", ".join(parts)
 
+    def _place(self) -> str:
+        if self.disk:
+            return f" on the host, {' and '.join(self.disk)} on a disk"
+        return " on the host" if self.offload else ""
+
     def verdict(self) -> list[str]:
         """Returns the lines below the table: the peak, whether it fits, remedies, and notes."""
         lines = [f"peak {human_bytes(self.device_bytes)} a rank"]
-        if self.offload and self.device != "cpu":
+        if (self.offload or self.disk) and self.device != "cpu":
             lines[0] += f", and {human_bytes(self.host_bytes)} of host memory"
+        if self.disk:
+            lines[0] += f", and {human_bytes(self.disk_bytes)} on a disk"
         if self.fits is not None:
             lines[0] += f": {'fits' if self.fits else 'does not fit'} in {self._budgets()}"
         if self.fits is False:

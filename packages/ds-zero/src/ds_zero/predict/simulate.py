@@ -11,7 +11,7 @@ allocator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -53,6 +53,9 @@ MAX_MICRO_BATCHES = 4
 """More micro-batches than this hold no more at once than this many: the first is unlike the second (sums begin), and
 the last unlike those before (reduction overlaps)."""
 
+_NUM_PAGES, _PAGE_BYTES = 4, 64 << 20
+"""Defaults of ds_offload's `PagedOptimizer`."""
+
 _STEPS = 2
 """The first step creates optimizer states and records the order of modules; the second uses them."""
 
@@ -73,6 +76,8 @@ class Job:
     device: torch.device
     offload: frozenset[str] = frozenset()
     """Kinds of shards that are stored in host memory."""
+    disk: frozenset[str] = frozenset()
+    """Kinds of shards that are stored on a disk; "state": the states of the optimizer."""
     checkpointing: bool = False
     clip: bool = True
     shard_ranks: int | None = None
@@ -112,6 +117,28 @@ class Job:
             return known[size]
 
         return ranks_of_param
+
+    @property
+    def steps_on_host(self) -> bool:
+        """Whether the optimizer runs in host memory."""
+        return "master" in self.offload | self.disk
+
+    @property
+    def states_on_disk(self) -> bool:
+        """Whether the states of the optimizer are on a disk."""
+        return "state" in self.disk
+
+    def page_buffer_bytes(self, numels: Sequence[int]) -> int:
+        """Returns the bytes of memory into which ds_offload's `PagedOptimizer` loads states.
+
+        Args:
+            numels: the numbers of elements of each bucket that this rank steps.
+        """
+        each = sum(dtype.itemsize for dtype in self.states.values())
+        # Buckets that are in memory are stepped together, and then pages contain the states of several.
+        parts = [each * n for n in numels if n] if "master" in self.disk else [each * sum(numels)]
+        largest = min(_PAGE_BYTES, max(parts, default=0))
+        return min(_NUM_PAGES, sum(-(-part // _PAGE_BYTES) for part in parts)) * largest
 
     @property
     def on_cpu(self) -> bool:
@@ -157,7 +184,8 @@ class _Run:
             checkpoint_units(self.model)
         given = job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(model))
         groups = [[copies[id(p)] for p in group["params"]] for group in given.param_groups]
-        self.optimizer = stand_in(given, groups, dict(job.states))
+        self.optimizer = stand_in(given, groups, {} if job.states_on_disk else dict(job.states))
+        self._page_buffers: Tensor | None = None
         if not job.on_cpu:
             for group in self.optimizer.param_groups:
                 if group.get("foreach", True) is None and not group.get("fused"):
@@ -175,7 +203,7 @@ class _Run:
             mesh=ranks,
             mesh_for=job.mesh_for(self.group),
             config=replace(job.config, accumulation_steps=micro),
-            store=StandInStore(job.offload, partial(self._rest_on_host)),
+            store=StandInStore(job.offload, partial(self._rest_on_host), on_disk=job.disk),
             comm=None if job.on_cpu else Comm(TorchAllGather(), TorchReduceScatter()),
             norms=_norms,
         )
@@ -221,6 +249,10 @@ class _Run:
         if self.job.clip:
             clip_grad_norm_(self.model, 1.0)
         self._classify()
+        if self.job.states_on_disk and self._page_buffers is None:
+            owned = [sum(shard.numel() for shard in bucket.shards) for bucket in self.state.buckets]
+            self._page_buffers = torch.empty(self.job.page_buffer_bytes(owned), dtype=torch.uint8)
+            self.ledger.classify([self._page_buffers], allocation_tracker.STATES, on_host=True)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._classify()

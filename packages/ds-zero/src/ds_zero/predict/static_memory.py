@@ -19,6 +19,7 @@ from ds_zero.predict import allocation_tracker
 from ds_zero.predict.simulate import Job
 from ds_zero.runtime.gradients.sparse_rows import row_parameters
 from ds_zero.runtime.materialize import dtype_of, reservations
+from ds_zero.runtime.staging import NUM_BUFFERS
 
 _PURPOSE_OF_KIND: Mapping[str, str] = {
     "param": allocation_tracker.PARAMETERS,
@@ -29,10 +30,11 @@ _PURPOSE_OF_KIND: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Resting:
-    """Bytes between steps by purpose, on the device and in host memory."""
+    """Bytes between steps by purpose, on the device and in host memory, and the bytes on a disk."""
 
     device: Mapping[str, int]
     host: Mapping[str, int]
+    disk_bytes: int
 
 
 def resting_bytes(model: nn.Module, job: Job) -> Resting:
@@ -53,15 +55,24 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     in_fp32 = {x.name for x in layouts if x.unit is not None and dtype_of(x) == torch.float32}
     device: Counter[str] = Counter()
     host: Counter[str] = Counter()
+    disk_bytes = 0
+    staged: dict[tuple[str, torch.dtype], list[int]] = {}
     device[allocation_tracker.BUFFERS] = sum(b.numel() * b.element_size() for b in model.buffers())
     for item in reservations(layouts, topology.axes, job.config.grad_dtype, torch.device("cpu")):
+        num_bytes = item.numel * item.dtype.itemsize
+        if item.key.kind in job.disk:
+            disk_bytes += num_bytes
+            staged.setdefault((item.key.kind, item.dtype), []).append(num_bytes)
+            continue
         place = host if item.key.kind in job.offload else device
         purpose = _PURPOSE_OF_KIND[item.key.kind]
         if item.key.kind == "master" and item.key.name in in_fp32:
             purpose = allocation_tracker.PARAMETERS  # shards of stage 3 that are both
-        place[purpose] += item.numel * item.dtype.itemsize
+        place[purpose] += num_bytes
+    for (kind, _), sizes in staged.items():
+        host[_PURPOSE_OF_KIND[kind]] += min(NUM_BUFFERS, len(sizes)) * max(sizes)
     per_element = sum(dtype.itemsize for dtype in job.states.values())
-    states = 0
+    stepped: list[int] = []
     for layout in layouts:
         dtype = dtype_of(layout)
         if layout.unit is None:
@@ -71,10 +82,14 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
             device[allocation_tracker.PARAMETERS] += kept
         if layout.group != FROZEN:
             owned = layout.owned_range(0)
-            states += sum(piece_of(slot, *owned).numel for slot in layout.slots) * per_element
-    place = host if "master" in job.offload else device
-    place[allocation_tracker.STATES] = states
-    return Resting(device, host)
+            stepped.append(sum(piece_of(slot, *owned).numel for slot in layout.slots))
+    if job.states_on_disk:
+        disk_bytes += sum(stepped) * per_element
+        host[allocation_tracker.STATES] = job.page_buffer_bytes(stepped)
+    else:
+        place = host if job.steps_on_host else device
+        place[allocation_tracker.STATES] = sum(stepped) * per_element
+    return Resting(device, host, disk_bytes)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

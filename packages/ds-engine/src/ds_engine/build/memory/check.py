@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 import ds_zero
 from ds_engine.build.memory.predict import predicted
 from ds_engine.interfaces import World
-from ds_engine.job import Job
+from ds_engine.job import Job, Placement, Where
 from ds_engine.launch.machine import available_bytes, format_bytes
 
 _MOST_PER_ELEMENT = 24
@@ -61,13 +61,13 @@ def warn_if_too_large(job: Job, model: nn.Module, optimizer: Optimizer, world: W
     # Memory that the process holds already is part of the plan.
     held = sum(t.nbytes for t in [*params, *buffers] if t.device.type == world.device.type)
     room = replace(room, device_bytes=room.device_bytes + held)
-    wanted = _Choice(stage=job.stage, offload=job.placement.optimizer_on_host)
+    wanted = _Choice(stage=job.stage, placement=job.placement)
     try:
         plan = predicted(job, model, optimizer)
         if _fits(plan, room, world):
             return
         others = [
-            (other, predicted(job, model, optimizer, stage=other.stage, offload=other.offload))
+            (other, predicted(job, model, optimizer, stage=other.stage, placement=other.placement))
             for other in wanted.further(world.device.type != "cpu")
         ]
     except ValueError as error:
@@ -82,18 +82,29 @@ class _Choice:
     """Settings that determine the memory of states."""
 
     stage: int
-    offload: bool
+    placement: Placement
 
     def further(self, offloads: bool) -> list[_Choice]:
-        """Yields settings that need less device memory, the nearest first."""
+        """Returns settings that need less device memory, the nearest first.
+
+        Args:
+            offloads: whether host memory is other memory than that of the device.
+        """
         stages = [replace(self, stage=stage) for stage in range(self.stage + 1, 4)]
-        beside = (
-            [replace(one, offload=True) for one in (self, *stages)] if offloads and not self.offload else []
-        )
-        return stages + beside
+        now = self.placement.optimizer_states
+        places: list[Where] = []
+        if offloads and now == "device":
+            places.append("cpu")
+        if now != "nvme":
+            places.append("nvme")
+        moved = [Placement(gradients=place, masters=place, optimizer_states=place) for place in places]
+        return stages + [replace(one, placement=place) for place in moved for one in (self, *stages)]
 
     def __str__(self) -> str:
-        return f"stage {self.stage}" + (" with offload_optimizer" if self.offload else "")
+        place = self.placement.optimizer_states
+        return f"stage {self.stage}" + (
+            f' with offload_optimizer.device "{place}"' if place != "device" else ""
+        )
 
 
 def _fits(plan: ds_zero.Plan, room: Room, world: World) -> bool:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 import ds_zero
 from ds_engine.build.optimizer import maker_of
 from ds_engine.build.zero import zero_config
-from ds_engine.job import Job
+from ds_engine.job import Job, Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ def predicted(
     checkpointing: bool = False,
     budgets: Budgets = Budgets(),
     stage: int | None = None,
-    offload: bool | None = None,
+    placement: Placement | None = None,
 ) -> ds_zero.Plan:
     """Predicts memory and messages of one rank of a job.
 
@@ -40,12 +40,13 @@ def predicted(
         optimizer: an optimizer over the model's parameters; None: the optimizer of the job.
         micro_batch: arguments of one forward; None: plans only the states between steps.
         checkpointing: recompute the activations of every block.
-        stage, offload: override those of the job.
+        stage, placement: override those of the job.
 
     Raises:
         ValueError: the model cannot be planned.
     """
     topology = job.topology
+    where = placement or job.placement
     return ds_zero.plan(
         model,
         micro_batch,
@@ -56,7 +57,8 @@ def predicted(
         config=zero_config(job, model),
         shard_ranks=topology.data.size if topology.replicate.size > 1 else None,
         loss_scale=job.precision.loss_scaling is not None,
-        offload=job.placement.optimizer_on_host if offload is None else offload,
+        offload=where.on("cpu") - {"state"},
+        disk=where.on("nvme"),
         checkpointing=checkpointing,
         clip=math.isfinite(job.clipping),
         device=job.device_type,

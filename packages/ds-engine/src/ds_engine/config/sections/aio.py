@@ -16,10 +16,10 @@ class AioConfig(Section):
     queue_depth: Positive = Field(
         default=32, description="Number of requests that the disk has at a time. DeepSpeed's default is 8."
     )
-    intra_op_parallelism: Positive = Field(
-        default=8,
-        description="Number of threads that read and write where the system does not permit io_uring, which needs "
-        "none. DeepSpeed's default is 1.",
+    intra_op_parallelism: Positive | None = Field(
+        default=None,
+        description="Number of threads that read and write. Default: one with io_uring, where one is enough, and 8 "
+        "where the system does not permit io_uring. DeepSpeed's default is 1.",
     )
     single_submit: bool = Field(
         default=False, description="Submits requests one at a time instead of in batches."

@@ -1,0 +1,43 @@
+"""The example whose state is larger than the memory that it may use."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from docs.blocks import ROOT
+
+EXAMPLE = ROOT / "docs" / "examples" / "offload" / "larger_than_memory.py"
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLE), *options]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, env=env)
+
+
+def losses(done: subprocess.CompletedProcess[str]) -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"loss (\S+)", done.stdout)
+
+
+def test_a_model_three_times_as_large_as_its_memory_trains(tmp_path: Path) -> None:
+    done = run("--nvme-path", str(tmp_path), "--steps", "2")
+    assert len(losses(done)) == 2
+    assert re.search(r"in memory: peak .* a rank: does not fit in 256.0 MiB", done.stdout)
+    assert re.search(r"on a disk: peak .* on a disk: fits in 256.0 MiB", done.stdout)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.full
+def test_it_has_the_losses_of_training_in_memory_and_does_not_fit_there(tmp_path: Path) -> None:
+    on_disk = losses(run("--nvme-path", str(tmp_path), "--steps", "20"))
+    assert len(on_disk) == 20
+    assert losses(run("--offload", "cpu", "--limit-mib", "0", "--steps", "20")) == on_disk
+    failed = run("--offload", "cpu", "--steps", "20")
+    assert failed.returncode != 0 and "allocate memory" in failed.stderr
