@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ds_zero
 from contracts.distant_store import DistantStore
+from ds_checkpoint.format.records import in_memory
 from ds_core.optim import FusedAdam, FusedLamb
 from ds_zero import _registry
 from ds_zero.interfaces import ShardKey
@@ -193,7 +194,7 @@ class _Records:
         return {name: (r.global_shape, r.data.dtype) for name, r in self._held.get(fqn, {}).items()}
 
     def read(self, fqn: str, state: str, flat_offset: int, out: Tensor, *_: object) -> None:
-        out.copy_(self._held[fqn][state].data[flat_offset : flat_offset + out.numel()])
+        out.copy_(in_memory(self._held[fqn][state].data)[flat_offset : flat_offset + out.numel()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
