@@ -1,4 +1,5 @@
 #include "ds/cast.h"
+#include "ds/checksum.h"
 #include "ds/crc32c.h"
 #include "ds/norm.h"
 #include "gpu.h"
@@ -78,12 +79,31 @@ std::uint32_t crc32c_of(const py::buffer& buffer, std::uint32_t crc, int threads
   return crc32c(crc, info.ptr, size, threads);
 }
 
+void checksums_of(py::handle list, py::handle out, int threads) {
+  TensorReader reader("checksums");
+  const Items items(list, "checksums", "tensors"), outs(out, "checksums", "out");
+  reader.require_count(outs.size(), items.size(), "out", "tensors");
+  std::vector<ChecksumTensor> tensors;
+  tensors.reserve(items.size());
+  for (std::size_t i = 0; i < items.size(); ++i) {
+    const auto index = static_cast<std::int64_t>(i);
+    const View view = reader.floats(items[i], "tensors", kFloats, index);
+    const View sums = reader.typed(outs[i], "out", dlpack::kInt, 64, "int64", index);
+    reader.require_numel(sums, num_checksums(view.numel), "out", index, "the list of blocks");
+    tensors.push_back({view.data, view.numel, view.dtype, static_cast<std::uint64_t*>(sums.data)});
+  }
+  if (reader.on_gpu()) throw py::value_error("checksums: tensors must be on the CPU");
+  py::gil_scoped_release unlocked;
+  checksums(tensors, threads);
+}
+
 }  // namespace
 
 void bind_reductions(py::module_& m) {
   m.def("squared_norm", &squared_norm_of);
   m.def("squared_norm_blocks", &squared_norm_blocks_of);
   m.def("cast", &cast_all);
+  m.def("checksums", &checksums_of);
   m.def("crc32c", &crc32c_of);
 }
 

@@ -224,8 +224,8 @@ Span TensorReader::bytes(py::handle object, std::string_view name) {
 }
 
 View TensorReader::typed(py::handle object, std::string_view name, dlpack::TypeCode code, int bits,
-                         std::string_view type_name) {
-  const Arg arg{function_, name};
+                         std::string_view type_name, std::int64_t index) {
+  const Arg arg{function_, name, index};
   const View view = read(object, arg);
   if (view.type.code != code || view.type.bits != bits) {
     fail(arg, "must be " + std::string(type_name) + ", but is " + dtype_name(view.type));
@@ -314,6 +314,29 @@ std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view fu
     tensors.push_back(t);
   }
   return tensors;
+}
+
+std::vector<UpdateSums> read_sums(TensorReader& reader, std::string_view function, py::handle sums,
+                                  const std::vector<UpdateTensor>& tensors) {
+  std::vector<UpdateSums> all;
+  if (sums.is_none()) return all;
+  const auto pair = py::cast<py::tuple>(sums);
+  const Items read(pair[0], function, "checksums[0]");
+  const Items written(pair[1], function, "checksums[1]");
+  reader.require_count(read.size(), tensors.size(), "checksums[0]", "params");
+  reader.require_count(written.size(), tensors.size(), "checksums[1]", "params");
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const UpdateTensor& t = tensors[i];
+    const int rows = 2 + (t.states[0] != nullptr ? 1 : 0) + (t.states[1] != nullptr ? 1 : 0);
+    auto rows_of = [&](py::handle object, std::string_view name) {
+      const auto index = static_cast<std::int64_t>(i);
+      const View view = reader.typed(object, name, dlpack::kInt, 64, "int64", index);
+      reader.require_numel(view, rows * num_checksums(t.numel), name, index, "the list of rows and blocks");
+      return static_cast<std::uint64_t*>(view.data);
+    };
+    all.push_back({rows_of(read[i], "checksums[0]"), rows_of(written[i], "checksums[1]")});
+  }
+  return all;
 }
 
 }  // namespace ds::bindings

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "dlpack.h"
+#include "ds/checksum.h"
 #include "ds/dtype.h"
 #include "ds/update.h"
 
@@ -69,7 +70,7 @@ class TensorReader {
   View floats(py::handle object, std::string_view name, DTypes allowed, std::int64_t index = -1);
   Span bytes(py::handle object, std::string_view name);
   View typed(py::handle object, std::string_view name, dlpack::TypeCode code, int bits,
-             std::string_view type_name);
+             std::string_view type_name, std::int64_t index = -1);
 
   void require_count(std::size_t actual, std::size_t count, std::string_view name,
                      std::string_view like) const;
@@ -104,6 +105,11 @@ struct StateArg {
 std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view function, py::handle params,
                                        std::initializer_list<StateArg> states, py::handle grads,
                                        py::handle outs);
+
+// Reads where the checksums of an update go: None, or a pair of lists of int64 tensors (ds/checksum.h). CPU
+// only.
+std::vector<UpdateSums> read_sums(TensorReader& reader, std::string_view function, py::handle sums,
+                                  const std::vector<UpdateTensor>& tensors);
 
 // Each file of this directory adds its functions to the module.
 void bind_optimizers(py::module_& m);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import ds_checkpoint
 import ds_engine
 import ds_zero
+from ds_checkpoint import CheckpointError
 from harness import ranks
 
 
-def engine(stage: int, **integrity: int) -> ds_engine.Engine:
+def engine(stage: int, *, more: dict[str, Any] | None = None, **integrity: int) -> ds_engine.Engine:
     """The second layer is frozen."""
     torch.manual_seed(0)
     config: dict[str, Any] = {
@@ -23,6 +26,7 @@ def engine(stage: int, **integrity: int) -> ds_engine.Engine:
         "zero_optimization": {"stage": stage},
         "startup_summary": False,
         "integrity": integrity,
+        **(more or {}),
     }
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].requires_grad_(False)
@@ -75,6 +79,55 @@ def test_zero_turns_the_check_off() -> None:
     train(made, 4)
     with pytest.raises(ds_zero.ReplicaError):
         ds_zero.check_replicas(made.module)
+    made.destroy()
+
+
+def flip_shard(made: ds_engine.Engine, state: str | None) -> None:
+    if dist.get_rank() == 1:
+        shard = max((p for g in made.optimizer.param_groups for p in g["params"]), key=torch.Tensor.numel)
+        values = shard.detach() if state is None else made.optimizer.state[shard][state]
+        values.numpy().view("int32")[5] ^= 1 << 20
+
+
+OFFLOAD = {
+    "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "bf16": {"enabled": True},
+}
+
+
+@ranks(2)
+@pytest.mark.parametrize(
+    ("stage", "state", "more"),
+    [(1, None, {"gradient_clipping": 0.1}), (2, "exp_avg", OFFLOAD), (3, "exp_avg_sq", {})],
+)
+def test_checksums_find_a_flipped_bit_of_a_shard(
+    stage: int, state: str | None, more: dict[str, Any], tmp_path: Path
+) -> None:
+    made = engine(stage, checksums=True, more=more)
+    train(made, 3)
+    made.save_checkpoint(tmp_path / "good")
+    flip_shard(made, state)
+    what = rf"on rank 1, {state or 'master'} of '0\.bias', elements 0 to 7\."
+    with pytest.raises(CheckpointError, match=f"ranks 0, 1: ChecksumError: .*{what}"):
+        made.save_checkpoint(tmp_path / "bad")
+    assert ds_checkpoint.latest(tmp_path / "good") and not ds_checkpoint.latest(tmp_path / "bad")
+    with pytest.raises(ds_zero.ChecksumError, match=what):
+        train(made, 1)
+    assert made.global_steps == 3
+    made.load_checkpoint(tmp_path / "good")
+    train(made, 2)
+    flip_shard(made, state)
+    with pytest.raises(ds_zero.ChecksumError, match=what):
+        train(made, 1)
+    made.destroy()
+
+
+@ranks(2)
+def test_no_checksums_by_default() -> None:
+    made = engine(2)
+    train(made, 2)
+    flip_shard(made, "exp_avg")
+    train(made, 2)
     made.destroy()
 
 

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <span>
 
+#include "ds/checksum.h"
 #include "ds/update.h"
 
 namespace ds {
@@ -33,6 +34,7 @@ struct AdagradScalars {
 };
 
 // States: sum.
-void adagrad_step(const AdagradOptions& options, std::span<const UpdateTensor> tensors, int num_threads);
+void adagrad_step(const AdagradOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
+                  std::span<const UpdateSums> sums = {});
 
 }  // namespace ds

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <span>
 
+#include "ds/checksum.h"
 #include "ds/update.h"
 
 namespace ds {
@@ -46,6 +47,7 @@ struct AdamScalars {
 };
 
 // States: exp_avg, exp_avg_sq.
-void adam_step(const AdamOptions& options, std::span<const UpdateTensor> tensors, int num_threads);
+void adam_step(const AdamOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
+               std::span<const UpdateSums> sums = {});
 
 }  // namespace ds

@@ -10,6 +10,7 @@
 
 #include <span>
 
+#include "ds/checksum.h"
 #include "ds/update.h"
 
 namespace ds {
@@ -35,6 +36,7 @@ struct LionScalars {
 };
 
 // States: exp_avg.
-void lion_step(const LionOptions& options, std::span<const UpdateTensor> tensors, int num_threads);
+void lion_step(const LionOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
+               std::span<const UpdateSums> sums = {});
 
 }  // namespace ds

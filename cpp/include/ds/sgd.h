@@ -10,6 +10,7 @@
 
 #include <span>
 
+#include "ds/checksum.h"
 #include "ds/update.h"
 
 namespace ds {
@@ -38,6 +39,7 @@ struct SgdScalars {
 };
 
 // States: momentum_buffer where momentum != 0, else none.
-void sgd_step(const SgdOptions& options, std::span<const UpdateTensor> tensors, int num_threads);
+void sgd_step(const SgdOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
+              std::span<const UpdateSums> sums = {});
 
 }  // namespace ds

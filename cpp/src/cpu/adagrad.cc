@@ -10,8 +10,9 @@ AdagradScalars::AdagradScalars(const AdagradOptions& o)
       eps(static_cast<float>(o.eps)),
       minus_lr(static_cast<float>(-o.lr / (1.0 + static_cast<double>(o.step - 1) * o.lr_decay))) {}
 
-void adagrad_step(const AdagradOptions& options, std::span<const UpdateTensor> tensors, int num_threads) {
-  one_state_step(AdagradScalars(options), kernels().adagrad, tensors, num_threads);
+void adagrad_step(const AdagradOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
+                  std::span<const UpdateSums> sums) {
+  one_state_step(AdagradScalars(options), kernels().adagrad, tensors, num_threads, sums);
 }
 
 }  // namespace ds

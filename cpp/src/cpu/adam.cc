@@ -20,15 +20,18 @@ AdamScalars::AdamScalars(const AdamOptions& o)
       eps(static_cast<float>(o.eps)),
       minus_step_size(static_cast<float>(-o.lr / (1.0 - std::pow(o.beta1, static_cast<double>(o.step))))) {}
 
-void adam_step(const AdamOptions& options, std::span<const UpdateTensor> tensors, int num_threads) {
+void adam_step(const AdamOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
+               std::span<const UpdateSums> sums) {
   const AdamScalars scalars(options);
   const KernelTable& table = kernels();
-  for_each_piece(tensors, num_threads, [&](const UpdateTensor& t, std::int64_t begin, std::int64_t numel) {
-    const AdamFn fn =
-        table.adam[state_kind(t.state_dtype)][grad_kind(t.grad_dtype)][out_kind(t.out, t.out_dtype)];
-    fn(scalars, t.param + begin, at(t.states[0], t.state_dtype, begin), at(t.states[1], t.state_dtype, begin),
-       at(t.grad, t.grad_dtype, begin), at(t.out, t.out_dtype, begin), numel);
-  });
+  for_each_update(
+      tensors, num_threads, sums, [&](const UpdateTensor& t, std::int64_t begin, std::int64_t numel) {
+        const AdamFn fn =
+            table.adam[state_kind(t.state_dtype)][grad_kind(t.grad_dtype)][out_kind(t.out, t.out_dtype)];
+        fn(scalars, t.param + begin, at(t.states[0], t.state_dtype, begin),
+           at(t.states[1], t.state_dtype, begin), at(t.grad, t.grad_dtype, begin),
+           at(t.out, t.out_dtype, begin), numel);
+      });
 }
 
 }  // namespace ds

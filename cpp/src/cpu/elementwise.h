@@ -2,11 +2,13 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <span>
 #include <vector>
 
 #include "dispatch/chunks.h"
 #include "dispatch/kernel_table.h"
+#include "ds/checksum.h"
 #include "ds/parallel.h"
 #include "ds/update.h"
 
@@ -47,17 +49,84 @@ inline const void* at(const void* base, DType dtype, std::int64_t index) {
   return at(const_cast<void*>(base), dtype, index);
 }
 
+// The checksums of the rows of UpdateSums over one range of elements.
+struct RowSums {
+  std::uint64_t row[4];
+
+  void add(ChecksumFn fn, const UpdateTensor& t, std::int64_t begin, std::int64_t numel, bool with_grad) {
+    auto sum = [&](const void* base, DType dtype) {
+      const auto width = static_cast<std::int64_t>(size_of(dtype));
+      return fn(at(base, dtype, begin), begin % kChecksumBlock * width / 4, numel * width);
+    };
+    if (with_grad) row[0] += sum(t.grad, t.grad_dtype);
+    row[1] += sum(t.param, DType::kF32);
+    for (int i = 0; i < 2; ++i) {
+      if (t.states[i] != nullptr) row[2 + i] += sum(t.states[i], t.state_dtype);
+    }
+  }
+  // Two chunks may share a block.
+  void add_to(std::uint64_t* sums, const UpdateTensor& t, std::int64_t block, int first_row) const {
+    const std::int64_t stride = num_checksums(t.numel);
+    const int rows = t.states[0] == nullptr ? 2 : t.states[1] == nullptr ? 3 : 4;
+    for (int i = first_row; i < rows; ++i) {
+      std::atomic_ref(sums[i * stride + block]).fetch_add(row[i], std::memory_order_relaxed);
+    }
+  }
+};
+
+// [Note: checksums in the pass] Calls update for ranges of kTile elements. The checksums of what it will read
+// are computed right before, those of what it has written right after: the range is in the L1 cache by then,
+// so that they need no traffic with memory. The kernels are those of an update without checksums, and so are
+// the bits.
+template <class Update>
+void update_with_sums(ChecksumFn fn, const UpdateTensor& t, const UpdateSums& sums, std::int64_t begin,
+                      std::int64_t numel, Update update) {
+  constexpr std::int64_t kTile = 512;
+  static_assert(kChecksumBlock % kTile == 0);
+  const std::int64_t end = begin + numel;
+  while (begin < end) {
+    const std::int64_t block = begin / kChecksumBlock;
+    const std::int64_t stop = std::min(end, (block + 1) * kChecksumBlock);
+    RowSums read{}, written{};
+    while (begin < stop) {
+      const std::int64_t n = std::min(kTile, stop - begin);
+      read.add(fn, t, begin, n, true);
+      update(t, begin, n);
+      written.add(fn, t, begin, n, false);
+      begin += n;
+    }
+    read.add_to(sums.read, t, block, 0);
+    written.add_to(sums.written, t, block, 1);
+  }
+}
+
+// As for_each_piece, with the checksums of each tensor if `sums` has any.
+template <class Update>
+void for_each_update(std::span<const UpdateTensor> tensors, int num_threads, std::span<const UpdateSums> sums,
+                     Update update) {
+  if (sums.empty()) {
+    for_each_piece(tensors, num_threads, update);
+    return;
+  }
+  const ChecksumFn fn = kernels().checksum;
+  for_each_piece(tensors, num_threads, [&](const UpdateTensor& t, std::int64_t begin, std::int64_t numel) {
+    update_with_sums(fn, t, sums[static_cast<std::size_t>(&t - tensors.data())], begin, numel, update);
+  });
+}
+
 // An optimizer with one state at most; `table` is its part of the kernel table.
 template <class Scalars, std::size_t kNumStates>
 void one_state_step(const Scalars& scalars,
                     const OneStateFn<Scalars> (&table)[kNumStates][kNumDTypes][kNumOutKinds],
-                    std::span<const UpdateTensor> tensors, int num_threads) {
-  for_each_piece(tensors, num_threads, [&](const UpdateTensor& t, std::int64_t begin, std::int64_t numel) {
-    const int state = t.states[0] == nullptr ? kNumStateKinds : state_kind(t.state_dtype);
-    const OneStateFn<Scalars> fn = table[state][grad_kind(t.grad_dtype)][out_kind(t.out, t.out_dtype)];
-    fn(scalars, t.param + begin, at(t.states[0], t.state_dtype, begin), at(t.grad, t.grad_dtype, begin),
-       at(t.out, t.out_dtype, begin), numel);
-  });
+                    std::span<const UpdateTensor> tensors, int num_threads,
+                    std::span<const UpdateSums> sums) {
+  for_each_update(
+      tensors, num_threads, sums, [&](const UpdateTensor& t, std::int64_t begin, std::int64_t numel) {
+        const int state = t.states[0] == nullptr ? kNumStateKinds : state_kind(t.state_dtype);
+        const OneStateFn<Scalars> fn = table[state][grad_kind(t.grad_dtype)][out_kind(t.out, t.out_dtype)];
+        fn(scalars, t.param + begin, at(t.states[0], t.state_dtype, begin), at(t.grad, t.grad_dtype, begin),
+           at(t.out, t.out_dtype, begin), numel);
+      });
 }
 
 }  // namespace ds

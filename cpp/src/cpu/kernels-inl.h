@@ -12,6 +12,7 @@
 #include "cpu/norm-inl.h"
 // The rest.
 #include "cpu/cast-inl.h"
+#include "cpu/checksum-inl.h"
 #include "cpu/signs-inl.h"
 #include "cpu/update-inl.h"
 
@@ -35,5 +36,6 @@ constexpr KernelTable kTable = {
     .cast = {DS_CASTS(float), DS_CASTS(BF16), DS_CASTS(F16)},
     .pack_signs = DS_DTYPES(pack_signs_range),
     .unpack_signs = DS_DTYPES(unpack_signs_range),
+    .checksum = checksum,
 };
 // clang-format on

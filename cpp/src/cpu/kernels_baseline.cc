@@ -4,6 +4,7 @@
 #include "dispatch/kernel_table.h"
 #include "ds/adagrad.h"
 #include "ds/adam.h"
+#include "ds/checksum.h"
 #include "ds/lamb.h"
 #include "ds/lion.h"
 #include "ds/sgd.h"

@@ -13,8 +13,9 @@ LionScalars::LionScalars(const LionOptions& o)
       one_minus_beta2(static_cast<float>(1.0 - o.beta2)),
       minus_lr(static_cast<float>(-o.lr)) {}
 
-void lion_step(const LionOptions& options, std::span<const UpdateTensor> tensors, int num_threads) {
-  one_state_step(LionScalars(options), kernels().lion, tensors, num_threads);
+void lion_step(const LionOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
+               std::span<const UpdateSums> sums) {
+  one_state_step(LionScalars(options), kernels().lion, tensors, num_threads, sums);
 }
 
 }  // namespace ds

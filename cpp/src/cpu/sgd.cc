@@ -14,8 +14,9 @@ SgdScalars::SgdScalars(const SgdOptions& o)
       first(o.first),
       nesterov(o.nesterov) {}
 
-void sgd_step(const SgdOptions& options, std::span<const UpdateTensor> tensors, int num_threads) {
-  one_state_step(SgdScalars(options), kernels().sgd, tensors, num_threads);
+void sgd_step(const SgdOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
+              std::span<const UpdateSums> sums) {
+  one_state_step(SgdScalars(options), kernels().sgd, tensors, num_threads, sums);
 }
 
 }  // namespace ds

@@ -81,3 +81,30 @@ inline void add_magnitudes(Sum16& sum, Sum16 x) {
 inline void store16(double* out, Sum16 sum) {
   for (int i = 0; i < 4; ++i) _mm256_storeu_pd(out + 4 * i, sum.quarter[i]);
 }
+
+struct WeightedWords {
+  __m256i sum[2];
+  __m256i weights[2];  // of the next 16 words
+};
+inline WeightedWords zero_words(std::uint32_t weight) {
+  const __m256i index = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+  const __m256i factor = _mm256_set1_epi32(static_cast<int>(kChecksumFactor));
+  const __m256i low =
+      _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(weight)), _mm256_mullo_epi32(index, factor));
+  const __m256i high = _mm256_add_epi32(low, _mm256_set1_epi32(static_cast<int>(16 * kChecksumFactor)));
+  return {{_mm256_setzero_si256(), _mm256_setzero_si256()}, {low, high}};
+}
+inline void add_words(WeightedWords& s, const unsigned char* x) {
+  for (int i = 0; i < 2; ++i) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x) + i);
+    const __m256i even = _mm256_mul_epu32(words, s.weights[i]);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(words, 32), _mm256_srli_epi64(s.weights[i], 32));
+    s.sum[i] = _mm256_add_epi64(s.sum[i], _mm256_add_epi64(even, odd));
+    s.weights[i] = _mm256_add_epi32(s.weights[i], _mm256_set1_epi32(static_cast<int>(32 * kChecksumFactor)));
+  }
+}
+inline std::uint64_t total(const WeightedWords& s) {
+  std::uint64_t lane[4];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lane), _mm256_add_epi64(s.sum[0], s.sum[1]));
+  return lane[0] + lane[1] + lane[2] + lane[3];
+}

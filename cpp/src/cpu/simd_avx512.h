@@ -73,3 +73,27 @@ inline void store16(double* out, Sum16 sum) {
   _mm512_storeu_pd(out, sum.low);
   _mm512_storeu_pd(out + 8, sum.high);
 }
+
+struct WeightedWords {
+  __m512i even, odd;
+  __m512i weights;  // of the next 16 words
+};
+inline WeightedWords zero_words(std::uint32_t weight) {
+  const __m512i index = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i factor = _mm512_set1_epi32(static_cast<int>(kChecksumFactor));
+  const __m512i weights =
+      _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(weight)), _mm512_mullo_epi32(index, factor));
+  return {_mm512_setzero_si512(), _mm512_setzero_si512(), weights};
+}
+inline void add_words(WeightedWords& s, const unsigned char* x) {
+  const __m512i words = _mm512_loadu_si512(x);
+  s.even = _mm512_add_epi64(s.even, _mm512_mul_epu32(words, s.weights));
+  s.odd = _mm512_add_epi64(s.odd,
+                           _mm512_mul_epu32(_mm512_srli_epi64(words, 32), _mm512_srli_epi64(s.weights, 32)));
+  s.weights = _mm512_add_epi32(s.weights, _mm512_set1_epi32(static_cast<int>(32 * kChecksumFactor)));
+}
+inline std::uint64_t total(const WeightedWords& s) {
+  std::uint64_t lane[8];
+  _mm512_storeu_si512(lane, _mm512_add_epi64(s.even, s.odd));
+  return lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7];
+}

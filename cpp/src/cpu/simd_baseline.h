@@ -8,6 +8,7 @@
 //   fp64 accumulators whatever the vector width, so that sums have the same bits zero16, widen16,
 //   add_squares, add_magnitudes, store16 sign(F32)              -1, 0 or 1 per lane; 0 for NaN sign_bits(F32)
 //   bit i = sign bit of lane i select(mask, a, b)     lane i of a where bit i is set, else of b
+//   WeightedWords: zero_words, add_words, total: [Note: checksum of a block], 16 words at a time
 // No default member initializers: GCC compiles implicit constructors outside the target's region.
 
 #include "formulas/half-inl.h"
@@ -79,3 +80,19 @@ inline void add_magnitudes(Sum16& sum, const Sum16& x) {
 inline void store16(double* out, const Sum16& sum) {
   for (int i = 0; i < 16; ++i) out[i] = sum.lane[i];
 }
+
+// 16 words of 32 bits times their weights, added modulo 2^64.
+struct WeightedWords {
+  std::uint64_t sum;
+  std::uint32_t weight;  // of the next word
+};
+inline WeightedWords zero_words(std::uint32_t weight) { return {0, weight}; }
+inline void add_words(WeightedWords& s, const unsigned char* x) {
+  std::uint32_t words[16];
+  __builtin_memcpy(words, x, sizeof words);
+  for (std::uint32_t i = 0; i < 16; ++i) {
+    s.sum += static_cast<std::uint64_t>(words[i]) * (s.weight + 2 * i * kChecksumFactor);
+  }
+  s.weight += 32 * kChecksumFactor;
+}
+inline std::uint64_t total(const WeightedWords& s) { return s.sum; }

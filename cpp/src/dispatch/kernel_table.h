@@ -37,6 +37,7 @@ using LambApplyFn = void (*)(const LambScalars&, float minus_step, float* param,
 using SumFn = double (*)(const void* data, std::int64_t numel);
 using CastFn = void (*)(const void* src, void* dst, std::int64_t numel);
 using PackSignsFn = double (*)(const void* x, std::uint8_t* bits, std::int64_t numel);
+using ChecksumFn = std::uint64_t (*)(const void* data, std::int64_t first_word, std::int64_t bytes);
 using UnpackSignsFn = void (*)(const std::uint8_t* bits, float scale, void* out, std::int64_t numel);
 
 struct KernelTable {
@@ -50,6 +51,7 @@ struct KernelTable {
   CastFn cast[kNumDTypes][kNumDTypes];  // [src][dst]
   PackSignsFn pack_signs[kNumDTypes];
   UnpackSignsFn unpack_signs[kNumDTypes];
+  ChecksumFn checksum;
 };
 
 namespace baseline {

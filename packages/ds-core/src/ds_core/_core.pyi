@@ -82,6 +82,7 @@ def adam_step(
     decoupled: bool,
     grad_scale: float,
     threads: int,
+    checksums: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
     /,
 ) -> None: ...
 def adagrad_step(
@@ -96,6 +97,7 @@ def adagrad_step(
     weight_decay: float,
     grad_scale: float,
     threads: int,
+    checksums: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
     /,
 ) -> None: ...
 def lion_step(
@@ -109,6 +111,7 @@ def lion_step(
     weight_decay: float,
     grad_scale: float,
     threads: int,
+    checksums: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
     /,
 ) -> None: ...
 def sgd_step(
@@ -124,6 +127,7 @@ def sgd_step(
     nesterov: bool,
     grad_scale: float,
     threads: int,
+    checksums: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
     /,
 ) -> None: ...
 def lamb_moments(
@@ -161,6 +165,7 @@ def advance_counts(counts: Sequence[Tensor], /) -> bool: ...
 def squared_norm(tensors: Sequence[Tensor], threads: int, /) -> tuple[float, bool]: ...
 def squared_norm_blocks(tensor: Tensor, block_numel: int, out: Tensor, threads: int, /) -> None: ...
 def cast(src: Sequence[Tensor], dst: Sequence[Tensor], threads: int, /) -> None: ...
+def checksums(tensors: Sequence[Tensor], out: Sequence[Tensor], threads: int, /) -> None: ...
 def crc32c(buffer: Any, crc: int, threads: int, /) -> int: ...
 def pack_signs(x: Tensor, bits: Tensor, block_sums: Tensor, threads: int, /) -> float: ...
 def unpack_signs(bits: Tensor, scale: float, out: Tensor, threads: int, /) -> None: ...

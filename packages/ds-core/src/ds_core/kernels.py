@@ -13,6 +13,9 @@ Common arguments of the optimizer steps, all of which work in place:
   gradients multiplied beforehand.
 * `out[i]`, where not None, receives the new `params[i]` rounded to its dtype (fp32, bf16, fp16) in the same pass.
 * `step` counts from 1 and includes this step.
+* `checksums`: a pair of lists, with one int64 tensor of zeros for each parameter, of `rows * num_checksums(numel)`
+  elements. They receive the checksums of what the step reads and of what it writes: gradient, parameter, states; the
+  gradient's row of the second stays zero. Only where `checksums_in_pass(params[0])`.
 """
 
 from __future__ import annotations
@@ -29,13 +32,30 @@ from torch.autograd.graph import increment_version
 from ds_core import _gpu, _native, reference
 
 NORM_BLOCK_NUMEL = reference.NORM_BLOCK_NUMEL
+CHECKSUM_BLOCK_NUMEL = reference.CHECKSUM_BLOCK_NUMEL
 T = TypeVar("T")
+Checksums = tuple[Sequence[Tensor], Sequence[Tensor]]
+"""Receives the checksums of what a step reads, and of what it writes."""
 
 
 def _is_native(tensor: Tensor) -> bool:
     """Whether the native kernels take tensors of this device. They check the rest of the arguments themselves."""
     kind = tensor.device.type
     return (kind == "cpu" and _native.has_native()) or (kind == "cuda" and _gpu.is_live())
+
+
+def checksums_in_pass(tensor: Tensor) -> bool:
+    """Whether a step on this device computes checksums in its pass over memory; elsewhere call `checksums` before and
+    after it.
+    """
+    return tensor.device.type == "cpu" and _native.has_native()
+
+
+def _no_checksums(function: str, checksums: Checksums | None) -> None:
+    if checksums is not None:
+        raise ValueError(
+            f"{function}: checksums need the native kernels of the CPU; call checksums before and after the step"
+        )
 
 
 def _listed(function: str, name: str, tensors: Iterable[T]) -> Sequence[T]:
@@ -80,6 +100,7 @@ def adam_step(
     decoupled: bool = True,
     grad_scale: float = 1.0,
     out: Iterable[Tensor | None] | None = None,
+    checksums: Checksums | None = None,
 ) -> None:
     """One step of AdamW (`decoupled`, Loshchilov and Hutter 2019, algorithm 2) or Adam with L2 regularisation."""
     params, exp_avgs, exp_avg_sqs, grads = _lists(
@@ -89,6 +110,7 @@ def adam_step(
     if not params:
         return
     if not _is_native(params[0]):
+        _no_checksums("adam_step", checksums)
         reference.adam_step(
             params, exp_avgs, exp_avg_sqs, grads, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
             weight_decay=weight_decay, decoupled=decoupled, grad_scale=grad_scale, out=out,
@@ -96,7 +118,7 @@ def adam_step(
         return
     _native.core.adam_step(
         params, exp_avgs, exp_avg_sqs, grads, out, step, lr, beta1, beta2, eps, weight_decay, decoupled,
-        grad_scale, torch.get_num_threads(),
+        grad_scale, torch.get_num_threads(), checksums,
     )  # fmt: skip
     _written(params, exp_avgs, exp_avg_sqs, out)
 
@@ -113,6 +135,7 @@ def adagrad_step(
     weight_decay: float = 0.0,
     grad_scale: float = 1.0,
     out: Iterable[Tensor | None] | None = None,
+    checksums: Checksums | None = None,
 ) -> None:
     """One step of Adagrad (Duchi, Hazan and Singer 2011) as `torch.optim.Adagrad` defines it."""
     params, sums, grads = _lists("adagrad_step", params=params, sums=sums, grads=grads)
@@ -120,14 +143,16 @@ def adagrad_step(
     if not params:
         return
     if not _is_native(params[0]):
+        _no_checksums("adagrad_step", checksums)
         reference.adagrad_step(
             params, sums, grads, step=step, lr=lr, lr_decay=lr_decay, eps=eps, weight_decay=weight_decay,
             grad_scale=grad_scale, out=out,
         )  # fmt: skip
         return
     _native.core.adagrad_step(
-        params, sums, grads, out, step, lr, lr_decay, eps, weight_decay, grad_scale, torch.get_num_threads()
-    )
+        params, sums, grads, out, step, lr, lr_decay, eps, weight_decay, grad_scale, torch.get_num_threads(),
+        checksums,
+    )  # fmt: skip
     _written(params, sums, out)
 
 
@@ -142,6 +167,7 @@ def lion_step(
     weight_decay: float = 0.0,
     grad_scale: float = 1.0,
     out: Iterable[Tensor | None] | None = None,
+    checksums: Checksums | None = None,
 ) -> None:
     """One step of Lion (Chen et al. 2023, algorithm 2), weight decay decoupled."""
     params, exp_avgs, grads = _lists("lion_step", params=params, exp_avgs=exp_avgs, grads=grads)
@@ -149,14 +175,16 @@ def lion_step(
     if not params:
         return
     if not _is_native(params[0]):
+        _no_checksums("lion_step", checksums)
         reference.lion_step(
             params, exp_avgs, grads, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
             grad_scale=grad_scale, out=out,
         )  # fmt: skip
         return
     _native.core.lion_step(
-        params, exp_avgs, grads, out, lr, beta1, beta2, weight_decay, grad_scale, torch.get_num_threads()
-    )
+        params, exp_avgs, grads, out, lr, beta1, beta2, weight_decay, grad_scale, torch.get_num_threads(),
+        checksums,
+    )  # fmt: skip
     _written(params, exp_avgs, out)
 
 
@@ -173,6 +201,7 @@ def sgd_step(
     nesterov: bool = False,
     grad_scale: float = 1.0,
     out: Iterable[Tensor | None] | None = None,
+    checksums: Checksums | None = None,
 ) -> None:
     """One step of SGD as `torch.optim.SGD` defines it.
 
@@ -190,6 +219,7 @@ def sgd_step(
     if momentum_buffers is not None:
         momentum_buffers = _listed("sgd_step", "momentum_buffers", momentum_buffers)
     if not _is_native(params[0]):
+        _no_checksums("sgd_step", checksums)
         reference.sgd_step(
             params, momentum_buffers, grads, first=first, lr=lr, momentum=momentum, dampening=dampening,
             weight_decay=weight_decay, nesterov=nesterov, grad_scale=grad_scale, out=out,
@@ -197,7 +227,7 @@ def sgd_step(
         return
     _native.core.sgd_step(
         params, momentum_buffers, grads, out, first, lr, momentum, dampening, weight_decay, nesterov, grad_scale,
-        torch.get_num_threads(),
+        torch.get_num_threads(), checksums,
     )  # fmt: skip
     _written(params, momentum_buffers if momentum != 0.0 else None, out)
 
@@ -408,6 +438,29 @@ def unpack_signs(bits: Tensor, scale: float, out: Tensor) -> Tensor:
         return reference.unpack_signs(bits, scale, out)
     _native.core.unpack_signs(bits, scale, out, torch.get_num_threads())
     _written([out])
+    return out
+
+
+def num_checksums(numel: int) -> int:
+    """Returns the number of blocks of a tensor of `numel` elements."""
+    return -(-numel // CHECKSUM_BLOCK_NUMEL)
+
+
+def checksums(tensors: Iterable[Tensor], out: Iterable[Tensor] | None = None) -> Sequence[Tensor]:
+    """Returns the checksums of each block of `CHECKSUM_BLOCK_NUMEL` elements (fp32, bf16, fp16) of each tensor: 1-D
+    int64, in `out` if given.
+
+    A changed word of 32 bits, two flipped bits, or two exchanged words of one block always change its checksum; other
+    changes do with a probability of 1 - 2^-64. Formula: cpp/include/ds/checksum.h.
+    """
+    tensors = _listed("checksums", "tensors", tensors)
+    if out is None:
+        out = [torch.empty(num_checksums(t.numel()), dtype=torch.int64, device=t.device) for t in tensors]
+    out = _listed("checksums", "out", out)
+    if tensors and not checksums_in_pass(tensors[0]):
+        return reference.checksums(tensors, out)
+    _native.core.checksums(tensors, out, torch.get_num_threads())
+    _written(out)
     return out
 
 

@@ -16,6 +16,10 @@ from torch import Tensor
 NORM_BLOCK_NUMEL = 16 * 1024
 """Elements per block of `squared_norm`; part of the result's definition."""
 
+CHECKSUM_BLOCK_NUMEL = 4096
+"""Elements per block of `checksums`; part of the result's definition."""
+CHECKSUM_FACTOR = 0x9E3779B1
+
 
 def _outs(out: Sequence[Tensor | None] | None, count: int) -> Sequence[Tensor | None]:
     return [None] * count if out is None else out
@@ -103,6 +107,22 @@ def cast(src: Tensor | Sequence[Tensor], dst: Tensor | Sequence[Tensor]) -> None
     destinations = [dst] if isinstance(dst, Tensor) else dst
     for a, b in zip(sources, destinations, strict=True):
         b.copy_(a.to(torch.float32))
+
+
+@torch.no_grad()
+def checksums(tensors: Sequence[Tensor], out: Sequence[Tensor]) -> Sequence[Tensor]:
+    """See `ds_core.kernels.checksums`."""
+    for tensor, sums in zip(tensors, out, strict=True):
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        block_bytes = CHECKSUM_BLOCK_NUMEL * tensor.element_size()
+        padded = data.new_zeros(sums.numel() * block_bytes)  # at an aligned address
+        padded[: data.numel()] = data
+        words = padded.view(torch.int32).to(torch.int64).bitwise_and_(0xFFFFFFFF)
+        index = torch.arange(block_bytes // 4, dtype=torch.int64, device=data.device)
+        weights = ((2 * index + 1) * CHECKSUM_FACTOR).bitwise_and_(0xFFFFFFFF)
+        # torch's int64 wraps at 2^64
+        sums.copy_((words.view(sums.numel(), block_bytes // 4) * weights).sum(1))
+    return out
 
 
 def _crc32c_table() -> list[int]:

@@ -20,9 +20,12 @@ KERNELS = (
     "cast",
     "pack_signs",
     "unpack_signs",
+    "checksums",
     "crc32c",
 )
 CPU_ONLY = ("crc32c",)
+REFERENCE_ON_GPU = ("checksums",)
+"""Kernels that run as the reference on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ def variants() -> list[Variant]:
     for name in KERNELS:
         if name in CPU_ONLY:
             rows.append(Variant(name, "gpu", False, "runs on CPU memory only"))
+        elif name in REFERENCE_ON_GPU:
+            rows.append(Variant(name, "gpu", False, f"{name} has no kernel for GPUs"))
         else:
             rows.append(Variant(name, "gpu", library.path is not None, gpu_reason))
     return rows

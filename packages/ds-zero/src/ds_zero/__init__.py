@@ -28,6 +28,7 @@ from ds_zero.params.records import ShardRecord, group_names, load_records, recor
 from ds_zero.params.state_dict import load_full_state_dict
 from ds_zero.params.status import Presence, presence
 from ds_zero.params.stores import ResidentStore
+from ds_zero.runtime.checksums import ChecksumError
 from ds_zero.runtime.gradients.grad_scale import GradNorm
 from ds_zero.runtime.gradients.loss_scaler import DynamicScale, LossScaleError, LossScaler
 from ds_zero.runtime.gradients.norms import squared_norm, total_norm
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Away",
+    "ChecksumError",
     "Collectives",
     "Comm",
     "Control",

@@ -163,6 +163,11 @@ class ZeroConfig:
     reads parameters in another way right after a step (`for p in model.parameters()`).
     """
 
+    checksums: bool = False
+    """Whether each rank keeps checksums of its masters, optimizer states and reduced gradients, and compares them when
+    the values are read again. A difference raises `ChecksumError` on every rank. [Note: checksums of shards]
+    """
+
     def __post_init__(self) -> None:
         if self.accumulation not in (None, "local", "sharded"):
             raise ValueError(f'accumulation={self.accumulation!r}: give "local", "sharded" or None')

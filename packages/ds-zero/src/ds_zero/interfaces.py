@@ -171,6 +171,41 @@ class FusedStep(Protocol):
 
 
 @runtime_checkable
+class TakesChecksums(Protocol):
+    """An optimizer that computes checksums of tensors faster than `ds_zero.tensors.checksums`."""
+
+    def checksums(self, tensors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Writes the checksums of each tensor's blocks to `out`: the same numbers, [Note: checksum of a block]."""
+
+
+@runtime_checkable
+class ChecksummedStep(TakesChecksums, Protocol):
+    """An optimizer with `step_fused` that also computes the checksums of what it reads and writes, in one pass if
+    possible.
+    """
+
+    def checksummed_states(self, param: Tensor) -> tuple[str, ...]:
+        """Returns the names of the element-wise states of an entry."""
+
+    def step_checksummed(
+        self,
+        params: Sequence[Tensor],
+        *,
+        grad_scale: Tensor,
+        out: Sequence[Tensor | None],
+        read: Sequence[Tensor],
+        written: Sequence[Tensor],
+    ) -> None:
+        """As `FusedStep.step_fused`, for entries with a gradient.
+
+        Args:
+            read: for each entry, an int64 tensor of zeros of shape (rows, blocks). It receives the checksums of the
+                gradient, of the entry and of its states, in the order of `checksummed_states`, before the update.
+            written: the same after the update, except for the row of the gradient.
+        """
+
+
+@runtime_checkable
 class MakesState(Protocol):
     """An optimizer that chooses the memory of its states: their dtype, their device."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_core import kernels
 from ds_core.optim import Batch, FusedOptimizer
 
 Group = dict[str, Any]
@@ -31,10 +32,12 @@ class StepsAnyDtype(FusedOptimizer):
         params: Sequence[Tensor],
         out: Sequence[Tensor | None] | None,
         grad_scale: float,
+        checksums: kernels.Checksums | None = None,
     ) -> None:
         if all(param.dtype == torch.float32 for param in params):
-            super()._step_group(group, params, out, grad_scale)
+            super()._step_group(group, params, out, grad_scale, checksums)
             return
+        assert checksums is None, "step_checksummed computes checksums of 16-bit parameters by itself"
         for i, param in enumerate(params):
             if param.dtype == torch.float32:
                 super()._step_group(group, [param], None if out is None else [out[i]], grad_scale)

@@ -12,6 +12,7 @@ import ds_core.optim
 import ds_offload
 from ds_compat.ops.any_dtype import StepsAnyDtype
 from ds_compat.ops.optimizers import FusedLion, InstanceOfBase, refuse
+from ds_core import kernels
 
 
 class DeepSpeedCPUAdam(StepsAnyDtype, ds_offload.CPUAdam, metaclass=InstanceOfBase):
@@ -141,6 +142,7 @@ class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad, metaclass=InstanceOfBase):
         params: Sequence[Tensor],
         out: Sequence[Tensor | None] | None,
         grad_scale: float,
+        checksums: kernels.Checksums | None = None,
     ) -> None:
         """Steps with sparse gradients as with dense ones: without weight decay, Adagrad does not change rows whose
         gradient is zero.
@@ -154,7 +156,7 @@ class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad, metaclass=InstanceOfBase):
         for param, grad in sparse:
             param.grad = grad.to_dense()
         try:
-            super()._step_group(group, params, out, grad_scale)
+            super()._step_group(group, params, out, grad_scale, checksums)
         finally:
             for param, grad in sparse:
                 param.grad = grad

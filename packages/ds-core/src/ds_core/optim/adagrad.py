@@ -65,4 +65,5 @@ class FusedAdagrad(FusedOptimizer):
             weight_decay=group["weight_decay"],
             grad_scale=grad_scale,
             out=batch.outs(),
+            checksums=batch.checksums,
         )

@@ -80,4 +80,5 @@ def apply_adam(
         decoupled=decoupled,
         grad_scale=grad_scale,
         out=batch.outs(),
+        checksums=batch.checksums,
     )

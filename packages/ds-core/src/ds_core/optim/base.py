@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from ds_core import arena
+from ds_core import arena, kernels
 from ds_core.optim import counters
 
 Group = dict[str, Any]
@@ -38,6 +38,8 @@ class Batch:
     """Tensors that receive copies of the new parameters: one entry per tensor, or an empty list."""
     rows: list[int] = field(default_factory=list)
     """Index of each tensor in the list that was passed."""
+    checksums: kernels.Checksums | None = None
+    """Where the checksums of the tensors go; None: none are computed."""
 
     def outs(self) -> list[Tensor | None] | None:
         """`out`, or None if no tensor is copied."""
@@ -72,6 +74,8 @@ class FusedOptimizer(Optimizer):
     """
 
     state_names: ClassVar[tuple[str, ...]] = ()
+    checksums_in_pass: ClassVar[bool] = True
+    """Whether `_apply` passes `Batch.checksums` to the kernel."""
 
     def __init__(
         self,
@@ -152,12 +156,80 @@ class FusedOptimizer(Optimizer):
         In one pass over memory, each gradient is multiplied by `grad_scale` (0-dim), the parameter is updated, and
         `out[i]`, unless None, receives `params[i]` rounded to its dtype. No step hooks run.
         """
+        self._step_fused(params, grad_scale, out, None)
+
+    def _step_fused(
+        self,
+        params: Sequence[Tensor],
+        grad_scale: Tensor,
+        out: Sequence[Tensor | None],
+        checksums: kernels.Checksums | None,
+    ) -> None:
         if len(out) != len(params):
             raise ValueError(f"step_fused: out has {len(out)} entries, but params has {len(params)}")
         scale = float(grad_scale)
         for index, places in self._by_group(params).items():
             members, copies = [params[i] for i in places], [out[i] for i in places]
-            self._step_group(self.param_groups[index], members, copies, scale)
+            mine = None
+            if checksums is not None:
+                mine = [checksums[0][i] for i in places], [checksums[1][i] for i in places]
+            self._step_group(self.param_groups[index], members, copies, scale, mine)
+
+    # -- checksums
+
+    def checksums(self, tensors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+        """Writes the checksums of each tensor's blocks to `out`: see `ds_core.kernels.checksums`."""
+        kernels.checksums([_in_memory_order(t) for t in tensors], out)
+
+    def checksummed_states(self, param: Tensor) -> tuple[str, ...]:
+        """Returns the names of the element-wise states of one parameter."""
+        index = self._group_of(param)
+        if index is None:
+            raise ValueError("checksummed_states: the parameter is in no parameter group of this optimizer")
+        return self._names(self.param_groups[index])
+
+    def step_checksummed(
+        self,
+        params: Sequence[Tensor],
+        *,
+        grad_scale: Tensor,
+        out: Sequence[Tensor | None],
+        read: Sequence[Tensor],
+        written: Sequence[Tensor],
+    ) -> None:
+        """As `step_fused`, and computes the checksums of what it reads and of what it writes.
+
+        Args:
+            read: one int64 tensor of zeros for each parameter, of shape (rows, blocks). Rows: the gradient, the
+                parameter, its states in the order of `checksummed_states`. A parameter without a gradient is skipped.
+            written: the same for the new values; the row of the gradient is not written.
+
+        On the CPU the element-wise optimizers compute both while they update a range that is in the cache; others, and
+        all optimizers on a GPU, in passes before and after the update.
+        """
+        if self.checksums_in_pass and all(
+            kernels.checksums_in_pass(p) and p.dtype == torch.float32 for p in params
+        ):
+            self._step_fused(params, grad_scale, out, (read, written))
+            return
+        self._sum_rows(params, read, with_grads=True)
+        self._step_fused(params, grad_scale, out, None)
+        self._sum_rows(params, written, with_grads=False)
+
+    def _sum_rows(self, params: Sequence[Tensor], sums: Sequence[Tensor], *, with_grads: bool) -> None:
+        tensors: list[Tensor] = []
+        rows: list[Tensor] = []
+        for param, own in zip(params, sums, strict=True):
+            if param.grad is None or not param.numel():
+                continue
+            held = self.state.get(param) or {}
+            values = [param.grad if with_grads else None, param]
+            values += [held.get(name) for name in self.checksummed_states(param)]
+            for value, row in zip(values, own, strict=True):
+                if value is not None:
+                    tensors.append(value)
+                    rows.append(row)
+        self.checksums(tensors, rows)
 
     def _by_group(self, params: Sequence[Tensor]) -> dict[int, list[int]]:
         """Index of each group -> indices in `params` of its parameters."""
@@ -185,10 +257,18 @@ class FusedOptimizer(Optimizer):
         return None
 
     def _step_group(
-        self, group: Group, params: Sequence[Tensor], out: Sequence[Tensor | None] | None, grad_scale: float
+        self,
+        group: Group,
+        params: Sequence[Tensor],
+        out: Sequence[Tensor | None] | None,
+        grad_scale: float,
+        checksums: kernels.Checksums | None = None,
     ) -> None:
         batches, counts = self._batches(group, params, out)
         for batch in batches:
+            if checksums is not None:
+                read, written = checksums
+                batch.checksums = [read[i] for i in batch.rows], [written[i] for i in batch.rows]
             self._apply(group, batch, -grad_scale if group.get("maximize", False) else grad_scale)
         counters.advance(counts)  # after the kernels: an error in a kernel must leave the counters unchanged
 

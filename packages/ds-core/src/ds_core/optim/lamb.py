@@ -23,6 +23,7 @@ class FusedLamb(FusedOptimizer):
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    checksums_in_pass: ClassVar[bool] = False
 
     def __init__(
         self,

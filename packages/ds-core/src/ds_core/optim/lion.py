@@ -46,4 +46,5 @@ class FusedLion(FusedOptimizer):
             weight_decay=group["weight_decay"],
             grad_scale=grad_scale,
             out=batch.outs(),
+            checksums=batch.checksums,
         )

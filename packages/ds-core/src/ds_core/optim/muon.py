@@ -65,6 +65,7 @@ class Muon(FusedOptimizer):
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+    checksums_in_pass: ClassVar[bool] = False
 
     def __init__(
         self,

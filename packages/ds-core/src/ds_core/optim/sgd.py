@@ -73,4 +73,5 @@ class FusedSGD(FusedOptimizer):
             nesterov=group["nesterov"],
             grad_scale=grad_scale,
             out=batch.outs(),
+            checksums=batch.checksums,
         )

@@ -153,6 +153,7 @@ def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
         module_granularity_numel=zero.stage3_module_granularity_threshold or 0,
         leaf_modules=leaf_modules(zero.leaf_module, model) if job.stage == 3 else (),
         overlap_publish=zero.overlap_publish and job.stage in (1, 2),
+        checksums=settings.integrity.checksums,
     )
 
 

@@ -21,6 +21,7 @@ from ds_zero.interfaces import Norms, ShardStore
 from ds_zero.params.optimizer_state_dict import guard_optimizer
 from ds_zero.params.state_dict_guard import guard_state_dicts, wait_in_modules
 from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.checksums import Checksums, NoChecksums
 from ds_zero.runtime.gathering.gather import Gatherer
 from ds_zero.runtime.gathering.module_hooks import ModuleHooks
 from ds_zero.runtime.gathering.prefetch import limits_of
@@ -36,6 +37,7 @@ from ds_zero.runtime.optimizer_options import OptimizerOptions
 from ds_zero.runtime.step import Stepper
 from ds_zero.runtime.uncompiled import opaque
 from ds_zero.state import ZeroState
+from ds_zero.tensors.storage import is_fake
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,10 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
     gatherer = Gatherer(buckets, comm, waiting)
     grads, param_grads = ShardGrads(buckets), ParamGrads(buckets)
     policy = reduce_policy(config, job.stage)
-    reducer = Reducer(buckets, comm, policy, watch, grads.begin_accumulation, param_grads, options)
+    checksums = NoChecksums()
+    if config.checksums and not any(is_fake(b.full) for b in buckets):
+        checksums = Checksums(buckets, topology.norm_groups)
+    reducer = Reducer(buckets, comm, policy, watch, grads.begin_accumulation, param_grads, options, checksums)
     stepper = Stepper(
         buckets,
         comm=comm,
@@ -72,6 +77,7 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
         gatherer=gatherer,
         overlap=config.overlap_publish,
         publish_numel=config.publish_bucket_numel,
+        checksums=checksums,
     )
     gathering = UnitGathering(gatherer, units, limits_of(config), waiting.log)
     hooks = ModuleHooks(gathering, units, watch)
@@ -98,6 +104,7 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
         waiting=waiting,
         watch=watch,
         options=options,
+        checksums=checksums,
         model=weakref.ref(model),
         optimizer=None,
         names=_names(model),
@@ -128,6 +135,7 @@ def attach(optimizer: Optimizer, state: ZeroState) -> None:
     state.handles += state.stepper.install(optimizer)
     state.handles += guard_optimizer(optimizer, state)
     _registry.put_part(optimizer, state)
+    state.checksums.attach(optimizer)
 
 
 def reduce_policy(config: ZeroConfig, stage: int) -> ReducePolicy:

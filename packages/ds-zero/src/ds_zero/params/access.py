@@ -89,6 +89,7 @@ def set_full(model: nn.Module | None, where: Where, kind: str, value: Tensor | f
                 _write_state(place, kind, _own(place, from_first(place, value)))
             else:
                 _write_as_it_is(place, kind, value)
+        place.state.checksums.retake([place.bucket])
 
 
 def update_full_grads(
@@ -129,6 +130,7 @@ def update_full_grads(
                     old = whole[place.slot.offset : place.slot.end].clone().view(place.slot.shape)
                     new = place.checked(update(old, bucket.params[place.index]))
                     _write_grad(place, _own(place, new))
+        state.checksums.retake([b for b in state.buckets if id(b) in wanted])
 
 
 # --- this rank's part
@@ -194,6 +196,7 @@ def set_local(model: nn.Module | None, where: Where, kind: str, value: Tensor) -
             _write_state(place, kind, part)
         else:
             raise ValueError(f"state {kind!r} of {place.fqn!r} is not element-wise: use ds_zero.set_full")
+        place.state.checksums.retake([place.bucket])
 
 
 def local_range(model: nn.Module | None, where: Where) -> tuple[int, int]:

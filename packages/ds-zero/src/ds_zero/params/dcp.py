@@ -117,6 +117,7 @@ class _ModelState(_TopLevel):
         """Returns views of the live values."""
         state = _registry.state_of(self._model)
         state.stepper.wait()
+        state.checksums.before_save()
         written = _written(state)
         entries: dict[str, Any] = {}
         for r in ranges(state, owned=True):
@@ -229,6 +230,7 @@ class _OptimizerState(_TopLevel):
             _take_numbers(self._optimizer, shard, state_dict["state"].get(r.fqn, {}))
         for group, loaded in zip(self._optimizer.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in loaded.items() if key not in _IMPLEMENTATION})
+        state.checksums.loaded()
 
 
 def _take_numbers(optimizer: Optimizer, shard: Tensor, loaded: Mapping[str, Any]) -> None:

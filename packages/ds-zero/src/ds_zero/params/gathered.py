@@ -93,6 +93,7 @@ def _apply_changes(state: ZeroState, opened: OpenGather, writer: int | None) -> 
         _adopt(touched, writer)
         for other in state.open_gathers:
             other.refresh(touched)
+        state.checksums.retake(touched)
     lost: list[str] = []
     who: set[int] = set()
     for bucket in touched:
@@ -140,6 +141,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state = _registry.state_of(model)
     state.stepper.wait()
+    state.checksums.before_save()
     values: dict[str, Tensor] = {}
     for bucket in state.buckets:
         whole = _whole(state, bucket)

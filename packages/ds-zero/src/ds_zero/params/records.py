@@ -121,9 +121,13 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
 
     Scalar states (Adam's `step`) are in the records of the rank that has the parameter's first element, buffers in
     those of rank 0.
+
+    With `ZeroConfig(checksums=True)`, masters and states are compared with their checksums first: collective, and all
+    ranks raise `ChecksumError` if one of them differs.
     """
     state = _registry.state_of(model)
     state.stepper.wait()
+    state.checksums.before_save()
     own_records: list[ShardRecord] = []
     reader = BucketReader(optimizer)
     for r in ranges(state, owned=False):
@@ -256,6 +260,7 @@ def publish_loaded(state: ZeroState) -> None:
     _share_frozen(state)
     state.refresh()
     state.gatherer.drop_all()
+    state.checksums.loaded()
 
 
 def _to_be_read(

@@ -19,8 +19,9 @@ from torch.utils.hooks import RemovableHandle
 from ds_zero.comm.collectives import Comm
 from ds_zero.comm.ranks import Ranks
 from ds_zero.comm.works import Then
-from ds_zero.interfaces import FusedStep, SegmentStep, Work
+from ds_zero.interfaces import ChecksummedStep, FusedStep, SegmentStep, Work
 from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.checksums import NoChecksums
 from ds_zero.runtime.gathering.gather import Gatherer
 from ds_zero.runtime.gradients.grad_scale import ShardGrads
 from ds_zero.runtime.gradients.reduce import Reducer
@@ -40,6 +41,8 @@ class Stepper:
     bucket are loaded and those of the previous one are stored. A bucket that is published is also updated by a separate
     call. All others are updated in one call, because the overhead of a call equals the time of a kernel on 100,000
     elements.
+    With checksums, all buckets are updated before the first one is published, because what was read is compared in
+    between, [Note: checksums of shards].
     """
 
     def __init__(
@@ -52,12 +55,14 @@ class Stepper:
         gatherer: Gatherer,
         overlap: bool,
         publish_numel: int | None = None,
+        checksums: NoChecksums,
     ) -> None:
         # The first modules of the model are in the last buckets: publish in the order in which forward reads.
         self._buckets = [b for b in reversed(buckets) if b.trainable]
         self._comm, self._reducer, self._gatherer, self._overlap = comm, reducer, gatherer, overlap
         self._works: list[Work] = []
         self._publish_numel = publish_numel
+        self._checksums = checksums
         self._set_aside: list[tuple[Tensor, Tensor]] = []
         self._entries: list[list[int]] = []
         self._grads = grads
@@ -120,11 +125,15 @@ class Stepper:
 
     def apply_pending(self) -> None:
         """Unscales and clips the gradients on the shards in place, [Note: units of a gradient]."""
+        self._checksums.before_grads_change()
         self._grads.apply()
+        self._checksums.grads_arrived()
 
     def _prepare_plain(self) -> None:
         """Gives an optimizer without `step_fused` unscaled, clipped gradients in the dtype of the shards."""
-        self.apply_pending()
+        self._checksums.before_step()
+        self._checksums.require_equal()
+        self._grads.apply()
         for bucket in self._buckets:
             for shard in bucket.shards:
                 if shard.grad is not None and shard.grad.dtype != shard.dtype:
@@ -146,12 +155,15 @@ class Stepper:
     def _step_fused(self, optimizer: FusedStep) -> None:
         scale = self.pending.factor()
         together: list[Bucket] = []
+        apart = isinstance(optimizer, SegmentStep) or not isinstance(optimizer, ChecksummedStep)
         with torch.no_grad():
+            if apart:
+                self._checksums.before_step()
             if isinstance(optimizer, SegmentStep):
                 self._segment_sums = whole_sums(optimizer, self._buckets, scale)
             with closing(visit(self._buckets, STEPPED, write=(MASTER,))) as visited:
                 for bucket in visited:
-                    published = self._is_published(bucket)
+                    published = self._is_published(bucket) and not self._checksums.enabled
                     if not published and not bucket.storage.is_away(*STEPPED, PARAM):
                         together.append(bucket)
                         continue
@@ -161,6 +173,12 @@ class Stepper:
                     if published:  # sent while the next bucket is updated
                         self._start_publish(bucket)
             self._step_buckets(optimizer, together, scale)
+            if self._checksums.enabled:
+                if apart:
+                    self._checksums.after_step()
+                self._checksums.require_equal()
+                for bucket in self._buckets:
+                    self._start_publish(bucket)
 
     def _step_buckets(self, optimizer: FusedStep, buckets: list[Bucket], scale: Tensor) -> None:
         """Updates all shards of `buckets` that have a gradient by one call, in the order of the buckets."""
@@ -175,7 +193,7 @@ class Stepper:
             sums = torch.stack([self._segment_sums[id(shard)] for shard in live])
             optimizer.step_segments(live, sums, out=out)
         elif live:
-            optimizer.step_fused(live, grad_scale=scale, out=out)
+            self._checksums.step_fused(optimizer, live, scale, out)
         for shard in live:
             assert shard.grad is not None
             self._set_aside.append((shard, shard.grad))
@@ -190,6 +208,7 @@ class Stepper:
         if not self._takes_step:
             return
         if not self.fused:
+            self._checksums.after_step()
             self.publish()
         self._gatherer.drop_all()
         if not self._overlap:
@@ -239,6 +258,8 @@ class Stepper:
         works, self._works = self._works, []
         for work in works:
             work.wait()
+        if works:
+            self._checksums.published()
 
 
 class _CopyBack:

@@ -28,7 +28,8 @@ WORKING: tuple[Row, ...] = (
         for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     ),
     works("elasticity", _ENGINE, "ds_engine.config.elastic"),
-    works("integrity", "ds-zero", "ds_zero.check_replicas"),
+    works("integrity.replica_check_interval", "ds-zero", "ds_zero.check_replicas"),
+    works("integrity.checksums", "ds-zero", "ds_zero.ZeroConfig.checksums"),
     works("aio.block_size", "ds-offload", "NVMeOptions.block_bytes", **_ON_DISK),
     works("aio.queue_depth", "ds-offload", "NVMeOptions.queue_depth", **_ON_DISK),
     works("aio.intra_op_parallelism", "ds-offload", "NVMeOptions.num_threads", **_ON_DISK),

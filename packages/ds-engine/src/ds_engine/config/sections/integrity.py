@@ -15,3 +15,10 @@ class IntegrityConfig(Section):
         description="Number of optimizer steps between two comparisons, bit by bit, of the parameters and optimizer "
         "states that several ranks hold. A difference raises ds_zero.ReplicaError on every rank. 0: never.",
     )
+    checksums: bool = Field(
+        default=False,
+        description="Whether each rank keeps checksums of its masters, optimizer states and reduced gradients, and "
+        "compares them at the next read: in the next step, and when a checkpoint is saved. A difference raises "
+        "ds_zero.ChecksumError on every rank. On the CPU it costs a part of the optimizer's time: "
+        "docs/guide/silent-corruption.md.",
+    )

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from ds_zero.comm.collectives import Comm
 from ds_zero.interfaces import Reduction
 from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.checksums import NoChecksums
 from ds_zero.runtime.gradients.arrivals import Arrivals, Pending
 from ds_zero.runtime.gradients.backward import BackwardWatch
 from ds_zero.runtime.gradients.grad_buffer import FreshGrads, GradBuffer
@@ -63,6 +64,7 @@ class Reducer:
         before_accumulation: Callable[[], None],
         param_grads: ParamGrads,
         options: OptimizerOptions,
+        checksums: NoChecksums,
     ) -> None:
         """`before_accumulation` is called at the start of the first backward after the gradients of the shards were
         completed by `finish`.
@@ -76,6 +78,7 @@ class Reducer:
         """Whether backwards outside of `no_sync` are reduced."""
         self._learned_steps = policy.steps
         self._before_accumulation = before_accumulation
+        self._checksums = checksums
         self._watch = watch
         self._pending = {id(b): Pending(Arrivals(len(b.params))) for b in self.buckets}
         self._reductions = Reductions(self.buckets, comm, policy)
@@ -167,6 +170,7 @@ class Reducer:
     def _begin_backward(self) -> None:
         if self._in_backward:
             return
+        self._checksums.before_grads_change()
         self._notice_drop()
         if not self._touched:
             self._begin_accumulation()
@@ -268,6 +272,7 @@ class Reducer:
             late = any(p.fresh is not None for p in self._pending.values())
             if late:
                 self._late_flag.raise_on(self._shards(), self.policy.grad_dtype)
+            self._checksums.grads_arrived()
         self.param_grads.are_reduced = self._final and not late and self._is_last()
         self._in_backward = False
 
@@ -339,6 +344,7 @@ class Reducer:
         self._backwards = 0
         self._touched = False
         self._usage.drop_unused(counts)
+        self._checksums.grads_arrived()
         return True
 
     def _keep_own(self) -> None:
