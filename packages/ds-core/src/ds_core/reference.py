@@ -112,17 +112,24 @@ def cast(src: Tensor | Sequence[Tensor], dst: Tensor | Sequence[Tensor]) -> None
 @torch.no_grad()
 def checksums(tensors: Sequence[Tensor], out: Sequence[Tensor]) -> Sequence[Tensor]:
     """See `ds_core.kernels.checksums`."""
+    at_once = 1024  # blocks, whose words take 8 bytes each meanwhile
     for tensor, sums in zip(tensors, out, strict=True):
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        block_bytes = CHECKSUM_BLOCK_NUMEL * tensor.element_size()
-        padded = data.new_zeros(sums.numel() * block_bytes)  # at an aligned address
-        padded[: data.numel()] = data
-        words = padded.view(torch.int32).to(torch.int64).bitwise_and_(0xFFFFFFFF)
-        index = torch.arange(block_bytes // 4, dtype=torch.int64, device=data.device)
-        weights = ((2 * index + 1) * CHECKSUM_FACTOR).bitwise_and_(0xFFFFFFFF)
-        # torch's int64 wraps at 2^64
-        sums.copy_((words.view(sums.numel(), block_bytes // 4) * weights).sum(1))
+        data = tensor.detach().contiguous().view(-1)
+        if not data.numel():
+            continue
+        for part, row in zip(data.split(at_once * CHECKSUM_BLOCK_NUMEL), sums.split(at_once), strict=True):
+            row.copy_(_block_checksums(part, row.numel()))
     return out
+
+
+def _block_checksums(part: Tensor, count: int) -> Tensor:
+    block_bytes = CHECKSUM_BLOCK_NUMEL * part.element_size()
+    padded = torch.zeros(count * block_bytes, dtype=torch.uint8, device=part.device)  # at an aligned address
+    padded[: part.nbytes] = part.view(torch.uint8)
+    words = padded.view(torch.int32).to(torch.int64).bitwise_and_(0xFFFFFFFF)
+    index = torch.arange(block_bytes // 4, dtype=torch.int64, device=part.device)
+    weights = ((2 * index + 1) * CHECKSUM_FACTOR).bitwise_and_(0xFFFFFFFF)
+    return words.view(count, -1).mul_(weights).sum(1)  # torch's int64 wraps at 2^64
 
 
 def _crc32c_table() -> list[int]:

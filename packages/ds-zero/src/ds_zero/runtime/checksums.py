@@ -128,8 +128,8 @@ class _Entry:
         return ("gradient", "master", *self.names)[row]
 
     def stamp(self, tensor: Tensor) -> _Stamp:
-        # A parameter that is its own master may be written through either tensor.
-        own = tensor is self.shard and not self.bucket.storage.masters_apart
+        # A whole parameter that is its own master may be written through either tensor.
+        own = tensor is self.shard and self.bucket.whole and not self.bucket.storage.masters_apart
         return _Stamp(weakref.ref(tensor), (tensor._version, self._param_version if own else 0))
 
     @property

@@ -44,4 +44,4 @@ def _sums(part: Tensor, count: int) -> Tensor:
     words = padded.view(torch.int32).to(torch.int64).bitwise_and_(_WORD)
     index = torch.arange(block_bytes // 4, device=part.device)
     weights = ((2 * index + 1) * _FACTOR).bitwise_and_(_WORD)
-    return (words.view(count, -1) * weights).sum(1)  # torch's int64 wraps at 2^64
+    return words.view(count, -1).mul_(weights).sum(1)  # torch's int64 wraps at 2^64

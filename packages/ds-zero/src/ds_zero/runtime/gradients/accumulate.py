@@ -39,7 +39,8 @@ class Sums:
         begin, end = bucket.owned_range if self._whole else bucket.slice_range
         self._offset = begin - bucket.owned_range[0]
         self._numel = end - begin
-        self._complete = True
+        self.is_complete = True
+        """Whether the stored gradient is the whole sum, see `complete`."""
 
     def add(self, part: Tensor) -> None:
         """Adds the result of one reduction: this rank's slice, or the whole bucket for [Note: gradients by rows].
@@ -60,7 +61,7 @@ class Sums:
             self._put(part, 0, accumulate=True)
         else:
             self._push(part)
-        self._complete = len(self._levels) == 1 and not self._needs_gather
+        self.is_complete = len(self._levels) == 1 and not self._needs_gather
         for shard, grad in zip(bucket.shards, bucket.storage.grads, strict=True):
             if shard.grad is None and shard.numel():
                 shard.grad = grad
@@ -89,14 +90,14 @@ class Sums:
 
     def complete(self, comm: Comm) -> None:
         """Completes the entries' gradients: merges partial sums and, in stage 0, gathers the other ranks' slices."""
-        if self._complete:
+        if self.is_complete:
             return
         bucket = self._bucket
         self._merge_all()
         if self._needs_gather:
             with self._rest.opened(write=True) as grad:
                 comm.gather(grad, bucket.ranks).wait()
-        self._complete = True
+        self.is_complete = True
 
     def so_far(self) -> Tensor:
         """Returns a copy of this rank's slice of the sum so far; undefined where an entry has no gradient."""

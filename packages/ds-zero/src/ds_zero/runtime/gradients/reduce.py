@@ -332,6 +332,8 @@ class Reducer:
         self._notice_drop()
         if not self._touched:
             return False
+        if self._deferred or not self._reductions.are_complete:
+            self._checksums.before_grads_change()
         if self._deferred and self.reduction == "none":
             self._keep_own()
         elif self._deferred:

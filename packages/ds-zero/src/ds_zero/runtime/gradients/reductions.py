@@ -81,6 +81,11 @@ class Reductions:
         for sums in self._sums.values():
             sums.settle()
 
+    @property
+    def are_complete(self) -> bool:
+        """Whether `complete` has nothing to do."""
+        return all(sums.is_complete for sums in self._sums.values())
+
     def complete(self) -> None:
         """Completes the sums, see `Sums.complete`."""
         with torch.no_grad():
