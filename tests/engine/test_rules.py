@@ -30,6 +30,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"optimizer": {"type": "SparseAdam"}}, {}),
     ({"zero_optimization": OFFLOAD}, {"optimizer": torch.optim.AdamW}),
     ({"zero_optimization": ON_DISK, "optimizer": {"type": "Lamb"}}, {}),
+    ({"zero_optimization": ON_DISK, "integrity": {"checksums": True}}, {}),
     ({"optimizer": {"type": "Adam"}}, {"optimizer": torch.optim.AdamW}),
     ({"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}}, {"lr_scheduler": WarmupLR}),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme"}}}, {}),

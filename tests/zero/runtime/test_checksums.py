@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 import ds_core.optim
 import ds_zero
 from contracts.distant_store import DistantStore
-from ds_offload import CPUAdam, HostStore
+from ds_offload import CPUAdam, HostStore, NVMeStore, PagedOptimizer
 from ds_zero import _registry
 from harness import ranks
 from zero.models import Tiny, batch
@@ -301,6 +302,15 @@ def test_values_that_are_away_are_refused() -> None:
     optimizer = CPUAdam(model.parameters())
     with pytest.raises(ValueError, match=r"checksums=True.*'weight' away.*HostStore"):
         ds_zero.shard(model, optimizer, 1, config=ds_zero.ZeroConfig(checksums=True), store=DistantStore())
+
+
+def test_states_that_are_away_are_refused(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    store = NVMeStore(tmp_path, host=("master", "grad", "param"))
+    optimizer = PagedOptimizer(CPUAdam(model.parameters()), store)
+    with pytest.raises(ValueError, match=r"checksums=True.*PagedOptimizer keeps its states away"):
+        ds_zero.shard(model, optimizer, 1, config=ds_zero.ZeroConfig(checksums=True), store=HostStore())
+    optimizer.close()
 
 
 def test_off_by_default() -> None:

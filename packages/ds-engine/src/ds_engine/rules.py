@@ -98,6 +98,13 @@ RULES: tuple[Rule, ...] = (
         remedy='use AdamW, Adagrad, Lion or SGD, or set offload_optimizer.device to "cpu"',
     ),
     Rule(
+        first="integrity.checksums",
+        second="offload_optimizer.device nvme",
+        applies=lambda c: c.settings.integrity.checksums and c.placement.optimizer_states == "nvme",
+        reason="checksums of shards are computed from values in memory; those on a disk are checked by aio.verify",
+        remedy='set integrity.checksums to false, or offload_optimizer.device to "cpu"',
+    ),
+    Rule(
         first="an optimizer object that was passed in",
         second="the section optimizer",
         applies=lambda c: _passed(c) and c.settings.optimizer is not None,

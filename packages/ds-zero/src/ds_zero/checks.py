@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
+from ds_zero.interfaces import PagesState
 from ds_zero.tensors.storage import memory_key
 
 STAGES: Mapping[int, str] = {
@@ -128,3 +129,13 @@ def _inner(optimizer: Optimizer) -> Iterator[tuple[str, Optimizer]]:
         for inner in values if isinstance(values, Iterable) else [values]:
             if isinstance(inner, Optimizer):
                 yield attribute, inner
+
+
+def check_states_in_memory(optimizer: Optimizer) -> None:
+    """Raises ValueError for an optimizer that keeps its states away, of which no checksums can be taken."""
+    if isinstance(optimizer, PagesState):
+        raise ValueError(
+            f"ZeroConfig(checksums=True): {type(optimizer).__name__} keeps its states away, but checksums of shards "
+            "are computed from tensors in memory: use the optimizer without it, or remove checksums (a store on a disk "
+            "has checksums of its own)"
+        )

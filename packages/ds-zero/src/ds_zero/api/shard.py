@@ -13,7 +13,13 @@ from ds_zero import _registry
 from ds_zero.api.assembly import ShardJob, assemble, attach, install
 from ds_zero.api.bucket_plan import plan_layouts
 from ds_zero.api.job_description import optimizer_description, require_same_job
-from ds_zero.checks import check_coverage, check_model, check_optimizer, check_stage
+from ds_zero.checks import (
+    check_coverage,
+    check_model,
+    check_optimizer,
+    check_stage,
+    check_states_in_memory,
+)
 from ds_zero.comm.agreement import require_same
 from ds_zero.comm.collectives import Comm, default_comm
 from ds_zero.comm.peer_memory import AbortFlag
@@ -126,6 +132,8 @@ def shard(
     check_model(model)
     if optimizer is not None:
         check_optimizer(optimizer, model)
+        if config.checksums:
+            check_states_in_memory(optimizer)
     params = dict(model.named_parameters())
     device = _device(params)
     expected = stage_expected(params)
@@ -185,6 +193,8 @@ def shard_optimizer(model: nn.Module, optimizer: O) -> O:
         )
     params = dict(model.named_parameters())
     check_optimizer(optimizer, model)
+    if state.config.checksums:
+        check_states_in_memory(optimizer)
     check_fused_if_away(optimizer, [key for b in state.buckets for key in b.storage.away], state.store)
     check_coverage(optimizer, [p for b in state.buckets if b.trainable for p in b.params], params)
     needs_whole = any(undivided_groups(optimizer, state.config.layout, state.stage)) and state.stage > 0

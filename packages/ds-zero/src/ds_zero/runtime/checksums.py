@@ -55,7 +55,7 @@ class NoChecksums:
     enabled = False
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Takes checksums of the masters and states of the optimizer, from its methods from now on."""
+        """Takes checksums of the masters and states of the optimizer, by its methods from now on."""
 
     def before_grads_change(self) -> None:
         """Compares the gradients on the shards, because a backward is going to add to them or replace them."""
