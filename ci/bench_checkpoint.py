@@ -1,15 +1,18 @@
 """Checkpoints: what a save in the background costs training, how fast saves and loads are, and what resharding costs.
 
-    ci/bench checkpoint [--parts blocking,bf16,speed,reshard] [--rounds N] [--width W] [--layers L] [--dir D] [--write]
+    ci/bench checkpoint [--parts blocking,bf16,speed,reshard,memory] [--rounds N] [--width W] [--layers L] [--dir D]
+        [--write]
 
 Peers in the same run, in turn: `torch.distributed.checkpoint.async_save` with its defaults, given the same tensors of
 the same job; `fio` with as many files, buffered with fsync, and O_DIRECT (without fio a plain loop of ours stands in,
-and the table says so). --write puts the tables into docs/benchmarks/checkpoint.md.
+and the table says so). In "memory", two ranks play a host each, and the peer is our own load from the disk.
+--write puts the tables into docs/benchmarks/checkpoint.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -25,6 +28,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import checkpoint_in_memory as in_memory
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/benchmarks/checkpoint.md"
 ROWS = 96
@@ -37,8 +42,8 @@ MB = 1e6
 # --- one rank
 
 
-def build(args: argparse.Namespace, *, background: bool = False) -> Any:
-    """An engine over a stack of square layers, trained for one step, so that Adam has its states."""
+def build(args: argparse.Namespace, *, checkpoint: dict[str, Any] | None = None, trained: bool = True) -> Any:
+    """An engine over a stack of square layers; if `trained`, for one step, so that Adam has its states."""
     import torch
     from torch import nn
 
@@ -53,12 +58,12 @@ def build(args: argparse.Namespace, *, background: bool = False) -> Any:
         "bf16": {"enabled": args.bf16},
         "steps_per_print": 10**9,
         "startup_summary": False,
+        "checkpoint": checkpoint or {},
     }
-    if background:
-        config["checkpoint"] = {"writer": {"decoupled": True}}
     engine, *_ = ds_engine.initialize(model=nn.Sequential(*layers), config=config)
     engine.progress.write = lambda line: None
-    step(engine, args)
+    if trained:
+        step(engine, args)
     return engine
 
 
@@ -97,7 +102,7 @@ def blocking(args: argparse.Namespace, root: Path) -> dict[str, Any]:
 
     import ds_zero
 
-    engine = build(args, background=True)
+    engine = build(args, checkpoint={"writer": {"decoupled": True}})
     rank = dist.get_rank()
     group = dist.new_group(
         backend="gloo"
@@ -273,7 +278,15 @@ def reshard(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     return found
 
 
-PARTS = {"blocking": blocking, "speed": speed, "reshard": reshard, "save_for_reshard": save_for_reshard}
+PARTS: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
+    "blocking": blocking,
+    "speed": speed,
+    "reshard": reshard,
+    "save_for_reshard": save_for_reshard,
+    "memory": in_memory.memory,
+    "restart_memory": functools.partial(in_memory.restart, copies=True),
+    "restart_disk": functools.partial(in_memory.restart, copies=False),
+}
 
 
 def child(args: argparse.Namespace) -> None:
@@ -308,6 +321,7 @@ def launch(args: argparse.Namespace, part: str, ranks: int, folder: Path) -> dic
             "WORLD_SIZE": str(ranks),
             "LOCAL_RANK": str(rank),
             "LOCAL_WORLD_SIZE": str(ranks),
+            "DS_BENCH_START": str(time.time()),
         }
         processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate()[0] for process in processes]
@@ -373,11 +387,40 @@ def reshard_table(args: argparse.Namespace, folder: Path) -> list[str]:
     return lines
 
 
+def memory_table(args: argparse.Namespace, folder: Path) -> list[str]:
+    shared = Path("/dev/shm") / folder.name
+    try:
+        found = launch(args, "memory", 2, folder / "memory")
+        starts = {
+            how: [launch(args, f"restart_{how}", 2, folder / "memory") for _ in range(min(3, args.rounds))]
+            for how in ("memory", "disk")
+        }
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
+    seconds = found["seconds"]
+    share = statistics.median(seconds["copy"]) / statistics.median(seconds["ordinary"])
+    lines = [
+        f"Two hosts of one rank, {found['mb']:.0f} MB on each: half of its own, half of the other one's. A copy takes "
+        f"{share:.2f} of an ordinary step: {share / 10:.1%} of the time if every 10th step is copied, "
+        f"{share / 100:.1%} if every 100th is.",
+        "",
+        "| what | seconds, median (range) |",
+        "|---|---|",
+    ]
+    lines += (f"| {name} | {spread(times)} |" for name, times in seconds.items())
+    for how, runs in starts.items():
+        lines.append(f"| restart from {how}: the load | {spread([run['load'] for run in runs])} |")
+        lines.append(
+            f"| restart from {how}: from the start of the processes | {spread([run['total'] for run in runs])} |"
+        )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", default="blocking,bf16,speed,reshard")
+    parser.add_argument("--parts", default="blocking,bf16,speed,reshard,memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=24)
@@ -398,6 +441,7 @@ def main() -> None:
         "bf16": blocking_table,
         "speed": speed_table,
         "reshard": reshard_table,
+        "memory": memory_table,
     }
     for part in args.parts.split(","):
         args.bf16 = part == "bf16"
