@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,6 +178,9 @@ def test_kill_9_of_a_rank(tmp_path: Path) -> None:
     code, _, err = job.finish()
     assert code == 128 + signal.SIGKILL
     assert f"rank 1 (pid {pids[1]}) failed first: killed by SIGKILL" in err
+    assert re.search(
+        r"out of memory: the (limit of its cgroup is|machine has) .*, of which the rank used \d", err
+    )
     assert "out of memory" in err
     assert "train_micro_batch_size_per_gpu" in err
     assert all(gone(pid) for pid in pids)

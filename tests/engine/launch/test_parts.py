@@ -104,6 +104,14 @@ def test_every_failure_has_a_remedy(end: RankEnd, oom_killed: bool, remedy: str)
     assert remedy in finding.lines[-1]
 
 
+def test_the_oom_killer_is_named_with_figures() -> None:
+    finding = find_first(
+        [dataclasses.replace(_end(0, -9, 1.0), oom_killed=True, memory="the limit is 1 GiB")]
+    )
+    assert finding is not None
+    assert "the kernel's OOM killer killed it: the limit is 1 GiB (`ds doctor`" in finding.lines[-1]
+
+
 def test_tracebacks_are_found_in_noise() -> None:
     during = "\nDuring handling of the above exception, another exception occurred:\n\n"
     text = f"warning: x\n{_LOST_PEER}{during}{_VALUE_ERROR}"
@@ -294,6 +302,7 @@ def test_limits_of_cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(machine, "_own_cgroup", lambda: inner)
     assert machine.memory_limit_bytes() == 1000
     assert machine.oom_kills() == 2
+    assert machine.memory_figures(800) == "the limit of its cgroup is 1000 B, of which the rank used 800 B"
     assert machine.usable_cores() == min(2, len(os.sched_getaffinity(0)))
     (inner / "memory.max").write_text("500\n")
     (inner / "cpu.max").write_text("max 100000\n")

@@ -11,7 +11,7 @@ from typing import Protocol
 from ds_engine.launch import copies
 from ds_engine.launch.failure import RankEnd
 from ds_engine.launch.guardian import Guardian
-from ds_engine.launch.machine import oom_kills
+from ds_engine.launch.machine import memory_figures, oom_kills
 from ds_engine.launch.output import Outputs
 from ds_engine.launch.plan import LaunchPlan
 from ds_engine.launch.rank import RankProcess
@@ -104,11 +104,14 @@ class LocalCrew:
         assert self._guardian is not None
         remove = self._guardian.remove
         ended = [process.reap(self._selector, remove) for process in self._ranks]
-        return [
-            dataclasses.replace(end, oom_killed=oom_kills() > self._oom_before)
-            for end in ended
-            if end is not None
-        ]
+        return [self._with_memory(end) for end in ended if end is not None]
+
+    def _with_memory(self, end: RankEnd) -> RankEnd:
+        """Adds what the kernel says about the memory of a rank that was killed."""
+        oom_killed = oom_kills() > self._oom_before
+        killed = end.returncode == -signal.SIGKILL and not end.ended_by_us
+        memory = memory_figures(end.used_bytes) if oom_killed or killed else ""
+        return dataclasses.replace(end, oom_killed=oom_killed, memory=memory)
 
     def send(self, number: signal.Signals, *, to_end: bool = True) -> None:
         """Sends a signal to each rank that has not ended."""

@@ -42,8 +42,12 @@ class RankEnd:
     """When its last traceback began (monotonic clock)."""
     stderr: str = ""
     """The end of its stderr."""
+    used_bytes: int = 0
+    """The most resident memory that it, or a process that it waited for, had at a time."""
     oom_killed: bool = False
     """Whether the kernel reports that its OOM killer killed a process of this job on the machine of the rank."""
+    memory: str = ""
+    """The memory that the rank could use and what it used, if it was killed; from `machine.memory_figures`."""
     host: str = ""
     """Name of its machine; empty if the job has one machine."""
     lost: str = ""
@@ -229,6 +233,7 @@ def _remedy(end: RankEnd, has_traceback: bool) -> str:
     number = -end.returncode if not end.ended_by_us else 0
     if oom_killed or number == signal.SIGKILL:
         cause = "the kernel's OOM killer killed it" if oom_killed else "SIGKILL usually means out of memory"
+        cause += f": {end.memory}" if end.memory else ""
         return (
             f"{cause} (`ds doctor` shows the limit, `dmesg` the kernel's message). Use a smaller "
             f"train_micro_batch_size_per_gpu, a higher zero_optimization.stage, or fewer processes (--nproc)"

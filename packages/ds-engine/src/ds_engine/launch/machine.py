@@ -78,6 +78,16 @@ def oom_kills() -> int:
     return 0
 
 
+def memory_figures(used_bytes: int) -> str:
+    """Describes the memory that a process could use, and what it used: "the limit of its cgroup is 32 GiB, of which the
+    rank used 31.2 GiB".
+    """
+    limit, total = memory_limit_bytes(), memory_bytes()
+    if limit is not None and limit < total:
+        return f"the limit of its cgroup is {format_bytes(limit)}, of which the rank used {format_bytes(used_bytes)}"
+    return f"the machine has {format_bytes(total)}, of which the rank used {format_bytes(used_bytes)}"
+
+
 def format_bytes(count: int | None) -> str:
     """Formats bytes in binary units with three significant digits: "64.0 MiB"; None is "unlimited"."""
     if count is None:

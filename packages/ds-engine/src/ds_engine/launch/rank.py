@@ -128,7 +128,8 @@ class RankProcess:
         ended_s = time.monotonic()
         self._kill_group()
         before(self.pid)
-        returncode = self._process.wait()
+        _, status, usage = os.wait4(self.pid, 0)
+        returncode = self._process.returncode = os.waitstatus_to_exitcode(status)
         for stream in list(self._streams):
             while stream in self._streams and self._has_data(stream):
                 self._pump(selector, stream)
@@ -140,6 +141,7 @@ class RankProcess:
             ended_by_us=self.signalled,
             traceback_s=self._tail.traceback_s,
             stderr=self._tail.text(),
+            used_bytes=usage.ru_maxrss * 1024,
         )
         return self.ended
 

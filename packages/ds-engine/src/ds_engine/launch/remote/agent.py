@@ -170,6 +170,7 @@ class Agent:
                 returncode=end.returncode,
                 ended_by_us=end.ended_by_us,
                 oom_killed=end.oom_killed,
+                memory=end.memory,
             )
 
     def _status(self) -> dict[str, Any]:
