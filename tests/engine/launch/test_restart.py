@@ -108,6 +108,28 @@ if os.environ["DS_RESTART_COUNT"] < "2":
     ]
 
 
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_what_a_job_keeps_in_memory_stays_for_restarts_and_goes_at_its_end(
+    ends_well: bool, tmp_path: Path
+) -> None:
+    """Found under the job's name, which is the same at every restart and different in every job."""
+    source = f"""
+folder = pathlib.Path(os.environ["DS_MEMORY_FOLDER"], f"ds-copies-{{os.getuid()}}-{{os.environ['DS_JOB']}}")
+if os.environ["DS_RESTART_COUNT"] == "0":
+    folder.mkdir()
+assert folder.is_dir()
+mark(f"attempt{{os.environ['DS_RESTART_COUNT']}}-")
+sys.exit(0 if os.environ["DS_RESTART_COUNT"] == "2" and {ends_well} else 3)
+"""
+    memory = tmp_path / "memory"
+    (memory / "ds-copies-0-another").mkdir(parents=True)
+    job = Job(tmp_path, source, "-n", "1", "--max-restarts", "2", DS_MEMORY_FOLDER=str(memory), DS_JOB="")
+    code, _, err = job.finish()
+    assert code == (0 if ends_well else 3), err
+    assert len(list(tmp_path.glob("attempt*"))) == 3, err
+    assert [path.name for path in memory.iterdir()] == ["ds-copies-0-another"]
+
+
 def test_options_that_contradict_each_other(tmp_path: Path) -> None:
     job = Job(
         tmp_path, "", "--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", "h:1", "--max-restarts", "1"
