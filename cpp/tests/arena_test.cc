@@ -28,6 +28,20 @@ TEST(blocks_are_aligned_and_do_not_overlap) {
   for (unsigned char* block : blocks) arena_free(block);
 }
 
+TEST(blocks_for_io_begin_at_pages) {
+  std::vector<void*> blocks;
+  for (const std::size_t size :
+       {std::size_t{64}, kArenaPageBlock, std::size_t{100}, kArenaPageBlock + 1, kMiB}) {
+    blocks.push_back(arena_allocate(size));
+    if (size >= kArenaPageBlock) CHECK_EQ(reinterpret_cast<std::uintptr_t>(blocks.back()) % kArenaPage, 0u);
+  }
+  void* const small = arena_allocate(128);  // before the first of the large ones
+  CHECK(small < blocks[1]);
+  arena_free(small);
+  for (void* block : blocks) arena_free(block);
+  CHECK_EQ(arena_stats().reserved_bytes, 0u);
+}
+
 TEST(large_blocks_begin_at_different_pages) {
   std::vector<void*> blocks;
   std::vector<std::uintptr_t> colours;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -38,6 +39,23 @@ def test_the_report_names_target_and_versions() -> None:
     assert _native.core.version in done.stdout
     for name in report.KERNELS:
         assert name in done.stdout
+
+
+def test_the_report_names_the_backend_of_file_io(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = _native.core.io_uring_reason()
+    expected = f"threads with pread and pwrite; {reason}" if reason else "io_uring"
+    assert f"\nfile I/O         {expected}\nGPUDirect        libcufile" in report.text()
+    _native.core._io_set_faults([("io_uring_setup", 0, -1, errno.EPERM, -1, False)])
+    try:
+        told = report.text()
+    finally:
+        _native.core._io_set_faults([])
+    assert (
+        "file I/O         threads with pread and pwrite; io_uring: io_uring_setup: Operation not permitted"
+        in told
+    )
+    monkeypatch.setattr(_native, "MISSING", "not built")
+    assert "file I/O         none: it needs the native module" in report.text()
 
 
 def test_a_target_that_this_cpu_lacks_is_an_error() -> None:

@@ -17,9 +17,12 @@ struct ArenaStats {
 };
 
 inline constexpr std::size_t kArenaAlignment = 64;
+// Blocks of 64 KiB and more begin at pages, so that direct I/O needs no copy of them.
+inline constexpr std::size_t kArenaPage = 4096;
+inline constexpr std::size_t kArenaPageBlock = std::size_t{64} << 10;
 
-// A block of at least `size` bytes, aligned to kArenaAlignment; its contents are undefined. Throws
-// std::bad_alloc.
+// A block of at least `size` bytes, aligned to kArenaAlignment or kArenaPage; its contents are undefined.
+// Throws std::bad_alloc.
 void* arena_allocate(std::size_t size);
 
 // Gives back a block of arena_allocate. A slab without blocks goes back to the system.

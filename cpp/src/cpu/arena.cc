@@ -72,14 +72,17 @@ class Arena {
   void unlock() { mutex_.unlock(); }
 
  private:
-  // The first free range that is large enough; 0 when there is none.
+  // From the first free range that is large enough; 0 when there is none.
   std::uintptr_t take(std::size_t size) {
+    const std::size_t alignment = size >= kArenaPageBlock ? kArenaPage : kArenaAlignment;
     for (auto range = free_.begin(); range != free_.end(); ++range) {
-      if (range->second < size) continue;
       const auto [begin, length] = *range;
+      const std::uintptr_t block = round_up(begin, alignment);
+      if (block + size > begin + length) continue;
       free_.erase(range);
-      if (length > size) free_.emplace(begin + size, length - size);
-      return begin;
+      if (block > begin) free_.emplace(begin, block - begin);
+      if (begin + length > block + size) free_.emplace(block + size, begin + length - block - size);
+      return block;
     }
     return 0;
   }

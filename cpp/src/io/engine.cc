@@ -126,7 +126,10 @@ Engine::Engine(const Options& options) {
   } else {
     reason_ = "the engine was made with backend=\"threads\"";
   }
-  if (state->rings.empty() && num_workers == 0) num_workers = std::min(state->options.queue_depth, 8u);
+  // One thread fills a ring, but without rings a thread has one request in flight.
+  if (state->rings.empty() && (num_workers == 0 || options.backend == Backend::kAuto)) {
+    num_workers = std::max(num_workers, std::min(state->options.queue_depth, 8u));
+  }
   try {
     for (unsigned i = 0; i < num_workers; ++i) {
       {

@@ -166,7 +166,7 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "ops.adam": _OPTIMIZERS["adam"],
     "ops.adam.cpu_adam": {_HOST_OPS: "DeepSpeedCPUAdam"},
     "ops.adam.fused_adam": {_OPS: "FusedAdam"},
-    "ops.aio": {"ds_compat.ops.builders": "AsyncIOBuilder", _REFUSED: "aio_handle"},
+    "ops.aio": {"ds_compat.ops.builders": "AsyncIOBuilder", "ds_compat.ops.aio": "aio_handle"},
     "ops.lamb": _OPTIMIZERS["lamb"],
     "ops.lamb.fused_lamb": _OPTIMIZERS["lamb"],
     "ops.lion": _OPTIMIZERS["lion"],

@@ -36,7 +36,7 @@ OWNERS: Mapping[str, str] = {
         PROFILER: "FlopsProfiler get_model_profile",
         ENGINE: "Autotuner ResourceManager init_compression "
         "redundancy_clean ds_to_universal DeepSpeedDataSampler DataAnalyzer RandomLTDScheduler",
-        OFFLOAD: "AsyncIOBuilder GDSBuilder aio_handle",
+        OFFLOAD: "GDSBuilder",
         COMM: "OnebitAdam OnebitLamb ZeroOneAdam CompressedBackend",
         NONE: "LoRAOptimizedLinear OptimizedLinear LoRAConfig QuantizationConfig init_lora DeepSpeedHybridEngine "
         "CUDAQuantizer MultipleAllGatherHandles ZenFlowConfig ZenFlowCPUAdam ZenFlowSelectiveAdamW MuSGD MuAdam "

@@ -27,7 +27,9 @@ class ArenaStats:
 
 
 def empty(size: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns a CPU tensor with undefined contents, 64-byte aligned, in memory for which 2 MiB pages were requested.
+    """Returns a CPU tensor with undefined contents, in memory for which 2 MiB pages were requested.
+
+    It is aligned to 64 bytes, and from 64 KiB on to pages of 4 KiB, as direct I/O needs it.
 
     `size` is a number of elements or a shape. The memory returns to the arena with the last tensor that views it.
     Without the native module this is `torch.empty`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from dataclasses import dataclass
 
@@ -90,6 +91,25 @@ def _arena_line() -> str:
     )
 
 
+def _io_lines() -> list[str]:
+    if not _native.has_native():
+        return ["file I/O         none: it needs the native module"]
+    reason = _native.core.io_uring_reason()
+    return [
+        "file I/O         " + ("io_uring" if not reason else f"threads with pread and pwrite; {reason}"),
+        "GPUDirect        " + _cufile(),
+    ]
+
+
+def _cufile() -> str:
+    """Whether NVIDIA's library for copies between disk and GPU is there. It is not used yet."""
+    try:
+        ctypes.CDLL("libcufile.so.0")
+    except OSError:
+        return "libcufile.so.0 cannot be opened: copies between disk and GPU go through host memory"
+    return "libcufile.so.0 is there, but not used yet: copies between disk and GPU go through host memory"
+
+
 def text() -> str:
     """Returns the whole report. Raises ValueError if DS_CPU_TARGET names a target that this CPU cannot run."""
     from ds_core import __version__
@@ -101,6 +121,7 @@ def text() -> str:
         *_cpu_lines(),
         _gpu_line(),
         _arena_line(),
+        *_io_lines(),
         "",
         f"{'kernel':<20} {'CPU':<11} GPU",
     ]

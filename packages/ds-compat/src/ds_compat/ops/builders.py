@@ -41,6 +41,17 @@ class UtilsBuilder(OpBuilder):
         return SimpleNamespace(flatten=_flatten_dense_tensors, unflatten=_unflatten_dense_tensors)
 
 
+class _FilesBuilder(OpBuilder):
+    def load(self, verbose: bool = True) -> Any:
+        """Returns the module with `aio_handle` and `pin_handle`."""
+        import ds_compat.ops.aio
+
+        return ds_compat.ops.aio
+
+    jit_load = load
+    builder = load
+
+
 class _Absent(OpBuilder):
     """An operation that is not supported: `is_compatible` returns False."""
 
@@ -67,12 +78,11 @@ _KINDS: dict[str, Any] = {
         CPULionBuilder="cpu_lion",
         FusedLionBuilder="fused_lion",
         FusedLambBuilder="fused_lamb",
-        PinMemoryBuilder="pin_memory",
     ),
     "UtilsBuilder": UtilsBuilder,
+    **_make(_FilesBuilder, AsyncIOBuilder="async_io", PinMemoryBuilder="pin_memory"),
     **_make(
         _Absent,
-        AsyncIOBuilder="async_io",
         GDSBuilder="gds",
         InferenceBuilder="transformer_inference",
         TransformerBuilder="transformer",

@@ -9,6 +9,7 @@ import typer
 from ds_engine import __version__
 from ds_engine.cli.checkpoint import app as checkpoint_app
 from ds_engine.cli.config import app as config_app
+from ds_engine.cli.nvme import app as nvme_app
 from ds_engine.cli.plan import plan
 from ds_engine.cli.run import run
 from ds_engine.cli.verify import verify
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(nvme_app, name="nvme")
 app.command("plan")(plan)
 app.command("verify")(verify)
 app.add_typer(config_app)
