@@ -55,8 +55,8 @@ class Engine:
         backend: "io_uring", "threads" (pread and pwrite), or "auto": io_uring if this process may use it.
         block_bytes: size of a request, rounded up to whole pages.
         queue_depth: number of requests in flight.
-        num_threads: number of threads, each with a ring if there is io_uring, where one is mostly enough. 0: one with io_uring,
-            otherwise eight, each with one request in flight. "auto" without io_uring uses eight at least.
+        num_threads: number of threads, each with a ring if there is io_uring, where one is mostly enough. 0: one with
+            io_uring, otherwise eight, each with one request in flight. "auto" without io_uring uses eight at least.
         direct: opens files with O_DIRECT where the file system has it; `File.direct` tells.
         stall_limit_s: waits end with IoTimeoutError if no request has completed for so many seconds.
 
