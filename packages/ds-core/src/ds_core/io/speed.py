@@ -24,13 +24,13 @@ class Setting:
     block_bytes: int
     """Size of a request."""
     queue_depth: int
-    """Requests that each thread keeps in flight."""
+    """Requests in flight."""
     num_threads: int
-    """Threads that share one read or write."""
+    """Threads that share one read or write; 0: as `Engine` chooses."""
 
     @property
     def in_flight_bytes(self) -> int:
-        return self.block_bytes * self.queue_depth * self.num_threads
+        return self.block_bytes * self.queue_depth
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class SpeedTest:
         with Engine(
             backend=self.backend,
             block_bytes=setting.block_bytes,
-            queue_depth=setting.queue_depth * setting.num_threads,
+            queue_depth=setting.queue_depth,
             num_threads=setting.num_threads,
         ) as engine:
             with engine.open(f"/proc/self/fd/{self._descriptor}") as file:

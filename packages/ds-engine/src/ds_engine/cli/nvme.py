@@ -37,7 +37,7 @@ def bench(
         str | None, typer.Option("--block-size", help="Size of a request, for example 1MiB.")
     ] = None,
     queue_depth: Annotated[
-        int | None, typer.Option("--queue-depth", min=1, help="Requests that each thread keeps in flight.")
+        int | None, typer.Option("--queue-depth", min=1, help="Requests in flight.")
     ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads that share one read or write.")
@@ -62,7 +62,7 @@ def bench(
         setting = Setting(
             aio.block_size if block_size is None else parse_bytes(block_size),
             aio.queue_depth if queue_depth is None else queue_depth,
-            aio.intra_op_parallelism if threads is None else threads,
+            (aio.intra_op_parallelism or 0) if threads is None else threads,
         )
         with waiting(f"writing and reading {size} in {folder}"), _speed_test(folder, size) as test:
             rates = [test.measure(setting, rounds)]
@@ -132,7 +132,7 @@ def section(setting: Setting) -> dict[str, Any]:
     return {
         "block_size": setting.block_bytes,
         "queue_depth": setting.queue_depth,
-        "intra_op_parallelism": setting.num_threads,
+        "intra_op_parallelism": setting.num_threads or None,
         "single_submit": False,
         "overlap_events": True,
     }
@@ -193,7 +193,10 @@ def _show(rates: list[Rate], chosen: Rate, as_json: bool) -> None:
     table = Table("block KiB", "queue depth", "threads", "write GB/s", "read GB/s", box=None, pad_edge=False)
     for rate in rates:
         setting = rate.setting
-        cells = (str(x) for x in (setting.block_bytes // 1024, setting.queue_depth, setting.num_threads))
+        cells = (
+            str(x)
+            for x in (setting.block_bytes // 1024, setting.queue_depth, setting.num_threads or "default")
+        )
         style = "bold green" if rate is chosen and len(rates) > 1 else None
         table.add_row(*cells, f"{rate.write / 1e9:.2f}", f"{rate.read / 1e9:.2f}", style=style)
     console = Console()
