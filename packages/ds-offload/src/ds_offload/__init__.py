@@ -5,10 +5,24 @@ optimizer whose states are paged.
 from ds_offload.host import HostStore
 from ds_offload.nvme.options import NVMeOptions
 from ds_offload.nvme.store import NVMeStore, SwapError
-from ds_offload.optim import CPUAdam
+from ds_offload.optim import CPUSGD, CPUAdagrad, CPUAdam, CPUAdamW, CPULamb, CPULion, CPUMuon
 from ds_offload.paging.optimizer import PagedOptimizer
 from ds_offload.paging.pager import PagingError
 
 __version__ = "0.1.0"
 
-__all__ = ["CPUAdam", "HostStore", "NVMeOptions", "NVMeStore", "PagedOptimizer", "PagingError", "SwapError"]
+__all__ = [
+    "CPUSGD",
+    "CPUAdagrad",
+    "CPUAdam",
+    "CPUAdamW",
+    "CPULamb",
+    "CPULion",
+    "CPUMuon",
+    "HostStore",
+    "NVMeOptions",
+    "NVMeStore",
+    "PagedOptimizer",
+    "PagingError",
+    "SwapError",
+]

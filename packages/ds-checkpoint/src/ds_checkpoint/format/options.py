@@ -23,7 +23,7 @@ def family(optimizer: Optimizer) -> str:
         optimizer = inner  # ds_offload's PagedOptimizer has the states of the optimizer in it
     names = [kind.__name__ for kind in type(optimizer).__mro__]  # a subclass has the states of its base class
     known = next((FAMILIES[name] for name in names if name in FAMILIES), None)
-    return known or names[0].removeprefix("Fused").lower()
+    return known or names[0].removeprefix("Fused").removeprefix("CPU").lower()
 
 
 def encode_groups(optimizer: Optimizer, tensors: dict[str, Tensor], prefix: str) -> list[dict[str, Any]]:

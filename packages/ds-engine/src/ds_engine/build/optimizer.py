@@ -26,11 +26,12 @@ class Own:
     class_name: str
     """Name of the class in ds_core.optim."""
     host_class_name: str | None = None
-    """Name of the class in ds_offload, for offload_optimizer.device "cpu"."""
+    """Name of the class in ds_offload, for offload_optimizer.device "cpu" and "nvme"."""
     accepts: tuple[str, ...]
     renames: Mapping[str, str] = field(default_factory=dict)
     """Key in the configuration -> argument of the class."""
-    host_renames: Mapping[str, str] = field(default_factory=dict)
+    host_renames: Mapping[str, str] | None = None
+    """The same for the class in ds_offload; None: as `renames`."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Key in the configuration -> DeepSpeed's default, if that of the class differs."""
     only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
@@ -71,11 +72,13 @@ OWN: Mapping[str, Own] = {
     "AdamW": _ADAM,
     "Adagrad": Own(
         class_name="FusedAdagrad",
+        host_class_name="CPUAdagrad",
         accepts=("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"),
         only={"amsgrad": ((False,), "set it to false"), "fp32_optimizer_states": _FP32_STATES},
     ),
     "Lamb": Own(
         class_name="FusedLamb",
+        host_class_name="CPULamb",
         accepts=("lr", "betas", "eps", "weight_decay", "max_coeff", "min_coeff", "bias_correction"),
         renames={"max_coeff": "max_ratio", "min_coeff": "min_ratio"},
         defaults={"eps": 1e-8, "max_coeff": 10.0, "min_coeff": 0.01},
@@ -86,12 +89,14 @@ OWN: Mapping[str, Own] = {
     ),
     "Lion": Own(
         class_name="FusedLion",
+        host_class_name="CPULion",
         accepts=("lr", "betas", "weight_decay"),
         defaults={"lr": 1e-3, "betas": (0.9, 0.999)},
         only={"set_grad_none": _ANY_GRAD, "fp32_optimizer_states": _FP32_STATES},
     ),
     "Muon": Own(
         class_name="Muon",
+        host_class_name="CPUMuon",
         accepts=(
             "lr",
             "muon_lr",
@@ -113,11 +118,16 @@ OWN: Mapping[str, Own] = {
             "fp32_optimizer_states": _FP32_STATES,
         },
     ),
-    "SGD": Own(class_name="FusedSGD", accepts=("lr", "momentum", "dampening", "weight_decay", "nesterov")),
+    "SGD": Own(
+        class_name="FusedSGD",
+        host_class_name="CPUSGD",
+        accepts=("lr", "momentum", "dampening", "weight_decay", "nesterov"),
+    ),
     "MuAdam": _mu_adam(decoupled=False),
     "MuAdamW": _mu_adam(decoupled=True),
     "MuSGD": Own(
         class_name="FusedSGD",
+        host_class_name="CPUSGD",
         accepts=("lr", "momentum", "dampening", "weight_decay", "nesterov", "decoupled_wd"),
     ),
 }
@@ -151,7 +161,7 @@ def choose(choice: OptimizerChoice) -> Meant:
     # torch's class of the same name is used for options that ours lacks, such as foreach or maximize.
     if own is None or kernels is None or (own is not _ADAM and _torch_serves(name, own, values)):
         return _torch_choice(_torch_class(name), values)
-    renames = own.host_renames if on_host and own.host_class_name is not None else own.renames
+    renames = own.host_renames if on_host and own.host_renames is not None else own.renames
     if own.class_name == "Muon":
         values = _muon_rates(values)
     arguments = {
@@ -282,7 +292,7 @@ def build(choice: OptimizerChoice, parameters: Iterable[Any], names: Mapping[int
                 ]
             )
         arguments["state_dtype"] = choice.state_dtype
-    if meant.make is getattr(ds_core.optim, "Muon", None):
+    if inspect.isclass(meant.make) and issubclass(meant.make, ds_core.optim.Muon):
         parameters = _muon_halves(parameters, names)
     if name.lower() in mup.NAMES:
         parameters = _mu_groups(name, meant, arguments, parameters, names)

@@ -122,6 +122,9 @@ def _batch_origin(config: DsConfig) -> str:
 def _optimizer(engine: Engine) -> str:
     optimizer = engine.optimizer
     place = " in host memory" if engine.job.placement.optimizer_on_host else ""
+    inner = getattr(optimizer, "inner", None)
+    if isinstance(inner, torch.optim.Optimizer):
+        optimizer, place = inner, f"{place}, its states in {type(optimizer).__name__}"
     rates = ", ".join(f"{lr:g}" for lr in dict.fromkeys(_full_rates(engine)))
     return f"{type(optimizer).__name__} ({type(optimizer).__module__.split('.')[0]}){place}, lr {rates}"
 

@@ -42,6 +42,8 @@ _ELEMENTWISE = frozenset(
         "CPUAdam",
         "CPUAdagrad",
         "CPULion",
+        "CPUSGD",
+        "CPUAdamW",
         "Lion",
     ]
 )

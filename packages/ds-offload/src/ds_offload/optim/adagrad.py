@@ -1,0 +1,67 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_core.optim import Batch, FusedAdagrad
+from ds_offload.optim.on_host import ElementWise
+
+
+class CPUAdagrad(ElementWise, FusedAdagrad):
+    """`ds_core.optim.FusedAdagrad` on the host, for parameters in fp32, bf16 or fp16; states on huge pages.
+
+    Takes sparse gradients, as of `nn.Embedding(sparse=True)`: only the rows with a gradient are read and written, which
+    gives the result of the dense gradient.
+    """
+
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        params: Sequence[Tensor],
+        out: Sequence[Tensor | None] | None,
+        grad_scale: float,
+    ) -> None:
+        sparse = [i for i, p in enumerate(params) if p.grad is not None and p.grad.is_sparse]
+        if sparse and group["weight_decay"]:
+            raise ValueError(
+                f"CPUAdagrad: weight_decay {group['weight_decay']:g} with sparse gradients: the decay would change "
+                "every row; set it to 0, or use sparse=False in the embedding"
+            )
+        dense = [i for i in range(len(params)) if i not in set(sparse)]
+        copies = None if out is None else [out[i] for i in dense]
+        super()._step_group(group, [params[i] for i in dense], copies, grad_scale)
+        with torch.no_grad():
+            for i in sparse:
+                self._step_rows(group, params[i], grad_scale)
+                copy = out[i] if out is not None else None
+                if copy is not None:
+                    copy.copy_(params[i])
+
+    def _step_rows(self, group: dict[str, Any], param: Tensor, grad_scale: float) -> None:
+        """Updates the rows that have a gradient."""
+        assert param.grad is not None
+        grad = param.grad.coalesce()
+        rows = grad.indices()[0]
+        if grad.sparse_dim() != 1:
+            raise ValueError(
+                f"CPUAdagrad: a sparse gradient of shape {tuple(grad.shape)} has {grad.sparse_dim()} sparse "
+                "dimensions: only rows may be sparse"
+            )
+        state, _ = self._prepare(param, group)
+        values, sums = param.detach()[rows], state["sum"][rows]
+        batch = Batch(
+            int(state["step"]) + 1,
+            params=[values.float()],
+            grads=[grad.values().contiguous()],
+            states={"sum": [sums]},
+            rows=[0],
+        )
+        self._apply(group, batch, -grad_scale if group["maximize"] else grad_scale)
+        param.detach().index_copy_(0, rows, batch.params[0].to(param.dtype))
+        state["sum"].index_copy_(0, rows, sums)
+        state["step"] += 1
