@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_core import kernels
 from ds_core.optim import Batch, FusedAdagrad
 from ds_offload.optim.on_host import ElementWise
 
@@ -25,9 +26,14 @@ class CPUAdagrad(ElementWise, FusedAdagrad):
         params: Sequence[Tensor],
         out: Sequence[Tensor | None] | None,
         grad_scale: float,
+        checksums: kernels.Checksums | None = None,
     ) -> None:
         sparse = [i for i, p in enumerate(params) if p.grad is not None and p.grad.is_sparse]
-        if sparse and group["weight_decay"]:
+        if not sparse:
+            super()._step_group(group, params, out, grad_scale, checksums)
+            return
+        assert checksums is None, "sparse gradients have no checksums"
+        if group["weight_decay"]:
             raise ValueError(
                 f"CPUAdagrad: weight_decay {group['weight_decay']:g} with sparse gradients: the decay would change "
                 "every row; set it to 0, or use sparse=False in the embedding"

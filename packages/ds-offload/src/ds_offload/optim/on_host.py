@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_core import arena
+from ds_core import arena, kernels
 from ds_core.optim import Batch, FusedOptimizer
 from ds_offload.paging.tensors import flat, flat_as
 
@@ -62,11 +62,13 @@ class ElementWise(OnHost):
         params: Sequence[Tensor],
         out: Sequence[Tensor | None] | None,
         grad_scale: float,
+        checksums: kernels.Checksums | None = None,
     ) -> None:
         narrow = [i for i, p in enumerate(params) if p.dtype in NARROW and p.grad is not None and p.numel()]
         if not narrow:
-            super()._step_group(group, params, out, grad_scale)
+            super()._step_group(group, params, out, grad_scale, checksums)
             return
+        assert checksums is None, "checksums of 16-bit parameters are computed in passes of their own"
         rest = [i for i, p in enumerate(params) if p.dtype not in NARROW]
         others = None if out is None else [out[i] for i in rest]
         super()._step_group(group, [params[i] for i in rest], others, grad_scale)

@@ -58,11 +58,16 @@ class _StandInFused(Optimizer):
         self._touch(params)
 
 
-def stand_in(optimizer: Optimizer, groups: list[list[Any]], states: dict[str, torch.dtype]) -> Optimizer:
+def stand_in(
+    optimizer: Optimizer, groups: list[list[Any]], states: dict[str, torch.dtype], *, paged: bool = False
+) -> Optimizer:
     """Returns `optimizer` over fake parameters: of the same class if it uses torch's operations, else a replacement
     with the same `states`.
+
+    Args:
+        paged: whether it is used through ds_offload's `PagedOptimizer`, which steps any subset of the parameters.
     """
-    if not isinstance(optimizer, FusedStep):
+    if not paged and not isinstance(optimizer, FusedStep):
         return reproduce(optimizer, groups)
     # Under the same name, by which `shard` knows optimizers.
     kind = type(type(optimizer).__name__, (_StandInFused,), {"states": states})

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from ds_zero import _registry
 from ds_zero.checks import check_stage
 from ds_zero.config import ZeroConfig
+from ds_zero.interfaces import SegmentStep
+from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.predict import allocation_tracker
 from ds_zero.predict.remedies import batch_size, nearest_that_fit
 from ds_zero.predict.report import PhaseMemory, Plan, within
@@ -123,6 +125,7 @@ def plan(
         scaled=loss_scale,
         deferred=all(p.is_meta for p in built.parameters()) if deferred is None else deferred,
         states=optimizer_states(built, optimizer),
+        pageable=_is_pageable(built, optimizer),
     )
     planner = _Planner(built, budget_bytes, host_budget_bytes)
     planned = planner.plan(job)
@@ -245,6 +248,14 @@ def _build(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
             return model()
     except (NotImplementedError, RuntimeError):
         return model()  # it reads values while it is constructed
+
+
+def _is_pageable(model: nn.Module, optimizer: Optimizer | MakeOptimizer) -> bool:
+    given = optimizer if isinstance(optimizer, Optimizer) else optimizer(_trainable(model))
+    try:
+        return not isinstance(given, SegmentStep) and not any(undivided_groups(given, None, 1))
+    except ValueError:  # it does not work on shards
+        return False
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

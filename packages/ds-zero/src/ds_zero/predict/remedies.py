@@ -131,7 +131,9 @@ def _settings(job: Job) -> list[list[_Change]]:
         disk = _Change(
             "disk", True, text, lambda j: replace(j, offload=frozenset(), disk=_OFFLOADED | {"state"})
         )
-        settings.append([disk] if job.on_cpu or job.offload else [host, disk])
+        places = [] if job.on_cpu or job.offload else [host]
+        places += [disk] if job.pageable else []
+        settings += [places] if places else []
     return settings
 
 

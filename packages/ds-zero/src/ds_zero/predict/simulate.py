@@ -89,6 +89,8 @@ class Job:
     """Whether the model is constructed under `deferred_init`: no rank ever holds all of it."""
     states: Mapping[str, torch.dtype] = field(default_factory=dict)
     """States of an optimizer with native kernels, from `probe_states`."""
+    pageable: bool = False
+    """Whether the optimizer is element-wise, so that its states may be on a disk."""
 
     def topology(self, params: Mapping[str, nn.Parameter]) -> tuple[FakeGroup, Topology]:
         """Returns fake groups for the ranks, as rank 0; all count messages in one counter."""
@@ -184,7 +186,8 @@ class _Run:
             checkpoint_units(self.model)
         given = job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(model))
         groups = [[copies[id(p)] for p in group["params"]] for group in given.param_groups]
-        self.optimizer = stand_in(given, groups, {} if job.states_on_disk else dict(job.states))
+        on_disk = job.states_on_disk
+        self.optimizer = stand_in(given, groups, {} if on_disk else dict(job.states), paged=on_disk)
         self._page_buffers: Tensor | None = None
         if not job.on_cpu:
             for group in self.optimizer.param_groups:
