@@ -35,7 +35,7 @@ def test_the_optimizer_of_the_configuration_is_of_the_class_with_its_name() -> N
     assert isinstance(optimizer, FusedAdam)
     assert not isinstance(start({"optimizer": {"type": "Lamb", "params": {"lr": 1e-3}}})[1], FusedAdam)
     assert FusedAdam([nn.Parameter(torch.ones(2))]).defaults["lr"] == 1e-3
-    assert deepspeed.ops.__compatible_ops__["fused_adam"] and not deepspeed.ops.__compatible_ops__["async_io"]
+    assert deepspeed.ops.__compatible_ops__["fused_adam"] and not deepspeed.ops.__compatible_ops__["gds"]
 
 
 @ranks(1)

@@ -34,6 +34,18 @@ def test_a_model_three_times_as_large_as_its_memory_trains(tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_states_on_a_disk_in_a_plain_loop(ranks: int, tmp_path: Path) -> None:
+    script = str(EXAMPLE.with_name("plain_loop.py"))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*(start if ranks == 2 else [sys.executable]), script, "--folder", str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    found = [float(loss) for loss in losses(done)]
+    assert len(found) == 20 and found[-1] < 0.8 * found[0]
+    assert "states on the disk" in done.stdout and not list(tmp_path.iterdir())
+
+
 @pytest.mark.full
 def test_it_has_the_losses_of_training_in_memory_and_does_not_fit_there(tmp_path: Path) -> None:
     on_disk = losses(run("--nvme-path", str(tmp_path), "--steps", "20"))

@@ -93,6 +93,23 @@ class Host:
             self.run("umount", str(path))
 
     @contextlib.contextmanager
+    def sessions_with(self, **environ: str) -> Iterator[None]:
+        """New ssh sessions on this host have these variables."""
+        config = self._folder / "sshd_config"
+        words = " ".join(f"{name}={value}" for name, value in environ.items())
+        with self.replaced(config, f"{config.read_text()}SetEnv {words}\n"):
+            self._restart_sshd()
+            yield
+        self._restart_sshd()
+
+    def _restart_sshd(self) -> None:
+        """Makes sshd read its configuration again."""
+        log = self._folder / f"sshd-{self.name}.log"
+        listening = log.read_text().count("Server listening")
+        self.run("pkill", "-HUP", "-o", "sshd")
+        _await(lambda: log.read_text().count("Server listening") > listening, f"sshd of {self.name} again")
+
+    @contextlib.contextmanager
     def unplugged(self) -> Iterator[None]:
         """The host's link is down: nothing it sends arrives, and nothing says so."""
         self.run("ip", "link", "set", "eth0", "down")

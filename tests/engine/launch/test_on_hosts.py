@@ -204,6 +204,46 @@ def test_a_rank_that_is_killed_is_named_with_its_host(network: Network, tmp_path
     assert nothing_left(network, job)
 
 
+_FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+
+
+@pytest.mark.skipif(not _FAKETIME.exists(), reason="needs libfaketime (Debian package libfaketime)")
+@pytest.mark.parametrize(
+    ("offset", "victim"),
+    [("+1d", 3), pytest.param("-1d", 0, marks=pytest.mark.full)],
+    ids=["ahead", "behind"],
+)
+@pytest.mark.usefixtures("repetition")
+def test_a_wrong_clock_does_not_change_who_failed_first(
+    offset: str, victim: int, network: Network, tmp_path: Path
+) -> None:
+    source = """
+import select
+def wait_for(name):  # without time.sleep, which libfaketime breaks
+    while not (HERE / name).exists():
+        select.select([], [], [], 0.01)
+(HERE / "clock" / str(RANK)).write_text(str(time.time()))
+mark("up")
+for other in range(4):
+    wait_for(f"up{other}")
+if RANK == int(sys.argv[1]):
+    os.kill(os.getpid(), 9)
+wait_for("never")
+"""
+    (tmp_path / "clock").mkdir()
+    # Only the time of day is wrong: clocks that measure intervals do not depend on it.
+    clock = {"LD_PRELOAD": str(_FAKETIME), "FAKETIME": offset, "DONT_FAKE_MONOTONIC": "1"}
+    with network["host-b"].sessions_with(**clock):
+        job = start(network, tmp_path, source, arguments=(str(victim),))
+        code, _, err = job.finish()
+    assert code == 128 + signal.SIGKILL, err
+    times = [float((tmp_path / "clock" / str(rank)).read_text()) for rank in range(4)]
+    assert abs(times[2] - times[0]) > 80_000, "the clock of host-b is right"
+    host = "host-b" if victim == 3 else "host-a"
+    assert f"[ds] rank {victim} ({host}, pid " in err and "failed first: killed by SIGKILL\n" in err
+    assert nothing_left(network, job)
+
+
 def test_an_exception_on_another_host_is_shown_once(network: Network, tmp_path: Path) -> None:
     source = """
 mark("up")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -25,18 +26,30 @@ def item(key: ShardKey, numel: int, dtype: torch.dtype = torch.float32) -> Reser
     return Reservation(key=key, partition="g", numel=numel, dtype=dtype, device=CPU)
 
 
-def the_file() -> int:
-    """The descriptor of this process's swap file, which has no name."""
-    for link in Path("/proc/self/fd").iterdir():
-        if ".swap" in (os.readlink(link) if link.is_symlink() else ""):
-            return int(link.name)
-    raise AssertionError("no swap file is open")
+def the_files(folder: Path) -> list[int]:
+    """Descriptors of this process's swap files in a folder, which have no names, without those with O_DIRECT."""
+    numbers = [int(link.name) for link in Path("/proc/self/fd").iterdir() if str(folder) in _target(link)]
+    return [number for number in numbers if not fcntl.fcntl(number, fcntl.F_GETFL) & os.O_DIRECT]
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:  # the one with which the folder was listed
+        return ""
+
+
+def the_file(folder: Path) -> int:
+    """Descriptor of the only swap file in a folder."""
+    (number,) = the_files(folder) or [None]
+    assert number is not None, "no swap file is open"
+    return number
 
 
 def test_a_tensor_that_was_never_written_is_zero_without_a_read(tmp_path: Path) -> None:
     store = NVMeStore(tmp_path)
     assert not store.reserve([item(A, 1000)])
-    os.ftruncate(the_file(), 0)  # a read would fail
+    os.ftruncate(the_file(tmp_path), 0)  # a read would fail
     out = torch.ones(1000)
     store.load(A, out).wait()
     assert not out.any()
@@ -47,7 +60,7 @@ def test_files_have_no_name_and_their_space_is_freed(tmp_path: Path) -> None:
     store = NVMeStore(tmp_path)
     store.reserve([item(A, 1 << 20), item(B, 10)])
     assert not list(tmp_path.iterdir())
-    number = the_file()
+    number = the_file(tmp_path)
     assert os.fstat(number).st_size == store.num_bytes == (4 << 20) + 4096
     assert os.fstat(number).st_blocks * 512 >= 4 << 20, "the space is not reserved"
     store.release(A)
@@ -55,7 +68,7 @@ def test_files_have_no_name_and_their_space_is_freed(tmp_path: Path) -> None:
     store.release(B)
     assert not store.num_bytes
     with pytest.raises(AssertionError, match="no swap file"):
-        the_file()
+        the_file(tmp_path)
     store.close()
     store.close()
 
@@ -90,8 +103,8 @@ def test_values_that_another_process_changed_are_found(tmp_path: Path, where: in
     store.load(A, out).wait()
     assert torch.equal(out, values)
     block = where // BLOCK_BYTES
-    os.pwrite(the_file(), b"\1\2\3\4", 4096 + where)
-    os.fsync(the_file())
+    os.pwrite(the_file(tmp_path), b"\1\2\3\4", 4096 + where)
+    os.fsync(the_file(tmp_path))
     with pytest.raises(
         SwapError,
         match=rf"the master of 'a' was changed on the disk: .*\.swap, byte {4096 + block * BLOCK_BYTES} on",
@@ -104,7 +117,7 @@ def test_a_file_that_was_truncated_is_found(tmp_path: Path) -> None:
     store = NVMeStore(tmp_path)
     store.reserve([item(A, 1 << 20)])
     store.store(A, torch.ones(1 << 20)).wait()
-    os.ftruncate(the_file(), 1 << 20)
+    os.ftruncate(the_file(tmp_path), 1 << 20)
     with pytest.raises(OSError, match=r"\.swap"):
         store.load(A, torch.empty(1 << 20)).wait()
     store.close()
