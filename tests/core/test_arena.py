@@ -55,3 +55,10 @@ def test_zeros_are_zero_in_memory_that_was_used_before() -> None:
     assert y.data_ptr() == address
     assert y.count_nonzero() == 0
     del keep
+
+
+def test_memory_that_the_system_does_not_have_is_refused_with_the_numbers() -> None:
+    with pytest.raises(
+        MemoryError, match=r"cannot allocate 4,611,686,018,427,387,904 bytes .* \(torch.float32\)"
+    ):
+        arena.empty(1 << 60)

@@ -52,4 +52,5 @@ def test_it_has_the_losses_of_training_in_memory_and_does_not_fit_there(tmp_path
     assert len(on_disk) == 20
     assert losses(run("--offload", "cpu", "--limit-mib", "0", "--steps", "20")) == on_disk
     failed = run("--offload", "cpu", "--steps", "20")
-    assert failed.returncode != 0 and "allocate memory" in failed.stderr
+    assert failed.returncode != 0
+    assert "cannot allocate" in failed.stderr or "can't allocate memory" in failed.stderr

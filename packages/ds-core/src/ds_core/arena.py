@@ -33,12 +33,22 @@ def empty(size: int | Sequence[int], dtype: torch.dtype = torch.float32) -> Tens
 
     `size` is a number of elements or a shape. The memory returns to the arena with the last tensor that views it.
     Without the native module this is `torch.empty`.
+
+    Raises:
+        MemoryError: the system has no more memory for this process.
     """
     shape = (size,) if isinstance(size, int) else tuple(size)
     numel = math.prod(shape)
     if numel == 0 or not _native.has_native():
         return torch.empty(shape, dtype=dtype)
-    block = _native.core.Block(numel * dtype.itemsize)
+    try:
+        block = _native.core.Block(numel * dtype.itemsize)
+    except MemoryError:
+        raise MemoryError(
+            f"cannot allocate {numel * dtype.itemsize:,} bytes of host memory for a tensor of {numel:,} elements "
+            f"({dtype}); the arena of this process holds {stats().in_use_bytes:,} bytes already. Raise the limit of "
+            "the process or its cgroup, or keep less state in host memory"
+        ) from None
     return torch.frombuffer(block, dtype=dtype, count=numel).view(shape)
 
 
