@@ -71,11 +71,6 @@ class Pager:
         """Indices of the pages that have a buffer, the one that was used longest ago first."""
 
     @property
-    def num_pages(self) -> int:
-        """Number of pages."""
-        return len(self._pages)
-
-    @property
     def num_bytes(self) -> int:
         """Bytes of all pages in the store."""
         return sum(held.page.num_bytes for held in self._pages)

@@ -21,11 +21,6 @@ class StateLayout:
     dtypes: Mapping[str, torch.dtype]
     """Name of each element-wise state -> its dtype. Other states are numbers, and stay in memory."""
 
-    @property
-    def bytes_per_element(self) -> int:
-        """Bytes of all element-wise states of one element."""
-        return sum(dtype.itemsize for dtype in self.dtypes.values())
-
 
 def over(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
     """Returns an optimizer of the same class and options with `groups`, without states and hooks."""
