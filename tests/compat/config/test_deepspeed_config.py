@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "ds-layers will add",
     ),
     "tuning": ({"autotuning": {"enabled": True}}, "ds-engine will add"),
-    "copies between disk and GPU": ({"aio": {"use_gds": True}}, "ds-offload will add"),
+    "asynchronous steps": ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "ds-offload will add"),
     "a template": ({"train_batch_size": "GB_SIZE"}, "it must be an integer"),
     "a removed feature": ({"eigenvalue": {"enabled": True}}, "ds does not support"),
     "layers cut across ranks": ({"tensor_parallel": {"autotp_size": 4}}, "ds-layers will add"),

@@ -121,6 +121,7 @@ EFFECTLESS: tuple[Row, ...] = (
         _ENGINE,
         "the progress lines of steps_per_print contain the speed, which is measured without synchronisation",
     ),
+    no_effect("aio.use_gds", "ds-offload", "copies between disk and GPU always go through host memory"),
     no_effect("aio.single_submit", "ds-offload", "requests are always submitted in batches"),
     no_effect("aio.overlap_events", "ds-offload", "new requests are always submitted while others complete"),
     no_effect("checkpoint.tag_validation", _ENGINE, "different tags are always an error"),
@@ -130,7 +131,6 @@ EFFECTLESS: tuple[Row, ...] = (
 )
 
 NOT_YET: tuple[Row, ...] = (
-    later("aio.use_gds", "ds-offload", "copies between disk and GPU without host memory", "set it to false"),
     no_effect(
         "bf16.immediate_grad_update", "ds-zero", "gradients are always added as soon as they are computed"
     ),
