@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,15 +88,20 @@ def test_any_optimizer_can_be_asked_for_on_the_host(name: str) -> None:
         ("AdamW", {"torch_adam": True}, 3),
     ],
 )
-def test_states_on_the_host_train_alike(name: str, params: dict[str, Any], stage: int) -> None:
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_states_on_the_host_and_on_a_disk_train_alike(
+    name: str, params: dict[str, Any], stage: int, clip: float, tmp_path: Path
+) -> None:
     losses = []
-    for device in ("none", "cpu"):
-        section = {"stage": stage, "offload_optimizer": {"device": device}}
+    for device in ("none", "cpu") if name in ("Muon", "Lamb") else ("none", "cpu", "nvme"):
+        section = {"stage": stage, "offload_optimizer": {"device": device, "nvme_path": str(tmp_path)}}
         optimizer = {"type": name, "params": {"lr": 0.01, **params}}
-        engine = jobs.engine(optimizer=optimizer, scheduler=None, zero_optimization=section)
+        engine = jobs.engine(
+            optimizer=optimizer, scheduler=None, zero_optimization=section, gradient_clipping=clip
+        )
         losses.append(jobs.train(engine, 3))
         engine.destroy()
-    assert losses[0] == losses[1]
+    assert all(other == losses[0] for other in losses)
 
 
 @ranks(2)
