@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import ds_core.optim
 import ds_offload
 from ds_compat.ops.any_dtype import StepsAnyDtype
 from ds_compat.ops.optimizers import FusedLion, InstanceOfBase, refuse
-from ds_core import kernels
 
 
 class DeepSpeedCPUAdam(StepsAnyDtype, ds_offload.CPUAdam, metaclass=InstanceOfBase):
@@ -121,7 +119,7 @@ class DeepSpeedCPUAdam(StepsAnyDtype, ds_offload.CPUAdam, metaclass=InstanceOfBa
         param.copy_(before)
 
 
-class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad, metaclass=InstanceOfBase):
+class DeepSpeedCPUAdagrad(ds_offload.CPUAdagrad, metaclass=InstanceOfBase):
     """Adagrad for parameters in host memory."""
 
     def __init__(
@@ -135,31 +133,6 @@ class DeepSpeedCPUAdagrad(ds_core.optim.FusedAdagrad, metaclass=InstanceOfBase):
     ) -> None:
         refuse(amsgrad=amsgrad)
         super().__init__(model_params, lr=lr, eps=eps, weight_decay=weight_decay)
-
-    def _step_group(
-        self,
-        group: dict[str, Any],
-        params: Sequence[Tensor],
-        out: Sequence[Tensor | None] | None,
-        grad_scale: float,
-        checksums: kernels.Checksums | None = None,
-    ) -> None:
-        """Steps with sparse gradients as with dense ones: without weight decay, Adagrad does not change rows whose
-        gradient is zero.
-        """
-        sparse = [(param, param.grad) for param in params if param.grad is not None and param.grad.is_sparse]
-        if sparse and group["weight_decay"]:
-            raise ValueError(
-                f"weight_decay {group['weight_decay']:g} with sparse gradients: the decay would change every row; set "
-                "it to 0, or use sparse=False in the embedding"
-            )
-        for param, grad in sparse:
-            param.grad = grad.to_dense()
-        try:
-            super()._step_group(group, params, out, grad_scale, checksums)
-        finally:
-            for param, grad in sparse:
-                param.grad = grad
 
 
 class DeepSpeedCPULion(FusedLion):
