@@ -7,7 +7,7 @@ steps of all rounds. Peak memory is the resident maximum above what the process 
 wrapped. Bytes are what the kernel counted on the rank's TCP connections, so that they mean the same for every system.
 
 Ours through the engine: `ours0` to `ours3`, with `-cpuadam` (states in host memory) or `-offload` (parameters too).
-Ours in a plain loop: `zero0` to `zero3`. `DS_BENCH_PEER` names the environment with the peers, else .venv-peer.
+Ours in a plain loop: `zero0` to `zero3`; without ds-comm: `zero0-alone` to `zero3-alone`. `DS_BENCH_PEER` names the environment with the peers, else .venv-peer.
 """
 
 from __future__ import annotations
@@ -195,12 +195,14 @@ def with_zero(model: Any, name: str, args: argparse.Namespace) -> Step:
     """Ours in a loop that anyone would write."""
     import torch
 
+    import ds_comm
     import ds_core.optim
     import ds_zero
 
     optimizer = ds_core.optim.FusedAdam(model.parameters(), **ADAM)
+    comm = None if name.endswith("-alone") else ds_comm.collectives()
     config = ds_zero.ZeroConfig(param_dtype=torch.bfloat16 if args.bf16 else None)
-    ds_zero.shard(model, optimizer, int(name[4]), config=config)
+    ds_zero.shard(model, optimizer, int(name[4]), config=config, comm=comm)
 
     def step(x: Any, y: Any) -> Any:
         loss = model(x, y)

@@ -56,7 +56,7 @@ def main() -> None:
     model = make_model(args.dim).to(world.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=20)
-    model, optimizer = ds_zero.shard(model, optimizer, stage=args.stage)
+    model, optimizer = ds_zero.shard(model, optimizer, stage=args.stage, comm=ds_comm.collectives())
 
     progress = {"step": 0, "schedule": schedule}  # what else a checkpoint has to contain
     if ds_checkpoint.latest(args.checkpoints) is not None:

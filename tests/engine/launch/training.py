@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 import ds_comm
 import ds_engine
-from ds_zero.comm import peer_memory
+from ds_comm.same_host import peer_memory
+from ds_zero.comm.abort import AbortFlag
 
 
 def train(steps: int = 5) -> str:
@@ -39,7 +40,7 @@ def peers() -> str:
     ds_comm.start()
     group = dist.group.WORLD
     assert group is not None
-    memory = peer_memory.connect(group, torch.device("cpu"), peer_memory.AbortFlag())
+    memory = peer_memory.connect(group, torch.device("cpu"), AbortFlag())
     if memory is None:
         return "none"
     return " ".join(str(rank) for rank in range(int(os.environ["WORLD_SIZE"])) if memory.knows(rank))

@@ -11,12 +11,13 @@ import sys
 import pytest
 
 TRAINING = """
-import os, torch, torch.distributed as dist, ds_zero
+import os, torch, torch.distributed as dist, ds_comm, ds_zero
 dist.init_process_group("gloo")
 model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(4)])
 optimizer = torch.optim.AdamW(model.parameters())
-config = ds_zero.ZeroConfig(read_neighbours=os.environ["READS"] == "1", order_timeout_s=4)
-ds_zero.shard(model, optimizer, stage=3, config=config)
+config = ds_zero.ZeroConfig(order_timeout_s=4)
+comm = ds_comm.collectives() if os.environ["READS"] == "1" else None
+ds_zero.shard(model, optimizer, stage=3, config=config, comm=comm)
 try:
     for step in range(1_000_000):
         if step == 3:

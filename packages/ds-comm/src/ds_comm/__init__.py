@@ -1,4 +1,4 @@
-"""Initialises torch.distributed under any launcher, and makes device meshes.
+"""Initialises torch.distributed under any launcher, makes device meshes, and provides collectives.
 
 ::
 
@@ -19,25 +19,30 @@ from ds_comm.placement import Placement, detect
 from ds_comm.variables import PlacementError
 
 if TYPE_CHECKING:
+    from ds_comm.collective_set import Collectives, collectives
     from ds_comm.mesh import data_mesh
     from ds_comm.stop import StopRequest
     from ds_comm.world import StartError, World, start
 
 __all__ = [
+    "Collectives",
     "Placement",
     "PlacementError",
     "StartError",
     "StopRequest",
     "World",
+    "collectives",
     "data_mesh",
     "detect",
     "start",
 ]
 
 _HOMES: Mapping[str, str] = {
+    "Collectives": "ds_comm.collective_set",
     "StartError": "ds_comm.world",
     "StopRequest": "ds_comm.stop",
     "World": "ds_comm.world",
+    "collectives": "ds_comm.collective_set",
     "data_mesh": "ds_comm.mesh",
     "start": "ds_comm.world",
 }

@@ -63,7 +63,8 @@ def initialize(
         collate_fn: makes a micro-batch from a list of samples.
         mpu: for model-parallel models, an object with Megatron's methods (`get_data_parallel_group`,
             `get_model_parallel_group`, ...).
-        comm: the collectives that training uses, as for `ds_zero.shard(comm=...)`.
+        comm: the collectives that training uses, as for `ds_zero.shard(comm=...)`. Default:
+            `ds_comm.collectives()`.
 
     Returns:
         Engine, optimizer, data loader (None without `training_data`), schedule (None if there is none).

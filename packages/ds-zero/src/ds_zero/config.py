@@ -86,11 +86,6 @@ class ZeroConfig:
     the order of the backend. None: ordered on the CPU, where it is also faster. No effect if `comm` is passed.
     """
 
-    read_neighbours: bool = True
-    """On the CPU: whether ranks of one machine copy slices directly from each other's memory, if the system permits
-    it. These bytes still count as sent. False: everything is sent as messages. [Note: peer memory]
-    """
-
     rank_invariant: bool = False
     """Makes training with the same micro-batches bitwise equal on 1, 2, 4, 8, ... ranks, [Note: tree over
     micro-batches]. It uses the ordered reduction, sharded accumulation, and memory for up to log2(micro-batches per

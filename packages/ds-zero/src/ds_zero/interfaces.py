@@ -36,8 +36,9 @@ class Capabilities:
     """
 
     tags: bool = False
-    """It has a method `bound(number, peer_memory)`, which returns a collective whose messages have the tag `number`,
-    and which copies from the memory of other processes where it can."""
+    """It has a method `bound(number, transport)`, which returns a collective whose messages have the tag `number`,
+    and which exchanges tensors through the
+    `Transport` with the ranks that it reaches."""
     uneven: bool = False
     """It takes an argument `sizes=`, the number of elements of each rank's slice if they differ. Without this
     capability, uneven slices are sent by other collectives."""
@@ -83,6 +84,92 @@ class ReduceScatter(Protocol):
         op: dist.ReduceOp.RedOpType,
         async_op: bool = False,
     ) -> Work | None: ...
+
+
+@runtime_checkable
+class CountsBytes(Protocol):
+    """A collective that sends fewer or more bytes than its tensors have, so that bytes are counted correctly."""
+
+    def sent_bytes(self, numel: int, dtype: torch.dtype, size: int) -> int:
+        """Returns the bytes that one rank sends in one call.
+
+        Args:
+            numel: number of elements of the whole tensor, the slices of all ranks.
+            size: number of ranks.
+        """
+
+
+class Leaves(Protocol):
+    """A group that this process can leave."""
+
+    def leave(self) -> None:
+        """Ends the waits of other ranks for this one."""
+
+
+class Abort(Protocol):
+    """A flag that ends waits for other ranks."""
+
+    @property
+    def raised(self) -> bool: ...
+
+    def add(self, member: Leaves, /) -> None:
+        """Registers a group that this process leaves when the flag is raised."""
+
+
+class Exchange(Work, Protocol):
+    """One operation of a `Transport`. `wait_received` and `wait_sent` are the two halves of `wait`."""
+
+    def reaches(self, rank: int) -> bool:
+        """Whether tensors to and from `rank` are exchanged without messages."""
+
+    def receive(self, rank: int, tensors: Sequence[Tensor]) -> None:
+        """Expects `tensors` from `rank`; `wait_received` fills them."""
+
+    def send(self, rank: int, tensors: Sequence[Tensor]) -> None:
+        """Offers `tensors` to `rank`. They must not change before `wait_sent` returns."""
+
+    def wait_received(self) -> None: ...
+    def wait_sent(self) -> None: ...
+
+
+class Transport(Protocol):
+    """Exchanges tensors with some of the ranks of one group without messages of torch.distributed, for example with
+    those on the same machine.
+    """
+
+    def exchange(self, tag: int) -> Exchange:
+        """Returns a new operation. Operations with the same tag are matched in the order in which they start."""
+
+
+class Connect(Protocol):
+    """Finds the ranks of a group that a transport reaches; None if it reaches none from this rank. Collective."""
+
+    def __call__(
+        self, group: dist.ProcessGroup, device: torch.device, abort: Abort, /
+    ) -> Transport | None: ...
+
+
+class CollectivePair(Protocol):
+    """Collectives for one kind of ranks; None: those of this package."""
+
+    @property
+    def all_gather(self) -> AllGather | None: ...
+    @property
+    def reduce_scatter(self) -> ReduceScatter | None: ...
+
+
+class CollectiveSet(CollectivePair, Protocol):
+    """The collectives of a model, as `ds_comm.collectives()` makes them."""
+
+    @property
+    def axes(self) -> Mapping[str, CollectivePair]:
+        """Other collectives for some kinds of ranks, by the name of the kind: "data", "replicate", "expert" or
+        "secondary".
+        """
+
+    @property
+    def connect(self) -> Connect | None:
+        """Finds ranks with which tensors are exchanged without messages; None: all ranks send messages."""
 
 
 @dataclass(frozen=True, kw_only=True)

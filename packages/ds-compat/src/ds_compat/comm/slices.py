@@ -12,15 +12,14 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-import ds_zero
+import ds_comm
 from ds_zero.comm.collectives import TorchAllGather, TorchReduceScatter
 from ds_zero.comm.direct import DirectAllGather, OrderedReduceScatter
-from ds_zero.comm.peer_memory import PeerMemory
-from ds_zero.interfaces import AllGather, Capabilities, ReduceScatter, Work
+from ds_zero.interfaces import AllGather, Capabilities, ReduceScatter, Transport, Work
 
 _direct_gather: ContextVar[AllGather | None] = ContextVar("_direct_gather", default=None)
 _direct_reduce: ContextVar[ReduceScatter | None] = ContextVar("_direct_reduce", default=None)
-"""The collectives with the message tags and peer memory of the running call of training, in its thread. DeepSpeed's
+"""The collectives with the message tags and transport of the running call of training, in its thread. DeepSpeed's
 functions have no arguments for these."""
 
 _T = TypeVar("_T")
@@ -58,8 +57,8 @@ class _Gather:
     def __init__(self, direct: DirectAllGather) -> None:
         self._direct = direct
 
-    def bound(self, number: int, peer_memory: PeerMemory | None) -> _Gather:
-        return _Gather(self._direct.bound(number, peer_memory))
+    def bound(self, number: int, transport: Transport | None) -> _Gather:
+        return _Gather(self._direct.bound(number, transport))
 
     def __call__(
         self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -79,8 +78,8 @@ class _Reduce:
     def __init__(self, direct: OrderedReduceScatter) -> None:
         self._direct = direct
 
-    def bound(self, number: int, peer_memory: PeerMemory | None) -> _Reduce:
-        return _Reduce(self._direct.bound(number, peer_memory))
+    def bound(self, number: int, transport: Transport | None) -> _Reduce:
+        return _Reduce(self._direct.bound(number, transport))
 
     def __call__(
         self,
@@ -99,6 +98,8 @@ class _Reduce:
         return work
 
 
-def training_comm() -> ds_zero.Comm:
+def training_comm() -> ds_comm.Collectives:
     """Returns the collectives that `deepspeed.initialize` passes to `ds_engine.initialize`."""
-    return ds_zero.Comm(_Gather(DirectAllGather()), _Reduce(OrderedReduceScatter()))
+    return ds_comm.collectives(
+        all_gather=_Gather(DirectAllGather()), reduce_scatter=_Reduce(OrderedReduceScatter())
+    )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import ds_comm
 import ds_zero
 from ds_core.kernels import squared_norm
 from ds_engine.build.offload_states import send_away
@@ -30,7 +31,7 @@ def shard(
     optimizer: Optimizer,
     meshes: Meshes,
     device: torch.device,
-    comm: ds_zero.Comm | None = None,
+    comm: Any = None,
     store: Any = None,
 ) -> None:
     """Shards a model and its optimizer, in place. Collective.
@@ -46,7 +47,7 @@ def shard(
             mesh=meshes.data,
             config=zero_config(job, model),
             store=store,
-            comm=comm,
+            comm=comm if comm is not None else ds_comm.collectives(),
             norms=squared_norm,
             model_parallel=meshes.model_parallel,
         )

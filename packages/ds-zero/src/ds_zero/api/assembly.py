@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
+from ds_zero.comm.abort import AbortFlag
 from ds_zero.comm.collectives import Comm
-from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.topology import Topology
 from ds_zero.comm.watchdog import note_steps, watch_ranks
 from ds_zero.comm.watched import WatchedComm

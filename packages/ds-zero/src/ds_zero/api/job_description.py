@@ -23,20 +23,20 @@ def require_same_job(
     optimizer: Optimizer | None,
     stage: int,
     config: ZeroConfig,
-    parts: Mapping[str, object],
+    parts: Mapping[str, str],
     ranks: Ranks,
     device: torch.device,
 ) -> None:
     """Raises ValueError on every rank if ranks have different arguments. Collective.
 
     Args:
-        parts: further arguments, whose types are compared.
+        parts: descriptions of further arguments.
     """
     if any(is_fake(p) for p in params.values()):
         return  # in `plan`, which simulates one rank
     described = {"stage": str(stage)}
     described |= {f"ZeroConfig.{f.name}": _text(getattr(config, f.name)) for f in fields(config)}
-    described |= {name: _text(type(value)) for name, value in parts.items()}
+    described |= parts
     described["the model's parameters"] = _summary(
         f"{fqn} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for fqn, p in params.items()
     )

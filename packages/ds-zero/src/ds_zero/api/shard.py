@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import TypeVar, overload
 
@@ -20,14 +21,14 @@ from ds_zero.checks import (
     check_stage,
     check_states_in_memory,
 )
+from ds_zero.comm.abort import AbortFlag
 from ds_zero.comm.agreement import require_same
-from ds_zero.comm.collectives import Comm, default_comm
-from ds_zero.comm.peer_memory import AbortFlag
-from ds_zero.comm.ranks import Group, Ranks, discover_peers
+from ds_zero.comm.collectives import Comm, comm_of
+from ds_zero.comm.ranks import Group, Ranks, with_transport
 from ds_zero.comm.thread_claim import GroupClaims
-from ds_zero.comm.topology import MeshFor, ModelParallel, numbered, topology_of
+from ds_zero.comm.topology import MeshFor, ModelParallel, Topology, numbered, topology_of
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import Norms, ShardStore
+from ds_zero.interfaces import CollectiveSet, Norms, ShardStore
 from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.layout.units import choose_leaves, choose_units, unit_of_params
 from ds_zero.params.deferred import materialize_buffers, stage_expected
@@ -47,6 +48,8 @@ from ds_zero.runtime.materialize import (
 from ds_zero.runtime.storage import Reserved
 from ds_zero.state import ZeroState
 
+_log = logging.getLogger("ds_zero")
+
 M = TypeVar("M", bound=nn.Module)
 O = TypeVar("O", bound=Optimizer)  # noqa: E741
 
@@ -59,7 +62,7 @@ def shard(
     mesh: Group | Ranks | None = None,
     config: ZeroConfig | None = None,
     store: ShardStore | None = None,
-    comm: Comm | None = None,
+    comm: Comm | CollectiveSet | None = None,
     *,
     norms: Norms = squared_norm,
     mesh_for: MeshFor | None = None,
@@ -75,7 +78,7 @@ def shard(
     mesh: Group | Ranks | None = None,
     config: ZeroConfig | None = None,
     store: ShardStore | None = None,
-    comm: Comm | None = None,
+    comm: Comm | CollectiveSet | None = None,
     *,
     norms: Norms = squared_norm,
     mesh_for: MeshFor | None = None,
@@ -90,7 +93,7 @@ def shard(
     mesh: Group | Ranks | None = None,
     config: ZeroConfig | None = None,
     store: ShardStore | None = None,
-    comm: Comm | None = None,
+    comm: Comm | CollectiveSet | None = None,
     *,
     norms: Norms = squared_norm,
     mesh_for: MeshFor | None = None,
@@ -111,7 +114,8 @@ def shard(
         mesh: the data axis: ranks with the same parameters and different data. With two axes (replicate, shard),
             buckets are sharded within a row, and rows are replicas. A process group is also accepted.
         store: where shards are stored. Default: on the device of the model.
-        comm: the collectives. Default: direct and ordered on the CPU, the backend's on other devices.
+        comm: the collectives, such as `ds_comm.collectives()`, with which ranks on one machine read each other's memory
+            instead of sending messages. Default: direct and ordered on the CPU, the backend's on other devices.
         norms: computes squared norms for clipping. Default: torch, in fp64 blocks.
         mesh_for: returns another data axis for some parameters: experts, of which only some ranks hold the same.
             Their gradients are summed over their own ranks, and divided by the size of the model's axis.
@@ -144,14 +148,13 @@ def shard(
         )
     topology = topology_of(params, mesh, mesh_for, model_parallel)
     store = store or ResidentStore()
-    comm = comm or default_comm(device, ordered=True if config.rank_invariant else config.ordered_reduction)
-    parts = {"store": store, "comm": comm}
+    comm = comm_of(comm, device, ordered=True if config.rank_invariant else config.ordered_reduction)
+    parts = {"store": type(store).__qualname__, "comm": comm.description}
     # Checked before the first message whose size or order depends on it.
     require_same_job(params, optimizer, stage, config, parts, topology.axes[0], device)
     abort = AbortFlag()
     topology = numbered(topology, device)
-    if config.read_neighbours:
-        topology = replace(topology, axes=tuple(discover_peers(a, device, abort) for a in topology.axes))
+    topology = _with_transports(topology, comm, device, abort)
     job = ShardJob(
         stage=stage,
         config=config,
@@ -171,6 +174,19 @@ def shard(
     replace_params(optimizer, state.buckets)
     attach(optimizer, state)
     return model, optimizer
+
+
+def _with_transports(topology: Topology, comm: Comm, device: torch.device, abort: AbortFlag) -> Topology:
+    if comm.connect is not None:
+        return replace(
+            topology, axes=tuple(with_transport(a, device, comm.connect, abort) for a in topology.axes)
+        )
+    if device.type == "cpu" and topology.axes[0].size > 1 and topology.axes[0].first:
+        _log.info(
+            "ds_zero.shard: ranks on one machine send messages to each other. With comm=ds_comm.collectives() (package "
+            "ds-comm) they read each other's memory instead, if the system permits it"
+        )
+    return topology
 
 
 def shard_optimizer(model: nn.Module, optimizer: O) -> O:
@@ -236,8 +252,9 @@ def _materialize(
     reserved = Reserved(job.store, plan, job.device)
     if optimizer is not None:
         check_fused_if_away(optimizer, reserved.away, job.store)
-    abort = job.abort if config.read_neighbours else None
-    near = near_ranks(layouts, topology.axes, config.secondary_ranks, job.device, abort)
+    near = near_ranks(layouts, topology.axes, config.secondary_ranks)
+    if job.comm.connect is not None:
+        near = {axis: with_transport(n, job.device, job.comm.connect, job.abort) for axis, n in near.items()}
     buckets = build(layouts, params, topology, reserved, config.grad_dtype, near)
     state = assemble(model, buckets, map_units(model, roots, buckets, leaves), job)
     state.handles += [SecondaryGroup(ranks, buckets) for ranks in near.values()]

@@ -19,10 +19,19 @@ from ds_zero.comm.direct import (
     gather_uneven,
     reduce_uneven,
 )
-from ds_zero.comm.peer_memory import PeerMemory
 from ds_zero.comm.ranks import AXES, Ranks
 from ds_zero.comm.works import Done, Then
-from ds_zero.interfaces import AllGather, ReduceScatter, Work, capabilities_of
+from ds_zero.interfaces import (
+    AllGather,
+    CollectivePair,
+    CollectiveSet,
+    Connect,
+    CountsBytes,
+    ReduceScatter,
+    Transport,
+    Work,
+    capabilities_of,
+)
 
 MOST_RANKS_OF_PIECES = 8
 """Maximum number of ranks for [Note: reduction without copying]: with more, messages are many and small."""
@@ -73,13 +82,13 @@ class TorchReduceScatter:
 class _Gathers(Protocol):
     """What the capability `tags` of an `AllGather` promises."""
 
-    def bound(self, number: int, peer_memory: PeerMemory | None) -> AllGather: ...
+    def bound(self, number: int, transport: Transport | None) -> AllGather: ...
 
 
 class _Reduces(Protocol):
     """What the capability `tags` of a `ReduceScatter` promises."""
 
-    def bound(self, number: int, peer_memory: PeerMemory | None) -> ReduceScatter: ...
+    def bound(self, number: int, transport: Transport | None) -> ReduceScatter: ...
 
 
 class _GathersUneven(Protocol):
@@ -136,9 +145,11 @@ class Comm:
         reduce_scatter: ReduceScatter,
         *,
         axes: Mapping[str, Collectives] | None = None,
+        connect: Connect | None = None,
     ) -> None:
         """
         Args:
+            connect: finds ranks with which tensors are exchanged without messages. Default: all ranks send messages.
             axes: other collectives for some kinds of ranks, by their name in `ds_zero.comm.ranks.AXES`, such as
                 "replicate" for the rows of a mesh of two axes, which often lie on different machines.
 
@@ -150,10 +161,22 @@ class Comm:
             raise ValueError(f"Comm(axes=...): there is no axis {unknown[0]!r}; there are {', '.join(AXES)}")
         self.all_gather, self.reduce_scatter = all_gather, reduce_scatter
         self.axes = dict(axes or {})
+        self.connect = connect
         self.gathered_bytes = 0
         """Bytes that this rank has sent in all-gathers since this object was constructed."""
         self.reduced_bytes = 0
         """Bytes that this rank has sent in reductions since this object was constructed."""
+
+    @property
+    def description(self) -> str:
+        """The classes of the collectives and the transport, which must be the same on every rank."""
+        pairs = {"": Collectives(self.all_gather, self.reduce_scatter), **self.axes}
+        named = [
+            f"{axis + ': ' if axis else ''}{type(p.all_gather).__qualname__}, {type(p.reduce_scatter).__qualname__}"
+            for axis, p in pairs.items()
+        ]
+        transport = getattr(self.connect, "__qualname__", type(self.connect).__qualname__)
+        return "; ".join([*named, f"connect: {transport}"])
 
     def guard(self, what: str) -> AbstractContextManager[None]:
         """Context manager around a collective that this object does not start; `what` names it in error messages."""
@@ -171,15 +194,19 @@ class Comm:
         if ranks.group is None:
             return Done()
         own = whole[slice(*_range(whole.numel(), ranks, sizes))]
-        self.gathered_bytes += (ranks.size - 1) * own.numel() * own.element_size()
         collective = self._of(ranks).all_gather
         if not capabilities_of(collective).moves(whole.dtype):
             collective = _defaults(whole.device).all_gather
+        self.gathered_bytes += (
+            collective.sent_bytes(whole.numel(), whole.dtype, ranks.size)
+            if isinstance(collective, CountsBytes)
+            else (ranks.size - 1) * own.numel() * own.element_size()
+        )
         can = capabilities_of(collective)
         if sizes is not None and not can.uneven:
             return gather_uneven(whole, sizes, ranks, GATHER_TAG + number)
         if can.tags:
-            collective = cast("_Gathers", collective).bound(number, ranks.peer_memory)
+            collective = cast("_Gathers", collective).bound(number, ranks.transport)
         if sizes is not None:
             uneven = cast("_GathersUneven", collective)
             return uneven(whole, own, ranks.group, async_op=True, sizes=sizes) or Done()
@@ -198,15 +225,19 @@ class Comm:
         if ranks.group is None:
             out.copy_(whole)
             return Done()
-        self.reduced_bytes += (whole.numel() - out.numel()) * whole.element_size()
         collective = self._of(ranks).reduce_scatter
         if not capabilities_of(collective).moves(whole.dtype):
             collective = _defaults(whole.device).reduce_scatter
+        self.reduced_bytes += (
+            collective.sent_bytes(whole.numel(), whole.dtype, ranks.size)
+            if isinstance(collective, CountsBytes)
+            else (whole.numel() - out.numel()) * whole.element_size()
+        )
         can = capabilities_of(collective)
         if sizes is not None and not can.uneven:
             return reduce_uneven(out, whole, sizes, ranks, op, REDUCE_TAG)
         if can.tags:
-            collective = cast("_Reduces", collective).bound(0, ranks.peer_memory)
+            collective = cast("_Reduces", collective).bound(0, ranks.transport)
         if sizes is not None:
             uneven = cast("_ReducesUneven", collective)
             return uneven(out, whole, ranks.group, op, async_op=True, sizes=sizes) or Done()
@@ -268,6 +299,24 @@ def _range(numel: int, ranks: Ranks, sizes: Sequence[int] | None) -> tuple[int, 
         return ranks.rank * each, (ranks.rank + 1) * each
     begin = sum(sizes[: ranks.rank])
     return begin, begin + sizes[ranks.rank]
+
+
+def comm_of(given: Comm | CollectiveSet | None, device: torch.device, *, ordered: bool | None = None) -> Comm:
+    """Returns the collectives of a model. Those that `given` leaves out are the default ones of the device.
+
+    Args:
+        ordered: as for `default_comm`.
+    """
+    if given is None or isinstance(given, Comm):
+        return given or default_comm(device, ordered=ordered)
+    default = _defaults(device, ordered=ordered)
+
+    def pair(one: CollectivePair) -> Collectives:
+        return Collectives(one.all_gather or default.all_gather, one.reduce_scatter or default.reduce_scatter)
+
+    own = pair(given)
+    axes = {axis: pair(one) for axis, one in given.axes.items()}
+    return Comm(own.all_gather, own.reduce_scatter, axes=axes, connect=given.connect)
 
 
 def default_comm(device: torch.device, *, ordered: bool | None = None) -> Comm:

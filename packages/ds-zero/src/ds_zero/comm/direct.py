@@ -9,8 +9,8 @@ and the result depends only on the inputs.
 [Note: direct exchange]
 gloo's `all_gather_into_tensor` and `reduce_scatter_tensor` move each byte several times: for 32 MB of fp32 on 2 ranks
 they took 2.8 and 9 times as long as sending each slice directly to the rank that needs it. Messages of gathers and of
-reductions have different tags, so the order of the former does not matter for the latter. Processes on one machine that
-can read each other's memory send no messages: [Note: peer memory] in `comm/peer_memory.py`.
+reductions have different tags, so the order of the former does not matter for the latter. With a `Transport`, such as
+the one of ds_comm, ranks on one machine send no messages.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_zero.comm.peer_memory import Exchange, PeerMemory
 from ds_zero.comm.ranks import Ranks
 from ds_zero.comm.works import Done, Then
-from ds_zero.interfaces import Capabilities, Work
+from ds_zero.interfaces import Capabilities, Transport, Work
 from ds_zero.tensors.large_pages import in_large_pages
 from ds_zero.tensors.storage import same_place
 
@@ -70,14 +69,14 @@ def exchange(
     receives: Callable[[int], Sequence[Tensor]],
     group: dist.ProcessGroup,
     tag: int,
-    peer_memory: PeerMemory | None = None,
+    transport: Transport | None = None,
 ) -> list[Work]:
     """Starts to send the tensors `sends(p)` to every other rank p, and to receive `receives(p)` from it. Each rank
     starts with a different peer. Tensors that are sent must not change until the returned works have finished.
     """
     rank, size = group.rank(), group.size()
     works: list[Work] = []
-    near = Exchange(peer_memory, tag) if peer_memory is not None else None
+    near = transport.exchange(tag) if transport is not None else None
     for step in range(1, size):
         to, origin = (rank + step) % size, (rank - step) % size
         # Slices may be empty; then no message is sent.
@@ -101,14 +100,14 @@ class DirectAllGather:
 
     capabilities = Capabilities(tags=True)
 
-    def __init__(self, number: int = 0, peer_memory: PeerMemory | None = None) -> None:
-        self._tag, self._peer_memory = GATHER_TAG + number, peer_memory
+    def __init__(self, number: int = 0, transport: Transport | None = None) -> None:
+        self._tag, self._transport = GATHER_TAG + number, transport
 
-    def bound(self, number: int, peer_memory: PeerMemory | None) -> DirectAllGather:
+    def bound(self, number: int, transport: Transport | None) -> DirectAllGather:
         """Returns an all-gather with message tag `number`. Ranks that gather with different numbers wait for each
         other, instead of receiving each other's messages.
         """
-        return DirectAllGather(number, peer_memory)
+        return DirectAllGather(number, transport)
 
     def __call__(
         self, output: Tensor, input: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -117,7 +116,7 @@ class DirectAllGather:
         own = slices[group.rank()]
         if not same_place(own, input):
             own.copy_(input)
-        works = exchange(lambda _: [own], lambda p: [slices[p]], group, self._tag, self._peer_memory)
+        works = exchange(lambda _: [own], lambda p: [slices[p]], group, self._tag, self._transport)
         work = Then(works, _nothing)
         if async_op:
             return work
@@ -130,12 +129,12 @@ class OrderedReduceScatter:
 
     capabilities = Capabilities(tags=True, pieces=True)
 
-    def __init__(self, peer_memory: PeerMemory | None = None) -> None:
-        self._peer_memory = peer_memory
+    def __init__(self, transport: Transport | None = None) -> None:
+        self._transport = transport
 
-    def bound(self, number: int, peer_memory: PeerMemory | None) -> OrderedReduceScatter:
-        """Returns a reduce-scatter that uses [Note: peer memory]; `number` has no effect."""
-        return OrderedReduceScatter(peer_memory)
+    def bound(self, number: int, transport: Transport | None) -> OrderedReduceScatter:
+        """Returns a reduce-scatter that uses `transport`; `number` has no effect."""
+        return OrderedReduceScatter(transport)
 
     def __call__(
         self,
@@ -146,7 +145,7 @@ class OrderedReduceScatter:
         async_op: bool = False,
     ) -> Work | None:
         parts = list(input.view(group.size(), -1))
-        work = _ordered(output, parts, group, op, REDUCE_TAG, self._peer_memory)
+        work = _ordered(output, parts, group, op, REDUCE_TAG, self._transport)
         if async_op:
             return work
         work.wait()
@@ -159,13 +158,13 @@ def _ordered(
     group: dist.ProcessGroup,
     op: dist.ReduceOp.RedOpType,
     tag: int,
-    peer_memory: PeerMemory | None = None,
+    transport: Transport | None = None,
 ) -> Work:
     """Starts to send `parts[p]` to each rank p, and to sum the received parts, [Note: ordered reduction]."""
     rank, size = group.rank(), group.size()
     received = in_large_pages(parts[rank].new_empty(size - 1, parts[rank].numel()))
     mine = [parts[p] if p == rank else received[p - (p > rank)] for p in range(size)]
-    works = exchange(lambda p: [parts[p]], lambda p: [mine[p]], group, tag, peer_memory)
+    works = exchange(lambda p: [parts[p]], lambda p: [mine[p]], group, tag, transport)
     scale = 1.0 / size if op == dist.ReduceOp.AVG else 1.0
 
     def add_up() -> None:
@@ -181,7 +180,7 @@ def gather_uneven(whole: Tensor, sizes: Sequence[int], ranks: Ranks, tag: int) -
     parts = list(torch.split(whole, list(sizes)))
     own = parts[ranks.rank]
     if whole.device.type == "cpu":
-        works = exchange(lambda _: [own], lambda p: [parts[p]], ranks.group, tag, ranks.peer_memory)
+        works = exchange(lambda _: [own], lambda p: [parts[p]], ranks.group, tag, ranks.transport)
         return Then(works, _nothing)
     return dist.all_gather(parts, own, group=ranks.group, async_op=True) or Done()
 
@@ -193,7 +192,7 @@ def reduce_uneven(
     assert ranks.group is not None
     parts = list(torch.split(whole, list(sizes)))
     if whole.device.type == "cpu":
-        return _ordered(out, parts, ranks.group, op, tag, ranks.peer_memory)
+        return _ordered(out, parts, ranks.group, op, tag, ranks.transport)
     result = out if out.dtype == whole.dtype else torch.empty_like(out, dtype=whole.dtype)
     work: Work | None = dist.reduce_scatter(result, parts, op=op, group=ranks.group, async_op=True)
     return Then([work] if work is not None else [], lambda: _widen(result, out))

@@ -87,7 +87,7 @@ class PieceReduce:
             sent.extend(messages)
             return messages
 
-        near = self._ranks.peer_memory
+        near = self._ranks.transport
         works = [] if group is None else exchange(to, lambda p: rows[p - (p > rank)], group, REDUCE_TAG, near)
         scale = 1.0 / size if mean else 1.0
         rows.insert(rank, mine.messages(grads))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ds_zero.comm.peer_memory import AbortFlag, PeerMemory, connect
+from ds_zero.interfaces import Abort, Connect, Transport
 
 
 class SimulatedGroup(dist.ProcessGroup):
@@ -46,8 +46,9 @@ class Ranks:
     """
     axis: str = "data"
     """The kind of these ranks, one of `AXES`; a `Comm` may have different collectives for some kinds."""
-    peer_memory: PeerMemory | None = field(default=None, compare=False, repr=False)
-    """The peers whose memory can be read; None before `discover_peers`, and if there are none."""
+    transport: Transport | None = field(default=None, compare=False, repr=False)
+    """Exchanges tensors with ranks on the same machine without messages; None before `with_transport`, and if there
+    is no such rank."""
 
     @property
     def first(self) -> bool:
@@ -70,12 +71,12 @@ class Ranks:
         return (self,) if self.replicas is None else (self, self.replicas)
 
 
-def discover_peers(ranks: Ranks, device: torch.device, abort: AbortFlag) -> Ranks:
-    """Returns the same ranks, with the peers whose memory can be read. Collective."""
-    replicas = discover_peers(ranks.replicas, device, abort) if ranks.replicas is not None else None
+def with_transport(ranks: Ranks, device: torch.device, connect: Connect, abort: Abort) -> Ranks:
+    """Returns the same ranks, with the transport that `connect` finds. Collective."""
+    replicas = with_transport(ranks.replicas, device, connect, abort) if ranks.replicas is not None else None
     if ranks.group is None:
         return replace(ranks, replicas=replicas)
-    return replace(ranks, replicas=replicas, peer_memory=connect(ranks.group, device, abort))
+    return replace(ranks, replicas=replicas, transport=connect(ranks.group, device, abort))
 
 
 ALONE = Ranks(None, 0, 1)

@@ -33,8 +33,8 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from ds_zero.comm.abort import AbortFlag
 from ds_zero.comm.order import OrderLog, RankOrderError, Standing, judge, lost, lost_store, name_ranks
-from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.ranks import Ranks
 from ds_zero.interfaces import Work
 

@@ -25,10 +25,10 @@ def wait_sent(work: Work) -> None:
     """Waits until no other rank needs the tensors that this rank sends. Called after `wait_received`.
 
     [Note: received and sent]
-    With [Note: peer memory], the receiver copies a tensor when it needs the values. So the tensor must stay unchanged
-    until the slowest rank has reached this point. If each rank waited for that at once, all ranks would run in
-    lockstep, and the delays of all ranks would add up. So there are two waits, and the second one is called one bucket
-    or one unit later, when it usually returns at once.
+    With a `Transport` that reads the memory of other ranks, the receiver copies a tensor when it needs the values. So
+    the tensor must stay unchanged until the slowest rank has reached this point. If each rank waited for that at once,
+    all ranks would run in lockstep, and the delays of all ranks would add up. So there are two waits, and the second
+    one is called one bucket or one unit later, when it usually returns at once.
     """
     late = getattr(work, "wait_sent", None)
     if late is not None:

@@ -17,7 +17,7 @@ from ds_zero.checks import check_stage
 from ds_zero.comm.collectives import Comm
 from ds_zero.comm.ranks import Group, ranks_of
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import ShardStore
+from ds_zero.interfaces import CollectiveSet, ShardStore
 from ds_zero.params.deferred import deferred_init
 from ds_zero.predict.plan import default_loss
 from ds_zero.prove.deviation import Verification
@@ -47,7 +47,7 @@ def verify(
     loss_scale: float | DynamicScale | None = None,
     schedule: Callable[[Optimizer], Schedule] | None = None,
     store: ShardStore | None = None,
-    comm: Comm | None = None,
+    comm: Comm | CollectiveSet | None = None,
     deferred: bool = False,
     bitwise: bool = False,
     seed: int = 0,

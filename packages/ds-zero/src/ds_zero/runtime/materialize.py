@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ds_zero.comm.peer_memory import AbortFlag
 from ds_zero.comm.ranks import Ranks
 from ds_zero.comm.topology import Topology
 from ds_zero.config import ZeroConfig
@@ -218,8 +217,6 @@ def near_ranks(
     layouts: Sequence[BucketLayout],
     axes: Sequence[Ranks],
     size: int,
-    device: torch.device,
-    abort: AbortFlag | None,
 ) -> dict[int, Ranks]:
     """Creates the groups of `size` ranks that share a secondary copy of stage-3 buckets, for each axis with more ranks
     than that. Returns this rank's group by the index of its axis. Collective.
@@ -227,5 +224,5 @@ def near_ranks(
     near: dict[int, Ranks] = {}
     for axis in dict.fromkeys(layout.axis for layout in layouts if layout.unit is not None):
         if 1 < size < axes[axis].size:
-            near[axis] = secondary_ranks(axes[axis], size, device, abort)
+            near[axis] = secondary_ranks(axes[axis], size)
     return near

@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_zero.comm.peer_memory import AbortFlag
-from ds_zero.comm.ranks import Ranks, SimulatedGroup, discover_peers
+from ds_zero.comm.ranks import Ranks, SimulatedGroup
 
 
 class Secondary:
@@ -57,11 +56,8 @@ class Secondary:
         return whole[self._begin : self._begin + len(self._part)]
 
 
-def secondary_ranks(ranks: Ranks, size: int, device: torch.device, abort: AbortFlag | None) -> Ranks:
+def secondary_ranks(ranks: Ranks, size: int) -> Ranks:
     """Creates process groups of `size` consecutive ranks, and returns this rank's group. Collective over `ranks`.
-
-    Args:
-        abort: if given, ranks of a group read each other's memory where possible, [Note: peer memory].
 
     Raises:
         ValueError: `size` does not divide the number of ranks.
@@ -78,5 +74,4 @@ def secondary_ranks(ranks: Ranks, size: int, device: torch.device, abort: AbortF
     first = ranks.rank - ranks.rank % size
     group = dist.new_group(members[first : first + size], use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
-    near = Ranks(group, ranks.rank - first, size, axis="secondary")
-    return near if abort is None else discover_peers(near, device, abort)
+    return Ranks(group, ranks.rank - first, size, axis="secondary")

@@ -9,20 +9,21 @@ import sys
 import threading
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import ds_comm
 import ds_zero
+from ds_comm.same_host import peer_memory
+from ds_comm.same_host.peer_memory import Exchange, PeerMemory, connect
+from ds_comm.same_host.system_calls import copy_from, system_calls
 from ds_zero import _registry
-from ds_zero.comm import peer_memory
+from ds_zero.comm.abort import AbortFlag
 from ds_zero.comm.collectives import default_comm
-from ds_zero.comm.peer_memory import AbortFlag, Exchange, PeerMemory
-from ds_zero.comm.ranks import discover_peers, ranks_of
-from ds_zero.comm.system_calls import copy_from, system_calls
+from ds_zero.comm.ranks import ranks_of, with_transport
 from harness import ranks
 from zero.models import Tiny, batch
 from zero.parity import everywhere
@@ -207,12 +208,12 @@ def test_an_address_without_memory_is_an_error() -> None:
 # --- training
 
 
-def train(stage: int, **options: Any) -> dict[str, Tensor]:
+def train(stage: int, comm: ds_comm.Collectives | None) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = Tiny(dim=48)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    config = ds_zero.ZeroConfig(reduce_bucket_numel=4000, **options)
-    ds_zero.shard(model, optimizer, stage, config=config)
+    config = ds_zero.ZeroConfig(reduce_bucket_numel=4000)
+    ds_zero.shard(model, optimizer, stage, config=config, comm=comm)
     for step in range(3):
         model(*batch(step, dist.get_rank())).backward()
         ds_zero.clip_grad_norm_(model, 0.1)
@@ -224,7 +225,7 @@ def train(stage: int, **options: Any) -> dict[str, Tensor]:
 @ranks(2, 3)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_same_bits_as_with_messages(stage: int) -> None:
-    found, expected = train(stage), train(stage, read_neighbours=False)
+    found, expected = train(stage, ds_comm.collectives()), train(stage, None)
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
 
@@ -233,7 +234,8 @@ def test_same_bits_as_with_messages(stage: int) -> None:
 def test_nothing_is_sent_where_peer_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(64, 64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ds_zero.shard(model, optimizer, 3, config=ds_zero.ZeroConfig(persistence_threshold_numel=0))
+    config = ds_zero.ZeroConfig(persistence_threshold_numel=0)
+    ds_zero.shard(model, optimizer, 3, config=config, comm=ds_comm.collectives())
     comm = _registry.state_of(model).comm
     sent = []
     monkeypatch.setattr(
@@ -250,8 +252,8 @@ def test_nothing_is_sent_where_peer_memory_is_read(monkeypatch: pytest.MonkeyPat
 def test_one_side_without_permission_is_enough_for_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     if dist.get_rank() == 1:
         monkeypatch.setattr(peer_memory, "system_calls", lambda: None)
-    known = discover_peers(ranks_of(None), CPU, AbortFlag())
-    assert known.peer_memory is None
+    known = with_transport(ranks_of(None), CPU, connect, AbortFlag())
+    assert known.transport is None
     whole = torch.zeros(2)
     whole[dist.get_rank()] = 1.0 + dist.get_rank()
     default_comm(CPU).gather(whole, known).wait()
@@ -277,8 +279,9 @@ def test_a_call_refused_on_one_rank_leaves_all_with_messages(
         monkeypatch.setattr(peer_memory, "system_calls", lambda: denied)
     model = nn.Linear(8, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    ds_zero.shard(model, optimizer, 3, config=ds_zero.ZeroConfig(persistence_threshold_numel=0))
-    assert _registry.state_of(model).ranks.peer_memory is None
+    config = ds_zero.ZeroConfig(persistence_threshold_numel=0)
+    ds_zero.shard(model, optimizer, 3, config=config, comm=ds_comm.collectives())
+    assert _registry.state_of(model).ranks.transport is None
     model(torch.ones(1, 8)).sum().backward()
     optimizer.step()
 

@@ -26,7 +26,6 @@ import os
 import select
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +34,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_zero.comm.system_calls import copy_from, copy_parts, parts_of, system_calls
+from ds_comm.interfaces import Abort
+from ds_comm.same_host.system_calls import copy_from, copy_parts, parts_of, system_calls
 
 _RING = 64
 """Maximum number of descriptors from one rank to another in its mailbox."""
@@ -62,24 +62,6 @@ def _new_descriptor(count: int) -> Descriptor:
 
 _FETCHED = ctypes.c_int64(1)
 """Written to the end of a descriptor."""
-
-
-class AbortFlag:
-    """When it is raised, ends all waits of this process for peers, and all waits of peers for this process."""
-
-    def __init__(self) -> None:
-        self.raised = False
-        self._members: weakref.WeakSet[PeerMemory] = weakref.WeakSet()
-
-    def add(self, member: PeerMemory) -> None:
-        """Adds a group that this process leaves when the flag is raised."""
-        self._members.add(member)
-
-    def set(self) -> None:
-        """Raises the flag."""
-        self.raised = True
-        for member in list(self._members):
-            member.leave()
 
 
 class _Mailbox:
@@ -133,7 +115,7 @@ class _Peer:
 class PeerMemory:
     """The ranks of one group that can read this rank's memory, and whose memory this rank can read."""
 
-    def __init__(self, rank: int, mailbox: _Mailbox, peers: Sequence[_Peer], abort: AbortFlag) -> None:
+    def __init__(self, rank: int, mailbox: _Mailbox, peers: Sequence[_Peer], abort: Abort) -> None:
         self.abort = abort
         self._rank, self._mailbox = rank, mailbox
         self._peers = {p.rank: p for p in peers}
@@ -141,6 +123,10 @@ class PeerMemory:
         self._lent: dict[int, tuple[Descriptor, Sequence[Tensor]]] = {}
         """Address -> descriptor, and its tensors, which are kept alive while the peer may read them."""
         abort.add(self)
+
+    def exchange(self, tag: int) -> Exchange:
+        """Returns an operation that sends and receives with message tag `tag`."""
+        return Exchange(self, tag)
 
     def knows(self, rank: int) -> bool:
         """Whether `rank` is one of the peers."""
@@ -299,8 +285,8 @@ def _has_ended(pidfd: int) -> bool:
 class Exchange:
     """The tensors that one rank exchanges with its peers in one operation, which is waited for like a `dist.Work`."""
 
-    def __init__(self, neighbours: PeerMemory, tag: int) -> None:
-        self._peer_memory, self._tag = neighbours, tag
+    def __init__(self, peer_memory: PeerMemory, tag: int) -> None:
+        self._peer_memory, self._tag = peer_memory, tag
         self._incoming: list[tuple[int, int, Sequence[Tensor]]] = []
         self._outgoing: list[tuple[int, Descriptor]] = []
 
@@ -335,7 +321,7 @@ class Exchange:
         self.wait_sent()
 
 
-def connect(group: dist.ProcessGroup, device: torch.device, abort: AbortFlag) -> PeerMemory | None:
+def connect(group: dist.ProcessGroup, device: torch.device, abort: Abort) -> PeerMemory | None:
     """Finds out which ranks of `group` can read and write each other's memory. Returns None if this rank has no such
     peer. Collective.
 
@@ -368,7 +354,7 @@ def _new_mailbox(size: int, token: int) -> tuple[int, _Mailbox | None]:
     if system_calls() is None:
         return -1, None
     try:
-        file = os.memfd_create("ds_zero")
+        file = os.memfd_create("ds_comm")
     except OSError:  # seccomp, gVisor, vm.memfd_noexec=2
         return -1, None
     try:
