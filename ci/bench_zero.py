@@ -7,7 +7,8 @@ steps of all rounds. Peak memory is the resident maximum above what the process 
 wrapped. Bytes are what the kernel counted on the rank's TCP connections, so that they mean the same for every system.
 
 Ours through the engine: `ours0` to `ours3`, with `-cpuadam` (states in host memory) or `-offload` (parameters too).
-Ours in a plain loop: `zero0` to `zero3`; without ds-comm: `zero0-alone` to `zero3-alone`. `DS_BENCH_PEER` names the environment with the peers, else .venv-peer.
+Ours in a plain loop: `zero0` to `zero3`; without ds-comm: `zero0-alone` to `zero3-alone`.
+`DS_BENCH_PEER` names the environment with the peers, else .venv-peer.
 """
 
 from __future__ import annotations
