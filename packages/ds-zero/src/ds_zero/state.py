@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,19 +16,19 @@ from ds_zero.comm.collectives import Comm
 from ds_zero.comm.ranks import Ranks
 from ds_zero.comm.watchdog import Waiting
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import Norms, ShardStore
+from ds_zero.interfaces import ShardStore
 from ds_zero.params.gathered_context import OpenGather
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.checksums import NoChecksums
 from ds_zero.runtime.gathering.gather import Gatherer
 from ds_zero.runtime.gathering.module_hooks import ModuleHooks
 from ds_zero.runtime.gathering.unit_gathering import UnitGathering
+from ds_zero.runtime.gradients.arrived_norms import ArrivedNorms
 from ds_zero.runtime.gradients.backward import BackwardWatch
 from ds_zero.runtime.gradients.norms import combine
 from ds_zero.runtime.gradients.reduce import Reducer
 from ds_zero.runtime.optimizer_options import OptimizerOptions
 from ds_zero.runtime.step import Stepper
-from ds_zero.runtime.storage import GRAD, visit
 
 if TYPE_CHECKING:
     from ds_zero.runtime.gradients.loss_scaler import LossScaler
@@ -50,7 +49,7 @@ class ZeroState:
     ranks: Ranks
     comm: Comm
     store: ShardStore
-    norms: Norms
+    norms: ArrivedNorms
     norm_groups: tuple[Ranks, ...]
     """Groups over which the sum of squares of the norm is reduced, one after the other, [Note: norm across ranks]."""
     buckets: list[Bucket]
@@ -96,14 +95,7 @@ class ZeroState:
         """Returns the 2-norm of the gradients as the optimizer would see them now: 0-dim fp32 on the CPU, not finite
         if an element is not. Collective. `reducer.finish` must have been called.
         """
-        addressable = [b for b in self.buckets if not b.storage.is_away(GRAD)]
-        away = [b for b in self.buckets if b.storage.is_away(GRAD)]
-        own, _ = self.norms(self._grad_pieces(addressable))
-        if away:
-            sums = [own]
-            with closing(visit(away, (GRAD,))) as visited:
-                sums += [self.norms(self._grad_pieces([bucket]))[0] for bucket in visited]
-            own = math.fsum(sums)
+        own = self.norms.total(self.buckets, unreduced=self.reducer.reduction == "none")
         device = self.buckets[0].device if self.buckets else torch.device("cpu")
         norm = math.sqrt(combine(own, self.norm_groups, device))
         pending = self.stepper.pending
@@ -111,24 +103,3 @@ class ZeroState:
             norm /= pending.loss_scale
         measured = torch.tensor(norm, dtype=torch.float32)
         return measured if pending.clip is None else measured * pending.clip
-
-    def _grad_pieces(self, buckets: Sequence[Bucket]) -> list[Tensor]:
-        """Returns this rank's part of each gradient. The parts of all ranks are disjoint and cover the gradients,
-        also in stage 0, where every rank holds all of them.
-        """
-        pieces: list[Tensor] = []
-        for bucket in buckets:
-            if not bucket.trainable:
-                continue
-            # Without a reduction the gradients of ranks differ, and each rank counts all of its own.
-            own = self.reducer.reduction == "none"
-            begin, end = bucket.owned_range if own else bucket.slice_range
-            first = bucket.owned_range[0]
-            with bucket.storage.opened(GRAD) as grad:
-                for shard, slot, counted in zip(
-                    bucket.shards, bucket.layout.slots, bucket.counted, strict=True
-                ):
-                    low, high = max(slot.offset, begin), min(slot.end, end)
-                    if high > low and shard.grad is not None and counted:
-                        pieces.append(grad[low - first : high - first])
-        return pieces

@@ -27,6 +27,7 @@ from ds_zero.runtime.gathering.module_hooks import ModuleHooks
 from ds_zero.runtime.gathering.prefetch import limits_of
 from ds_zero.runtime.gathering.unit_gathering import UnitGathering
 from ds_zero.runtime.gathering.unit_map import UnitMap
+from ds_zero.runtime.gradients.arrived_norms import ArrivedNorms
 from ds_zero.runtime.gradients.backward import BackwardWatch
 from ds_zero.runtime.gradients.grad_scale import ShardGrads
 from ds_zero.runtime.gradients.param_grads import ParamGrads
@@ -63,12 +64,14 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
     comm = WatchedComm(job.comm, waiting)
     options = OptimizerOptions()
     gatherer = Gatherer(buckets, comm, waiting)
-    grads, param_grads = ShardGrads(buckets), ParamGrads(buckets)
+    grads, param_grads, norms = ShardGrads(buckets), ParamGrads(buckets), ArrivedNorms(job.norms)
     policy = reduce_policy(config, job.stage)
     checksums = NoChecksums()
     if config.checksums and not any(is_fake(b.full) for b in buckets):
         checksums = Checksums(buckets, topology.norm_groups)
-    reducer = Reducer(buckets, comm, policy, watch, grads.begin_accumulation, param_grads, options, checksums)
+    reducer = Reducer(
+        buckets, comm, policy, watch, grads.begin_accumulation, param_grads, options, checksums, norms
+    )
     stepper = Stepper(
         buckets,
         comm=comm,
@@ -93,7 +96,7 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
         ranks=topology.axes[0],
         comm=comm,
         store=job.store,
-        norms=job.norms,
+        norms=norms,
         norm_groups=topology.norm_groups,
         buckets=buckets,
         gatherer=gatherer,

@@ -73,6 +73,14 @@ class Resting(Protocol):
         """
         ...
 
+    def rounded(self, part: Tensor) -> Tensor:
+        """Returns `part` in the dtype of the tensor, on the device where its values are in memory."""
+        ...
+
+    def stamp(self) -> tuple[int, ...]:
+        """Returns numbers that change with every write to the tensor or to one of its pieces by torch."""
+        ...
+
     def settle(self) -> None:
         """Waits for the operation in progress, if there is one."""
         ...
@@ -89,6 +97,7 @@ class _Stored:
         self._key, self._store, self._staging = key, store, staging
         self._work: Work | None = None
         self._action, self._held = "", None
+        self._num_writes = 0
 
     _held: Tensor | None
     """The tensor that the operation in progress reads or writes; kept alive until it has finished."""
@@ -163,10 +172,17 @@ class InMemory(_Stored):
             lambda: self._store.sink_grad(self._key, part, offset=offset, accumulate=accumulate),
             part,
         )
+        self._num_writes += 1
         if part.device == self._tensor.device:
             self.settle()
         else:
             self._staging.limit_grads(self)
+
+    def rounded(self, part: Tensor) -> Tensor:
+        return part.to(self._tensor.device, self._tensor.dtype)
+
+    def stamp(self) -> tuple[int, ...]:
+        return self._num_writes, self._tensor._version
 
     def take_zeroed(self) -> frozenset[int]:
         return frozenset()
@@ -228,7 +244,8 @@ class Paged(_Stored):
                 self._give_buffer()
 
     def fill(self, values: Tensor) -> None:
-        own = values.to(self._device, self._kind[1])
+        own = self.rounded(values)
+        self._num_writes += 1
         self._start("store", lambda: self._store.store(self._key, own), own)
         self.settle()
 
@@ -245,6 +262,7 @@ class Paged(_Stored):
         assert self._place in (_Place.STORED, _Place.STORING), (
             "a gradient is reduced while the tensor is open"
         )
+        self._num_writes += 1
         self._start(
             "add a gradient to",
             lambda: self._store.sink_grad(self._key, part, offset=offset, accumulate=accumulate),
@@ -258,6 +276,12 @@ class Paged(_Stored):
         finally:
             if self._place is _Place.STORING:
                 self._give_buffer()
+
+    def rounded(self, part: Tensor) -> Tensor:
+        return part.to(self._device, self._kind[1])
+
+    def stamp(self) -> tuple[int, ...]:
+        return self._num_writes, *(piece._version for piece in self.pieces)
 
     def take_zeroed(self) -> frozenset[int]:
         if self._place is _Place.OPEN:
@@ -340,6 +364,7 @@ class Paged(_Stored):
             piece.data = nan.expand(piece.shape)
         self._versions = [piece._version for piece in self.pieces]
         written, self._written = self._written, False
+        self._num_writes += written
         if not written:
             self._give_buffer()
             return

@@ -19,6 +19,7 @@ from torch import Tensor
 from ds_zero.comm.collectives import Comm
 from ds_zero.layout.buckets import piece_of
 from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.gradients.arrived_norms import ArrivedNorms
 from ds_zero.runtime.resting import Resting
 from ds_zero.runtime.storage import GRAD
 from ds_zero.tensors.storage import same_place
@@ -27,8 +28,8 @@ from ds_zero.tensors.storage import same_place
 class Sums:
     """Adds reduced slices to the bucket's stored gradient, in order or in [Note: tree over micro-batches]."""
 
-    def __init__(self, bucket: Bucket, *, tree: bool) -> None:
-        self._bucket, self._tree = bucket, tree
+    def __init__(self, bucket: Bucket, *, tree: bool, norms: ArrivedNorms) -> None:
+        self._bucket, self._tree, self._norms = bucket, tree, norms
         self._rest = bucket.storage.rest(GRAD)
         self._levels: list[int] = []
         """Height of the tree of each partial sum; sum 0 is in the stored gradient, sum i in `_buffers[i - 1]`."""
@@ -42,25 +43,40 @@ class Sums:
         self.is_complete = True
         """Whether the stored gradient is the whole sum, see `complete`."""
 
-    def add(self, part: Tensor) -> None:
+    def prefetch(self) -> None:
+        """Starts to load the stored gradient, if the next `add(measure=True)` needs it in memory."""
+        if self._norms.wanted(self._bucket) and self._adds_to_stored():
+            self._rest.prefetch()
+
+    def _adds_to_stored(self) -> bool:
+        has_all = all(s.grad is not None for s in self._bucket.shards if s.numel())
+        return has_all and (not self._tree or len(self._levels) == 1)
+
+    def add(self, part: Tensor, *, measure: bool = False) -> None:
         """Adds the result of one reduction: this rank's slice, or the whole bucket for [Note: gradients by rows].
         Entries whose gradient is None start a new accumulation.
+
+        Args:
+            measure: this may be the last addition before the step, [Note: norm at arrival].
         """
         bucket = self._bucket
         zeroed = self._rest.take_zeroed()
         kept = [s.grad is not None and i not in zeroed for i, s in enumerate(bucket.shards) if s.numel()]
         if not kept:
             return
+        measure = measure and self._norms.wanted(bucket)
         if not any(kept):
             self._levels = [0]
-            self._put(part, 0, accumulate=False)
+            self._put_first(part, measure)
         elif not all(kept):
-            self._merge_all()
+            self._merge_all(measure=False)
             self._put_each(part, zeroed)
-        elif not self._tree:
-            self._put(part, 0, accumulate=True)
+        elif self._tree:
+            self._push(part, measure)
+        elif measure:
+            self._add_in_memory(part)
         else:
-            self._push(part)
+            self._put(part, 0, accumulate=True)
         self.is_complete = len(self._levels) == 1 and not self._needs_gather
         for shard, grad in zip(bucket.shards, bucket.storage.grads, strict=True):
             if shard.grad is None and shard.numel():
@@ -93,10 +109,15 @@ class Sums:
         if self.is_complete:
             return
         bucket = self._bucket
-        self._merge_all()
+        measure = self._norms.wanted(bucket)
+        self._merge_all(measure=measure)
         if self._needs_gather:
+            square = None
             with self._rest.opened(write=True) as grad:
                 comm.gather(grad, bucket.ranks).wait()
+                if measure:
+                    square = self._norms.square_of(bucket, grad[self._offset : self._offset + self._numel])
+            self._note(square)
         self.is_complete = True
 
     def so_far(self) -> Tensor:
@@ -126,7 +147,31 @@ class Sums:
         offset, grad = self._offset + begin, self._rest.tensor
         if not accumulate and grad is not None and same_place(part, grad[offset:]):
             return  # it was reduced into this memory
+        self._rest.abandon()
         self._rest.put_grad(part, offset=offset, accumulate=accumulate)
+
+    def _put_first(self, part: Tensor, measure: bool) -> None:
+        """Stores the first result of an accumulation."""
+        square = None
+        if measure:
+            part = self._rest.rounded(part)
+            square = self._norms.square_of(self._bucket, self._slice_of(part))
+        self._put(part, 0, accumulate=False)
+        self._note(square)
+
+    def _add_in_memory(self, part: Tensor) -> None:
+        """Adds as the store would, and measures the sum."""
+        with self._opened(0, write=True) as total:
+            total.add_(part.to(total.device))
+            square = self._norms.square_of(self._bucket, self._slice_of(total))
+        self._note(square)
+
+    def _slice_of(self, values: Tensor) -> Tensor:
+        return self._bucket.slice_of(values) if self._whole else values
+
+    def _note(self, square: float | None) -> None:
+        if square is not None:
+            self._norms.note(self._bucket, square)
 
     def _put_each(self, part: Tensor, zeroed: frozenset[int]) -> None:
         """Adds to the entries that have a gradient, and sets it for the others."""
@@ -147,25 +192,32 @@ class Sums:
         with rest.opened(write=write, load=load) as total:
             yield total if index else total[self._offset : self._offset + self._numel]
 
-    def _push(self, part: Tensor) -> None:
+    def _push(self, part: Tensor, measure: bool) -> None:
         if self._levels[-1] > 0:
             with self._opened(len(self._levels), write=True, load=False) as new:
                 new.copy_(part)
             self._levels.append(0)
             return
-        with self._opened(len(self._levels) - 1, write=True) as top:
-            top.add_(part.to(top.device))
+        if measure and len(self._levels) == 1:
+            self._add_in_memory(part)
+        else:
+            with self._opened(len(self._levels) - 1, write=True) as top:
+                top.add_(part.to(top.device))
         self._levels[-1] = 1
         while len(self._levels) > 1 and self._levels[-1] == self._levels[-2]:
-            self._merge()
+            self._merge(measure)
 
-    def _merge(self) -> None:
+    def _merge(self, measure: bool) -> None:
         top = len(self._levels) - 1
+        square = None
         with self._opened(top - 1, write=True) as lower, self._opened(top) as upper:
             lower.add_(upper)
+            if measure and top == 1:
+                square = self._norms.square_of(self._bucket, self._slice_of(lower))
+        self._note(square)
         self._levels.pop()
         self._levels[-1] += 1
 
-    def _merge_all(self) -> None:
+    def _merge_all(self, *, measure: bool) -> None:
         while len(self._levels) > 1:
-            self._merge()
+            self._merge(measure)

@@ -13,6 +13,7 @@ DeepSpeed's `DynamicLossScaler`, so that a configuration means the same.
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from contextlib import closing
@@ -271,10 +272,16 @@ def first_not_finite(state: ZeroState) -> str:
     """
     order: dict[str, int] = {}
     bad: set[str] = set()
-    with closing(visit([b for b in state.buckets if b.trainable], (GRAD,))) as visited:
+    trainable = [b for b in state.buckets if b.trainable]
+    for bucket in trainable:
+        for slot in reversed(bucket.layout.slots):
+            order[slot.fqn] = len(order)
+    # A finite sum of squares needs no look at its elements, which may be away.
+    noted = {id(b): state.norms.noted(b) for b in trainable}
+    suspects = [b for b in trainable if (square := noted[id(b)]) is None or not math.isfinite(square)]
+    with closing(visit(suspects, (GRAD,))) as visited:
         for bucket in visited:
             for slot, shard in reversed(list(zip(bucket.layout.slots, bucket.shards, strict=True))):
-                order[slot.fqn] = len(order)
                 if shard.grad is not None and not bool(torch.isfinite(shard.grad).all()):
                     bad.add(slot.fqn)
     for ranks in state.norm_groups:

@@ -42,6 +42,7 @@ from ds_zero.interfaces import Reduction
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.checksums import NoChecksums
 from ds_zero.runtime.gradients.arrivals import Arrivals, Pending
+from ds_zero.runtime.gradients.arrived_norms import ArrivedNorms
 from ds_zero.runtime.gradients.backward import BackwardWatch
 from ds_zero.runtime.gradients.grad_buffer import FreshGrads, GradBuffer
 from ds_zero.runtime.gradients.param_grads import ParamGrads
@@ -65,6 +66,7 @@ class Reducer:
         param_grads: ParamGrads,
         options: OptimizerOptions,
         checksums: NoChecksums,
+        norms: ArrivedNorms,
     ) -> None:
         """`before_accumulation` is called at the start of the first backward after the gradients of the shards were
         completed by `finish`.
@@ -81,7 +83,7 @@ class Reducer:
         self._checksums = checksums
         self._watch = watch
         self._pending = {id(b): Pending(Arrivals(len(b.params))) for b in self.buckets}
-        self._reductions = Reductions(self.buckets, comm, policy)
+        self._reductions = Reductions(self.buckets, comm, policy, norms)
         self._next = 0
         """Index of the first bucket whose reduction has not started in the present backward."""
         self._backwards = 0
@@ -255,12 +257,14 @@ class Reducer:
         pending.local = pending.fresh = None
         self._reductions.start(bucket, source, last=self._is_last())
 
-    def _is_last(self) -> bool:
-        """Whether this is expected to be the last backward before the step. For a tree of sums, a number of backwards
-        that was only observed is not relied on.
+    def _is_last(self) -> bool | None:
+        """Whether this is expected to be the last backward before the step; None if nothing is known. For a tree of
+        sums, a number of backwards that was only observed is not relied on.
         """
+        if self.reduction != "sharded":
+            return True
         known = self.policy.steps if self.policy.tree else self._learned_steps
-        return self.reduction != "sharded" or (known is not None and self._backwards >= known)
+        return None if known is None else self._backwards >= known
 
     def end_backward(self) -> None:
         if not self._in_backward:
@@ -273,7 +277,7 @@ class Reducer:
             if late:
                 self._late_flag.raise_on(self._shards(), self.policy.grad_dtype)
             self._checksums.grads_arrived()
-        self.param_grads.are_reduced = self._final and not late and self._is_last()
+        self.param_grads.are_reduced = self._final and not late and bool(self._is_last())
         self._in_backward = False
 
     def _shards(self) -> list[Tensor]:

@@ -11,6 +11,7 @@ from ds_zero.comm.collectives import Comm
 from ds_zero.comm.piece_exchange import PieceReduce
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gradients.accumulate import Sums
+from ds_zero.runtime.gradients.arrived_norms import ArrivedNorms
 from ds_zero.runtime.gradients.grad_buffer import FreshGrads, GradBuffer
 from ds_zero.runtime.gradients.reduce_bucket import BucketReduction, launch, launch_pieces, takes_pieces
 from ds_zero.runtime.gradients.reduce_policy import ReducePolicy
@@ -26,10 +27,12 @@ def whole_buffer(bucket: Bucket, dtype: torch.dtype) -> GradBuffer:
 class Reductions:
     """Reduces the gradients of buckets, and adds the results to the sums, in the order in which they were started."""
 
-    def __init__(self, buckets: Iterable[Bucket], comm: Comm, policy: ReducePolicy) -> None:
+    def __init__(
+        self, buckets: Iterable[Bucket], comm: Comm, policy: ReducePolicy, norms: ArrivedNorms
+    ) -> None:
         buckets = list(buckets)
         self._comm, self._policy = comm, policy
-        self._sums = {id(b): Sums(b, tree=policy.tree) for b in buckets}
+        self._sums = {id(b): Sums(b, tree=policy.tree, norms=norms) for b in buckets}
         self._pieces = {
             id(b): PieceReduce(b.layout, b.ranks) for b in buckets if takes_pieces(b, comm, policy.wire)
         }
@@ -48,13 +51,16 @@ class Reductions:
             return FreshGrads(bucket.layout, bucket.dtype, bucket.device)
         return whole_buffer(bucket, bucket.dtype)
 
-    def start(self, bucket: Bucket, source: GradBuffer | FreshGrads, *, last: bool) -> None:
+    def start(self, bucket: Bucket, source: GradBuffer | FreshGrads, *, last: bool | None) -> None:
         """Starts to reduce `source`; missing gradients count as zeros. Collective.
 
         Args:
-            last: whether the sums are complete once the gradients of this backward have been added.
+            last: whether the sums are complete once the gradients of this backward have been added; None: unknown.
         """
-        wire, out = self._policy.wire, self.sums_of(bucket).output()
+        sums = self.sums_of(bucket)
+        wire, out = self._policy.wire, sums.output()
+        if last is not False:
+            sums.prefetch()
         with span(f"ds.zero.reduce_scatter/{bucket.layout.name}"), torch.no_grad():
             if isinstance(source, FreshGrads):
                 pieces = self._pieces[id(bucket)]
@@ -73,7 +79,7 @@ class Reductions:
         """Returns this rank's slice of the reduction of `source`, without adding it to the sums. Collective."""
         return launch(bucket, source.tensor, self._comm, self._policy.wire).result()
 
-    def finish_all(self, *, last: bool) -> None:
+    def finish_all(self, *, last: bool | None) -> None:
         """Waits for all reductions, and adds their results."""
         while self._in_progress:
             self._finish(self._in_progress.pop(0), last=last)
@@ -102,12 +108,12 @@ class Reductions:
         """Returns the memory of partial sums over micro-batches, [Note: tree over micro-batches]."""
         return [t for sums in self._sums.values() for t in sums.partial_sums()]
 
-    def _finish(self, reduction: BucketReduction, *, last: bool) -> None:
+    def _finish(self, reduction: BucketReduction, *, last: bool | None) -> None:
         self.wait_sent()
         self._sending = reduction
         sums = self.sums_of(reduction.bucket)
         with torch.no_grad():
-            sums.add(reduction.result())
+            sums.add(reduction.result(), measure=last is not False)
             if last:
                 sums.complete(self._comm)
         if not self._policy.overlap:
