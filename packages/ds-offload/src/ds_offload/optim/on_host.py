@@ -11,6 +11,7 @@ from torch import Tensor
 from ds_core import arena, kernels
 from ds_core.optim import Batch, FusedOptimizer
 from ds_offload.paging.tensors import flat, flat_as
+from ds_offload.undo import Undoable
 
 NARROW = (torch.bfloat16, torch.float16)
 """Dtypes of parameters that are updated in fp32 and rounded."""
@@ -19,8 +20,10 @@ _SLICE_NUMEL = 1 << 18
 """Elements of a 16-bit parameter that are updated at a time. In fp32 they take 1 MiB, which stays in the cache."""
 
 
-class OnHost(FusedOptimizer):
-    """A mixin for the classes of `ds_core.optim`: states on huge pages, and parameters on the CPU only."""
+class OnHost(Undoable, FusedOptimizer):
+    """A mixin for the classes of `ds_core.optim`: states on huge pages, parameters on the CPU only, and steps that
+    can be taken back.
+    """
 
     steps_narrow = False
     """Whether 16-bit parameters can be stepped."""

@@ -17,6 +17,8 @@ from ds_offload.nvme.store import NVMeStore
 from ds_offload.paging.paged_states import PagedStates
 from ds_offload.paging.pager import Pager
 from ds_offload.paging.part_step import step_parts
+from ds_offload.paging.tensors import local
+from ds_offload.undo import UndoLog, put_back
 
 PAGE_BYTES = 64 << 20
 """Default size of a page."""
@@ -81,6 +83,9 @@ class PagedOptimizer(Optimizer):
         )
         self._states = PagedStates(optimizer, lambda: self.param_groups, self._pager, page_bytes)
         self._states.adopt(optimizer.state)
+        self._undo = UndoLog()
+        self._undoable: dict[Tensor, None] = {}
+        """Parameters whose last step may be taken back."""
         self.state: Any = self._states
         optimizer.state.clear()
 
@@ -98,6 +103,7 @@ class PagedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.commit()
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         self._step(params, None, None)
         return loss
@@ -111,7 +117,71 @@ class PagedOptimizer(Optimizer):
         """
         if len(out) != len(params):
             raise ValueError(f"step_fused: out has {len(out)} entries, but params has {len(params)}")
+        self.commit()
         self._step(params, grad_scale, out)
+
+    # --- steps that may be taken back
+
+    def undo_bytes(self, params: Sequence[Tensor], *, with_values: bool = True) -> int:
+        """Returns the bytes of memory that the log of one step of `params` needs. The store keeps a second version of
+        their states, which counts if the store keeps it in memory; see `second_bytes`.
+        """
+        live = [p for p in params if p.grad is not None]
+        values = sum(local(p).nbytes for p in live) if with_values else 0
+        return values + (self._states.num_bytes_of(live) if self._pager.in_memory else 0)
+
+    @property
+    def second_bytes(self) -> int:
+        """Bytes in the store of the second versions of states. None are kept before the first `step_undoable`."""
+        return self._pager.second_bytes
+
+    @torch.no_grad()
+    def step_undoable(
+        self,
+        params: Sequence[Tensor],
+        *,
+        grad_scale: Tensor,
+        out: Sequence[Tensor | None],
+        with_values: bool = True,
+    ) -> None:
+        """Steps `params` as `step_fused` does, so that `rollback` can take the step back. If one of them was stepped by
+        this method before, all earlier steps become final.
+
+        Args:
+            with_values: log the parameters. If False, the caller restores them, and `rollback` only their states.
+        """
+        live = [p for p in params if p.grad is not None]
+        if any(p in self._undoable for p in live):
+            self.commit()
+        self._states.begin_tentative()
+        for param in live:
+            self._undoable[param] = None
+            self._undo.record(param, None, with_values=with_values)
+        self._step(params, grad_scale, out)
+
+    @torch.no_grad()
+    def rollback(self, params: Sequence[Tensor] | None = None) -> None:
+        """Takes back the last `step_undoable` of each of `params`; of all parameters if None. What was written to `out`
+        stays. Parameters whose step is final are left as they are.
+
+        Raises:
+            ValueError: the states of one of `params` are in one page with those of a parameter that would stay stepped.
+        """
+        if not self._undoable:
+            return
+        chosen = None if params is None else [p for p in params if p in self._undoable]
+        self._states.revert(chosen, self._undoable)
+        for param, before in self._undo.take(chosen):
+            put_back(param, before)
+        for param in list(self._undoable) if chosen is None else chosen:
+            del self._undoable[param]
+
+    def commit(self) -> None:
+        """Makes all steps final."""
+        if self._undoable:
+            self._states.keep()
+            self._undo.clear()
+            self._undoable.clear()
 
     def _step(
         self, params: Sequence[Tensor], grad_scale: Tensor | None, out: Sequence[Tensor | None] | None
@@ -158,6 +228,8 @@ class PagedOptimizer(Optimizer):
 
     def close(self) -> None:
         """Drops all states, and frees their memory and their space in the store."""
+        self._undoable.clear()
+        self._undo.close()
         self._states.clear()
         if self._own_store:
             self._store.close()
@@ -184,6 +256,8 @@ class PagedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         loaded = state.pop("state", {})
         self.__dict__.update(state)
+        self._undoable.clear()
+        self._undo.clear()
         self._states.clear()
         for param, held in loaded.items():
             self._states[param] = held

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +64,8 @@ class PagedStates(MutableMapping[Tensor, State]):
         """Dicts of parameters without states, that were handed out and may have been filled."""
         self._layouts: dict[tuple[int, torch.dtype, torch.device], StateLayout] = {}
         self._group_numbers: dict[Tensor, int] = {}
+        self._before: dict[Tensor, State] = {}
+        """`_numbers` before the steps that may be taken back."""
 
     # --- for steps
 
@@ -83,7 +85,8 @@ class PagedStates(MutableMapping[Tensor, State]):
             yield without_pages
         for number in sorted({page for index in wanted for page in self._pages[index]}):
             parts = self._pager.page(number).parts
-            memory = self._pager.open(number, load=any(self._params[p.param] in self._numbers for p in parts))
+            known = any(self._params[p.param] in self._numbers for p in parts)
+            memory = self._pager.open(number, load=known, stepping=True)
             try:
                 yield [
                     LoadedPart(
@@ -106,6 +109,49 @@ class PagedStates(MutableMapping[Tensor, State]):
         """Sets the states that are no ranges of elements, after all parts of these parameters were stepped."""
         self._numbers.update(numbers)
 
+    # --- steps that may be taken back
+
+    def begin_tentative(self) -> None:
+        """Notes the present states, so that `revert` can return to them; see [Note: two versions of a page]."""
+        if not self._pager.is_tentative:
+            self._store_new()
+            self._before = dict(self._numbers)
+            self._pager.begin_tentative()
+
+    def keep(self) -> None:
+        """Makes the states final."""
+        self._pager.keep()
+        self._before.clear()
+
+    def revert(self, params: Sequence[Tensor] | None, stepped: Collection[Tensor]) -> None:
+        """Returns to the noted states of `params`; of all parameters if None.
+
+        Args:
+            stepped: the parameters whose steps may be taken back.
+
+        Raises:
+            ValueError: a page has states of one of `params` and of another stepped parameter.
+        """
+        if params is None:
+            self._pager.revert()
+            self._numbers, self._before = self._before, {}
+            return
+        indices = {self._index[p] for p in params if p in self._index}
+        pages = {page for index in indices for page in self._pages[index]}
+        kept = {self._index[p] for p in stepped if p in self._index} - indices
+        shared = [page for page in pages if any(p.param in kept for p in self._pager.page(page).parts)]
+        if shared:
+            raise ValueError(
+                f"rollback of {len(params)} parameters: page {shared[0]} also has states of parameters that would "
+                "stay stepped. Take them back, too, or use pages (page_bytes) that parameters do not share"
+            )
+        self._pager.revert(pages)
+        for param in params:
+            if param in self._before:
+                self._numbers[param] = self._before[param]
+            else:
+                self._numbers.pop(param, None)
+
     # --- for everything else
 
     def adopt(self, states: Mapping[Tensor, State]) -> None:
@@ -118,6 +164,13 @@ class PagedStates(MutableMapping[Tensor, State]):
         if param not in self._numbers:
             return {}, {}
         return dict(self._layout_of(param).dtypes), dict(self._numbers[param])
+
+    def num_bytes_of(self, params: Sequence[Tensor]) -> int:
+        """Returns the bytes of the element-wise states of `params` in the store."""
+        return sum(
+            local(p).numel() * sum(dtype.itemsize for dtype in self._layout_of(p).dtypes.values())
+            for p in params
+        )
 
     @contextmanager
     def opened(self, params: Sequence[Tensor], *, write: bool = False) -> Iterator[None]:
@@ -196,6 +249,7 @@ class PagedStates(MutableMapping[Tensor, State]):
         self._pages.clear()
         for held in (self._index, self._numbers, self._open, self._new, self._layouts, self._group_numbers):
             held.clear()
+        self._before.clear()
 
     # --- reading and writing whole states
 

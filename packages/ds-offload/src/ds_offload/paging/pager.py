@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +39,22 @@ class _Held:
     """A page and its place."""
 
     page: Page
-    key: PageKey
+    keys: tuple[PageKey, PageKey]
+    """The two places of the page in the store, [Note: two versions of a page]. The second is reserved when needed."""
+    current: int = 0
+    """Index of the key under which the final values are stored."""
+    is_tentative: bool = False
+    """Whether the other key has values of a step that may be taken back. They count until then."""
+    has_both: bool = False
+    """Whether both places are reserved."""
     place: _Place = _Place.STORED
     buffer: Tensor | None = None
     work: Work | None = None
+
+    @property
+    def key(self) -> PageKey:
+        """The key under which the values that count now are stored."""
+        return self.keys[self.current ^ self.is_tentative]
 
     @property
     def values(self) -> Tensor:
@@ -64,16 +76,29 @@ class Pager:
         self._num_buffers = num_buffers
         self._read_ahead, self._write_behind = read_ahead, write_behind
         self._pages: list[_Held] = []
+        self.in_memory = False
+        """Whether the store keeps pages in addressable memory."""
         self._free: list[Tensor] = []
         self._num_made = 0
         self._device: torch.device | None = None
         self._recent: OrderedDict[int, None] = OrderedDict()
         """Indices of the pages that have a buffer, the one that was used longest ago first."""
+        self._tentative = False
+        """Whether pages are stored tentatively now."""
+        self._next: dict[bool, dict[int, int]] = {True: {}, False: {}}
+        """Tentatively or not -> page -> the page that was stepped after it in the last such steps."""
+        self._last: tuple[bool, int] | None = None
+        """The page that was stepped last, and whether tentatively."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all pages in the store."""
+        """Bytes of all pages in the store, in one version."""
         return sum(held.page.num_bytes for held in self._pages)
+
+    @property
+    def second_bytes(self) -> int:
+        """Bytes of the second versions of pages in the store, [Note: two versions of a page]."""
+        return sum(held.page.num_bytes for held in self._pages if held.has_both)
 
     @property
     def buffer_bytes(self) -> int:
@@ -88,19 +113,28 @@ class Pager:
     def add(self, pages: list[Page], device: torch.device) -> range:
         """Reserves new pages, whose values are zero. Returns their indices."""
         first = len(self._pages)
-        held = [
-            _Held(page, PageKey(name=f"page {first + i}", owner=id(self))) for i, page in enumerate(pages)
-        ]
+        held = [_Held(page, self._keys(first + i)) for i, page in enumerate(pages)]
         self._device = self._device or device
-        self._store.reserve([PageReservation(key=h.key, numel=h.page.num_bytes, device=device) for h in held])
+        mapped = self._store.reserve(
+            [PageReservation(key=h.keys[0], numel=h.page.num_bytes, device=device) for h in held]
+        )
+        self.in_memory = self.in_memory or bool(mapped)
         self._pages += held
         return range(first, len(self._pages))
 
-    def open(self, index: int, *, load: bool = True) -> Tensor:
+    def _keys(self, number: int) -> tuple[PageKey, PageKey]:
+        first, second = (
+            PageKey(name=f"page {number}{version}", owner=id(self)) for version in ("", ", second version")
+        )
+        return first, second
+
+    def open(self, index: int, *, load: bool = True, stepping: bool = False) -> Tensor:
         """Returns the bytes of a page in a buffer, until `close`; meanwhile starts to load the next pages.
 
         Args:
             load: False if every byte that matters will be written.
+            stepping: for a step. The next pages are those that followed in the last steps of this kind; otherwise
+                those with the next numbers.
         """
         held = self._pages[index]
         self._settle(held)
@@ -111,9 +145,19 @@ class Pager:
                 self._settle(held)
         held.place = _Place.OPEN
         self._touch(index)
-        for step in range(1, self._read_ahead + 1):
-            self._prefetch((index + step) % len(self._pages))
+        following = self._note_step(index) if stepping else {}
+        for _ in range(self._read_ahead):
+            index = following.get(index, (index + 1) % len(self._pages))
+            self._prefetch(index)
         return held.values
+
+    def _note_step(self, index: int) -> dict[int, int]:
+        """Notes that a page is stepped. Returns the order in which pages are expected to be."""
+        following, last = self._next[self._tentative], self._last
+        if last is not None and last[0] == self._tentative and last[1] != index:
+            following[last[1]] = index
+        self._last = self._tentative, index
+        return following
 
     def close(self, index: int, *, written: bool) -> None:
         """Ends `open`; stores the page if it was changed."""
@@ -122,9 +166,64 @@ class Pager:
         if not written:
             self._give(index)
             return
+        if self._tentative:
+            self._reserve_second(held)
+        held.is_tentative = self._tentative
         self._start(held, _Place.STORING, lambda: self._store.store(held.key, held.values))
         if not self._write_behind:
             self._settle(held)
+
+    # --- versions
+
+    # [Note: two versions of a page]
+    # A step that may be taken back writes pages beside those that it read. So taking it back only means to go on
+    # reading the older ones, and making it final to read the newer ones. Neither moves a byte.
+
+    def begin_tentative(self) -> None:
+        """From now on pages are stored tentatively, until `keep` or `revert`."""
+        self._tentative = True
+
+    @property
+    def is_tentative(self) -> bool:
+        """Whether pages are stored tentatively now."""
+        return self._tentative
+
+    def keep(self) -> None:
+        """Makes tentative values final."""
+        for held in self._pages:
+            held.current ^= held.is_tentative
+            held.is_tentative = False
+        self._tentative = False
+
+    def revert(self, indices: Collection[int] | None = None) -> None:
+        """Drops the tentative values of some pages; without `indices`, of all, and ends storing tentatively."""
+        for index, held in enumerate(self._pages):
+            if not held.is_tentative or (indices is not None and index not in indices):
+                continue
+            with contextlib.suppress(Exception):  # the values are dropped
+                self._settle(held)
+            if held.buffer is not None:
+                self._give(index)
+            held.is_tentative = False
+        if indices is None:
+            self._tentative = False
+
+    def _reserve_second(self, held: _Held) -> None:
+        """Reserves the second place of a page, and of all others that have none, in one call."""
+        if held.has_both:
+            return
+        missing = [h for h in self._pages if not h.has_both]
+        assert self._device is not None
+        self._store.reserve(
+            [
+                PageReservation(
+                    key=h.keys[1], numel=h.page.num_bytes, device=self._device, partition="second"
+                )
+                for h in missing
+            ]
+        )
+        for h in missing:
+            h.has_both = True
 
     def settle(self) -> None:
         """Waits for all operations in progress."""
@@ -137,11 +236,16 @@ class Pager:
             if held.work is not None:
                 with contextlib.suppress(Exception):  # the values are dropped
                     held.work.wait()
-            self._store.release(held.key)
+            self._store.release(held.keys[0])
+            if held.has_both:
+                self._store.release(held.keys[1])
         self._pages.clear()
         self._free.clear()
         self._recent.clear()
         self._num_made = 0
+        self._next = {True: {}, False: {}}
+        self._last = None
+        self._tentative = False
 
     # --- operations
 
@@ -181,7 +285,7 @@ class Pager:
             self._give(index)
         action = "load" if place is _Place.LOADING else "store"
         return PagingError(
-            f"{type(self._store).__name__} could not {action} the optimizer states of {held.key.name}: "
+            f"{type(self._store).__name__} could not {action} the optimizer states of {held.keys[0].name}: "
             f"{type(error).__name__}: {error}. If a step was in progress, it is incomplete: continue from a checkpoint"
         )
 
