@@ -25,4 +25,5 @@ PYBIND11_MODULE(_core, m) {
   ds::bindings::bind_signs(m);
   ds::bindings::bind_memory(m);
   ds::bindings::bind_io(m);
+  ds::bindings::bind_same_host(m);
 }

@@ -118,5 +118,6 @@ void bind_reductions(py::module_& m);
 void bind_signs(py::module_& m);
 void bind_memory(py::module_& m);
 void bind_io(py::module_& m);
+void bind_same_host(py::module_& m);
 
 }  // namespace ds::bindings
