@@ -13,16 +13,23 @@ from torch import nn
 
 import ds_zero
 from ds_core.optim import FusedAdam
-from ds_offload import CPUAdam, HostStore, NVMeStore, PagedOptimizer
+from ds_offload import CPUAdam, HostStore, NVMeStore, PagedOptimizer, TiersByKind
 from harness import ranks
 from harness.covering import covering
 from zero.parity import Job, Result, assert_same, sharded
 
 ALL = ("param", "master", "grad", "state")
-DISK = {"host": (), "disk": ALL, "states on the disk": ("state",), "mixed": ("master", "state")}
+DISK = {
+    "host": (),
+    "part of host": (),
+    "disk": ALL,
+    "part of disk": ALL,
+    "states on the disk": ("state",),
+    "mixed": ("master", "state"),
+}
 FACTORS = {
     "stage": [1, 2, 3],
-    "place": ["host", "disk", "states on the disk", "mixed"],
+    "place": ["host", "part of host", "disk", "part of disk", "states on the disk", "mixed"],
     "overlap": [True, False],
     "accumulation": [1, 4],
     "clip": [None, 0.3],
@@ -48,6 +55,11 @@ def train(row: dict[str, Any], place: str, steps: int) -> Result:
     store: Any = None
     if place == "host":
         store = HostStore(("master", "grad", "param"))
+    elif place == "part of host":
+        store = HostStore(tiers=TiersByKind(host=("master", "grad", "state", "param"), ratio=0.6))
+    elif place == "part of disk":
+        tiers = TiersByKind(disk=ALL, ratio=0.6, max_in_cpu=700)
+        store = NVMeStore(folder, on_disk, tiers=tiers)
     elif place != "memory":
         store = NVMeStore(folder, on_disk)
 
@@ -56,6 +68,7 @@ def train(row: dict[str, Any], place: str, steps: int) -> Result:
         if place == "memory":
             return FusedAdam(params, **options)
         optimizer = CPUAdam(params, **options)
+        optimizer.keep_states_in(store)
         if "state" not in on_disk:
             return optimizer
         overlap = row["overlap"]

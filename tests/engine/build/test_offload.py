@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch import nn
 
 import ds_engine
 import ds_offload
+import ds_zero
 from ds_engine.build import offload
-from ds_engine.build.topology import arranged
+from ds_engine.build import zero as zero_section
+from ds_engine.build.memory.predict import predicted
+from ds_engine.build.topology import Meshes, arranged
 from ds_engine.config import ConfigError, load
 from ds_engine.job import Job, choices_of, describe
 from harness import ranks
@@ -53,6 +57,38 @@ def test_the_settings_reach_the_store(tmp_path: Path) -> None:
     assert offload.store_of(job({"stage": 3})) is None
     with pytest.raises(ConfigError, match="needs a buffer_count of at least 3"):
         job({"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/x", "buffer_count": 2}})
+
+
+def test_fractions_reach_store_plan_and_buckets(tmp_path: Path) -> None:
+    on_disk = {"device": "nvme", "nvme_path": str(tmp_path)}
+    model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(40)))
+    numel = 40 * 64 * 64
+    plans, stored = {}, {}
+    for name, zero in {
+        "all": {"offload_optimizer": on_disk, "offload_param": on_disk},
+        "half": {
+            "offload_optimizer": {**on_disk, "ratio": 0.5},
+            "offload_param": {**on_disk, "max_in_cpu": numel / 4},
+        },
+    }.items():
+        section = {"stage": 3, "stage3_param_persistence_threshold": 0, **zero}
+        made = job(section, bf16={"enabled": True}, optimizer={"type": "AdamW"})
+        plans[name] = predicted(made, model)
+        store = offload.store_of(made)
+        sharded = copy.deepcopy(model)
+        optimizer = offload.paged(made, ds_offload.CPUAdam(sharded.parameters()), store)
+        zero_section.shard(made, sharded, optimizer, Meshes(), torch.device("cpu"), store=store)
+        sharded(torch.ones(1, 64, dtype=torch.bfloat16)).float().sum().backward()
+        optimizer.step()
+        stored[name] = store.num_bytes
+        ds_zero.destroy(sharded)
+    assert plans["all"].disk_bytes == stored["all"] == 18 * numel
+    assert plans["half"].disk_bytes == stored["half"] == 16 * numel / 2 + 2 * numel * 3 / 4
+    placement = job({"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}).placement
+    assert (placement.ratio, placement.params_in_cpu) == (0.5, 0)
+    divided = job({"stage": 1, "offload_optimizer": {"device": "cpu", "ratio": 0.5}})
+    assert zero_section.zero_config(divided, model).reduce_bucket_numel == numel // 32
+    assert job({"stage": 1, "offload_optimizer": {"ratio": 0.5}}).placement.ratio == 1.0
 
 
 def train(zero: dict[str, Any], folder: Path, **more: Any) -> list[float]:
@@ -99,8 +135,14 @@ def test_training_and_checkpoints_have_the_same_bits_on_the_disk(stage: int, tmp
     expected = train({"stage": stage, "offload_optimizer": {"device": "cpu"}}, tmp_path / "a", **more)
     section = {"offload_optimizer": on_disk, **({"offload_param": on_disk} if stage == 3 else {})}
     assert train({"stage": stage, **section}, tmp_path / "b", **more) == expected
+    part = {
+        "offload_optimizer": {**on_disk, "ratio": 0.5},
+        "offload_param": {**on_disk, "max_in_cpu": 10_000},
+    }
+    part = part if stage == 3 else {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+    assert train({"stage": stage, **part}, tmp_path / "c", **more) == expected
     # A checkpoint does not depend on where the states were.
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}, "swap files have no names"
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}, "swap files have no names"
     model = nn.Sequential(nn.Linear(64, 300), nn.Tanh(), nn.Linear(300, 7), nn.Linear(7, 1))
     engine, *_ = ds_engine.initialize(
         model,

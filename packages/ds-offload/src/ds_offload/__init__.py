@@ -8,6 +8,7 @@ from ds_offload.nvme.store import NVMeStore, SwapError
 from ds_offload.optim import CPUSGD, CPUAdagrad, CPUAdam, CPUAdamW, CPULamb, CPULion, CPUMuon
 from ds_offload.paging.optimizer import PagedOptimizer
 from ds_offload.paging.pager import PagingError
+from ds_offload.tiers import TiersByKind
 from ds_offload.undo import Undoable
 
 __version__ = "0.1.0"
@@ -26,5 +27,6 @@ __all__ = [
     "PagedOptimizer",
     "PagingError",
     "SwapError",
+    "TiersByKind",
     "Undoable",
 ]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ds_core import arena
-from ds_offload.interfaces import Done, Key, Reservation, Work
+from ds_offload.interfaces import ChoosesTiers, Done, Key, Reservation, Tier, Work
+from ds_offload.tiers import KnownTiers, TiersByKind
 
 
 class _CopyEvent:
@@ -28,37 +29,71 @@ class HostStore:
     with an accelerator it comes from the pinned allocator instead, so that copies run while the device computes.
     """
 
-    def __init__(self, kinds: Collection[str] = ("master", "grad", "state")) -> None:
+    def __init__(
+        self, kinds: Collection[str] = ("master", "grad", "state"), *, tiers: ChoosesTiers | None = None
+    ) -> None:
         """
         Args:
             kinds: the kinds of tensors that are kept in host memory: "master", "grad", "param" (sharded parameters in
                 their compute dtype), "state" (pages of a `PagedOptimizer`). Others stay on the device of the model.
+            tiers: instead of `kinds`, decides for each tensor, such as `TiersByKind(host=..., ratio=0.5)`; it must
+                not choose "disk".
         """
         self.kinds = frozenset(kinds)
+        self.tiers = KnownTiers(tiers or TiersByKind(host=self.kinds))
         self._resting: dict[Key, Tensor] = {}
+        self._held: dict[int, list[Key]] = {}
+        """Address of a storage -> keys of the tensors in it."""
 
     def reserve(self, plan: Sequence[Reservation]) -> Mapping[Key, Tensor]:
-        """Allocates zero-filled tensors. Tensors of one partition are views of one allocation, in the order of
-        `plan`.
+        """Allocates zero-filled tensors. Tensors of one partition that are in the same memory are views of one
+        allocation, in the order of `plan`.
         """
-        partitions: dict[tuple[str, torch.dtype], list[Reservation]] = {}
-        for item in plan:
-            partitions.setdefault((item.partition, item.dtype), []).append(item)
+        return self.reserve_in(plan, self.tiers.of(plan))
+
+    def reserve_in(self, plan: Sequence[Reservation], tiers: Sequence[Tier]) -> Mapping[Key, Tensor]:
+        """As `reserve`, with the tier of each tensor: "host" or "device"."""
+        partitions: dict[tuple[str, torch.dtype, Tier], list[Reservation]] = {}
+        for item, tier in zip(plan, tiers, strict=True):
+            if tier == "disk":
+                raise ValueError(
+                    f"HostStore: the {item.key.kind} of {item.key.name!r} belongs on a disk: use an NVMeStore"
+                )
+            partitions.setdefault((item.partition, item.dtype, tier), []).append(item)
         reserved: dict[Key, Tensor] = {}
-        for (_, dtype), items in partitions.items():
+        for (_, dtype, tier), items in partitions.items():
             device = items[0].device
-            on_host = items[0].key.kind in self.kinds
             numel = sum(i.numel for i in items)
             whole = (
                 host_memory(numel, dtype, device)
-                if on_host
+                if tier == "host"
                 else torch.empty(numel, dtype=dtype, device=device)
             )
             whole.zero_()
             for item, part in zip(items, torch.split(whole, [i.numel for i in items]), strict=True):
                 reserved[item.key] = part
+            self._held.setdefault(whole.untyped_storage().data_ptr(), []).extend(i.key for i in items)
         self._resting.update(reserved)
         return reserved
+
+    def state_tier(self, param: Tensor) -> Tier:
+        """Returns where the states of an optimizer's entry belong: with the master of its bucket if that is on the
+        device, as the tiers say if it is in host memory.
+        """
+        name = self.bucket_of(param)
+        chosen = self.tiers.of_states(name) if name is not None else None
+        return chosen or ("host" if "state" in self.kinds else "device")
+
+    def bucket_of(self, param: Tensor) -> str | None:
+        """Returns the bucket of an entry whose master or gradient is addressable; None if there is none."""
+        for tensor in (param, param.grad):
+            if tensor is None or not tensor.numel():
+                continue
+            for key in self._held.get(tensor.untyped_storage().data_ptr(), ()):
+                whole = self._resting.get(key)
+                if whole is not None and 0 <= tensor.data_ptr() - whole.data_ptr() < whole.nbytes:
+                    return key.name
+        return None
 
     def load(self, key: Key, out: Tensor) -> Work:
         """Copies the stored tensor into `out`."""
@@ -87,6 +122,7 @@ class HostStore:
     def close(self) -> None:
         """Removes all tensors."""
         self._resting.clear()
+        self._held.clear()
 
 
 def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,19 @@ class Reservation(Protocol):
     def device(self) -> torch.device: ...
 
 
+Tier = Literal["device", "host", "disk"]
+"""Where a tensor is stored: on the device of the model, in host memory, or on a disk."""
+
+
+class ChoosesTiers(Protocol):
+    """Decides where each tensor is stored. A pure function, so that a plan and a store decide alike."""
+
+    def __call__(self, plan: Sequence[Reservation], /) -> Sequence[Tier]:
+        """Returns the tier of each item. Beside the tensors of a store, `plan` has one item of kind "state" for each
+        bucket with gradients, which stands for the states of its elements.
+        """
+
+
 class Store(Protocol):
     """Stores tensors between their uses. `HostStore` and `NVMeStore` implement it.
 
@@ -55,7 +68,9 @@ class Store(Protocol):
     """
 
     def reserve(self, plan: Sequence[PageReservation]) -> Mapping[Key, Tensor]:
-        """Allocates tensors of zeros. Returns those that are in addressable memory."""
+        """Allocates tensors of zeros. Returns those that are in addressable memory; pages on the device of their
+        parameters are then used where they are.
+        """
 
     def load(self, key: PageKey, out: Tensor) -> Work:
         """Starts to copy the stored tensor into `out`, which has the same size and dtype."""
@@ -75,6 +90,14 @@ class Store(Protocol):
         """Frees everything. Safe to call twice."""
 
 
+@runtime_checkable
+class KeepsStates(Protocol):
+    """A store that decides where the optimizer states of a parameter are."""
+
+    def state_tier(self, param: Tensor) -> Tier:
+        """Returns where the states of an optimizer's entry belong."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PageKey:
     """Identifies one page of optimizer states in a store."""
@@ -92,5 +115,7 @@ class PageReservation:
     key: PageKey
     numel: int
     device: torch.device
+    tier: Tier | None = None
+    """Where the page belongs; None: where the store keeps kind "state"."""
     partition: str = "states"
     dtype: torch.dtype = torch.uint8

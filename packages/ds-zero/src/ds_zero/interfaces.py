@@ -187,13 +187,26 @@ class Reservation:
 
     key: ShardKey
     partition: str
-    """Reservations of one call with the same partition are contiguous, in the order given, if the store has
-    addressable memory.
+    """Reservations of one call with the same partition are contiguous, in the order given, as far as the store keeps
+    them in the same addressable memory.
     """
     numel: int
     dtype: torch.dtype
     device: torch.device
     """Device of the model; the store decides where the tensor is stored."""
+
+
+Tier = Literal["device", "host", "disk"]
+"""Where a tensor is stored: on the device of the model, in host memory, or on a disk."""
+
+
+class ChoosesTiers(Protocol):
+    """Decides where each tensor of a rank is stored. A pure function, so that `plan` and a store decide alike."""
+
+    def __call__(self, plan: Sequence[Reservation], /) -> Sequence[Tier]:
+        """Returns the tier of each item. Beside the tensors of a store, `plan` has one item of kind "state" for each
+        bucket with gradients, which stands for the states of its elements; its dtype has no meaning.
+        """
 
 
 class ShardStore(Protocol):
@@ -207,7 +220,8 @@ class ShardStore(Protocol):
 
     def reserve(self, plan: Sequence[Reservation]) -> Mapping[ShardKey, Tensor]:
         """Allocates zero-filled tensors. Returns the tensors of addressable keys, which the optimizer then updates in
-        place, and omits keys that are away. May be called again, for partial sums of gradients.
+        place, and omits keys that are away. May be called again, for partial sums of gradients: those of bucket "b"
+        are named "b+1", "b+2", ... and belong in the same memory as its "grad".
         """
 
     def load(self, key: ShardKey, out: Tensor) -> Work:

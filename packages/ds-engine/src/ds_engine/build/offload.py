@@ -6,7 +6,21 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ds_engine.job import Job
+from ds_engine.job import Job, Placement
+
+
+def tiers_of(placement: Placement) -> Any:
+    """Returns a function that decides where each tensor is stored, for a store and for its plan; None if all are on
+    the training device.
+    """
+    on_disk, on_host = placement.on("nvme"), placement.on("cpu")
+    if not on_disk and not on_host:
+        return None
+    import ds_offload
+
+    return ds_offload.TiersByKind(
+        host=on_host, disk=on_disk, ratio=placement.ratio, max_in_cpu=placement.params_in_cpu
+    )
 
 
 def store_of(job: Job) -> Any:
@@ -16,8 +30,9 @@ def store_of(job: Job) -> Any:
         return None
     import ds_offload
 
+    tiers = tiers_of(job.placement)
     if not on_disk:
-        return ds_offload.HostStore(on_host)
+        return ds_offload.HostStore(on_host, tiers=tiers)
     zero, aio = job.settings.zero_optimization, job.settings.aio
     paths = {
         kind: zero.offload_param.nvme_path if kind == "param" else zero.offload_optimizer.nvme_path
@@ -29,11 +44,16 @@ def store_of(job: Job) -> Any:
         num_threads=aio.intra_op_parallelism or 0,
         verify=aio.verify,
     )
-    return ds_offload.NVMeStore({k: path for k, path in paths.items() if path}, host=on_host, options=options)
+    folders = {k: path for k, path in paths.items() if path}
+    return ds_offload.NVMeStore(folders, host=on_host, tiers=tiers, options=options)
 
 
 def paged(job: Job, optimizer: Optimizer, store: Any) -> Optimizer:
-    """Returns `optimizer` with its states in `store`, if the job keeps them on a disk."""
+    """Returns `optimizer` with its states in `store`, if the job keeps them on a disk. In host memory, it makes them
+    itself, and asks `store` which of them belong on the device.
+    """
+    if store is not None and hasattr(optimizer, "keep_states_in"):
+        optimizer.keep_states_in(store)
     if job.placement.optimizer_states != "nvme":
         return optimizer
     import ds_offload

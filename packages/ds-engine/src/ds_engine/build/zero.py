@@ -134,7 +134,7 @@ def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
         param_dtype=job.precision.param_dtype,
         dtype_for=job.precision.dtype_for(model),
         grad_dtype=job.precision.grad_dtype,
-        reduce_bucket_numel=_bucket_numel(job),
+        reduce_bucket_numel=_bucket_numel(job, model),
         overlap_reduce=zero.overlap_comm,
         reduce_scatter=zero.reduce_scatter,
         ignore_unused=zero.ignore_unused_parameters,
@@ -160,14 +160,19 @@ def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
 
 _STAGED_NUMEL = 16 * 2**20
 """Maximum number of elements of a bucket whose masters are on a disk: three of them are in memory at a time."""
+_DIVIDED_AMONG_TIERS = 32
+"""Minimum number of buckets if a fraction of them is offloaded: the fraction is a number of whole buckets."""
 
 
-def _bucket_numel(job: Job) -> int | None:
+def _bucket_numel(job: Job, model: nn.Module) -> int | None:
     """Returns `ZeroConfig.reduce_bucket_numel`."""
-    wanted = job.settings.zero_optimization.reduce_bucket_size
-    if job.placement.masters != "nvme":
-        return wanted
-    return _STAGED_NUMEL if wanted is None else min(wanted, _STAGED_NUMEL)
+    limits = [job.settings.zero_optimization.reduce_bucket_size]
+    if job.placement.masters == "nvme":
+        limits.append(_STAGED_NUMEL)
+    if job.placement.ratio < 1.0:
+        numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        limits.append(max(1, numel // _DIVIDED_AMONG_TIERS))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def leaf_modules(section: LeafModuleConfig, model: nn.Module) -> tuple[str, ...]:

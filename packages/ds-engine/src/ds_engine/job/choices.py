@@ -29,13 +29,24 @@ class Placement:
     masters: Where = "device"
     """fp32 masters, which the optimizer updates."""
     optimizer_states: Where = "device"
+    ratio: float = 1.0
+    """Fraction of the elements whose gradients, masters and states are not on the device, if any are not."""
+    params_in_cpu: int = 0
+    """Number of elements of the parameters that stay in host memory if parameters are stored on a disk."""
 
     @classmethod
     def of(cls, settings: DsConfig) -> Placement:
         zero = settings.zero_optimization
         step: Where = _where(zero.offload_optimizer.device)
         params: Where = _where(zero.offload_param.device) if zero.stage == 3 else "device"
-        return cls(params=params, gradients=step, masters=step, optimizer_states=step)
+        return cls(
+            params=params,
+            gradients=step,
+            masters=step,
+            optimizer_states=step,
+            ratio=zero.offload_optimizer.ratio if step != "device" else 1.0,
+            params_in_cpu=zero.offload_param.max_in_cpu if params == "nvme" else 0,
+        )
 
     @property
     def optimizer_on_host(self) -> bool:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ds_core import io
 from ds_offload.host import HostStore, host_memory
-from ds_offload.interfaces import Done, Key, Reservation, Work
+from ds_offload.interfaces import ChoosesTiers, Done, Key, Reservation, Tier, Work
 from ds_offload.nvme.block_sums import BlockSums
 from ds_offload.nvme.options import NVMeOptions
 from ds_offload.nvme.swap_file import ALIGNMENT, SwapFile, aligned
+from ds_offload.tiers import KnownTiers, TiersByKind
 
 
 class SwapError(RuntimeError):
@@ -72,6 +73,7 @@ class NVMeStore:
         kinds: Collection[str] = ("master", "grad", "state"),
         *,
         host: Collection[str] = ("master", "grad", "state"),
+        tiers: ChoosesTiers | None = None,
         options: NVMeOptions | None = None,
     ) -> None:
         """
@@ -80,6 +82,8 @@ class NVMeStore:
             kinds: the kinds of tensors on the disk: "master", "grad", "param" (sharded parameters in their compute
                 dtype), "state" (pages of a `PagedOptimizer`).
             host: the kinds in host memory, if they are not on the disk. Others stay on the device of the model.
+            tiers: decides for each tensor, instead of `host` and the kinds; those that it stores on a disk must have
+                a folder.
 
         Raises:
             OSError: the folder cannot be used (raised by the first `reserve`).
@@ -88,7 +92,9 @@ class NVMeStore:
         self.folders = {kind: Path(path) for kind, path in folders.items()}
         """Kind -> folder, for the kinds on the disk."""
         self.options = options or NVMeOptions()
-        self._host = HostStore(frozenset(host) - self.folders.keys())
+        host = frozenset(host) - self.folders.keys()
+        self._host = HostStore(host)
+        self._tiers = KnownTiers(tiers or TiersByKind(host=host, disk=self.folders.keys()))
         self._engine: io.Engine | None = None
         self._extents: dict[Key, _Extent] = {}
         self._files: list[SwapFile] = []
@@ -104,10 +110,11 @@ class NVMeStore:
         Raises:
             OSError: the folder cannot be used, or its disk has no room. Nothing was reserved.
         """
+        tiers = self._tiers.of(plan)
         by_folder: dict[Path, list[Reservation]] = {}
-        for item in plan:
-            if item.key.kind in self.folders and item.numel:
-                by_folder.setdefault(self.folders[item.key.kind], []).append(item)
+        for item, tier in zip(plan, tiers, strict=True):
+            if tier == "disk" and item.numel:
+                by_folder.setdefault(self._folder_of(item), []).append(item)
         made: list[SwapFile] = []
         try:
             for folder, items in by_folder.items():
@@ -124,9 +131,31 @@ class NVMeStore:
                 self._extents[item.key] = _Extent(file, offset, item.numel, item.dtype, sums)
                 offset += _size(item)
         self._files += made
-        empty = {item.key for item in plan if item.key.kind in self.folders and not item.numel}
-        mapped = self._host.reserve([item for item in plan if item.key not in self._extents])
+        empty = {
+            item.key for item, tier in zip(plan, tiers, strict=True) if tier == "disk" and not item.numel
+        }
+        others = [
+            (item, tier) for item, tier in zip(plan, tiers, strict=True) if item.key not in self._extents
+        ]
+        mapped = self._host.reserve_in(
+            [item for item, _ in others], ["host" if tier == "disk" else tier for _, tier in others]
+        )
         return {key: tensor for key, tensor in mapped.items() if key not in empty}
+
+    def state_tier(self, param: Tensor) -> Tier:
+        """Returns where the states of an optimizer's entry belong."""
+        name = self._host.bucket_of(param)
+        chosen = self._tiers.of_states(name) if name is not None else None
+        return chosen or ("disk" if "state" in self.folders else self._host.state_tier(param))
+
+    def _folder_of(self, item: Reservation) -> Path:
+        folder = self.folders.get(item.key.kind)
+        if folder is None:
+            raise ValueError(
+                f"NVMeStore: the {item.key.kind} of {item.key.name!r} belongs on a disk, but there is no folder for "
+                f"kind {item.key.kind!r}: there are folders for {', '.join(sorted(self.folders)) or 'nothing'}"
+            )
+        return folder
 
     def load(self, key: Key, out: Tensor) -> Work:
         """Starts to read the stored tensor into `out`."""

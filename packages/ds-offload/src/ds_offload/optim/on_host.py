@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ds_core import arena, kernels
 from ds_core.optim import Batch, FusedOptimizer
+from ds_offload.interfaces import KeepsStates
 from ds_offload.paging.tensors import flat, flat_as
 from ds_offload.undo import Undoable
 
@@ -21,19 +22,28 @@ _SLICE_NUMEL = 1 << 18
 
 
 class OnHost(Undoable, FusedOptimizer):
-    """A mixin for the classes of `ds_core.optim`: states on huge pages, parameters on the CPU only, and steps that
-    can be taken back.
+    """A mixin for the classes of `ds_core.optim`: states on huge pages, steps that can be taken back, and parameters
+    on the CPU only, except for those that a store keeps on the device.
     """
 
     steps_narrow = False
     """Whether 16-bit parameters can be stepped."""
 
+    _store: KeepsStates | None = None
+
+    def keep_states_in(self, store: KeepsStates) -> None:
+        """Steps the parameters that `store` keeps on the device there, with their states beside them."""
+        self._store = store
+
     def new_state(self, param: Tensor) -> Tensor:
-        """Returns a zero-filled state in the arena.
+        """Returns a zero-filled state in the arena, or beside a parameter that the store keeps on the device.
 
         Raises:
             ValueError: the parameter is not on the CPU, or its dtype cannot be stepped.
         """
+        store = self._store
+        if store is not None and (param.device.type != "cpu" or store.state_tier(param) == "device"):
+            return torch.zeros_like(param, dtype=self._state_dtype)
         name = type(self).__name__
         if param.device.type != "cpu":
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ds_offload.interfaces import Tier
 from ds_offload.paging.pager import Pager
 from ds_offload.paging.pages import Part, divide
 from ds_offload.paging.state_layout import StateLayout, probe
@@ -334,10 +335,17 @@ class PagedStates(MutableMapping[Tensor, State]):
         added = [p for p in params if p not in self._index]
         if not added:
             return
+        by_tier: dict[Tier | None, list[Tensor]] = {}
+        for param in added:
+            by_tier.setdefault(self._pager.tier_of(param), []).append(param)
+        for tier, params in by_tier.items():
+            self._add_pages(params, tier)
+
+    def _add_pages(self, added: Sequence[Tensor], tier: Tier | None) -> None:
         first = len(self._params)
         sizes = [(first + i, local(p).numel(), self._layout_of(p).dtypes) for i, p in enumerate(added)]
         pages = divide(sizes, self._page_bytes)
-        numbers = self._pager.add(pages, local(added[0]).device)
+        numbers = self._pager.add(pages, local(added[0]).device, tier)
         self._params += added
         self._index.update({p: first + i for i, p in enumerate(added)})
         self._pages += [[] for _ in added]

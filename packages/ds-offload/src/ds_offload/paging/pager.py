@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_offload.interfaces import PageKey, PageReservation, Store, Work
+from ds_offload.interfaces import KeepsStates, PageKey, PageReservation, Store, Tier, Work
 from ds_offload.paging.pages import Page
+from ds_offload.paging.tensors import local
 
 
 class PagingError(RuntimeError):
@@ -41,6 +42,8 @@ class _Held:
     page: Page
     keys: tuple[PageKey, PageKey]
     """The two places of the page in the store, [Note: two versions of a page]. The second is reserved when needed."""
+    tier: Tier | None = None
+    """Where the store keeps it; None: where it keeps all states."""
     current: int = 0
     """Index of the key under which the final values are stored."""
     is_tentative: bool = False
@@ -50,6 +53,9 @@ class _Held:
     place: _Place = _Place.STORED
     buffer: Tensor | None = None
     work: Work | None = None
+    in_place: list[Tensor] | None = None
+    """The memory under both keys, as far as reserved, if the store keeps the page where it is stepped. Then it is
+    always open, and needs no buffer."""
 
     @property
     def key(self) -> PageKey:
@@ -59,6 +65,8 @@ class _Held:
     @property
     def values(self) -> Tensor:
         """The bytes of the page in its buffer."""
+        if self.in_place is not None:
+            return self.in_place[self.current ^ self.is_tentative]
         assert self.buffer is not None
         return self.buffer[: self.page.num_bytes]
 
@@ -102,23 +110,32 @@ class Pager:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of the buffers in memory."""
+        """Bytes of the buffers in memory, and of pages that are always in memory."""
         buffers = [*self._free, *(held.buffer for held in self._pages if held.buffer is not None)]
+        buffers += [memory for held in self._pages for memory in held.in_place or ()]
         return sum(buffer.nbytes for buffer in buffers)
+
+    def tier_of(self, param: Tensor) -> Tier | None:
+        """Returns where the store wants the states of a parameter; None: it has no opinion."""
+        return self._store.state_tier(local(param)) if isinstance(self._store, KeepsStates) else None
 
     def page(self, index: int) -> Page:
         """Returns the layout of a page."""
         return self._pages[index].page
 
-    def add(self, pages: list[Page], device: torch.device) -> range:
-        """Reserves new pages, whose values are zero. Returns their indices."""
+    def add(self, pages: list[Page], device: torch.device, tier: Tier | None = None) -> range:
+        """Reserves new pages, whose values are zero, for parameters on `device`. Returns their indices."""
         first = len(self._pages)
-        held = [_Held(page, self._keys(first + i)) for i, page in enumerate(pages)]
+        held = [_Held(page, self._keys(first + i), tier) for i, page in enumerate(pages)]
         self._device = self._device or device
         mapped = self._store.reserve(
-            [PageReservation(key=h.keys[0], numel=h.page.num_bytes, device=device) for h in held]
+            [PageReservation(key=h.keys[0], numel=h.page.num_bytes, device=device, tier=tier) for h in held]
         )
         self.in_memory = self.in_memory or bool(mapped)
+        for one in held:
+            memory = mapped.get(one.keys[0])
+            if memory is not None and memory.device == device:
+                one.place, one.in_place = _Place.OPEN, [memory]
         self._pages += held
         return range(first, len(self._pages))
 
@@ -137,6 +154,12 @@ class Pager:
                 those with the next numbers.
         """
         held = self._pages[index]
+        if held.in_place is not None:
+            if self._tentative and not held.is_tentative:
+                self._reserve_second(held)
+                old, held.is_tentative = held.values, True
+                held.values.copy_(old)
+            return held.values
         self._settle(held)
         if held.place is not _Place.CACHED:
             held.buffer = self._take(held.page.num_bytes)
@@ -163,6 +186,8 @@ class Pager:
         """Ends `open`; stores the page if it was changed."""
         held = self._pages[index]
         assert held.place is _Place.OPEN
+        if held.in_place is not None:
+            return
         if not written:
             self._give(index)
             return
@@ -214,16 +239,22 @@ class Pager:
             return
         missing = [h for h in self._pages if not h.has_both]
         assert self._device is not None
-        self._store.reserve(
+        mapped = self._store.reserve(
             [
                 PageReservation(
-                    key=h.keys[1], numel=h.page.num_bytes, device=self._device, partition="second"
+                    key=h.keys[1],
+                    numel=h.page.num_bytes,
+                    device=self._device if h.in_place is None else h.in_place[0].device,
+                    tier=h.tier,
+                    partition="second",
                 )
                 for h in missing
             ]
         )
         for h in missing:
             h.has_both = True
+            if h.in_place is not None:
+                h.in_place.append(mapped[h.keys[1]])
 
     def settle(self) -> None:
         """Waits for all operations in progress."""
@@ -317,7 +348,7 @@ class Pager:
             del buffer
         assert self._device is not None
         self._num_made += 1
-        largest = max(held.page.num_bytes for held in self._pages)
+        largest = max(held.page.num_bytes for held in self._pages if held.in_place is None)
         return self._store.staging(largest, torch.uint8, self._device)
 
     def _evict(self) -> None:

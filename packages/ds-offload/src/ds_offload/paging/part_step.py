@@ -36,6 +36,7 @@ def step_parts(
     for part, view in zip(parts, views, strict=True):
         by_group.setdefault(part.group, []).append(view)
     stepped = over(optimizer, [{**groups[number], "params": members} for number, members in by_group.items()])
+    _make_states_in_pages(stepped, parts, views)
     for part, view in zip(parts, views, strict=True):
         if part.numbers is not None:
             copied = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.numbers.items()}
@@ -51,6 +52,24 @@ def step_parts(
         for part, view in zip(parts, views, strict=True)
         if stepped.state[view]
     }
+
+
+def _make_states_in_pages(optimizer: Any, parts: Sequence[LoadedPart], views: Sequence[Tensor]) -> None:
+    """Lets an optimizer that chooses the memory of its states make new ones in the pages, without a copy."""
+    allocate = getattr(optimizer, "new_state", None)
+    if allocate is None:
+        return
+    places = {
+        id(view): iter(part.states.values())
+        for part, view in zip(parts, views, strict=True)
+        if part.numbers is None
+    }
+
+    def new_state(param: Tensor) -> Tensor:
+        made: Tensor | None = next(places.get(id(param), iter(())), None)
+        return allocate(param) if made is None else made.zero_()
+
+    optimizer.new_state = new_state
 
 
 def _step_apart(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ds_zero.comm.ranks import SimulatedGroup
 from ds_zero.comm.works import Done
-from ds_zero.interfaces import Reservation, ShardKey, Work
+from ds_zero.interfaces import ChoosesTiers, Reservation, ShardKey, Tier, Work
 from ds_zero.params.stores import ResidentStore
+from ds_zero.predict.tiers import with_states
 
 
 class _Arrived(dist.Work):
@@ -82,22 +83,31 @@ class FakeGroup(SimulatedGroup):
 
 
 class StandInStore(ResidentStore):
-    """A `ShardStore` that keeps some kinds in host memory and others on a disk, as those of ds_offload do."""
+    """A `ShardStore` that keeps tensors on the device, in host memory and on a disk, as those of ds_offload do."""
 
-    def __init__(
-        self, kinds: Collection[str], on_host: Callable[[Tensor], None], *, on_disk: Collection[str] = ()
-    ) -> None:
+    def __init__(self, tiers: ChoosesTiers, on_host: Callable[[Tensor], None]) -> None:
         super().__init__()
-        self._kinds, self._on_host = frozenset(kinds), on_host
-        self._on_disk = frozenset(on_disk)
+        self._choose, self._on_host = tiers, on_host
+        self._tiers: dict[ShardKey, Tier] = {}
         self._to_host = False
 
     def reserve(self, plan: Sequence[Reservation]) -> Any:
+        new = [item for item in plan if self._bucket_key(item.key) not in self._tiers]
+        items = with_states(new)
+        self._tiers.update(zip([item.key for item in items], self._choose(items), strict=True))
+        tiers = [self._tiers[self._bucket_key(item.key)] for item in plan]
         self._to_host = True
-        reserved = dict(super().reserve([r for r in plan if r.key.kind in self._kinds]))
+        on_host = dict(super().reserve([r for r, t in zip(plan, tiers, strict=True) if t == "host"]))
         self._to_host = False
-        others = self._kinds | self._on_disk
-        return reserved | dict(super().reserve([r for r in plan if r.key.kind not in others]))
+        return on_host | dict(super().reserve([r for r, t in zip(plan, tiers, strict=True) if t == "device"]))
+
+    def _bucket_key(self, key: ShardKey) -> ShardKey:
+        """Returns the key itself, or the first one of its bucket if it is a further partial sum."""
+        base = ShardKey(name=key.name.rpartition("+")[0], kind=key.kind)
+        return base if key not in self._tiers and base in self._tiers else key
+
+    def _is_on_disk(self, key: ShardKey) -> bool:
+        return self._tiers[self._bucket_key(key)] == "disk"
 
     def _allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         made = super()._allocate(numel, dtype, device)
@@ -112,12 +122,12 @@ class StandInStore(ResidentStore):
         return made
 
     def load(self, key: ShardKey, out: Tensor) -> Work:
-        return Done() if key.kind in self._on_disk else super().load(key, out)
+        return Done() if self._is_on_disk(key) else super().load(key, out)
 
     def store(self, key: ShardKey, src: Tensor) -> Work:
-        return Done() if key.kind in self._on_disk else super().store(key, src)
+        return Done() if self._is_on_disk(key) else super().store(key, src)
 
     def sink_grad(self, key: ShardKey, grad: Tensor, *, offset: int, accumulate: bool) -> Work:
-        if key.kind in self._on_disk:
+        if self._is_on_disk(key):
             return Done()
         return super().sink_grad(key, grad, offset=offset, accumulate=accumulate)

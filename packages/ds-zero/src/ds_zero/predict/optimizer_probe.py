@@ -39,12 +39,14 @@ class _StandInFused(Optimizer):
     """
 
     states: dict[str, torch.dtype]
+    stateless: set[int]
+    """`id`s of the parameters whose states are on a disk."""
     elementwise = True
 
     def _touch(self, params: Sequence[Tensor]) -> None:
         for param in params:
             state = self.state[param]
-            if not state and param.numel():
+            if not state and param.numel() and id(param) not in self.stateless:
                 state["step"] = torch.zeros(())
                 for name, dtype in self.states.items():
                     state[name] = torch.zeros_like(param, dtype=dtype)
@@ -70,7 +72,7 @@ def stand_in(
     if not paged and not isinstance(optimizer, FusedStep):
         return reproduce(optimizer, groups)
     # Under the same name, by which `shard` knows optimizers.
-    kind = type(type(optimizer).__name__, (_StandInFused,), {"states": states})
+    kind = type(type(optimizer).__name__, (_StandInFused,), {"states": states, "stateless": set()})
     made: Optimizer = kind(
         [{**g, "params": p} for g, p in zip(optimizer.param_groups, groups, strict=True)],
         dict(optimizer.defaults),

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ds_zero import _registry
 from ds_zero.checks import check_stage
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import SegmentStep
+from ds_zero.interfaces import ChoosesTiers, SegmentStep
 from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.predict import allocation_tracker
 from ds_zero.predict.remedies import batch_size, nearest_that_fit
@@ -28,6 +28,7 @@ from ds_zero.predict.simulate import (
     simulate,
 )
 from ds_zero.predict.static_memory import Resting, resting_bytes
+from ds_zero.predict.tiers import STATE
 
 OFFLOADED = ("master", "grad")
 """Kinds of shards that ds_offload's HostStore keeps on the host."""
@@ -46,6 +47,7 @@ def plan(
     config: ZeroConfig | None = None,
     offload: bool | Collection[str] = False,
     disk: bool | Collection[str] = False,
+    tiers: ChoosesTiers | None = None,
     checkpointing: bool = False,
     clip: bool = True,
     shard_ranks: int | None = None,
@@ -77,6 +79,8 @@ def plan(
             "master", "grad").
         disk: True keeps masters, gradients and optimizer states on a disk; or the kinds to keep there ("param",
             "master", "grad", "state").
+        tiers: decides where each tensor is kept, instead of `offload` and `disk`, like that of the store, such as
+            `ds_offload.TiersByKind`.
         checkpointing: recompute the activations of every block in backward, as `torch.utils.checkpoint` does. A model
             that recomputes by itself needs no argument.
         clip: whether gradients are clipped, or their norm is computed.
@@ -99,10 +103,6 @@ def plan(
     if ranks < 1 or accumulation_steps < 1:
         raise ValueError(f"ranks={ranks}, accumulation_steps={accumulation_steps}: both must be at least 1")
     built = _build(model)
-    if _registry.find(built) is not None:
-        raise ValueError(
-            "this model is sharded already: plan before ds_zero.shard; ds_zero.memory counts after it"
-        )
     config = config or ZeroConfig()
     if precision is not None:
         config = replace(config, param_dtype=precision)
@@ -118,6 +118,7 @@ def plan(
         device=_device(device),
         offload=frozenset(OFFLOADED if offload is True else offload or ()),
         disk=frozenset((*OFFLOADED, "state") if disk is True else disk or ()),
+        tiers=tiers,
         checkpointing=checkpointing,
         clip=clip,
         shard_ranks=shard_ranks,
@@ -127,6 +128,7 @@ def plan(
         states=optimizer_states(built, optimizer),
         pageable=_is_pageable(built, optimizer),
     )
+    job = _with_kinds(job, built)
     planner = _Planner(built, budget_bytes, host_budget_bytes)
     planned = planner.plan(job)
     if planned.fits is False:
@@ -240,8 +242,20 @@ def _reserve(outcome: Outcome, device: torch.device) -> int:
     return largest // 100 + (64 << 10 if device.type == "cpu" else 40 << 20)
 
 
+def _with_kinds(job: Job, model: nn.Module) -> Job:
+    """Returns the job with the names of the kinds that its tiers keep on the host and on a disk."""
+    if job.tiers is None:
+        return job
+    kinds = resting_bytes(model, job).kinds
+    return replace(job, offload=kinds["host"] - {STATE}, disk=kinds["disk"])
+
+
 def _build(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
     if isinstance(model, nn.Module):
+        if _registry.find(model) is not None:
+            raise ValueError(
+                "this model is sharded already: plan before ds_zero.shard; ds_zero.memory counts after it"
+            )
         return model
     try:
         with torch.device("meta"):

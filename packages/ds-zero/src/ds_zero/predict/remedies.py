@@ -126,10 +126,13 @@ def _settings(job: Job) -> list[list[_Change]]:
         settings.append([_micro_batch(n, size) for n in smaller])
     if not job.disk:
         text = "optimizer states and masters on the host"
-        host = _Change("offload", True, text, lambda j: replace(j, offload=_OFFLOADED))
+        host = _Change("offload", True, text, lambda j: replace(j, offload=_OFFLOADED, tiers=None))
         text = "gradients, masters and optimizer states on a disk"
         disk = _Change(
-            "disk", True, text, lambda j: replace(j, offload=frozenset(), disk=_OFFLOADED | {"state"})
+            "disk",
+            True,
+            text,
+            lambda j: replace(j, offload=frozenset(), disk=_OFFLOADED | {"state"}, tiers=None),
         )
         places = [] if job.on_cpu or job.offload else [host]
         places += [disk] if job.pageable else []

@@ -30,6 +30,7 @@ from ds_zero.comm.collectives import Comm, TorchAllGather, TorchReduceScatter
 from ds_zero.comm.ranks import Ranks
 from ds_zero.comm.topology import MeshFor, Topology, topology_of
 from ds_zero.config import ZeroConfig
+from ds_zero.interfaces import ChoosesTiers, Reservation, ShardKey, Tier
 from ds_zero.layout.units import choose_units
 from ds_zero.params.records import records
 from ds_zero.predict import allocation_tracker
@@ -38,6 +39,7 @@ from ds_zero.predict.fake_group import FakeGroup, StandInStore
 from ds_zero.predict.fake_ops import LeanOperations
 from ds_zero.predict.model_copy import fake_copy
 from ds_zero.predict.optimizer_probe import probe_states, stand_in
+from ds_zero.predict.tiers import STATE, ByKind, with_states
 from ds_zero.runtime.gradients.loss_scaler import LossScaler
 from ds_zero.runtime.gradients.norms import BLOCK_NUMEL
 from ds_zero.runtime.storage import GRAD, MASTER, PARAM
@@ -78,6 +80,8 @@ class Job:
     """Kinds of shards that are stored in host memory."""
     disk: frozenset[str] = frozenset()
     """Kinds of shards that are stored on a disk; "state": the states of the optimizer."""
+    tiers: ChoosesTiers | None = None
+    """Decides for each tensor, instead of `offload` and `disk`, which then only name the kinds."""
     checkpointing: bool = False
     clip: bool = True
     shard_ranks: int | None = None
@@ -120,25 +124,28 @@ class Job:
 
         return ranks_of_param
 
-    @property
-    def steps_on_host(self) -> bool:
-        """Whether the optimizer runs in host memory."""
-        return "master" in self.offload | self.disk
+    def tiers_of(self, plan: Sequence[Reservation]) -> dict[ShardKey, Tier]:
+        """Returns where each tensor of a rank is stored, and the states (kind "state") of each bucket."""
+        choose = self.tiers or ByKind(host=self.offload, disk=self.disk)
+        items = with_states(plan)
+        return {item.key: tier for item, tier in zip(items, choose(items), strict=True)}
 
     @property
-    def states_on_disk(self) -> bool:
-        """Whether the states of the optimizer are on a disk."""
-        return "state" in self.disk
+    def pages_states(self) -> bool:
+        """Whether states are on a disk, at least some."""
+        return STATE in self.disk
 
-    def page_buffer_bytes(self, numels: Sequence[int]) -> int:
+    def page_buffer_bytes(self, alone: Sequence[int], together: int) -> int:
         """Returns the bytes of memory into which ds_offload's `PagedOptimizer` loads states.
 
         Args:
-            numels: the numbers of elements of each bucket that this rank steps.
+            alone: the numbers of elements of each bucket whose states are on a disk and which is stepped by a separate
+                call, because other tensors of it are away.
+            together: the number of elements of the other buckets whose states are on a disk. Their pages contain the
+                states of several buckets.
         """
         each = sum(dtype.itemsize for dtype in self.states.values())
-        # Buckets that are in memory are stepped together, and then pages contain the states of several.
-        parts = [each * n for n in numels if n] if "master" in self.disk else [each * sum(numels)]
+        parts = [each * n for n in (*alone, together) if n]
         largest = min(_PAGE_BYTES, max(parts, default=0))
         return min(_NUM_PAGES, sum(-(-part // _PAGE_BYTES) for part in parts)) * largest
 
@@ -186,9 +193,10 @@ class _Run:
             checkpoint_units(self.model)
         given = job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(model))
         groups = [[copies[id(p)] for p in group["params"]] for group in given.param_groups]
-        on_disk = job.states_on_disk
-        self.optimizer = stand_in(given, groups, {} if on_disk else dict(job.states), paged=on_disk)
+        paged = job.pages_states
+        self.optimizer = stand_in(given, groups, dict(job.states), paged=paged)
         self._page_buffers: Tensor | None = None
+        self._tiers: dict[ShardKey, Tier] = {}
         if not job.on_cpu:
             for group in self.optimizer.param_groups:
                 if group.get("foreach", True) is None and not group.get("fused"):
@@ -206,17 +214,43 @@ class _Run:
             mesh=ranks,
             mesh_for=job.mesh_for(self.group),
             config=replace(job.config, accumulation_steps=micro),
-            store=StandInStore(job.offload, partial(self._rest_on_host), on_disk=job.disk),
+            store=StandInStore(self._tiers_of, partial(self._rest_on_host)),
             comm=None if job.on_cpu else Comm(TorchAllGather(), TorchReduceScatter()),
             norms=_norms,
         )
         self.state: ZeroState = _registry.state_of(self.model)
+        if paged:
+            self._keep_states_on_disk()
         if job.deferred:  # the values of one bucket at a time are replayed
             ledger.phases[LOAD].add(
                 allocation_tracker.PARAMETERS, max(b.layout.padded_numel for b in self.state.buckets) * 4
             )
         self.scaler = LossScaler(self.model) if job.scaled else None
         self._classify()
+
+    def _tiers_of(self, items: Sequence[Reservation]) -> Sequence[Tier]:
+        tiers = self.job.tiers_of([item for item in items if item.key.kind != STATE])
+        self._tiers |= tiers
+        return [tiers[item.key] for item in items]
+
+    def _keep_states_on_disk(self) -> None:
+        """Excludes the entries whose states are on the disk from those that get states in memory."""
+        without: Any = self.optimizer
+        for bucket in self.state.buckets:
+            if self._tiers.get(ShardKey(name=bucket.layout.name, kind=STATE)) == "disk":
+                without.stateless.update(id(shard) for shard in bucket.shards)
+
+    def _page_buffer_bytes(self) -> int:
+        alone, together = [], 0
+        for bucket in self.state.buckets:
+            owned = sum(shard.numel() for shard in bucket.shards)
+            if self._tiers.get(ShardKey(name=bucket.layout.name, kind=STATE)) != "disk":
+                continue
+            if bucket.storage.is_away(MASTER, GRAD, PARAM):
+                alone.append(owned)
+            else:
+                together += owned
+        return self.job.page_buffer_bytes(alone, together)
 
     def _rest_on_host(self, tensor: Tensor) -> None:
         self.ledger.classify([tensor], allocation_tracker.MASTERS, on_host=True)
@@ -252,9 +286,8 @@ class _Run:
         if self.job.clip:
             clip_grad_norm_(self.model, 1.0)
         self._classify()
-        if self.job.states_on_disk and self._page_buffers is None:
-            owned = [sum(shard.numel() for shard in bucket.shards) for bucket in self.state.buckets]
-            self._page_buffers = torch.empty(self.job.page_buffer_bytes(owned), dtype=torch.uint8)
+        if self.job.pages_states and self._page_buffers is None:
+            self._page_buffers = torch.empty(self._page_buffer_bytes(), dtype=torch.uint8)
             self.ledger.classify([self._page_buffers], allocation_tracker.STATES, on_host=True)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -12,11 +12,13 @@ from torch.optim import Optimizer
 
 from ds_zero import _registry
 from ds_zero.api.bucket_plan import plan_layouts
+from ds_zero.interfaces import ShardKey, Tier
 from ds_zero.layout.buckets import FROZEN, piece_of
 from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.layout.units import choose_leaves, choose_units, unit_of_params
 from ds_zero.predict import allocation_tracker
 from ds_zero.predict.simulate import Job
+from ds_zero.predict.tiers import STATE
 from ds_zero.runtime.gradients.sparse_rows import row_parameters
 from ds_zero.runtime.materialize import dtype_of, reservations
 from ds_zero.runtime.staging import NUM_BUFFERS
@@ -35,6 +37,8 @@ class Resting:
     device: Mapping[str, int]
     host: Mapping[str, int]
     disk_bytes: int
+    kinds: Mapping[Tier, frozenset[str]]
+    """The kinds of tensors that are in each tier; "state": the states of the optimizer."""
 
 
 def resting_bytes(model: nn.Module, job: Job) -> Resting:
@@ -58,13 +62,15 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     disk_bytes = 0
     staged: dict[tuple[str, torch.dtype], list[int]] = {}
     device[allocation_tracker.BUFFERS] = sum(b.numel() * b.element_size() for b in model.buffers())
-    for item in reservations(layouts, topology.axes, job.config.grad_dtype, torch.device("cpu")):
-        num_bytes = item.numel * item.dtype.itemsize
-        if item.key.kind in job.disk:
+    items = reservations(layouts, topology.axes, job.config.grad_dtype, torch.device("cpu"))
+    tiers = job.tiers_of(items)
+    for item in items:
+        num_bytes, tier = item.numel * item.dtype.itemsize, tiers[item.key]
+        if tier == "disk":
             disk_bytes += num_bytes
             staged.setdefault((item.key.kind, item.dtype), []).append(num_bytes)
             continue
-        place = host if item.key.kind in job.offload else device
+        place = host if tier == "host" else device
         purpose = _PURPOSE_OF_KIND[item.key.kind]
         if item.key.kind == "master" and item.key.name in in_fp32:
             purpose = allocation_tracker.PARAMETERS  # shards of stage 3 that are both
@@ -72,7 +78,7 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     for (kind, _), sizes in staged.items():
         host[_PURPOSE_OF_KIND[kind]] += min(NUM_BUFFERS, len(sizes)) * max(sizes)
     per_element = sum(dtype.itemsize for dtype in job.states.values())
-    stepped: list[int] = []
+    alone, together = [], 0
     for layout in layouts:
         dtype = dtype_of(layout)
         if layout.unit is None:
@@ -80,16 +86,29 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
         elif 1 < job.config.secondary_ranks < topology.axes[layout.axis].size:
             kept = -(-layout.padded_numel // job.config.secondary_ranks) * dtype.itemsize
             device[allocation_tracker.PARAMETERS] += kept
-        if layout.group != FROZEN:
-            owned = layout.owned_range(0)
-            stepped.append(sum(piece_of(slot, *owned).numel for slot in layout.slots))
-    if job.states_on_disk:
-        disk_bytes += sum(stepped) * per_element
-        host[allocation_tracker.STATES] = job.page_buffer_bytes(stepped)
-    else:
-        place = host if job.steps_on_host else device
-        place[allocation_tracker.STATES] = sum(stepped) * per_element
-    return Resting(device, host, disk_bytes)
+        if layout.group == FROZEN:
+            continue
+        owned = layout.owned_range(0)
+        stepped = sum(piece_of(slot, *owned).numel for slot in layout.slots)
+        tier = tiers[ShardKey(name=layout.name, kind=STATE)]
+        if tier != "disk":
+            (host if tier == "host" else device)[allocation_tracker.STATES] += stepped * per_element
+            continue
+        disk_bytes += stepped * per_element
+        if any(tiers.get(ShardKey(name=layout.name, kind=kind)) == "disk" for kind in _PURPOSE_OF_KIND):
+            alone.append(stepped)
+        else:
+            together += stepped
+    if alone or together:
+        host[allocation_tracker.STATES] += job.page_buffer_bytes(alone, together)
+    return Resting(device, host, disk_bytes, _kinds(tiers))
+
+
+def _kinds(tiers: Mapping[ShardKey, Tier]) -> Mapping[Tier, frozenset[str]]:
+    kinds: dict[Tier, set[str]] = {"device": set(), "host": set(), "disk": set()}
+    for key, tier in tiers.items():
+        kinds[tier].add(key.kind)
+    return {tier: frozenset(names) for tier, names in kinds.items()}
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ds_zero
+from ds_engine.build.offload import tiers_of
 from ds_engine.build.optimizer import maker_of
 from ds_engine.build.zero import zero_config
 from ds_engine.job import Job, Placement
@@ -57,8 +58,7 @@ def predicted(
         config=zero_config(job, model),
         shard_ranks=topology.data.size if topology.replicate.size > 1 else None,
         loss_scale=job.precision.loss_scaling is not None,
-        offload=where.on("cpu") - {"state"},
-        disk=where.on("nvme"),
+        tiers=tiers_of(where),
         checkpointing=checkpointing,
         clip=math.isfinite(job.clipping),
         device=job.device_type,

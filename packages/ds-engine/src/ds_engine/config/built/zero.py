@@ -112,7 +112,13 @@ ROWS: tuple[Row, ...] = (
         "loading masters from 16-bit copies",
         "set it to true: checkpoints always contain fp32 masters",
     ),
-    later(f"{_OFFLOAD}.ratio", "ds-offload", "offloading a fraction of the states", "set it to 1.0"),
+    works(
+        f"{_OFFLOAD}.ratio",
+        "ds-offload",
+        "ds_offload.TiersByKind(ratio=...)",
+        only=_on_host,
+        otherwise="nothing is offloaded to host memory",
+    ),
     later(
         f"{_OFFLOAD}.super_offload", "ds-offload", "offload for hosts that share memory with the accelerator"
     ),
@@ -148,7 +154,13 @@ ROWS: tuple[Row, ...] = (
     no_effect(
         f"{_PARAM}.buffer_size", "ds-offload", "parameters are read into the memory in which they are used"
     ),
-    no_effect(f"{_PARAM}.max_in_cpu", "ds-offload", "all parameters that are offloaded to a disk stay there"),
+    works(
+        f"{_PARAM}.max_in_cpu",
+        "ds-offload",
+        "ds_offload.TiersByKind(max_in_cpu=...)",
+        only=_params_on_disk,
+        otherwise=_DISK,
+    ),
     no_effect(
         f"{_PARAM}.pin_memory", "ds-offload", "host memory is page-locked on a machine with an accelerator"
     ),

@@ -179,11 +179,6 @@ COMBINATIONS: tuple[Combination, ...] = (
         "and multiply the loss by the number of ranks",
     ),
     Combination(
-        key="zero_optimization.offload_optimizer.ratio",
-        broken=lambda c: c.zero_optimization.offload_optimizer.ratio < 1 and c.zero_optimization.stage != 3,
-        sentence="zero_optimization.offload_optimizer.ratio below 1 needs stage 3: set stage to 3, or ratio to 1",
-    ),
-    Combination(
         key="zero_optimization.zero_hpz_partition_size",
         broken=lambda c: c.zero_optimization.zero_hpz_partition_size > 1 and c.zero_optimization.stage != 3,
         sentence="zero_optimization.zero_hpz_partition_size needs stage 3, because at lower stages parameters "

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ds_zero.interfaces import Norms
@@ -74,14 +75,13 @@ class ArrivedNorms:
                 own.
         """
         trainable = [b for b in buckets if b.trainable]
-        own, _ = self._norms(
-            [
-                piece
-                for bucket in trainable
-                if not bucket.storage.is_away(GRAD)
-                for piece in _pieces(bucket, unreduced)
-            ]
-        )
+        addressable: dict[torch.device, list[Tensor]] = {}  # a store may keep some of them on the host
+        for bucket in trainable:
+            grad = bucket.storage.addressable(GRAD)
+            if grad is not None:
+                addressable.setdefault(grad.device, []).extend(_pieces(bucket, unreduced))
+        squares = [self._norms(pieces)[0] for pieces in addressable.values()]
+        own = squares[0] if len(squares) == 1 else math.fsum(squares)
         away = [b for b in trainable if b.storage.is_away(GRAD)]
         if not away:
             return own

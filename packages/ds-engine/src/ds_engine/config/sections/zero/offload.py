@@ -44,8 +44,9 @@ class OffloadOptimizerConfig(Section):
     )
     ratio: Share = Field(
         default=1.0,
-        description="Fraction of the optimizer states that is kept on the host, between 0 and 1; below 1 only at "
-        "stage 3.",
+        description="Fraction of the elements that are offloaded and stepped on the host, between 0 and 1. Masters, "
+        "gradients and states of the others stay on the device, where they are stepped. DeepSpeed accepts a fraction "
+        "below 1 only at stage 3.",
     )
     super_offload: bool = Field(
         default=False,
@@ -73,6 +74,8 @@ class OffloadParamConfig(Section):
     buffer_count: Count = Field(default=5, description="Number of host buffers for reading from the disk.")
     buffer_size: Count = Field(default=100_000_000, description="Size of one of these buffers, in elements.")
     max_in_cpu: Count = Field(
-        default=1_000_000_000, description='Number of elements that stay in host memory with device "nvme".'
+        default=0,
+        description='Number of elements of a rank that stay in host memory with device "nvme", as far as whole buckets '
+        "fit. DeepSpeed's default is 1e9.",
     )
     pin_memory: bool = Field(default=True, description="Uses page-locked host memory, for faster copies.")
