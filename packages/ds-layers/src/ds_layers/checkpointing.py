@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ds_layers.input_storage import CopiedInput, OriginalInput, Slabs, StoredInput
+from ds_layers.input_storage import CopiedInput, OriginalInput, PackedInput, Slabs, StoredInput, enabled_hooks
 from ds_layers.rng import RngTracker
 
 T = TypeVar("T")
@@ -131,7 +131,9 @@ class Checkpointing:
         on_host = config.on_host and tensor.device.type != "cpu"
         movable = tensor.is_floating_point() and not (tensor.is_leaf and tensor.requires_grad)
         if not movable or not (partition or on_host or self._slabs is not None):
-            return OriginalInput(tensor)  # a leaf stays alive in any case
+            hooks = enabled_hooks() if movable else None
+            # A leaf stays alive in any case.
+            return OriginalInput(tensor) if hooks is None else PackedInput(tensor, hooks)
         copied = CopiedInput(
             tensor, group=config.group if partition else None, on_host=on_host, slabs=self._slabs
         )

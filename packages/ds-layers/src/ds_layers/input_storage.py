@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+"""pack and unpack."""
 
 
 class StoredInput(Protocol):
@@ -82,6 +86,30 @@ class OriginalInput:
                 "inputs be copied (contiguous=True)"
             )
         return self._tensor.detach()
+
+
+class PackedInput:
+    """What the enabled hooks of `torch.autograd.graph.saved_tensors_hooks` keep in place of the tensor, for example a
+    copy that ds_offload has moved. They see the tensors that a function saves; a recomputed one saves only its inputs.
+    """
+
+    num_bytes = 0
+
+    def __init__(self, tensor: Tensor, hooks: Hooks) -> None:
+        pack, self._unpack = hooks
+        with torch.no_grad():
+            self._packed = pack(tensor)
+
+    def restore(self) -> Tensor:
+        return self._unpack(self._packed).detach()
+
+
+def enabled_hooks() -> Hooks | None:
+    """Returns the hooks for saved tensors that are enabled in this thread; None if there are none, or if they are those
+    of an enclosing recomputation, which must see the same tensors each time.
+    """
+    hooks: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None or hooks[0].__module__ == "torch.utils.checkpoint" else hooks
 
 
 class CopiedInput:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import weakref
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,13 @@ from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.gathering.unit_gathering import UnitGathering
 from ds_zero.runtime.gradients.backward import BackwardWatch, in_backward
 from ds_zero.runtime.uncompiled import opaque
+
+
+@dataclass(frozen=True, slots=True)
+class _Others:
+    """What the hooks of others keep in place of a tensor."""
+
+    held: Any
 
 
 class SavedParameters:
@@ -38,12 +47,22 @@ class SavedParameters:
         )
 
     def packing(self) -> AbstractContextManager[None] | None:
-        """Returns a context manager that enables the hooks; None if others are active (those of activation
-        checkpointing or offloading), which provide the values themselves.
+        """Returns a context manager that enables the hooks; None if others are active which provide the values
+        themselves (those of activation checkpointing). Hooks that keep parameters as they are, and say so by an
+        attribute `keeps_parameters` of their first function, still get all other tensors.
         """
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        others: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if others is None:
+            return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        pack, unpack = others
+        if not getattr(pack, "keeps_parameters", False):
             return None
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        return torch.autograd.graph.saved_tensors_hooks(
+            opaque(lambda t: self._pack(t) if self.bucket_of(t) is not None else _Others(pack(t))),
+            opaque(
+                lambda packed: unpack(packed.held) if isinstance(packed, _Others) else self._unpack(packed)
+            ),
+        )
 
     @opaque
     def _pack(self, tensor: Tensor) -> Tensor | tuple[Bucket, Tensor]:

@@ -1,0 +1,1 @@
+"""Activations in host memory or on a disk between forward and backward."""
