@@ -8,6 +8,7 @@ import typer
 
 from ds_engine import __version__
 from ds_engine.cli.checkpoint import app as checkpoint_app
+from ds_engine.cli.comm import app as comm_app
 from ds_engine.cli.config import app as config_app
 from ds_engine.cli.nvme import app as nvme_app
 from ds_engine.cli.plan import plan
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(comm_app, name="comm")
 app.add_typer(nvme_app, name="nvme")
 app.command("plan")(plan)
 app.command("verify")(verify)
