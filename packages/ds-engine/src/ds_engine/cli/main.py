@@ -11,6 +11,7 @@ from ds_engine.cli.checkpoint import app as checkpoint_app
 from ds_engine.cli.comm import app as comm_app
 from ds_engine.cli.config import app as config_app
 from ds_engine.cli.nvme import app as nvme_app
+from ds_engine.cli.pipe import app as pipe_app
 from ds_engine.cli.plan import plan
 from ds_engine.cli.run import run
 from ds_engine.cli.verify import verify
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(comm_app, name="comm")
 app.add_typer(nvme_app, name="nvme")
+app.add_typer(pipe_app, name="pipe")
 app.command("plan")(plan)
 app.command("verify")(verify)
 app.add_typer(config_app)
