@@ -13,6 +13,7 @@
 // The rest.
 #include "cpu/cast-inl.h"
 #include "cpu/checksum-inl.h"
+#include "cpu/codes-inl.h"
 #include "cpu/signs-inl.h"
 #include "cpu/update-inl.h"
 
@@ -22,6 +23,9 @@
 #define DS_ADAM(State) {DS_OUTS(adam_range, State, float), DS_OUTS(adam_range, State, BF16), DS_OUTS(adam_range, State, F16)}
 #define DS_LAMB_GRADS(State) {lamb_moments_range<State, float>, lamb_moments_range<State, BF16>, lamb_moments_range<State, F16>}
 #define DS_DTYPES(fn) {fn<float>, fn<BF16>, fn<F16>}
+#define DS_RESIDUALS(fn, ...) {fn<__VA_ARGS__, Absent>, fn<__VA_ARGS__, float>, fn<__VA_ARGS__, BF16>}
+#define DS_INT_ENCODE(bits) {DS_RESIDUALS(int_encode_block, bits, float), DS_RESIDUALS(int_encode_block, bits, BF16), DS_RESIDUALS(int_encode_block, bits, F16)}
+#define DS_INT_DECODE(bits) {int_decode_block<bits, float>, int_decode_block<bits, BF16>, int_decode_block<bits, F16>}
 #define DS_CASTS(Src) {cast_range<Src, float>, cast_range<Src, BF16>, cast_range<Src, F16>}
 
 constexpr KernelTable kTable = {
@@ -37,5 +41,9 @@ constexpr KernelTable kTable = {
     .pack_signs = DS_DTYPES(pack_signs_range),
     .unpack_signs = DS_DTYPES(unpack_signs_range),
     .checksum = checksum,
+    .sign_encode = {DS_RESIDUALS(sign_encode_block, float), DS_RESIDUALS(sign_encode_block, BF16), DS_RESIDUALS(sign_encode_block, F16)},
+    .sign_decode = DS_DTYPES(sign_decode_block),
+    .int_encode = {DS_INT_ENCODE(4), DS_INT_ENCODE(8)},
+    .int_decode = {DS_INT_DECODE(4), DS_INT_DECODE(8)},
 };
 // clang-format on

@@ -5,6 +5,7 @@
 #include "ds/adagrad.h"
 #include "ds/adam.h"
 #include "ds/checksum.h"
+#include "ds/codes.h"
 #include "ds/lamb.h"
 #include "ds/lion.h"
 #include "ds/sgd.h"

@@ -13,6 +13,7 @@ struct AdamScalars;
 struct LambNorms;
 struct LambScalars;
 struct LionScalars;
+struct Rounding;
 struct SgdScalars;
 
 // A state tensor is fp32, bf16 or (SGD without momentum) absent; an output copy is absent or one of the three
@@ -40,6 +41,14 @@ using PackSignsFn = double (*)(const void* x, std::uint8_t* bits, std::int64_t n
 using ChecksumFn = std::uint64_t (*)(const void* data, std::int64_t first_word, std::int64_t bytes);
 using UnpackSignsFn = void (*)(const std::uint8_t* bits, float scale, void* out, std::int64_t numel);
 
+// Each encodes or decodes one block; the encoders return its scale.
+using SignEncodeFn = float (*)(const void* x, void* residual, std::uint8_t* bits, std::int64_t numel);
+using SignDecodeFn = void (*)(const std::uint8_t* bits, float scale, bool add, void* out, std::int64_t numel);
+using IntEncodeFn = float (*)(const void* x, void* residual, std::uint8_t* codes, std::int64_t numel,
+                              std::int64_t begin, const Rounding& rounding);
+using IntDecodeFn = void (*)(const std::uint8_t* codes, float scale, float weight, bool add, void* out,
+                             std::int64_t numel);
+
 struct KernelTable {
   AdamFn adam[kNumStateKinds][kNumDTypes][kNumOutKinds];  // [state][grad][out], as the others
   OneStateFn<AdagradScalars> adagrad[kNumStateKinds][kNumDTypes][kNumOutKinds];
@@ -52,6 +61,10 @@ struct KernelTable {
   PackSignsFn pack_signs[kNumDTypes];
   UnpackSignsFn unpack_signs[kNumDTypes];
   ChecksumFn checksum;
+  SignEncodeFn sign_encode[kNumDTypes][1 + kNumStateKinds];  // [x][residual: absent, fp32, bf16]
+  SignDecodeFn sign_decode[kNumDTypes];
+  IntEncodeFn int_encode[2][kNumDTypes][1 + kNumStateKinds];  // [4 or 8 bits][x][residual]
+  IntDecodeFn int_decode[2][kNumDTypes];
 };
 
 namespace baseline {

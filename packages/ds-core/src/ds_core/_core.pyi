@@ -188,3 +188,33 @@ class SameHostTeam:
         self, output: Tensor, output_sizes: list[int], input: Tensor, input_sizes: list[int], /
     ) -> SameHostFacts: ...
     def leave(self) -> None: ...
+
+def sign_encode(
+    x: Tensor, residual: Tensor | None, blocks: Tensor, scales: Tensor, codes: Tensor, threads: int, /
+) -> None: ...
+def sign_decode(
+    scales: Tensor, codes: Tensor, blocks: Tensor, out: Tensor, weight: float, add: bool, threads: int, /
+) -> None: ...
+def int_encode(
+    x: Tensor,
+    residual: Tensor | None,
+    blocks: Tensor,
+    scales: Tensor,
+    codes: Tensor,
+    bits: int,
+    stochastic: bool,
+    seed: int,
+    threads: int,
+    /,
+) -> None: ...
+def int_decode(
+    scales: Tensor,
+    codes: Tensor,
+    blocks: Tensor,
+    out: Tensor,
+    bits: int,
+    weight: float,
+    add: bool,
+    threads: int,
+    /,
+) -> None: ...

@@ -1,0 +1,17 @@
+"""Compressors: from floating-point tensors to fewer bytes and back, with error feedback."""
+
+from __future__ import annotations
+
+from ds_comm.compress.blocks import Blocks
+from ds_comm.compress.feedback import ErrorFeedback, ResidualError, merge_feedback_states
+from ds_comm.compress.interfaces import Compressor
+from ds_comm.compress.sign import SignCompressor
+
+__all__ = [
+    "Blocks",
+    "Compressor",
+    "ErrorFeedback",
+    "ResidualError",
+    "SignCompressor",
+    "merge_feedback_states",
+]

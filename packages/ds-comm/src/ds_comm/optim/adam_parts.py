@@ -1,0 +1,59 @@
+"""Pieces of Adam that several optimizers use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds_comm.compress.blocks import Blocks
+from ds_comm.optim.base import Entry
+from ds_comm.optim.options import CompressionOptions
+from ds_core import kernels
+from ds_core.optim.base import NO_CORRECTION_STEP
+
+
+def dense_adam(entries: Sequence[Entry], sums: Sequence[Tensor], factor: float) -> None:
+    """One step of AdamW with gradients `sums * factor`: one kernel call for all parameters of a group with the same
+    number of updates.
+    """
+    batches: dict[tuple[int, int], list[int]] = {}
+    for i, entry in enumerate(entries):
+        batches.setdefault((id(entry.group), entry.step), []).append(i)
+    for rows in batches.values():
+        members = [entries[i] for i in rows]
+        group = members[0].group
+        beta1, beta2 = group["betas"]
+        values = [entry.values.contiguous() for entry in members]
+        kernels.adam_step(
+            values,
+            [entry.state["exp_avg"] for entry in members],
+            [entry.state["exp_avg_sq"] for entry in members],
+            [sums[i] for i in rows],
+            step=members[0].step + 1 if group["bias_correction"] else NO_CORRECTION_STEP,
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            grad_scale=factor,
+        )
+        for entry, value in zip(members, values, strict=True):
+            if value.data_ptr() != entry.values.data_ptr():
+                entry.values.copy_(value)  # the parameter has another memory format
+
+
+def floor_variance(variance: Tensor, options: CompressionOptions) -> None:
+    """Raises small elements to a fraction of the mean of their block: see `CompressionOptions.variance_floor`."""
+    if options.variance_floor == 0.0 or variance.numel() == 0:
+        return
+    flat = variance.view(-1)
+    table = Blocks.uniform(flat.numel(), options.compressor.block_numel).table.to(flat.device)
+    whole = int(table[0, 1])
+    padded = torch.zeros(len(table) * whole, dtype=torch.float32, device=flat.device)
+    padded[: flat.numel()] = flat
+    means = padded.view(-1, whole).sum(1) / table[:, 1]
+    # A block without any gradient so far takes the mean of the tensor: its elements may get gradients later.
+    floors = torch.where(means > 0.0, means, flat.mean()) * options.variance_floor
+    torch.maximum(flat, floors.repeat_interleave(table[:, 1]), out=flat)
