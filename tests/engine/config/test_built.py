@@ -79,6 +79,14 @@ TESTED = {
     "checkpoint.memory_copies.interval": "build/test_memory_copies.py::"
     "test_the_state_is_copied_every_few_steps_and_resumed",
     "checkpoint.memory_copies.copies": "build/test_memory_copies.py::test_the_number_of_copies",
+    "activation_offload.device": "test_activation_offload.py::test_activations_are_moved",
+    "activation_offload.nvme_path": "test_activation_offload.py::test_activations_are_moved",
+    "activation_offload.min_bytes": "test_activation_offload.py::test_small_tensors_stay_by_default",
+    "activation_offload.layers": "test_activation_offload.py::test_only_layers_that_are_named_are_moved",
+    "activation_offload.budget_bytes": "test_activation_offload.py::test_a_budget_keeps_the_last_ones",
+    "activation_offload.prefetch_bytes": "test_activation_offload.py::"
+    "test_nothing_is_read_ahead_if_no_bytes_are_allowed",
+    "activation_offload.max_host_bytes": "test_activation_offload.py::test_host_memory_is_limited",
     "activation_checkpointing": "test_engine.py::test_activation_checkpointing_follows_the_configuration",
     "wall_clock_breakdown": "training/test_timing.py::test_the_engine_measures_its_parts_and_writes_curves",
     "memory_breakdown": "training/test_timing.py::test_memory_is_written_after_each_part",
@@ -234,7 +242,7 @@ def test_what_has_no_effect_at_this_stage_is_told() -> None:
         value = next(v for v in values_of(key) if v is not None)
         found = [effectless(load(config_with(row.key, value, stage))) for stage in (0, 1, 2, 3)]
         assert any(row.key in idle for idle in found), row.key
-        if not row.key.startswith(("zero_optimization.offload", "aio.")):
+        if not row.key.startswith(("zero_optimization.offload", "activation_offload.", "aio.")):
             assert not all(row.key in idle for idle in found), row.key
 
 

@@ -103,7 +103,7 @@ def initialize(
             job=job,
             world=world,
             training=Training(module=model, optimizer=built, schedule=schedule),
-            roles=zero.roles_of(job, model, built),
+            roles=zero.roles_of(job, model, built, offload.activations_of(job, model)),
             pacing=pacing,
             reporting=reporting,
             savers=_savers(settings, reporting.progress, built),

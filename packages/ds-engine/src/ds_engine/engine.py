@@ -95,7 +95,8 @@ class Engine:
         """Number of samples that all ranks together have processed."""
         self.skipped_steps = 0
         """Number of steps that were skipped because the gradient was not finite."""
-        self._norms = parts.roles.norms
+        self.roles = parts.roles
+        """The objects that own gradients and state, and that move activations."""
         self._own_backwards = OwnBackwards(parts.roles.state)
         self._reporting = parts.reporting
         self._applied = False
@@ -179,7 +180,7 @@ class Engine:
     def _update(self, lr_kwargs: Mapping[str, Any]) -> StepReport:
         if self.job.is_check_due(self.global_steps + 1):
             self.model_state.check_replicas(self.global_steps + 1)
-        self._norms.clip(self.job.clipping)
+        self.roles.norms.clip(self.job.clipping)
         lr, scale = self.get_lr()[0], self.loss_scale  # of this update, before the schedule is stepped
         with scaled_rates(self.optimizer, self._rate_factor()):
             self.optimizer.step()  # the scaler may skip it
@@ -192,7 +193,7 @@ class Engine:
             self.lr_scheduler.step(**lr_kwargs)
         self.global_steps += 1
         self.global_samples += self._samples()
-        norm = self._norms.last()
+        norm = self.roles.norms.last()
         return StepReport(
             step=self.global_steps,
             samples=self.global_samples,
@@ -226,7 +227,7 @@ class Engine:
         """Returns the global 2-norm of the last step's gradient before clipping, or after it if `clipped`, without
         the loss scale. None before the first step.
         """
-        norm = self._norms.last() if self._live else None
+        norm = self.roles.norms.last() if self._live else None
         return None if norm is None else norm.after if clipped else norm.before
 
     def was_step_applied(self) -> bool:
@@ -473,6 +474,8 @@ class Engine:
             self.monitor.close()
             self.pacing.close()
             self.savers.close()
+            if self.roles.activations is not None:
+                self.roles.activations.close()
             self.model_state.destroy()
 
     def __enter__(self) -> Engine:

@@ -210,6 +210,16 @@ class ModelState(Protocol):
         """Makes the module an ordinary module again, whole on every rank. Collective."""
 
 
+class MovedActivations(Protocol):
+    """Moves activations away between forward and backward."""
+
+    statistics: Any
+    """Counts of moved and kept tensors and bytes."""
+
+    def close(self) -> None:
+        """Moves no more, and frees what it holds."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Roles:
     """The objects that own gradients and state of one module."""
@@ -217,6 +227,8 @@ class Roles:
     guard: LossGuard
     norms: GradientNorms
     state: ModelState
+    activations: MovedActivations | None = None
+    """None: activations stay on the device."""
 
 
 class BackgroundWriter(Protocol):

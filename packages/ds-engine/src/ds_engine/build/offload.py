@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
+from ds_engine.config import ConfigError
+from ds_engine.interfaces import MovedActivations
 from ds_engine.job import Job, Placement
 
 
@@ -33,19 +36,50 @@ def store_of(job: Job) -> Any:
     tiers = tiers_of(job.placement)
     if not on_disk:
         return ds_offload.HostStore(on_host, tiers=tiers)
-    zero, aio = job.settings.zero_optimization, job.settings.aio
+    zero = job.settings.zero_optimization
     paths = {
         kind: zero.offload_param.nvme_path if kind == "param" else zero.offload_optimizer.nvme_path
         for kind in sorted(on_disk)
     }
-    options = ds_offload.NVMeOptions(
+    folders = {k: path for k, path in paths.items() if path}
+    return ds_offload.NVMeStore(folders, host=on_host, tiers=tiers, options=io_options(job))
+
+
+def io_options(job: Job) -> Any:
+    """Returns how files on a disk are read and written."""
+    import ds_offload
+
+    aio = job.settings.aio
+    return ds_offload.NVMeOptions(
         block_bytes=aio.block_size,
         queue_depth=aio.queue_depth,
         num_threads=aio.intra_op_parallelism or 0,
         verify=aio.verify,
     )
-    folders = {k: path for k, path in paths.items() if path}
-    return ds_offload.NVMeStore(folders, host=on_host, tiers=tiers, options=options)
+
+
+def activations_of(job: Job, model: nn.Module) -> MovedActivations | None:
+    """Lets activations of `model` be moved, as configured; None if they stay on the device."""
+    section = job.settings.activation_offload
+    if section.device == "none":
+        return None
+    import ds_offload
+
+    options = ds_offload.ActivationOptions(
+        device=section.device,
+        nvme_path=section.nvme_path,
+        min_bytes=section.min_bytes,
+        budget_bytes=section.budget_bytes,
+        prefetch_bytes=section.prefetch_bytes,
+        max_host_bytes=section.max_host_bytes,
+        nvme=io_options(job),
+    )
+    offload = ds_offload.ActivationOffload(options)
+    try:
+        offload.attach(model, section.layers)
+    except ValueError as error:
+        raise ConfigError([f"activation_offload.{error}"], job.settings.origin.where) from None
+    return offload
 
 
 def paged(job: Job, optimizer: Optimizer, store: Any) -> Optimizer:

@@ -20,7 +20,7 @@ from ds_engine.build.offload_states import send_away
 from ds_engine.build.topology import Meshes
 from ds_engine.config import ConfigError
 from ds_engine.config.sections.zero.leaf_module import DEFAULT_CLASSES, LeafModuleConfig
-from ds_engine.interfaces import LossGuard, Reading, ReducesGradients, Roles
+from ds_engine.interfaces import LossGuard, MovedActivations, Reading, ReducesGradients, Roles
 from ds_engine.job import Job, LossScaling
 from ds_engine.job.precision import DTYPES
 
@@ -92,13 +92,16 @@ def check_reduction(job: Job, optimizer: Optimizer) -> None:
         raise ConfigError(wrong)
 
 
-def roles_of(job: Job, model: nn.Module, optimizer: Optimizer) -> Roles:
+def roles_of(
+    job: Job, model: nn.Module, optimizer: Optimizer, activations: MovedActivations | None = None
+) -> Roles:
     """Returns the objects that own gradients and state of a sharded model."""
     own = isinstance(optimizer, ReducesGradients) and optimizer.reduces_gradients
     return Roles(
         guard=Unguarded() if own else guard_of(job, model),
         norms=NoNorms() if own else ZeroNorms(model),
         state=ZeroState(model, optimizer),
+        activations=activations,
     )
 
 

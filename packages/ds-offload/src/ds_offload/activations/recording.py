@@ -110,12 +110,13 @@ class Recording:
         """Begins to bring back pieces before number `index`, which was saved in `section`."""
         by_layer = self._ahead_bytes is None and self.section > 0
         limit = AHEAD_BYTES if self._ahead_bytes is None else self._ahead_bytes
-        waiting = 0 if by_layer else self._waiting_bytes(index)
+        waiting = self._waiting_bytes(index)
         while self._next > 0 and limit > 0:
             piece = self._pieces[self._next - 1]()
             if piece is not None:
-                # Two sections before the one in which layer k saves is that of layer k - 1.
-                if piece.section < section - 2 if by_layer else waiting and waiting + piece.num_bytes > limit:
+                # Two sections before the one in which layer k saves is that of layer k - 1. It may have saved nothing.
+                ahead = piece.section < section - 2 if by_layer else waiting + piece.num_bytes > limit
+                if ahead and waiting:
                     return
                 piece.start_load()
                 waiting += piece.num_bytes

@@ -12,6 +12,7 @@ _ON_DISK = {
     "only": lambda config: (
         config.zero_optimization.offload_optimizer.device == "nvme"
         or config.zero_optimization.offload_param.device == "nvme"
+        or config.activation_offload.device == "nvme"
     ),
     "otherwise": "nothing is offloaded to a disk",
 }
@@ -85,6 +86,37 @@ WORKING: tuple[Row, ...] = (
                 "profile",
             )
         },
+    ),
+    works(
+        "activation_offload.device",
+        "ds-offload",
+        "ds_offload.ActivationOffload",
+        needs="ds_offload",
+        switches={"activation_offload.device": ("none",)},
+    ),
+    *(
+        works(
+            f"activation_offload.{name}",
+            "ds-offload",
+            f"ds_offload.ActivationOptions.{name}",
+            only=lambda config: config.activation_offload.device != "none",
+            otherwise="activations stay on the device",
+        )
+        for name in ("min_bytes", "budget_bytes", "prefetch_bytes", "max_host_bytes")
+    ),
+    works(
+        "activation_offload.nvme_path",
+        "ds-offload",
+        "ds_offload.ActivationOptions.nvme_path",
+        only=lambda config: config.activation_offload.device == "nvme",
+        otherwise="no activations are moved to a disk",
+    ),
+    works(
+        "activation_offload.layers",
+        "ds-offload",
+        "ds_offload.ActivationOffload.attach(layers=...)",
+        only=lambda config: config.activation_offload.device != "none",
+        otherwise="activations stay on the device",
     ),
     works("checkpoint.memory_copies", _ENGINE, "ds_checkpoint.MemoryCopies"),
     works("checkpoint.writer.decoupled", _ENGINE, "ds_engine.checkpoint"),

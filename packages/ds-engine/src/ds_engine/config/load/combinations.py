@@ -215,6 +215,13 @@ COMBINATIONS: tuple[Combination, ...] = (
         "stepped, the next one is read, and the previous one is written",
     ),
     Combination(
+        key="activation_offload.nvme_path",
+        broken=lambda c: (
+            c.activation_offload.device == "nvme" and c.activation_offload.nvme_path in (None, "", "none")
+        ),
+        sentence='activation_offload.device "nvme" needs nvme_path, a directory on the disk',
+    ),
+    Combination(
         key="zero_optimization.offload_param.nvme_path",
         broken=lambda c: (
             c.zero_optimization.stage == 3

@@ -98,11 +98,21 @@ def _kin(name: str, candidates: Iterable[str]) -> str | None:
     return best if best is not None and lengths[best] >= max(3, len(name) / 2) else None
 
 
+_OWN = frozenset({"activation_offload"})
+"""Sections that DeepSpeed does not have, with keys of the same names as sections that it has."""
+
+
 @cache
 def _elsewhere(path: str) -> dict[str, str]:
     """Returns key -> the most likely section among all other sections: the outermost and most common one."""
     ranked = sorted(
-        sections(), key=lambda section: (section.count("."), section != "zero_optimization", ANY in section)
+        sections(),
+        key=lambda section: (
+            section in _OWN,
+            section.count("."),
+            section != "zero_optimization",
+            ANY in section,
+        ),
     )
     homes: dict[str, str] = {}
     for section in ranked:

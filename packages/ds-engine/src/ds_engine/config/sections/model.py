@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr
 
 from ds_engine.config.elastic.section import batch_on
 from ds_engine.config.sections.activation_checkpointing import ActivationCheckpointingConfig
+from ds_engine.config.sections.activation_offload import ActivationOffloadConfig
 from ds_engine.config.sections.aio import AioConfig
 from ds_engine.config.sections.autotuning import AutotuningConfig
 from ds_engine.config.sections.checkpoint import CheckpointConfig
@@ -179,6 +180,10 @@ class DsConfig(Section):
     activation_checkpointing: ActivationCheckpointingConfig = Field(
         default_factory=ActivationCheckpointingConfig,
         description="Where the inputs of recomputed layers are stored until backward.",
+    )
+    activation_offload: ActivationOffloadConfig = Field(
+        default_factory=ActivationOffloadConfig,
+        description="Where activations are kept between forward and backward.",
     )
     aio: AioConfig = Field(default_factory=AioConfig, description="How files on a disk are read and written.")
     tensorboard: TensorBoardConfig = Field(
