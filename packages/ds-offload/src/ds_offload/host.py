@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ds_core import arena
+from ds_core import arena, host_limits
 from ds_offload.interfaces import ChoosesTiers, Done, Key, Reservation, Tier, Work
 from ds_offload.tiers import KnownTiers, TiersByKind
 
@@ -60,6 +61,7 @@ class HostStore:
                     f"HostStore: the {item.key.kind} of {item.key.name!r} belongs on a disk: use an NVMeStore"
                 )
             partitions.setdefault((item.partition, item.dtype, tier), []).append(item)
+        _check_room(plan, tiers)
         reserved: dict[Key, Tensor] = {}
         for (_, dtype, tier), items in partitions.items():
             device = items[0].device
@@ -123,6 +125,19 @@ class HostStore:
         """Removes all tensors."""
         self._resting.clear()
         self._held.clear()
+
+
+def _check_room(plan: Sequence[Reservation], tiers: Sequence[Tier]) -> None:
+    """Raises `NotEnoughMemory` if the host has no room for what belongs there."""
+    sizes = [i.numel * i.dtype.itemsize for i, tier in zip(plan, tiers, strict=True) if tier == "host"]
+    if sum(sizes):
+        host_limits.require(
+            f"{len(sizes)} tensors in host memory",
+            sum(sizes),
+            host_limits.memory_limits(),
+            rank=host_limits.Rank(number=int(os.environ.get("RANK", "0"))),
+            instead=["keep fewer kinds of state in host memory, or keep them on a disk (NVMeStore)"],
+        )
 
 
 def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -122,3 +122,15 @@ def chosen_by_caller(item: Reservation) -> Tier | None:
     """Returns the tier that a page of a `PagedOptimizer` asks for."""
     tier: Tier | None = getattr(item, "tier", None)
     return tier
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiersByName:
+    """Stores each tensor where a table says."""
+
+    tiers: Mapping[str, Mapping[str, Tier]]
+    """Bucket -> kind -> tier. What is missing stays on the device."""
+
+    def __call__(self, plan: Sequence[Reservation], /) -> Sequence[Tier]:
+        """Returns the tier of each tensor."""
+        return [self.tiers.get(item.key.name, {}).get(item.key.kind, "device") for item in plan]
