@@ -58,7 +58,7 @@ def _offloads_params(choices: Choices) -> bool:
     return choices.settings.zero_optimization.offload_param.device != "none"
 
 
-_NOT_ELEMENTWISE = frozenset({"lamb", "fusedlamb", "muon", "adafactor"})
+_FACTORED = frozenset({"adafactor"})
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -92,10 +92,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         first="offload_optimizer.device nvme",
-        second="an optimizer that needs whole tensors",
-        applies=lambda c: c.placement.optimizer_states == "nvme" and _named(c) in _NOT_ELEMENTWISE,
-        reason="its states are read from the disk in pages, which contain parts of tensors",
-        remedy='use AdamW, Adagrad, Lion or SGD, or set offload_optimizer.device to "cpu"',
+        second="an optimizer with factored states",
+        applies=lambda c: c.placement.optimizer_states == "nvme" and _named(c) in _FACTORED,
+        reason="its states are read from the disk in pages, which contain states of each element",
+        remedy='use AdamW, Muon, Lamb, Adagrad, Lion or SGD, or set offload_optimizer.device to "cpu"',
     ),
     Rule(
         first="integrity.checksums",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from ds_offload.interfaces import Store
 from ds_offload.nvme.store import NVMeStore
 from ds_offload.paging.paged_states import PagedStates
 from ds_offload.paging.pager import Pager
-from ds_offload.paging.part_step import step_parts
+from ds_offload.paging.part_step import step_parts, step_summed_parts, sum_parts
+from ds_offload.paging.state_layout import needs_whole
 from ds_offload.paging.tensors import local
 from ds_offload.undo import UndoLog, put_back
 
@@ -25,11 +26,12 @@ PAGE_BYTES = 64 << 20
 
 
 class PagedOptimizer(Optimizer):
-    """Keeps the states of an element-wise optimizer in a store, and loads them page by page while it steps.
+    """Keeps the states of an optimizer in a store, and loads them page by page while it steps.
 
     While a page is stepped, the next ones are loaded and the previous one is stored. The result is that of the inner
     optimizer, bit for bit, if its result for an element does not depend on where the tensor is cut (ds_core's
-    optimizers, torch's with `foreach=True`).
+    optimizers, torch's with `foreach=True`). Optimizers that need whole tensors work if they say so by a method
+    `needs_whole(group)`, as Muon, or by `segment_sums`, as LAMB. A page then has whole tensors, and may be larger.
 
     `state` behaves like that of every optimizer, but reads from the store: `state[param]` is a copy, which raises when
     it is changed in place. Write within `states_opened(params, write=True)`, or assign a whole dict.
@@ -38,7 +40,12 @@ class PagedOptimizer(Optimizer):
     """
 
     elementwise = True
-    """Each element is updated independently of the others."""
+    """Each element is updated independently of the others, where `needs_whole` does not say otherwise."""
+
+    def __new__(cls, optimizer: Optimizer, *_: Any, **__: Any) -> PagedOptimizer:
+        """An optimizer that updates in two passes, as LAMB, also gets the methods of both."""
+        in_two_passes = cls is PagedOptimizer and hasattr(optimizer, "segment_sums")
+        return super().__new__(_PagedInTwoPasses if in_two_passes else cls)
 
     def __init__(
         self,
@@ -52,16 +59,17 @@ class PagedOptimizer(Optimizer):
     ) -> None:
         """
         Args:
-            optimizer: an element-wise optimizer, such as `CPUAdam`. Do not step it directly.
+            optimizer: for example a `CPUAdam`. Do not step it directly.
             store: an `NVMeStore`, a `HostStore`, or a folder on a disk. The optimizer does not close it, but it closes
                 the store that it makes for a folder.
-            page_bytes: the maximum size of a page.
+            page_bytes: the maximum size of a page, except for one whole tensor.
             num_buffers: number of pages in memory, at least 3 with overlap and 1 without.
             overlap_reads: load the next pages while a page is stepped.
             overlap_writes: store the previous page while a page is stepped.
 
         Raises:
-            ValueError: too few buffers; the optimizer is not element-wise (raised by the first step).
+            ValueError: too few buffers; the optimizer is not element-wise, and does not say what it needs whole (raised
+                by the first step).
         """
         least = 1 + overlap_reads + overlap_writes
         if num_buffers < least:
@@ -93,6 +101,10 @@ class PagedOptimizer(Optimizer):
     def inner(self) -> Optimizer:
         """The optimizer that computes the steps."""
         return self._inner
+
+    def needs_whole(self, group: Mapping[str, Any]) -> bool:
+        """Whether the tensors of a group must stay whole on one rank: for Muon, those of its matrices."""
+        return not hasattr(self, "segment_sums") and needs_whole(self._inner, group)
 
     # --- stepping
 
@@ -267,3 +279,38 @@ class PagedOptimizer(Optimizer):
             "a PagedOptimizer cannot be pickled or copied, because its states are in a store: use state_dict(), or "
             "ds_checkpoint.save"
         )
+
+
+class _PagedInTwoPasses(PagedOptimizer):
+    """A `PagedOptimizer` whose inner optimizer has `segment_sums` and `step_segments` (LAMB). All pages are loaded in
+    both passes.
+    """
+
+    @torch.no_grad()
+    def segment_sums(self, params: Sequence[Tensor], *, grad_scale: Tensor) -> Tensor:
+        """As the inner optimizer's."""
+        inner: Any = self._inner
+        self.commit()
+        sums: Tensor = inner.segment_sums([], grad_scale=grad_scale)
+        sums = sums.new_zeros(len(params), sums.shape[1])
+        rows = {p: i for i, p in enumerate(params)}
+        numbers: dict[Tensor, dict[str, Any]] = {}
+        with closing(self._states.visit([p for p in params if p.grad is not None and p.numel()])) as visited:
+            for parts in visited:
+                own, new = sum_parts(self._inner, self.param_groups, parts, grad_scale)
+                sums[[rows[part.param] for part in parts]] = own
+                numbers |= new
+        self._states.set_numbers(numbers)
+        return sums
+
+    @torch.no_grad()
+    def step_segments(self, params: Sequence[Tensor], sums: Tensor, *, out: Sequence[Tensor | None]) -> None:
+        """As the inner optimizer's."""
+        rows = {p: i for i, p in enumerate(params)}
+        copies = {p: c for p, c in zip(params, out, strict=True) if c is not None}
+        numbers: dict[Tensor, dict[str, Any]] = {}
+        with closing(self._states.visit([p for p in params if p.grad is not None and p.numel()])) as visited:
+            for parts in visited:
+                own = sums[[rows[part.param] for part in parts]]
+                numbers |= step_summed_parts(self._inner, self.param_groups, parts, own, copies)
+        self._states.set_numbers(numbers)

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from ds_offload.interfaces import Tier
 from ds_offload.paging.pager import Pager
-from ds_offload.paging.pages import Part, divide
-from ds_offload.paging.state_layout import StateLayout, probe
+from ds_offload.paging.pages import Part, Sized, divide
+from ds_offload.paging.state_layout import StateLayout, needs_whole, probe, probe_whole
 from ds_offload.paging.tensors import flat, flat_as, like, local
 
 State = dict[str, Any]
@@ -30,9 +30,11 @@ class LoadedPart:
     start: int
     numel: int
     states: Mapping[str, Tensor]
-    """Views of the page, 1-D."""
+    """Views of the page: 1-D, or with the shape of a parameter that must be whole."""
     numbers: Mapping[str, Any] | None
     """States that are no ranges of elements. None: the parameter has no state yet, and `states` has any values."""
+    whole: bool = False
+    """Whether it is all of a parameter that the optimizer must see in its own shape."""
 
 
 class PagedStates(MutableMapping[Tensor, State]):
@@ -63,7 +65,7 @@ class PagedStates(MutableMapping[Tensor, State]):
         self._open: dict[Tensor, State] = {}
         self._new: dict[Tensor, State] = {}
         """Dicts of parameters without states, that were handed out and may have been filled."""
-        self._layouts: dict[tuple[int, torch.dtype, torch.device], StateLayout] = {}
+        self._layouts: dict[tuple[int, torch.dtype, torch.device, bool], StateLayout] = {}
         self._group_numbers: dict[Tensor, int] = {}
         self._before: dict[Tensor, State] = {}
         """`_numbers` before the steps that may be taken back."""
@@ -78,7 +80,7 @@ class PagedStates(MutableMapping[Tensor, State]):
         self._place(params)
         wanted = {self._index[p]: p for p in params}
         without_pages = [
-            LoadedPart(p, self._group_of(p), 0, local(p).numel(), {}, self._numbers.get(p))
+            LoadedPart(p, self._group_of(p), 0, local(p).numel(), {}, self._numbers.get(p), self._is_whole(p))
             for index, p in wanted.items()
             if not self._pages[index]
         ]
@@ -90,21 +92,22 @@ class PagedStates(MutableMapping[Tensor, State]):
             memory = self._pager.open(number, load=known, stepping=True)
             try:
                 yield [
-                    LoadedPart(
-                        wanted[part.param],
-                        self._group_of(wanted[part.param]),
-                        part.start,
-                        part.numel,
-                        {name: part.state(memory, name) for name in part.offsets},
-                        self._numbers.get(wanted[part.param]),
-                    )
-                    for part in parts
-                    if part.param in wanted
+                    self._loaded(wanted[part.param], part, memory) for part in parts if part.param in wanted
                 ]
             except BaseException:
                 self._pager.close(number, written=False)
                 raise
             self._pager.close(number, written=True)
+
+    def _loaded(self, param: Tensor, part: Part, memory: Tensor) -> LoadedPart:
+        states = {name: part.state(memory, name) for name in part.offsets}
+        whole = self._is_whole(param)
+        if whole:
+            own = local(param)
+            states = {name: state.as_strided(own.size(), own.stride()) for name, state in states.items()}
+        return LoadedPart(
+            param, self._group_of(param), part.start, part.numel, states, self._numbers.get(param), whole
+        )
 
     def set_numbers(self, numbers: Mapping[Tensor, State]) -> None:
         """Sets the states that are no ranges of elements, after all parts of these parameters were stepped."""
@@ -343,7 +346,10 @@ class PagedStates(MutableMapping[Tensor, State]):
 
     def _add_pages(self, added: Sequence[Tensor], tier: Tier | None) -> None:
         first = len(self._params)
-        sizes = [(first + i, local(p).numel(), self._layout_of(p).dtypes) for i, p in enumerate(added)]
+        sizes = [
+            Sized(first + i, local(p).numel(), self._layout_of(p).dtypes, self._is_whole(p))
+            for i, p in enumerate(added)
+        ]
         pages = divide(sizes, self._page_bytes)
         numbers = self._pager.add(pages, local(added[0]).device, tier)
         self._params += added
@@ -355,11 +361,15 @@ class PagedStates(MutableMapping[Tensor, State]):
 
     def _layout_of(self, param: Tensor) -> StateLayout:
         number = self._group_of(param)
-        key = (number, param.dtype, param.device)
+        key = (number, param.dtype, param.device, param.ndim > 1)
         layout = self._layouts.get(key)
         if layout is None:
-            layout = self._layouts[key] = probe(self._optimizer, self._groups()[number], local(param))
+            determine = probe_whole if self._is_whole(param) else probe
+            layout = self._layouts[key] = determine(self._optimizer, self._groups()[number], local(param))
         return layout
+
+    def _is_whole(self, param: Tensor) -> bool:
+        return needs_whole(self._optimizer, self._groups()[self._group_of(param)])
 
     def _group_of(self, param: Tensor) -> int:
         """Returns the index of the parameter's group."""

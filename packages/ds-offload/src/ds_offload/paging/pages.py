@@ -45,14 +45,26 @@ def _needed(numel: int, dtypes: Mapping[str, torch.dtype]) -> int:
     return sum(_aligned(numel * dtype.itemsize) for dtype in dtypes.values())
 
 
-def divide(params: Sequence[tuple[int, int, Mapping[str, torch.dtype]]], page_bytes: int) -> list[Page]:
+@dataclass(frozen=True)
+class Sized:
+    """What is known of one parameter before its states have places."""
+
+    param: int
+    """Index of the parameter."""
+    numel: int
+    dtypes: Mapping[str, torch.dtype]
+    """Name of each state -> dtype."""
+    whole: bool = False
+    """Whether all its states must be in one page."""
+
+
+def divide(params: Sequence[Sized], page_bytes: int) -> list[Page]:
     """Fills one page after the other, in the order of the parameters. A parameter that does not fit into the rest of a
-    page continues in the next one.
+    page continues in the next one; if it must be whole, it begins a new page, which may be larger than others.
 
     Args:
-        params: (index, number of elements, dtypes of the states) of each parameter. Parameters without elements or
-            states are left out.
-        page_bytes: the maximum size of a page.
+        params: parameters without elements or states are left out.
+        page_bytes: the maximum size of a page, except for a parameter that must be whole.
     """
     pages: list[Page] = []
     parts: list[Part] = []
@@ -64,10 +76,15 @@ def divide(params: Sequence[tuple[int, int, Mapping[str, torch.dtype]]], page_by
             pages.append(Page(tuple(parts), used))
         parts, used = [], 0
 
-    for index, numel, dtypes in params:
-        start = 0
+    for sized in params:
+        start, numel, dtypes = 0, sized.numel, sized.dtypes
         while dtypes and start < numel:
-            fits = _fitting(page_bytes - used, dtypes)
+            if sized.whole:
+                if parts and used + _needed(numel, dtypes) > page_bytes:
+                    close()
+                fits = numel
+            else:
+                fits = _fitting(page_bytes - used, dtypes)
             if fits == 0:
                 if not parts:
                     raise ValueError(
@@ -81,7 +98,7 @@ def divide(params: Sequence[tuple[int, int, Mapping[str, torch.dtype]]], page_by
             for name, dtype in dtypes.items():
                 offsets[name] = (used, dtype)
                 used += _aligned(count * dtype.itemsize)
-            parts.append(Part(index, start, count, offsets))
+            parts.append(Part(sized.param, start, count, offsets))
             start += count
     close()
     return pages

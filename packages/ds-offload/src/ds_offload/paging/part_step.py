@@ -30,27 +30,70 @@ def step_parts(
     Returns:
         The new states of each parameter that are no ranges of elements.
     """
-    views = [_view(part) for part in parts]
-    out = [_range_of(copies[part.param], part) if part.param in copies else None for part in parts]
-    by_group: dict[int, list[Tensor]] = {}
-    for part, view in zip(parts, views, strict=True):
-        by_group.setdefault(part.group, []).append(view)
-    stepped = over(optimizer, [{**groups[number], "params": members} for number, members in by_group.items()])
-    _make_states_in_pages(stepped, parts, views)
-    for part, view in zip(parts, views, strict=True):
-        if part.numbers is not None:
-            copied = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.numbers.items()}
-            stepped.state[view] = {**copied, **part.states}
+    stepped, views = _over_parts(optimizer, groups, parts)
+    out = _copies_of(parts, copies)
     fused: Any = getattr(stepped, "step_fused", None)
     if fused is not None and (grad_scale is not None or copies):
         scale = grad_scale if grad_scale is not None else torch.ones(())
         fused(views, grad_scale=scale, out=out)
     else:
         _step_apart(stepped, views, out, grad_scale)
+    return _numbers_of(stepped, parts, views)
+
+
+def sum_parts(
+    optimizer: Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    parts: Sequence[LoadedPart],
+    grad_scale: Tensor,
+) -> tuple[Tensor, dict[Tensor, dict[str, Any]]]:
+    """Calls `segment_sums` for parts that are whole. Returns its result, and states as `step_parts` does."""
+    stepped, views = _over_parts(optimizer, groups, parts)
+    sums: Tensor = stepped.segment_sums(views, grad_scale=grad_scale)
+    return sums, _numbers_of(stepped, parts, views)
+
+
+def step_summed_parts(
+    optimizer: Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    parts: Sequence[LoadedPart],
+    sums: Tensor,
+    copies: Mapping[Tensor, Tensor],
+) -> dict[Tensor, dict[str, Any]]:
+    """Calls `step_segments` for parts that are whole. Returns states as `step_parts` does."""
+    stepped, views = _over_parts(optimizer, groups, parts)
+    stepped.step_segments(views, sums, out=_copies_of(parts, copies))
+    return _numbers_of(stepped, parts, views)
+
+
+def _over_parts(
+    optimizer: Optimizer, groups: Sequence[Mapping[str, Any]], parts: Sequence[LoadedPart]
+) -> tuple[Any, list[Tensor]]:
+    """Returns an optimizer like the given one over views of the parts, with their states; and the views."""
+    views = [_view(part) for part in parts]
+    by_group: dict[int, list[Tensor]] = {}
+    for part, view in zip(parts, views, strict=True):
+        by_group.setdefault(part.group, []).append(view)
+    made = over(optimizer, [{**groups[number], "params": members} for number, members in by_group.items()])
+    _make_states_in_pages(made, parts, views)
+    for part, view in zip(parts, views, strict=True):
+        if part.numbers is not None:
+            copied = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.numbers.items()}
+            made.state[view] = {**copied, **part.states}
+    return made, views
+
+
+def _copies_of(parts: Sequence[LoadedPart], copies: Mapping[Tensor, Tensor]) -> list[Tensor | None]:
+    return [_range_of(copies[part.param], part) if part.param in copies else None for part in parts]
+
+
+def _numbers_of(
+    optimizer: Optimizer, parts: Sequence[LoadedPart], views: Sequence[Tensor]
+) -> dict[Tensor, dict[str, Any]]:
     return {
-        part.param: _kept(part, stepped.state[view])
+        part.param: _kept(part, optimizer.state[view])
         for part, view in zip(parts, views, strict=True)
-        if stepped.state[view]
+        if optimizer.state[view]
     }
 
 
@@ -90,11 +133,13 @@ def _step_apart(
 
 
 def _view(part: LoadedPart) -> Tensor:
-    """Returns a 1-D view of the part, with its gradient."""
-    view = _range_of(part.param, part)
+    """Returns a view of the part, with its gradient: 1-D, or with the parameter's shape if it must be whole."""
     assert part.param.grad is not None
     own = local(part.param)
     grad = flat_as(local(part.param.grad), own)[part.start : part.start + part.numel]
+    view = _range_of(part.param, part)
+    if part.whole:
+        view, grad = own, grad.as_strided(own.size(), own.stride())
     if grad.dtype != view.dtype:
         view.grad_dtype = None  # permits a gradient of another dtype
     view.grad = grad

@@ -12,6 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 _NUMEL = 3  # of the trial parameter: no number and no factor of a matrix has this shape
+_MATRIX = (5, 7)  # the shape of the trial parameter of an optimizer of whole matrices
+
+
+def needs_whole(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether an optimizer must see the tensors of a group whole: matrices (Muon), or tensors whose norms it uses
+    (LAMB).
+    """
+    asked: Any = getattr(optimizer, "needs_whole", None)
+    return bool(asked(group)) if asked is not None else hasattr(optimizer, "segment_sums")
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,27 @@ def over(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
     made.state = defaultdict(dict)
     made.param_groups = groups
     return made
+
+
+def probe_whole(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor) -> StateLayout:
+    """Determines the states of an optimizer of whole tensors by one step of a small tensor with as many dims as
+    `param`, at most two.
+
+    Raises:
+        ValueError: the optimizer cannot step it.
+    """
+    shape = _MATRIX if param.ndim > 1 else _MATRIX[:1]
+    value = torch.ones(shape, dtype=param.dtype, device=param.device).requires_grad_()
+    value.grad = torch.ones_like(value)
+    trial = over(optimizer, [{**group, "params": [value]}])
+    trial.step()
+    return StateLayout(
+        {
+            key: state.dtype
+            for key, state in trial.state[value].items()
+            if isinstance(state, Tensor) and state.shape == shape
+        }
+    )
 
 
 def probe(optimizer: Optimizer, group: Mapping[str, Any], param: Tensor) -> StateLayout:

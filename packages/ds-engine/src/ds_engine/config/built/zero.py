@@ -192,7 +192,11 @@ ROWS: tuple[Row, ...] = (
     no_effect(f"{_ZERO}.override_module_apply", "ds-zero", "ds_zero.deferred_init always does it"),
     no_effect(f"{_ZERO}.log_trace_cache_warnings", "ds-zero", "there is no cache of the order of modules"),
     no_effect(f"{_ZERO}.enable_sanity_checks", "ds-zero", "the checks are always on"),
-    no_effect(f"{_ZERO}.save_muon_momentum_buffer_in_memory", "ds-offload", _DISK),
+    no_effect(
+        f"{_ZERO}.save_muon_momentum_buffer_in_memory",
+        "ds-offload",
+        "Muon's momentum is read from the disk while other matrices are stepped, as all states are",
+    ),
     no_effect(
         f"{_ZERO}.stage3_use_all_reduce_for_fetch_params",
         "ds-zero",
