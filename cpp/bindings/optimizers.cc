@@ -24,20 +24,34 @@ struct Lists {
   py::handle grads;
   py::handle outs;
   py::handle checksums;
+  py::handle formats;
 };
 
 template <class Scalars, class Options>
 void run(const Lists& lists, const Options& options, int threads,
-         void (*on_cpu)(const Options&, std::span<const UpdateTensor>, int, std::span<const UpdateSums>),
+         void (*on_cpu)(const Options&, std::span<const UpdateTensor>, int, std::span<const UpdateSums>,
+                        std::span<const TensorFormat>, const RoundingKeys&),
          int (*GpuLibrary::*on_gpu)(int, const Scalars*, const UpdateTensor*, std::int64_t, void*)) {
   TensorReader reader(lists.function);
+  StepFormats formats(lists.formats);
   const std::vector<UpdateTensor> tensors =
-      read_updates(reader, lists.function, lists.params, lists.states, lists.grads, lists.outs);
+      read_updates(reader, lists.function, lists.params, lists.states, lists.grads, lists.outs,
+                   lists.formats.is_none() ? nullptr : &formats);
   if (!reader.on_gpu()) {
+    if (!formats.tensors.empty() && !lists.checksums.is_none()) {
+      throw py::value_error(
+          std::string(lists.function) +
+          ": checksums in the pass need fp32 parameters, and states rounded to nearest; call "
+          "checksums before and after the step");
+    }
     const std::vector<UpdateSums> sums = read_sums(reader, lists.function, lists.checksums, tensors);
     py::gil_scoped_release unlocked;
-    on_cpu(options, tensors, threads, sums);
+    on_cpu(options, tensors, threads, sums, formats.tensors, formats.keys);
     return;
+  }
+  if (!formats.tensors.empty()) {
+    throw py::value_error(std::string(lists.function) +
+                          ": master_bits, stochastic rounding and 8-bit states work on the CPU only");
   }
   if (!lists.checksums.is_none()) {
     throw py::value_error(std::string(lists.function) + ": checksums are computed on the CPU only");
@@ -50,40 +64,46 @@ void run(const Lists& lists, const Options& options, int threads,
 
 void adam(py::handle params, py::handle exp_avgs, py::handle exp_avg_sqs, py::handle grads, py::handle out,
           std::int64_t step, double lr, double beta1, double beta2, double eps, double weight_decay,
-          bool decoupled, double grad_scale, int threads, py::handle checksums) {
+          bool decoupled, double grad_scale, int threads, py::handle checksums, py::handle formats) {
   require_step("adam_step", step);
   const AdamOptions options{step, lr, beta1, beta2, eps, weight_decay, decoupled, grad_scale};
-  run<AdamScalars>(
-      {"adam_step", params, {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}}, grads, out, checksums},
-      options, threads, adam_step, &GpuLibrary::adam);
+  run<AdamScalars>({"adam_step",
+                    params,
+                    {{"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}},
+                    grads,
+                    out,
+                    checksums,
+                    formats},
+                   options, threads, adam_step, &GpuLibrary::adam);
 }
 
 void adagrad(py::handle params, py::handle sums, py::handle grads, py::handle out, std::int64_t step,
              double lr, double lr_decay, double eps, double weight_decay, double grad_scale, int threads,
-             py::handle checksums) {
+             py::handle checksums, py::handle formats) {
   require_step("adagrad_step", step);
   const AdagradOptions options{step, lr, lr_decay, eps, weight_decay, grad_scale};
-  run<AdagradScalars>({"adagrad_step", params, {{"sums", sums}}, grads, out, checksums}, options, threads,
-                      adagrad_step, &GpuLibrary::adagrad);
+  run<AdagradScalars>({"adagrad_step", params, {{"sums", sums}}, grads, out, checksums, formats}, options,
+                      threads, adagrad_step, &GpuLibrary::adagrad);
 }
 
 void lion(py::handle params, py::handle exp_avgs, py::handle grads, py::handle out, double lr, double beta1,
-          double beta2, double weight_decay, double grad_scale, int threads, py::handle checksums) {
+          double beta2, double weight_decay, double grad_scale, int threads, py::handle checksums,
+          py::handle formats) {
   const LionOptions options{lr, beta1, beta2, weight_decay, grad_scale};
-  run<LionScalars>({"lion_step", params, {{"exp_avgs", exp_avgs}}, grads, out, checksums}, options, threads,
-                   lion_step, &GpuLibrary::lion);
+  run<LionScalars>({"lion_step", params, {{"exp_avgs", exp_avgs}}, grads, out, checksums, formats}, options,
+                   threads, lion_step, &GpuLibrary::lion);
 }
 
 void sgd(py::handle params, py::handle buffers, py::handle grads, py::handle out, bool first, double lr,
          double momentum, double dampening, double weight_decay, bool nesterov, double grad_scale,
-         int threads, py::handle checksums) {
+         int threads, py::handle checksums, py::handle formats) {
   const SgdOptions options{first, lr, momentum, dampening, weight_decay, nesterov, grad_scale};
   if (momentum == 0.0) {
-    run<SgdScalars>({"sgd_step", params, {}, grads, out, checksums}, options, threads, sgd_step,
+    run<SgdScalars>({"sgd_step", params, {}, grads, out, checksums, formats}, options, threads, sgd_step,
                     &GpuLibrary::sgd);
   } else {
-    run<SgdScalars>({"sgd_step", params, {{"momentum_buffers", buffers}}, grads, out, checksums}, options,
-                    threads, sgd_step, &GpuLibrary::sgd);
+    run<SgdScalars>({"sgd_step", params, {{"momentum_buffers", buffers}}, grads, out, checksums, formats},
+                    options, threads, sgd_step, &GpuLibrary::sgd);
   }
 }
 

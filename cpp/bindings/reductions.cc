@@ -87,10 +87,12 @@ void checksums_of(py::handle list, py::handle out, int threads) {
   tensors.reserve(items.size());
   for (std::size_t i = 0; i < items.size(); ++i) {
     const auto index = static_cast<std::int64_t>(i);
-    const View view = reader.floats(items[i], "tensors", kFloats, index);
+    bool packed = false;  // 8-bit states
+    const View view = reader.states(items[i], "tensors", kFloats, index, &packed);
     const View sums = reader.typed(outs[i], "out", dlpack::kInt, 64, "int64", index);
     reader.require_numel(sums, num_checksums(view.numel), "out", index, "the list of blocks");
-    tensors.push_back({view.data, view.numel, view.dtype, static_cast<std::uint64_t*>(sums.data)});
+    tensors.push_back(
+        {view.data, view.numel, packed ? DType::kU8 : view.dtype, static_cast<std::uint64_t*>(sums.data)});
   }
   if (reader.on_gpu()) throw py::value_error("checksums: tensors must be on the CPU");
   py::gil_scoped_release unlocked;

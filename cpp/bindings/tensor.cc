@@ -1,5 +1,8 @@
 #include "tensor.h"
 
+#include <optional>
+#include <utility>
+
 #include "gpu.h"
 
 namespace ds::bindings {
@@ -78,6 +81,7 @@ std::string device_name(dlpack::Device device) {
 std::string names(DTypes allowed) {
   std::string text;
   const char* const all[] = {"float32", "bfloat16", "float16"};
+  if (allowed == 0) return "uint8";  // as the first state
   for (unsigned i = 0; i < kNumDTypes; ++i) {
     if ((allowed >> i & 1u) != 0) text += (text.empty() ? "" : " or ") + std::string(all[i]);
   }
@@ -197,7 +201,21 @@ void* TensorReader::stream() const {
 
 View TensorReader::floats(py::handle object, std::string_view name, DTypes allowed, std::int64_t index) {
   const Arg arg{function_, name, index};
-  View view = read(object, arg);
+  return as_floats(read(object, arg), arg, allowed);
+}
+
+View TensorReader::states(py::handle object, std::string_view name, DTypes allowed, std::int64_t index,
+                          bool* packed) {
+  const Arg arg{function_, name, index};
+  const View view = read(object, arg);
+  if (packed != nullptr) {
+    *packed = view.type.code == dlpack::kUInt && view.type.bits == 8;
+    if (*packed) return view;
+  }
+  return as_floats(view, arg, allowed);
+}
+
+View TensorReader::as_floats(View view, const Arg& arg, DTypes allowed) {
   bool known = true;
   if (view.type.code == dlpack::kFloat && view.type.bits == 32) {
     view.dtype = DType::kF32;
@@ -261,9 +279,64 @@ Items::Items(py::handle sequence, std::string_view function, std::string_view na
   }
 }
 
+StepFormats::StepFormats(py::handle given) : master_bits(py::none()) {
+  if (given.is_none()) return;
+  const auto parts = py::cast<py::tuple>(given);
+  master_bits = parts[0];
+  stochastic = !parts[1].is_none();
+  if (stochastic) {
+    const auto key = py::cast<std::uint64_t>(parts[1]);
+    keys.state[0] = static_cast<std::uint32_t>(key);
+    keys.state[1] = static_cast<std::uint32_t>(key >> 32);
+  }
+  away = py::cast<bool>(parts[2]);
+}
+
+namespace {
+
+// The format of one tensor, whose parameter and states have been read.
+class FormatReader {
+ public:
+  FormatReader(TensorReader& reader, std::string_view function, StepFormats& formats, std::size_t count)
+      : reader_(reader), function_(function), formats_(formats) {
+    if (formats.master_bits.is_none()) return;
+    low_.emplace(formats.master_bits, function, "master_bits");
+    reader.require_count(low_->size(), count, "master_bits", "params");
+  }
+
+  TensorFormat read(std::int64_t index, const View& param, const UpdateTensor& t) {
+    TensorFormat format;
+    format.param_dtype = param.dtype;
+    if (low_ && !(*low_)[static_cast<std::size_t>(index)].is_none()) {
+      if (param.dtype != DType::kBF16) {
+        fail({function_, "params", index}, "must be bfloat16 if it has master_bits");
+      }
+      const View low = reader_.typed((*low_)[static_cast<std::size_t>(index)], "master_bits", dlpack::kInt,
+                                     16, "int16", index);
+      reader_.require_numel(low, param.numel, "master_bits", index, "params");
+      format.low = static_cast<std::int16_t*>(low.data);
+    }
+    if (t.state_dtype == DType::kU8 && !formats_.stochastic) {
+      fail({function_, "rounding", -1}, "is None, but 8-bit states are rounded stochastically; pass a key");
+    }
+    format.stochastic = formats_.stochastic && t.states[0] != nullptr && t.state_dtype == DType::kBF16;
+    format.away =
+        formats_.away && t.out != nullptr && t.out_dtype == DType::kBF16 && format.param_dtype == DType::kF32;
+    return format;
+  }
+
+ private:
+  TensorReader& reader_;
+  std::string_view function_;
+  StepFormats& formats_;
+  std::optional<Items> low_;
+};
+
+}  // namespace
+
 std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view function, py::handle params,
                                        std::initializer_list<StateArg> states, py::handle grads,
-                                       py::handle outs) {
+                                       py::handle outs, StepFormats* formats) {
   const Items p(params, function, "params");
   const bool with_grads = grads.ptr() != nullptr;
   const Items g(with_grads ? grads : params, function, "grads");
@@ -275,14 +348,20 @@ std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view fu
     lists.emplace_back(state.list, function, state.name);
     reader.require_count(lists.back().size(), p.size(), state.name, "params");
   }
+  std::optional<FormatReader> format_reader;
+  if (formats != nullptr) format_reader.emplace(reader, function, *formats, p.size());
 
   std::vector<UpdateTensor> tensors;
   tensors.reserve(p.size());
+  std::vector<TensorFormat> read;
+  bool plain = true;
   for (std::size_t i = 0; i < p.size(); ++i) {
     const auto index = static_cast<std::int64_t>(i);
-    const View param = reader.floats(p[i], "params", kFloat32, index);
-    auto like_param = [&](py::handle object, std::string_view name, DTypes allowed) {
-      const View view = reader.floats(object, name, allowed, index);
+    const View param = reader.floats(p[i], "params", formats != nullptr ? kFloats : kFloat32, index);
+    if (reader.on_gpu() && param.dtype != DType::kF32) {
+      fail({function, "params", index}, "must be float32 on a GPU");
+    }
+    auto like_param = [&](const View& view, std::string_view name) {
       reader.require_numel(view, param.numel, name, index, "params");
       return view;
     };
@@ -295,24 +374,33 @@ std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view fu
                    DType::kF32,
                    DType::kF32};
     DTypes state_dtypes = kStates;
+    // 8-bit states are both moments of Adam.
+    bool packed = formats != nullptr && lists.size() == 2 && !reader.on_gpu();
     for (std::size_t k = 0; k < lists.size(); ++k) {
-      const View state = like_param(lists[k][i], states.begin()[k].name, state_dtypes);
+      const std::string_view name = states.begin()[k].name;
+      const View state =
+          like_param(reader.states(lists[k][i], name, state_dtypes, index, packed ? &packed : nullptr), name);
+      if (packed && k == 0) state_dtypes = 0;
       t.states[k] = state.data;
-      t.state_dtype = state.dtype;
-      state_dtypes = only(state.dtype);  // the states of one tensor share their dtype
+      t.state_dtype = packed ? DType::kU8 : state.dtype;
+      if (!packed) state_dtypes = only(state.dtype);  // the states of one tensor share their dtype
     }
     if (with_grads) {
-      const View grad = like_param(g[i], "grads", kFloats);
+      const View grad = like_param(reader.floats(g[i], "grads", kFloats, index), "grads");
       t.grad = grad.data;
       t.grad_dtype = grad.dtype;
     }
     if (!outs.is_none() && !o[i].is_none()) {
-      const View out = like_param(o[i], "out", kFloats);
+      const View out = like_param(reader.floats(o[i], "out", kFloats, index), "out");
       t.out = out.data;
       t.out_dtype = out.dtype;
     }
     tensors.push_back(t);
+    if (!format_reader) continue;
+    read.push_back(format_reader->read(index, param, t));
+    plain = plain && read.back().plain();
   }
+  if (formats != nullptr && !plain) formats->tensors = std::move(read);
   return tensors;
 }
 

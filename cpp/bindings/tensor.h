@@ -11,6 +11,7 @@
 #include "dlpack.h"
 #include "ds/checksum.h"
 #include "ds/dtype.h"
+#include "ds/formats.h"
 #include "ds/update.h"
 
 namespace ds::bindings {
@@ -68,6 +69,8 @@ class TensorReader {
   explicit TensorReader(std::string_view function) : function_(function) {}
 
   View floats(py::handle object, std::string_view name, DTypes allowed, std::int64_t index = -1);
+  // Optimizer states: floats, or uint8 where `packed` is not null, which then says what was read.
+  View states(py::handle object, std::string_view name, DTypes allowed, std::int64_t index, bool* packed);
   Span bytes(py::handle object, std::string_view name);
   View typed(py::handle object, std::string_view name, dlpack::TypeCode code, int bits,
              std::string_view type_name, std::int64_t index = -1);
@@ -85,6 +88,7 @@ class TensorReader {
 
  private:
   View read(py::handle object, const Arg& arg);
+  View as_floats(View view, const Arg& arg, DTypes allowed);
   void check_device(dlpack::Device device, const Arg& arg);
 
   std::string_view function_;
@@ -100,11 +104,24 @@ struct StateArg {
   py::handle list;
 };
 
+// The formats of all tensors of a step (ds/formats.h).
+struct StepFormats {
+  // None, or a tuple: None or a list of None or int16 tensors (master bits); None or the key of stochastic
+  // rounding; whether copies round ties away.
+  explicit StepFormats(py::handle given);
+
+  py::object master_bits;
+  bool stochastic = false;
+  bool away = false;
+  RoundingKeys keys;
+  std::vector<TensorFormat> tensors;  // empty if all are plain
+};
+
 // Reads and checks the lists of an optimizer step; two states at most. `outs` may be None; `grads` is a null
-// handle where the step has no gradients.
+// handle where the step has no gradients. Without `formats`, parameters are fp32.
 std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view function, py::handle params,
                                        std::initializer_list<StateArg> states, py::handle grads,
-                                       py::handle outs);
+                                       py::handle outs, StepFormats* formats = nullptr);
 
 // Reads where the checksums of an update go: None, or a pair of lists of int64 tensors (ds/checksum.h). CPU
 // only.

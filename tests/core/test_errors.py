@@ -141,7 +141,7 @@ def test_what_is_no_list_of_tensors(name: str, one: Any) -> None:
         kernels.adam_step(**lists(**{name: one}))
     states = [torch.ones(8), torch.ones(8)]
     with pytest.raises(ValueError, match="adagrad_step: grads must be a sequence"):  # the binding by itself
-        _native.core.adagrad_step(states, states, one, None, 1, 0.1, 0.0, 0.0, 0.0, 1.0, 1, None)
+        _native.core.adagrad_step(states, states, one, None, 1, 0.1, 0.0, 0.0, 0.0, 1.0, 1, None, None)
 
 
 def test_iterators_are_read_once_and_their_tensors_live_until_the_end() -> None:
@@ -157,7 +157,7 @@ def test_iterators_are_read_once_and_their_tensors_live_until_the_end() -> None:
         assert (p._version, o._version) == (before[0] + 1, before[1] + 1)
     more = [torch.zeros(numel) for _ in params]
     _native.core.sgd_step(  # the binding by itself
-        more, None, (g.clone() for g in grads), None, True, 1.0, 0.0, 0.0, 0.0, False, 1.0, 1, None
+        more, None, (g.clone() for g in grads), None, True, 1.0, 0.0, 0.0, 0.0, False, 1.0, 1, None, None
     )
     assert all(torch.equal(p, -g) for p, g in zip(more, grads, strict=True))
     assert kernels.squared_norm(g.clone() for g in grads) == kernels.squared_norm(grads)

@@ -26,6 +26,15 @@ ON_DISK = {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/tm
 # One job for each rule, in the order of the table.
 BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, {"optimizer": torch.optim.AdamW}),
+    ({"optimizer": {"type": "Adam", "params": {"state_dtype": "int8"}}}, {}),
+    (
+        {
+            "optimizer": {"type": "Adam", "params": {"state_dtype": "bf16"}},
+            "zero_optimization": OFFLOAD,
+            "bf16": {"enabled": True, "bf16_optimizer_states": True},
+        },
+        {},
+    ),
     ({"optimizer": {"type": "LBFGS"}}, {}),
     ({"optimizer": {"type": "SparseAdam"}}, {}),
     ({"zero_optimization": OFFLOAD}, {"optimizer": torch.optim.AdamW}),

@@ -11,6 +11,7 @@
 #include <span>
 
 #include "ds/checksum.h"
+#include "ds/formats.h"
 #include "ds/update.h"
 
 namespace ds {
@@ -35,6 +36,7 @@ struct AdagradScalars {
 
 // States: sum.
 void adagrad_step(const AdagradOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
-                  std::span<const UpdateSums> sums = {});
+                  std::span<const UpdateSums> sums = {}, std::span<const TensorFormat> formats = {},
+                  const RoundingKeys& keys = {});
 
 }  // namespace ds

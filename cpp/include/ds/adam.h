@@ -16,6 +16,7 @@
 #include <span>
 
 #include "ds/checksum.h"
+#include "ds/formats.h"
 #include "ds/update.h"
 
 namespace ds {
@@ -48,6 +49,7 @@ struct AdamScalars {
 
 // States: exp_avg, exp_avg_sq.
 void adam_step(const AdamOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
-               std::span<const UpdateSums> sums = {});
+               std::span<const UpdateSums> sums = {}, std::span<const TensorFormat> formats = {},
+               const RoundingKeys& keys = {});
 
 }  // namespace ds

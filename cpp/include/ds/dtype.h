@@ -6,8 +6,9 @@
 
 namespace ds {
 
-enum class DType : std::uint8_t { kF32 = 0, kBF16 = 1, kF16 = 2 };
-inline constexpr int kNumDTypes = 3;
+// kU8: optimizer states in the codes of ds/formats.h.
+enum class DType : std::uint8_t { kF32 = 0, kBF16 = 1, kF16 = 2, kU8 = 3 };
+inline constexpr int kNumDTypes = 3;  // of floats
 
 // Storage only: arithmetic is done in fp32.
 struct BF16 {
@@ -17,6 +18,6 @@ struct F16 {
   std::uint16_t bits;
 };
 
-constexpr std::size_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+constexpr std::size_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : dtype == DType::kU8 ? 1 : 2; }
 
 }  // namespace ds

@@ -11,6 +11,7 @@
 #include <span>
 
 #include "ds/checksum.h"
+#include "ds/formats.h"
 #include "ds/update.h"
 
 namespace ds {
@@ -37,6 +38,7 @@ struct LionScalars {
 
 // States: exp_avg.
 void lion_step(const LionOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
-               std::span<const UpdateSums> sums = {});
+               std::span<const UpdateSums> sums = {}, std::span<const TensorFormat> formats = {},
+               const RoundingKeys& keys = {});
 
 }  // namespace ds

@@ -11,6 +11,7 @@
 #include <span>
 
 #include "ds/checksum.h"
+#include "ds/formats.h"
 #include "ds/update.h"
 
 namespace ds {
@@ -40,6 +41,7 @@ struct SgdScalars {
 
 // States: momentum_buffer where momentum != 0, else none.
 void sgd_step(const SgdOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
-              std::span<const UpdateSums> sums = {});
+              std::span<const UpdateSums> sums = {}, std::span<const TensorFormat> formats = {},
+              const RoundingKeys& keys = {});
 
 }  // namespace ds

@@ -114,19 +114,4 @@ void for_each_update(std::span<const UpdateTensor> tensors, int num_threads, std
   });
 }
 
-// An optimizer with one state at most; `table` is its part of the kernel table.
-template <class Scalars, std::size_t kNumStates>
-void one_state_step(const Scalars& scalars,
-                    const OneStateFn<Scalars> (&table)[kNumStates][kNumDTypes][kNumOutKinds],
-                    std::span<const UpdateTensor> tensors, int num_threads,
-                    std::span<const UpdateSums> sums) {
-  for_each_update(
-      tensors, num_threads, sums, [&](const UpdateTensor& t, std::int64_t begin, std::int64_t numel) {
-        const int state = t.states[0] == nullptr ? kNumStateKinds : state_kind(t.state_dtype);
-        const OneStateFn<Scalars> fn = table[state][grad_kind(t.grad_dtype)][out_kind(t.out, t.out_dtype)];
-        fn(scalars, t.param + begin, at(t.states[0], t.state_dtype, begin), at(t.grad, t.grad_dtype, begin),
-           at(t.out, t.out_dtype, begin), numel);
-      });
-}
-
 }  // namespace ds

@@ -11,9 +11,11 @@
 // Sums, which LAMB uses.
 #include "cpu/norm-inl.h"
 // The rest.
+#include "cpu/adam8-inl.h"
 #include "cpu/cast-inl.h"
 #include "cpu/checksum-inl.h"
 #include "cpu/codes-inl.h"
+#include "cpu/formats-inl.h"
 #include "cpu/signs-inl.h"
 #include "cpu/update-inl.h"
 
@@ -22,6 +24,7 @@
 #define DS_GRADS(fn, ...) {DS_OUTS(fn, __VA_ARGS__, float), DS_OUTS(fn, __VA_ARGS__, BF16), DS_OUTS(fn, __VA_ARGS__, F16)}
 #define DS_ADAM(State) {DS_OUTS(adam_range, State, float), DS_OUTS(adam_range, State, BF16), DS_OUTS(adam_range, State, F16)}
 #define DS_LAMB_GRADS(State) {lamb_moments_range<State, float>, lamb_moments_range<State, BF16>, lamb_moments_range<State, F16>}
+#define DS_ADAM8(Grad) {adam8_range<Grad, Absent>, adam8_range<Grad, float>, adam8_range<Grad, BF16>, adam8_range<Grad, F16>}
 #define DS_DTYPES(fn) {fn<float>, fn<BF16>, fn<F16>}
 #define DS_RESIDUALS(fn, ...) {fn<__VA_ARGS__, Absent>, fn<__VA_ARGS__, float>, fn<__VA_ARGS__, BF16>}
 #define DS_INT_ENCODE(bits) {DS_RESIDUALS(int_encode_block, bits, float), DS_RESIDUALS(int_encode_block, bits, BF16), DS_RESIDUALS(int_encode_block, bits, F16)}
@@ -30,6 +33,8 @@
 
 constexpr KernelTable kTable = {
     .adam = {DS_ADAM(float), DS_ADAM(BF16)},
+    .adam_split = {adam_split_range<float>, adam_split_range<BF16>, adam_split_range<F16>},
+    .adam8 = {DS_ADAM8(float), DS_ADAM8(BF16), DS_ADAM8(F16)},
     .adagrad = {DS_GRADS(one_state_range, AdagradScalars, float), DS_GRADS(one_state_range, AdagradScalars, BF16)},
     .lion = {DS_GRADS(one_state_range, LionScalars, float), DS_GRADS(one_state_range, LionScalars, BF16)},
     .sgd = {DS_GRADS(one_state_range, SgdScalars, float), DS_GRADS(one_state_range, SgdScalars, BF16),
@@ -45,5 +50,9 @@ constexpr KernelTable kTable = {
     .sign_decode = DS_DTYPES(sign_decode_block),
     .int_encode = {DS_INT_ENCODE(4), DS_INT_ENCODE(8)},
     .int_decode = {DS_INT_DECODE(4), DS_INT_DECODE(8)},
+    .join_master = join_master,
+    .split_master = split_master,
+    .round_away = round_away,
+    .round_stochastically = round_stochastically,
 };
 // clang-format on

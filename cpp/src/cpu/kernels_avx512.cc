@@ -7,6 +7,7 @@
 #include "ds/adam.h"
 #include "ds/checksum.h"
 #include "ds/codes.h"
+#include "ds/formats.h"
 #include "ds/lamb.h"
 #include "ds/lion.h"
 #include "ds/sgd.h"

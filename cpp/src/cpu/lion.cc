@@ -1,6 +1,6 @@
 #include "ds/lion.h"
 
-#include "cpu/elementwise.h"
+#include "cpu/tiles.h"
 
 namespace ds {
 
@@ -14,8 +14,9 @@ LionScalars::LionScalars(const LionOptions& o)
       minus_lr(static_cast<float>(-o.lr)) {}
 
 void lion_step(const LionOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
-               std::span<const UpdateSums> sums) {
-  one_state_step(LionScalars(options), kernels().lion, tensors, num_threads, sums);
+               std::span<const UpdateSums> sums, std::span<const TensorFormat> formats,
+               const RoundingKeys& keys) {
+  one_state_step(LionScalars(options), kernels().lion, tensors, num_threads, sums, formats, keys);
 }
 
 }  // namespace ds

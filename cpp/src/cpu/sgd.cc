@@ -1,6 +1,6 @@
 #include "ds/sgd.h"
 
-#include "cpu/elementwise.h"
+#include "cpu/tiles.h"
 
 namespace ds {
 
@@ -15,8 +15,9 @@ SgdScalars::SgdScalars(const SgdOptions& o)
       nesterov(o.nesterov) {}
 
 void sgd_step(const SgdOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
-              std::span<const UpdateSums> sums) {
-  one_state_step(SgdScalars(options), kernels().sgd, tensors, num_threads, sums);
+              std::span<const UpdateSums> sums, std::span<const TensorFormat> formats,
+              const RoundingKeys& keys) {
+  one_state_step(SgdScalars(options), kernels().sgd, tensors, num_threads, sums, formats, keys);
 }
 
 }  // namespace ds

@@ -54,6 +54,66 @@ inline void store(F16* out, F32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(a.raw, _MM_FROUND_TO_NEAREST_INT));
 }
 
+struct I32 {
+  __m256i raw;
+};
+
+inline I32 set_bits(std::uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+inline I32 bits_of(F32 a) { return {_mm256_castps_si256(a.raw)}; }
+inline F32 float_of(I32 a) { return {_mm256_castsi256_ps(a.raw)}; }
+inline I32 operator+(I32 a, I32 b) { return {_mm256_add_epi32(a.raw, b.raw)}; }
+inline I32 operator-(I32 a, I32 b) { return {_mm256_sub_epi32(a.raw, b.raw)}; }
+inline I32 operator*(I32 a, I32 b) { return {_mm256_mullo_epi32(a.raw, b.raw)}; }
+inline I32 operator&(I32 a, I32 b) { return {_mm256_and_si256(a.raw, b.raw)}; }
+inline I32 operator|(I32 a, I32 b) { return {_mm256_or_si256(a.raw, b.raw)}; }
+inline I32 operator^(I32 a, I32 b) { return {_mm256_xor_si256(a.raw, b.raw)}; }
+template <int kBits>
+inline I32 left(I32 a) {
+  return {_mm256_slli_epi32(a.raw, kBits)};
+}
+template <int kBits>
+inline I32 right(I32 a) {
+  return {_mm256_srli_epi32(a.raw, kBits)};
+}
+template <int kBits>
+inline I32 right_signed(I32 a) {
+  return {_mm256_srai_epi32(a.raw, kBits)};
+}
+inline I32 max_signed(I32 a, I32 b) { return {_mm256_max_epi32(a.raw, b.raw)}; }
+inline I32 min_signed(I32 a, I32 b) { return {_mm256_min_epi32(a.raw, b.raw)}; }
+inline I32 where_nonzero(I32 test, I32 a) {
+  return {_mm256_andnot_si256(_mm256_cmpeq_epi32(test.raw, _mm256_setzero_si256()), a.raw)};
+}
+inline I32 load_words(const std::uint32_t* x) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))};
+}
+inline I32 load_shorts(const std::int16_t* x) {
+  return {_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+}
+inline void store_shorts(std::int16_t* out, I32 a) {
+  const __m256i low = _mm256_and_si256(a.raw, _mm256_set1_epi32(0xffff));
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), packed);
+}
+inline I32 load_bytes(const std::uint8_t* x) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(x)))};
+}
+inline void store_bytes(std::uint8_t* out, I32 a) {
+  const __m128i shorts = _mm_packus_epi32(_mm256_castsi256_si128(a.raw), _mm256_extracti128_si256(a.raw, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packus_epi16(shorts, shorts));
+}
+inline I32 merge(std::uint32_t mask, I32 a, I32 b) {
+  const __m256i bits = _mm256_set1_epi32(static_cast<int>(mask));
+  return {_mm256_or_si256(_mm256_and_si256(bits, a.raw), _mm256_andnot_si256(bits, b.raw))};
+}
+inline I32 max_unsigned(I32 a, I32 b) { return {_mm256_max_epu32(a.raw, b.raw)}; }
+inline std::uint32_t largest_unsigned(I32 a) {
+  __m128i half = _mm_max_epu32(_mm256_castsi256_si128(a.raw), _mm256_extracti128_si256(a.raw, 1));
+  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0x4e));
+  half = _mm_max_epu32(half, _mm_shuffle_epi32(half, 0xb1));
+  return static_cast<std::uint32_t>(_mm_cvtsi128_si32(half));
+}
+
 struct Sum16 {
   __m256d quarter[4];
 };

@@ -51,6 +51,61 @@ inline void store(F16* out, F32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(a.raw, _MM_FROUND_TO_NEAREST_INT));
 }
 
+struct I32 {
+  __m512i raw;
+};
+
+inline I32 set_bits(std::uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+inline I32 bits_of(F32 a) { return {_mm512_castps_si512(a.raw)}; }
+inline F32 float_of(I32 a) { return {_mm512_castsi512_ps(a.raw)}; }
+inline I32 operator+(I32 a, I32 b) { return {_mm512_add_epi32(a.raw, b.raw)}; }
+inline I32 operator-(I32 a, I32 b) { return {_mm512_sub_epi32(a.raw, b.raw)}; }
+inline I32 operator*(I32 a, I32 b) { return {_mm512_mullo_epi32(a.raw, b.raw)}; }
+inline I32 operator&(I32 a, I32 b) { return {_mm512_and_si512(a.raw, b.raw)}; }
+inline I32 operator|(I32 a, I32 b) { return {_mm512_or_si512(a.raw, b.raw)}; }
+inline I32 operator^(I32 a, I32 b) { return {_mm512_xor_si512(a.raw, b.raw)}; }
+template <int kBits>
+inline I32 left(I32 a) {
+  return {_mm512_slli_epi32(a.raw, kBits)};
+}
+template <int kBits>
+inline I32 right(I32 a) {
+  return {_mm512_srli_epi32(a.raw, kBits)};
+}
+template <int kBits>
+inline I32 right_signed(I32 a) {
+  return {_mm512_srai_epi32(a.raw, kBits)};
+}
+inline I32 max_signed(I32 a, I32 b) { return {_mm512_max_epi32(a.raw, b.raw)}; }
+inline I32 min_signed(I32 a, I32 b) { return {_mm512_min_epi32(a.raw, b.raw)}; }
+inline I32 where_nonzero(I32 test, I32 a) {
+  return {_mm512_maskz_mov_epi32(_mm512_test_epi32_mask(test.raw, test.raw), a.raw)};
+}
+inline I32 load_words(const std::uint32_t* x) { return {_mm512_loadu_si512(x)}; }
+inline I32 load_shorts(const std::int16_t* x) {
+  return {_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)))};
+}
+inline void store_shorts(std::int16_t* out, I32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(a.raw));
+}
+inline I32 load_bytes(const std::uint8_t* x) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)))};
+}
+inline void store_bytes(std::uint8_t* out, I32 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtusepi32_epi8(a.raw));
+}
+inline I32 merge(std::uint32_t mask, I32 a, I32 b) {
+  return {_mm512_ternarylogic_epi32(_mm512_set1_epi32(static_cast<int>(mask)), a.raw, b.raw, 0xca)};
+}
+inline I32 max_unsigned(I32 a, I32 b) { return {_mm512_max_epu32(a.raw, b.raw)}; }
+inline std::uint32_t largest_unsigned(I32 a) {
+  const __m256i half = _mm256_max_epu32(_mm512_castsi512_si256(a.raw), _mm512_extracti64x4_epi64(a.raw, 1));
+  __m128i quarter = _mm_max_epu32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  quarter = _mm_max_epu32(quarter, _mm_shuffle_epi32(quarter, 0x4e));
+  quarter = _mm_max_epu32(quarter, _mm_shuffle_epi32(quarter, 0xb1));
+  return static_cast<std::uint32_t>(_mm_cvtsi128_si32(quarter));
+}
+
 struct Sum16 {
   __m512d low, high;
 };

@@ -8,6 +8,10 @@
 //   fp64 accumulators whatever the vector width, so that sums have the same bits zero16, widen16,
 //   add_squares, add_magnitudes, store16 sign(F32)              -1, 0 or 1 per lane; 0 for NaN sign_bits(F32)
 //   bit i = sign bit of lane i select(mask, a, b)     lane i of a where bit i is set, else of b
+//   I32: bits_of(F32), float_of(I32), wrapping + - *, & | ^, left<n>, right<n>, right_signed<n>, max_signed,
+//   min_signed, max_unsigned, where_nonzero(test, a): a or 0, merge(mask, a, b): the bits of a in mask, else
+//   those of b; loads and stores that widen and narrow; store_bytes: lanes from 0 to 32767, above 255 as 255;
+//   largest_unsigned: of all lanes
 //   WeightedWords: zero_words, add_words, total: [Note: checksum of a block], 16 words at a time
 // No default member initializers: GCC compiles implicit constructors outside the target's region.
 
@@ -58,6 +62,79 @@ inline F32 load(const T* x) {
 template <class T>
 inline void store(T* out, F32 a) {
   for (int i = 0; i < kLanes; ++i) narrow(out + i, a.raw[i]);
+}
+
+typedef std::int32_t Int4 __attribute__((vector_size(16)));
+typedef std::uint32_t UInt4 __attribute__((vector_size(16)));
+
+struct I32 {
+  UInt4 raw;
+};
+
+inline I32 set_bits(std::uint32_t x) { return {UInt4{x, x, x, x}}; }
+inline I32 bits_of(F32 a) { return {__builtin_bit_cast(UInt4, a.raw)}; }
+inline F32 float_of(I32 a) { return {__builtin_bit_cast(Float4, a.raw)}; }
+inline I32 operator+(I32 a, I32 b) { return {a.raw + b.raw}; }
+inline I32 operator-(I32 a, I32 b) { return {a.raw - b.raw}; }
+inline I32 operator*(I32 a, I32 b) { return {a.raw * b.raw}; }
+inline I32 operator&(I32 a, I32 b) { return {a.raw & b.raw}; }
+inline I32 operator|(I32 a, I32 b) { return {a.raw | b.raw}; }
+inline I32 operator^(I32 a, I32 b) { return {a.raw ^ b.raw}; }
+template <int kBits>
+inline I32 left(I32 a) {
+  return {a.raw << kBits};
+}
+template <int kBits>
+inline I32 right(I32 a) {
+  return {a.raw >> kBits};
+}
+template <int kBits>
+inline I32 right_signed(I32 a) {
+  return {__builtin_bit_cast(UInt4, __builtin_bit_cast(Int4, a.raw) >> kBits)};
+}
+inline I32 max_signed(I32 a, I32 b) {
+  const auto greater =
+      __builtin_bit_cast(UInt4, __builtin_bit_cast(Int4, a.raw) > __builtin_bit_cast(Int4, b.raw));
+  return {(a.raw & greater) | (b.raw & ~greater)};
+}
+inline I32 min_signed(I32 a, I32 b) {
+  const auto less =
+      __builtin_bit_cast(UInt4, __builtin_bit_cast(Int4, a.raw) < __builtin_bit_cast(Int4, b.raw));
+  return {(a.raw & less) | (b.raw & ~less)};
+}
+inline I32 where_nonzero(I32 test, I32 a) {
+  return {a.raw & __builtin_bit_cast(UInt4, test.raw != UInt4{0, 0, 0, 0})};
+}
+inline I32 load_words(const std::uint32_t* x) {
+  I32 a;
+  __builtin_memcpy(&a.raw, x, sizeof a.raw);
+  return a;
+}
+inline I32 load_shorts(const std::int16_t* x) {
+  I32 a;
+  for (int i = 0; i < kLanes; ++i) a.raw[i] = static_cast<std::uint32_t>(static_cast<std::int32_t>(x[i]));
+  return a;
+}
+inline void store_shorts(std::int16_t* out, I32 a) {
+  for (int i = 0; i < kLanes; ++i) out[i] = static_cast<std::int16_t>(a.raw[i]);
+}
+inline I32 load_bytes(const std::uint8_t* x) {
+  I32 a;
+  for (int i = 0; i < kLanes; ++i) a.raw[i] = x[i];
+  return a;
+}
+inline void store_bytes(std::uint8_t* out, I32 a) {
+  for (int i = 0; i < kLanes; ++i) out[i] = static_cast<std::uint8_t>(a.raw[i] < 255 ? a.raw[i] : 255);
+}
+inline I32 merge(std::uint32_t mask, I32 a, I32 b) { return {(a.raw & mask) | (b.raw & ~mask)}; }
+inline I32 max_unsigned(I32 a, I32 b) {
+  const auto greater = __builtin_bit_cast(UInt4, a.raw > b.raw);
+  return {(a.raw & greater) | (b.raw & ~greater)};
+}
+inline std::uint32_t largest_unsigned(I32 a) {
+  std::uint32_t largest = a.raw[0];
+  for (int i = 1; i < kLanes; ++i) largest = a.raw[i] > largest ? a.raw[i] : largest;
+  return largest;
 }
 
 struct Sum16 {

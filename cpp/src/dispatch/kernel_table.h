@@ -28,6 +28,8 @@ constexpr int out_kind(const void* out, DType dtype) {
 
 using AdamFn = void (*)(const AdamScalars&, float* param, void* exp_avg, void* exp_avg_sq, const void* grad,
                         void* out, std::int64_t numel);
+using Adam8Fn = void (*)(const AdamScalars&, float* param, std::uint8_t* exp_avg, std::uint8_t* exp_avg_sq,
+                         const void* grad, void* out, std::uint32_t key, std::int64_t numel);
 template <class Scalars>
 using OneStateFn = void (*)(const Scalars&, float* param, void* state, const void* grad, void* out,
                             std::int64_t numel);
@@ -51,6 +53,9 @@ using IntDecodeFn = void (*)(const std::uint8_t* codes, float scale, float weigh
 
 struct KernelTable {
   AdamFn adam[kNumStateKinds][kNumDTypes][kNumOutKinds];  // [state][grad][out], as the others
+  void (*adam_split[kNumDTypes])(const AdamScalars&, BF16* high, std::int16_t* low, float* exp_avg,
+                                 float* exp_avg_sq, const void* grad, std::int64_t numel);  // [grad]
+  Adam8Fn adam8[kNumDTypes][kNumOutKinds];                                                  // [grad][out]
   OneStateFn<AdagradScalars> adagrad[kNumStateKinds][kNumDTypes][kNumOutKinds];
   OneStateFn<LionScalars> lion[kNumStateKinds][kNumDTypes][kNumOutKinds];
   OneStateFn<SgdScalars> sgd[kNumStateKinds + 1][kNumDTypes][kNumOutKinds];  // last: no momentum
@@ -65,6 +70,11 @@ struct KernelTable {
   SignDecodeFn sign_decode[kNumDTypes];
   IntEncodeFn int_encode[2][kNumDTypes][1 + kNumStateKinds];  // [4 or 8 bits][x][residual]
   IntDecodeFn int_decode[2][kNumDTypes];
+  // ds/formats.h
+  void (*join_master)(const BF16* high, const std::int16_t* low, float* out, std::int64_t numel);
+  void (*split_master)(const float* x, BF16* high, std::int16_t* low, std::int64_t numel);
+  void (*round_away)(const float* x, BF16* out, std::int64_t numel);
+  void (*round_stochastically)(const float* x, BF16* out, std::uint32_t key, std::int64_t numel);
 };
 
 namespace baseline {

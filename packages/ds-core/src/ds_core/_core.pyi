@@ -83,6 +83,7 @@ def adam_step(
     grad_scale: float,
     threads: int,
     checksums: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    formats: tuple[Sequence[Tensor | None] | None, int | None, bool] | None,
     /,
 ) -> None: ...
 def adagrad_step(
@@ -98,6 +99,7 @@ def adagrad_step(
     grad_scale: float,
     threads: int,
     checksums: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    formats: tuple[Sequence[Tensor | None] | None, int | None, bool] | None,
     /,
 ) -> None: ...
 def lion_step(
@@ -112,6 +114,7 @@ def lion_step(
     grad_scale: float,
     threads: int,
     checksums: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    formats: tuple[Sequence[Tensor | None] | None, int | None, bool] | None,
     /,
 ) -> None: ...
 def sgd_step(
@@ -128,6 +131,7 @@ def sgd_step(
     grad_scale: float,
     threads: int,
     checksums: tuple[Sequence[Tensor], Sequence[Tensor]] | None,
+    formats: tuple[Sequence[Tensor | None] | None, int | None, bool] | None,
     /,
 ) -> None: ...
 def lamb_moments(

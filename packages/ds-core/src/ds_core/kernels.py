@@ -8,7 +8,8 @@ native here.
 
 Common arguments of the optimizer steps, all of which work in place:
 
-* `params` fp32; states fp32 or bf16; `grads` fp32, bf16 or fp16, also mixed within one list.
+* `params` fp32; states fp32 or bf16, rounded to nearest even; `grads` fp32, bf16 or fp16, also mixed within one list.
+* `formats`, on the CPU: allows 16-bit `params` and 8-bit states, and says how they are rounded. Arithmetic is in fp32.
 * `grad_scale`: a gradient is widened, multiplied by it and rounded to fp32 before anything else: the same bits as
   gradients multiplied beforehand.
 * `out[i]`, where not None, receives the new `params[i]` rounded to its dtype (fp32, bf16, fp16) in the same pass.
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ds_core import _gpu, _native, reference
+from ds_core.formats import StepFormats, master_bits, native_formats, widened
 
 NORM_BLOCK_NUMEL = reference.NORM_BLOCK_NUMEL
 CHECKSUM_BLOCK_NUMEL = reference.CHECKSUM_BLOCK_NUMEL
@@ -101,6 +103,7 @@ def adam_step(
     grad_scale: float = 1.0,
     out: Iterable[Tensor | None] | None = None,
     checksums: Checksums | None = None,
+    formats: StepFormats | None = None,
 ) -> None:
     """One step of AdamW (`decoupled`, Loshchilov and Hutter 2019, algorithm 2) or Adam with L2 regularisation."""
     params, exp_avgs, exp_avg_sqs, grads = _lists(
@@ -111,16 +114,17 @@ def adam_step(
         return
     if not _is_native(params[0]):
         _no_checksums("adam_step", checksums)
-        reference.adam_step(
-            params, exp_avgs, exp_avg_sqs, grads, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-            weight_decay=weight_decay, decoupled=decoupled, grad_scale=grad_scale, out=out,
-        )  # fmt: skip
+        with widened(params, [exp_avgs, exp_avg_sqs], out, formats) as (wide, own, copies):
+            reference.adam_step(
+                wide, own[0], own[1], grads, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+                weight_decay=weight_decay, decoupled=decoupled, grad_scale=grad_scale, out=copies,
+            )  # fmt: skip
         return
     _native.core.adam_step(
         params, exp_avgs, exp_avg_sqs, grads, out, step, lr, beta1, beta2, eps, weight_decay, decoupled,
-        grad_scale, torch.get_num_threads(), checksums,
+        grad_scale, torch.get_num_threads(), checksums, native_formats(formats),
     )  # fmt: skip
-    _written(params, exp_avgs, exp_avg_sqs, out)
+    _written(params, exp_avgs, exp_avg_sqs, out, master_bits(formats))
 
 
 def adagrad_step(
@@ -136,6 +140,7 @@ def adagrad_step(
     grad_scale: float = 1.0,
     out: Iterable[Tensor | None] | None = None,
     checksums: Checksums | None = None,
+    formats: StepFormats | None = None,
 ) -> None:
     """One step of Adagrad (Duchi, Hazan and Singer 2011) as `torch.optim.Adagrad` defines it."""
     params, sums, grads = _lists("adagrad_step", params=params, sums=sums, grads=grads)
@@ -144,16 +149,17 @@ def adagrad_step(
         return
     if not _is_native(params[0]):
         _no_checksums("adagrad_step", checksums)
-        reference.adagrad_step(
-            params, sums, grads, step=step, lr=lr, lr_decay=lr_decay, eps=eps, weight_decay=weight_decay,
-            grad_scale=grad_scale, out=out,
-        )  # fmt: skip
+        with widened(params, [sums], out, formats) as (wide, own, copies):
+            reference.adagrad_step(
+                wide, own[0], grads, step=step, lr=lr, lr_decay=lr_decay, eps=eps, weight_decay=weight_decay,
+                grad_scale=grad_scale, out=copies,
+            )  # fmt: skip
         return
     _native.core.adagrad_step(
         params, sums, grads, out, step, lr, lr_decay, eps, weight_decay, grad_scale, torch.get_num_threads(),
-        checksums,
+        checksums, native_formats(formats),
     )  # fmt: skip
-    _written(params, sums, out)
+    _written(params, sums, out, master_bits(formats))
 
 
 def lion_step(
@@ -168,6 +174,7 @@ def lion_step(
     grad_scale: float = 1.0,
     out: Iterable[Tensor | None] | None = None,
     checksums: Checksums | None = None,
+    formats: StepFormats | None = None,
 ) -> None:
     """One step of Lion (Chen et al. 2023, algorithm 2), weight decay decoupled."""
     params, exp_avgs, grads = _lists("lion_step", params=params, exp_avgs=exp_avgs, grads=grads)
@@ -176,16 +183,17 @@ def lion_step(
         return
     if not _is_native(params[0]):
         _no_checksums("lion_step", checksums)
-        reference.lion_step(
-            params, exp_avgs, grads, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
-            grad_scale=grad_scale, out=out,
-        )  # fmt: skip
+        with widened(params, [exp_avgs], out, formats) as (wide, own, copies):
+            reference.lion_step(
+                wide, own[0], grads, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
+                grad_scale=grad_scale, out=copies,
+            )  # fmt: skip
         return
     _native.core.lion_step(
         params, exp_avgs, grads, out, lr, beta1, beta2, weight_decay, grad_scale, torch.get_num_threads(),
-        checksums,
+        checksums, native_formats(formats),
     )  # fmt: skip
-    _written(params, exp_avgs, out)
+    _written(params, exp_avgs, out, master_bits(formats))
 
 
 def sgd_step(
@@ -202,6 +210,7 @@ def sgd_step(
     grad_scale: float = 1.0,
     out: Iterable[Tensor | None] | None = None,
     checksums: Checksums | None = None,
+    formats: StepFormats | None = None,
 ) -> None:
     """One step of SGD as `torch.optim.SGD` defines it.
 
@@ -220,16 +229,17 @@ def sgd_step(
         momentum_buffers = _listed("sgd_step", "momentum_buffers", momentum_buffers)
     if not _is_native(params[0]):
         _no_checksums("sgd_step", checksums)
-        reference.sgd_step(
-            params, momentum_buffers, grads, first=first, lr=lr, momentum=momentum, dampening=dampening,
-            weight_decay=weight_decay, nesterov=nesterov, grad_scale=grad_scale, out=out,
-        )  # fmt: skip
+        with widened(params, [momentum_buffers], out, formats) as (wide, own, copies):
+            reference.sgd_step(
+                wide, own[0], grads, first=first, lr=lr, momentum=momentum, dampening=dampening,
+                weight_decay=weight_decay, nesterov=nesterov, grad_scale=grad_scale, out=copies,
+            )  # fmt: skip
         return
     _native.core.sgd_step(
         params, momentum_buffers, grads, out, first, lr, momentum, dampening, weight_decay, nesterov, grad_scale,
-        torch.get_num_threads(), checksums,
+        torch.get_num_threads(), checksums, native_formats(formats),
     )  # fmt: skip
-    _written(params, momentum_buffers if momentum != 0.0 else None, out)
+    _written(params, momentum_buffers if momentum != 0.0 else None, out, master_bits(formats))
 
 
 def lamb_step(

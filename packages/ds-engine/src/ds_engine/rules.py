@@ -58,6 +58,16 @@ def _offloads_params(choices: Choices) -> bool:
     return choices.settings.zero_optimization.offload_param.device != "none"
 
 
+def _says(choices: Choices, key: str) -> bool:
+    """Whether optimizer.params has this key."""
+    own = choices.optimizer
+    return own is not None and not own.passed and key in own.params
+
+
+def _on_device(choices: Choices) -> bool:
+    return choices.optimizer is not None and not choices.optimizer.on_host
+
+
 _FACTORED = frozenset({"adafactor"})
 
 RULES: tuple[Rule, ...] = (
@@ -67,6 +77,25 @@ RULES: tuple[Rule, ...] = (
         applies=lambda c: c.settings.bf16.enabled and c.settings.bf16.bf16_optimizer_states and _passed(c),
         reason="the object creates its own states",
         remedy="name the optimizer in the config, or give the object state_dtype=torch.bfloat16 and remove it",
+    ),
+    Rule(
+        first="optimizer.params.state_dtype",
+        second="an optimizer on the training device",
+        applies=lambda c: _says(c, "state_dtype") and _on_device(c),
+        reason="only the optimizers of ds-offload, which step in host memory, have these formats",
+        remedy='set zero_optimization.offload_optimizer.device to "cpu" or "nvme", or remove it',
+    ),
+    Rule(
+        first="optimizer.params.state_dtype",
+        second="bf16.bf16_optimizer_states",
+        applies=lambda c: (
+            _says(c, "state_dtype")
+            and not _on_device(c)
+            and c.settings.bf16.enabled
+            and c.settings.bf16.bf16_optimizer_states
+        ),
+        reason="both name the dtype of the same states",
+        remedy="remove one of them",
     ),
     Rule(
         first="optimizer LBFGS",

@@ -317,6 +317,14 @@ class MakesState(Protocol):
 
 
 @runtime_checkable
+class MakesNamedStates(Protocol):
+    """An optimizer whose states have several dtypes, as 8-bit codes and the lower halves of masters."""
+
+    def new_named_state(self, param: Tensor, name: str) -> Tensor:
+        """As `MakesState.new_state`, for the state of this name."""
+
+
+@runtime_checkable
 class PagesState(Protocol):
     """An optimizer that keeps its states away, except while it steps. `state[p]` reads a copy of them; a change of the
     copy would be lost.

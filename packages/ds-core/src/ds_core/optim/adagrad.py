@@ -66,4 +66,5 @@ class FusedAdagrad(FusedOptimizer):
             grad_scale=grad_scale,
             out=batch.outs(),
             checksums=batch.checksums,
+            formats=batch.formats,
         )

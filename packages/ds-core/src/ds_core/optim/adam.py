@@ -81,4 +81,5 @@ def apply_adam(
         grad_scale=grad_scale,
         out=batch.outs(),
         checksums=batch.checksums,
+        formats=batch.formats,
     )

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from ds_core import arena, kernels
+from ds_core.formats import StepFormats
 from ds_core.optim import counters
 
 Group = dict[str, Any]
@@ -40,6 +41,8 @@ class Batch:
     """Index of each tensor in the list that was passed."""
     checksums: kernels.Checksums | None = None
     """Where the checksums of the tensors go; None: none are computed."""
+    formats: StepFormats | None = None
+    """How the kernel reads and writes what is not fp32."""
 
     def outs(self) -> list[Tensor | None] | None:
         """`out`, or None if no tensor is copied."""
@@ -76,6 +79,8 @@ class FusedOptimizer(Optimizer):
     state_names: ClassVar[tuple[str, ...]] = ()
     checksums_in_pass: ClassVar[bool] = True
     """Whether `_apply` passes `Batch.checksums` to the kernel."""
+    state_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16)
+    """Dtypes in which states may be kept."""
 
     def __init__(
         self,
@@ -85,8 +90,9 @@ class FusedOptimizer(Optimizer):
         *,
         bias_correction: bool = True,
     ) -> None:
-        if state_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"state_dtype must be torch.float32 or torch.bfloat16, but is {state_dtype}")
+        if state_dtype not in self.state_dtypes:
+            able = " or ".join(str(dtype) for dtype in self.state_dtypes)
+            raise ValueError(f"state_dtype must be {able}, but is {state_dtype}")
         self._state_dtype = state_dtype
         # Not in the groups: loading a state dict of torch's, whose groups have no such entry, would turn it on again.
         self._bias_correction = bias_correction
@@ -113,6 +119,14 @@ class FusedOptimizer(Optimizer):
         if param.device.type == "cpu" and param.numel() * self._state_dtype.itemsize >= ARENA_BYTES:
             return arena.zeros(param.numel(), self._state_dtype).as_strided(param.size(), param.stride())
         return torch.zeros_like(param, dtype=self._state_dtype)
+
+    def new_named_state(self, param: Tensor, name: str) -> Tensor:
+        """Returns a zero-filled state of this name. Override it if states have several dtypes."""
+        return self.new_state(param)
+
+    def _formats(self, batch: Batch) -> StepFormats | None:
+        """How the kernel treats what is not fp32."""
+        return None
 
     # -- stepping
 
@@ -179,7 +193,8 @@ class FusedOptimizer(Optimizer):
 
     def checksums(self, tensors: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         """Writes the checksums of each tensor's blocks to `out`: see `ds_core.kernels.checksums`."""
-        kernels.checksums([_in_memory_order(t) for t in tensors], out)
+        flat = [_in_memory_order(t) for t in tensors]
+        kernels.checksums([t.view(torch.bfloat16) if t.dtype == torch.int16 else t for t in flat], out)
 
     def checksummed_states(self, param: Tensor) -> tuple[str, ...]:
         """Returns the names of the element-wise states of one parameter."""
@@ -207,7 +222,7 @@ class FusedOptimizer(Optimizer):
         On the CPU the element-wise optimizers compute both while they update a range that is in the cache; others, and
         all optimizers on a GPU, in passes before and after the update.
         """
-        if self.checksums_in_pass and all(
+        if self._sums_in_pass() and all(
             kernels.checksums_in_pass(p) and p.dtype == torch.float32 for p in params
         ):
             self._step_fused(params, grad_scale, out, (read, written))
@@ -215,6 +230,10 @@ class FusedOptimizer(Optimizer):
         self._sum_rows(params, read, with_grads=True)
         self._step_fused(params, grad_scale, out, None)
         self._sum_rows(params, written, with_grads=False)
+
+    def _sums_in_pass(self) -> bool:
+        """Whether the kernel computes checksums in its pass over memory, for fp32 parameters on the CPU."""
+        return self.checksums_in_pass
 
     def _sum_rows(self, params: Sequence[Tensor], sums: Sequence[Tensor], *, with_grads: bool) -> None:
         tensors: list[Tensor] = []
@@ -269,6 +288,7 @@ class FusedOptimizer(Optimizer):
             if checksums is not None:
                 read, written = checksums
                 batch.checksums = [read[i] for i in batch.rows], [written[i] for i in batch.rows]
+            batch.formats = self._formats(batch)
             self._apply(group, batch, -grad_scale if group.get("maximize", False) else grad_scale)
         counters.advance(counts)  # after the kernels: an error in a kernel must leave the counters unchanged
 
@@ -325,7 +345,7 @@ class FusedOptimizer(Optimizer):
             with torch.no_grad():
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 for name in self._names(group):
-                    state[name] = self.new_state(param)
+                    state[name] = self.new_named_state(param, name)
         return state, None
 
     # -- methods of torch.optim.Optimizer. [Note: no import of torch._dynamo] torch wraps these four methods, so that
@@ -347,13 +367,33 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As `torch.optim.Optimizer.load_state_dict`. States are copied into this optimizer's own tensors."""
         _unwrapped(Optimizer.load_state_dict)(self, state_dict)
+        # torch casts every state to the parameter's dtype, which loses bits of fp32 states of 16-bit parameters.
+        saved = dict(
+            zip(
+                (p for group in self.param_groups for p in group["params"]),
+                (
+                    state_dict["state"].get(i, {})
+                    for group in state_dict["param_groups"]
+                    for i in group["params"]
+                ),
+                strict=True,
+            )
+        )
         for param, state in self.state.items():
-            for name in self.state_names:
-                if (loaded := state.get(name)) is not None:
-                    state[name] = self.new_state(param).copy_(loaded)
+            own = saved.get(param, {})
+            names = [name for name in self._kept_names() if own.get(name) is not None]
+            state.update(self._loaded_states(param, {name: own[name] for name in names}))
             if "step" in state:
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device="cpu").clone()
         self._check_groups()
+
+    def _kept_names(self) -> tuple[str, ...]:
+        """Names of the element-wise states that any options need."""
+        return self.state_names
+
+    def _loaded_states(self, param: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies the states of one parameter from a state dict to tensors of this optimizer's own."""
+        return {name: self.new_named_state(param, name).copy_(value) for name, value in saved.items()}
 
     def _check_groups(self) -> None:
         """Raises ValueError if loaded groups have an option that the kernel does not support."""

@@ -47,4 +47,5 @@ class FusedLion(FusedOptimizer):
             grad_scale=grad_scale,
             out=batch.outs(),
             checksums=batch.checksums,
+            formats=batch.formats,
         )

@@ -57,7 +57,7 @@ class FusedSGD(FusedOptimizer):
         if state.get("momentum_buffer") is not None:
             return state, 2
         with torch.no_grad():
-            state["momentum_buffer"] = self.new_state(param)
+            state["momentum_buffer"] = self.new_named_state(param, "momentum_buffer")
         return state, 1
 
     def _apply(self, group: Group, batch: Batch, grad_scale: float) -> None:
@@ -74,4 +74,5 @@ class FusedSGD(FusedOptimizer):
             grad_scale=grad_scale,
             out=batch.outs(),
             checksums=batch.checksums,
+            formats=batch.formats,
         )

@@ -36,8 +36,12 @@ class Own:
     """Key in the configuration -> DeepSpeed's default, if that of the class differs."""
     only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
     """Key that DeepSpeed has and the class lacks -> accepted values without effect, and the remedy for other values."""
+    host_accepts: tuple[str, ...] = ()
+    """Arguments that only the class in ds_offload has."""
 
 
+FORMATS = ("state_dtype",)
+"""Arguments of the element-wise optimizers of ds_offload: the formats of what they keep."""
 _ANY_GRAD = ((True, False), "remove it")
 _FP32_STATES = ((True, None), "remove it: states are kept in fp32")
 _ADAM = Own(
@@ -52,6 +56,7 @@ _ADAM = Own(
         "set_grad_none": _ANY_GRAD,
         "fp32_optimizer_states": _FP32_STATES,
     },
+    host_accepts=FORMATS,
 )
 
 
@@ -64,6 +69,7 @@ def _mu_adam(*, decoupled: bool) -> Own:
         host_renames={"adam_w_mode": "adamw_mode"},
         defaults={"adam_w_mode": decoupled},
         only={"amsgrad": ((False,), "set it to false")},
+        host_accepts=FORMATS,
     )
 
 
@@ -75,6 +81,7 @@ OWN: Mapping[str, Own] = {
         host_class_name="CPUAdagrad",
         accepts=("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"),
         only={"amsgrad": ((False,), "set it to false"), "fp32_optimizer_states": _FP32_STATES},
+        host_accepts=FORMATS,
     ),
     "Lamb": Own(
         class_name="FusedLamb",
@@ -93,6 +100,7 @@ OWN: Mapping[str, Own] = {
         accepts=("lr", "betas", "weight_decay"),
         defaults={"lr": 1e-3, "betas": (0.9, 0.999)},
         only={"set_grad_none": _ANY_GRAD, "fp32_optimizer_states": _FP32_STATES},
+        host_accepts=FORMATS,
     ),
     "Muon": Own(
         class_name="Muon",
@@ -122,6 +130,7 @@ OWN: Mapping[str, Own] = {
         class_name="FusedSGD",
         host_class_name="CPUSGD",
         accepts=("lr", "momentum", "dampening", "weight_decay", "nesterov"),
+        host_accepts=FORMATS,
     ),
     "MuAdam": _mu_adam(decoupled=False),
     "MuAdamW": _mu_adam(decoupled=True),
@@ -129,6 +138,7 @@ OWN: Mapping[str, Own] = {
         class_name="FusedSGD",
         host_class_name="CPUSGD",
         accepts=("lr", "momentum", "dampening", "weight_decay", "nesterov", "decoupled_wd"),
+        host_accepts=FORMATS,
     ),
 }
 """Names of our optimizers. If ours does not support the settings, torch's class of the same name is used."""
@@ -169,7 +179,8 @@ def choose(choice: OptimizerChoice) -> Meant:
         for key, value in {**own.defaults, **values}.items()
         if key not in own.only
     }
-    return Meant(make=kernels, accepts=own.accepts, arguments=arguments, only=own.only)
+    accepts = (*own.accepts, *own.host_accepts)
+    return Meant(make=kernels, accepts=accepts, arguments=arguments, only=own.only)
 
 
 def _muon_rates(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,6 +215,12 @@ def check(choice: OptimizerChoice) -> list[str]:
         ):
             hint = did_you_mean(key, meant.accepts)
             wrong.append(f"optimizer.params.{key}: {name} has no such argument.{hint}")
+    able = getattr(meant.make, "formats", ())
+    if able and params.get("state_dtype", able[0]) not in able:
+        wrong.append(
+            f"optimizer.params.state_dtype is {params['state_dtype']!r}: {name} keeps its states in "
+            f"{' or '.join(repr(kind) for kind in able)}"
+        )
     if name.lower() == "adamw" and params.get("adam_w_mode") is False:
         wrong.append(
             "optimizer.params.adam_w_mode is False, but AdamW always decouples weight decay: set optimizer.type "
@@ -342,7 +359,7 @@ def _torch_choice(optimizer_class: Any, values: Mapping[str, Any]) -> Meant:
 
 def _torch_serves(name: str, own: Own, values: Mapping[str, Any]) -> bool:
     """Whether torch has a class of that name that supports the settings, while ours does not."""
-    lacking = set(values) - set(own.accepts) - set(own.only)
+    lacking = set(values) - set(own.accepts) - set(own.only) - set(own.host_accepts)
     theirs = {key.lower(): value for key, value in vars(torch.optim).items() if isinstance(value, type)}
     torch_class = theirs.get(name.lower())
     return (

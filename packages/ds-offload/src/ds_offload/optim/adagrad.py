@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,35 @@ class CPUAdagrad(ElementWise, FusedAdagrad):
 
     Takes sparse gradients, as of `nn.Embedding(sparse=True)`: only the rows with a gradient are read and written, which
     gives the result of the dense gradient.
+
+    `state_dtype` ("fp32", "bf16"), `split_masters` and `seed`: see `ElementWise`.
     """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        maximize: bool = False,
+        state_dtype: torch.dtype | str = torch.float32,
+        split_masters: bool = False,
+        seed: int = 0,
+    ) -> None:
+        dtype = self._choose_formats(state_dtype, split_masters, seed)
+        super().__init__(
+            params,
+            lr,
+            lr_decay,
+            weight_decay,
+            initial_accumulator_value,
+            eps,
+            maximize=maximize,
+            state_dtype=dtype,
+        )
 
     def _step_group(
         self,
@@ -59,15 +87,17 @@ class CPUAdagrad(ElementWise, FusedAdagrad):
                 "dimensions: only rows may be sparse"
             )
         state, _ = self._prepare(param, group)
-        values, sums = param.detach()[rows], state["sum"][rows]
+        names = self._names(group)
         batch = Batch(
             int(state["step"]) + 1,
-            params=[values.float()],
+            params=[param.detach()[rows]],
             grads=[grad.values().contiguous()],
-            states={"sum": [sums]},
+            states={name: [state[name][rows]] for name in names},
             rows=[0],
         )
+        batch.formats = self._formats(batch)
         self._apply(group, batch, -grad_scale if group["maximize"] else grad_scale)
-        param.detach().index_copy_(0, rows, batch.params[0].to(param.dtype))
-        state["sum"].index_copy_(0, rows, sums)
+        param.detach().index_copy_(0, rows, batch.params[0])
+        for name in names:
+            state[name].index_copy_(0, rows, batch.states[name][0])
         state["step"] += 1

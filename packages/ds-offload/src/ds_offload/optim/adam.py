@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,11 +26,17 @@ class CPUAdam(ElementWise, FusedAdam):
             the gradient.
         adamw_mode: decouple the decay (Loshchilov and Hutter 2019).
         bias_correction: divide the moments by 1 - beta^t, as in the paper.
-        state_dtype: torch.float32, or torch.bfloat16 to halve the states.
+        state_dtype: "fp32", "bf16" (stochastic rounding), "int8" (8-bit moments), or torch.bfloat16 (rounding to
+            nearest): see `ElementWise`. Bytes of both moments per element: 8, 4 or 2.
+        split_masters: extend bf16 parameters by 16 bits to fp32 masters: see `ElementWise`.
+        seed: of stochastic rounding.
 
     Raises:
         ValueError: a parameter that is not on the CPU or has another dtype, or a hyperparameter out of range.
     """
+
+    formats: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8")
+    state_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.uint8)
 
     def __init__(
         self,
@@ -42,8 +48,11 @@ class CPUAdam(ElementWise, FusedAdam):
         *,
         adamw_mode: bool = True,
         bias_correction: bool = True,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | str = torch.float32,
+        split_masters: bool = False,
+        seed: int = 0,
     ) -> None:
+        dtype = self._choose_formats(state_dtype, split_masters, seed)
         super().__init__(
             params,
             lr,
@@ -52,7 +61,7 @@ class CPUAdam(ElementWise, FusedAdam):
             weight_decay,
             decoupled=adamw_mode,
             bias_correction=bias_correction,
-            state_dtype=state_dtype,
+            state_dtype=dtype,
         )
 
 
@@ -68,8 +77,18 @@ class CPUAdamW(CPUAdam):
         weight_decay: float = 0.01,
         *,
         bias_correction: bool = True,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | str = torch.float32,
+        split_masters: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, bias_correction=bias_correction, state_dtype=state_dtype
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            bias_correction=bias_correction,
+            state_dtype=state_dtype,
+            split_masters=split_masters,
+            seed=seed,
         )

@@ -1,24 +1,27 @@
-"""What the optimizers for host memory share: where states are, and parameters in 16 bits."""
+"""What the optimizers for host memory share: where states are, and the formats of parameters and states."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ds_core import arena, kernels
+from ds_core import arena, formats
+from ds_core.formats import StepFormats
 from ds_core.optim import Batch, FusedOptimizer
 from ds_offload.interfaces import KeepsStates
-from ds_offload.paging.tensors import flat, flat_as
 from ds_offload.undo import Undoable
 
 NARROW = (torch.bfloat16, torch.float16)
 """Dtypes of parameters that are updated in fp32 and rounded."""
 
-_SLICE_NUMEL = 1 << 18
-"""Elements of a 16-bit parameter that are updated at a time. In fp32 they take 1 MiB, which stays in the cache."""
+STATE_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.uint8}
+"""Formats of states by name."""
+
+MASTER_BITS = "master_bits"
+"""The state with the lower halves of split masters."""
 
 
 class OnHost(Undoable, FusedOptimizer):
@@ -41,9 +44,12 @@ class OnHost(Undoable, FusedOptimizer):
         Raises:
             ValueError: the parameter is not on the CPU, or its dtype cannot be stepped.
         """
+        return self._new(param, self._state_dtype)
+
+    def _new(self, param: Tensor, dtype: torch.dtype) -> Tensor:
         store = self._store
         if store is not None and (param.device.type != "cpu" or store.state_tier(param) == "device"):
-            return torch.zeros_like(param, dtype=self._state_dtype)
+            return torch.zeros_like(param, dtype=dtype)
         name = type(self).__name__
         if param.device.type != "cpu":
             raise ValueError(
@@ -56,66 +62,115 @@ class OnHost(Undoable, FusedOptimizer):
                 f"{name}: a parameter of shape {tuple(param.shape)} is {param.dtype}: {name} steps {able} parameters; "
                 "shard the model with ds_zero, which creates fp32 masters, or convert it with model.float()"
             )
-        return arena.empty(param.numel(), self._state_dtype).zero_().as_strided(param.size(), param.stride())
+        return arena.empty(param.numel(), dtype).zero_().as_strided(param.size(), param.stride())
 
 
 class ElementWise(OnHost):
-    """`OnHost` for element-wise optimizers, which also step bf16 and fp16 parameters: each element is widened to fp32,
-    updated, and rounded to nearest even. States are as for fp32 parameters.
+    """`OnHost` for element-wise optimizers, with a choice of formats. Arithmetic is in fp32, in one pass over memory.
 
-    Repeated rounding loses updates that are smaller than half the distance of two 16-bit numbers. fp32 masters, as
-    ds_zero makes them, keep them.
+    Parameters are fp32, bf16 or fp16. 16-bit ones are widened, updated, and rounded to nearest even, so that updates
+    are lost that are smaller than half the distance of two 16-bit numbers. fp32 masters, as ds_zero makes them, keep
+    them, and so do split masters.
+
+    `state_dtype` of the constructors:
+
+    * "fp32".
+    * "bf16", rounded stochastically: with a decay of 0.999, a second moment that is rounded to nearest would not move.
+    * "int8", for Adam: see `ds_core.formats`. 1 byte for each moment and element.
+    * torch.bfloat16: rounded to nearest even, as by the optimizers of ds_core.optim.
+
+    Random bits are a hash of the number that is rounded, of `seed` and of the step: neither threads nor the place
+    where a tensor is cut change the result. Of 8-bit states, it must be cut at multiples of 32 elements, as
+    ds_zero and `PagedOptimizer` do.
+
+    `split_masters`, for bf16 parameters: the state "master_bits", int16, extends each of them to an fp32 master, which
+    is updated; the parameter is the master rounded to nearest, ties away from zero. `ds_core.formats.join_master`
+    returns the masters.
     """
 
     steps_narrow = True
+    formats: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
+    """Names of the formats of states."""
 
-    def _step_group(
-        self,
-        group: dict[str, Any],
-        params: Sequence[Tensor],
-        out: Sequence[Tensor | None] | None,
-        grad_scale: float,
-        checksums: kernels.Checksums | None = None,
-    ) -> None:
-        narrow = [i for i, p in enumerate(params) if p.dtype in NARROW and p.grad is not None and p.numel()]
-        if not narrow:
-            super()._step_group(group, params, out, grad_scale, checksums)
-            return
-        assert checksums is None, "checksums of 16-bit parameters are computed in passes of their own"
-        rest = [i for i, p in enumerate(params) if p.dtype not in NARROW]
-        others = None if out is None else [out[i] for i in rest]
-        super()._step_group(group, [params[i] for i in rest], others, grad_scale)
-        with torch.no_grad():
-            for i in narrow:
-                self._step_narrow(group, params[i].detach(), params[i], grad_scale)
-                copy = out[i] if out is not None else None
-                if copy is not None:
-                    copy.copy_(params[i])
-
-    def _step_narrow(self, group: dict[str, Any], values: Tensor, param: Tensor, grad_scale: float) -> None:
-        """Updates a 16-bit parameter slice by slice.
-
-        Args:
-            values: the parameter, detached.
-        """
-        state, step = self._prepare(param, group)
-        number = step if step is not None else int(state["step"]) + 1
-        assert param.grad is not None
-        place, grad = flat(values), flat_as(param.grad, values)
-        moments = {name: flat(state[name]) for name in self._names(group)}
-        scale = -grad_scale if group.get("maximize", False) else grad_scale
-        wide = torch.empty(min(_SLICE_NUMEL, place.numel()))
-        for begin in range(0, place.numel(), _SLICE_NUMEL):
-            part = slice(begin, min(begin + _SLICE_NUMEL, place.numel()))
-            own = wide[: part.stop - part.start].copy_(place[part])
-            batch = Batch(
-                number,
-                params=[own],
-                grads=[grad[part]],
-                states={name: [moment[part]] for name, moment in moments.items()},
-                out=[place[part]],
-                rows=[0],
+    def _choose_formats(self, state_dtype: torch.dtype | str, split_masters: bool, seed: int) -> torch.dtype:
+        """Sets the formats before the constructor of the base class runs, and returns the dtype of the states."""
+        name = type(self).__name__
+        if isinstance(state_dtype, str):
+            if state_dtype not in self.formats:
+                able = ", ".join(repr(f) for f in self.formats)
+                raise ValueError(f"{name}: state_dtype is {state_dtype!r}: it must be one of {able}")
+            dtype = STATE_DTYPES[state_dtype]
+        else:
+            dtype = state_dtype
+        if dtype == torch.float16:
+            raise ValueError(
+                f"{name}: state_dtype is {dtype}: squares of gradients below 2.4e-4 are 0 in fp16, and divisions by "
+                'their roots fail; use "bf16", which has the range of fp32'
             )
-            self._apply(group, batch, scale)
-        if step is None:
-            state["step"] += 1
+        self._stochastic = isinstance(state_dtype, str) and dtype != torch.float32
+        self._split, self._seed = split_masters, seed
+        return dtype
+
+    @property
+    def state_format(self) -> str:
+        """The name of the format of states, such as "int8"."""
+        return next(name for name, dtype in STATE_DTYPES.items() if dtype == self._state_dtype)
+
+    @property
+    def split_masters(self) -> bool:
+        """Whether bf16 parameters have the state "master_bits"."""
+        return self._split
+
+    def new_named_state(self, param: Tensor, name: str) -> Tensor:
+        """Returns a zero-filled state of this name in the arena."""
+        return self._new(param, torch.int16) if name == MASTER_BITS else self.new_state(param)
+
+    def _prepare(self, param: Tensor, group: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+        if self._split and param.dtype != torch.bfloat16:
+            raise ValueError(
+                f"{type(self).__name__}: split_masters is set, but a parameter of shape {tuple(param.shape)} is "
+                f"{param.dtype}: convert the model with model.bfloat16(), or remove split_masters"
+            )
+        fresh = not self.state[param]
+        state, step = super()._prepare(param, group)
+        if self._split and MASTER_BITS not in state:
+            state[MASTER_BITS] = self.new_named_state(param, MASTER_BITS)
+        if step is not None and self._stochastic and self._names(group):
+            # The key of stochastic rounding needs the number of the step, which SGD does not count.
+            if "step" not in state:
+                state["step"] = torch.tensor(0.0 if fresh else 1.0)
+            step = None
+        return state, step
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        names = super()._names(group)
+        return (*names, MASTER_BITS) if self._split else names
+
+    def _kept_names(self) -> tuple[str, ...]:
+        return (*self.state_names, MASTER_BITS) if self._split else self.state_names
+
+    def _formats(self, batch: Batch) -> StepFormats | None:
+        return StepFormats(
+            master_bits=batch.states.get(MASTER_BITS),
+            rounding=formats.rounding_key(self._seed, batch.step) if self._stochastic else None,
+        )
+
+    def _sums_in_pass(self) -> bool:
+        return self.checksums_in_pass and not (self._stochastic and self._state_dtype == torch.bfloat16)
+
+    def _loaded_states(self, param: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies saved states; those of another format are converted."""
+        moments = [name for name in self.state_names if name in saved]
+        packed = [saved[name].dtype == torch.uint8 for name in moments]
+        values = {name: value.detach().to(param.device) for name, value in saved.items()}
+        if all(packed) and packed and self._state_dtype != torch.uint8:
+            values |= zip(moments, formats.unpack_moments(*(values[name] for name in moments)), strict=True)
+        elif self._state_dtype == torch.uint8 and moments and not any(packed):
+            first, second = (values[name].float() for name in moments)
+            key = formats.rounding_key(self._seed, 0)
+            values |= zip(moments, formats.pack_moments(first, second, key), strict=True)
+        return {name: self.new_named_state(param, name).copy_(value) for name, value in values.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_stochastic": self._stochastic, "_split": self._split, "_seed": self._seed}
+        return {**super().__getstate__(), **own}

@@ -201,7 +201,7 @@ class _OptimizerState(_TopLevel):
             if not isinstance(value, Tensor):
                 made[name] = type(value)(0) if isinstance(value, (int, float)) else value
             elif value.shape == param.shape and name not in NUMBERS:
-                made[name] = new_state(self._optimizer, shard, value.dtype)
+                made[name] = new_state(self._optimizer, shard, name, value.dtype)
             else:
                 made[name] = torch.zeros_like(value, device=shard.device if value.ndim else None)
         return made

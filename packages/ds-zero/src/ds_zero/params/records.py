@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
-from ds_zero.interfaces import EVERYWHERE, Coordinates, MakesState, PagesState, RecordSource
+from ds_zero.interfaces import EVERYWHERE, Coordinates, MakesNamedStates, MakesState, PagesState, RecordSource
 from ds_zero.layout.buckets import Slot
 from ds_zero.params.stored_values import BucketReader, StoredTensor
 from ds_zero.runtime.bucket import Bucket
@@ -326,14 +326,30 @@ def _check(state: ZeroState, model: nn.Module, source: RecordSource, keep: Abstr
             )
 
 
-def new_state(optimizer: Optimizer, shard: Tensor, dtype: torch.dtype) -> Tensor:
-    """Allocates one optimizer state: by the optimizer's `new_state`, which chooses the device, if it has one."""
-    made = (
-        optimizer.new_state(shard)
-        if isinstance(optimizer, MakesState)
-        else torch.zeros_like(shard, dtype=dtype)
-    )
+def new_state(optimizer: Optimizer, shard: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """Allocates one optimizer state: by the optimizer's `new_named_state` or `new_state`, which chooses the device, if
+    it has one.
+
+    Raises:
+        ValueError: the optimizer keeps codes and `dtype` has numbers, or the other way round.
+    """
+    if isinstance(optimizer, MakesNamedStates):
+        made = optimizer.new_named_state(shard, name)
+    elif isinstance(optimizer, MakesState):
+        made = optimizer.new_state(shard)
+    else:
+        made = torch.zeros_like(shard, dtype=dtype)
+    check_convertible(name, made.dtype, dtype)
     return made.detach()
+
+
+def check_convertible(name: str, own: torch.dtype, saved: torch.dtype) -> None:
+    """Raises ValueError if a saved state of dtype `saved` has no meaning in dtype `own`: codes are no numbers."""
+    if own != saved and not (own.is_floating_point and saved.is_floating_point):
+        raise ValueError(
+            f"optimizer state {name!r} was saved as {saved}, but this optimizer keeps it as {own}: resume with the "
+            "same state_dtype, or load without optimizer states"
+        )
 
 
 def _load_states(r: Range, optimizer: Optimizer, source: RecordSource) -> None:
@@ -345,7 +361,8 @@ def _load_states(r: Range, optimizer: Optimizer, source: RecordSource) -> None:
     for name, (shape, dtype) in stored.items():
         if _is_ranged(r, shape):
             if name not in held:
-                held[name] = new_state(optimizer, shard, dtype)
+                held[name] = new_state(optimizer, shard, name, dtype)
+            check_convertible(name, held[name].dtype, dtype)
             begin = r.start - r.shard_start
             own = held[name].view(-1)[begin : begin + r.numel]
             source.read(r.fqn, name, r.start, own, r.coordinates)
