@@ -126,6 +126,7 @@ class Executor:
                     a for a in self._row if a.stage == index and a.op in (Op.BACKWARD, Op.BACKWARD_INPUT)
                 ]
                 self._last.update({index: firsts[-1]} if firsts else {})
+        self._share_controls()
         self._steps = 0
 
     def step(
@@ -185,6 +186,19 @@ class Executor:
         for stage in self._stages.values():
             stage.forget()
         self._transport.close()
+
+    def _share_controls(self) -> None:
+        """Of stages with one control, only the last computation completes the gradients."""
+        order = {leaf: i for i, leaf in enumerate(self._row)}
+        latest: dict[int, int] = {}
+        for index, leaf in self._last.items():
+            control = id(self._stages[index].shardable)
+            latest[control] = max(latest.get(control, -1), order[leaf])
+        self._last = {
+            index: leaf
+            for index, leaf in self._last.items()
+            if order[leaf] == latest[id(self._stages[index].shardable)]
+        }
 
     def _check_given(self, step: _Step) -> None:
         count = self.schedule.num_microbatches

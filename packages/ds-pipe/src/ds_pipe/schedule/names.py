@@ -8,6 +8,7 @@ from ds_pipe.errors import ScheduleError
 from ds_pipe.schedule.dualpipev import dualpipev
 from ds_pipe.schedule.interleaved import interleaved
 from ds_pipe.schedule.one_chunk import gpipe, inference, one_f_one_b
+from ds_pipe.schedule.placement import looped, v_shaped
 from ds_pipe.schedule.schedule import Schedule
 from ds_pipe.schedule.zero_bubble import Times, zb_h1, zb_h2, zb_v
 
@@ -69,6 +70,13 @@ def make(
     close = get_close_matches(name, NAMES, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ScheduleError(f"there is no schedule {name!r}{hint} Schedules are: {', '.join(NAMES)}")
+
+
+def placement(name: str, num_ranks: int, chunks: int | None = None) -> tuple[int, ...]:
+    """Returns the rank of every stage in the schedule of this name."""
+    if name in ("zb-v", "dualpipev"):
+        return v_shaped(num_ranks)
+    return looped(num_ranks, stages_per_rank(name, chunks))
 
 
 def stages_per_rank(name: str, chunks: int | None = None) -> int:

@@ -1,0 +1,21 @@
+"""The model side: a list of layers, divided into stages, each on the rank that owns it."""
+
+from ds_pipe.model.layer_specs import LayerSpec, TiedLayerSpec
+from ds_pipe.model.pipeline import Pipeline
+from ds_pipe.model.pipeline_module import PipelineModule
+from ds_pipe.model.profile import LayerProfile, profile_layers
+from ds_pipe.model.replicated import Replicated
+from ds_pipe.model.topology import PipeDataParallelTopology, PipeModelDataParallelTopology, ProcessTopology
+
+__all__ = [
+    "LayerProfile",
+    "LayerSpec",
+    "PipeDataParallelTopology",
+    "PipeModelDataParallelTopology",
+    "Pipeline",
+    "PipelineModule",
+    "ProcessTopology",
+    "Replicated",
+    "TiedLayerSpec",
+    "profile_layers",
+]

@@ -1,0 +1,316 @@
+"""`PipelineModule`: a list of layers, of which each rank constructs those of its stages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_pipe.executor.stage import LossFn, Stage, StageOptions
+from ds_pipe.interfaces import Shardable
+from ds_pipe.model.layer_specs import Layer, LayerSpec, TiedLayerSpec
+from ds_pipe.model.partition import balanced, uniform
+from ds_pipe.model.profile import LayerProfile
+from ds_pipe.model.topology import PipeDataParallelTopology, ProcessTopology
+from ds_pipe.schedule.names import make, placement
+from ds_pipe.schedule.schedule import Schedule
+
+CheckpointFn = Callable[..., Any]
+
+
+class PipelineModule(nn.Module):
+    """A model as a list of layers, divided into stages. The arguments are DeepSpeed's, and two more at the end.
+
+    Each layer takes the output of the previous one as its only argument. Parameters have the names that they would
+    have in an `nn.Sequential` of all layers; those of tied layers begin with `tied_modules.`.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        num_stages: int | None = None,
+        topology: ProcessTopology | None = None,
+        loss_fn: LossFn | None = None,
+        seed_layers: bool = False,
+        seed_fn: Callable[[int], Any] | None = None,
+        base_seed: int = 1234,
+        partition_method: str | Sequence[int] | LayerProfile = "parameters",
+        activation_checkpoint_interval: int = 0,
+        activation_checkpoint_func: CheckpointFn | None = None,
+        checkpointable_layers: Sequence[str] | None = None,
+        dynamic_shape: bool = False,
+        *,
+        schedule: str = "1f1b",
+        chunks: int | None = None,
+    ) -> None:
+        """Divides the layers, and constructs those of this rank's stages.
+
+        Args:
+            layers: `LayerSpec`, `TiedLayerSpec`, modules, or callables without parameters.
+            num_stages: number of pipeline ranks. The other ranks are data-parallel.
+            topology: axes of all ranks, instead of `num_stages`.
+            loss_fn: called with the output of the last layer and the labels. None: the last layer returns the loss.
+            seed_layers: seed the random generator before each layer is constructed, so that its initial values depend
+                on its index and not on the number of stages.
+            seed_fn: called with the seed. Default: `torch.manual_seed`.
+            base_seed: the seed of a layer is `base_seed` plus its index.
+            partition_method: "uniform" (numbers of layers), "parameters" (numbers of trainable parameters),
+                "type:REGEX" (numbers of layers whose class name matches), bounds by hand (as [0, 3, 8]), or what
+                `profile_layers` has measured.
+            activation_checkpoint_interval: recompute that many layers at a time in backward. 0: keep activations.
+            activation_checkpoint_func: called with a function and its input. Default: torch's, not reentrant.
+            checkpointable_layers: names of classes; only layers of these are recomputed. Default: those with
+                parameters.
+            dynamic_shape: shapes may always vary, so this has no effect.
+            schedule: name of the schedule that will train it; "zb-v" and "dualpipev" place two stages on each rank in a
+                V, "interleaved" `chunks` stages.
+            chunks: stages on each rank, for "interleaved".
+
+        Raises:
+            ValueError: a partition that does not fit the layers, or ranks that do not fit `num_stages`.
+        """
+        super().__init__()
+        self.topology = _topology(num_stages, topology)
+        self.num_stages = self.topology.get_dim("pipe")
+        self.global_rank = dist.get_rank() if dist.is_initialized() else 0
+        self.stage_id: int = getattr(self.topology.get_coord(self.global_rank), "pipe")  # noqa: B009
+        self.loss_fn, self.schedule_name, self.chunks = loss_fn, schedule, chunks
+        self._specs = list(layers)
+        self._seed = partial(_seeded, seed_fn or torch.manual_seed, base_seed) if seed_layers else None
+        self._recompute = _Recompute(
+            activation_checkpoint_interval,
+            activation_checkpoint_func or partial(checkpoint, use_reentrant=False),
+            checkpointable_layers,
+        )
+        self.rank_of_stage = placement(schedule, self.num_stages, chunks)
+        self.parts = _bounds(self._specs, partition_method, len(self.rank_of_stage))
+        self.tied_modules = nn.ModuleDict()
+        self._functions: dict[int, Callable[[Any], Any]] = {}
+        for stage in self.local_stages:
+            self._build(stage)
+        # Not submodules: parameters would have a second name.
+        self._stage_modules = {stage: StageLayers(self, stage) for stage in self.local_stages}
+
+    @property
+    def local_stages(self) -> list[int]:
+        """The stages of this rank."""
+        return [s for s, rank in enumerate(self.rank_of_stage) if rank == self.stage_id]
+
+    def make_schedule(self, num_microbatches: int) -> Schedule:
+        """Returns the schedule for a number of micro-batches."""
+        return make(self.schedule_name, self.num_stages, num_microbatches, chunks=self.chunks)
+
+    def stage(self, index: int, shardable: Shardable | None = None) -> Stage:
+        """Returns a stage of this rank for an executor."""
+        last = index == len(self.rank_of_stage) - 1
+        # A recomputing checkpoint would run once for each part of a split backward.
+        options = StageOptions(split_backward=not self._recompute.interval)
+        return Stage(
+            self.stage_module(index),
+            index,
+            loss_fn=self.loss_fn if last else None,
+            shardable=shardable,
+            options=options,
+        )
+
+    def stage_module(self, index: int) -> StageLayers:
+        """Returns the module that computes a stage of this rank; `fully_shard` can be applied to it."""
+        return self._stage_modules[index]
+
+    def run_stage(self, index: int, value: Any) -> Any:
+        """Computes the layers of one stage."""
+        start, end = self.parts[index], self.parts[index + 1]
+        functions = [self._functions[i] for i in range(start, end)]
+        modules = [self._module_of(i) for i in range(start, end)]
+        return self._recompute.run(functions, modules, value)
+
+    def forward(self, value: Any) -> Any:
+        """Computes all layers, if this rank has all of them.
+
+        Raises:
+            RuntimeError: other ranks have some of the stages.
+        """
+        if len(self.local_stages) != len(self.rank_of_stage):
+            raise RuntimeError(
+                f"this rank has the stages {self.local_stages} of {len(self.rank_of_stage)}: train with Pipeline"
+            )
+        for stage in self.local_stages:
+            value = self.run_stage(stage, value)
+        return value
+
+    def tied_parameters(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
+        """Iterates over the shared parameters of this rank: (name, pipeline ranks that have it, parameter)."""
+        for key, ranks in self._tied_ranks().items():
+            if key not in self.tied_modules:
+                continue
+            spec = next(s for s in self._specs if isinstance(s, TiedLayerSpec) and s.key == key)
+            for name in spec.tied_weight_attr:
+                yield f"tied_modules.{key}.{name}", ranks, self.tied_modules[key].get_parameter(name)
+
+    def tie_groups(self) -> list[tuple[int, ...]]:
+        """Returns the pipeline ranks of each tie that spans several, the same on all ranks."""
+        return sorted({ranks for ranks in self._tied_ranks().values() if len(ranks) > 1})
+
+    def _tied_ranks(self) -> Mapping[str, tuple[int, ...]]:
+        ranks: dict[str, set[int]] = {}
+        for stage, rank in enumerate(self.rank_of_stage):
+            for i in range(self.parts[stage], self.parts[stage + 1]):
+                if isinstance(spec := self._specs[i], TiedLayerSpec):
+                    ranks.setdefault(spec.key, set()).add(rank)
+        return {key: tuple(sorted(found)) for key, found in ranks.items()}
+
+    def _build(self, stage: int) -> None:
+        for index in range(self.parts[stage], self.parts[stage + 1]):
+            layer = self._specs[index]
+            if self._seed is not None:
+                self._seed(index)
+            if isinstance(layer, TiedLayerSpec):
+                if layer.key not in self.tied_modules:
+                    self.tied_modules[layer.key] = layer.build()
+                module = self.tied_modules[layer.key]
+                function = module if layer.forward_fn is None else partial(layer.forward_fn, module)
+                self._functions[index] = function
+            elif isinstance(layer, (LayerSpec, nn.Module)):
+                module = layer.build() if isinstance(layer, LayerSpec) else layer
+                self.add_module(str(index), module)
+                self._functions[index] = module
+            elif callable(layer):
+                self._functions[index] = layer
+            else:
+                raise TypeError(
+                    f"layer {index} is a {type(layer).__name__}: neither a LayerSpec nor callable"
+                )
+
+    def _module_of(self, index: int) -> nn.Module | None:
+        spec = self._specs[index]
+        if isinstance(spec, TiedLayerSpec):
+            return self.tied_modules[spec.key]
+        return self._modules.get(str(index))
+
+
+class StageLayers(nn.Module):
+    """The layers of one stage as a module: parameters are those of the `PipelineModule`, under the same names."""
+
+    def __init__(self, owner: PipelineModule, index: int) -> None:
+        """`PipelineModule` makes it."""
+        super().__init__()
+        self._run = partial(owner.run_stage, index)
+        for i in range(owner.parts[index], owner.parts[index + 1]):
+            module = owner._modules.get(str(i))
+            if module is not None:
+                self.add_module(str(i), module)
+
+    def forward(self, value: Any) -> Any:
+        """Computes the layers."""
+        return self._run(value)
+
+
+class _Recompute:
+    """Activation checkpointing of every so many layers."""
+
+    def __init__(self, interval: int, function: CheckpointFn, class_names: Sequence[str] | None) -> None:
+        if interval < 0:
+            raise ValueError(
+                f"activation_checkpoint_interval={interval}: 0 keeps activations, n recomputes n layers"
+            )
+        self.interval, self._function = interval, function
+        self._class_names = None if class_names is None else frozenset(class_names)
+
+    def run(
+        self, functions: Sequence[Callable[[Any], Any]], modules: Sequence[nn.Module | None], value: Any
+    ) -> Any:
+        size = self.interval or max(1, len(functions))
+        for start in range(0, len(functions), size):
+            part = functions[start : start + size]
+            if self.interval and torch.is_grad_enabled() and self._applies(modules[start : start + size]):
+                value = self._function(partial(_chained, part), value)
+            else:
+                value = _chained(part, value)
+        return value
+
+    def _applies(self, modules: Sequence[nn.Module | None]) -> bool:
+        if self._class_names is not None:
+            return all(type(module).__name__ in self._class_names for module in modules)
+        return any(module is not None and any(True for _ in module.parameters()) for module in modules)
+
+
+def _chained(functions: Sequence[Callable[[Any], Any]], value: Any) -> Any:
+    for function in functions:
+        value = function(value)
+    return value
+
+
+def _seeded(seed_fn: Callable[[int], Any], base_seed: int, index: int) -> None:
+    seed_fn(base_seed + index)
+
+
+def _topology(num_stages: int | None, topology: ProcessTopology | None) -> ProcessTopology:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if topology is None:
+        if num_stages is None:
+            raise ValueError("PipelineModule needs num_stages or topology")
+        if num_stages < 1 or world % num_stages:
+            raise ValueError(f"num_stages={num_stages} does not divide the {world} ranks of this job")
+        return PipeDataParallelTopology(num_stages, world // num_stages)
+    if topology.world_size() != world or not topology.get_dim("pipe"):
+        raise ValueError(f"{topology} has no axis 'pipe', or not the {world} ranks of this job")
+    if num_stages not in (None, topology.get_dim("pipe")):
+        raise ValueError(f"num_stages={num_stages} contradicts {topology}")
+    return topology
+
+
+def _bounds(layers: Sequence[Layer], method: str | Sequence[int] | LayerProfile, num_parts: int) -> list[int]:
+    if isinstance(method, LayerProfile):
+        if len(method.seconds) != len(layers):
+            raise ValueError(f"the profile has {len(method.seconds)} layers, the model {len(layers)}")
+        return balanced(method.seconds, num_parts, sizes=method.parameter_bytes, limit=method.limit_bytes)
+    if not isinstance(method, str):
+        bounds = list(method)
+        if (
+            bounds != sorted(bounds)
+            or bounds[:1] != [0]
+            or bounds[-1] != len(layers)
+            or len(bounds) != num_parts + 1
+        ):
+            raise ValueError(
+                f"partition_method={bounds}: bounds of {num_parts} stages are {num_parts + 1} ascending numbers from 0 "
+                f"to {len(layers)}"
+            )
+        return bounds
+    name = method.lower()
+    if name == "uniform":
+        return uniform(len(layers), num_parts)
+    if name == "parameters":
+        return balanced([_trainable(layer) for layer in layers], num_parts)
+    if name.startswith("type:"):
+        pattern = re.compile(method[len("type:") :], re.IGNORECASE)
+        matches = [float(bool(pattern.search(_class_name(layer)))) for layer in layers]
+        if not any(matches):
+            raise ValueError(f"partition_method={method!r}: no layer matches")
+        return balanced(matches, num_parts)
+    if name == "profile":
+        raise ValueError("partition_method='profile' needs measurements: pass profile_layers(layers, sample)")
+    raise ValueError(
+        f"partition_method={method!r} is none of 'uniform', 'parameters', 'type:REGEX', bounds, or profile_layers(...)"
+    )
+
+
+def _class_name(layer: Layer) -> str:
+    if isinstance(layer, LayerSpec):
+        return layer.name
+    return type(layer).__name__ if isinstance(layer, nn.Module) else getattr(layer, "__name__", "")
+
+
+def _trainable(layer: Layer) -> float:
+    """Number of trainable parameters, without memory for them."""
+    if isinstance(layer, LayerSpec):
+        with torch.random.fork_rng(devices=()), torch.device("meta"):
+            layer = layer.build()
+    params = layer.parameters() if isinstance(layer, nn.Module) else ()
+    return float(sum(p.numel() for p in params if p.requires_grad))
