@@ -14,6 +14,7 @@ from torch import nn
 import ds_zero
 from ds_core.optim import FusedAdam
 from ds_offload import CPUAdam, HostStore, NVMeStore, PagedOptimizer, TiersByKind
+from ds_zero.runtime.early_step import CLIPPED, NOT_FINITE
 from harness import ranks
 from harness.covering import covering
 from zero.parity import Job, Result, assert_same, sharded
@@ -31,8 +32,9 @@ FACTORS = {
     "stage": [1, 2, 3],
     "place": ["host", "part of host", "disk", "part of disk", "states on the disk", "mixed"],
     "overlap": [True, False],
+    "early": [True, False],
     "accumulation": [1, 4],
-    "clip": [None, 0.3],
+    "clip": [None, 0.3, 1e9],
     "precision": ["fp16", "bf16", "fp32"],
 }
 ROWS = covering(FACTORS)
@@ -41,7 +43,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     # The first steps overflow at this scale.
     "fp16": {
         "dtype": torch.float16,
-        "scale": ds_zero.DynamicScale(initial_scale=2.0**17, hysteresis=1, window=8),
+        "scale": ds_zero.DynamicScale(initial_scale=2.0**20, hysteresis=1, window=8),
     },
     "bf16": {"dtype": torch.bfloat16},
     "fp32": {"dtype": torch.float32},
@@ -84,11 +86,23 @@ def train(row: dict[str, Any], place: str, steps: int) -> Result:
         model={"extras": True},
         **PRECISIONS[row["precision"]],
     )
-    return sharded(job, row["stage"], store=store, **SMALL)
+    early = {"overlap_step": place != "memory" and row["early"], "accumulation_steps": row["accumulation"]}
+    return sharded(job, row["stage"], store=store, **early, **SMALL)
 
 
 def check(row: dict[str, Any], steps: int) -> None:
-    assert_same(train(row, row["place"], steps), train(row, "memory", steps))
+    found = train(row, row["place"], steps)
+    assert_same(found, train(row, "memory", steps))
+    overlap = found.overlap
+    assert overlap is not None
+    if not row["early"] or row["precision"] == "fp32":
+        assert overlap.kept == overlap.taken_back == 0
+    elif row["clip"] == 0.3:
+        assert overlap.reasons[CLIPPED] > 0
+    elif row["precision"] == "fp16":
+        assert overlap.kept > 0 and overlap.reasons[NOT_FINITE] > 0
+    else:
+        assert overlap.kept == overlap.steps == steps and overlap.buckets > 0
 
 
 @ranks(2, timeout_s=300)
@@ -103,8 +117,8 @@ def test_training_has_the_bits_of_training_in_memory() -> None:
 @pytest.mark.parametrize("place", FACTORS["place"])
 @pytest.mark.parametrize("stage", FACTORS["stage"])
 def test_everything(stage: int, place: str, precision: str) -> None:
-    for overlap, accumulation, clip in itertools.product(
-        *(FACTORS[name] for name in ("overlap", "accumulation", "clip"))
+    for overlap, early, accumulation, clip in itertools.product(
+        *(FACTORS[name] for name in ("overlap", "early", "accumulation", "clip"))
     ):
-        row = {"overlap": overlap, "accumulation": accumulation, "clip": clip}
+        row = {"overlap": overlap, "early": early, "accumulation": accumulation, "clip": clip}
         check({"stage": stage, "place": place, "precision": precision, **row}, 30)

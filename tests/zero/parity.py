@@ -40,6 +40,7 @@ class Result:
     losses: list[float]
     norms: list[float]
     weights: dict[str, Tensor]
+    overlap: ds_zero.StepOverlap | None = None
 
 
 def world() -> tuple[int, int]:
@@ -127,8 +128,9 @@ def sharded(job: Job, stage: int, *, store: Any = None, **config: Any) -> Result
             norms.append(found.before)
         optimizer.zero_grad()
     weights = {k: v.clone() for k, v in everywhere(ds_zero.full_state_dict(model)).items()}
+    overlap = ds_zero.step_overlap(model)
     ds_zero.destroy(model)
-    return Result(losses, norms, weights)
+    return Result(losses, norms, weights, overlap)
 
 
 def everywhere(state: dict[str, Tensor]) -> dict[str, Tensor]:

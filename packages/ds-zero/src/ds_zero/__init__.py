@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from ds_zero.api.control import Control, control
 from ds_zero.api.leaf_modules import set_leaf_modules
-from ds_zero.api.loop import clip_grad_norm_, destroy, foreign_gradients, grad_norm, no_sync, set_presentation
+from ds_zero.api.loop import (
+    clip_grad_norm_,
+    destroy,
+    foreign_gradients,
+    grad_norm,
+    no_sync,
+    set_presentation,
+    step_overlap,
+)
 from ds_zero.api.memory import MemoryReport, Summary, describe, memory
 from ds_zero.api.shard import shard, shard_optimizer
 from ds_zero.comm.agreement import require_same
@@ -29,6 +37,7 @@ from ds_zero.params.state_dict import load_full_state_dict
 from ds_zero.params.status import Presence, presence
 from ds_zero.params.stores import ResidentStore
 from ds_zero.runtime.checksums import ChecksumError
+from ds_zero.runtime.early_step import StepOverlap
 from ds_zero.runtime.gradients.grad_scale import GradNorm
 from ds_zero.runtime.gradients.loss_scaler import DynamicScale, LossScaleError, LossScaler
 from ds_zero.runtime.gradients.norms import squared_norm, total_norm
@@ -67,6 +76,7 @@ __all__ = [
     "ResidentStore",
     "ShardRecord",
     "ShardStoreError",
+    "StepOverlap",
     "Summary",
     "UnusedParameterError",
     "Verification",
@@ -104,6 +114,7 @@ __all__ = [
     "shard",
     "shard_optimizer",
     "squared_norm",
+    "step_overlap",
     "total_norm",
     "update_full_grads",
     "verify",

@@ -158,6 +158,20 @@ class ZeroConfig:
     reads parameters in another way right after a step (`for p in model.parameters()`).
     """
 
+    overlap_step: bool = False
+    """Whether buckets are updated during the last backward before a step, as soon as their gradients are final. If the
+    step would differ (by clipping, an overflow, another learning rate), they are taken back and updated in the step, so
+    that the result has the same bits. It needs an optimizer of ds_offload, parameters in 16 bits, and to know which
+    backward is the last one: from `accumulation_steps`, from the previous step, or from `no_sync` around the others.
+    Until the step, values of optimizer entries and states that are read past ds_zero may be those after it.
+    [Note: early steps]
+    """
+
+    undo_bytes: int | None = None
+    """With `overlap_step`: maximum bytes of memory for old and new values, until it is known whether an update stays.
+    Values on a disk need none. Buckets for which no bytes are left are updated in the step. None: no limit.
+    """
+
     checksums: bool = False
     """Whether each rank keeps checksums of its masters, optimizer states and reduced gradients, and compares them when
     the values are read again. A difference raises `ChecksumError` on every rank. [Note: checksums of shards]
@@ -198,6 +212,13 @@ class ZeroConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: give a number of elements, or None to adapt to the model")
+        if self.undo_bytes is not None and self.undo_bytes < 0:
+            raise ValueError(f"undo_bytes={self.undo_bytes}: give a number of bytes, or None for no limit")
+        if self.overlap_step and self.checksums:
+            raise ValueError(
+                "overlap_step and checksums are both True: checksums of shards are compared in one pass over all of "
+                "them, before any is updated; remove one of the two"
+            )
         for name in ("param_dtype", "communication_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not dtype.is_floating_point:

@@ -272,6 +272,36 @@ class FusedStep(Protocol):
 
 
 @runtime_checkable
+class UndoableStep(FusedStep, Protocol):
+    """An optimizer whose steps can be taken back, bit for bit."""
+
+    def undo_bytes(self, params: Sequence[Tensor], *, with_values: bool = True) -> int:
+        """Returns the bytes of memory that are needed to take back one step of `params`."""
+
+    def step_undoable(
+        self,
+        params: Sequence[Tensor],
+        *,
+        grad_scale: Tensor,
+        out: Sequence[Tensor | None],
+        with_values: bool = True,
+    ) -> None:
+        """Steps as `step_fused`, until `rollback` or `commit`.
+
+        Args:
+            with_values: whether `rollback` restores `params`, too. If False, the caller does.
+        """
+
+    def rollback(self, params: Sequence[Tensor] | None = None) -> None:
+        """Restores the states, and what was logged of the parameters, from before the last steps; of all parameters if
+        None.
+        """
+
+    def commit(self) -> None:
+        """Makes all steps final."""
+
+
+@runtime_checkable
 class TakesChecksums(Protocol):
     """An optimizer that computes checksums of tensors faster than `ds_zero.tensors.checksums`."""
 

@@ -20,6 +20,7 @@ from ds_zero.interfaces import ShardStore
 from ds_zero.params.gathered_context import OpenGather
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.checksums import NoChecksums
+from ds_zero.runtime.early_step import NoEarlySteps
 from ds_zero.runtime.gathering.gather import Gatherer
 from ds_zero.runtime.gathering.module_hooks import ModuleHooks
 from ds_zero.runtime.gathering.unit_gathering import UnitGathering
@@ -62,6 +63,7 @@ class ZeroState:
     watch: BackwardWatch
     options: OptimizerOptions
     checksums: NoChecksums
+    early: NoEarlySteps
     model: weakref.ref[nn.Module]
     optimizer: weakref.ref[Optimizer] | None
     """None until an optimizer is passed to `shard` or `shard_optimizer`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from ds_zero.params.optimizer_state_dict import guard_optimizer
 from ds_zero.params.state_dict_guard import guard_state_dicts, wait_in_modules
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.checksums import Checksums, NoChecksums
+from ds_zero.runtime.early_step import EarlySteps, NoEarlySteps
 from ds_zero.runtime.gathering.gather import Gatherer
 from ds_zero.runtime.gathering.module_hooks import ModuleHooks
 from ds_zero.runtime.gathering.prefetch import limits_of
@@ -29,7 +30,7 @@ from ds_zero.runtime.gathering.unit_gathering import UnitGathering
 from ds_zero.runtime.gathering.unit_map import UnitMap
 from ds_zero.runtime.gradients.arrived_norms import ArrivedNorms
 from ds_zero.runtime.gradients.backward import BackwardWatch
-from ds_zero.runtime.gradients.grad_scale import ShardGrads
+from ds_zero.runtime.gradients.grad_scale import Pending, ShardGrads
 from ds_zero.runtime.gradients.param_grads import ParamGrads
 from ds_zero.runtime.gradients.reduce import Reducer
 from ds_zero.runtime.gradients.reduce_bucket import WirePolicy
@@ -64,13 +65,16 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
     comm = WatchedComm(job.comm, waiting)
     options = OptimizerOptions()
     gatherer = Gatherer(buckets, comm, waiting)
-    grads, param_grads, norms = ShardGrads(buckets), ParamGrads(buckets), ArrivedNorms(job.norms)
+    grads, param_grads, norms = (
+        ShardGrads(buckets),
+        ParamGrads(buckets),
+        ArrivedNorms(job.norms, in_memory=config.overlap_step),
+    )
+    early = early_steps(buckets, grads.pending, config)
     policy = reduce_policy(config, job.stage)
-    checksums = NoChecksums()
-    if config.checksums and not any(is_fake(b.full) for b in buckets):
-        checksums = Checksums(buckets, topology.norm_groups)
+    checksums = checksums_of(buckets, topology, config)
     reducer = Reducer(
-        buckets, comm, policy, watch, grads.begin_accumulation, param_grads, options, checksums, norms
+        buckets, comm, policy, watch, grads.begin_accumulation, param_grads, options, checksums, norms, early
     )
     stepper = Stepper(
         buckets,
@@ -81,6 +85,7 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
         overlap=config.overlap_publish,
         publish_numel=config.publish_bucket_numel,
         checksums=checksums,
+        early=early,
     )
     gathering = UnitGathering(gatherer, units, limits_of(config), waiting.log)
     hooks = ModuleHooks(gathering, units, watch)
@@ -108,6 +113,7 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
         watch=watch,
         options=options,
         checksums=checksums,
+        early=early,
         model=weakref.ref(model),
         optimizer=None,
         names=_names(model),
@@ -139,6 +145,22 @@ def attach(optimizer: Optimizer, state: ZeroState) -> None:
     state.handles += guard_optimizer(optimizer, state)
     _registry.put_part(optimizer, state)
     state.checksums.attach(optimizer)
+    state.early.attach(optimizer)
+
+
+def checksums_of(buckets: Sequence[Bucket], topology: Topology, config: ZeroConfig) -> NoChecksums:
+    """Returns the object that keeps checksums of shards, if `config` asks for it."""
+    if not config.checksums or any(is_fake(b.full) for b in buckets):
+        return NoChecksums()
+    return Checksums(buckets, topology.norm_groups)
+
+
+def early_steps(buckets: Sequence[Bucket], pending: Pending, config: ZeroConfig) -> NoEarlySteps:
+    """Returns the object that steps buckets during the backward, if `config` asks for it."""
+    trainable = [b for b in buckets if b.trainable and not is_fake(b.full)]
+    if not config.overlap_step or not trainable:
+        return NoEarlySteps()
+    return EarlySteps(trainable, trainable[0].storage.reserved, pending, config.undo_bytes)
 
 
 def reduce_policy(config: ZeroConfig, stage: int) -> ReducePolicy:

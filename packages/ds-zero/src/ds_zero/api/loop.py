@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_zero import _registry
+from ds_zero.runtime.early_step import StepOverlap
 from ds_zero.runtime.gradients.grad_scale import GradNorm
 from ds_zero.runtime.gradients.norms import clip_factor
 from ds_zero.runtime.gradients.param_grads import ShownGradient
@@ -51,6 +52,14 @@ def grad_norm(model: nn.Module) -> GradNorm | None:
     It is the same on every rank. Does not communicate.
     """
     return _registry.state_of(model).stepper.pending.last_norm
+
+
+def step_overlap(model: nn.Module) -> StepOverlap:
+    """Returns how often steps overlapped with the backward, and why they did not, with `ZeroConfig(overlap_step=True)`.
+
+    On this rank; it does not communicate. The object changes as training goes on.
+    """
+    return _registry.state_of(model).early.report
 
 
 def set_presentation(
@@ -112,7 +121,7 @@ def destroy(model: nn.Module) -> None:
     Optimizer states of stages 1 to 3 are dropped, since no rank has all of them.
     """
     state = _registry.state_of(model)
-    state.stepper.wait()
+    state.stepper.settle()
     state.waiting.stop()
     for handle in state.handles:
         handle.remove()

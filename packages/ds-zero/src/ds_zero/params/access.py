@@ -58,7 +58,7 @@ def get_full(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tensor
     """
     place = find(model, where)
     with torch.no_grad():
-        place.state.stepper.wait()
+        _settle(place.state, kind)
         if kind == PARAM:
             return _whole_param(place)
         if place.shard is None:
@@ -148,6 +148,7 @@ def get_local(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tenso
     place = find(model, where)
     bucket, shard = place.bucket, place.shard
     with torch.no_grad():
+        _settle(place.state, kind)
         if kind == PARAM:
             with bucket.storage.opened(bucket.storage.exact) as values:
                 return place.part(values).float().clone()
@@ -243,8 +244,15 @@ def _own(place: Place, whole: Tensor) -> Tensor:
     return whole.reshape(-1)[own.start : own.start + own.numel]
 
 
+def _settle(state: ZeroState, kind: str) -> None:
+    """Waits for updated parameters. If masters or states are accessed, takes early updates of them back."""
+    if kind != GRAD:
+        state.stepper.settle()
+    state.stepper.wait()
+
+
 def _prepare_write(place: Place, kind: str) -> None:
-    place.state.stepper.wait()
+    _settle(place.state, kind)
     if kind != PARAM and place.shard is None:
         raise ValueError(f"{place.fqn!r} is frozen: it is in no optimizer group, so it has no {kind!r}")
     if kind == GRAD:

@@ -116,7 +116,7 @@ class _ModelState(_TopLevel):
     def state_dict(self) -> dict[str, Any]:
         """Returns views of the live values."""
         state = _registry.state_of(self._model)
-        state.stepper.wait()
+        state.stepper.settle()
         state.checksums.before_save()
         written = _written(state)
         entries: dict[str, Any] = {}
@@ -157,7 +157,7 @@ class _OptimizerState(_TopLevel):
     def state_dict(self) -> dict[str, Any]:
         """Returns views of the live states, and the options of the groups."""
         state = _registry.state_of(self._model)
-        state.stepper.wait()
+        state.stepper.settle()
         self._made.clear()
         written = _written(state)
         saved = {r.fqn: self._states(r, written.get(r.fqn)) for r in self._ranges(state)}

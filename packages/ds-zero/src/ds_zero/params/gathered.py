@@ -63,6 +63,8 @@ def _gathered(state: ZeroState, buckets: list[Bucket], writer: int | None) -> It
     smallest = min(b.ranks.size for b in buckets)
     if writer is not None and not 0 <= writer < smallest:
         raise ValueError(f"writer_rank={writer}: the model is sharded among ranks 0 to {smallest - 1}")
+    if writer is not None:
+        state.stepper.settle()
     state.stepper.wait()
     state.gatherer.acquire(buckets)
     opened = OpenGather(buckets, writes=writer is not None)
@@ -140,7 +142,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     as one tensor. Persistent buffers are included. In addition to the result, rank 0 needs memory for one bucket.
     """
     state = _registry.state_of(model)
-    state.stepper.wait()
+    state.stepper.settle()
     state.checksums.before_save()
     values: dict[str, Tensor] = {}
     for bucket in state.buckets:

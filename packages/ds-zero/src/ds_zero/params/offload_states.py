@@ -80,7 +80,7 @@ class Away:
         if unknown:
             raise ValueError(f"unknown kind of state {unknown[0]!r}: known are {', '.join(self.KINDS)}")
         state = _registry.state_of(model)
-        state.stepper.wait()
+        state.stepper.settle()
         state.gatherer.drop_all()
         self.kinds = frozenset(kinds)
         self._moved: dict[int, _Moved] = {}

@@ -45,9 +45,15 @@ def guard_optimizer(optimizer: Optimizer, state: ZeroState) -> list[RemovableHan
                 "ranks": live.ranks.size,
             }
 
+    def before_save(optimizer: Optimizer) -> None:
+        live = me()
+        if live is not None:
+            live.stepper.settle()
+
     def before_load(optimizer: Optimizer, given: dict[str, Any]) -> dict[str, Any] | None:
         live = me()
         if live is not None:
+            live.stepper.settle()
             _refuse_identities(optimizer)
         return _accepted(optimizer, live, given) if live is not None else None
 
@@ -57,6 +63,7 @@ def guard_optimizer(optimizer: Optimizer, state: ZeroState) -> list[RemovableHan
 
     return [
         optimizer.register_step_pre_hook(before_step),
+        optimizer.register_state_dict_pre_hook(before_save),
         optimizer.register_state_dict_post_hook(after_save),
         optimizer.register_load_state_dict_pre_hook(before_load),
     ]

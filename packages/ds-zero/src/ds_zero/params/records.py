@@ -126,7 +126,7 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     ranks raise `ChecksumError` if one of them differs.
     """
     state = _registry.state_of(model)
-    state.stepper.wait()
+    state.stepper.settle()
     state.checksums.before_save()
     own_records: list[ShardRecord] = []
     reader = BucketReader(optimizer)
@@ -226,7 +226,7 @@ def load_records(
         ValueError: the source lacks a tensor, or has it in another shape. Nothing has been changed then.
     """
     state = _registry.state_of(model)
-    state.stepper.wait()
+    state.stepper.settle()
     _check(state, model, source, keep)
     state.stepper.forget()  # gradients with respect to the replaced values, such as in the middle of an accumulation
     if expect is not None:

@@ -84,7 +84,7 @@ def check_replicas(model: nn.Module) -> None:
         ValueError: the model is not sharded by `ds_zero.shard`.
     """
     state = _registry.state_of(model)
-    state.stepper.wait()
+    state.stepper.settle()
     optimizer = state.optimizer() if state.optimizer is not None else None
     copies = list(_copies(state, optimizer))
     with state.comm.guard("check_replicas"):

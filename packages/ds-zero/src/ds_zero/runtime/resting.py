@@ -34,6 +34,11 @@ Cut = Callable[[Tensor], list[Tensor]]
 """Splits a 1-D tensor over the owned range into its pieces, one for each parameter."""
 
 
+def second_key(key: ShardKey) -> ShardKey:
+    """Returns the key of the second version of a tensor, [Note: two versions of a tensor]."""
+    return ShardKey(name=f"{key.name}, second version", kind=key.kind)
+
+
 class Resting(Protocol):
     """A 1-D tensor that is kept between steps."""
 
@@ -75,6 +80,26 @@ class Resting(Protocol):
 
     def rounded(self, part: Tensor) -> Tensor:
         """Returns `part` in the dtype of the tensor, on the device where its values are in memory."""
+        ...
+
+    def showing(self, values: Tensor) -> AbstractContextManager[None]:
+        """Context manager within which the pieces are views of `values`, which are those that the tensor has. It does
+        nothing for a tensor in memory.
+        """
+        ...
+
+    def begin_tentative(self) -> None:
+        """From now on values are stored beside those before, [Note: two versions of a tensor]. Does nothing for a
+        tensor in memory.
+        """
+        ...
+
+    def keep(self) -> None:
+        """Makes tentative values final."""
+        ...
+
+    def revert(self) -> None:
+        """Drops tentative values."""
         ...
 
     def stamp(self) -> tuple[int, ...]:
@@ -181,6 +206,18 @@ class InMemory(_Stored):
     def rounded(self, part: Tensor) -> Tensor:
         return part.to(self._tensor.device, self._tensor.dtype)
 
+    def showing(self, values: Tensor) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def begin_tentative(self) -> None:
+        return None
+
+    def keep(self) -> None:
+        return None
+
+    def revert(self) -> None:
+        return None
+
     def stamp(self) -> tuple[int, ...]:
         return self._num_writes, self._tensor._version
 
@@ -212,6 +249,11 @@ class Paged(_Stored):
         self._place = _Place.STORED
         self._buffer: Tensor | None = None
         self._users, self._written = 0, False
+        self._keys = (item.key, second_key(item.key))
+        self._current = 0
+        """Index of the key under which the final values are."""
+        self._tentative, self._has_tentative = False, False
+        """Whether values are stored tentatively now, and whether there are such values."""
         device = self._device = staging.device_of(self._kind)
         forms = (
             cut(torch.zeros(1, dtype=item.dtype, device=device).expand(item.numel)) if cut is not None else []
@@ -246,12 +288,15 @@ class Paged(_Stored):
     def fill(self, values: Tensor) -> None:
         own = self.rounded(values)
         self._num_writes += 1
-        self._start("store", lambda: self._store.store(self._key, own), own)
+        key = self._present_key()
+        self._start("store", lambda: self._store.store(key, own), own)
         self.settle()
 
     def read_into(self, out: Tensor) -> Work:
-        if self._place is _Place.STORED:
-            self._start("load", lambda: self._store.load(self._key, out), out)
+        if self._place is _Place.STORED or self._has_tentative:
+            key = self._keys[self._current]
+            self.settle()
+            self._start("load", lambda: self._store.load(key, out), out)
             return self
         if self._place is _Place.LOADING:
             _Stored.settle(self)
@@ -279,6 +324,38 @@ class Paged(_Stored):
 
     def rounded(self, part: Tensor) -> Tensor:
         return part.to(self._device, self._kind[1])
+
+    @contextlib.contextmanager
+    def showing(self, values: Tensor) -> Iterator[None]:
+        assert self._cut is not None and self._place is not _Place.OPEN
+        for piece, view in zip(self.pieces, self._cut(values), strict=True):
+            piece.data = view
+        try:
+            yield
+        finally:
+            self._hide_pieces()
+
+    # --- two versions
+
+    # [Note: two versions of a tensor]
+    # A step that may be taken back stores values under a second key. Until `keep` or `revert`, an open tensor has the
+    # tentative values, but `read_into` reads those before, with which the backward goes on.
+
+    def begin_tentative(self) -> None:
+        self._tentative = True
+
+    def keep(self) -> None:
+        self._current ^= self._has_tentative
+        self._tentative = self._has_tentative = False
+
+    def revert(self) -> None:
+        with contextlib.suppress(ShardStoreError):  # the values are dropped
+            self.settle()
+        self.abandon()
+        self._tentative = self._has_tentative = False
+
+    def _present_key(self) -> ShardKey:
+        return self._keys[self._current ^ self._has_tentative]
 
     def stamp(self) -> tuple[int, ...]:
         return self._num_writes, *(piece._version for piece in self.pieces)
@@ -322,7 +399,8 @@ class Paged(_Stored):
             raise
 
     def _start_load(self, values: Tensor) -> None:
-        self._start("load", lambda: self._store.load(self._key, values), values)
+        key = self._present_key()
+        self._start("load", lambda: self._store.load(key, values), values)
 
     def _give_buffer(self) -> None:
         assert self._buffer is not None
@@ -355,13 +433,16 @@ class Paged(_Stored):
                     self._written = True
                 piece.data = view
 
+    def _hide_pieces(self) -> None:
+        for piece, nan in zip(self.pieces, self._nans, strict=True):
+            piece.data = nan.expand(piece.shape)
+
     def _close(self, *, written: bool) -> None:
         self._users -= 1
         self._written = self._written or written
         if self._users:
             return
-        for piece, nan in zip(self.pieces, self._nans, strict=True):
-            piece.data = nan.expand(piece.shape)
+        self._hide_pieces()
         self._versions = [piece._version for piece in self.pieces]
         written, self._written = self._written, False
         self._num_writes += written
@@ -369,8 +450,10 @@ class Paged(_Stored):
             self._give_buffer()
             return
         values = self._values()
+        self._has_tentative = self._tentative
+        key = self._present_key()
         try:
-            self._start("store", lambda: self._store.store(self._key, values), values)
+            self._start("store", lambda: self._store.store(key, values), values)
         except BaseException:
             self._give_buffer()
             raise

@@ -22,6 +22,7 @@ from ds_zero.comm.works import Then
 from ds_zero.interfaces import ChecksummedStep, FusedStep, SegmentStep, Work
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.checksums import NoChecksums
+from ds_zero.runtime.early_step import NOT_FINITE, NoEarlySteps
 from ds_zero.runtime.gathering.gather import Gatherer
 from ds_zero.runtime.gradients.grad_scale import ShardGrads
 from ds_zero.runtime.gradients.reduce import Reducer
@@ -56,13 +57,14 @@ class Stepper:
         overlap: bool,
         publish_numel: int | None = None,
         checksums: NoChecksums,
+        early: NoEarlySteps,
     ) -> None:
         # The first modules of the model are in the last buckets: publish in the order in which forward reads.
         self._buckets = [b for b in reversed(buckets) if b.trainable]
         self._comm, self._reducer, self._gatherer, self._overlap = comm, reducer, gatherer, overlap
         self._works: list[Work] = []
         self._publish_numel = publish_numel
-        self._checksums = checksums
+        self._checksums, self._early = checksums, early
         self._set_aside: list[tuple[Tensor, Tensor]] = []
         self._entries: list[list[int]] = []
         self._grads = grads
@@ -102,6 +104,7 @@ class Stepper:
         self._takes_step = self._condition is None or self._condition()
         self.wait()
         if not self._takes_step:
+            self._early.withdraw(NOT_FINITE)
             self.forget()  # without gradients the optimizer's own step does nothing
         elif self.fused:
             assert isinstance(optimizer, FusedStep)
@@ -161,17 +164,24 @@ class Stepper:
                 self._checksums.before_step()
             if isinstance(optimizer, SegmentStep):
                 self._segment_sums = whole_sums(optimizer, self._buckets, scale)
-            with closing(visit(self._buckets, STEPPED, write=(MASTER,))) as visited:
-                for bucket in visited:
+            stepped = self._early.settle(scale)
+            others = [b for b in self._buckets if id(b) not in stepped]
+            with closing(visit(others, STEPPED, write=(MASTER,))) as visited:
+                for bucket in self._buckets:
                     published = self._is_published(bucket) and not self._checksums.enabled
-                    if not published and not bucket.storage.is_away(*STEPPED, PARAM):
-                        together.append(bucket)
-                        continue
-                    self._step_buckets(optimizer, [bucket], scale)
-                    if bucket.storage.is_away(PARAM):
-                        bucket.storage.refresh_param()
+                    if id(bucket) in stepped:
+                        self._take_over(bucket, stepped[id(bucket)])
+                    else:
+                        next(visited)
+                        if not published and not bucket.storage.is_away(*STEPPED, PARAM):
+                            together.append(bucket)
+                            continue
+                        self._step_buckets(optimizer, [bucket], scale)
+                        if bucket.storage.is_away(PARAM):
+                            bucket.storage.refresh_param()
                     if published:  # sent while the next bucket is updated
                         self._start_publish(bucket)
+                next(visited, None)  # ends the last visit
             self._step_buckets(optimizer, together, scale)
             if self._checksums.enabled:
                 if apart:
@@ -198,6 +208,20 @@ class Stepper:
             assert shard.grad is not None
             self._set_aside.append((shard, shard.grad))
             shard.grad = None
+
+    def _take_over(self, bucket: Bucket, new: Tensor | None) -> None:
+        """Completes the step of a bucket that was updated during the backward, [Note: early steps].
+
+        Args:
+            new: its new parameters, if they were kept apart.
+        """
+        if new is not None:
+            with bucket.storage.opened(PARAM, write=True, load=False) as param:
+                param.copy_(new)
+        for shard in bucket.shards:
+            if shard.grad is not None:
+                self._set_aside.append((shard, shard.grad))
+                shard.grad = None
 
     def _after(self) -> None:
         for shard, grad in self._set_aside:
@@ -252,6 +276,13 @@ class Stepper:
         message = torch.empty(columns.shape, dtype=columns.dtype, device=columns.device)
         message[ranks.rank].copy_(columns[ranks.rank])
         return Then([self._comm.gather(message.view(-1), ranks)], _CopyBack(columns, message))
+
+    def settle(self) -> None:
+        """Waits for updated parameters, and takes updates for a step that has not been called back, because masters or
+        states are going to be read or written, [Note: early steps].
+        """
+        self._early.withdraw()
+        self.wait()
 
     def wait(self) -> None:
         """Waits until published parameters may be read."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ds_zero.interfaces import Reservation, ShardKey, ShardStore, Work
 from ds_zero.layout.buckets import FROZEN, BucketLayout, Piece, piece_of
-from ds_zero.runtime.resting import Cut, InMemory, Paged, Resting
+from ds_zero.runtime.resting import Cut, InMemory, Paged, Resting, second_key
 from ds_zero.runtime.staging import BufferKind, Staging
 
 if TYPE_CHECKING:
@@ -103,6 +103,12 @@ class Reserved:
         if mapped is None:
             mapped = torch.empty(0, dtype=item.dtype, device=item.device)
         return InMemory(mapped, key, self.store, self.staging, cut)
+
+    def reserve_second(self, keys: Sequence[ShardKey]) -> None:
+        """Reserves space for second versions of tensors that are away, [Note: two versions of a tensor]."""
+        plan = [replace(self._items[key], key=second_key(key), partition="second versions") for key in keys]
+        if plan:
+            _checked(self.store, plan)
 
     def add(self, item: Reservation) -> Resting:
         """Reserves one more tensor, without pieces. It must not be larger than the largest reserved one of its kind."""
@@ -282,6 +288,11 @@ class BucketStorage:
         """Waits for all operations of the store on this bucket."""
         for rest in self._rests.values():
             rest.settle()
+
+    @property
+    def reserved(self) -> Reserved:
+        """The tensors of all buckets of the model that the store provides."""
+        return self._reserved
 
     @property
     def staging(self) -> Staging:

@@ -42,6 +42,8 @@ class Sums:
         self._numel = end - begin
         self.is_complete = True
         """Whether the stored gradient is the whole sum, see `complete`."""
+        self._in_memory: Tensor | None = None
+        """See `take_in_memory`."""
 
     def prefetch(self) -> None:
         """Starts to load the stored gradient, if the next `add(measure=True)` needs it in memory."""
@@ -60,6 +62,8 @@ class Sums:
             measure: this may be the last addition before the step, [Note: norm at arrival].
         """
         bucket = self._bucket
+        self._norms.forget(bucket)
+        self._in_memory = None
         zeroed = self._rest.take_zeroed()
         kept = [s.grad is not None and i not in zeroed for i, s in enumerate(bucket.shards) if s.numel()]
         if not kept:
@@ -110,6 +114,7 @@ class Sums:
             return
         bucket = self._bucket
         measure = self._norms.wanted(bucket)
+        self._in_memory = None
         self._merge_all(measure=measure)
         if self._needs_gather:
             square = None
@@ -117,8 +122,16 @@ class Sums:
                 comm.gather(grad, bucket.ranks).wait()
                 if measure:
                     square = self._norms.square_of(bucket, grad[self._offset : self._offset + self._numel])
+                    self._in_memory = grad
             self._note(square)
         self.is_complete = True
+
+    def take_in_memory(self) -> Tensor | None:
+        """Returns the stored gradient over the owned range, if the last addition was measured and left it in memory. It
+        may be read until anything else is done with the bucket. This object does not keep it any longer.
+        """
+        values, self._in_memory = self._in_memory, None
+        return values
 
     def so_far(self) -> Tensor:
         """Returns a copy of this rank's slice of the sum so far; undefined where an entry has no gradient."""
@@ -152,12 +165,17 @@ class Sums:
 
     def _put_first(self, part: Tensor, measure: bool) -> None:
         """Stores the first result of an accumulation."""
-        square = None
-        if measure:
+        grad = self._rest.tensor
+        if measure and grad is None:
             part = self._rest.rounded(part)
-            square = self._norms.square_of(self._bucket, self._slice_of(part))
         self._put(part, 0, accumulate=False)
-        self._note(square)
+        if not measure:
+            return
+        if grad is not None:
+            self._rest.settle()
+            part = grad[self._offset : self._offset + self._numel]
+        self._note(self._norms.square_of(self._bucket, self._slice_of(part)))
+        self._in_memory = grad if grad is not None else part
 
     def _add_in_memory(self, part: Tensor) -> None:
         """Adds as the store would, and measures the sum."""
@@ -165,6 +183,7 @@ class Sums:
             total.add_(part.to(total.device))
             square = self._norms.square_of(self._bucket, self._slice_of(total))
         self._note(square)
+        self._in_memory = total if self._rest.tensor is None else self._rest.tensor
 
     def _slice_of(self, values: Tensor) -> Tensor:
         return self._bucket.slice_of(values) if self._whole else values
@@ -214,6 +233,7 @@ class Sums:
             lower.add_(upper)
             if measure and top == 1:
                 square = self._norms.square_of(self._bucket, self._slice_of(lower))
+                self._in_memory = lower if self._rest.tensor is None else self._rest.tensor
         self._note(square)
         self._levels.pop()
         self._levels[-1] += 1

@@ -3,7 +3,7 @@
 [Note: norm at arrival]
 A gradient that is away would have to be loaded for its norm alone. So the sum of squares of its bucket is computed from
 the last values that are given to the store, before they leave memory. It is the number that would be computed from the
-loaded values, bit for bit. Norms and overflow checks use it until the gradient is written again (`Resting.stamp`). If
+loaded values, bit for bit. Norms and overflow checks use it until torch writes the gradient again (`Resting.stamp`). If
 another set of parameters has a gradient by then, the bucket is loaded after all.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,13 +33,24 @@ class _Noted:
 class ArrivedNorms:
     """Computes and remembers the sums of squares of buckets, [Note: norm at arrival]."""
 
-    def __init__(self, norms: Norms) -> None:
-        self._norms = norms
+    def __init__(self, norms: Norms, *, in_memory: bool = False) -> None:
+        """
+        Args:
+            in_memory: also for gradients in host memory, because a step waits for the norm, [Note: early steps].
+        """
+        self._norms, self._in_memory = norms, in_memory
         self._noted: dict[int, _Noted] = {}
+        self._fresh: list[Bucket] = []
+        """Buckets whose sums of squares were noted since the last `end_arrivals`."""
 
     def wanted(self, bucket: Bucket) -> bool:
         """Whether the sum of squares should be computed when the bucket's gradient arrives."""
-        return bucket.storage.is_away(GRAD)
+        grad = bucket.storage.addressable(GRAD)
+        return grad is None or (self._in_memory and grad.device.type == "cpu")
+
+    def forget(self, bucket: Bucket) -> None:
+        """Forgets the sum of squares, because the gradient is going to be written."""
+        self._noted.pop(id(bucket), None)
 
     def square_of(self, bucket: Bucket, values: Tensor) -> float:
         """Returns the sum of squares of this rank's part of a bucket's gradients, in which all parameters have one.
@@ -56,6 +67,17 @@ class ArrivedNorms:
     def note(self, bucket: Bucket, square: float) -> None:
         """Remembers the result of `square_of`, after the same values were given to the store."""
         self._noted[id(bucket)] = _Noted(square, bucket.storage.rest(GRAD).stamp())
+        self._fresh.append(bucket)
+
+    def end_arrivals(self) -> None:
+        """Called when all gradients of a backward have arrived. Tensors in one memory share a version, which the
+        arrival of each has changed.
+        """
+        fresh, self._fresh = self._fresh, []
+        for bucket in fresh:
+            if id(bucket) in self._noted:
+                stamp = bucket.storage.rest(GRAD).stamp()
+                self._noted[id(bucket)] = replace(self._noted[id(bucket)], stamp=stamp)
 
     def noted(self, bucket: Bucket) -> float | None:
         """Returns the sum of squares of the present gradient; None if it must be computed."""
@@ -75,21 +97,18 @@ class ArrivedNorms:
                 own.
         """
         trainable = [b for b in buckets if b.trainable]
+        squares = [None if unreduced else self.noted(bucket) for bucket in trainable]
+        missing = [b for b, square in zip(trainable, squares, strict=True) if square is None]
         addressable: dict[torch.device, list[Tensor]] = {}  # a store may keep some of them on the host
-        for bucket in trainable:
+        for bucket in missing:
             grad = bucket.storage.addressable(GRAD)
             if grad is not None:
                 addressable.setdefault(grad.device, []).extend(_pieces(bucket, unreduced))
-        squares = [self._norms(pieces)[0] for pieces in addressable.values()]
-        own = squares[0] if len(squares) == 1 else math.fsum(squares)
-        away = [b for b in trainable if b.storage.is_away(GRAD)]
-        if not away:
-            return own
-        sums = [self.noted(bucket) for bucket in away]
-        missing = [b for b, square in zip(away, sums, strict=True) if square is None]
-        with closing(visit(missing, (GRAD,))) as visited:
-            found = iter([self._norms(_pieces(bucket, unreduced))[0] for bucket in visited])
-        return math.fsum([own, *(next(found) if square is None else square for square in sums)])
+        found = [self._norms(pieces)[0] for pieces in addressable.values()]
+        with closing(visit([b for b in missing if b.storage.is_away(GRAD)], (GRAD,))) as visited:
+            found += [self._norms(_pieces(bucket, unreduced))[0] for bucket in visited]
+        found += [square for square in squares if square is not None]
+        return found[0] if len(found) == 1 else math.fsum(found)
 
 
 def _counted(bucket: Bucket, begin: int, end: int) -> Iterator[tuple[int, int, int]]:

@@ -41,6 +41,7 @@ from ds_zero.comm.collectives import Comm
 from ds_zero.interfaces import Reduction
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.checksums import NoChecksums
+from ds_zero.runtime.early_step import NoEarlySteps
 from ds_zero.runtime.gradients.arrivals import Arrivals, Pending
 from ds_zero.runtime.gradients.arrived_norms import ArrivedNorms
 from ds_zero.runtime.gradients.backward import BackwardWatch
@@ -67,6 +68,7 @@ class Reducer:
         options: OptimizerOptions,
         checksums: NoChecksums,
         norms: ArrivedNorms,
+        early: NoEarlySteps,
     ) -> None:
         """`before_accumulation` is called at the start of the first backward after the gradients of the shards were
         completed by `finish`.
@@ -80,10 +82,10 @@ class Reducer:
         """Whether backwards outside of `no_sync` are reduced."""
         self._learned_steps = policy.steps
         self._before_accumulation = before_accumulation
-        self._checksums = checksums
+        self._checksums, self._early = checksums, early
         self._watch = watch
         self._pending = {id(b): Pending(Arrivals(len(b.params))) for b in self.buckets}
-        self._reductions = Reductions(self.buckets, comm, policy, norms)
+        self._reductions = Reductions(self.buckets, comm, policy, norms, early)
         self._next = 0
         """Index of the first bucket whose reduction has not started in the present backward."""
         self._backwards = 0
@@ -172,6 +174,7 @@ class Reducer:
     def _begin_backward(self) -> None:
         if self._in_backward:
             return
+        self._early.withdraw("another backward came before the step")
         self._checksums.before_grads_change()
         self._notice_drop()
         if not self._touched:
@@ -187,6 +190,7 @@ class Reducer:
             self._flag.raise_on(self._shards(), self.policy.grad_dtype)
         for bucket in self.buckets:
             self._pending[id(bucket)].arrivals.begin(bucket.params)
+        self._early.begin_backward(is_last=self._final and self._ends_step(), used=self._usage.has)
         self._watch.arm()
 
     def _notice_drop(self) -> None:
@@ -205,6 +209,13 @@ class Reducer:
         return self.reduction == "sharded" or (
             self._learned_steps is not None and self._backwards >= self._learned_steps
         )
+
+    def _ends_step(self) -> bool:
+        """Whether the backward that begins now, which is reduced, is expected to be the last one before the step. If
+        the number of backwards is unknown, `no_sync` for the earlier ones tells.
+        """
+        known = self.policy.steps if self.policy.steps is not None else self._learned_steps
+        return self._deferred if known is None else self._backwards >= known
 
     def _begin_accumulation(self) -> None:
         """Called at the start of the first backward after the gradients of the shards were completed. This backward
@@ -300,6 +311,7 @@ class Reducer:
 
     def _drop(self) -> None:
         """Drops the accumulated gradients, but not those that a running backward has stored in `param.grad`."""
+        self._early.withdraw("the gradients were dropped")
         self._flag.lower()
         self._late_flag.lower()
         for bucket in self.buckets:
@@ -323,6 +335,7 @@ class Reducer:
         self._next = len(self.buckets)
         self._deferred = False
         self._reductions.finish_all(last=self._is_last())
+        self._reductions.end_arrivals()
 
     # --- boundary
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ds_zero.comm.collectives import Comm
 from ds_zero.comm.piece_exchange import PieceReduce
 from ds_zero.runtime.bucket import Bucket
+from ds_zero.runtime.early_step import NoEarlySteps
 from ds_zero.runtime.gradients.accumulate import Sums
 from ds_zero.runtime.gradients.arrived_norms import ArrivedNorms
 from ds_zero.runtime.gradients.grad_buffer import FreshGrads, GradBuffer
@@ -28,10 +29,15 @@ class Reductions:
     """Reduces the gradients of buckets, and adds the results to the sums, in the order in which they were started."""
 
     def __init__(
-        self, buckets: Iterable[Bucket], comm: Comm, policy: ReducePolicy, norms: ArrivedNorms
+        self,
+        buckets: Iterable[Bucket],
+        comm: Comm,
+        policy: ReducePolicy,
+        norms: ArrivedNorms,
+        early: NoEarlySteps,
     ) -> None:
         buckets = list(buckets)
-        self._comm, self._policy = comm, policy
+        self._comm, self._policy, self._norms, self._early = comm, policy, norms, early
         self._sums = {id(b): Sums(b, tree=policy.tree, norms=norms) for b in buckets}
         self._pieces = {
             id(b): PieceReduce(b.layout, b.ranks) for b in buckets if takes_pieces(b, comm, policy.wire)
@@ -87,6 +93,11 @@ class Reductions:
         for sums in self._sums.values():
             sums.settle()
 
+    def end_arrivals(self) -> None:
+        """Called when all gradients of a backward have been added to the sums."""
+        self._norms.end_arrivals()
+        self._early.end_arrivals()
+
     @property
     def are_complete(self) -> bool:
         """Whether `complete` has nothing to do."""
@@ -97,6 +108,7 @@ class Reductions:
         with torch.no_grad():
             for sums in self._sums.values():
                 sums.complete(self._comm)
+                sums.take_in_memory()
 
     def drop(self) -> None:
         """Waits for the reductions in progress, and drops their results."""
@@ -116,6 +128,9 @@ class Reductions:
             sums.add(reduction.result(), measure=last is not False)
             if last:
                 sums.complete(self._comm)
+        values = sums.take_in_memory()
+        if last is not False and sums.is_complete:
+            self._early.arrived(reduction.bucket, values)
         if not self._policy.overlap:
             self.wait_sent()
 
