@@ -26,8 +26,18 @@ class Compressor(Protocol):
     def payload_like(self, blocks: Blocks, device: torch.device) -> Tensor:
         """Returns a new payload with undefined contents."""
 
-    def encode(self, x: Tensor, payload: Tensor, blocks: Blocks, *, residual: Tensor | None = None) -> None:
-        """Encodes `x`, or `x + residual`, into `payload`. What is lost is written to `residual`."""
+    def encode(
+        self, x: Tensor, payload: Tensor, blocks: Blocks, *, residual: Tensor | None = None, seed: int = 0
+    ) -> None:
+        """Encodes `x`, or `x + residual`, into `payload`. What is lost is written to `residual`.
+
+        Args:
+            x: the tensor.
+            payload: see `payload_like`.
+            blocks: of `x`.
+            residual: of the size of `x`.
+            seed: of stochastic rounding, for compressors that use it; it should differ between calls and ranks.
+        """
 
     def decode(
         self, payload: Tensor, out: Tensor, blocks: Blocks, *, weight: float = 1.0, add: bool = False

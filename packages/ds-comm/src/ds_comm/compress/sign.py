@@ -38,7 +38,9 @@ class SignCompressor:
         """See `Compressor`."""
         return torch.empty(self.payload_bytes(blocks), dtype=torch.uint8, device=device)
 
-    def encode(self, x: Tensor, payload: Tensor, blocks: Blocks, *, residual: Tensor | None = None) -> None:
+    def encode(
+        self, x: Tensor, payload: Tensor, blocks: Blocks, *, residual: Tensor | None = None, seed: int = 0
+    ) -> None:
         """See `Compressor`."""
         scales, bits = scales_and_codes(payload, blocks, 1)
         codes.sign_encode(x, blocks.table, scales, bits, residual)

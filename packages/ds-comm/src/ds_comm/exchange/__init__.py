@@ -1,8 +1,24 @@
-"""Collectives that send fewer bytes, over any process group, with the bytes counted."""
+"""Collectives over any process group that send fewer bytes or add in a fixed order, with the bytes counted."""
 
 from __future__ import annotations
 
 from ds_comm.exchange.channel import Channel, Traffic, Work
 from ds_comm.exchange.compressed import CompressedAllReduce
+from ds_comm.exchange.ddp_hook import CompressedHook
+from ds_comm.exchange.hierarchy import HierarchicalCollectives, Hierarchy
+from ds_comm.exchange.ordered import OrderedAllReduce, OrderedReduceScatter
+from ds_comm.exchange.quantized import QuantizedAllGather, QuantizedReduceScatter
 
-__all__ = ["Channel", "CompressedAllReduce", "Traffic", "Work"]
+__all__ = [
+    "Channel",
+    "CompressedAllReduce",
+    "CompressedHook",
+    "HierarchicalCollectives",
+    "Hierarchy",
+    "OrderedAllReduce",
+    "OrderedReduceScatter",
+    "QuantizedAllGather",
+    "QuantizedReduceScatter",
+    "Traffic",
+    "Work",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -19,15 +20,15 @@ class Work(Protocol):
         """Waits for the operation."""
 
 
-class Done:
+class Done(dist.Work):
     """An operation that has ended already."""
 
-    def wait(self) -> bool:
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Returns at once."""
         return True
 
 
-class Chain:
+class Chain(dist.Work):
     """Operations of which each starts when the one before has ended.
 
     The next operation is started by `wait`, in the thread that calls it, and not in the background: ranks must start
@@ -36,11 +37,12 @@ class Chain:
     """
 
     def __init__(self, first: Work, *rest: Callable[[], Work | None]) -> None:
+        super().__init__()
         self._pending: Work | None = first
         self._rest = list(rest)
 
-    def wait(self) -> bool:
-        """Waits for the last operation."""
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        """Waits for the last operation, as long as the process group's timeout permits."""
         while self._pending is not None:
             self._pending.wait()
             self._pending = None
@@ -67,9 +69,10 @@ class Traffic:
 class Channel:
     """A process group, or a single process if torch.distributed is not initialised."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, traffic: Traffic | None = None) -> None:
         """Args:
         group: None: the default group, or a single process if there is none.
+        traffic: where bytes are counted; None: a new counter.
         """
         self._group = group
         alone = group is None and not (dist.is_available() and dist.is_initialized())
@@ -80,7 +83,7 @@ class Channel:
                 f"rank {dist.get_rank()} is not in the process group of {self.world_size} ranks that was passed; "
                 f"only its members may make a channel"
             )
-        self.traffic = Traffic()
+        self.traffic = Traffic() if traffic is None else traffic
 
     @property
     def group(self) -> dist.ProcessGroup | None:

@@ -35,6 +35,7 @@ class CompressedAllReduce:
             )
         self.channel = channel
         self.feedback = feedback
+        self._calls = 0
         compressor = feedback.compressor
         self.part_bytes = [compressor.payload_bytes(part) for _, part in feedback.parts]
         """Bytes of the payload of each part."""
@@ -61,6 +62,7 @@ class CompressedAllReduce:
             self._alone(x, out)
             return Done()
         sent, received = self._buffers(x)
+        self._calls += 1
         self._encode_parts(x, sent)
         own = self.part_bytes[self.channel.rank]
         first = self.channel.all_to_all(received, sent, self.part_bytes, [own] * self.channel.world_size)
@@ -85,7 +87,13 @@ class CompressedAllReduce:
         for (start, blocks), payload in zip(feedback.parts, sent.split(self.part_bytes), strict=True):
             if len(blocks):
                 here = slice(start, start + blocks.numel)
-                feedback.compressor.encode(x[here], payload, blocks, residual=feedback.worker[here])
+                feedback.compressor.encode(
+                    x[here], payload, blocks, residual=feedback.worker[here], seed=self._seed(start)
+                )
+
+    def _seed(self, place: int) -> int:
+        """Of stochastic rounding: differs between calls, ranks and places."""
+        return (self._calls * 0x9E3779B97F4A7C15 + (self.channel.rank << 40) + place) % 2**64
 
     def _reduce(self, received: Tensor, gathered: Tensor) -> Work:
         """Second phase: averages this rank's part, and starts to send it."""
@@ -96,7 +104,7 @@ class CompressedAllReduce:
             mean = torch.zeros(blocks.numel, dtype=torch.float32, device=received.device)
             for rank, payload in enumerate(received.chunk(world_size)):
                 feedback.compressor.decode(payload, mean, blocks, weight=1.0 / world_size, add=rank > 0)
-            feedback.compressor.encode(mean, own, blocks, residual=feedback.server)
+            feedback.compressor.encode(mean, own, blocks, residual=feedback.server, seed=self._seed(-1))
         return self.channel.all_gather(gathered, own, self.part_bytes)
 
     def _decode_parts(self, gathered: Tensor, out: Tensor) -> None:
