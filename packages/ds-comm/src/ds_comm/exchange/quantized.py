@@ -102,8 +102,8 @@ class QuantizedReduceScatter(_Quantized):
     """Reduce-scatter of gradients in 4 bits an element (ZeRO++, section 3.3: qgZ).
 
     With a hierarchy in two hops: pieces are encoded and exchanged inside of each machine and added in fp32, encoded
-    again and exchanged across machines. A gradient is so quantised twice, whatever the number of ranks, and each rank sends
-    1 / local of the pieces across machines. Without one in one hop. Sums are in order of rank.
+    again and exchanged across machines. A gradient is so quantised twice, whatever the number of ranks, and each
+    rank sends 1 / local of the pieces across machines. Without one in one hop. Sums are in order of rank.
     """
 
     def __init__(self, compressor: Compressor | None = None, hierarchy: Hierarchy | None = None) -> None:

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from ds_comm.optim.base import SelfReducingOptimizer, merge_states
 from ds_comm.optim.onebit_adam import OneBitAdam
+from ds_comm.optim.onebit_lamb import OneBitLamb
 from ds_comm.optim.options import CompressionOptions
+from ds_comm.optim.zero_one_adam import ZeroOneAdam
 
-__all__ = ["CompressionOptions", "OneBitAdam", "SelfReducingOptimizer", "merge_states"]
+__all__ = [
+    "CompressionOptions",
+    "OneBitAdam",
+    "OneBitLamb",
+    "SelfReducingOptimizer",
+    "ZeroOneAdam",
+    "merge_states",
+]

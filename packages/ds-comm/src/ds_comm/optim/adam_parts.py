@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,22 @@ def dense_adam(entries: Sequence[Entry], sums: Sequence[Tensor], factor: float) 
         for entry, value in zip(members, values, strict=True):
             if value.data_ptr() != entry.values.data_ptr():
                 entry.values.copy_(value)  # the parameter has another memory format
+
+
+def bias_corrections(group: Mapping[str, Any], step: int, variance_updates: int) -> tuple[float, float]:
+    """Returns what momentum and variance are divided by, after so many updates of each."""
+    if not group["bias_correction"]:
+        return 1.0, 1.0
+    beta1, beta2 = group["betas"]
+    return 1.0 - beta1**step, 1.0 - beta2**variance_updates
+
+
+def quotient(momentum: Tensor, variance: Tensor, eps: float, bias2: float) -> Tensor:
+    """Returns momentum / (sqrt(variance / bias2) + eps), and 0 where the variance is 0: such an element never had a
+    gradient.
+    """
+    denominator = torch.sqrt(variance).mul_(1.0 / math.sqrt(bias2)).add_(eps)
+    return torch.where(variance > 0.0, momentum / denominator, 0.0)
 
 
 def floor_variance(variance: Tensor, options: CompressionOptions) -> None:

@@ -119,6 +119,14 @@ class SelfReducingOptimizer(Optimizer):
 
     # -- implemented by a subclass
 
+    def _is_dense(self, entry: Entry) -> bool:
+        """Whether this update of a parameter reduces its gradient at full precision; the same on all ranks."""
+        return entry.step < self.freeze_step
+
+    def _is_local(self, entries: Sequence[Entry]) -> bool:
+        """Whether this step sends nothing; the same on all ranks."""
+        return False
+
     @abstractmethod
     def _dense_step(self, entries: Sequence[Entry], sums: Sequence[Tensor], factor: float) -> None:
         """Updates parameters from `sums * factor`, their mean gradients, clipped."""
@@ -144,9 +152,11 @@ class SelfReducingOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         entries = [entry for group in self.param_groups for entry in self._entries(group)]
-        dense = [entry for entry in entries if entry.step < self.freeze_step]
-        compressed = [entry for entry in entries if entry.step >= self.freeze_step]
+        dense = [entry for entry in entries if self._is_dense(entry)]
+        compressed = [entry for entry in entries if not self._is_dense(entry)]
         unscale = 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+        if not dense and compressed and self._is_local(compressed):
+            return self._local_step(compressed, unscale, loss)
         skipped, squared, present = self._agree(dense, compressed, unscale)
         if skipped:
             self.report = StepReport(skipped=True, grad_norm=math.inf, clip_factor=0.0)
@@ -164,6 +174,22 @@ class SelfReducingOptimizer(Optimizer):
             entry.state["step"] += 1
             entry.publish()
         self.report = StepReport(skipped=False, grad_norm=norm, clip_factor=clip)
+        return loss
+
+    def _local_step(self, entries: Sequence[Entry], unscale: float, loss: float | None) -> float | None:
+        """A step without messages. If this rank's gradients are not finite, it alone goes on without them."""
+        total, finite = kernels.squared_norm([entry.grad for entry in entries if entry.grad is not None])
+        skipped = not finite or bool(self.found_inf)
+        if skipped:
+            for entry in entries:
+                entry.grad = None
+        norm = math.inf if skipped else math.sqrt(total) * unscale
+        clip = self._clip_factor(norm) if not skipped else 0.0
+        self._compressed_step(entries, clip * unscale)
+        for entry in entries:
+            entry.state["step"] += 1
+            entry.publish()
+        self.report = StepReport(skipped=skipped, grad_norm=norm, clip_factor=clip)
         return loss
 
     def _clip_factor(self, norm: float) -> float:

@@ -69,6 +69,11 @@ class CompressedState:
         self.reduce = CompressedAllReduce(self._channel, feedback)
         return layout.views(buffer)
 
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Returns each parameter's range of a tensor of the buffer's size, in its shape."""
+        assert self._layout is not None
+        return self._layout.views(buffer)
+
     def _carry_over(self, members: Sequence[int], layout: FlatLayout, feedback: ErrorFeedback) -> None:
         """Copies the residuals of parameters that stay."""
         assert self._layout is not None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_comm.optim.adam_parts import dense_adam, floor_variance
+from ds_comm.optim.adam_parts import bias_corrections, dense_adam, floor_variance, quotient
 from ds_comm.optim.base import Entry, SelfReducingOptimizer
 from ds_comm.optim.options import CompressionOptions, check_adam_options, check_peer_arguments
 
@@ -92,15 +90,9 @@ class OneBitAdam(SelfReducingOptimizer):
             self._apply(entry, momentum)
 
     def _apply(self, entry: Entry, momentum: Tensor) -> None:
-        group = entry.group
-        beta1, beta2 = group["betas"]
-        lr, step = float(group["lr"]), entry.step + 1
-        correct = group["bias_correction"]
-        bias1 = 1.0 - beta1**step if correct else 1.0
-        bias2 = 1.0 - beta2**self.freeze_step if correct else 1.0
-        values = entry.values
+        group, values = entry.group, entry.values
+        lr = float(group["lr"])
+        bias1, bias2 = bias_corrections(group, entry.step + 1, self.freeze_step)
         if group["weight_decay"] != 0.0:
             values.mul_(1.0 - lr * group["weight_decay"])
-        denominator = torch.sqrt(entry.state["exp_avg_sq"]).mul_(1.0 / math.sqrt(bias2)).add_(group["eps"])
-        change = torch.where(entry.state["exp_avg_sq"] > 0.0, momentum / denominator, 0.0)
-        values.add_(change, alpha=-lr / bias1)
+        values.add_(quotient(momentum, entry.state["exp_avg_sq"], group["eps"], bias2), alpha=-lr / bias1)
