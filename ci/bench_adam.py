@@ -1,4 +1,5 @@
-"""CPU Adam against DeepSpeed's CPUAdam and torch's fused AdamW.  Run it with `ci/bench adam [--write]`.
+"""CPU optimizers against DeepSpeed's CPUAdam, torch's fused AdamW, and loops with the same memory traffic.  Run it with
+`ci/bench adam [--write]`.
 
 Rounds are interleaved: in each, every contender steps in turn, from a rotating start. A contender's time is the 20th
 percentile of its rounds (interference only adds time); a ratio is the peer's time over ours, above 1 where we are
@@ -18,13 +19,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor, nn
 
-from ds_core import arena, kernels, optim
+from ds_core import arena, formats, kernels, optim
 
 Steps = dict[str, Callable[[], None]]
 LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
@@ -58,14 +60,15 @@ def fill(x: Tensor, seed: int, scale: float = 1.0) -> Tensor:
     return x
 
 
-def traffic(n: int, make: Callable[[int], Tensor]) -> Callable[[], None]:
-    """The loop with Adam's memory traffic and no arithmetic."""
+def traffic(n: int, make: Callable[[int], Tensor], num_states: int = 2) -> Callable[[], None]:
+    """The loop with the memory traffic of an fp32 step with 1 or 2 states, and no arithmetic."""
     library = ctypes.CDLL(os.environ["DS_BENCH_LIBRARY"])
-    buffers = [fill(make(n), seed) for seed in range(4)]
+    loop = library.ds_bench_read4_write3 if num_states == 2 else library.ds_bench_read3_write2
+    buffers = [fill(make(n), seed) for seed in range(2 + num_states)]
     pointers = [ctypes.c_void_p(b.data_ptr()) for b in buffers]
 
     def step(keep: list[Tensor] = buffers) -> None:
-        library.ds_bench_read4_write3(*pointers, ctypes.c_int64(n), ctypes.c_int(torch.get_num_threads()))
+        loop(*pointers, ctypes.c_int64(n), ctypes.c_int(torch.get_num_threads()))
 
     return step
 
@@ -165,21 +168,119 @@ def _separate_passes(
     return step
 
 
+def _adam(
+    params: Tensor, moments: tuple[Tensor, Tensor], grads: Tensor, out: Tensor | None, low: Tensor | None
+) -> Callable[[], None]:
+    """A step of Adam whose stochastic rounding has a new key each time, as the optimizers do it."""
+    step = 1
+
+    def run() -> None:
+        nonlocal step
+        step += 1
+        form = formats.StepFormats(
+            rounding=formats.rounding_key(0, step), master_bits=None if low is None else [low]
+        )
+        kernels.adam_step([params], [moments[0]], [moments[1]], [grads], step=step, lr=LR, beta1=BETAS[0],
+                          beta2=BETAS[1], eps=EPS, weight_decay=DECAY, out=[out], formats=form)  # fmt: skip
+
+    return run
+
+
+def _moments(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return arena.zeros(n, dtype), arena.zeros(n, dtype)
+
+
+def states_in(dtype: torch.dtype, grad: torch.dtype) -> Callable[[int], Steps]:
+    """fp32 parameters with states of another dtype. With 16-bit gradients there is a 16-bit copy of the parameters,
+    too; the peers widen gradients and write the copy in passes of their own.
+    """
+
+    def make(n: int) -> Steps:
+        wide = grad == torch.float32
+        own_grad = fill(arena.empty(n, grad), 2)
+        copy = None if wide else arena.empty(n, grad)
+        steps: Steps = {"ds_core": _adam(fill(arena.empty(n), 1), _moments(n, dtype), own_grad, copy, None)}
+        if wide:
+            peers = own_memory(n)
+            steps |= {"our fp32 states": peers["ds_core"], "DeepSpeed": peers["DeepSpeed"],
+                      "torch fused": peers["torch fused"]}  # fmt: skip
+        else:
+            steps |= _casting_peers(n)
+        return steps
+
+    return make
+
+
+def split_masters(n: int) -> Steps:
+    """bf16 parameters and 16 more bits with fp32 states: 26 bytes a parameter."""
+    low = arena.zeros(n, torch.int16)
+    params, grads = (fill(arena.empty(n, torch.bfloat16), seed) for seed in (1, 2))
+    return {"ds_core": _adam(params, _moments(n, torch.float32), grads, None, low), **_casting_peers(n)}
+
+
+def _casting_peers(n: int) -> Steps:
+    """From bf16 gradients to bf16 parameters in three passes: widen, step, round."""
+    grad16 = fill(torch.empty(n, dtype=torch.bfloat16), 2)
+    steps: Steps = {}
+    for name, kind in (("DeepSpeed", DeepSpeedCPUAdam), ("torch fused", torch.optim.AdamW)):
+        more: dict[str, Any] = {"fused": True} if name == "torch fused" else {}
+        master = parameter(fill(torch.empty(n), 1), torch.empty(n))
+        param16 = torch.empty(n, dtype=torch.bfloat16)
+        optimizer = kind([master], lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, **more)
+
+        def step(
+            master: nn.Parameter = master, param16: Tensor = param16, optimizer: Any = optimizer
+        ) -> None:
+            assert master.grad is not None
+            master.grad.copy_(grad16)
+            optimizer.step()
+            param16.copy_(master.detach())
+
+        steps[name] = step
+    return steps
+
+
+def one_state(kind: type[torch.optim.Optimizer], **options: float) -> Callable[[int], Steps]:
+    """An optimizer with one fp32 state beside the loop with its traffic."""
+
+    def make(n: int) -> Steps:
+        ours = parameter(fill(arena.empty(n), 1), fill(arena.empty(n), 2))
+        return {
+            "ds_core": kind([ours], lr=LR, **options).step,  # type: ignore[call-arg]
+            "same traffic, huge pages": traffic(n, arena.empty, 1),
+        }  # type: ignore[return-value]
+
+    return make
+
+
 OWN = "own memory, optimizer.step()"
 SHARED = "shared ordinary buffers, bare kernels"
 PHASE = "bf16 gradients to bf16 parameters"
-NAMES = ["own", "shared", "phase"]
-SECTIONS = [
-    Section(OWN, own_memory, {
-        10**8: (Goal("DeepSpeed", 1.1), Goal("torch fused", 1.15), Goal("same traffic, huge pages", 0.97)),
-        10**7: (Goal("DeepSpeed", 1.1), Goal("torch fused", 1.15)),
-        10**6: (Goal("DeepSpeed", 1.2), Goal("torch fused", 1.8)),
+SAME = "same traffic, huge pages"
+SECTIONS = {
+    "own": Section(OWN, own_memory, {
+        10**8: (Goal(SAME, 0.97),),
+        5 * 10**7: (Goal(SAME, 0.97),),
+        10**6: (Goal("torch fused", 1.3),),
     }),
-    Section(SHARED, shared_memory, {n: (Goal("DeepSpeed", 0.97),) for n in (10**8, 10**7, 10**6)}),
-    Section(PHASE, low_precision_phase, {
-        n: (Goal("DeepSpeed", 1.6), Goal("torch fused", 1.6)) for n in (10**8, 10**7, 10**6)
+    "shared": Section(SHARED, shared_memory, {n: (Goal("DeepSpeed", 0.97),) for n in (10**8, 10**6)}),
+    "phase": Section(PHASE, low_precision_phase, {
+        n: (Goal("DeepSpeed", 1.6), Goal("torch fused", 1.6)) for n in (10**8, 10**6)
     }),
-]  # fmt: skip
+    "8-bit": Section("8-bit states, fp32 gradients: 16 bytes a parameter", states_in(torch.uint8, torch.float32),
+                     {10**8: (Goal("DeepSpeed", 1.8),)}),
+    "8-bit-phase": Section("8-bit states, bf16 gradients to bf16 parameters: 16 bytes a parameter",
+                           states_in(torch.uint8, torch.bfloat16), {10**8: (Goal("DeepSpeed", 1.8),)}),
+    "bf16": Section("bf16 states, stochastic rounding, fp32 gradients: 20 bytes a parameter",
+                    states_in(torch.bfloat16, torch.float32), {}),
+    "split": Section("split masters, fp32 states, bf16 gradients: 26 bytes a parameter", split_masters,
+                     {10**8: (Goal("DeepSpeed", 1.6), Goal("torch fused", 1.6))}),
+    "adagrad": Section("Adagrad", one_state(optim.FusedAdagrad), {10**8: (Goal(SAME, 0.95),)}),
+    "lion": Section("Lion", one_state(optim.FusedLion), {10**8: (Goal(SAME, 0.95),)}),
+    "sgd": Section("SGD with momentum", one_state(optim.FusedSGD, momentum=0.9), {10**8: (Goal(SAME, 0.95),)}),
+}  # fmt: skip
+ALL_SIZES = ("own", "shared", "phase")
+"""Sections that are measured at all sizes; the others only at the largest."""
 
 
 def measure(steps: Steps, rounds: int, repeats: int) -> dict[str, float]:
@@ -237,19 +338,19 @@ def machine() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="ci/bench adam", description=__doc__)
-    parser.add_argument("--sizes", type=float, nargs="+", default=[1e8, 1e7, 1e6])
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1e8, 5e7, 1e6])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--only", choices=NAMES, help="one section")
+    parser.add_argument("--only", choices=list(SECTIONS), nargs="+", help="some sections")
     parser.add_argument("--write", action="store_true", help="put the result into docs/benchmarks/adam.md")
     options = parser.parse_args()
-    sections = SECTIONS if options.only is None else [SECTIONS[NAMES.index(options.only)]]
     lines = [f"Machine: {machine()}.", f"Command: `ci/bench {' '.join(['adam', *sys.argv[1:]])}`", ""]
     good = True
-    for section in sections:
+    for name in options.only or SECTIONS:
+        section = SECTIONS[name]
         lines += [f"### {section.title}", "", "| parameters | contender | Mparam/s | time / ours (runs) | goal |",
                   "|---|---|---|---|---|"]  # fmt: skip
-        for size in options.sizes:
+        for size in options.sizes if name in ALL_SIZES else [max(options.sizes)]:
             rows, reached = run(section, int(size), options.rounds, options.runs)
             print("\n".join(rows), flush=True)
             lines += rows

@@ -27,6 +27,11 @@ ON_DISK = {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/tm
 BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, {"optimizer": torch.optim.AdamW}),
     ({"optimizer": {"type": "Adam", "params": {"state_dtype": "int8"}}}, {}),
+    ({"optimizer": {"type": "Adam", "params": {"split_masters": True}}}, {}),
+    (
+        {"optimizer": {"type": "Adam", "params": {"split_masters": True}}, "zero_optimization": OFFLOAD},
+        {},
+    ),
     (
         {
             "optimizer": {"type": "Adam", "params": {"state_dtype": "bf16"}},

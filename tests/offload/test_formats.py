@@ -146,9 +146,24 @@ def test_what_does_not_go_together_is_refused() -> None:
         ValueError, match=r"CPUAdam: state_dtype is torch\.float16: squares of gradients below"
     ):
         CPUAdam([torch.zeros(3)], state_dtype=torch.float16)
-    param = torch.zeros(3)
-    param.grad = torch.zeros(3)
+    param = torch.zeros(3, dtype=torch.float16)
+    param.grad = torch.zeros(3, dtype=torch.float16)
     with pytest.raises(
-        ValueError, match=r"split_masters is set, but a parameter of shape \(3,\) is torch.float32"
+        ValueError, match=r"split_masters is set, but a parameter of shape \(3,\) is torch\.float16"
     ):
         CPUAdam([param], split_masters=True).step()
+
+
+def test_fp32_parameters_beside_split_masters_and_sgd_without_momentum() -> None:
+    for make in (
+        lambda p: CPUAdam(p, lr=1e-2, split_masters=True),
+        lambda p: CPUSGD(p, lr=1e-2, split_masters=True),
+    ):
+        mixed = [torch.ones(40), torch.ones(40, dtype=torch.bfloat16)]
+        optimizer = make(mixed)
+        for number in range(3):
+            for param in mixed:
+                param.grad = torch.full_like(param, 0.25 + number)
+            optimizer.step_fused(mixed, grad_scale=torch.tensor(0.5), out=[None, None])  # type: ignore[attr-defined]
+        assert "master_bits" not in optimizer.state[mixed[0]]
+        assert torch.equal(formats.join_master(mixed[1], optimizer.state[mixed[1]]["master_bits"]), mixed[0])

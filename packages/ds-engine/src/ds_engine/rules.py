@@ -86,6 +86,20 @@ RULES: tuple[Rule, ...] = (
         remedy='set zero_optimization.offload_optimizer.device to "cpu" or "nvme", or remove it',
     ),
     Rule(
+        first="optimizer.params.split_masters",
+        second="an optimizer on the training device",
+        applies=lambda c: _says(c, "split_masters") and _on_device(c),
+        reason="only the optimizers of ds-offload, which step in host memory, keep masters in two halves",
+        remedy='set zero_optimization.offload_optimizer.device to "cpu" or "nvme", or remove it',
+    ),
+    Rule(
+        first="optimizer.params.split_masters",
+        second="training without bf16",
+        applies=lambda c: _says(c, "split_masters") and not _on_device(c) and not c.settings.bf16.enabled,
+        reason="a master is split into a bf16 parameter and 16 more bits",
+        remedy="set bf16.enabled to true, or remove it",
+    ),
+    Rule(
         first="optimizer.params.state_dtype",
         second="bf16.bf16_optimizer_states",
         applies=lambda c: (

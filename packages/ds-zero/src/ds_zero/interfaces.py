@@ -355,6 +355,21 @@ class MakesNamedStates(Protocol):
 
 
 @runtime_checkable
+class SplitsMasters(Protocol):
+    """An optimizer that can extend bf16 parameters by 16 bits, its state "master_bits", to fp32 masters."""
+
+    @property
+    def split_masters(self) -> bool:
+        """Whether it does so. Then masters of bf16 parameters are stored in bf16."""
+
+    def join_master(self, param: Tensor, master_bits: Tensor) -> Tensor:
+        """Returns the fp32 master."""
+
+    def split_master(self, master: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the bf16 parameter and the master bits of an fp32 master."""
+
+
+@runtime_checkable
 class PagesState(Protocol):
     """An optimizer that keeps its states away, except while it steps. `state[p]` reads a copy of them; a change of the
     copy would be lost.

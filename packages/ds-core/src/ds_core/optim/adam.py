@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ds_core import kernels
+from ds_core.formats import StepFormats
 from ds_core.optim.base import Batch, FusedOptimizer, Group, check_betas, check_not_negative
 
 
@@ -17,7 +18,8 @@ class FusedAdam(FusedOptimizer):
     One pass over memory for all tensors. Agrees with `torch.optim.AdamW` within a few units in the last place per
     step and shares its `state_dict` format in both directions. `state_dtype=torch.bfloat16` halves the states.
     `bias_correction=False` does not correct the moments, like BERT's first AdamW: early steps are scaled by (1 -
-    beta1^t) / sqrt(1 - beta2^t).
+    beta1^t) / sqrt(1 - beta2^t). `copies_away=True`, on the CPU: the bf16 copies that `step_fused` writes round ties
+    away from zero, so that training has the bits of ds-offload's split masters.
     """
 
     state_names: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
@@ -34,8 +36,10 @@ class FusedAdam(FusedOptimizer):
         maximize: bool = False,
         bias_correction: bool = True,
         state_dtype: torch.dtype = torch.float32,
+        copies_away: bool = False,
     ) -> None:
         check_not_negative(lr=lr, eps=eps, weight_decay=weight_decay)
+        self._copies_away = copies_away
         check_betas(betas)
         defaults = {
             "lr": lr,
@@ -51,6 +55,12 @@ class FusedAdam(FusedOptimizer):
     def _apply(self, group: Group, batch: Batch, grad_scale: float) -> None:
         step = self._corrected_step(batch)
         apply_adam(group, batch, grad_scale, decoupled=group["decoupled_weight_decay"], step=step)
+
+    def _formats(self, batch: Batch) -> StepFormats | None:
+        return StepFormats(copies_away=True) if self._copies_away else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_copies_away": self._copies_away}
 
     def _check_groups(self) -> None:
         if any(group.get("amsgrad", False) for group in self.param_groups):

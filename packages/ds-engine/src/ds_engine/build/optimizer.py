@@ -40,7 +40,7 @@ class Own:
     """Arguments that only the class in ds_offload has."""
 
 
-FORMATS = ("state_dtype",)
+FORMATS = ("state_dtype", "split_masters")
 """Arguments of the element-wise optimizers of ds_offload: the formats of what they keep."""
 _ANY_GRAD = ((True, False), "remove it")
 _FP32_STATES = ((True, None), "remove it: states are kept in fp32")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ds_core import arena, formats
+from ds_core import arena, formats, kernels
 from ds_core.formats import StepFormats
 from ds_core.optim import Batch, FusedOptimizer
 from ds_offload.interfaces import KeepsStates
@@ -22,6 +22,9 @@ STATE_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.
 
 MASTER_BITS = "master_bits"
 """The state with the lower halves of split masters."""
+
+_SPLIT = "_split"
+"""Key in the options of a part of a group: whether its parameters have `MASTER_BITS`."""
 
 
 class OnHost(Undoable, FusedOptimizer):
@@ -83,9 +86,9 @@ class ElementWise(OnHost):
     where a tensor is cut change the result. Of 8-bit states, it must be cut at multiples of 32 elements, as
     ds_zero and `PagedOptimizer` do.
 
-    `split_masters`, for bf16 parameters: the state "master_bits", int16, extends each of them to an fp32 master, which
-    is updated; the parameter is the master rounded to nearest, ties away from zero. `ds_core.formats.join_master`
-    returns the masters.
+    `split_masters`: the state "master_bits", int16, extends bf16 parameters to fp32 masters, which are updated; the
+    parameter is the master rounded to nearest, ties away from zero. `join_master` returns it. ds_zero then stores
+    masters of bf16 parameters in bf16, and saves them in fp32. fp32 parameters have no such state.
     """
 
     steps_narrow = True
@@ -121,20 +124,30 @@ class ElementWise(OnHost):
         """Whether bf16 parameters have the state "master_bits"."""
         return self._split
 
+    def join_master(self, param: Tensor, master_bits: Tensor) -> Tensor:
+        """Returns the fp32 master of a bf16 parameter."""
+        return formats.join_master(param, master_bits)
+
+    def split_master(self, master: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the bf16 parameter and the master bits of an fp32 master."""
+        return formats.split_master(master)
+
     def new_named_state(self, param: Tensor, name: str) -> Tensor:
         """Returns a zero-filled state of this name in the arena."""
         return self._new(param, torch.int16) if name == MASTER_BITS else self.new_state(param)
 
     def _prepare(self, param: Tensor, group: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-        if self._split and param.dtype != torch.bfloat16:
+        if self._split and param.dtype == torch.float16:
             raise ValueError(
                 f"{type(self).__name__}: split_masters is set, but a parameter of shape {tuple(param.shape)} is "
-                f"{param.dtype}: convert the model with model.bfloat16(), or remove split_masters"
+                "torch.float16, of which an fp32 master is no extension: use bf16, or remove split_masters"
             )
-        fresh = not self.state[param]
+        fresh = not self.state.get(param)
         state, step = super()._prepare(param, group)
-        if self._split and MASTER_BITS not in state:
-            state[MASTER_BITS] = self.new_named_state(param, MASTER_BITS)
+        if MASTER_BITS in self._names(group):
+            state = self.state[param]
+            if MASTER_BITS not in state:
+                state[MASTER_BITS] = self.new_named_state(param, MASTER_BITS)
         if step is not None and self._stochastic and self._names(group):
             # The key of stochastic rounding needs the number of the step, which SGD does not count.
             if "step" not in state:
@@ -144,7 +157,33 @@ class ElementWise(OnHost):
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         names = super()._names(group)
-        return (*names, MASTER_BITS) if self._split else names
+        return (*names, MASTER_BITS) if self._split and group.get(_SPLIT, True) else names
+
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        params: Sequence[Tensor],
+        out: Sequence[Tensor | None] | None,
+        grad_scale: float,
+        checksums: kernels.Checksums | None = None,
+    ) -> None:
+        if not self._split or all(p.dtype != torch.float32 for p in params):
+            super()._step_group(group, params, out, grad_scale, checksums)
+            return
+        for split in (True, False):  # fp32 parameters are their own masters
+            rows = [i for i, p in enumerate(params) if (p.dtype != torch.float32) == split]
+            members, copies = [params[i] for i in rows], None if out is None else [out[i] for i in rows]
+            sums = (
+                None
+                if checksums is None
+                else ([checksums[0][i] for i in rows], [checksums[1][i] for i in rows])
+            )
+            super()._step_group({**group, _SPLIT: split}, members, copies, grad_scale, sums)
+
+    def checksummed_states(self, param: Tensor) -> tuple[str, ...]:
+        """Returns the names of the element-wise states of one parameter."""
+        names = super().checksummed_states(param)
+        return names if param.dtype != torch.float32 else tuple(n for n in names if n != MASTER_BITS)
 
     def _kept_names(self) -> tuple[str, ...]:
         return (*self.state_names, MASTER_BITS) if self._split else self.state_names

@@ -45,6 +45,7 @@ from ds_zero.runtime.materialize import (
     replace_params,
     reservations,
 )
+from ds_zero.runtime.optimizer_states import splits_masters
 from ds_zero.runtime.storage import Reserved
 from ds_zero.state import ZeroState
 
@@ -248,14 +249,15 @@ def _materialize(
     rows = row_parameters(model, job.stage, topology) if config.sparse_gradients else frozenset()
     layouts = plan_layouts(groups, params, job.stage, config, topology, undivided, unit_of, rows)
     broadcast_buffers(model, topology.axes[0])
-    plan = reservations(layouts, topology.axes, config.grad_dtype, job.device)
+    split = splits_masters(optimizer) is not None
+    plan = reservations(layouts, topology.axes, config.grad_dtype, job.device, split_masters=split)
     reserved = Reserved(job.store, plan, job.device)
     if optimizer is not None:
         check_fused_if_away(optimizer, reserved.away, job.store)
     near = near_ranks(layouts, topology.axes, config.secondary_ranks)
     if job.comm.connect is not None:
         near = {axis: with_transport(n, job.device, job.comm.connect, job.abort) for axis, n in near.items()}
-    buckets = build(layouts, params, topology, reserved, config.grad_dtype, near)
+    buckets = build(layouts, params, topology, reserved, config.grad_dtype, near, split_masters=split)
     state = assemble(model, buckets, map_units(model, roots, buckets, leaves), job)
     state.handles += [SecondaryGroup(ranks, buckets) for ranks in near.values()]
     return state

@@ -20,7 +20,16 @@ from ds_zero.runtime.optimizer_states import states_opened
 from ds_zero.state import ZeroState
 
 Where = nn.Parameter | str
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.int16,
+)
 _MAX_DIMS = 8
 
 

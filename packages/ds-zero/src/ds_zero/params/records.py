@@ -13,11 +13,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_zero import _registry
-from ds_zero.interfaces import EVERYWHERE, Coordinates, MakesNamedStates, MakesState, PagesState, RecordSource
+from ds_zero.interfaces import (
+    EVERYWHERE,
+    Coordinates,
+    MakesNamedStates,
+    MakesState,
+    PagesState,
+    RecordSource,
+    SplitsMasters,
+)
 from ds_zero.layout.buckets import Slot
 from ds_zero.params.stored_values import BucketReader, StoredTensor
 from ds_zero.runtime.bucket import Bucket
-from ds_zero.runtime.optimizer_states import states_opened
+from ds_zero.runtime.optimizer_states import MASTER_BITS, splits_masters, states_opened
 from ds_zero.state import ZeroState
 
 PARAM, BUFFER = "param", "buffer"
@@ -131,16 +139,20 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     own_records: list[ShardRecord] = []
     reader = BucketReader(optimizer)
     for r in ranges(state, owned=False):
-        own_records.append(r.record(PARAM, r.slot.shape, r.start, _own_values(r, reader)))
+        own_records.append(r.record(PARAM, r.slot.shape, r.start, _own_values(r, optimizer, reader)))
         if not r.bucket.shards:
             continue
         shard = r.bucket.shards[r.index]
         if isinstance(optimizer, PagesState):
             dtypes, others = optimizer.stored_states(shard)
-            own_records += [_stored_state(r, name, dtype, reader) for name, dtype in dtypes.items()]
+            own_records += [
+                _stored_state(r, name, dtype, reader) for name, dtype in dtypes.items() if name != MASTER_BITS
+            ]
         else:
             others = optimizer.state.get(shard, {})
         for name, value in others.items():
+            if name == MASTER_BITS:
+                continue  # a part of the master
             own_records += _state_record(r, name, value, shard)
     if state.ranks.first:
         for fqn, buffer in saved_buffers(model).items():
@@ -148,13 +160,23 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     return own_records
 
 
-def _own_values(r: Range, reader: BucketReader) -> Tensor | StoredTensor:
-    """Returns this rank's part of the authoritative values of a parameter."""
+def _own_values(r: Range, optimizer: Optimizer, reader: BucketReader) -> Tensor | StoredTensor:
+    """Returns this rank's part of the authoritative values of a parameter; split masters are joined."""
     storage = r.bucket.storage
+    splits = splits_masters(optimizer)
+    if splits is not None and r.bucket.trainable and storage.exact_dtype == torch.bfloat16:
+        return StoredTensor(r.numel, torch.float32, lambda: _joined(r, splits, reader))
     if storage.addressable(storage.exact) is not None:
         return r.values
-    dtype = torch.float32 if r.bucket.trainable else r.bucket.dtype
-    return StoredTensor(r.numel, dtype, lambda: r.of(reader.values(r.bucket)))
+    return StoredTensor(r.numel, storage.exact_dtype, lambda: r.of(reader.values(r.bucket)))
+
+
+def _joined(r: Range, splits: SplitsMasters, reader: BucketReader) -> Tensor:
+    values, begin = r.of(reader.values(r.bucket)), r.start - r.shard_start
+    held = reader.states(r.bucket)[r.index].get(MASTER_BITS)
+    if held is None:  # before the first step
+        return values.to(torch.float32)
+    return splits.join_master(values, held.reshape(-1)[begin : begin + r.numel])
 
 
 def _stored_state(r: Range, name: str, dtype: torch.dtype, reader: BucketReader) -> ShardRecord:
@@ -240,9 +262,11 @@ def load_records(
                 for r in parts:
                     if r.slot.fqn in keep:
                         continue
-                    source.read(r.fqn, PARAM, r.start, r.of(values), r.coordinates)
+                    master = _master_to_read(r, optimizer if optimizer_states else None, values)
+                    source.read(r.fqn, PARAM, r.start, master, r.coordinates)
                     if bucket.shards and optimizer_states and optimizer is not None:
                         _load_states(r, optimizer, source)
+                        _split(r, optimizer, values, master)
         for fqn, buffer in saved_buffers(model).items():
             if fqn in keep:
                 continue
@@ -350,6 +374,30 @@ def check_convertible(name: str, own: torch.dtype, saved: torch.dtype) -> None:
             f"optimizer state {name!r} was saved as {saved}, but this optimizer keeps it as {own}: resume with the "
             "same state_dtype, or load without optimizer states"
         )
+
+
+def _master_to_read(r: Range, optimizer: Optimizer | None, values: Tensor) -> Tensor:
+    """Returns the tensor into which a parameter is read: fp32 if its master is split afterwards."""
+    own = r.of(values)
+    splits = r.bucket.trainable and own.dtype == torch.bfloat16 and splits_masters(optimizer) is not None
+    return torch.empty(own.shape, dtype=torch.float32, device=own.device) if splits else own
+
+
+def _split(r: Range, optimizer: Optimizer, values: Tensor, master: Tensor) -> None:
+    """Stores both halves of a master that was read in fp32."""
+    splits = splits_masters(optimizer)
+    if splits is None or master.dtype == values.dtype:
+        return
+    shard = r.bucket.shards[r.index]
+    high, low = splits.split_master(master)
+    r.of(values).copy_(high)
+    held = optimizer.state[shard]
+    if not held and not low.any():
+        return  # saved before the first step: there are no states yet
+    if MASTER_BITS not in held:
+        held[MASTER_BITS] = new_state(optimizer, shard, MASTER_BITS, torch.int16)
+    begin = r.start - r.shard_start
+    held[MASTER_BITS].view(-1)[begin : begin + r.numel].copy_(low)
 
 
 def _load_states(r: Range, optimizer: Optimizer, source: RecordSource) -> None:

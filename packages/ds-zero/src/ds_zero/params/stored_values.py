@@ -53,12 +53,16 @@ class BucketReader:
 
     def state(self, bucket: Bucket, index: int, name: str) -> Tensor:
         """Returns an element-wise optimizer state of one shard."""
+        return self.states(bucket)[index][name]
+
+    def states(self, bucket: Bucket) -> list[dict[str, Tensor]]:
+        """Returns the states of each shard."""
         self._turn_to(bucket)
         if not self._states:
             assert self._optimizer is not None
             with states_opened(self._optimizer, bucket.shards):
                 self._states = [dict(self._optimizer.state.get(shard, {})) for shard in bucket.shards]
-        return self._states[index][name]
+        return self._states
 
     def _turn_to(self, bucket: Bucket) -> None:
         if self._bucket is not bucket:

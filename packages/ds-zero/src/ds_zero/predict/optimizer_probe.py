@@ -13,14 +13,16 @@ from torch.optim import Optimizer
 
 from ds_zero.interfaces import FusedStep
 from ds_zero.layout.optimizer_trial import reproduce
+from ds_zero.runtime.optimizer_states import splits_masters
 
 _PROBE_NUMEL = 512
 
 
 def probe_states(optimizer: Optimizer) -> dict[str, torch.dtype]:
     """Returns name -> dtype of the element-wise states that a step creates, by a step on a small tensor."""
-    param = nn.Parameter(torch.ones(_PROBE_NUMEL))
-    param.grad = torch.ones(_PROBE_NUMEL)
+    dtype = torch.float32 if splits_masters(optimizer) is None else torch.bfloat16
+    param = nn.Parameter(torch.ones(_PROBE_NUMEL, dtype=dtype))
+    param.grad = torch.ones(_PROBE_NUMEL, dtype=dtype)
     groups: list[list[Any]] = [[] for _ in optimizer.param_groups]
     groups[0].append(param)
     trial = reproduce(optimizer, groups)
@@ -42,6 +44,13 @@ class _StandInFused(Optimizer):
     stateless: set[int]
     """`id`s of the parameters whose states are on a disk."""
     elementwise = True
+    split_masters = False
+
+    def join_master(self, param: Tensor, master_bits: Tensor) -> Tensor:
+        raise AssertionError("a plan reads no masters")
+
+    def split_master(self, master: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("a plan writes no masters")
 
     def _touch(self, params: Sequence[Tensor]) -> None:
         for param in params:
@@ -72,7 +81,12 @@ def stand_in(
     if not paged and not isinstance(optimizer, FusedStep):
         return reproduce(optimizer, groups)
     # Under the same name, by which `shard` knows optimizers.
-    kind = type(type(optimizer).__name__, (_StandInFused,), {"states": states, "stateless": set()})
+    split = splits_masters(optimizer) is not None
+    kind = type(
+        type(optimizer).__name__,
+        (_StandInFused,),
+        {"states": states, "stateless": set(), "split_masters": split},
+    )
     made: Optimizer = kind(
         [{**g, "params": p} for g, p in zip(optimizer.param_groups, groups, strict=True)],
         dict(optimizer.defaults),

@@ -21,6 +21,7 @@ from ds_zero.predict.simulate import Job
 from ds_zero.predict.tiers import STATE
 from ds_zero.runtime.gradients.sparse_rows import row_parameters
 from ds_zero.runtime.materialize import dtype_of, reservations
+from ds_zero.runtime.optimizer_states import splits_masters
 from ds_zero.runtime.staging import NUM_BUFFERS
 
 _PURPOSE_OF_KIND: Mapping[str, str] = {
@@ -62,7 +63,9 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     disk_bytes = 0
     staged: dict[tuple[str, torch.dtype], list[int]] = {}
     device[allocation_tracker.BUFFERS] = sum(b.numel() * b.element_size() for b in model.buffers())
-    items = reservations(layouts, topology.axes, job.config.grad_dtype, torch.device("cpu"))
+    split = splits_masters(given) is not None
+    cpu = torch.device("cpu")
+    items = reservations(layouts, topology.axes, job.config.grad_dtype, cpu, split_masters=split)
     tiers = job.tiers_of(items)
     for item in items:
         num_bytes, tier = item.numel * item.dtype.itemsize, tiers[item.key]

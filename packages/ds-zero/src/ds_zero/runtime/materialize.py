@@ -65,6 +65,8 @@ def build(
     reserved: Reserved,
     grad_dtype: torch.dtype,
     near: Mapping[int, Ranks],
+    *,
+    split_masters: bool = False,
 ) -> list[Bucket]:
     """Creates the buckets and moves the model's values into them, one bucket at a time, so that the values of at most
     one bucket are in memory twice. Collective.
@@ -87,7 +89,7 @@ def build(
             become_real(param, device)
         with torch.no_grad():
             full.copy_(exact)
-            kinds = kinds_of(layout, full.dtype, grad_dtype)
+            kinds = kinds_of(layout, full.dtype, grad_dtype, split_masters=split_masters)
             trains = [p.requires_grad for p in members]
             storage = BucketStorage(layout, ranks.rank, kinds, reserved, full, exact, trains)
         del exact
@@ -113,13 +115,19 @@ def _return_freed_memory() -> None:
 
 
 def reservations(
-    layouts: Sequence[BucketLayout], axes: Sequence[Ranks], grad_dtype: torch.dtype, device: torch.device
+    layouts: Sequence[BucketLayout],
+    axes: Sequence[Ranks],
+    grad_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    split_masters: bool = False,
 ) -> list[Reservation]:
     """Returns the tensors that this rank needs from a store, [Note: tensors of a bucket]."""
     items: list[Reservation] = []
     for layout in layouts:
         begin, end = layout.owned_range(axes[layout.axis].rank)
-        for kind, dtype in kinds_of(layout, dtype_of(layout), grad_dtype).reserved.items():
+        kinds = kinds_of(layout, dtype_of(layout), grad_dtype, split_masters=split_masters)
+        for kind, dtype in kinds.reserved.items():
             items.append(
                 Reservation(
                     key=ShardKey(name=layout.name, kind=kind),

@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 from torch import Tensor
 
-from ds_zero.interfaces import PagesState
+from ds_zero.interfaces import PagesState, SplitsMasters
+
+MASTER_BITS = "master_bits"
 
 
 def states_opened(
@@ -22,3 +24,10 @@ def states_opened(
     if isinstance(optimizer, PagesState):
         return optimizer.states_opened(shards, write=write)
     return nullcontext()
+
+
+def splits_masters(optimizer: object) -> SplitsMasters | None:
+    """Returns the optimizer that computes the steps if it keeps masters of bf16 parameters in two halves."""
+    while isinstance(optimizer, PagesState):
+        optimizer = optimizer.inner
+    return optimizer if isinstance(optimizer, SplitsMasters) and optimizer.split_masters else None

@@ -49,8 +49,14 @@ class Kinds:
     """Whether "param" is a range of `Bucket.full`, which is allocated permanently."""
 
 
-def kinds_of(layout: BucketLayout, dtype: torch.dtype, grad_dtype: torch.dtype) -> Kinds:
-    """Returns the kinds of a bucket whose parameters compute in `dtype`."""
+def kinds_of(
+    layout: BucketLayout, dtype: torch.dtype, grad_dtype: torch.dtype, *, split_masters: bool = False
+) -> Kinds:
+    """Returns the kinds of a bucket whose parameters compute in `dtype`.
+
+    Args:
+        split_masters: see `interfaces.SplitsMasters`.
+    """
     whole, fp32 = layout.unit is None, dtype == torch.float32
     if layout.group == FROZEN:
         return Kinds(reserved={} if whole else {PARAM: dtype}, in_full=whole)
@@ -58,7 +64,7 @@ def kinds_of(layout: BucketLayout, dtype: torch.dtype, grad_dtype: torch.dtype) 
     if not whole and not fp32:
         reserved[PARAM] = dtype
     if not (whole and fp32):
-        reserved[MASTER] = torch.float32
+        reserved[MASTER] = dtype if split_masters and dtype == torch.bfloat16 else torch.float32
     alias = ({MASTER: PARAM} if whole else {PARAM: MASTER}) if fp32 else {}
     return Kinds(reserved=reserved, alias=alias, in_full=whole)
 
@@ -162,6 +168,7 @@ class BucketStorage:
         begin, end = layout.owned_range(rank)
         self.layout = layout
         self.kinds = kinds
+        self._param_dtype = full.dtype
         self.pieces: tuple[Piece, ...] = tuple(piece_of(slot, begin, end) for slot in layout.slots)
         """The part of each slot that this rank owns; offsets are relative to the beginning of the owned range."""
         self._reserved = reserved
@@ -204,6 +211,12 @@ class BucketStorage:
     def exact(self) -> str:
         """The kind with the authoritative values: "master", or "param" if the parameters are frozen."""
         return MASTER if MASTER in self._rests else PARAM
+
+    @property
+    def exact_dtype(self) -> torch.dtype:
+        """Dtype of the authoritative values."""
+        kind = self.kinds.alias.get(self.exact, self.exact)
+        return self.kinds.reserved.get(kind, self._param_dtype)
 
     @property
     def masters_apart(self) -> bool:

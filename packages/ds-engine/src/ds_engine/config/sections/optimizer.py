@@ -37,8 +37,9 @@ class OptimizerConfig(Section):
     params: dict[str, Any] = Field(
         default_factory=dict,
         description="Arguments of the optimizer, for example lr, betas, eps and weight_decay. With "
-        'offload_optimizer, Adam, AdamW, Adagrad, Lion and SGD also take state_dtype: "fp32" (the default), "bf16" '
-        'with stochastic rounding, or, for Adam and AdamW, "int8": one byte for each moment and element.',
+        "offload_optimizer, Adam, AdamW, Adagrad, Lion and SGD also take state_dtype: fp32 (the default), bf16 with "
+        "stochastic rounding, or, for Adam and AdamW, int8, which is one byte for each moment and element; and with "
+        "bf16.enabled, split_masters: true stores fp32 masters as bf16 parameters and 16 more bits.",
     )
     legacy_fusion: bool = Field(
         default=False,

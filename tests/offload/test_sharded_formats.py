@@ -1,0 +1,148 @@
+"""States in other formats and split masters on shards: the same bits at every stage, at every place, and after a
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import ds_zero
+from ds_core import formats
+from ds_core.optim import FusedAdam
+from ds_offload import CPUAdam, HostStore, NVMeStore, PagedOptimizer
+from harness import ranks
+from zero.params.test_records import Memory, everyones
+from zero.parity import Job, Result, assert_same, sharded
+
+SMALL = {"reduce_bucket_numel": 1500, "persistence_threshold_numel": 20}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "int8": {"state_dtype": "int8"},
+    "bf16": {"state_dtype": "bf16"},
+    "split": {"split_masters": True},
+    "split int8": {"state_dtype": "int8", "split_masters": True},
+}
+ALL = ("param", "master", "grad", "state")
+
+
+def train(kind: str, stage: int, place: str, steps: int = 4) -> Result:
+    store: Any = None
+    if place != "memory":
+        store = (
+            HostStore(("master", "grad", "param")) if place == "host" else NVMeStore(tempfile.mkdtemp(), ALL)
+        )
+
+    def make(params: Iterable[nn.Parameter]) -> Optimizer:
+        optimizer = CPUAdam(params, lr=1e-2, weight_decay=0.1, **OPTIONS[kind])
+        return (
+            PagedOptimizer(optimizer, store, page_bytes=16384, num_buffers=3)
+            if place == "disk"
+            else optimizer
+        )
+
+    job = Job(
+        steps=steps, accumulation=2, clip=0.3, optimizer=make, model={"extras": True}, dtype=torch.bfloat16
+    )
+    return sharded(job, stage, store=store, accumulation="sharded", **SMALL)
+
+
+@ranks(2, timeout_s=300)
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_stages_and_places_have_the_same_bits(kind: str) -> None:
+    expected = train(kind, 1, "memory")
+    for stage, place in ((2, "host"), (3, "disk"), (1, "disk")):
+        assert_same(train(kind, stage, place), expected)
+
+
+def _model(stage: int, kind: str) -> tuple[nn.Module, Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8))
+    optimizer = CPUAdam(model.parameters(), lr=1e-2, **OPTIONS.get(kind, {}))
+    config = ds_zero.ZeroConfig(param_dtype=torch.bfloat16, **SMALL)
+    ds_zero.shard(model, optimizer, stage, config=config)
+    return model, optimizer
+
+
+def _steps(model: nn.Module, optimizer: Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        torch.manual_seed(step)
+        loss = model(torch.randn(8, 24).bfloat16()).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def _rounded(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Gives parameters values that bf16 represents, as of a model in bf16."""
+    listed = list(params)
+    for param in listed:
+        param.data = param.data.bfloat16().float()
+    return listed
+
+
+@ranks(2, timeout_s=300)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_split_masters_train_as_fp32_masters_in_memory(stage: int) -> None:
+    def with_optimizer(make: Any, store: Any = None) -> Result:
+        job = Job(steps=8, clip=0.3, optimizer=make, model={"extras": True}, dtype=torch.bfloat16)
+        return sharded(job, stage, store=store, **SMALL)
+
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    whole = with_optimizer(lambda p: FusedAdam(_rounded(p), copies_away=True, **options))
+    split = with_optimizer(
+        lambda p: CPUAdam(_rounded(p), split_masters=True, **options), HostStore(("master", "grad"))
+    )
+    assert split.losses == whole.losses and split.norms == whole.norms
+    assert all(torch.equal(split.weights[n], formats.round_away(w).float()) for n, w in whole.weights.items()
+               if w.is_floating_point() and w.dtype == torch.float32)  # fmt: skip
+
+
+class _Saved(Memory):
+    """All ranks' records, with values that were loaded."""
+
+    def __init__(self, own: list[ds_zero.ShardRecord]) -> None:
+        loaded = [
+            replace(r, data=r.data if isinstance(r.data, Tensor) else r.data.load().clone()) for r in own
+        ]
+        super().__init__(everyones(loaded))
+
+
+@ranks(2, timeout_s=300)
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_checkpoint_continues_bit_for_bit_at_another_stage(kind: str) -> None:
+    model, optimizer = _model(1, kind)
+    _steps(model, optimizer, range(3))
+    saved = _Saved(ds_zero.records(model, optimizer))
+    assert {t.dtype for (_, state, _), t in saved.tensors.items() if state == "param"} == {torch.float32}
+    assert not any(state == "master_bits" for _, state, _ in saved.tensors)
+    expected = _steps(model, optimizer, range(3, 6))
+    weights = ds_zero.full_state_dict(model)
+    other, resumed = _model(3, kind)
+    ds_zero.load_records(other, resumed, saved)
+    assert _steps(other, resumed, range(3, 6)) == expected
+    found = ds_zero.full_state_dict(other)
+    assert all(torch.equal(found[n], weights[n]) for n in weights)
+    again = _Saved(ds_zero.records(other, resumed))
+    assert set(again.tensors) == set(saved.tensors)
+
+
+@ranks(1)
+def test_states_of_another_format_are_refused_by_name() -> None:
+    model, optimizer = _model(1, "int8")
+    _steps(model, optimizer, range(1))
+    saved = _Saved(ds_zero.records(model, optimizer))
+    other, wide = _model(1, "fp32")
+    with pytest.raises(
+        ValueError, match=r"'exp_avg' was saved as torch\.uint8, but this optimizer keeps it as torch\.f"
+    ):
+        ds_zero.load_records(other, wide, saved)
