@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
+import ds_comm
 import ds_zero
 from ds_core import arena
 from ds_offload import HostStore
@@ -133,7 +134,8 @@ class Job:
             counted.mark("load")
             store = HostStore() if self.host else None
             config = self.zero_config()
-            ds_zero.shard(model, optimizer, self.stage, config=config, store=store, **meshes)
+            comm = ds_comm.collectives()  # without it, one bucket more may wait until its messages are sent
+            ds_zero.shard(model, optimizer, self.stage, config=config, store=store, comm=comm, **meshes)
             scaler = ds_zero.LossScaler(model) if self.scaled else None
             for _ in range(steps):
                 for _ in range(self.steps):

@@ -181,7 +181,7 @@ def test_settings_of_deepspeeds_optimizers(name: str, params: dict[str, Any], ki
         ("AdamW", {"adam_w_mode": False}, 'set optimizer.type to "Adam"'),
         ("Lamb", {"eps_inside_sqrt": True}, "our Lamb does not support this value"),
         ("AdamX", {}, 'optimizer.type is "AdamX": there is no such optimizer. Did you mean "Adam'),
-        ("OneBitAdam2000", {}, "Valid names: "),
+        ("Quokka2000", {}, "Valid names: "),
         ("AdamW", {"learning_rate": 0.1}, "optimizer.params.learning_rate: AdamW has no such argument"),
         ("AdamW", {"wieght_decay": 0.1}, 'Did you mean "weight_decay"?'),
         ("RMSprop", {"alhpa": 0.1}, 'Did you mean "alpha"?'),

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
 from ds_engine import rules
-from ds_engine.build import offload, ranks, zero
+from ds_engine.build import offload, ranks, self_reducing, zero
 from ds_engine.build.data import Loader
 from ds_engine.build.memory import warn_if_too_large
 from ds_engine.build.optimizer import optimizer_of
@@ -86,10 +86,11 @@ def initialize(
     _seed(settings.seed, world.rank)
     if world.device.type != "cpu" and not any(p.is_meta for p in model.parameters()):
         model.to(world.device)
-    built = optimizer_of(job, optimizer, model, model_parameters)
+    group = meshes.data.get_group() if mpu is not None and meshes.data is not None else None
+    built = optimizer_of(job, optimizer, model, model_parameters, group)
     store = offload.store_of(job)
     built = offload.paged(job, built, store)
-    zero.check_reduction(job, built)
+    self_reducing.check_reduction(job, built)
     zero.require_same(agreement.entries(job, model, built), world.device)
     warn_if_too_large(job, model, built, world)
     # The schedule reads the learning rates of the groups, which sharding does not change. Optimizer states do not

@@ -255,6 +255,37 @@ class ReducesGradients(Protocol):
     reduces_gradients: bool
 
 
+class StepReport(Protocol):
+    """What a `ClipsGradients` optimizer did in its last step."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the step changed nothing, because a gradient of some rank was not finite."""
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the gradient, without the loss scale, before clipping."""
+
+    @property
+    def clip_factor(self) -> float:
+        """What the gradient was multiplied by to clip it."""
+
+
+@runtime_checkable
+class ClipsGradients(ReducesGradients, Protocol):
+    """An optimizer that also unscales, measures and clips the gradient inside of `step()`, and skips a step on all
+    ranks if a gradient is not finite.
+    """
+
+    max_grad_norm: float
+    """Maximum norm; 0: no limit."""
+    grad_scale: Any
+    """The loss scale of the gradients."""
+
+    @property
+    def report(self) -> StepReport | None: ...
+
+
 class Recompute(Protocol):
     """Calls layers and keeps only their inputs for backward: `h = recompute(layer, h)`."""
 

@@ -401,6 +401,23 @@ class PagesState(Protocol):
 
 
 @runtime_checkable
+class PlansStates(Protocol):
+    """An optimizer that cannot be stepped in a plan, because its step communicates."""
+
+    def planned_states(self, num_ranks: int) -> Mapping[str, tuple[torch.dtype, float]]:
+        """Returns its states in a job of so many ranks: name -> dtype, and number of elements for each element of a
+        parameter.
+        """
+
+    def planned_bytes(self, numels: Sequence[int], num_ranks: int) -> int:
+        """Returns the bytes that a rank sends in a step.
+
+        Args:
+            numels: number of elements of each parameter.
+        """
+
+
+@runtime_checkable
 class SegmentStep(Protocol):
     """An optimizer whose update of an element needs sums over the whole tensor, such as LAMB. It has two passes; in
     between, the sums are added over the ranks that hold parts of the tensor.

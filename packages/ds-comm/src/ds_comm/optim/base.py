@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ds_comm.compress.blocks import Blocks
 from ds_comm.compress.feedback import merge_feedback_states
+from ds_comm.exchange import wire
 from ds_comm.exchange.channel import Channel, Traffic
 from ds_comm.optim.compressed_state import CompressedState
 from ds_comm.optim.flat import reduced
@@ -282,6 +284,42 @@ class SelfReducingOptimizer(Optimizer):
             if param.dtype != torch.float32 and "master" not in state:
                 state["master"] = param.detach().to(torch.float32, copy=True)
         self._compressed.load_state_dict(state_dict.get(FEEDBACK_KEY))
+
+    def residuals(self) -> dict[str, Any] | None:
+        """Returns this rank's residuals; None before the compressed phase. For a checkpoint that has the states of
+        parameters already.
+        """
+        return self._compressed.state_dict()
+
+    def load_residuals(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Loads `residuals()` of all ranks that have saved them, after the states of the parameters. As many ranks as
+        then continue exactly, and only need their own; others share the residuals. Empty: begins without residuals.
+        """
+        world = (self.channel.rank, self.channel.world_size)
+        own = [s for s in states if s["form"] == "rank" and (s["rank"], s["world_size"]) == world]
+        self._compressed.load_state_dict(own[0] if own else merge_feedback_states(states) if states else None)
+
+    def planned_states(self, num_ranks: int) -> Mapping[str, tuple[torch.dtype, float]]:
+        """Returns the states of the compressed phase in a job of so many ranks: name -> dtype, and number of elements
+        for each element of a parameter. `exp_avg` is what is sent.
+        """
+        residual = self.compression.residual_dtype
+        return {
+            "exp_avg": (torch.float32, 1.0),
+            "exp_avg_sq": (torch.float32, 1.0),
+            "worker_residual": (residual, 1.0),
+            "server_residual": (residual, 1.0 / num_ranks),
+        }
+
+    def planned_bytes(self, numels: Sequence[int], num_ranks: int) -> int:
+        """Returns the bytes that rank 0 of so many ranks sends in a step of the compressed phase for parameters of
+        `numels` elements.
+        """
+        if num_ranks == 1:
+            return 0
+        compressor = self.compression.compressor
+        blocks, _ = Blocks.of(numels, compressor.block_numel)
+        return wire.two_phase_bytes([compressor.payload_bytes(part) for _, part in blocks.cut(num_ranks)], 0)
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

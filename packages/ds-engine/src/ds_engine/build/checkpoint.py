@@ -24,6 +24,7 @@ from ds_checkpoint.read import opening
 from ds_checkpoint.read.checkpoint import Checkpoint
 from ds_checkpoint.team import Team
 from ds_checkpoint.write.writer import Content, write
+from ds_engine.build.self_reducing import load_residuals, residuals_of
 
 if TYPE_CHECKING:
     from ds_engine.engine import Engine
@@ -145,6 +146,10 @@ def _content(engine: Engine, client_state: Mapping[str, Any], saving: Saving) ->
     )
     part = _part(engine)
     values: dict[str, Any] = {f"rng/{rank}": random_values}
+    residuals = residuals_of(engine.optimizer)
+    if residuals is not None:
+        key = f"{_residuals_key(part)}{engine.topology.samples.index}"
+        values[key] = codec.encode(dict(residuals), "the optimizer's residuals", blobs, key)
     if rank == 0:
         values |= _shared_values(engine, client_state, blobs)
         values[MODEL_AXES] = part.axes
@@ -354,6 +359,7 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
     client_state: dict[str, Any] = codec.decode(values["client_state"], checkpoint.blob)
     groups = (values["optimizer"] or {}).get("groups", [])
     group_options = [codec.decode(group["options"], checkpoint.blob) for group in groups]
+    residuals = _residuals(engine, checkpoint) if wanted.optimizer else []
     schedule = codec.decode(values["schedule"], checkpoint.blob)
     same_ranks = checkpoint.manifest.world_size == engine.world.world_size and f"rng/{rank}" in values
     names = (
@@ -364,6 +370,7 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
     def apply() -> dict[str, Any]:
         if wanted.optimizer:
             options.set_options(engine.optimizer, group_options)
+            load_residuals(engine.optimizer, residuals)
         if wanted.schedule:
             _set_schedule(engine, schedule)
         if wanted.optimizer:
@@ -390,6 +397,21 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
         return client_state
 
     return apply
+
+
+def _residuals_key(part: ModelPart) -> str:
+    """Begin of the keys under which ranks save the residuals of their optimizers."""
+    return f"residuals/part{part.index}/"
+
+
+def _residuals(engine: Engine, checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Returns the residuals of this rank, if as many ranks have saved them, else those of all ranks."""
+    values, prefix = checkpoint.manifest.values, _residuals_key(_part(engine))
+    keys = sorted(key for key in values if key.startswith(prefix))
+    samples = engine.topology.samples
+    if len(keys) == samples.size:
+        keys = [key for key in keys if key == f"{prefix}{samples.index}"]
+    return [codec.decode(values[key], checkpoint.blob) for key in keys]
 
 
 def _set_schedule(engine: Engine, saved: dict[str, Any] | None) -> None:

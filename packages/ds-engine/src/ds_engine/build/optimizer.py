@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 import ds_core.optim
-from ds_engine.build import mup
+from ds_engine.build import compressed, mup
 from ds_engine.config.support.errors import ConfigError
 from ds_engine.config.support.suggest import did_you_mean
 from ds_engine.interfaces import MakeOptimizer
@@ -24,7 +25,9 @@ class Own:
     """One of our optimizers, by its name in the configuration."""
 
     class_name: str
-    """Name of the class in ds_core.optim."""
+    """Name of the class in ds_core.optim, or, with `communicates`, in ds_comm.optim."""
+    communicates: bool = False
+    """Whether the optimizer reduces gradients by itself."""
     host_class_name: str | None = None
     """Name of the class in ds_offload, for offload_optimizer.device "cpu" and "nvme"."""
     accepts: tuple[str, ...]
@@ -72,6 +75,11 @@ def _mu_adam(*, decoupled: bool) -> Own:
         host_accepts=FORMATS,
     )
 
+
+_NO_VARIANTS = {
+    "eps_inside_sqrt": ((False,), "set it to false"),
+    "amsgrad": ((False,), "set it to false"),
+}
 
 OWN: Mapping[str, Own] = {
     "Adam": _ADAM,
@@ -132,6 +140,20 @@ OWN: Mapping[str, Own] = {
         accepts=("lr", "momentum", "dampening", "weight_decay", "nesterov"),
         host_accepts=FORMATS,
     ),
+    "OneBitAdam": Own(
+        class_name="OneBitAdam",
+        communicates=True,
+        accepts=(
+            "lr",
+            "betas",
+            "eps",
+            "weight_decay",
+            "freeze_step",
+            "bias_correction",
+            *compressed.ACCEPTED,
+        ),
+        only=_NO_VARIANTS,
+    ),
     "MuAdam": _mu_adam(decoupled=False),
     "MuAdamW": _mu_adam(decoupled=True),
     "MuSGD": Own(
@@ -152,6 +174,8 @@ class Meant:
     accepts: tuple[str, ...]
     arguments: Mapping[str, Any]
     only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
+    communicates: bool = False
+    """Whether it takes an argument `group`, the ranks over which it reduces gradients."""
 
 
 def choose(choice: OptimizerChoice) -> Meant:
@@ -179,8 +203,13 @@ def choose(choice: OptimizerChoice) -> Meant:
         for key, value in {**own.defaults, **values}.items()
         if key not in own.only
     }
-    accepts = (*own.accepts, *own.host_accepts)
-    return Meant(make=kernels, accepts=accepts, arguments=arguments, only=own.only)
+    return Meant(
+        make=kernels,
+        accepts=(*own.accepts, *own.host_accepts),
+        arguments=arguments,
+        only=own.only,
+        communicates=own.communicates,
+    )
 
 
 def _muon_rates(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,13 +259,18 @@ def check(choice: OptimizerChoice) -> list[str]:
 
 
 def optimizer_of(
-    choices: Choices, given: Optimizer | MakeOptimizer | None, model: nn.Module, parameters: Any = None
+    choices: Choices,
+    given: Optimizer | MakeOptimizer | None,
+    model: nn.Module,
+    parameters: Any = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Optimizer:
     """Returns the optimizer of a job over `model`: the passed one, or the one that the configuration names.
 
     Args:
         given: the argument of `initialize`.
         parameters: parameters or groups for the optimizer; None: all that require a gradient.
+        group: the ranks with the same parameters, for an optimizer that reduces gradients by itself; None: all.
 
     Raises:
         ConfigError: there is none, or the configured one cannot be built.
@@ -253,7 +287,8 @@ def optimizer_of(
                 "pass optimizer="
             ]
         )
-    return build(choices.optimizer, items, {id(p): name for name, p in model.named_parameters()})
+    names = {id(p): name for name, p in model.named_parameters()}
+    return build(choices.optimizer, items, names, group)
 
 
 def maker_of(choices: Choices, model: nn.Module) -> MakeOptimizer | None:
@@ -277,7 +312,12 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def build(choice: OptimizerChoice, parameters: Iterable[Any], names: Mapping[int, str]) -> Optimizer:
+def build(
+    choice: OptimizerChoice,
+    parameters: Iterable[Any],
+    names: Mapping[int, str],
+    group: dist.ProcessGroup | None = None,
+) -> Optimizer:
     """Builds the optimizer that the configuration names.
 
     Args:
@@ -294,6 +334,8 @@ def build(choice: OptimizerChoice, parameters: Iterable[Any], names: Mapping[int
         raise ConfigError(wrong)
     meant = choose(choice)
     arguments = dict(meant.arguments)
+    if meant.communicates:
+        arguments["group"] = group
     if choice.state_dtype is not None:
         if "state_dtype" not in inspect.signature(meant.make).parameters:
             able = [
@@ -370,6 +412,8 @@ def _torch_serves(name: str, own: Own, values: Mapping[str, Any]) -> bool:
 
 
 def _own_class(own: Own, on_host: bool) -> Any:
+    if own.communicates:
+        return compressed.maker(own.class_name)
     if on_host and own.host_class_name is not None:
         import ds_offload
 

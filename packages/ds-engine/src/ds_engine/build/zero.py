@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -16,11 +15,12 @@ from torch.optim import Optimizer
 import ds_comm
 import ds_zero
 from ds_core.kernels import squared_norm
+from ds_engine.build import self_reducing
 from ds_engine.build.offload_states import send_away
 from ds_engine.build.topology import Meshes
 from ds_engine.config import ConfigError
 from ds_engine.config.sections.zero.leaf_module import DEFAULT_CLASSES, LeafModuleConfig
-from ds_engine.interfaces import LossGuard, MovedActivations, Reading, ReducesGradients, Roles
+from ds_engine.interfaces import LossGuard, MovedActivations, Reading, Roles
 from ds_engine.job import Job, LossScaling
 from ds_engine.job.precision import DTYPES
 
@@ -51,7 +51,7 @@ def shard(
             norms=squared_norm,
             model_parallel=meshes.model_parallel,
         )
-    if isinstance(optimizer, ReducesGradients) and optimizer.reduces_gradients:
+    if self_reducing.reduces(optimizer):
         ds_zero.control(model).set_reduction("none")
 
 
@@ -68,51 +68,16 @@ def require_same(entries: Mapping[str, str], device: torch.device) -> None:
         raise ConfigError([str(error)]) from None
 
 
-def check_reduction(job: Job, optimizer: Optimizer) -> None:
-    """Raises for settings that are incompatible with an optimizer that averages gradients by itself.
-
-    Raises:
-        ConfigError: lists all incompatible settings.
-    """
-    if not (isinstance(optimizer, ReducesGradients) and optimizer.reduces_gradients):
-        return
-    name = type(optimizer).__name__
-    wrong = []
-    if job.stage > 0:
-        wrong.append(f"zero_optimization.stage is {job.stage}: {name} averages whole gradients; set it to 0")
-    if math.isfinite(job.clipping):
-        wrong.append(
-            f"gradient_clipping is {job.clipping:g}: {name} averages gradients inside of its step, so the global "
-            "norm is unknown before; set it to 0"
-        )
-    scaling = job.precision.loss_scaling
-    if scaling is not None and (scaling.dynamic or scaling.initial != 1.0):
-        wrong.append(f"fp16.enabled: {name} steps with gradients that carry the loss scale; use bf16")
-    if wrong:
-        raise ConfigError(wrong)
-
-
 def roles_of(
     job: Job, model: nn.Module, optimizer: Optimizer, activations: MovedActivations | None = None
 ) -> Roles:
     """Returns the objects that own gradients and state of a sharded model."""
-    own = isinstance(optimizer, ReducesGradients) and optimizer.reduces_gradients
-    return Roles(
-        guard=Unguarded() if own else guard_of(job, model),
-        norms=NoNorms() if own else ZeroNorms(model),
-        state=ZeroState(model, optimizer),
-        activations=activations,
-    )
-
-
-class NoNorms:
-    """`GradientNorms` for an optimizer that averages gradients by itself: the global norm cannot be measured."""
-
-    def clip(self, max_norm: float) -> None:
-        assert math.isinf(max_norm), "see check_reduction"
-
-    def last(self) -> None:
-        return None
+    if self_reducing.reduces(optimizer):
+        guard = self_reducing.guard_of(optimizer, loss_scale_of(job.precision.loss_scaling)) or Unguarded()
+        norms = self_reducing.norms_of(optimizer)
+    else:
+        guard, norms = guard_of(job, model), ZeroNorms(model)
+    return Roles(guard=guard, norms=norms, state=ZeroState(model, optimizer), activations=activations)
 
 
 def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
@@ -280,8 +245,7 @@ class ZeroState:
         return ds_zero.records(self._model, self._optimizer)
 
     def check_replicas(self, step: int) -> None:
-        own = isinstance(self._optimizer, ReducesGradients) and self._optimizer.reduces_gradients
-        if own:
+        if self_reducing.reduces(self._optimizer):
             return  # its states, and between two of its reductions the parameters, differ on purpose
         try:
             ds_zero.check_replicas(self._model)

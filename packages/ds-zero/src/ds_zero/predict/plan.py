@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ds_zero import _registry
 from ds_zero.checks import check_stage
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import ChoosesTiers, SegmentStep
+from ds_zero.interfaces import ChoosesTiers, PlansStates, SegmentStep
 from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.predict import allocation_tracker
 from ds_zero.predict.remedies import batch_size, nearest_that_fit
@@ -267,7 +267,7 @@ def _build(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
 def _is_pageable(model: nn.Module, optimizer: Optimizer | MakeOptimizer) -> bool:
     given = optimizer if isinstance(optimizer, Optimizer) else optimizer(_trainable(model))
     try:
-        return not isinstance(given, SegmentStep) and not any(undivided_groups(given, None, 1))
+        return not isinstance(given, (SegmentStep, PlansStates)) and not any(undivided_groups(given, None, 1))
     except ValueError:  # it does not work on shards
         return False
 

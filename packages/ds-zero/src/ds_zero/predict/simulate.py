@@ -24,13 +24,14 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ds_zero import _registry
+from ds_zero.api.control import control
 from ds_zero.api.loop import clip_grad_norm_
 from ds_zero.api.shard import shard
 from ds_zero.comm.collectives import Comm, TorchAllGather, TorchReduceScatter
 from ds_zero.comm.ranks import Ranks
 from ds_zero.comm.topology import MeshFor, Topology, topology_of
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import ChoosesTiers, Reservation, ShardKey, Tier
+from ds_zero.interfaces import ChoosesTiers, PlansStates, Reservation, ShardKey, Tier
 from ds_zero.layout.units import choose_units
 from ds_zero.params.records import records
 from ds_zero.predict import allocation_tracker
@@ -194,7 +195,7 @@ class _Run:
         given = job.optimizer if isinstance(job.optimizer, Optimizer) else job.optimizer(_trainable(model))
         groups = [[copies[id(p)] for p in group["params"]] for group in given.param_groups]
         paged = job.pages_states
-        self.optimizer = stand_in(given, groups, dict(job.states), paged=paged)
+        self.optimizer = stand_in(given, groups, dict(job.states), num_ranks=job.num_ranks, paged=paged)
         self._page_buffers: Tensor | None = None
         self._tiers: dict[ShardKey, Tier] = {}
         if not job.on_cpu:
@@ -219,13 +220,20 @@ class _Run:
             norms=_norms,
         )
         self.state: ZeroState = _registry.state_of(self.model)
+        self._reduces = not getattr(given, "reduces_gradients", False)
+        self._sent_by_optimizer = 0
+        if isinstance(given, PlansStates):
+            numels = [p.numel() for group in groups for p in group]
+            self._sent_by_optimizer = given.planned_bytes(numels, job.num_ranks)
+        if not self._reduces:  # the optimizer does, inside of its step
+            control(self.model).set_reduction("none")
         if paged:
             self._keep_states_on_disk()
         if job.deferred:  # the values of one bucket at a time are replayed
             ledger.phases[LOAD].add(
                 allocation_tracker.PARAMETERS, max(b.layout.padded_numel for b in self.state.buckets) * 4
             )
-        self.scaler = LossScaler(self.model) if job.scaled else None
+        self.scaler = LossScaler(self.model) if job.scaled and self._reduces else None
         self._classify()
 
     def _tiers_of(self, items: Sequence[Reservation]) -> Sequence[Tier]:
@@ -283,7 +291,7 @@ class _Run:
             del loss
             self._classify()
         self._phase(STEP, allocation_tracker.WORKSPACE)
-        if self.job.clip:
+        if self.job.clip and self._reduces:
             clip_grad_norm_(self.model, 1.0)
         self._classify()
         if self.job.pages_states and self._page_buffers is None:
@@ -293,6 +301,7 @@ class _Run:
         self.optimizer.zero_grad()
         self._classify()
         self._count_sent()
+        self.sent[STEP] += self._sent_by_optimizer
 
     def _phase(self, name: str, fresh: str) -> None:
         self._count_sent()
@@ -330,6 +339,7 @@ class _Run:
             where = ledger.purpose(shard_)
             tensors = [v for v in held.values() if isinstance(v, Tensor)]
             ledger.classify(tensors, allocation_tracker.STATES, on_host=where is not None and where[1])
+        ledger.classify(getattr(self.optimizer, "others", []), allocation_tracker.STATES)
 
 
 def ranks_in(group: FakeGroup, num_ranks: int, shard_ranks: int | None) -> Ranks:

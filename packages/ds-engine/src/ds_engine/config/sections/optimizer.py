@@ -10,7 +10,6 @@ from pydantic import AfterValidator, Field
 from ds_engine.config.support.section import Section
 
 ABSENT: Mapping[str, tuple[str, str]] = {
-    "onebitadam": ("ds-comm", "AdamW"),
     "zerooneadam": ("ds-comm", "AdamW"),
     "onebitlamb": ("ds-comm", "Lamb"),
 }
@@ -31,8 +30,8 @@ class OptimizerConfig(Section):
 
     type: Annotated[str, AfterValidator(_is_there)] = Field(
         description="Name of the optimizer: Adam, AdamW, Lamb, Lion, Adagrad, Muon, SGD, MuAdam, MuAdamW or "
-        "MuSGD (kernels of ds-core), or any class in torch.optim. Case is ignored. Adam decouples "
-        "weight decay, as AdamW does, unless params.adam_w_mode is false."
+        "MuSGD (kernels of ds-core), OneBitAdam (ds-comm), or any class in torch.optim. Case is ignored. "
+        "Adam decouples weight decay, as AdamW does, unless params.adam_w_mode is false."
     )
     params: dict[str, Any] = Field(
         default_factory=dict,
