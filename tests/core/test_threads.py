@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ds_core import kernels
+from ds_core import kernels, threads
 
 
 class Norms(Dataset[float]):
@@ -92,3 +92,28 @@ def test_the_own_pool_has_torch_s_number_of_threads() -> None:
 def test_the_team_of_torch_is_borrowed() -> None:
     assert Path("/proc/self/task").is_dir()
     assert count(2, "openmp") == ("openmp", 2)
+
+
+def test_a_limit_leaves_threads_and_changes_no_bits() -> None:
+    torch.set_num_threads(4)
+    assert threads.count() == 4
+    with threads.limited(3):
+        assert threads.count() == 3
+        with threads.limited(None):
+            assert threads.count() == 3
+        with threads.limited(9):
+            assert threads.count() == 4
+    assert threads.count() == 4
+    code = "import torch; torch.set_num_threads(4); from ds_core import threads; print(threads.count())"
+    for value, said in (
+        ("2", "2"),
+        ("", "4"),
+        ("two", "DS_CPU_THREADS is 'two': it must be a number of threads"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "DS_CPU_THREADS": value},
+            capture_output=True,
+            text=True,
+        )
+        assert said in done.stdout + done.stderr

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ds_core import formats
+from ds_core import formats, kernels, threads
 from ds_offload import CPUSGD, CPUAdagrad, CPUAdam, CPUAdamW, CPULion, PagedOptimizer
 
 Make = Callable[[Iterable[Any]], Optimizer]
@@ -167,3 +167,21 @@ def test_fp32_parameters_beside_split_masters_and_sgd_without_momentum() -> None
             optimizer.step_fused(mixed, grad_scale=torch.tensor(0.5), out=[None, None])  # type: ignore[attr-defined]
         assert "master_bits" not in optimizer.state[mixed[0]]
         assert torch.equal(formats.join_master(mixed[1], optimizer.state[mixed[1]]["master_bits"]), mixed[0])
+
+
+def test_a_step_uses_no_more_threads_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    step = kernels.adam_step
+    monkeypatch.setattr(
+        kernels, "adam_step", lambda *a, **k: (used.append(threads.count()), step(*a, **k))[1]
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    params = _params(torch.float32)
+    optimizer = CPUAdam(params)
+    _step(params, optimizer, 0)
+    optimizer.num_threads = 2
+    _step(params, optimizer, 1)
+    _step(params, copy.deepcopy(optimizer), 2)
+    torch.set_num_threads(before)
+    assert used[0] == 3 and used[1] == 2 and copy.deepcopy(optimizer).num_threads == 2

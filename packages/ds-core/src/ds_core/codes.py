@@ -16,11 +16,10 @@ computes the same bits with torch.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ds_core import _native, codes_reference
+from ds_core import _native, codes_reference, threads
 
 MAX_BLOCK_NUMEL = 4096
 """Largest number of elements of a block."""
@@ -49,7 +48,7 @@ def sign_encode(
     if not _is_native(x):
         codes_reference.sign_encode(x, blocks, scales, codes, residual)
         return
-    _native.core.sign_encode(x, residual, blocks, scales, codes, torch.get_num_threads())
+    _native.core.sign_encode(x, residual, blocks, scales, codes, threads.count())
     increment_version([t for t in (scales, codes, residual) if t is not None])
 
 
@@ -60,7 +59,7 @@ def sign_decode(
     if not _is_native(out):
         codes_reference.sign_decode(scales, codes, blocks, out, weight=weight, add=add)
         return
-    _native.core.sign_decode(scales, codes, blocks, out, weight, add, torch.get_num_threads())
+    _native.core.sign_decode(scales, codes, blocks, out, weight, add, threads.count())
     increment_version([out])
 
 
@@ -95,9 +94,7 @@ def int_encode(
         return
     stochastic = seed is not None
     number = (seed or 0) & 0xFFFFFFFFFFFFFFFF
-    _native.core.int_encode(
-        x, residual, blocks, scales, codes, bits, stochastic, number, torch.get_num_threads()
-    )
+    _native.core.int_encode(x, residual, blocks, scales, codes, bits, stochastic, number, threads.count())
     increment_version([t for t in (scales, codes, residual) if t is not None])
 
 
@@ -117,5 +114,5 @@ def int_decode(
     if not _is_native(out):
         codes_reference.int_decode(scales, codes, blocks, out, bits=bits, weight=weight, add=add)
         return
-    _native.core.int_decode(scales, codes, blocks, out, bits, weight, add, torch.get_num_threads())
+    _native.core.int_decode(scales, codes, blocks, out, bits, weight, add, threads.count())
     increment_version([out])

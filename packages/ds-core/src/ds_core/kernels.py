@@ -1,7 +1,7 @@
 """The kernels: native if there is a variant for the tensors' device, else the reference in plain torch.
 
 Multi-tensor functions take lists (or any other iterable of tensors) and make one native call for all of them, without
-the GIL, on `torch.get_num_threads()` threads (on a GPU: on torch's current stream). Tensors must be contiguous, have
+the GIL, on `ds_core.threads.count()` threads (on a GPU: on torch's current stream). Tensors must be contiguous, have
 memory, and be on one device; any other tensor raises a ValueError that names the argument. Results do not depend on
 the number of threads, on how a tensor is split, or on the CPU target. `python -m ds_core` prints which kernels are
 native here.
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ds_core import _gpu, _native, reference
+from ds_core import _gpu, _native, reference, threads
 from ds_core.formats import StepFormats, master_bits, native_formats, widened
 
 NORM_BLOCK_NUMEL = reference.NORM_BLOCK_NUMEL
@@ -122,7 +122,7 @@ def adam_step(
         return
     _native.core.adam_step(
         params, exp_avgs, exp_avg_sqs, grads, out, step, lr, beta1, beta2, eps, weight_decay, decoupled,
-        grad_scale, torch.get_num_threads(), checksums, native_formats(formats),
+        grad_scale, threads.count(), checksums, native_formats(formats),
     )  # fmt: skip
     _written(params, exp_avgs, exp_avg_sqs, out, master_bits(formats))
 
@@ -156,7 +156,7 @@ def adagrad_step(
             )  # fmt: skip
         return
     _native.core.adagrad_step(
-        params, sums, grads, out, step, lr, lr_decay, eps, weight_decay, grad_scale, torch.get_num_threads(),
+        params, sums, grads, out, step, lr, lr_decay, eps, weight_decay, grad_scale, threads.count(),
         checksums, native_formats(formats),
     )  # fmt: skip
     _written(params, sums, out, master_bits(formats))
@@ -190,7 +190,7 @@ def lion_step(
             )  # fmt: skip
         return
     _native.core.lion_step(
-        params, exp_avgs, grads, out, lr, beta1, beta2, weight_decay, grad_scale, torch.get_num_threads(),
+        params, exp_avgs, grads, out, lr, beta1, beta2, weight_decay, grad_scale, threads.count(),
         checksums, native_formats(formats),
     )  # fmt: skip
     _written(params, exp_avgs, out, master_bits(formats))
@@ -237,7 +237,7 @@ def sgd_step(
         return
     _native.core.sgd_step(
         params, momentum_buffers, grads, out, first, lr, momentum, dampening, weight_decay, nesterov, grad_scale,
-        torch.get_num_threads(), checksums, native_formats(formats),
+        threads.count(), checksums, native_formats(formats),
     )  # fmt: skip
     _written(params, momentum_buffers if momentum != 0.0 else None, out, master_bits(formats))
 
@@ -311,7 +311,7 @@ def lamb_moments(
     )
     _native.core.lamb_moments(
         params, exp_avgs, exp_avg_sqs, grads, sums, step, beta1, beta2, eps, weight_decay, grad_scale,
-        torch.get_num_threads(),
+        threads.count(),
     )  # fmt: skip
     _written(exp_avgs, exp_avg_sqs)
     if on_cpu:
@@ -371,7 +371,7 @@ def lamb_apply(
         return
     _native.core.lamb_apply(
         params, exp_avgs, exp_avg_sqs, out, ratios, step, lr, beta1, beta2, eps, weight_decay,
-        torch.get_num_threads(),
+        threads.count(),
     )  # fmt: skip
     _written(params, out)
 
@@ -386,7 +386,7 @@ def squared_norm(tensors: Iterable[Tensor]) -> tuple[float, bool]:
     if not tensors:
         return 0.0, True
     if tensors[0].device.type == "cpu" and _native.has_native():
-        return _native.core.squared_norm(tensors, torch.get_num_threads())
+        return _native.core.squared_norm(tensors, threads.count())
     if not _is_native(tensors[0]):
         return reference.squared_norm(tensors)
     total = 0.0
@@ -405,7 +405,7 @@ def squared_norm_blocks(tensor: Tensor, block_numel: int = NORM_BLOCK_NUMEL) -> 
     if not _is_native(tensor):
         return reference.squared_norm_blocks(tensor, block_numel)
     sums = torch.empty(-(-tensor.numel() // block_numel), dtype=torch.float64, device=tensor.device)
-    _native.core.squared_norm_blocks(tensor, block_numel, sums, torch.get_num_threads())
+    _native.core.squared_norm_blocks(tensor, block_numel, sums, threads.count())
     return sums
 
 
@@ -418,7 +418,7 @@ def cast(src: Tensor | Iterable[Tensor], dst: Tensor | Iterable[Tensor]) -> None
     if not _is_native([*sources, *destinations][0]):
         reference.cast(sources, destinations)
         return
-    _native.core.cast(sources, destinations, torch.get_num_threads())
+    _native.core.cast(sources, destinations, threads.count())
     _written(destinations)
 
 
@@ -435,7 +435,7 @@ def pack_signs(x: Tensor, bits: Tensor | None = None) -> tuple[Tensor, float]:
     on_cpu = x.device.type == "cpu"
     blocks = 0 if on_cpu else -(-x.numel() // NORM_BLOCK_NUMEL)
     sums = torch.zeros(blocks, dtype=torch.float64, device=x.device)
-    total = _native.core.pack_signs(x, bits, sums, torch.get_num_threads())
+    total = _native.core.pack_signs(x, bits, sums, threads.count())
     for block in sums.tolist():
         total += block
     _written([bits])
@@ -446,7 +446,7 @@ def unpack_signs(bits: Tensor, scale: float, out: Tensor) -> Tensor:
     """Writes -scale where a bit of `bits` is set, else scale, into `out` (fp32, bf16, fp16), and returns it."""
     if not _is_native(out):
         return reference.unpack_signs(bits, scale, out)
-    _native.core.unpack_signs(bits, scale, out, torch.get_num_threads())
+    _native.core.unpack_signs(bits, scale, out, threads.count())
     _written([out])
     return out
 
@@ -469,7 +469,7 @@ def checksums(tensors: Iterable[Tensor], out: Iterable[Tensor] | None = None) ->
     out = _listed("checksums", "out", out)
     if tensors and not checksums_in_pass(tensors[0]):
         return reference.checksums(tensors, out)
-    _native.core.checksums(tensors, out, torch.get_num_threads())
+    _native.core.checksums(tensors, out, threads.count())
     _written(out)
     return out
 
@@ -479,7 +479,7 @@ def crc32c(data: Tensor | bytes | bytearray | memoryview, crc: int = 0) -> int:
     if not _native.has_native():
         return reference.crc32c(data, crc)
     if not isinstance(data, Tensor):
-        return _native.core.crc32c(data, crc, torch.get_num_threads())
+        return _native.core.crc32c(data, crc, threads.count())
     if data.device.type != "cpu":
         raise ValueError(f"crc32c: data must be on the CPU, but is on {data.device}")
     if not data.is_contiguous():
@@ -491,4 +491,4 @@ def crc32c(data: Tensor | bytes | bytearray | memoryview, crc: int = 0) -> int:
     values = data.detach().resolve_conj().resolve_neg()
     # Not `values.numpy()`: torch then refuses to resize the storage, as ds_zero does with that of gathered parameters.
     memory = (ctypes.c_uint8 * values.nbytes).from_address(values.data_ptr())
-    return _native.core.crc32c(memory, crc, torch.get_num_threads())
+    return _native.core.crc32c(memory, crc, threads.count())

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ds_core import arena, formats, kernels
+from ds_core import arena, formats, kernels, threads
 from ds_core.formats import StepFormats
 from ds_core.optim import Batch, FusedOptimizer
 from ds_offload.interfaces import KeepsStates
@@ -34,6 +34,11 @@ class OnHost(Undoable, FusedOptimizer):
 
     steps_narrow = False
     """Whether 16-bit parameters can be stepped."""
+
+    num_threads: int | None = None
+    """Maximum number of threads of a step. None: `torch.get_num_threads()`, or the environment variable DS_CPU_THREADS.
+    Set it to leave cores to the workers of a data loader; the result has the same bits.
+    """
 
     _store: KeepsStates | None = None
 
@@ -66,6 +71,20 @@ class OnHost(Undoable, FusedOptimizer):
                 "shard the model with ds_zero, which creates fp32 masters, or convert it with model.float()"
             )
         return arena.empty(param.numel(), dtype).zero_().as_strided(param.size(), param.stride())
+
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        params: Sequence[Tensor],
+        out: Sequence[Tensor | None] | None,
+        grad_scale: float,
+        checksums: kernels.Checksums | None = None,
+    ) -> None:
+        with threads.limited(self.num_threads):
+            super()._step_group(group, params, out, grad_scale, checksums)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "num_threads": self.num_threads}
 
 
 class ElementWise(OnHost):
