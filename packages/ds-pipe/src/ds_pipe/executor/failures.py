@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from datetime import timedelta
+import time
 from typing import Protocol
 
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from ds_pipe.errors import PipelineError
@@ -62,9 +61,12 @@ class StoreBoard:
                     self._store.delete_key(f"{self._name}/count/{step}")
                     if step:
                         self._store.delete_key(f"{self._name}/done/{step - 1}")
-            self._store.wait([done], timedelta(seconds=POLL_S))
-        except dist.DistStoreError:
-            return False  # not yet
+            end, pause = time.monotonic() + POLL_S, 0.0002
+            while not self._store.check([done]):  # a wait that times out would print a warning
+                if time.monotonic() > end:
+                    return False
+                time.sleep(pause)
+                pause = min(2 * pause, 0.01)
         except RuntimeError as error:
             message = (
                 f"the process that holds the store of the process group has ended ({_first_line(error)})"

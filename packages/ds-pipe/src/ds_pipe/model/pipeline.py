@@ -19,6 +19,7 @@ from ds_pipe.model.pipeline_module import PipelineModule
 from ds_pipe.model.replicated import Replicated
 from ds_pipe.schedule.names import make
 from ds_pipe.schedule.schedule import Schedule
+from ds_pipe.simulate.results import Span
 
 ShardableFor = Callable[[int], Shardable | None]
 
@@ -75,14 +76,18 @@ class Pipeline:
         self._executor = Executor(module.make_schedule(num_microbatches), module.stage_id, stages, transport)
         self._stages, self._channel = stages, transport
         self._evaluation: Executor | None = None
+        self._spans: tuple[Span, ...] = ()
 
-    def forward_backward(self, data: Iterable[Any], *, loss_weights: Sequence[float] | None = None) -> Tensor:
+    def forward_backward(
+        self, data: Iterable[Any], *, loss_weights: Sequence[float] | None = None, measure: bool = False
+    ) -> Tensor:
         """Computes losses and gradients of one step; gradients are reduced, the optimizer has not stepped.
 
         Args:
             data: an iterator of which one item, (inputs, labels), is taken for each micro-batch, on the ranks of the
                 first and of the last stage.
             loss_weights: see `Executor.step`.
+            measure: note when each action runs, for `gathered_spans`.
 
         Returns:
             The mean loss over micro-batches and data-parallel ranks, or with weights the weighted sum; the same on all
@@ -92,8 +97,9 @@ class Pipeline:
             PipelineError: a stage has failed on some rank.
         """
         inputs, labels = self._take(data)
-        result = self._executor.step(inputs, labels, loss_weights=loss_weights)
+        result = self._executor.step(inputs, labels, loss_weights=loss_weights, measure=measure)
         self._executor.finish()
+        self._spans = result.spans
         self._reduce_ties()
         return self._loss(result, loss_weights)
 
@@ -132,6 +138,17 @@ class Pipeline:
             for grad in grads:
                 grad.mul_(factor)
         return norm
+
+    def gathered_spans(self) -> tuple[Span, ...]:
+        """Returns when each action of the last measured step ran, on all pipeline ranks, for `ds_pipe.draw`.
+
+        Collective. Clocks are those of the ranks; on one machine they are the same.
+        """
+        if self._groups.pipe is None:
+            return self._spans
+        every: list[tuple[Span, ...]] = [()] * dist.get_world_size(self._groups.pipe)
+        dist.all_gather_object(every, self._spans, self._groups.pipe)
+        return tuple(span for spans in every for span in spans)
 
     def close(self) -> None:
         """Ends what runs in the background."""
