@@ -5,6 +5,7 @@ from ds_pipe.model.pipeline import Pipeline
 from ds_pipe.model.pipeline_module import PipelineModule
 from ds_pipe.model.profile import LayerProfile, profile_layers
 from ds_pipe.model.replicated import Replicated
+from ds_pipe.model.split import split
 from ds_pipe.model.topology import PipeDataParallelTopology, PipeModelDataParallelTopology, ProcessTopology
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "Replicated",
     "TiedLayerSpec",
     "profile_layers",
+    "split",
 ]

@@ -94,6 +94,11 @@ class PipelineModule(nn.Module):
         self._functions: dict[int, Callable[[Any], Any]] = {}
         for stage in self.local_stages:
             self._build(stage)
+        # Modules of other ranks are not kept alive by this one.
+        mine = {i for s in self.local_stages for i in range(self.parts[s], self.parts[s + 1])}
+        self._specs = [
+            s if i in mine or not isinstance(s, nn.Module) else None for i, s in enumerate(self._specs)
+        ]
         # Not submodules: parameters would have a second name.
         self._stage_modules = {stage: StageLayers(self, stage) for stage in self.local_stages}
 
