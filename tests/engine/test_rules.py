@@ -22,6 +22,7 @@ def chosen(raw: dict[str, Any], **passed: Any) -> Choices:
 
 OFFLOAD = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
 ON_DISK = {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}
+BUDGET = {"zero_optimization": {"stage": 2}, "offload": {"budget": {"host": "1GiB", "nvme_path": "/tmp"}}}
 
 # One job for each rule, in the order of the table.
 BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -44,6 +45,11 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"optimizer": {"type": "SparseAdam"}}, {}),
     ({"zero_optimization": OFFLOAD}, {"optimizer": torch.optim.AdamW}),
     ({"zero_optimization": ON_DISK, "optimizer": {"type": "Adafactor"}}, {}),
+    ({**BUDGET, "optimizer": {"type": "AdamW", "params": {"state_dtype": "int8"}}}, {"device_type": "cuda"}),
+    ({"zero_optimization": OFFLOAD, "offload": {"budget": {"device": "1GB"}}}, {}),
+    ({"zero_optimization": {"stage": 0}, "offload": {"budget": {"device": "1GB"}}}, {}),
+    ({**BUDGET, "optimizer": {"type": "Adafactor"}}, {}),
+    ({**BUDGET, "integrity": {"checksums": True}}, {}),
     ({"zero_optimization": ON_DISK, "integrity": {"checksums": True}}, {}),
     ({"optimizer": {"type": "Adam"}}, {"optimizer": torch.optim.AdamW}),
     ({"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}}, {"lr_scheduler": WarmupLR}),
@@ -87,6 +93,7 @@ def test_each_rule_refuses_its_job_and_says_why(index: int) -> None:
         ),
         ({"zero_optimization": {"stage": 2, "overlap_publish": True}}, {"optimizer": torch.optim.SGD}),
         ({"scheduler": {"type": "WarmupLR"}}, {"optimizer": torch.optim.SGD}),
+        (BUDGET, {}),
         ({"optimizer": {"type": "RMSprop"}, "zero_optimization": OFFLOAD}, {}),
         ({"optimizer": {"type": "Adam", "params": {"torch_adam": True}}, "zero_optimization": OFFLOAD}, {}),
         ({"optimizer": {"type": "AdamW", "params": {"bias_correction": False}}}, {}),

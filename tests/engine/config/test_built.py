@@ -106,6 +106,8 @@ TESTED = {
     "test_fractions_reach_store_plan_and_buckets",
     "zero_optimization.offload_param.device": "test_built.py::test_offload_chooses_where_states_rest",
     "zero_optimization.offload_param.nvme_path": "build/test_offload.py::test_the_settings_reach_the_store",
+    "offload.budget": "build/test_budget.py::test_every_tier_has_the_bytes_of_the_plan",
+    "offload": "build/test_budget.py::test_rates_change_the_placement",
     "aio": "build/test_offload.py::test_the_settings_reach_the_store",
     "zero_optimization.offload_optimizer.pin_memory": "test_rules.py::test_each_rule_refuses_its_job_and_says_why",
 }
@@ -242,7 +244,7 @@ def test_what_has_no_effect_at_this_stage_is_told() -> None:
         value = next(v for v in values_of(key) if v is not None)
         found = [effectless(load(config_with(row.key, value, stage))) for stage in (0, 1, 2, 3)]
         assert any(row.key in idle for idle in found), row.key
-        if not row.key.startswith(("zero_optimization.offload", "activation_offload.", "aio.")):
+        if not row.key.startswith(("zero_optimization.offload", "activation_offload.", "offload.", "aio.")):
             assert not all(row.key in idle for idle in found), row.key
 
 

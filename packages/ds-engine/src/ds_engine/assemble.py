@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
 from ds_engine import rules
-from ds_engine.build import offload, ranks, self_reducing, zero
+from ds_engine.build import memory, offload, ranks, self_reducing, zero
 from ds_engine.build.data import Loader
-from ds_engine.build.memory import warn_if_too_large
 from ds_engine.build.optimizer import optimizer_of
 from ds_engine.build.schedule import schedule_of
 from ds_engine.build.topology import topology_of
@@ -88,11 +87,13 @@ def initialize(
         model.to(world.device)
     group = meshes.data.get_group() if mpu is not None and meshes.data is not None else None
     built = optimizer_of(job, optimizer, model, model_parameters, group)
-    store = offload.store_of(job)
-    built = offload.paged(job, built, store)
+    placed = memory.placed(job, model, built) if job.placement.by_budget else None
+    memory.refuse_if_impossible(job, model, built, world, placed)
+    store = offload.store_of(job, placed)
+    built = offload.paged(job, built, store, placed)
     self_reducing.check_reduction(job, built)
     zero.require_same(agreement.entries(job, model, built), world.device)
-    warn_if_too_large(job, model, built, world)
+    memory.warn_if_too_large(job, model, built, world)
     # The schedule reads the learning rates of the groups, which sharding does not change. Optimizer states do not
     # exist yet.
     zero.shard(job, model, built, meshes, world.device, comm, store)
@@ -113,6 +114,8 @@ def initialize(
     )
     if world.rank == 0:
         _announce(engine, settings)
+        if placed is not None and settings.startup_summary:
+            to_stderr(f"placement within offload.budget:\n{placed}")
     return engine, built, engine.training_dataloader, schedule
 
 

@@ -68,6 +68,19 @@ def _on_device(choices: Choices) -> bool:
     return choices.optimizer is not None and not choices.optimizer.on_host
 
 
+def _has_budget(choices: Choices) -> bool:
+    return choices.settings.offload.budget is not None
+
+
+def _steps_a_part_on_device(choices: Choices) -> bool:
+    return choices.device_type != "cpu" and (_has_budget(choices) or choices.placement.ratio < 1.0)
+
+
+def _may_use_disk(choices: Choices) -> bool:
+    budget = choices.settings.offload.budget
+    return budget is not None and budget.nvme_path is not None
+
+
 _FACTORED = frozenset({"adafactor"})
 
 RULES: tuple[Rule, ...] = (
@@ -141,6 +154,41 @@ RULES: tuple[Rule, ...] = (
         remedy='use AdamW, Muon, Lamb, Adagrad, Lion or SGD, or set offload_optimizer.device to "cpu"',
     ),
     Rule(
+        first="optimizer.params.state_dtype",
+        second="offload_optimizer.ratio below 1, or offload.budget",
+        applies=lambda c: _says(c, "state_dtype") and _steps_a_part_on_device(c),
+        reason="a part is stepped on the device, whose kernels do not have these formats",
+        remedy="remove it, or set ratio to 1 and remove the budget",
+    ),
+    Rule(
+        first="offload.budget",
+        second="offload_optimizer.device or offload_param.device",
+        applies=lambda c: _has_budget(c) and (_offloads(c) or _offloads_params(c)),
+        reason="a budget decides about each tensor, and the others about each kind",
+        remedy="remove the sections offload_optimizer and offload_param, or the budget",
+    ),
+    Rule(
+        first="offload.budget",
+        second="stage 0",
+        applies=lambda c: _has_budget(c) and c.stage == 0,
+        reason="at stage 0 every rank steps all elements, on its device",
+        remedy="set zero_optimization.stage to 1, 2 or 3",
+    ),
+    Rule(
+        first="offload.budget with nvme_path",
+        second="an optimizer with factored states",
+        applies=lambda c: _may_use_disk(c) and _named(c) in _FACTORED,
+        reason="its states are read from the disk in pages, which contain states of each element",
+        remedy="use AdamW, Muon, Lamb, Adagrad, Lion or SGD, or remove nvme_path from the budget",
+    ),
+    Rule(
+        first="integrity.checksums",
+        second="offload.budget with nvme_path",
+        applies=lambda c: c.settings.integrity.checksums and _may_use_disk(c),
+        reason="checksums of shards are computed from values in memory; those on a disk are checked by aio.verify",
+        remedy="set integrity.checksums to false, or remove nvme_path from the budget",
+    ),
+    Rule(
         first="integrity.checksums",
         second="offload_optimizer.device nvme",
         applies=lambda c: c.settings.integrity.checksums and c.placement.optimizer_states == "nvme",
@@ -172,7 +220,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         first="zero_optimization.offload_param.device cpu",
         second="a model on the CPU",
-        applies=lambda c: c.placement.params == "cpu" and c.device_type == "cpu",
+        applies=lambda c: _offloads_params(c) and c.placement.params == "cpu" and c.device_type == "cpu",
         reason="parameters are in host memory already",
         remedy="remove the section",
         refuse=False,

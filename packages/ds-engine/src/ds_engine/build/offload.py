@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -10,6 +11,10 @@ from torch.optim import Optimizer
 from ds_engine.config import ConfigError
 from ds_engine.interfaces import MovedActivations
 from ds_engine.job import Job, Placement
+
+if TYPE_CHECKING:
+    from ds_offload.budget.plan import Placed
+    from ds_zero.predict.report import StoredTensor
 
 
 def tiers_of(placement: Placement) -> Any:
@@ -26,23 +31,66 @@ def tiers_of(placement: Placement) -> Any:
     )
 
 
-def store_of(job: Job) -> Any:
-    """Returns a store of ds_offload for the kinds of state in host memory and on disks; None if there are none."""
-    on_disk, on_host = job.placement.on("nvme"), job.placement.on("cpu")
-    if not on_disk and not on_host:
+def place(job: Job, tensors: Sequence[StoredTensor]) -> Placed:
+    """Places the tensors of a rank within the job's budget.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    from ds_offload.budget import inputs, plan
+
+    budget, rates = job.settings.offload.budget, job.settings.offload.rates
+    assert budget is not None
+    sizes: dict[str, dict[str, int]] = {}
+    copies: dict[str, int] = {}
+    for tensor in tensors:
+        sizes.setdefault(tensor.name, {})[tensor.kind] = tensor.num_bytes
+        copies[tensor.name] = tensor.compute_bytes
+    disk = budget.disk if budget.nvme_path else 0
+    micro_batches = job.batch.steps if job.accumulating.plan == "sharded" else 1
+    try:
+        return plan.place(
+            [
+                inputs.BucketBytes(name=name, kinds=kinds, copy_bytes=copies[name])
+                for name, kinds in sizes.items()
+            ],
+            inputs.Room(device_bytes=budget.device, host_bytes=budget.host, disk_bytes=disk),
+            inputs.Rates(**rates.model_dump()),
+            inputs.Work(micro_batches=micro_batches),
+        )
+    except plan.BudgetError as error:
+        raise ConfigError([f"offload.budget: {error}"], job.settings.origin.where) from None
+
+
+def store_of(job: Job, placed: Placed | None = None) -> Any:
+    """Returns a store of ds_offload for the kinds of state in host memory and on disks; None if there are none.
+
+    Args:
+        placed: where a budget places the tensors.
+    """
+    folders = folders_of(job, placed)
+    on_host = job.placement.on("cpu") if placed is None else placed.kinds("host")
+    tiers = tiers_of(job.placement) if placed is None else placed.tiers
+    if not folders and not on_host:
         return None
     import ds_offload
 
-    tiers = tiers_of(job.placement)
-    if not on_disk:
+    if not folders:
         return ds_offload.HostStore(on_host, tiers=tiers)
-    zero = job.settings.zero_optimization
+    return ds_offload.NVMeStore(folders, host=on_host, tiers=tiers, options=io_options(job))
+
+
+def folders_of(job: Job, placed: Placed | None = None) -> dict[str, str]:
+    """Returns the folder of each kind that is on a disk, at least in part."""
+    zero, budget = job.settings.zero_optimization, job.settings.offload.budget
+    if placed is not None:
+        path = budget.nvme_path if budget is not None else None
+        return dict.fromkeys(sorted(placed.kinds("disk")), path) if path else {}
     paths = {
         kind: zero.offload_param.nvme_path if kind == "param" else zero.offload_optimizer.nvme_path
-        for kind in sorted(on_disk)
+        for kind in sorted(job.placement.on("nvme"))
     }
-    folders = {k: path for k, path in paths.items() if path}
-    return ds_offload.NVMeStore(folders, host=on_host, tiers=tiers, options=io_options(job))
+    return {kind: path for kind, path in paths.items() if path}
 
 
 def io_options(job: Job) -> Any:
@@ -82,13 +130,13 @@ def activations_of(job: Job, model: nn.Module) -> MovedActivations | None:
     return offload
 
 
-def paged(job: Job, optimizer: Optimizer, store: Any) -> Optimizer:
+def paged(job: Job, optimizer: Optimizer, store: Any, placed: Placed | None = None) -> Optimizer:
     """Returns `optimizer` with its states in `store`, if the job keeps them on a disk. In host memory, it makes them
     itself, and asks `store` which of them belong on the device.
     """
     if store is not None and hasattr(optimizer, "keep_states_in"):
         optimizer.keep_states_in(store)
-    if job.placement.optimizer_states != "nvme":
+    if "state" not in folders_of(job, placed):
         return optimizer
     import ds_offload
 

@@ -135,9 +135,9 @@ _DIVIDED_AMONG_TIERS = 32
 def _bucket_numel(job: Job, model: nn.Module) -> int | None:
     """Returns `ZeroConfig.reduce_bucket_numel`."""
     limits = [job.settings.zero_optimization.reduce_bucket_size]
-    if job.placement.masters == "nvme":
+    if job.placement.masters == "nvme" or job.placement.by_budget:
         limits.append(_STAGED_NUMEL)
-    if job.placement.ratio < 1.0:
+    if job.placement.ratio < 1.0 or job.placement.by_budget:
         numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
         limits.append(max(1, numel // _DIVIDED_AMONG_TIERS))
     return min((limit for limit in limits if limit is not None), default=None)

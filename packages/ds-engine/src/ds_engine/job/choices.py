@@ -33,12 +33,18 @@ class Placement:
     """Fraction of the elements whose gradients, masters and states are not on the device, if any are not."""
     params_in_cpu: int = 0
     """Number of elements of the parameters that stay in host memory if parameters are stored on a disk."""
+    by_budget: bool = False
+    """Whether each tensor is placed by a planner, from the sizes of the model, within `offload.budget`. The other
+    fields then say where tensors are as far as they are not on the device and not on a disk."""
 
     @classmethod
     def of(cls, settings: DsConfig) -> Placement:
         zero = settings.zero_optimization
         step: Where = _where(zero.offload_optimizer.device)
         params: Where = _where(zero.offload_param.device) if zero.stage == 3 else "device"
+        if settings.offload.budget is not None:
+            params = "cpu" if zero.stage == 3 else "device"
+            return cls(params=params, gradients="cpu", masters="cpu", optimizer_states="cpu", by_budget=True)
         return cls(
             params=params,
             gradients=step,

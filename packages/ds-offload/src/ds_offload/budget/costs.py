@@ -39,8 +39,9 @@ class Option:
 def options(bucket: BucketBytes, rates: Rates, work: Work, disk: Collection[str]) -> Sequence[Option]:
     """Returns the places of a bucket, with no other kinds on the disk than `disk`.
 
-    Masters, gradients and states are together on the device, or none of them is; states are in host memory only if the
-    masters are, because a page is stepped beside its parameters.
+    Masters, gradients and states are together on the device, or none of them is. States are in host memory only if the
+    masters are, because a page is stepped beside its parameters. Where masters may be on the disk, states are with
+    them: masters cost as much per byte, and pages of single buckets need less memory than those of all.
     """
 
     def away(kind: str) -> tuple[Tier, ...]:
@@ -51,7 +52,7 @@ def options(bucket: BucketBytes, rates: Rates, work: Work, disk: Collection[str]
     if "master" in bucket.kinds:
         for tiers in product(*map(away, stepped)):
             place = dict(zip(stepped, tiers, strict=True))
-            if place["master"] == "disk" and place.get("state") == "host":
+            if "master" in disk and place["master"] != place.get("state", place["master"]):
                 continue
             places.append(place)
     params: Sequence[dict[str, Tier]] = [{}]

@@ -177,8 +177,10 @@ def buffer_bytes(buckets: Sequence[BucketBytes], disk: Collection[str]) -> int:
         if not sizes or not sizes[0]:
             continue
         if kind == "state":
-            pages = sum(-(-size // PAGE_BYTES) for size in sizes)
-            total += min(NUM_PAGES, pages) * min(PAGE_BYTES, sum(sizes))
+            # Buckets whose masters are in memory are stepped together, and pages contain the states of several.
+            parts = sizes if "master" in disk else [sum(sizes)]
+            pages = sum(-(-part // PAGE_BYTES) for part in parts)
+            total += min(NUM_PAGES, pages) * min(PAGE_BYTES, max(parts))
         else:
             total += min(STAGED, sum(1 for size in sizes if size)) * sizes[0]
     return total

@@ -162,6 +162,7 @@ class _Planner:
     def plan(self, job: Job) -> Plan:
         """Runs the job without memory, or adds up its states if there is no micro-batch."""
         states_only = job.micro_batch is None
+        rest = resting_bytes(self.model, job)
         outcome = None if states_only else simulate(self.model, job)
         reserve = 0 if outcome is None else _reserve(outcome, job.device)
         if outcome is not None:
@@ -188,7 +189,8 @@ class _Planner:
             checkpointing=job.checkpointing,
             offload=tuple(sorted(job.offload)),
             disk=tuple(sorted(job.disk)),
-            disk_bytes=resting_bytes(self.model, job).disk_bytes if job.disk else 0,
+            disk_bytes=rest.disk_bytes,
+            tensors=rest.tensors,
             device=job.device.type,
             phases=(self._rest(job),) if outcome is None else _phases(outcome, job.device, reserve),
             sent_bytes={} if outcome is None else outcome.sent_bytes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 
 from ds_zero.tensors.sizes import human_bytes
 
@@ -23,6 +23,19 @@ class PhaseMemory:
     """
     parts: Mapping[str, int]
     """Purpose -> bytes at the peak."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor of one bucket that a rank keeps between steps, and that a store may place."""
+
+    name: str
+    """Name of the bucket."""
+    kind: str
+    """"param", "master", "grad", or "state" for all optimizer states of the bucket together."""
+    num_bytes: int
+    compute_bytes: int
+    """Bytes of as many elements in the compute dtype of the bucket."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +80,8 @@ class Plan:
     host_budget_bytes: int | None = None
     remedies: tuple[Remedy, ...] = ()
     """If the job does not fit: the nearest settings that do, possibly none."""
+    tensors: tuple[StoredTensor, ...] = field(default=(), repr=False)
+    """What rank 0 keeps between steps, apart from whole parameters and buffers. Not in `to_json`."""
 
     @property
     def device_bytes(self) -> int:
@@ -93,11 +108,12 @@ class Plan:
 
     def to_json(self) -> str:
         """Returns all fields, and `device_bytes`, `host_bytes`, `fits`."""
-        whole = asdict(self) | {
+        whole = asdict(replace(self, tensors=())) | {
             "device_bytes": self.device_bytes,
             "host_bytes": self.host_bytes,
             "fits": self.fits,
         }
+        del whole["tensors"]
         return json.dumps(whole, indent=2)
 
     def rows(self) -> tuple[list[str], list[list[str]]]:

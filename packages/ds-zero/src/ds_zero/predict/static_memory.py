@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 
 from ds_zero import _registry
 from ds_zero.api.bucket_plan import plan_layouts
-from ds_zero.interfaces import ShardKey, Tier
-from ds_zero.layout.buckets import FROZEN, piece_of
+from ds_zero.interfaces import Reservation, ShardKey, Tier
+from ds_zero.layout.buckets import FROZEN, BucketLayout, piece_of
 from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.layout.units import choose_leaves, choose_units, unit_of_params
 from ds_zero.predict import allocation_tracker
+from ds_zero.predict.report import StoredTensor
 from ds_zero.predict.simulate import Job
 from ds_zero.predict.tiers import STATE
 from ds_zero.runtime.gradients.sparse_rows import row_parameters
@@ -40,6 +41,8 @@ class Resting:
     disk_bytes: int
     kinds: Mapping[Tier, frozenset[str]]
     """The kinds of tensors that are in each tier; "state": the states of the optimizer."""
+    tensors: tuple[StoredTensor, ...]
+    """What a store places, and the states of each bucket."""
 
 
 def resting_bytes(model: nn.Module, job: Job) -> Resting:
@@ -104,7 +107,23 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
             together += stepped
     if alone or together:
         host[allocation_tracker.STATES] += job.page_buffer_bytes(alone, together)
-    return Resting(device, host, disk_bytes, _kinds(tiers))
+    return Resting(device, host, disk_bytes, _kinds(tiers), _tensors(items, layouts, per_element))
+
+
+def _tensors(
+    items: Sequence[Reservation], layouts: Sequence[BucketLayout], state_bytes: int
+) -> tuple[StoredTensor, ...]:
+    width = {layout.name: dtype_of(layout).itemsize for layout in layouts}
+    made = [(item.key, item.numel, item.numel * item.dtype.itemsize) for item in items]
+    made += [
+        (ShardKey(name=item.key.name, kind=STATE), item.numel, item.numel * state_bytes)
+        for item in items
+        if item.key.kind == "grad"
+    ]
+    return tuple(
+        StoredTensor(name=key.name, kind=key.kind, num_bytes=size, compute_bytes=numel * width[key.name])
+        for key, numel, size in made
+    )
 
 
 def _kinds(tiers: Mapping[ShardKey, Tier]) -> Mapping[Tier, frozenset[str]]:

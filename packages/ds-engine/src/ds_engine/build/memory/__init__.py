@@ -4,5 +4,7 @@
 
 from ds_engine.build.memory.check import warn_if_too_large
 from ds_engine.build.memory.plan import load_factory, plan
+from ds_engine.build.memory.predict import placed
+from ds_engine.build.memory.refuse import refuse_if_impossible
 
-__all__ = ["load_factory", "plan", "warn_if_too_large"]
+__all__ = ["load_factory", "placed", "plan", "refuse_if_impossible", "warn_if_too_large"]

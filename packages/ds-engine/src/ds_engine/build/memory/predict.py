@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 import ds_zero
-from ds_engine.build.offload import tiers_of
+from ds_engine.build.offload import place, tiers_of
 from ds_engine.build.optimizer import maker_of
 from ds_engine.build.zero import zero_config
 from ds_engine.job import Job, Placement
+
+if TYPE_CHECKING:
+    from ds_offload.budget.plan import Placed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,22 +50,57 @@ def predicted(
     Raises:
         ValueError: the model cannot be planned.
     """
-    topology = job.topology
     where = placement or job.placement
-    return ds_zero.plan(
+    made = optimizer or maker_of(job, model)
+    common = _arguments(job, model, stage)
+    if placement is None and job.placement.by_budget:
+        chosen = placed(job, model, made, stage=stage)
+        note = f"placement within offload.budget:\n{chosen}"
+        limit = budgets.device_bytes
+        if limit is None and job.device_type != "cpu" and job.settings.offload.budget is not None:
+            limit = job.settings.offload.budget.device
+        budgets, tiers, notes = replace(budgets, device_bytes=limit), chosen.tiers, [note]
+    else:
+        tiers, notes = tiers_of(where), []
+    plan = ds_zero.plan(
         model,
         micro_batch,
-        stage=job.stage if stage is None else stage,
-        ranks=topology.samples.size,
-        optimizer=optimizer or maker_of(job, model),
-        accumulation_steps=job.batch.steps,
-        config=zero_config(job, model),
-        shard_ranks=topology.data.size if topology.replicate.size > 1 else None,
-        loss_scale=job.precision.loss_scaling is not None,
-        tiers=tiers_of(where),
+        optimizer=made,
+        tiers=tiers,
         checkpointing=checkpointing,
-        clip=math.isfinite(job.clipping),
-        device=job.device_type,
         budget_bytes=budgets.device_bytes,
         host_budget_bytes=budgets.host_bytes,
+        **common,
     )
+    return replace(plan, notes=(*plan.notes, *notes))
+
+
+def placed(
+    job: Job,
+    model: nn.Module,
+    optimizer: Optimizer | Callable[[Any], Optimizer] | None = None,
+    *,
+    stage: int | None = None,
+) -> Placed:
+    """Returns where the job's budget places each tensor of a rank. Pure: the same on every rank.
+
+    Raises:
+        ConfigError: the state does not fit.
+        ValueError: the model cannot be planned.
+    """
+    made = optimizer or maker_of(job, model)
+    return place(job, ds_zero.plan(model, optimizer=made, **_arguments(job, model, stage)).tensors)
+
+
+def _arguments(job: Job, model: nn.Module, stage: int | None) -> dict[str, Any]:
+    topology = job.topology
+    return {
+        "stage": job.stage if stage is None else stage,
+        "ranks": topology.samples.size,
+        "accumulation_steps": job.batch.steps,
+        "config": zero_config(job, model),
+        "shard_ranks": topology.data.size if topology.replicate.size > 1 else None,
+        "loss_scale": job.precision.loss_scaling is not None,
+        "clip": math.isfinite(job.clipping),
+        "device": job.device_type,
+    }

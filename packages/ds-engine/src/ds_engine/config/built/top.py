@@ -13,11 +13,25 @@ _ON_DISK = {
         config.zero_optimization.offload_optimizer.device == "nvme"
         or config.zero_optimization.offload_param.device == "nvme"
         or config.activation_offload.device == "nvme"
+        or (config.offload.budget is not None and config.offload.budget.nvme_path is not None)
     ),
     "otherwise": "nothing is offloaded to a disk",
 }
 
+_BUDGET = {
+    "only": lambda config: config.offload.budget is not None,
+    "otherwise": "there is no budget",
+}
+
 WORKING: tuple[Row, ...] = (
+    works(
+        "offload.budget",
+        "ds-offload",
+        "ds_offload.budget",
+        needs="ds_offload",
+        switches={"offload.budget": ()},
+    ),
+    works("offload.rates", "ds-offload", "ds_offload.budget", **_BUDGET),
     *(
         works(
             key,

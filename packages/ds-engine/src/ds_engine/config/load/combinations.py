@@ -215,6 +215,13 @@ COMBINATIONS: tuple[Combination, ...] = (
         "stepped, the next one is read, and the previous one is written",
     ),
     Combination(
+        key="offload.budget.disk",
+        broken=lambda c: (
+            c.offload.budget is not None and bool(c.offload.budget.disk) and not c.offload.budget.nvme_path
+        ),
+        sentence="offload.budget.disk needs nvme_path, a directory on the disk",
+    ),
+    Combination(
         key="activation_offload.nvme_path",
         broken=lambda c: (
             c.activation_offload.device == "nvme" and c.activation_offload.nvme_path in (None, "", "none")

@@ -98,7 +98,7 @@ def _kin(name: str, candidates: Iterable[str]) -> str | None:
     return best if best is not None and lengths[best] >= max(3, len(name) / 2) else None
 
 
-_OWN = frozenset({"activation_offload"})
+_OWN = frozenset({"activation_offload", "offload"})
 """Sections that DeepSpeed does not have, with keys of the same names as sections that it has."""
 
 

@@ -22,6 +22,7 @@ from ds_engine.config.sections.elasticity import ElasticityConfig
 from ds_engine.config.sections.hybrid_engine import HybridEngineConfig
 from ds_engine.config.sections.integrity import IntegrityConfig
 from ds_engine.config.sections.monitor import CometConfig, CsvConfig, TensorBoardConfig, WandbConfig
+from ds_engine.config.sections.offload.budget import OffloadConfig
 from ds_engine.config.sections.optimizer import OptimizerConfig
 from ds_engine.config.sections.parallel.expert_parallel import ExpertParallelConfig
 from ds_engine.config.sections.parallel.pipeline import PipelineConfig
@@ -180,6 +181,10 @@ class DsConfig(Section):
     activation_checkpointing: ActivationCheckpointingConfig = Field(
         default_factory=ActivationCheckpointingConfig,
         description="Where the inputs of recomputed layers are stored until backward.",
+    )
+    offload: OffloadConfig = Field(
+        default_factory=OffloadConfig,
+        description="Placement of the training state within a budget of memory.",
     )
     activation_offload: ActivationOffloadConfig = Field(
         default_factory=ActivationOffloadConfig,

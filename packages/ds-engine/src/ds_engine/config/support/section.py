@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+from ds_engine.config.support.sizes import parse_bytes
 
 
 class Section(BaseModel):
@@ -31,6 +33,10 @@ def _whole_number(value: Any) -> Any:
     return value
 
 
+def _size(value: Any) -> Any:
+    return parse_bytes(value) if isinstance(value, str) else _whole_number(value)
+
+
 def lowered(value: Any) -> Any:
     """Lowers the case of choices: "Warn", "WARN"."""
     return value.lower() if isinstance(value, str) else value
@@ -53,6 +59,13 @@ Count = Annotated[int, BeforeValidator(_whole_number), Field(ge=0)]
 """An integer of at least 0; 5e8 is accepted for 500000000."""
 Positive = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
 """An integer of at least 1."""
+Size = Annotated[
+    int,
+    BeforeValidator(_size),
+    Field(ge=0),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]}),
+]
+"""A number of bytes: an integer, or a string with a unit, such as "40GB" (powers of 1000) or "40GiB" (of 1024)."""
 Number = Annotated[float, Field(allow_inf_nan=False)]
 """Any finite number."""
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -1,0 +1,1 @@
+"""Sections about where training state is kept."""

@@ -1,0 +1,167 @@
+"""`offload.budget`: state is placed within amounts of memory, as predicted."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ds_zero
+from ds_core import arena
+from ds_core.host_limits import Limit, NotEnoughMemory
+from ds_engine.build import memory, offload
+from ds_engine.build import zero as zero_section
+from ds_engine.build.memory.predict import predicted
+from ds_engine.build.optimizer import optimizer_of
+from ds_engine.build.topology import Meshes, arranged
+from ds_engine.config import ConfigError, load
+from ds_engine.job import Job, choices_of, describe
+from engine.build.test_offload import train
+from harness import ranks
+
+LAYERS, WIDTH = 48, 256
+NUMEL = LAYERS * WIDTH * WIDTH
+MIB = 2**20
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+
+
+def job(budget: dict[str, Any], **more: Any) -> Job:
+    section = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config = load(
+        {
+            "train_batch_size": 8,
+            "bf16": {"enabled": True},
+            "optimizer": {"type": "AdamW"},
+            "zero_optimization": section,
+            "offload": {"budget": budget},
+            **more,
+        }
+    )
+    return describe(choices_of(config), arranged(config, 0, 1), "cpu")
+
+
+def test_every_tier_has_the_bytes_of_the_plan(tmp_path: Path) -> None:
+    """Device memory is counted as torch's, host memory as the arena's, the disk as its files."""
+    made = job({"device": "12MiB", "host": "24MiB", "nvme_path": str(tmp_path)})
+    model = net()
+    plan, placed = predicted(made, model), memory.placed(made, model)
+    total = 18 * NUMEL
+    assert (
+        placed.num_bytes("device") <= 12 * MIB and placed.num_bytes("host") + placed.buffer_bytes <= 24 * MIB
+    )
+    assert placed.num_bytes("device") > 0.8 * 12 * MIB and placed.num_bytes("host") > 0
+    assert sum(placed.num_bytes(tier) for tier in ("device", "host", "disk")) == total
+    store = offload.store_of(made, placed)
+    gc.collect()
+    before = arena.stats().in_use_bytes
+    sharded = copy.deepcopy(model)
+    optimizer = offload.paged(made, optimizer_of(made, None, sharded), store, placed)
+    zero_section.shard(made, sharded, optimizer, Meshes(), torch.device("cpu"), store=store)
+    for _ in range(2):
+        sharded(torch.ones(1, WIDTH, dtype=torch.bfloat16)).float().sum().backward()
+        ds_zero.clip_grad_norm_(sharded, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    host = arena.stats().in_use_bytes - before
+    assert store.num_bytes == pytest.approx(placed.num_bytes("disk"), rel=0.05)
+    assert plan.disk_bytes == placed.num_bytes("disk")
+    assert plan.host_bytes == pytest.approx(host, rel=0.05)
+    assert host <= 24 * MIB * 1.05
+    report = ds_zero.memory(sharded, optimizer)
+    assert report.total_bytes - host == pytest.approx(placed.num_bytes("device"), rel=0.05)
+    assert "placement within offload.budget" in str(plan) and "optimizer states" in str(plan)
+    ds_zero.destroy(sharded)
+
+
+def test_everything_stays_on_the_device_if_it_fits() -> None:
+    made = job({"device": "1GB", "host": "1GB"})
+    placed = memory.placed(made, net())
+    assert placed.num_bytes("device") == 18 * NUMEL
+    assert offload.store_of(made, placed) is None
+
+
+def test_without_a_disk_a_small_budget_is_refused_with_the_numbers() -> None:
+    with pytest.raises(
+        ConfigError, match=r"offload.budget: the state of a rank takes 54.0 MiB .*device 1.9 MiB, host"
+    ):
+        memory.placed(job({"device": "2MB", "host": "3MB"}), net())
+
+
+def test_rates_change_the_placement(tmp_path: Path) -> None:
+    budget = {"device": 0, "host": "40MiB", "nvme_path": str(tmp_path)}
+    steps = [
+        memory.placed(job(budget, offload={"budget": budget, "rates": {"disk_read": rate}}), net()).step_s
+        for rate in ("1GB", "4GB")
+    ]
+    assert steps[0] > 1.5 * steps[1]
+
+
+@ranks(2)
+def test_training_within_a_budget_has_the_same_bits(tmp_path: Path) -> None:
+    more = {"bf16": {"enabled": True}}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    expected = train({**zero, "offload_optimizer": {"device": "cpu"}}, tmp_path / "a", **more)
+    budget = {"device": "50kB", "host": "300kB", "nvme_path": str(tmp_path)}
+    assert train(zero, tmp_path / "b", offload={"budget": budget}, **more) == expected
+
+
+def limit(name: str, available: int) -> Limit:
+    return Limit(name=name, available_bytes=available, shared=True, remedy="raise it")
+
+
+class _World:
+    rank, world_size, local_rank, local_size = 1, 4, 1, 4
+    device, backend, source = torch.device("cpu"), "gloo", "test"
+
+
+def test_a_host_without_room_for_all_ranks_is_refused_before_anything_is_allocated(tmp_path: Path) -> None:
+    config = load({"train_batch_size": 8, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+                   "optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}})  # fmt: skip
+    made = describe(choices_of(config), arranged(config, 0, 1), "cpu")
+    model = net()
+    optimizer = optimizer_of(made, None, model)
+    reserved = arena.stats().reserved_bytes
+
+    def check(available: int, made: Job = made, free: int = 1 << 40) -> None:
+        memory.refuse_if_impossible(
+            made,
+            model,
+            optimizer,
+            _World(),
+            memory_limits=lambda: [
+                Limit(name="memory.max", available_bytes=available, shared=True, remedy="raise it")
+            ],
+            folder_limit=lambda path: Limit(
+                name=f"space of {path}", available_bytes=free, shared=True, remedy="free it"
+            ),
+        )
+
+    check(1 << 40)
+    with pytest.raises(NotEnoughMemory) as caught:
+        check(100 * MIB)
+    said = str(caught.value)
+    assert (
+        "rank 1 needs" in said
+        and "for the 4 ranks of this machine" in said
+        and "memory.max permits only" in said
+    )
+    assert "100 MiB" in said and "Raise it; or keep state on a disk" in said
+    on_disk = {"device": "nvme", "nvme_path": str(tmp_path)}
+    config = load({"train_batch_size": 8, "zero_optimization": {"stage": 2, "offload_optimizer": on_disk},
+                   "optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}})  # fmt: skip
+    stored = describe(choices_of(config), arranged(config, 0, 1), "cpu")
+    check(1 << 40, stored)
+    with pytest.raises(
+        NotEnoughMemory, match=rf"state on the disk at {tmp_path}, but space of .* permits only 150 MiB"
+    ):
+        check(1 << 40, stored, free=150 * MIB)
+    assert arena.stats().reserved_bytes == reserved
