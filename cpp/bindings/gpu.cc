@@ -30,6 +30,8 @@ void gpu_open(const std::string& path) {
   auto* library = new GpuLibrary;  // lives as long as the process: kernels may be in flight at its end
   bind(handle, "ds_gpu_message", library->message);
   bind(handle, "ds_gpu_num_devices", library->num_devices);
+  bind(handle, "ds_gpu_host_register", library->host_register);
+  bind(handle, "ds_gpu_host_unregister", library->host_unregister);
 #define DS_BIND(name, ...) bind(handle, "ds_gpu_" #name, library->name);
   DS_GPU_FUNCTIONS(DS_BIND)
 #undef DS_BIND

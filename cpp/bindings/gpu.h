@@ -11,6 +11,8 @@ namespace ds::bindings {
 struct GpuLibrary {
   decltype(&ds_gpu_message) message;
   decltype(&ds_gpu_num_devices) num_devices;
+  decltype(&ds_gpu_host_register) host_register;
+  decltype(&ds_gpu_host_unregister) host_unregister;
 #define DS_MEMBER(name, ...) decltype(&ds_gpu_##name) name;
   DS_GPU_FUNCTIONS(DS_MEMBER)
 #undef DS_MEMBER

@@ -17,7 +17,7 @@
 #include "ds/sgd.h"
 
 // Raised with every change of a signature or of a struct that crosses it.
-#define DS_GPU_ABI 1
+#define DS_GPU_ABI 2
 
 // name, parameters between "int device" and "void* stream"
 #define DS_GPU_FUNCTIONS(X)                                                                                 \
@@ -42,6 +42,9 @@ extern "C" {
 DS_GPU_API int ds_gpu_abi();
 DS_GPU_API const char* ds_gpu_message(int status);
 DS_GPU_API int ds_gpu_num_devices();
+// Page-locks whole pages of host memory for copies by every device, and ends that. Both synchronize.
+DS_GPU_API int ds_gpu_host_register(void* pages, std::uint64_t size);
+DS_GPU_API int ds_gpu_host_unregister(void* pages);
 #define DS_DECLARE(name, ...) DS_GPU_API int ds_gpu_##name(int device, __VA_ARGS__, void* stream);
 DS_GPU_FUNCTIONS(DS_DECLARE)
 #undef DS_DECLARE

@@ -12,3 +12,9 @@ int ds_gpu_num_devices() {
   int count = 0;
   return DS_GPU(GetDeviceCount)(&count) == 0 ? count : 0;
 }
+
+int ds_gpu_host_register(void* pages, std::uint64_t size) {
+  return static_cast<int>(DS_GPU(HostRegister)(pages, size, DS_GPU(HostRegisterPortable)));
+}
+
+int ds_gpu_host_unregister(void* pages) { return static_cast<int>(DS_GPU(HostUnregister)(pages)); }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import ds_core
 import ds_engine
 import ds_offload
 import ds_zero
@@ -19,6 +20,7 @@ from ds_engine.build.memory.predict import predicted
 from ds_engine.build.topology import Meshes, arranged
 from ds_engine.config import ConfigError, load
 from ds_engine.job import Job, choices_of, describe
+from ds_offload.interfaces import PageKey, PageReservation
 from harness import ranks
 
 
@@ -57,6 +59,32 @@ def test_the_settings_reach_the_store(tmp_path: Path) -> None:
     assert offload.store_of(job({"stage": 3})) is None
     with pytest.raises(ConfigError, match="needs a buffer_count of at least 3"):
         job({"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/x", "buffer_count": 2}})
+
+
+@pytest.mark.parametrize("pin", [True, False])
+def test_pin_memory_reaches_the_stores(pin: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every allocation in host memory asks for it, of both stores, with the type of the device."""
+    asked: list[tuple[bool, str]] = []
+    choose = ds_core.pinned.choose
+
+    def watched(wanted: bool, device_type: str) -> ds_core.pinned.Pinning:
+        asked.append((wanted, device_type))
+        return choose(wanted, device_type)
+
+    monkeypatch.setattr(ds_core.pinned, "choose", watched)
+    item = PageReservation(key=PageKey(name="a", owner=1), numel=8, device=torch.device("cpu"))
+    on_disk = {"device": "nvme", "nvme_path": str(tmp_path), "pin_memory": pin}
+    for zero in (
+        {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": pin}},
+        {"stage": 3, "offload_optimizer": on_disk, "offload_param": {"device": "cpu", "pin_memory": not pin}},
+        {"stage": 3, "offload_param": on_disk},
+    ):
+        asked.clear()
+        store = offload.store_of(job(zero))
+        store.reserve([item])
+        if "nvme_path" in str(zero):
+            store.staging(8, torch.uint8, torch.device("cpu"))
+        assert set(asked) <= {(pin, "cpu")} and (asked or "offload_param" in zero)
 
 
 def test_fractions_reach_store_plan_and_buckets(tmp_path: Path) -> None:

@@ -46,8 +46,11 @@ def test_tune_prints_a_section_that_a_configuration_takes_and_leaves_nothing(tmp
     result = json.loads(done.stdout)
     assert len(result["measured"]) == len(nvme._BLOCKS) * len(nvme._DEPTHS) + len(nvme._THREADS)
     assert all(row["write_bytes_per_s"] > 0 and row["read_bytes_per_s"] > 0 for row in result["measured"])
-    assert json.loads(out.read_text()) == {"aio": result["aio"]}
-    aio = load(json.loads(out.read_text())).aio
+    assert json.loads(out.read_text()) == {"aio": result["aio"], "offload": result["offload"]}
+    settings = load(json.loads(out.read_text()))
+    aio, rates = settings.aio, settings.offload.rates
+    best = max(result["measured"], key=lambda row: row["read_bytes_per_s"])
+    assert 0 < rates.disk_read <= best["read_bytes_per_s"] and rates.disk_write > 0 and rates.host > 1e8
     assert aio.block_size == result["aio"]["block_size"]
     assert list(disk.iterdir()) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["aio.json", "disk"]

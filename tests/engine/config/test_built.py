@@ -109,7 +109,8 @@ TESTED = {
     "offload.budget": "build/test_budget.py::test_every_tier_has_the_bytes_of_the_plan",
     "offload": "build/test_budget.py::test_rates_change_the_placement",
     "aio": "build/test_offload.py::test_the_settings_reach_the_store",
-    "zero_optimization.offload_optimizer.pin_memory": "test_rules.py::test_each_rule_refuses_its_job_and_says_why",
+    "zero_optimization.offload_optimizer.pin_memory": "build/test_offload.py::test_pin_memory_reaches_the_stores",
+    "zero_optimization.offload_param.pin_memory": "build/test_offload.py::test_pin_memory_reaches_the_stores",
 }
 
 

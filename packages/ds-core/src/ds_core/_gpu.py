@@ -65,3 +65,10 @@ def library() -> GpuLibrary:
 def is_live() -> bool:
     """Whether the GPU kernels can be called."""
     return library().path is not None
+
+
+def reason_against(device_type: str) -> str:
+    """Returns why the library cannot be used for devices of this type, such as "cuda"; empty if it can."""
+    if device_type != "cuda":
+        return f"ds_core has no library for {device_type}"
+    return library().reason

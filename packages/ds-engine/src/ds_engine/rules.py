@@ -225,15 +225,6 @@ RULES: tuple[Rule, ...] = (
         remedy="remove the section",
         refuse=False,
     ),
-    Rule(
-        first="zero_optimization.offload_optimizer.pin_memory false",
-        second="offload_optimizer.device cpu",
-        applies=lambda c: _offloads(c) and not c.settings.zero_optimization.offload_optimizer.pin_memory,
-        reason="host memory is page-locked on a machine with an accelerator, and not page-locked on others, "
-        "whatever the value",
-        remedy="remove it",
-        refuse=False,
-    ),
 )
 
 

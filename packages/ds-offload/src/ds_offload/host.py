@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ds_core import arena, host_limits
+from ds_core import host_limits, pinned
 from ds_offload.interfaces import ChoosesTiers, Done, Key, Reservation, Tier, Work
 from ds_offload.tiers import KnownTiers, TiersByKind
 
@@ -27,11 +27,15 @@ class HostStore:
     """Keeps masters and gradients in host memory, so that the optimizer steps there; and, if asked, parameters.
 
     Pass it as `ds_zero.shard(..., store=HostStore())`. The memory comes from ds_core's huge-page arena; on a machine
-    with an accelerator it comes from the pinned allocator instead, so that copies run while the device computes.
+    with an accelerator it is page-locked, so that copies run while the device computes.
     """
 
     def __init__(
-        self, kinds: Collection[str] = ("master", "grad", "state"), *, tiers: ChoosesTiers | None = None
+        self,
+        kinds: Collection[str] = ("master", "grad", "state"),
+        *,
+        tiers: ChoosesTiers | None = None,
+        pin: bool = True,
     ) -> None:
         """
         Args:
@@ -39,9 +43,12 @@ class HostStore:
                 their compute dtype), "state" (pages of a `PagedOptimizer`). Others stay on the device of the model.
             tiers: instead of `kinds`, decides for each tensor, such as `TiersByKind(host=..., ratio=0.5)`; it must
                 not choose "disk".
+            pin: page-lock the memory if the device of the model is an accelerator, so that copies run while it
+                computes.
         """
         self.kinds = frozenset(kinds)
         self.tiers = KnownTiers(tiers or TiersByKind(host=self.kinds))
+        self.pin = pin
         self._resting: dict[Key, Tensor] = {}
         self._held: dict[int, list[Key]] = {}
         """Address of a storage -> keys of the tensors in it."""
@@ -67,7 +74,7 @@ class HostStore:
             device = items[0].device
             numel = sum(i.numel for i in items)
             whole = (
-                host_memory(numel, dtype, device)
+                host_memory(numel, dtype, device, pin=self.pin)
                 if tier == "host"
                 else torch.empty(numel, dtype=dtype, device=device)
             )
@@ -140,13 +147,11 @@ def _check_room(plan: Sequence[Reservation], tiers: Sequence[Tier]) -> None:
         )
 
 
-def host_memory(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Returns a CPU tensor with undefined values: in page-locked memory if `device` is an accelerator, else in huge
-    pages.
+def host_memory(numel: int, dtype: torch.dtype, device: torch.device, *, pin: bool = True) -> Tensor:
+    """Returns a CPU tensor with undefined values on huge pages, which are locked if `pin` is set and `device` is an
+    accelerator: see `ds_core.pinned`.
     """
-    if device.type == "cpu":
-        return arena.empty(numel, dtype)
-    return torch.empty(numel, dtype=dtype, pin_memory=True)
+    return pinned.empty(numel, dtype, pinned.choose(pin, device.type))
 
 
 def _copy(src: Tensor, dst: Tensor) -> Work:

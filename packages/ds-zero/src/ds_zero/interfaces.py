@@ -204,9 +204,8 @@ class ChoosesTiers(Protocol):
     """Decides where each tensor of a rank is stored. A pure function, so that `plan` and a store decide alike."""
 
     def __call__(self, plan: Sequence[Reservation], /) -> Sequence[Tier]:
-        """Returns the tier of each item. Beside the tensors of a store, `plan` has one item of kind "state" for each
-        bucket with gradients, which stands for the states of its elements; its dtype has no meaning.
-        """
+        """Returns the tier of each item. Besides tensors, `plan` has an item of kind "state" for each bucket with
+        gradients, which stands for the states of its elements; its dtype has no meaning."""
 
 
 class ShardStore(Protocol):

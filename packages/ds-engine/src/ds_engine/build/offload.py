@@ -76,8 +76,15 @@ def store_of(job: Job, placed: Placed | None = None) -> Any:
     import ds_offload
 
     if not folders:
-        return ds_offload.HostStore(on_host, tiers=tiers)
-    return ds_offload.NVMeStore(folders, host=on_host, tiers=tiers, options=io_options(job))
+        return ds_offload.HostStore(on_host, tiers=tiers, pin=_pins(job))
+    return ds_offload.NVMeStore(folders, host=on_host, tiers=tiers, options=io_options(job), pin=_pins(job))
+
+
+def _pins(job: Job) -> bool:
+    """Whether host memory is page-locked on a machine with an accelerator."""
+    zero = job.settings.zero_optimization
+    section = zero.offload_optimizer if job.placement.masters != "device" else zero.offload_param
+    return section.pin_memory
 
 
 def folders_of(job: Job, placed: Placed | None = None) -> dict[str, str]:

@@ -77,7 +77,11 @@ def tune(
         float, typer.Option("--seconds", min=0, help="No further setting is tried after this time.")
     ] = 60.0,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write the section aio with the best setting to this file.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Write the section aio with the best setting, and offload.rates as measured, to this file.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -94,9 +98,10 @@ def tune(
         from ds_core.io.speed import best
 
         chosen = best(rates)
+        measured = {"aio": section(chosen.setting), "offload": {"rates": measured_rates(chosen)}}
         if out is not None:
-            _write(out, json.dumps({"aio": section(chosen.setting)}, indent=2) + "\n")
-    _show(rates, chosen, as_json)
+            _write(out, json.dumps(measured, indent=2) + "\n")
+    _show(rates, chosen, as_json, measured)
 
 
 def sweep(
@@ -125,6 +130,26 @@ def sweep(
     base = best(rates).setting
     measure(Setting(base.block_bytes, base.queue_depth, n) for n in _THREADS)
     return rates
+
+
+def measured_rates(rate: Rate) -> dict[str, int]:
+    """Returns `offload.rates`: those of a disk as measured, and of copies in host memory. They are those of one process
+    alone, so divide them by the number of ranks of the machine.
+    """
+    return {"disk_read": round(rate.read), "disk_write": round(rate.write), "host": host_rate()}
+
+
+def host_rate(num_bytes: int = 64 << 20, clock: Callable[[], float] = time.perf_counter) -> int:
+    """Measures the bytes per second that a copy in host memory reads and writes; the fastest of five."""
+    from ds_core import arena
+
+    source, target = arena.zeros(num_bytes // 4), arena.zeros(num_bytes // 4)
+    seconds = []
+    for _ in range(5):
+        begin = clock()
+        target.copy_(source)
+        seconds.append(clock() - begin)
+    return round(2 * num_bytes / max(min(seconds), 1e-9))
 
 
 def section(setting: Setting) -> dict[str, Any]:
@@ -173,14 +198,19 @@ def _write(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _show(rates: list[Rate], chosen: Rate, as_json: bool) -> None:
+def _show(rates: list[Rate], chosen: Rate, as_json: bool, settings: dict[str, Any] | None = None) -> None:
+    """Prints a table or JSON.
+
+    Args:
+        settings: sections for the configuration, as measured. Default: `aio` alone.
+    """
     if as_json:
         rows = [
             {**section(r.setting), "write_bytes_per_s": round(r.write), "read_bytes_per_s": round(r.read)}
             for r in rates
         ]
         result = {
-            "aio": section(chosen.setting),
+            **(settings or {"aio": section(chosen.setting)}),
             "backend": chosen.backend,
             "direct": chosen.direct,
             "measured": rows,

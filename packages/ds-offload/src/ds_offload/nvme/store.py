@@ -75,6 +75,7 @@ class NVMeStore:
         host: Collection[str] = ("master", "grad", "state"),
         tiers: ChoosesTiers | None = None,
         options: NVMeOptions | None = None,
+        pin: bool = True,
     ) -> None:
         """
         Args:
@@ -84,6 +85,7 @@ class NVMeStore:
             host: the kinds in host memory, if they are not on the disk. Others stay on the device of the model.
             tiers: decides for each tensor, instead of `host` and the kinds; those that it stores on a disk must have
                 a folder.
+            pin: page-lock host memory and staging buffers if the device of the model is an accelerator.
 
         Raises:
             OSError: the folder cannot be used (raised by the first `reserve`).
@@ -93,7 +95,7 @@ class NVMeStore:
         """Kind -> folder, for the kinds on the disk."""
         self.options = options or NVMeOptions()
         host = frozenset(host) - self.folders.keys()
-        self._host = HostStore(host)
+        self._host = HostStore(host, pin=pin)
         self._tiers = KnownTiers(tiers or TiersByKind(host=host, disk=self.folders.keys()))
         self._engine: io.Engine | None = None
         self._extents: dict[Key, _Extent] = {}
@@ -208,7 +210,7 @@ class NVMeStore:
         is an accelerator.
         """
         spare = ALIGNMENT // dtype.itemsize
-        memory = host_memory(numel + spare, dtype, device)
+        memory = host_memory(numel + spare, dtype, device, pin=self._host.pin)
         begin = -memory.data_ptr() % ALIGNMENT // dtype.itemsize
         return memory[begin : begin + numel]
 

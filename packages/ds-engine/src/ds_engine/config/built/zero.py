@@ -36,6 +36,11 @@ def _params_on_disk(config: Any) -> bool:
     return bool(zero.stage == 3 and zero.offload_param.device == "nvme")
 
 
+def _only_params(config: Any) -> bool:
+    zero = config.zero_optimization
+    return bool(zero.stage == 3 and zero.offload_param.device != "none" and not _on_host(config))
+
+
 _STAGE3 = {"only": _stage3, "otherwise": "the stage is below 3"}
 _PUBLISH = {
     "only": _publishes,
@@ -80,7 +85,7 @@ ROWS: tuple[Row, ...] = (
     works(
         f"{_OFFLOAD}.pin_memory",
         "ds-offload",
-        "ds_engine.rules",
+        "ds_offload.HostStore(pin=...)",
         only=_on_host,
         otherwise="nothing is offloaded to host memory",
     ),
@@ -161,8 +166,12 @@ ROWS: tuple[Row, ...] = (
         only=_params_on_disk,
         otherwise=_DISK,
     ),
-    no_effect(
-        f"{_PARAM}.pin_memory", "ds-offload", "host memory is page-locked on a machine with an accelerator"
+    works(
+        f"{_PARAM}.pin_memory",
+        "ds-offload",
+        "ds_offload.HostStore(pin=...)",
+        only=_only_params,
+        otherwise="no parameters are offloaded, or offload_optimizer.pin_memory decides",
     ),
     no_effect(
         f"{_OFFLOAD}.cpuadam_cores_perc", "ds-offload", "the optimizer on the host uses torch's threads"

@@ -30,8 +30,7 @@ class OffloadOptimizerConfig(Section):
     )
     pin_memory: bool = Field(
         default=True,
-        description="Uses page-locked host memory on a machine with an accelerator, for faster copies. It cannot "
-        "be turned off yet: false gives a warning.",
+        description="Uses page-locked host memory on a machine with an accelerator, for faster copies.",
     )
     pipeline_read: bool = Field(
         default=False, description="Reads the next part from the disk while the current part is stepped."
@@ -78,4 +77,8 @@ class OffloadParamConfig(Section):
         description='Number of elements of a rank that stay in host memory with device "nvme", as far as whole buckets '
         "fit. DeepSpeed's default is 1e9.",
     )
-    pin_memory: bool = Field(default=True, description="Uses page-locked host memory, for faster copies.")
+    pin_memory: bool = Field(
+        default=True,
+        description="Uses page-locked host memory on a machine with an accelerator, for faster copies. If the "
+        "optimizer is offloaded, too, its pin_memory decides.",
+    )
