@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeVar, overload
 
@@ -22,13 +23,13 @@ from ds_zero.checks import (
     check_states_in_memory,
 )
 from ds_zero.comm.abort import AbortFlag
-from ds_zero.comm.agreement import require_same
+from ds_zero.comm.agreement import gathered_flags, gathered_values, require_same
 from ds_zero.comm.collectives import Comm, comm_of
 from ds_zero.comm.ranks import Group, Ranks, with_transport
 from ds_zero.comm.thread_claim import GroupClaims
 from ds_zero.comm.topology import MeshFor, ModelParallel, Topology, numbered, topology_of
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import CollectiveSet, Norms, ShardStore
+from ds_zero.interfaces import CollectiveSet, Norms, Reservation, ShardStore, ShardStoreError
 from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.layout.units import choose_leaves, choose_units, unit_of_params
 from ds_zero.params.deferred import materialize_buffers, stage_expected
@@ -251,7 +252,7 @@ def _materialize(
     broadcast_buffers(model, topology.axes[0])
     split = splits_masters(optimizer) is not None
     plan = reservations(layouts, topology.axes, config.grad_dtype, job.device, split_masters=split)
-    reserved = Reserved(job.store, plan, job.device)
+    reserved = _reserved_everywhere(job, plan)
     if optimizer is not None:
         check_fused_if_away(optimizer, reserved.away, job.store)
     near = near_ranks(layouts, topology.axes, config.secondary_ranks)
@@ -261,6 +262,32 @@ def _materialize(
     state = assemble(model, buckets, map_units(model, roots, buckets, leaves), job)
     state.handles += [SecondaryGroup(ranks, buckets) for ranks in near.values()]
     return state
+
+
+def _reserved_everywhere(job: ShardJob, plan: Sequence[Reservation]) -> Reserved:
+    """Reserves the tensors of this rank. Collective, if the store may have no room for them.
+
+    Raises:
+        ShardStoreError: the store of another rank has none. On that rank, its own error is raised.
+    """
+    if isinstance(job.store, ResidentStore):
+        return Reserved(job.store, plan, job.device)
+    error: Exception | None = None
+    reserved: Reserved | None = None
+    try:
+        reserved = Reserved(job.store, plan, job.device)
+    except (OSError, RuntimeError, MemoryError, ValueError) as own:
+        error = own
+    ranks = job.topology.axes[0]
+    failed = any(gathered_flags(error is not None, ranks, job.device))
+    if not failed:
+        assert reserved is not None
+        return reserved
+    said = gathered_values(f"{type(error).__name__}: {error}" if error is not None else "", ranks.axes)
+    if error is not None:
+        raise error
+    rank, text = next((rank, text) for rank, text in enumerate(said) if text)
+    raise ShardStoreError(f"rank {rank} could not reserve memory or space on its disk: {text}")
 
 
 def _device(params: dict[str, nn.Parameter]) -> torch.device:

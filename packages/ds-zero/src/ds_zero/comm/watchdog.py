@@ -12,6 +12,8 @@ as dead.
 A rank whose connection breaks also writes its standing and closes its other connections. The ranks that wait for it
 notice this at once, and do the same. After a few seconds each of them names the ranks that have neither written a
 standing nor sent a heartbeat.
+
+A rank whose own disk fails writes its error into the store, and closes its connections, so that the others raise it.
 """
 
 from __future__ import annotations
@@ -21,10 +23,9 @@ import os
 import sys
 import threading
 import time
-import types
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Protocol
 
@@ -36,7 +37,8 @@ from torch.utils.hooks import RemovableHandle
 from ds_zero.comm.abort import AbortFlag
 from ds_zero.comm.order import OrderLog, RankOrderError, Standing, judge, lost, lost_store, name_ranks
 from ds_zero.comm.ranks import Ranks
-from ds_zero.interfaces import Work
+from ds_zero.comm.thread_place import module_of, place_of
+from ds_zero.interfaces import ShardStoreError, Work
 
 _LOOKS = 8
 """Number of checks per `order_timeout_s`."""
@@ -157,7 +159,10 @@ class StallWatch(Waiting):
         self.log.waiting = outer or what
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
+            if _is_own(error):
+                self._tell(what, error)
+                raise
             explained = self._explained(error)
             if explained is error:
                 raise
@@ -165,7 +170,16 @@ class StallWatch(Waiting):
         finally:
             self.log.waiting = outer
 
-    def _explained(self, error: RuntimeError) -> RuntimeError:
+    def _tell(self, what: str, error: Exception) -> None:
+        """Makes the other ranks raise the error of this rank, for which they would wait in vain."""
+        if self._verdict is None:
+            who = f"rank {self._global_rank} failed in {what}, and cannot go on"
+            self._verdict = f"{who}: {type(error).__name__}: {error}"
+            with suppress(RuntimeError):  # from the store
+                self._store.set(self._key("verdict"), self._verdict)
+            self._close()
+
+    def _explained(self, error: RuntimeError | OSError) -> RuntimeError | OSError:
         if isinstance(error, RankOrderError) or not any(word in str(error) for word in _BROKEN):
             return error
         said = str(error).splitlines()[0][:200]
@@ -334,7 +348,7 @@ class StallWatch(Waiting):
             recent=self.log.recent(),
             waiting=self.log.waiting,
             blocked=blocked,
-            where=_where(self.log.thread_id),
+            where=place_of(self.log.thread_id),
             beat=self._beat,
             broken=self._broken,
         )
@@ -361,7 +375,7 @@ class StallWatch(Waiting):
     def _blocked(self) -> bool:
         """Whether the training thread waits for other ranks."""
         frame = sys._current_frames().get(self.log.thread_id)
-        name = _module(frame) if frame is not None else ""
+        name = module_of(frame) if frame is not None else ""
         inside = name.startswith(("torch.distributed", "ds_zero")) and name not in _COMPUTING
         return bool(self.log.waiting) or inside
 
@@ -404,24 +418,12 @@ def _check_repeatedly(pointer: weakref.ref[StallWatch], stopped: threading.Event
         del watch
 
 
-def _module(frame: types.FrameType) -> str:
-    return str(frame.f_globals.get("__name__", ""))
-
-
-def _is_library(package: str) -> bool:
-    return package in ("torch", "threading", "contextlib") or package.startswith("ds_")
-
-
-def _where(thread_id: int) -> str:
-    """Returns the line of the user's code at which a thread is."""
-    frame = sys._current_frames().get(thread_id)
-    inner = frame
-    while frame is not None and _is_library(_module(frame).partition(".")[0]):
-        frame = frame.f_back
-    frame = frame or inner
-    if frame is None:
-        return "an unknown place"
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+def _is_own(error: Exception) -> bool:
+    """Whether an error arose on this rank, from its disk or memory, so that the others do not know of it."""
+    return isinstance(error, ShardStoreError) or any(
+        isinstance(e, OSError) and not isinstance(e, (ConnectionError, TimeoutError))
+        for e in (error, error.__cause__)
+    )
 
 
 def watch_ranks(

@@ -53,7 +53,9 @@ class Gatherer:
             except BaseException:
                 bucket.drop()
                 raise
-            with span(f"ds.zero.all_gather/{bucket.layout.name}"), torch.no_grad():
+            name = bucket.layout.name
+            guarded = self._waiting.guard(f"the all-gather of bucket {name}")
+            with guarded, span(f"ds.zero.all_gather/{name}"), torch.no_grad():
                 self._works[id(bucket)] = bucket.start_gather(self._comm, self._numbers[id(bucket)])
 
     def finish(self, bucket: Bucket, *, late: bool = False) -> None:

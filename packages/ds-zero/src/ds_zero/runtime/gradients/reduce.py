@@ -75,6 +75,7 @@ class Reducer:
         """
         self.buckets = [b for b in buckets if b.trainable]
         self.policy = policy
+        self._comm = comm
         self.param_grads = param_grads
         self.sync_depth = 0
         """Number of open `no_sync` contexts."""
@@ -146,7 +147,8 @@ class Reducer:
         def on_grad(param: nn.Parameter) -> None:
             reducer = me()
             if reducer is not None:
-                reducer._arrive(param)
+                with reducer._comm.guard("the reduction of gradients"):
+                    reducer._arrive(param)
 
         return [p.register_post_accumulate_grad_hook(on_grad) for p in trainable]
 
@@ -282,7 +284,8 @@ class Reducer:
             return
         late = False
         if self._final:
-            self._flush()
+            with self._comm.guard("the reduction of gradients"):
+                self._flush()
             self._late_flag.lower()
             late = any(p.fresh is not None for p in self._pending.values())
             if late:
