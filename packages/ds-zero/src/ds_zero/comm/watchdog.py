@@ -421,7 +421,7 @@ def _check_repeatedly(pointer: weakref.ref[StallWatch], stopped: threading.Event
 def _is_own(error: Exception) -> bool:
     """Whether an error arose on this rank, from its disk or memory, so that the others do not know of it."""
     return isinstance(error, ShardStoreError) or any(
-        isinstance(e, OSError) and not isinstance(e, (ConnectionError, TimeoutError))
+        isinstance(e, OSError) and not isinstance(e, (ConnectionError, ProcessLookupError, TimeoutError))
         for e in (error, error.__cause__)
     )
 
