@@ -101,7 +101,7 @@ class CompressedAllReduce:
         blocks = feedback.parts[feedback.rank][1]
         own = torch.zeros(self.part_bytes[feedback.rank], dtype=torch.uint8, device=received.device)
         if len(blocks):
-            mean = torch.zeros(blocks.numel, dtype=torch.float32, device=received.device)
+            mean = torch.empty(blocks.numel, dtype=torch.float32, device=received.device)
             for rank, payload in enumerate(received.chunk(world_size)):
                 feedback.compressor.decode(payload, mean, blocks, weight=1.0 / world_size, add=rank > 0)
             feedback.compressor.encode(mean, own, blocks, residual=feedback.server, seed=self._seed(-1))

@@ -15,6 +15,9 @@ from ds_comm.optim.options import CompressionOptions
 from ds_core import kernels
 from ds_core.optim.base import NO_CORRECTION_STEP
 
+_CHUNK_NUMEL = 1 << 15
+"""Elements whose intermediate results fit into the cache of a core: some 128 KiB each."""
+
 
 def dense_adam(entries: Sequence[Entry], sums: Sequence[Tensor], factor: float) -> None:
     """One step of AdamW with gradients `sums * factor`: one kernel call for all parameters of a group with the same
@@ -60,6 +63,20 @@ def quotient(momentum: Tensor, variance: Tensor, eps: float, bias2: float) -> Te
     """
     denominator = torch.sqrt(variance).mul_(1.0 / math.sqrt(bias2)).add_(eps)
     return torch.where(variance > 0.0, momentum / denominator, 0.0)
+
+
+def step_frozen(
+    values: Tensor, momentum: Tensor, variance: Tensor, *, eps: float, bias2: float, rate: float
+) -> None:
+    """Subtracts `rate * quotient(momentum, variance, eps, bias2)` from `values`, in chunks whose intermediate results
+    stay in the cache.
+    """
+    if not values.is_contiguous():
+        values.add_(quotient(momentum, variance, eps, bias2), alpha=-rate)
+        return
+    chunks = (x.view(-1).split(_CHUNK_NUMEL) for x in (values, momentum, variance))
+    for value, own, frozen in zip(*chunks, strict=True):
+        value.add_(quotient(own, frozen, eps, bias2), alpha=-rate)
 
 
 def floor_variance(variance: Tensor, options: CompressionOptions) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_comm.optim.adam_parts import bias_corrections, dense_adam, floor_variance, quotient
+from ds_comm.optim.adam_parts import bias_corrections, dense_adam, floor_variance, step_frozen
 from ds_comm.optim.base import Entry, SelfReducingOptimizer
 from ds_comm.optim.options import CompressionOptions, check_adam_options, check_peer_arguments
 
@@ -95,4 +95,5 @@ class OneBitAdam(SelfReducingOptimizer):
         bias1, bias2 = bias_corrections(group, entry.step + 1, self.freeze_step)
         if group["weight_decay"] != 0.0:
             values.mul_(1.0 - lr * group["weight_decay"])
-        values.add_(quotient(momentum, entry.state["exp_avg_sq"], group["eps"], bias2), alpha=-lr / bias1)
+        variance = entry.state["exp_avg_sq"]
+        step_frozen(values, momentum, variance, eps=group["eps"], bias2=bias2, rate=lr / bias1)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_comm.optim.adam_parts import bias_corrections, quotient
+from ds_comm.optim.adam_parts import bias_corrections, quotient, step_frozen
 from ds_comm.optim.base import Entry, SelfReducingOptimizer
 from ds_comm.optim.options import CompressionOptions, check_adam_options, check_peer_arguments
 
@@ -169,7 +169,8 @@ class ZeroOneAdam(SelfReducingOptimizer):
             if anchor is not None:
                 values.copy_(anchor)
             rates = entry.state.pop("rates")
-            values.sub_(quotient(total, entry.state["exp_avg_sq"], entry.group["eps"], bias2))
+            variance = entry.state["exp_avg_sq"]
+            step_frozen(values, total, variance, eps=entry.group["eps"], bias2=bias2, rate=1.0)
             entry.state["exp_avg"].copy_(total).div_(rates)
             entry.state.pop("sum", None)
         state.buffer.zero_()
@@ -189,7 +190,8 @@ class ZeroOneAdam(SelfReducingOptimizer):
         if alone:
             state["sum"] = total
             # From the anchor, which is the same on all ranks: taking back what was applied would leave rounding errors.
-            values.copy_(state["anchor"] - quotient(total, state["exp_avg_sq"], entry.group["eps"], bias2))
+            values.copy_(state["anchor"])
+            step_frozen(values, total, state["exp_avg_sq"], eps=entry.group["eps"], bias2=bias2, rate=1.0)
 
     def _rate(self, entry: Entry) -> tuple[float, float]:
         """Returns the learning rate divided by the correction of the momentum, and the correction of the variance."""
