@@ -78,6 +78,7 @@ def test_every_tier_has_the_bytes_of_the_plan(tmp_path: Path) -> None:
     assert host <= 24 * MIB * 1.05
     report = ds_zero.memory(sharded, optimizer)
     assert report.total_bytes - host == pytest.approx(placed.num_bytes("device"), rel=0.05)
+    assert plan.fits is None, "activations come on top of the budget"
     assert "placement within offload.budget" in str(plan) and "optimizer states" in str(plan)
     ds_zero.destroy(sharded)
 

@@ -205,7 +205,8 @@ class ChoosesTiers(Protocol):
 
     def __call__(self, plan: Sequence[Reservation], /) -> Sequence[Tier]:
         """Returns the tier of each item. Besides tensors, `plan` has an item of kind "state" for each bucket with
-        gradients, which stands for the states of its elements; its dtype has no meaning."""
+        gradients, which stands for the states of its elements; its dtype has no meaning.
+        """
 
 
 class ShardStore(Protocol):
@@ -218,10 +219,9 @@ class ShardStore(Protocol):
     """
 
     def reserve(self, plan: Sequence[Reservation]) -> Mapping[ShardKey, Tensor]:
-        """Allocates zero-filled tensors. Returns the tensors of addressable keys, which the optimizer then updates in
-        place, and omits keys that are away. May be called again, for partial sums of gradients: those of bucket "b"
-        are named "b+1", "b+2", ... and belong in the same memory as its "grad".
-        """
+        """Allocates zero-filled tensors. Returns those of addressable keys, which the optimizer then updates in place,
+        and omits keys that are away. May be called again, for partial sums of gradients: those of bucket "b" are named
+        "b+1", "b+2", ... and belong where its "grad" is."""
 
     def load(self, key: ShardKey, out: Tensor) -> Work:
         """Starts to copy the stored tensor into `out`, which has the same size and dtype."""

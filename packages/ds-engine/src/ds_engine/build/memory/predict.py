@@ -56,10 +56,7 @@ def predicted(
     if placement is None and job.placement.by_budget:
         chosen = placed(job, model, made, stage=stage)
         note = f"placement within offload.budget:\n{chosen}"
-        limit = budgets.device_bytes
-        if limit is None and job.device_type != "cpu" and job.settings.offload.budget is not None:
-            limit = job.settings.offload.budget.device
-        budgets, tiers, notes = replace(budgets, device_bytes=limit), chosen.tiers, [note]
+        tiers, notes = chosen.tiers, [note]
     else:
         tiers, notes = tiers_of(where), []
     plan = ds_zero.plan(
