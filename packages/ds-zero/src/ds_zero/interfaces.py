@@ -219,9 +219,9 @@ class ShardStore(Protocol):
     """
 
     def reserve(self, plan: Sequence[Reservation]) -> Mapping[ShardKey, Tensor]:
-        """Allocates zero-filled tensors. Returns those of addressable keys, which the optimizer then updates in place,
-        and omits keys that are away. May be called again, for partial sums of gradients: those of bucket "b" are named
-        "b+1", "b+2", ... and belong where its "grad" is."""
+        """Allocates zero-filled tensors, and returns those of addressable keys, which the optimizer then updates in
+        place. May be called again, for partial sums of gradients: "b+1", "b+2", ... belong where the "grad" of "b" is.
+        """
 
     def load(self, key: ShardKey, out: Tensor) -> Work:
         """Starts to copy the stored tensor into `out`, which has the same size and dtype."""
