@@ -23,6 +23,7 @@ def chosen(raw: dict[str, Any], **passed: Any) -> Choices:
 OFFLOAD = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
 ON_DISK = {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}
 BUDGET = {"zero_optimization": {"stage": 2}, "offload": {"budget": {"host": "1GiB", "nvme_path": "/tmp"}}}
+EARLY = {"stage": 1, "offload_optimizer": {"device": "cpu", "overlap_step": True}}
 
 # One job for each rule, in the order of the table.
 BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -51,6 +52,9 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({**BUDGET, "optimizer": {"type": "Adafactor"}}, {}),
     ({**BUDGET, "integrity": {"checksums": True}}, {}),
     ({"zero_optimization": ON_DISK, "integrity": {"checksums": True}}, {}),
+    ({"zero_optimization": EARLY, "integrity": {"checksums": True}, "bf16": {"enabled": True}}, {}),
+    ({"zero_optimization": EARLY, "managed_gradient_accumulation": False, "bf16": {"enabled": True}}, {}),
+    ({"zero_optimization": EARLY}, {}),
     ({"optimizer": {"type": "Adam"}}, {"optimizer": torch.optim.AdamW}),
     ({"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}}, {"lr_scheduler": WarmupLR}),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme"}}}, {}),
@@ -82,6 +86,7 @@ def test_each_rule_refuses_its_job_and_says_why(index: int) -> None:
         ({"optimizer": {"type": "Muon"}, "zero_optimization": {"stage": 3}}, {}),
         ({"optimizer": {"type": "Adam"}, "zero_optimization": OFFLOAD}, {}),
         ({"zero_optimization": OFFLOAD}, {"optimizer": ds_offload.CPUAdam}),
+        ({"zero_optimization": EARLY, "bf16": {"enabled": True}, "optimizer": {"type": "Adam"}}, {}),
         ({"zero_optimization": ON_DISK, "optimizer": {"type": "Adam"}}, {}),
         ({"zero_optimization": ON_DISK, "optimizer": {"type": "Muon"}}, {}),
         ({"zero_optimization": ON_DISK, "optimizer": {"type": "Lamb"}}, {}),

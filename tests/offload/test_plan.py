@@ -20,11 +20,22 @@ MODEL = {"layers": 6, "dim": 256}
 
 
 @pytest.mark.parametrize(
-    ("stage", "kinds"),
-    [(3, ALL), (3, ("master", "grad", "state")), (2, ("master", "grad", "state")), (2, ("state",))],
+    ("stage", "kinds", "early"),
+    [
+        (3, ALL, False),
+        (3, ("master", "grad", "state"), False),
+        (2, ("master", "grad", "state"), False),
+        (2, ("state",), False),
+        (3, ALL, True),
+        (2, ("state",), True),
+    ],
 )
-def test_the_plan_is_the_counted_peak(stage: int, kinds: tuple[str, ...], tmp_path: Path) -> None:
-    config = ds_zero.ZeroConfig(param_dtype=torch.bfloat16, reduce_bucket_numel=1 << 20)
+def test_the_plan_is_the_counted_peak(
+    stage: int, kinds: tuple[str, ...], early: bool, tmp_path: Path
+) -> None:
+    config = ds_zero.ZeroConfig(
+        param_dtype=torch.bfloat16, reduce_bucket_numel=1 << 20, overlap_step=early, accumulation_steps=1
+    )
     inputs = torch.zeros(2, 16, dtype=torch.long)
     batch = (inputs, inputs)
     plan = ds_zero.plan(
@@ -51,16 +62,17 @@ def test_the_plan_is_the_counted_peak(stage: int, kinds: tuple[str, ...], tmp_pa
             counted.mark("backward")
             loss.backward()
             counted.mark("step")
-            ds_zero.clip_grad_norm_(model, 1.0)
+            ds_zero.clip_grad_norm_(model, 1e9 if early else 1.0)
             optimizer.step()
             optimizer.zero_grad()
             counted.mark("between")
+    assert ds_zero.step_overlap(model).kept == (3 if early else 0)
     assert counted.peak_bytes * 0.97 <= plan.device_bytes <= 1.05 * counted.peak_bytes, (
         f"planned {plan.device_bytes}, counted {counted.phase_bytes}\n{plan}"
     )
     numel = sum(p.numel() for p in model.parameters())
     each = {"param": 2, "master": 4, "grad": 4, "state": 8}
-    on_disk = sum(each[kind] for kind in kinds) * numel
+    on_disk = sum(each[kind] * (1 + (early and kind != "grad")) for kind in kinds) * numel
     assert plan.disk_bytes == pytest.approx(on_disk, rel=0.02) and store.num_bytes == pytest.approx(
         on_disk, rel=0.05
     )

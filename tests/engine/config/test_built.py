@@ -102,6 +102,8 @@ TESTED = {
     "zero_optimization.offload_optimizer.buffer_count": "build/test_offload.py::test_the_settings_reach_the_store",
     "zero_optimization.offload_optimizer.ratio": "build/test_offload.py::"
     "test_fractions_reach_store_plan_and_buckets",
+    "zero_optimization.offload_optimizer.overlap_step": "test_built.py::test_a_key_reaches_ds_zero",
+    "zero_optimization.offload_optimizer.undo_bytes": "test_built.py::test_a_key_reaches_ds_zero",
     "zero_optimization.offload_param.max_in_cpu": "build/test_offload.py::"
     "test_fractions_reach_store_plan_and_buckets",
     "zero_optimization.offload_param.device": "test_built.py::test_offload_chooses_where_states_rest",

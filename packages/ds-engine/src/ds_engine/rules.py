@@ -54,6 +54,10 @@ def _offloads(choices: Choices) -> bool:
     return choices.settings.zero_optimization.offload_optimizer.device != "none"
 
 
+def _overlaps(choices: Choices) -> bool:
+    return choices.settings.zero_optimization.offload_optimizer.overlap_step
+
+
 def _offloads_params(choices: Choices) -> bool:
     return choices.settings.zero_optimization.offload_param.device != "none"
 
@@ -194,6 +198,29 @@ RULES: tuple[Rule, ...] = (
         applies=lambda c: c.settings.integrity.checksums and c.placement.optimizer_states == "nvme",
         reason="checksums of shards are computed from values in memory; those on a disk are checked by aio.verify",
         remedy='set integrity.checksums to false, or offload_optimizer.device to "cpu"',
+    ),
+    Rule(
+        first="offload_optimizer.overlap_step",
+        second="integrity.checksums",
+        applies=lambda c: _overlaps(c) and c.settings.integrity.checksums,
+        reason="checksums of shards are compared in one pass over all of them, before any is updated",
+        remedy="set one of them to false",
+    ),
+    Rule(
+        first="offload_optimizer.overlap_step",
+        second="managed_gradient_accumulation false",
+        applies=lambda c: _overlaps(c) and not c.settings.managed_gradient_accumulation,
+        reason="no backward is known to be the last one before a step",
+        remedy="remove managed_gradient_accumulation, and set gradient_accumulation_steps",
+        refuse=False,
+    ),
+    Rule(
+        first="offload_optimizer.overlap_step",
+        second="parameters in fp32",
+        applies=lambda c: _overlaps(c) and not (c.settings.bf16.enabled or c.settings.fp16.enabled),
+        reason="the masters are the parameters, which the backward still reads",
+        remedy="set bf16.enabled to true, or remove overlap_step",
+        refuse=False,
     ),
     Rule(
         first="an optimizer object that was passed in",

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ds_zero import _registry
 from ds_zero.checks import check_stage
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import ChoosesTiers, PlansStates, SegmentStep
+from ds_zero.interfaces import ChoosesTiers, PlansStates, SegmentStep, UndoableStep
 from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.predict import allocation_tracker
 from ds_zero.predict.remedies import batch_size, nearest_that_fit
@@ -126,6 +126,7 @@ def plan(
         scaled=loss_scale,
         deferred=all(p.is_meta for p in built.parameters()) if deferred is None else deferred,
         states=optimizer_states(built, optimizer),
+        undoable=isinstance(_made(built, optimizer), UndoableStep),
         pageable=_is_pageable(built, optimizer),
     )
     job = _with_kinds(job, built)
@@ -266,8 +267,12 @@ def _build(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
         return model()  # it reads values while it is constructed
 
 
+def _made(model: nn.Module, optimizer: Optimizer | MakeOptimizer) -> Optimizer:
+    return optimizer if isinstance(optimizer, Optimizer) else optimizer(_trainable(model))
+
+
 def _is_pageable(model: nn.Module, optimizer: Optimizer | MakeOptimizer) -> bool:
-    given = optimizer if isinstance(optimizer, Optimizer) else optimizer(_trainable(model))
+    given = _made(model, optimizer)
     try:
         return not isinstance(given, (SegmentStep, PlansStates)) and not any(undivided_groups(given, None, 1))
     except ValueError:  # it does not work on shards

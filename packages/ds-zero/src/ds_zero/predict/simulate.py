@@ -36,6 +36,7 @@ from ds_zero.layout.units import choose_units
 from ds_zero.params.records import records
 from ds_zero.predict import allocation_tracker
 from ds_zero.predict.allocation_tracker import Ledger, PhasePeaks, torchs_own
+from ds_zero.predict.early_step_bytes import early_step_bytes
 from ds_zero.predict.fake_group import FakeGroup, StandInStore
 from ds_zero.predict.fake_ops import LeanOperations
 from ds_zero.predict.model_copy import fake_copy
@@ -94,6 +95,8 @@ class Job:
     """Whether the model is constructed under `deferred_init`: no rank ever holds all of it."""
     states: Mapping[str, torch.dtype] = field(default_factory=dict)
     """States of an optimizer with native kernels, from `probe_states`."""
+    undoable: bool = False
+    """Whether the optimizer can take steps back."""
     pageable: bool = False
     """Whether the optimizer is element-wise, so that its states may be on a disk."""
 
@@ -197,6 +200,7 @@ class _Run:
         paged = job.pages_states
         self.optimizer = stand_in(given, groups, dict(job.states), num_ranks=job.num_ranks, paged=paged)
         self._page_buffers: Tensor | None = None
+        self._early: list[Tensor] | None = None
         self._tiers: dict[ShardKey, Tier] = {}
         if not job.on_cpu:
             for group in self.optimizer.param_groups:
@@ -297,11 +301,23 @@ class _Run:
         if self.job.pages_states and self._page_buffers is None:
             self._page_buffers = torch.empty(self._page_buffer_bytes(), dtype=torch.uint8)
             self.ledger.classify([self._page_buffers], allocation_tracker.STATES, on_host=True)
+        if self._early is None:
+            self._early = self._early_step_memory()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._classify()
         self._count_sent()
         self.sent[STEP] += self._sent_by_optimizer
+
+    def _early_step_memory(self) -> list[Tensor]:
+        """Allocates what `overlap_step` keeps from the first step on."""
+        buckets = [b.layout for b in self.state.buckets]
+        early = early_step_bytes(self.job, buckets, self._tiers)
+        on_host = torch.empty(early.host, dtype=torch.uint8)
+        on_device = torch.empty(early.device, dtype=torch.uint8, device=self.job.device)
+        self.ledger.classify([on_host], allocation_tracker.MASTERS, on_host=True)
+        self.ledger.classify([on_device], allocation_tracker.MASTERS)
+        return [on_host, on_device]
 
     def _phase(self, name: str, fresh: str) -> None:
         self._count_sent()

@@ -17,6 +17,7 @@ from ds_zero.layout.buckets import FROZEN, BucketLayout, piece_of
 from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.layout.units import choose_leaves, choose_units, unit_of_params
 from ds_zero.predict import allocation_tracker
+from ds_zero.predict.early_step_bytes import early_step_bytes
 from ds_zero.predict.report import StoredTensor
 from ds_zero.predict.simulate import Job
 from ds_zero.predict.tiers import STATE
@@ -61,8 +62,7 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     groups = [list(group["params"]) for group in given.param_groups]
     layouts = plan_layouts(groups, params, job.stage, job.config, topology, undivided, unit_of, rows)
     in_fp32 = {x.name for x in layouts if x.unit is not None and dtype_of(x) == torch.float32}
-    device: Counter[str] = Counter()
-    host: Counter[str] = Counter()
+    device, host = Counter[str](), Counter[str]()
     disk_bytes = 0
     staged: dict[tuple[str, torch.dtype], list[int]] = {}
     device[allocation_tracker.BUFFERS] = sum(b.numel() * b.element_size() for b in model.buffers())
@@ -107,6 +107,7 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
             together += stepped
     if alone or together:
         host[allocation_tracker.STATES] += job.page_buffer_bytes(alone, together)
+    disk_bytes += _add_early_steps(job, layouts, tiers, device, host)
     return Resting(device, host, disk_bytes, _kinds(tiers), _tensors(items, layouts, per_element))
 
 
@@ -124,6 +125,20 @@ def _tensors(
         StoredTensor(name=key.name, kind=key.kind, num_bytes=size, compute_bytes=numel * width[key.name])
         for key, numel, size in made
     )
+
+
+def _add_early_steps(
+    job: Job,
+    layouts: Sequence[BucketLayout],
+    tiers: Mapping[ShardKey, Tier],
+    device: Counter[str],
+    host: Counter[str],
+) -> int:
+    """Adds the bytes of `early_step_bytes` in memory. Returns those on the disk."""
+    early = early_step_bytes(job, layouts, tiers)
+    device[allocation_tracker.MASTERS] += early.device
+    host[allocation_tracker.MASTERS] += early.host
+    return early.disk
 
 
 def _kinds(tiers: Mapping[ShardKey, Tier]) -> Mapping[Tier, frozenset[str]]:

@@ -27,6 +27,10 @@ def _on_host(config: Any) -> bool:
     return bool(config.zero_optimization.offload_optimizer.device != "none")
 
 
+def _overlaps(config: Any) -> bool:
+    return _on_host(config) and bool(config.zero_optimization.offload_optimizer.overlap_step)
+
+
 def _on_disk(config: Any) -> bool:
     return bool(config.zero_optimization.offload_optimizer.device == "nvme")
 
@@ -123,6 +127,20 @@ ROWS: tuple[Row, ...] = (
         "ds_offload.TiersByKind(ratio=...)",
         only=_on_host,
         otherwise="nothing is offloaded to host memory",
+    ),
+    works(
+        f"{_OFFLOAD}.overlap_step",
+        "ds-zero",
+        "ZeroConfig.overlap_step",
+        only=_on_host,
+        otherwise="nothing is offloaded to host memory",
+    ),
+    works(
+        f"{_OFFLOAD}.undo_bytes",
+        "ds-zero",
+        "ZeroConfig.undo_bytes",
+        only=_overlaps,
+        otherwise="overlap_step is false",
     ),
     later(
         f"{_OFFLOAD}.super_offload", "ds-offload", "offload for hosts that share memory with the accelerator"

@@ -47,6 +47,17 @@ class OffloadOptimizerConfig(Section):
         "gradients and states of the others stay on the device, where they are stepped. DeepSpeed accepts a fraction "
         "below 1 only at stage 3.",
     )
+    overlap_step: bool = Field(
+        default=False,
+        description="Updates parameters during the backward, as soon as their gradients are complete, and takes the "
+        "updates back if clipping or an overflow makes the step differ: the result has the same bits. Needs bf16 or "
+        "fp16.",
+    )
+    undo_bytes: Count | None = Field(
+        default=None,
+        description="With overlap_step: maximum bytes of memory of a rank for values before and after these updates. "
+        "What does not fit is updated after the backward. Values on a disk need none. Default: no limit.",
+    )
     super_offload: bool = Field(
         default=False,
         description="Uses an implementation for hosts that share memory with the accelerator; only at stage "
