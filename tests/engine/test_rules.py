@@ -51,6 +51,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"zero_optimization": {"stage": 0}, "offload": {"budget": {"device": "1GB"}}}, {}),
     ({**BUDGET, "optimizer": {"type": "Adafactor"}}, {}),
     ({**BUDGET, "integrity": {"checksums": True}}, {}),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True, "rank_invariant": True}}, {}),
     ({"zero_optimization": ON_DISK, "integrity": {"checksums": True}}, {}),
     ({"zero_optimization": EARLY, "integrity": {"checksums": True}, "bf16": {"enabled": True}}, {}),
     ({"zero_optimization": EARLY, "managed_gradient_accumulation": False, "bf16": {"enabled": True}}, {}),

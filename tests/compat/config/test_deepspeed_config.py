@@ -72,7 +72,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a misspelt key": ({"gradient_clip": 1.0}, 'did you mean "gradient_clipping"'),
     "a misspelt section": ({"zero_optimisation": {"stage": 2}}, 'did you mean "zero_optimization"'),
     "a number in quotes": ({"optimizer": {"type": "Adam", "params": {"lr": "3e-4"}}}, "remove the quotes"),
-    "one-bit LAMB": ({"optimizer": {"type": "OneBitLamb"}}, "ds-comm will add"),
     "pruning": (
         {"compression_training": {"sparse_pruning": {"shared_parameters": {"enabled": True}}}},
         "ds-layers will add",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import ds_comm.optim
 import ds_engine
 import ds_zero
+from ds_checkpoint import CheckpointError
 from ds_engine import ConfigError
 from ds_engine.build.self_reducing import StepGuard
 from engine import jobs
@@ -103,6 +104,42 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all() -> None:
         assert engine.was_step_applied()
         assert engine.loss_scale == scale  # doubled again after the window
         assert not all(torch.equal(a, b) for a, b in zip(before, weights(engine), strict=True))
+
+
+OTHERS = [
+    {"type": "ZeroOneAdam", "params": {"lr": 0.02, "var_freeze_step": FREEZE, "local_step_clipper": 1}},
+    {"type": "OneBitLamb", "params": {"lr": 0.02, "freeze_step": FREEZE}},
+]
+
+
+@ranks(2)
+@pytest.mark.parametrize("optimizer", OTHERS, ids=lambda o: o["type"])
+def test_the_other_optimizers_continue_exactly(tmp_path: Path, optimizer: dict[str, Any]) -> None:
+    with engine_of(optimizer=optimizer, gradient_clipping=1.0) as engine:
+        train(engine, 0, FREEZE + 3)
+        engine.save_checkpoint(tmp_path)
+        expected = train(engine, FREEZE + 3, FREEZE + 8)
+        after = weights(engine)
+    with engine_of(optimizer=optimizer, gradient_clipping=1.0) as engine:
+        engine.load_checkpoint(tmp_path)
+        assert train(engine, FREEZE + 3, FREEZE + 8) == expected
+        assert all(torch.equal(a, b) for a, b in zip(after, weights(engine), strict=True))
+
+
+@ranks(2)
+def test_a_checkpoint_between_two_synchronisations_is_refused(tmp_path: Path) -> None:
+    params = {"lr": 0.02, "var_freeze_step": 2, "local_step_scaler": 1, "local_step_clipper": 4}
+    with engine_of(optimizer={"type": "ZeroOneAdam", "params": params}) as engine:
+        step = 0
+        while engine.optimizer.synchronised:  # type: ignore[attr-defined]
+            train(engine, step, step + 1)
+            step += 1
+        with pytest.raises(CheckpointError, match="save after a step where"):
+            engine.save_checkpoint(tmp_path)
+        while not engine.optimizer.synchronised:  # type: ignore[attr-defined]
+            train(engine, step, step + 1)
+            step += 1
+        engine.save_checkpoint(tmp_path)
 
 
 @ranks(2)

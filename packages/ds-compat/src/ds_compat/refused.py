@@ -37,7 +37,7 @@ OWNERS: Mapping[str, str] = {
         ENGINE: "Autotuner ResourceManager init_compression "
         "redundancy_clean ds_to_universal DeepSpeedDataSampler DataAnalyzer RandomLTDScheduler",
         OFFLOAD: "GDSBuilder",
-        COMM: "OnebitLamb ZeroOneAdam CompressedBackend",
+        COMM: "CompressedBackend",
         NONE: "LoRAOptimizedLinear OptimizedLinear LoRAConfig QuantizationConfig init_lora DeepSpeedHybridEngine "
         "CUDAQuantizer MultipleAllGatherHandles ZenFlowConfig ZenFlowCPUAdam ZenFlowSelectiveAdamW MuSGD MuAdam "
         "MuAdamW replace_transformer_layer QuantizedLinear Loss_Scaler_Apex",

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ds_engine import rules
 from ds_engine.build import memory, offload, ranks, self_reducing, zero
+from ds_engine.build.comm import collectives_of
 from ds_engine.build.data import Loader
 from ds_engine.build.optimizer import optimizer_of
 from ds_engine.build.schedule import schedule_of
@@ -96,6 +97,7 @@ def initialize(
     memory.warn_if_too_large(job, model, built, world)
     # The schedule reads the learning rates of the groups, which sharding does not change. Optimizer states do not
     # exist yet.
+    comm = collectives_of(job, meshes, world, comm)
     zero.shard(job, model, built, meshes, world.device, comm, store)
     job.precision.cast_buffers(model)
     schedule = schedule_of(job, lr_scheduler, built)

@@ -193,6 +193,15 @@ RULES: tuple[Rule, ...] = (
         remedy="set integrity.checksums to false, or remove nvme_path from the budget",
     ),
     Rule(
+        first="zero_optimization.zero_quantized_weights or zero_quantized_gradients",
+        second="zero_optimization.rank_invariant",
+        applies=lambda c: (
+            (c.quantized_weights or c.quantized_gradients) and c.settings.zero_optimization.rank_invariant
+        ),
+        reason="what is rounded depends on the number of ranks",
+        remedy="remove one of them",
+    ),
+    Rule(
         first="integrity.checksums",
         second="offload_optimizer.device nvme",
         applies=lambda c: c.settings.integrity.checksums and c.placement.optimizer_states == "nvme",

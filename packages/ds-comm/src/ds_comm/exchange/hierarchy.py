@@ -31,12 +31,10 @@ class Hierarchy:
         ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
         if local_size < 1 or len(ranks) % local_size:
             raise ValueError(f"local_size must divide the number of ranks {len(ranks)}, but is {local_size}")
-        place = ranks.index(dist.get_rank())
-        first = place - place % local_size
-        return Hierarchy(
-            local=_group(ranks[first : first + local_size]),
-            across=_group(ranks[place % local_size :: local_size]),
-        )
+        machines = [ranks[first : first + local_size] for first in range(0, len(ranks), local_size)]
+        places = [ranks[place::local_size] for place in range(local_size)]
+        alone = len(ranks) == dist.get_world_size()
+        return Hierarchy(local=_own(machines, alone), across=_own(places, alone))
 
     def destroy(self) -> None:
         """Destroys both groups."""
@@ -44,8 +42,19 @@ class Hierarchy:
         dist.destroy_process_group(self.across)
 
 
-def _group(ranks: list[int]) -> dist.ProcessGroup:
-    made = dist.new_group(ranks, use_local_synchronization=True)
+def _own(members: list[list[int]], everybody: bool) -> dist.ProcessGroup:
+    """Makes groups, and returns the one that contains this rank.
+
+    Args:
+        everybody: whether all ranks of the job make them. Then each group gets a new name; otherwise torch derives the
+            name from the ranks, and such a group cannot be made again after it was destroyed.
+    """
+    own = next(ranks for ranks in members if dist.get_rank() in ranks)
+    groups = [
+        dist.new_group(ranks, use_local_synchronization=not everybody)
+        for ranks in (members if everybody else [own])
+    ]
+    made = groups[members.index(own) if everybody else 0]
     assert isinstance(made, dist.ProcessGroup)
     return made
 

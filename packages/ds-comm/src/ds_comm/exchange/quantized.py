@@ -64,6 +64,12 @@ class QuantizedAllGather(_Quantized):
         sized = Blocks(table=blocks.table, numel=numel)
         return self.compressor.payload_bytes(sized) * (world_size - 1)
 
+    def sent_bytes(self, numel: int, dtype: torch.dtype, size: int) -> int:
+        """Returns the bytes that a rank sends in a call whose output has `numel` elements, among `size` ranks."""
+        if dtype not in FLOATS:
+            return numel // size * (size - 1) * dtype.itemsize
+        return self.wire_bytes(numel // size, size)
+
     @torch.no_grad()
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
@@ -123,6 +129,14 @@ class QuantizedReduceScatter(_Quantized):
         blocks = Blocks.uniform(numel, self.compressor.block_numel)
         sized = Blocks(table=blocks.table, numel=numel)
         return self.compressor.payload_bytes(sized) * pieces * (world_size - 1)
+
+    def sent_bytes(self, numel: int, dtype: torch.dtype, size: int) -> int:
+        """Returns the bytes that a rank sends in a call whose input has `numel` elements, among `size` ranks."""
+        each = numel // size
+        if self.hierarchy is None:
+            return self.wire_bytes(each, 1, size)
+        local = dist.get_world_size(self.hierarchy.local)
+        return self.wire_bytes(each, size // local, local) + self.wire_bytes(each, 1, size // local)
 
     @torch.no_grad()
     def __call__(

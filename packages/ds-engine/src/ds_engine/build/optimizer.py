@@ -76,10 +76,21 @@ def _mu_adam(*, decoupled: bool) -> Own:
     )
 
 
-_NO_VARIANTS = {
-    "eps_inside_sqrt": ((False,), "set it to false"),
-    "amsgrad": ((False,), "set it to false"),
-}
+def _communicating(class_name: str, *arguments: str) -> Own:
+    return Own(
+        class_name=class_name,
+        communicates=True,
+        accepts=(
+            *("lr", "betas", "eps", "weight_decay", "bias_correction"),
+            *arguments,
+            *compressed.ACCEPTED,
+        ),
+        only={
+            "eps_inside_sqrt": ((False,), "set it to false"),
+            "amsgrad": ((False,), "set it to false"),
+        },
+    )
+
 
 OWN: Mapping[str, Own] = {
     "Adam": _ADAM,
@@ -140,19 +151,23 @@ OWN: Mapping[str, Own] = {
         accepts=("lr", "momentum", "dampening", "weight_decay", "nesterov"),
         host_accepts=FORMATS,
     ),
-    "OneBitAdam": Own(
-        class_name="OneBitAdam",
-        communicates=True,
-        accepts=(
-            "lr",
-            "betas",
-            "eps",
-            "weight_decay",
-            "freeze_step",
-            "bias_correction",
-            *compressed.ACCEPTED,
-        ),
-        only=_NO_VARIANTS,
+    "OneBitAdam": _communicating("OneBitAdam", "freeze_step"),
+    "ZeroOneAdam": _communicating(
+        "ZeroOneAdam",
+        "var_freeze_step",
+        "var_update_scaler",
+        "local_step_scaler",
+        "local_step_clipper",
+    ),
+    "OneBitLamb": _communicating(
+        "OneBitLamb",
+        "freeze_step",
+        "max_coeff",
+        "min_coeff",
+        "coeff_beta",
+        "factor_max",
+        "factor_min",
+        "factor_threshold",
     ),
     "MuAdam": _mu_adam(decoupled=False),
     "MuAdamW": _mu_adam(decoupled=True),

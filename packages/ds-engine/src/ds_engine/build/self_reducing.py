@@ -187,7 +187,15 @@ def guard_of(optimizer: Optimizer, scale: float | DynamicScale | None) -> LossGu
 def residuals_of(optimizer: Optimizer) -> Mapping[str, Any] | None:
     """Returns what this rank has to save besides the states of its parameters; None: nothing."""
     own = getattr(optimizer, "residuals", None)
-    return own() if own is not None and reduces(optimizer) else None
+    if own is None or not reduces(optimizer):
+        return None
+    if not getattr(optimizer, "synchronised", True):
+        raise ValueError(
+            f"{type(optimizer).__name__}: ranks step alone at the moment and have different parameters, so there is no "
+            "state for all of them: save after a step where engine.optimizer.synchronised is True"
+        )
+    residuals: Mapping[str, Any] | None = own()
+    return residuals
 
 
 def load_residuals(optimizer: Optimizer, states: Sequence[Mapping[str, Any]]) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-import ds_comm
 import ds_zero
 from ds_core.kernels import squared_norm
 from ds_engine.build import self_reducing
@@ -47,7 +46,7 @@ def shard(
             mesh=meshes.data,
             config=zero_config(job, model),
             store=store,
-            comm=comm if comm is not None else ds_comm.collectives(),
+            comm=comm,
             norms=squared_norm,
             model_parallel=meshes.model_parallel,
         )

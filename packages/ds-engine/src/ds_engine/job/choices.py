@@ -120,6 +120,16 @@ class Choices:
     clipping: float
     """Maximum global norm of the gradient; inf: the norm is measured, but not limited."""
 
+    @property
+    def quantized_weights(self) -> bool:
+        """Whether parameters are sent as int8 when they are gathered."""
+        return self.stage == 3 and self.settings.zero_optimization.zero_quantized_weights
+
+    @property
+    def quantized_gradients(self) -> bool:
+        """Whether gradients are sent as int4 when they are reduced."""
+        return self.stage > 0 and self.settings.zero_optimization.zero_quantized_gradients
+
 
 def training_device() -> str:
     """Returns the type of the device that `initialize` will choose: that of the process group, else that of this

@@ -110,9 +110,15 @@ ROWS: tuple[Row, ...] = (
     ),
     works(f"{_ZERO}.leaf_module", "ds-zero", "ds_engine.build.zero.leaf_modules", **_STAGE3),
     later(f"{_ZERO}.mics_hierarchical_params_gather", "ds-zero", "hierarchical gathering"),
-    later(f"{_ZERO}.zero_quantized_weights", "ds-comm", "gathering parameters as int8"),
+    works(f"{_ZERO}.zero_quantized_weights", "ds-comm", "QuantizedAllGather", **_STAGE3),
     later(f"{_ZERO}.zero_quantized_nontrainable_weights", "ds-comm", "frozen parameters as int8"),
-    later(f"{_ZERO}.zero_quantized_gradients", "ds-comm", "reducing gradients as int4"),
+    works(
+        f"{_ZERO}.zero_quantized_gradients",
+        "ds-comm",
+        "QuantizedReduceScatter",
+        only=lambda config: config.zero_optimization.stage > 0,
+        otherwise="the stage is 0",
+    ),
     later(f"{_ZERO}.zeropp_loco_param", "ds-comm", "error feedback for quantised gradients", "remove it"),
     later(f"{_ZERO}.zenflow", "ds-offload", "asynchronous host steps", "remove it"),
     later(

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from ds_engine.config.support.section import Section
-
-ABSENT: Mapping[str, tuple[str, str]] = {
-    "zerooneadam": ("ds-comm", "AdamW"),
-    "onebitlamb": ("ds-comm", "Lamb"),
-}
-"""Optimizers of DeepSpeed's that are not built yet -> the package that will have them, and what to use instead."""
-
-
-def _is_there(name: str) -> str:
-    if name.lower() in ABSENT:
-        owner, instead = ABSENT[name.lower()]
-        raise ValueError(
-            f'this version does not have this optimizer yet, which {owner} will add; use "{instead}"'
-        )
-    return name
 
 
 class OptimizerConfig(Section):
     """Which optimizer `initialize` builds when none is passed."""
 
-    type: Annotated[str, AfterValidator(_is_there)] = Field(
+    type: str = Field(
         description="Name of the optimizer: Adam, AdamW, Lamb, Lion, Adagrad, Muon, SGD, MuAdam, MuAdamW or "
-        "MuSGD (kernels of ds-core), OneBitAdam (ds-comm), or any class in torch.optim. Case is ignored. "
-        "Adam decouples weight decay, as AdamW does, unless params.adam_w_mode is false."
+        "MuSGD (kernels of ds-core), OneBitAdam, ZeroOneAdam or OneBitLamb (ds-comm), or any class in "
+        "torch.optim. Case is ignored. Adam decouples weight decay, as AdamW does, unless params.adam_w_mode is false."
     )
     params: dict[str, Any] = Field(
         default_factory=dict,

@@ -145,11 +145,19 @@ class ZeroOptimizationConfig(Section):
         description="Number of ranks, usually those of one machine, among which a second copy of the parameters "
         "is sharded at stage 3 (hpZ); 1 keeps no second copy.",
     )
-    zero_quantized_weights: bool = Field(default=False, description="Gathers parameters as int8.")
+    zero_quantized_weights: bool = Field(
+        default=False,
+        description="Sends parameters as int8 with a scale for each block when stage 3 gathers them (qwZ): a quarter "
+        "of the bytes of fp32. Masters are not rounded.",
+    )
     zero_quantized_nontrainable_weights: bool = Field(
         default=False, description="Keeps frozen parameters as int8."
     )
-    zero_quantized_gradients: bool = Field(default=False, description="Reduces gradients as int4.")
+    zero_quantized_gradients: bool = Field(
+        default=False,
+        description="Sends gradients as int4, rounded stochastically, when they are reduced (qgZ): first among the "
+        "ranks of one machine (or of zero_hpz_partition_size), then between machines.",
+    )
     zeropp_loco_param: LoCoConfig | None = Field(
         default=None, description="Error feedback for zero_quantized_gradients. Default: none."
     )
