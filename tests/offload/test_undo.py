@@ -19,6 +19,8 @@ Make = Callable[[Iterable[Any]], Optimizer]
 IN_MEMORY: dict[str, Make] = {
     "CPUAdam": lambda p: CPUAdam(p, lr=1e-2, weight_decay=0.1),
     "bf16 states": lambda p: CPUAdam(p, lr=1e-2, state_dtype=torch.bfloat16),
+    "8 bits": lambda p: CPUAdam(p, lr=1e-2, state_dtype="int8"),
+    "stochastic rounding": lambda p: CPUAdam(p, lr=1e-2, state_dtype="bf16", seed=3),
     "CPUAdagrad": lambda p: ds_offload.CPUAdagrad(p, lr=1e-2),
     "CPULion": lambda p: ds_offload.CPULion(p, lr=1e-3),
     "CPUSGD": lambda p: ds_offload.CPUSGD(p, lr=1e-2, momentum=0.9),
