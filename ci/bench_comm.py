@@ -244,7 +244,9 @@ def prepared(system: str, model: Any) -> tuple[Any, Any]:
     return model, torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 
-def bf16_hook(_: object, bucket: Any) -> Any:
+def bf16_hook(
+    _, bucket
+):  # DistributedDataParallel compares annotations with types: without them it takes any
     """Averages gradients in bf16. That of torch does the same, but refuses gloo."""
     import torch
     import torch.distributed as dist

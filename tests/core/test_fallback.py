@@ -11,7 +11,7 @@ CODE = textwrap.dedent(
     import sys
     sys.modules["ds_core._core"] = None  # as on a machine where the module cannot be loaded
     import torch
-    from ds_core import _native, arena, kernels, optim, report
+    from ds_core import _native, arena, codes, kernels, optim, report
     assert not _native.has_native()
     p = torch.nn.Parameter(torch.randn(600_000))
     q = torch.nn.Parameter(p.detach().clone())
@@ -24,6 +24,9 @@ CODE = textwrap.dedent(
     bits, scale = kernels.pack_signs(torch.tensor([1.0, -3.0]))
     assert (bits.tolist(), scale) == ([2], 2.0)
     assert kernels.unpack_signs(bits, scale, torch.empty(2)).tolist() == [2.0, -2.0]
+    packed, scales, block = torch.empty(1, dtype=torch.uint8), torch.empty(1), torch.tensor([[0, 2]])
+    codes.sign_encode(torch.tensor([1.0, -3.0]), block, scales, packed)
+    assert (packed.item() & 3, scales.item()) == (2, 2.0)
     assert kernels.crc32c(b"123456789") == 0xE3069283
     half = torch.empty(2, dtype=torch.bfloat16)
     kernels.cast(torch.tensor([1.0, 2.0]), half)

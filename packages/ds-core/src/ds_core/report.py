@@ -23,9 +23,19 @@ KERNELS = (
     "unpack_signs",
     "checksums",
     "crc32c",
+    "sign_encode",
+    "sign_decode",
+    "int_encode",
+    "int_decode",
 )
 CPU_ONLY = ("crc32c",)
-REFERENCE_ON_GPU = ("checksums",)
+REFERENCE_ON_GPU = (
+    "checksums",
+    "sign_encode",
+    "sign_decode",
+    "int_encode",
+    "int_decode",
+)
 """Kernels that run as the reference on a GPU."""
 
 
