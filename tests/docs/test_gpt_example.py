@@ -162,6 +162,14 @@ def test_float32_where_the_cpu_lacks_bfloat16(example, monkeypatch):
 # ---- the whole job ------------------------------------------------------------------------------------------------
 
 
+def test_the_format_of_states_goes_into_the_configuration(example):
+    train = example("train")
+    config, notes = train.settings_for(train.arguments(["--state-dtype", "int8"]))
+    assert config["optimizer"]["params"]["state_dtype"] == "int8"
+    assert "optimizer states in int8" in notes
+    assert "state_dtype" not in train.settings_for(train.arguments([]))[0]["optimizer"]["params"]
+
+
 def start(runs: Path, *more: str) -> subprocess.Popen[str]:
     """The job with a small model, in its own process group."""
     command = [sys.executable, "-m", "ds_engine", "run", str(EXAMPLE / "train.py")]

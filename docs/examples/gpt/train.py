@@ -61,6 +61,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--nvme-path", type=Path, help="folder on the disk for --offload nvme (default: that of --runs)"
     )
+    parser.add_argument(
+        "--state-dtype",
+        choices=["fp32", "bf16", "int8"],
+        help="format of the optimizer's states, with offload_optimizer (default: see --config)",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the weights and of the order of the data")
     return parser.parse_args(argv)
 
@@ -84,6 +89,9 @@ def settings_for(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     if args.offload is not None:
         _store_at(args.offload, args.nvme_path or args.runs, config["zero_optimization"])
         notes.append(f"offload_optimizer and offload_param: {args.offload}")
+    if args.state_dtype is not None:
+        config["optimizer"]["params"]["state_dtype"] = args.state_dtype
+        notes.append(f"optimizer states in {args.state_dtype}")
     schedule = config["scheduler"]["params"]
     if args.steps is not None and args.steps != schedule["total_num_steps"]:
         schedule["warmup_num_steps"] = min(schedule["warmup_num_steps"], max(2, args.steps // 10))
