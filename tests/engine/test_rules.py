@@ -54,6 +54,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True, "rank_invariant": True}}, {}),
     ({"zero_optimization": ON_DISK, "integrity": {"checksums": True}}, {}),
     ({"zero_optimization": EARLY, "integrity": {"checksums": True}, "bf16": {"enabled": True}}, {}),
+    ({"zero_optimization": {**OFFLOAD, "zenflow": {}}, "bf16": {"enabled": True}}, {}),
     ({"zero_optimization": EARLY, "managed_gradient_accumulation": False, "bf16": {"enabled": True}}, {}),
     ({"zero_optimization": EARLY}, {}),
     ({"optimizer": {"type": "Adam"}}, {"optimizer": torch.optim.AdamW}),

@@ -37,6 +37,18 @@ ACCEPTED: dict[str, tuple[dict[str, Any], str]] = {
         {"compile": {"disable": False, "backend": "inductor"}},
         '"compile.disable" is ignored',
     ),
+    "asynchronous steps": (
+        {
+            "bf16": {"enabled": True},
+            "zero_optimization": {
+                "stage": 2,
+                "offload_optimizer": {"device": "cpu"},
+                "zenflow": {"topk_ratio": 0.1},
+            },
+            **ADAMW,
+        },
+        "all columns are updated in every step",
+    ),
     "parameters on the host at stage 0": (
         {"zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}, **ADAMW},
         "whole on every rank",
@@ -77,7 +89,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "ds-layers will add",
     ),
     "tuning": ({"autotuning": {"enabled": True}}, "ds-engine will add"),
-    "asynchronous steps": ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "ds-offload will add"),
     "a template": ({"train_batch_size": "GB_SIZE"}, "it must be an integer"),
     "a removed feature": ({"eigenvalue": {"enabled": True}}, "ds does not support"),
     "layers cut across ranks": ({"tensor_parallel": {"autotp_size": 4}}, "ds-layers will add"),

@@ -346,3 +346,12 @@ def test_dump_state_prints_every_setting(capfd: pytest.CaptureFixture[str]) -> N
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["super_offload", "zenflow"])
+def test_what_deepspeed_calls_otherwise_is_the_exact_overlapped_step(name: str) -> None:
+    offload = {"device": "cpu"} | ({"super_offload": True} if name == "super_offload" else {})
+    section = {"stage": 2, "offload_optimizer": offload} | ({"zenflow": {}} if name == "zenflow" else {})
+    settings = load({"train_batch_size": 8, "bf16": {"enabled": True}, "zero_optimization": section})
+    job = describe(choices_of(settings), arranged(settings, 0, 1), "cpu")
+    assert zero_section.zero_config(job, torch.nn.Linear(2, 2)).overlap_step

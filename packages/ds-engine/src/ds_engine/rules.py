@@ -55,7 +55,7 @@ def _offloads(choices: Choices) -> bool:
 
 
 def _overlaps(choices: Choices) -> bool:
-    return choices.settings.zero_optimization.offload_optimizer.overlap_step
+    return choices.settings.zero_optimization.overlaps_step
 
 
 def _offloads_params(choices: Choices) -> bool:
@@ -214,6 +214,14 @@ RULES: tuple[Rule, ...] = (
         applies=lambda c: _overlaps(c) and c.settings.integrity.checksums,
         reason="checksums of shards are compared in one pass over all of them, before any is updated",
         remedy="set one of them to false",
+    ),
+    Rule(
+        first="the choice of columns of zero_optimization.zenflow",
+        second="exact steps",
+        applies=lambda c: c.settings.zero_optimization.zenflow is not None,
+        reason="all columns are updated in every step, during the backward, and no gradient is used late",
+        remedy="set offload_optimizer.overlap_step to true instead of the section",
+        refuse=False,
     ),
     Rule(
         first="offload_optimizer.overlap_step",

@@ -122,7 +122,7 @@ def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
         leaf_modules=leaf_modules(zero.leaf_module, model) if job.stage == 3 else (),
         overlap_publish=zero.overlap_publish and job.stage in (1, 2),
         checksums=settings.integrity.checksums,
-        overlap_step=zero.offload_optimizer.overlap_step,
+        overlap_step=zero.overlaps_step,
         undo_bytes=zero.offload_optimizer.undo_bytes,
     )
 

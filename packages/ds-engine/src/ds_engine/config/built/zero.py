@@ -28,7 +28,7 @@ def _on_host(config: Any) -> bool:
 
 
 def _overlaps(config: Any) -> bool:
-    return _on_host(config) and bool(config.zero_optimization.offload_optimizer.overlap_step)
+    return _on_host(config) and bool(config.zero_optimization.overlaps_step)
 
 
 def _on_disk(config: Any) -> bool:
@@ -120,7 +120,11 @@ ROWS: tuple[Row, ...] = (
         otherwise="the stage is 0",
     ),
     later(f"{_ZERO}.zeropp_loco_param", "ds-comm", "error feedback for quantised gradients", "remove it"),
-    later(f"{_ZERO}.zenflow", "ds-offload", "asynchronous host steps", "remove it"),
+    no_effect(
+        f"{_ZERO}.zenflow",
+        "ds-zero",
+        "every column is updated in every step, which overlaps with the backward (offload_optimizer.overlap_step)",
+    ),
     later(
         f"{_ZERO}.load_from_fp32_weights",
         "ds-engine",
@@ -148,8 +152,12 @@ ROWS: tuple[Row, ...] = (
         only=_overlaps,
         otherwise="overlap_step is false",
     ),
-    later(
-        f"{_OFFLOAD}.super_offload", "ds-offload", "offload for hosts that share memory with the accelerator"
+    works(
+        f"{_OFFLOAD}.super_offload",
+        "ds-zero",
+        "ZeroConfig.overlap_step",
+        only=_on_host,
+        otherwise="nothing is offloaded to host memory",
     ),
     works(
         f"{_PARAM}.device",

@@ -60,8 +60,7 @@ class OffloadOptimizerConfig(Section):
     )
     super_offload: bool = Field(
         default=False,
-        description="Uses an implementation for hosts that share memory with the accelerator; only at stage "
-        "3.",
+        description="DeepSpeed's name of overlap_step, which here works at every stage and with disks.",
     )
     cpuadam_cores_perc: Share = Field(
         default=0.8,

@@ -169,7 +169,9 @@ class ZeroOptimizationConfig(Section):
         default=False, description="Gathers parameters within a machine first, then between machines."
     )
     zenflow: ZenFlowConfig | None = Field(
-        default=None, description="Asynchronous optimizer steps on the host. Default: none."
+        default=None,
+        description="Asynchronous steps on the host, in DeepSpeed. Here it turns on offload_optimizer.overlap_step: "
+        "all columns are updated in every step, and no gradient is used late. Default: none.",
     )
     load_from_fp32_weights: bool = Field(
         default=True,
@@ -215,3 +217,9 @@ class ZeroOptimizationConfig(Section):
         description="Gives the same bits on 1, 2, 4, 8, ... ranks for the same micro-batches, if their number "
         "is a power of two. Uses the sharded plan, an ordered reduction and a fixed tree of sums.",
     )
+
+    @property
+    def overlaps_step(self) -> bool:
+        """Whether parameters are updated during the backward, also if it is asked for by one of DeepSpeed's names."""
+        offload = self.offload_optimizer
+        return offload.overlap_step or offload.super_offload or self.zenflow is not None
