@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_pipe import Action, Op, ScheduleError
@@ -17,11 +17,13 @@ singles = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(singles | st.builds(overlap, singles, singles))
 def test_text_round_trips(action):
     assert Action.parse(str(action)) == action
 
 
+@settings(deadline=None)
 @given(singles)
 def test_text_is_that_of_torch(action):
     from torch.distributed.pipelining.schedules import _Action

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_pipe.model.partition import balanced, uniform
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=7), st.integers(1, 4))
 def test_no_division_has_a_smaller_largest_part(weights, parts):
     bounds = balanced(weights, parts)
