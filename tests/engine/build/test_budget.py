@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +168,30 @@ def test_a_host_without_room_for_all_ranks_is_refused_before_anything_is_allocat
     ):
         check(1 << 40, stored, free=150 * MIB)
     assert arena.stats().reserved_bytes == reserved
+
+
+REFUSED_BY_THE_PROCESS = """
+import resource, torch
+import ds_engine
+from torch import nn
+from ds_core import arena, host_limits
+def used():
+    return 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1])
+model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(20)))  # 80 MB
+config = {"train_batch_size": 1, "bf16": {"enabled": True}, "optimizer": {"type": "AdamW"},
+          "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+arena.empty(1 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (used() + (200 << 20),) * 2)
+before = arena.stats().in_use_bytes
+try:
+    ds_engine.initialize(model, config)
+    raise SystemExit("not refused")
+except host_limits.NotEnoughMemory as error:
+    said = str(error)
+assert "rank 0 needs" in said and "training state in host memory" in said and "RLIMIT_DATA (ulimit -d)" in said, said
+assert arena.stats().in_use_bytes == before
+"""
+
+
+def test_a_real_limit_of_the_process_refuses_in_initialize() -> None:
+    subprocess.run([sys.executable, "-c", REFUSED_BY_THE_PROCESS], check=True, timeout=300)
