@@ -321,10 +321,16 @@ def table(count: int, rate: str, results: dict[str, list[dict[str, Any]]]) -> st
     """Markdown."""
     numel = next(iter(results.values()))[0]["numel"]
     rows = [f"{count} hosts, {rate}, {numel / 1e6:.1f} M parameters", ""]
-    rows += [
-        "| system | payload per rank and step | against fp32 | against the formula | step | against fp32 DDP |"
-    ]
-    rows += ["|---|---|---|---|---|---|"]
+    names = (
+        "system",
+        "payload per rank and step",
+        "of fp32",
+        "against the formula",
+        "step",
+        "exchange",
+        "times faster",
+    )
+    rows += ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     dense = results.get("ddp")
     for system, ranks in results.items():
         payload = sum(r["payload"] for r in ranks) / len(ranks)
@@ -336,9 +342,16 @@ def table(count: int, rate: str, results: dict[str, list[dict[str, Any]]]) -> st
         if dense is not None:
             share = f"1/{sum(r['payload'] for r in dense) / len(dense) / payload:.1f}"
             speed = f"{spent(dense) / exchange:.1f}"
-        rows.append(
-            f"| {LABELS[system]} | {payload / 1e6:.3f} MB | {share} | {against} | {step:.3f} s | {speed} |"
-        )
+        cells = [
+            LABELS[system],
+            f"{payload / 1e6:.3f} MB",
+            share,
+            against,
+            f"{step:.2f} s",
+            f"{exchange:.2f} s",
+            speed,
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
