@@ -146,3 +146,41 @@ def test_states_of_another_format_are_refused_by_name() -> None:
         ValueError, match=r"'exp_avg' was saved as torch\.uint8, but this optimizer keeps it as torch\.f"
     ):
         ds_zero.load_records(other, wide, saved)
+
+
+@ranks(1)
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_flipped_bit_of_a_state_is_found(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8))
+    optimizer = CPUAdam(model.parameters(), lr=1e-2, **OPTIONS[kind])
+    config = ds_zero.ZeroConfig(param_dtype=torch.bfloat16, checksums=True)
+    ds_zero.shard(model, optimizer, 1, config=config, store=HostStore(("master", "grad")))
+    _steps(model, optimizer, range(2))
+    name = "master_bits" if "split" in kind else "exp_avg"
+    state = optimizer.state[optimizer.param_groups[0]["params"][0]][name]
+    state.reshape(-1).view(torch.uint8).numpy()[3] ^= 4  # past torch's counter of versions
+    with pytest.raises(ds_zero.ChecksumError, match=f"{name} of '0.weight'"):
+        _steps(model, optimizer, range(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "bytes_of_each"),
+    [
+        ({}, 16),
+        ({"state_dtype": "bf16"}, 12),
+        (OPTIONS["int8"], 10),
+        (OPTIONS["split"], 16),
+        (OPTIONS["split int8"], 10),
+    ],
+)
+def test_a_plan_counts_the_bytes_of_a_format(options: dict[str, Any], bytes_of_each: int) -> None:
+    made = nn.Linear(256, 1024, bias=False)
+    plan = ds_zero.plan(
+        made,
+        optimizer=lambda params: CPUAdam(params, **options),
+        stage=2,
+        ranks=2,
+        config=ds_zero.ZeroConfig(param_dtype=torch.bfloat16),
+        offload=("master", "grad", "state"),
+    )
+    assert plan.host_bytes == bytes_of_each * made.weight.numel() // 2
