@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import ds_engine
+from harness import ranks
 
 
 def engine(seed: int, stage: int, folder: Path | None) -> ds_engine.Engine:
@@ -54,3 +55,14 @@ def test_their_steps_may_alternate(stage: int, tmp_path: Path) -> None:
     both[0].destroy()
     step(both[1], 4)  # its files are still there
     both[1].destroy()
+
+
+@ranks(2)
+def test_ranks_may_use_different_disks(tmp_path: Path) -> None:
+    own = tmp_path / f"disk {torch.distributed.get_rank()}"
+    own.mkdir()
+    losses = []
+    for folder in (None, own):
+        with engine(0, 3, folder) as trained:
+            losses.append([step(trained, number) for number in range(3)])
+    assert losses[0] == losses[1]

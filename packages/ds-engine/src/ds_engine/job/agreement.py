@@ -34,7 +34,9 @@ _OWN_AFFAIR = frozenset(
 
 def entries(job: Job, model: nn.Module, optimizer: Optimizer) -> dict[str, str]:
     """Returns the values that must be equal on all ranks, by name."""
-    values = dict(_flat("", job.settings.model_dump(exclude=set(_OWN_AFFAIR))))
+    settings = dict(_flat("", job.settings.model_dump(exclude=set(_OWN_AFFAIR))))
+    # Ranks of one machine may use different disks.
+    values = {name: value for name, value in settings.items() if name.rpartition(".")[2] != "nvme_path"}
     values |= {
         "ranks": str(job.topology),
         "device": job.device_type,
