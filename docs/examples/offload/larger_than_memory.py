@@ -61,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rows", type=int, default=16, help="samples in a step")
     parser.add_argument("--offload", choices=["cpu", "nvme"], default="nvme")
+    parser.add_argument("--overlap-step", action="store_true", help="update parameters during the backward")
     parser.add_argument("--nvme-path", default=tempfile.gettempdir(), help="folder on a disk")
     return parser.parse_args()
 
@@ -74,6 +75,7 @@ def data_bytes() -> int:
 def configuration(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of the engine."""
     place = {"device": args.offload, **({"nvme_path": args.nvme_path} if args.offload == "nvme" else {})}
+    early = {"overlap_step": args.overlap_step}
     return {
         "train_batch_size": args.rows,
         "bf16": {"enabled": True},
@@ -81,7 +83,7 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
         "zero_optimization": {
             "stage": 3,
-            "offload_optimizer": place,
+            "offload_optimizer": {**place, **early},
             "offload_param": place if args.offload == "nvme" else {"device": "none"},
         },
         "startup_summary": False,
