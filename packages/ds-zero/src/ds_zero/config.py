@@ -155,7 +155,8 @@ class ZeroConfig:
     overlap_publish: bool = False
     """Stages 1 and 2: whether `step` returns while updated parameters are still being gathered. Every module of the
     model, `state_dict`, `load_state_dict` and the functions of ds_zero wait for them. Do not set it if your code
-    reads parameters in another way right after a step (`for p in model.parameters()`).
+    reads parameters in another way right after a step (`for p in model.parameters()`). Call `ds_zero.destroy(model)`
+    before you drop the model: messages of the last step may still be under way.
     """
 
     overlap_step: bool = False
