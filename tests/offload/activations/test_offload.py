@@ -45,7 +45,11 @@ def not_reentrant(block: nn.Module, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("attached", [False, True])
-@pytest.mark.parametrize("run", [None, not_reentrant, reentrant, Checkpointing()], ids=str)
+@pytest.mark.parametrize(
+    "run",
+    [None, not_reentrant, reentrant, Checkpointing()],
+    ids=["whole", "not reentrant", "reentrant", "Checkpointing"],
+)
 def test_gradients_have_the_same_bits(offload: ActivationOffload, attached: bool, run: object) -> None:
     plain, moved = net(), net()
     if run is not None:
