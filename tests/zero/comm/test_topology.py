@@ -245,6 +245,17 @@ def test_a_secondary_copy_follows_writes() -> None:
     ds_zero.destroy(model)
 
 
+@ranks(4)
+def test_secondary_copies_can_be_made_again() -> None:
+    for _ in range(2):
+        model = tiny()
+        config = ds_zero.ZeroConfig(secondary_ranks=2, persistence_threshold_numel=0)
+        optimizer = adamw(model.parameters())
+        ds_zero.shard(model, optimizer, 3, config=config)
+        train(model, optimizer, range(1))
+        ds_zero.destroy(model)
+
+
 @ranks(3)
 def test_a_group_that_does_not_divide_the_ranks_is_refused() -> None:
     model = tiny()

@@ -72,6 +72,13 @@ def secondary_ranks(ranks: Ranks, size: int) -> Ranks:
         )
     members = dist.get_process_group_ranks(ranks.group)
     first = ranks.rank - ranks.rank % size
-    group = dist.new_group(members[first : first + size], use_local_synchronization=True)
+    # torch names a group that only its own ranks create by these ranks, and such a group cannot be created again after
+    # it was destroyed. So all groups are created by all ranks where all ranks of the job are here.
+    everybody = len(members) == dist.get_world_size()
+    groups = {
+        begin: dist.new_group(members[begin : begin + size], use_local_synchronization=not everybody)
+        for begin in (range(0, len(members), size) if everybody else (first,))
+    }
+    group = groups[first]
     assert isinstance(group, dist.ProcessGroup)
     return Ranks(group, ranks.rank - first, size, axis="secondary")
