@@ -67,7 +67,9 @@ def test_the_plan_is_the_counted_peak(
             optimizer.zero_grad()
             counted.mark("between")
     assert ds_zero.step_overlap(model).kept == (3 if early else 0)
-    assert counted.peak_bytes * 0.97 <= plan.device_bytes <= 1.05 * counted.peak_bytes, (
+    # Where updates overlap with the backward, one more buffer may be on its way to a slow disk.
+    lower = 0.94 if early else 0.97
+    assert counted.peak_bytes * lower <= plan.device_bytes <= 1.05 * counted.peak_bytes, (
         f"planned {plan.device_bytes}, counted {counted.phase_bytes}\n{plan}"
     )
     numel = sum(p.numel() for p in model.parameters())
