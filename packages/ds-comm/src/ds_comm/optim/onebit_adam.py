@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_comm.optim.adam_parts import bias_corrections, dense_adam, floor_variance, step_frozen
 from ds_comm.optim.base import Entry, SelfReducingOptimizer
-from ds_comm.optim.options import CompressionOptions, check_adam_options, check_peer_arguments
+from ds_comm.optim.options import CompressionOptions, adam_defaults, check_peer_arguments
 
 
 class OneBitAdam(SelfReducingOptimizer):
@@ -52,14 +52,7 @@ class OneBitAdam(SelfReducingOptimizer):
             eps_inside_sqrt=False, amsgrad=False.
         """
         check_peer_arguments("OneBitAdam", peer)
-        check_adam_options(lr, betas, eps, weight_decay)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "bias_correction": bias_correction,
-        }
+        defaults = adam_defaults(lr, betas, eps, weight_decay, bias_correction)
         super().__init__(
             params,
             defaults,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_comm.optim.adam_parts import bias_corrections, floor_variance, quotient
 from ds_comm.optim.base import Entry, SelfReducingOptimizer
-from ds_comm.optim.options import CompressionOptions, check_adam_options, check_peer_arguments
+from ds_comm.optim.options import CompressionOptions, adam_defaults, check_peer_arguments
 from ds_core import kernels
 from ds_core.optim.base import NO_CORRECTION_STEP
 
@@ -66,7 +66,7 @@ class OneBitLamb(SelfReducingOptimizer):
         **peer: arguments of DeepSpeed's optimizer without effect here, as for `OneBitAdam`.
         """
         check_peer_arguments("OneBitLamb", peer)
-        check_adam_options(lr, betas, eps, weight_decay)
+        defaults = adam_defaults(lr, betas, eps, weight_decay, bias_correction)
         if not 0.0 <= min_coeff <= max_coeff or not 0.0 < factor_min <= 1.0 <= factor_max:
             raise ValueError(
                 f"OneBitLamb needs 0 <= min_coeff <= max_coeff and 0 < factor_min <= 1 <= factor_max, but they are "
@@ -75,12 +75,7 @@ class OneBitLamb(SelfReducingOptimizer):
         for key, value in (("coeff_beta", coeff_beta), ("factor_threshold", factor_threshold)):
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"{key} must lie in [0, 1), but is {value}")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "bias_correction": bias_correction,
+        defaults |= {
             "max_coeff": max_coeff,
             "min_coeff": min_coeff,
             "coeff_beta": coeff_beta,

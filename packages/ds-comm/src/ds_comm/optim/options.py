@@ -61,10 +61,19 @@ def check_peer_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def check_adam_options(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Raises ValueError naming the option that is out of range."""
+def adam_defaults(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, bias_correction: bool
+) -> dict[str, Any]:
+    """Returns the group options that all optimizers here have. Raises ValueError naming one that is out of range."""
     for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         if not float(value) >= 0.0:
             raise ValueError(f"{key} must not be negative, but is {value}")
     if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
         raise ValueError(f"betas must lie in [0, 1), but are {betas}")
+    return {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "bias_correction": bias_correction,
+    }

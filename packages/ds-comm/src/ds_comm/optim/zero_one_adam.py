@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_comm.optim.adam_parts import bias_corrections, quotient, step_frozen
 from ds_comm.optim.base import Entry, SelfReducingOptimizer
-from ds_comm.optim.options import CompressionOptions, check_adam_options, check_peer_arguments
+from ds_comm.optim.options import CompressionOptions, adam_defaults, check_peer_arguments
 
 _SMALLEST_LR = 1e-12
 
@@ -96,7 +96,7 @@ class ZeroOneAdam(SelfReducingOptimizer):
         **peer: arguments of DeepSpeed's optimizer without effect here, as for `OneBitAdam`.
         """
         check_peer_arguments("ZeroOneAdam", peer)
-        check_adam_options(lr, betas, eps, weight_decay)
+        defaults = adam_defaults(lr, betas, eps, weight_decay, bias_correction)
         counts = {
             "var_update_scaler": var_update_scaler,
             "local_step_scaler": local_step_scaler,
@@ -108,13 +108,6 @@ class ZeroOneAdam(SelfReducingOptimizer):
         self.var_update_scaler = var_update_scaler
         self.local_step_scaler = local_step_scaler
         self.local_step_clipper = local_step_clipper
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "bias_correction": bias_correction,
-        }
         super().__init__(
             params,
             defaults,

@@ -119,28 +119,14 @@ class StepGuard:
         return wide * self._counting.scale
 
     def state_dict(self) -> dict[str, Any]:
-        counting = self._counting
-        return {
-            "dynamic": counting.policy is not None,
-            "scale": counting.scale,
-            "steps": counting.steps,
-            "last_overflow": counting.last_overflow,
-            "hysteresis_left": counting.left,
-            "skipped_steps": self.skipped_steps,
-        }
+        return {**self._counting.saved(), "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         if not state_dict:  # saved by a job without loss scaling
             return
-        counting = self._counting
         self.skipped_steps = int(state_dict["skipped_steps"])
-        if counting.policy is None or not state_dict["dynamic"]:
-            return
-        counting.steps = int(state_dict["steps"])
-        counting.last_overflow = int(state_dict["last_overflow"])
-        counting.left = min(int(state_dict["hysteresis_left"]), counting.policy.hysteresis)
-        counting.scale = max(float(state_dict["scale"]), counting.policy.min_scale)
-        self._optimizer.grad_scale = counting.scale
+        self._counting.restore(state_dict)
+        self._optimizer.grad_scale = self._counting.scale
 
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:
         """After every step: changes the scale."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,6 +98,27 @@ class ScaleState:
     def at_minimum(self) -> bool:
         """Whether the next overflow cannot lower the scale, because it is at its minimum."""
         return self.policy is not None and self.left == 1 and self.scale == self.policy.min_scale
+
+    def saved(self) -> dict[str, Any]:
+        """Returns the scale and its counters, as plain numbers."""
+        return {
+            "dynamic": self.policy is not None,
+            "scale": self.scale,
+            "steps": self.steps,
+            "last_overflow": self.last_overflow,
+            "hysteresis_left": self.left,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Restores the result of `saved`, except the policy: a static scale keeps its value, and a dynamic one starts
+        at its initial value if a static one was saved.
+        """
+        if self.policy is None or not saved["dynamic"]:
+            return
+        self.steps = int(saved["steps"])
+        self.last_overflow = int(saved["last_overflow"])
+        self.left = min(int(saved["hysteresis_left"]), self.policy.hysteresis)
+        self.scale = max(float(saved["scale"]), self.policy.min_scale)
 
     def update(self, overflow: bool) -> None:
         """Counts one step, and changes the scale if it is due."""
@@ -182,15 +204,7 @@ class LossScaler:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the scale and its counters, as plain numbers."""
-        counting = self._counting
-        return {
-            "dynamic": counting.policy is not None,
-            "scale": counting.scale,
-            "steps": counting.steps,
-            "last_overflow": counting.last_overflow,
-            "hysteresis_left": counting.left,
-            "skipped_steps": self.skipped_steps,
-        }
+        return {**self._counting.saved(), "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the `state_dict()` of any rank. The policy is not restored: a static scale keeps its value, and a
@@ -205,14 +219,8 @@ class LossScaler:
                 "load after optimizer.step()"
             )
         self._scaled = False
-        counting = self._counting
         self.skipped_steps = int(state_dict["skipped_steps"])
-        if counting.policy is None or not state_dict["dynamic"]:
-            return
-        counting.steps = int(state_dict["steps"])
-        counting.last_overflow = int(state_dict["last_overflow"])
-        counting.left = min(int(state_dict["hysteresis_left"]), counting.policy.hysteresis)
-        counting.scale = max(float(state_dict["scale"]), counting.policy.min_scale)
+        self._counting.restore(state_dict)
 
     # --- called by the step
 
