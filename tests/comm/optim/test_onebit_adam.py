@@ -70,6 +70,27 @@ def test_the_first_phase_is_adamw_over_mean_gradients(world_size: int) -> None:
 
 
 @ranks(2)
+def test_the_first_phase_in_bf16_sends_half(world_size: int) -> None:
+    model, twin = mlp(), mlp()
+    halved = CompressionOptions(reduce_dtype=torch.bfloat16)
+    optimizer = OneBitAdam(model.parameters(), lr=1e-2, freeze_step=2, compression=halved)
+    before = optimizer.traffic.num_bytes
+    _train(model, optimizer, 0, 1)
+    both = zip(model.parameters(), gradients(twin, 0, 0), gradients(twin, 1, 0), strict=True)
+    for p, first, second in both:
+        rounded = (first.bfloat16() + second.bfloat16()).float() / 2
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], 0.1 * rounded)
+    numel = sum(p.numel() for p in model.parameters())
+    flags = 4 * (3 + len(list(model.parameters())))  # what all ranks agree on before a step
+    sent = wire.all_reduce_bytes(2 * numel, 2)
+    assert sent <= optimizer.traffic.num_bytes - before <= sent + wire.all_reduce_bytes(2 * flags, 2)
+    _train(model, optimizer, 1, 4)
+    _same_on_all_ranks(model)
+    with pytest.raises(ValueError, match="reduce_dtype must be"):
+        CompressionOptions(reduce_dtype=torch.float16)
+
+
+@ranks(2)
 def test_two_collectives_and_the_bytes_of_the_formula(world_size: int) -> None:
     model = mlp(width=700)
     optimizer = OneBitAdam(model.parameters(), lr=1e-3, freeze_step=2)

@@ -242,6 +242,7 @@ def test_with_model_parallelism_only_data_parallel_ranks_reduce() -> None:
     [
         ({"zero_optimization": {"stage": 1}}, "stage is 1: OneBitAdam averages whole gradients"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "remove the section"),
+        ({"communication_data_type": "bf16"}, "reduces gradients by itself; remove it, and set"),
     ],
 )
 def test_what_does_not_compose_is_refused(more: dict[str, Any], message: str) -> None:
@@ -253,6 +254,7 @@ def test_what_does_not_compose_is_refused(more: dict[str, Any], message: str) ->
     ("params", "message"),
     [
         ({"residual_dtype": "fp8"}, "residual_dtype is 'fp8'"),
+        ({"reduce_dtype": "fp16"}, "reduce_dtype is 'fp16'"),
         ({"freeze_step": 0}, "freeze_step must be at least 1"),
         ({"eps_inside_sqrt": True}, "does not support this value"),
         ({"freeze_steps": 3}, "no such argument"),

@@ -164,7 +164,8 @@ class SelfReducingOptimizer(Optimizer):
             self.report = StepReport(skipped=True, grad_norm=math.inf, clip_factor=0.0)
             return loss
         dense = [entry for entry, has in zip(dense, present, strict=True) if has]
-        sums = reduced([_grad_or_zeros(entry) for entry in dense], self.channel, unscale)
+        own = [_grad_or_zeros(entry) for entry in dense]
+        sums = reduced(own, self.channel, unscale, self.compression.reduce_dtype)
         mean = 1.0 / self.channel.world_size
         norm = math.sqrt(squared + kernels.squared_norm(sums)[0] * mean * mean)
         clip = self._clip_factor(norm)

@@ -31,9 +31,14 @@ class FlatLayout:
         ]
 
 
-def reduced(grads: Sequence[Tensor], channel: Channel, factor: float) -> list[Tensor]:
+def reduced(
+    grads: Sequence[Tensor], channel: Channel, factor: float, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
     """Returns the sums over ranks of `grads * factor`, as new fp32 tensors of the same shapes, not divided by the
     number of ranks. One collective for each `BUCKET_NUMEL` elements, and at most one for each tensor that is larger.
+
+    Args:
+        dtype: in which gradients are sent and summed; 16 bits need a second buffer.
     """
     sums: list[Tensor] = []
     first, pending = 0, []
@@ -50,8 +55,11 @@ def reduced(grads: Sequence[Tensor], channel: Channel, factor: float) -> list[Te
             sums.append(view)
         if factor != 1.0:
             buffer.mul_(factor)
-        pending.append(channel.all_reduce(buffer))
+        sent = buffer.to(dtype)
+        pending.append((channel.all_reduce(sent), sent, buffer))
         first = last
-    for work in pending:
+    for work, sent, buffer in pending:
         work.wait()
+        if sent is not buffer:
+            buffer.copy_(sent)
     return sums

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 import ds_comm.optim
 
-_RESIDUAL_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-ACCEPTED = ("residual_dtype", "variance_floor", "cuda_aware", "comm_backend_name")
+ACCEPTED = ("residual_dtype", "reduce_dtype", "variance_floor", "cuda_aware", "comm_backend_name")
 """Arguments that all of them have in a configuration, besides their own."""
 
 
@@ -27,15 +27,16 @@ def maker(class_name: str) -> Callable[..., Optimizer]:
         *,
         group: dist.ProcessGroup | None = None,
         residual_dtype: str = "fp32",
+        reduce_dtype: str = "fp32",
         variance_floor: float = 0.01,
         **arguments: Any,
     ) -> Optimizer:
-        if residual_dtype not in _RESIDUAL_DTYPES:
-            raise ValueError(
-                f"residual_dtype is {residual_dtype!r}, but must be one of {', '.join(_RESIDUAL_DTYPES)}"
-            )
+        for key, name in (("residual_dtype", residual_dtype), ("reduce_dtype", reduce_dtype)):
+            if name not in _DTYPES:
+                raise ValueError(f"{key} is {name!r}, but must be one of {', '.join(_DTYPES)}")
         compression = ds_comm.optim.CompressionOptions(
-            residual_dtype=_RESIDUAL_DTYPES[residual_dtype],
+            residual_dtype=_DTYPES[residual_dtype],
+            reduce_dtype=_DTYPES[reduce_dtype],
             variance_floor=variance_floor,
             broadcast_parameters=False,  # ds_zero.shard gives all ranks the values of rank 0
         )

@@ -44,6 +44,11 @@ def check_reduction(job: Job, optimizer: Optimizer) -> None:
             f"zero_optimization.offload_optimizer: {name} compresses what it sends on the device of the model; remove "
             "the section"
         )
+    if job.settings.communication_data_type is not None:
+        wrong.append(
+            f"communication_data_type is {job.settings.communication_data_type!r}: {name} reduces gradients by itself; "
+            "remove it, and set optimizer.params.reduce_dtype"
+        )
     scaling = job.precision.loss_scaling
     if not isinstance(optimizer, ClipsGradients):
         if math.isfinite(job.clipping):
