@@ -31,6 +31,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = tuple(sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")))
 # Those that only nvcc can build.
 CUDA_PACKAGES = tuple(name for name in PACKAGES if re.search(r"-cu\d+$", name))
+FULL = os.environ.get("DS_TEST_FULL") == "1"
+# For this Python and the youngest GPUs only: the others take minutes, and what breaks them breaks these as a rule.
+THIN = {} if FULL else {"DS_WHEELS_FOR": "this", "CUDAARCHS": "100"}
 HAS_NVCC = subprocess.run([ROOT / "ci" / "has_nvcc"], check=False).returncode == 0
 # May be used without being declared: the environment is "a machine with torch".
 GIVEN = ("torch", "numpy")
@@ -40,7 +43,7 @@ def build_wheels(folder: Path) -> dict[str, Path]:
     """The wheels that `ci/build_wheels` makes of the tree as it is, by package, for this Python; made once, also when
     several processes ask.
     """
-    digest = hashlib.sha256(repr(HAS_NVCC).encode())
+    digest = hashlib.sha256(repr((HAS_NVCC, THIN)).encode())
     for top in ("ci", "packages", "cpp", "cmake", "CMakeLists.txt", "VERSION"):
         for path in sorted(p for p in [ROOT / top, *(ROOT / top).rglob("*")] if p.is_file()):
             if "__pycache__" not in path.parts and path.suffix != ".so":
@@ -51,7 +54,7 @@ def build_wheels(folder: Path) -> dict[str, Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             unfinished = folder / "unfinished"
-            run(["bash", str(ROOT / "ci" / "build_wheels"), str(unfinished)], DS_VENV=sys.prefix)
+            run(["bash", str(ROOT / "ci" / "build_wheels"), str(unfinished)], DS_VENV=sys.prefix, **THIN)
             unfinished.rename(target)
     return {
         normalised(name): wheel
