@@ -439,7 +439,9 @@ def test_experts_have_a_mesh_of_their_own(stage: int) -> None:
 def test_expert_meshes_that_do_not_go_together_are_refused() -> None:
     mesh = init_device_mesh("cpu", (2, 2))
     model = tiny()
-    with pytest.raises(ValueError, match=r"mesh_for gives 'embed.weight' a mesh of its own.*one axis"):
+    with pytest.raises(
+        ValueError, match=r"mesh_for gives 'embed.weight' a mesh of 4 ranks in 1 axes.*two axes"
+    ):
         ds_zero.shard(
             model, adamw(model.parameters()), 1, mesh, mesh_for=lambda *_: DeviceMesh("cpu", [0, 1, 2, 3])
         )

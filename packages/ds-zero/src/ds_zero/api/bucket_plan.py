@@ -52,6 +52,7 @@ def plan_layouts(
                 undivided=group != FROZEN and undivided[group],
                 axis=topology.axis_of.get(fqn, 0),
                 by_rows=group != FROZEN and id(p) in rows,
+                run=topology.stacked.get(fqn, (0, 1)),
             )
         )
     if stage == 3:

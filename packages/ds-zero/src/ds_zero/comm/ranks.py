@@ -44,6 +44,8 @@ class Ranks:
     """Index of this set of ranks among the sets that hold different values under the same names, and the number of
     sets.
     """
+    across: Ranks | None = None
+    """The ranks that hold the other runs of parameters of which these ranks hold one ([Note: stacked parameters])."""
     axis: str = "data"
     """The kind of these ranks, one of `AXES`; a `Comm` may have different collectives for some kinds."""
     transport: Transport | None = field(default=None, compare=False, repr=False)

@@ -6,12 +6,20 @@ disjoint, so all count. Replicas are equal, so sums stay within one replica. In 
 that is split counts on every member; a parameter that all members hold counts on the first. Experts are sharded over
 another mesh; its ranks and those of the other experts together are the data axis, so their slices are disjoint there,
 too.
+
+[Note: stacked parameters]
+Weights of experts are often one tensor, whose first dimension is the experts. Under expert parallelism each rank has an
+equal run of it. A `mesh_for` with the method `stacked_over` tells so: the parameter is then part of one logical tensor
+for all experts. Checkpoints contain that tensor, so that another number of expert-parallel ranks can load it, and
+`full_state_dict` returns it. Other parameters with a mesh of their own have as many values under one name as there are
+sets of ranks; checkpoints distinguish these by coordinates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -22,6 +30,16 @@ from ds_zero.comm.ranks import Group, Ranks, ranks_of
 
 MeshFor = Callable[[str, nn.Parameter], DeviceMesh | Ranks | None]
 """A function from a parameter's name and the parameter to the mesh over which it is sharded; None: the model's mesh."""
+
+
+@runtime_checkable
+class KnowsStacks(Protocol):
+    """A `MeshFor` that knows which parameters are runs of stacked ones, [Note: stacked parameters]."""
+
+    def stacked_over(self, fqn: str, param: nn.Parameter) -> DeviceMesh | Ranks | None:
+        """Returns the ranks of which rank r holds the r-th of equal runs along the first dimension; None: the
+        parameter is no such run.
+        """
 
 
 def cut_by_model_parallelism(fqn: str, param: nn.Parameter) -> bool:
@@ -56,6 +74,8 @@ class Topology:
     """[Note: who counts a gradient]"""
     uncounted: frozenset[str]
     """Parameters that another rank counts in norms."""
+    stacked: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """For runs of stacked parameters, (index of the run, number of runs). [Note: stacked parameters]"""
 
 
 def topology_of(
@@ -72,6 +92,7 @@ def topology_of(
     main = ranks_of(mesh)
     axes, axis_of = [main], {}
     known: dict[DeviceMesh | Ranks, int] = {}
+    stacked: dict[str, tuple[int, int]] = {}
     for fqn, param in params.items() if mesh_for is not None else ():
         assert mesh_for is not None
         own = mesh_for(fqn, param)
@@ -80,7 +101,12 @@ def topology_of(
         if own not in known:
             known[own] = len(axes)
             axes.append(_expert_ranks(own, main, fqn))
-        axis_of[fqn] = known[own]
+        axis_of[fqn] = index = known[own]
+        across = _stacked_over(mesh_for, fqn, param)
+        if across is not None:
+            others = ranks_of(across)
+            stacked[fqn] = (others.rank, others.size)
+            axes[index] = replace(axes[index], across=others)
     groups, uncounted = [main], frozenset[str]()
     if model_parallel is not None:
         if not isinstance(model_parallel, ModelParallel):
@@ -89,7 +115,11 @@ def topology_of(
         groups.append(across)
         if across.rank > 0:
             uncounted = frozenset(n for n, p in params.items() if not model_parallel.is_cut(n, p))
-    return Topology(tuple(axes), axis_of, tuple(groups), uncounted)
+    return Topology(tuple(axes), axis_of, tuple(groups), uncounted, stacked)
+
+
+def _stacked_over(mesh_for: object, fqn: str, param: nn.Parameter) -> DeviceMesh | Ranks | None:
+    return mesh_for.stacked_over(fqn, param) if isinstance(mesh_for, KnowsStacks) else None
 
 
 def numbered(topology: Topology, device: torch.device) -> Topology:
@@ -112,15 +142,21 @@ def _first_rank(ranks: Ranks) -> int:
 
 
 def _expert_ranks(mesh: DeviceMesh | Ranks, main: Ranks, fqn: str) -> Ranks:
-    """Experts process the tokens of all data-parallel ranks, so gradients are averaged over all of these."""
-    if main.replicas is not None:
-        raise ValueError(
-            f"mesh_for gives {fqn!r} a mesh of its own: the model's mesh must then have only one axis"
-        )
+    """Experts process the tokens of all data-parallel ranks, so gradients are averaged over all of these. Replicas of
+    the model are replicas of its experts, too.
+    """
     divided = ranks_of(mesh)
-    if divided.replicas is not None or main.total % divided.size:
+    copies = main.replicas.size if main.replicas is not None else 1
+    own_copies = divided.replicas.size if divided.replicas is not None else 1
+    if own_copies != copies:
+        axes = "one axis" if copies == 1 else f"two axes (replicate, shard), the first with {copies} ranks"
         raise ValueError(
-            f"mesh_for gives {fqn!r} a mesh of {divided.total} ranks in {len(divided.axes)} axes: give one axis, whose "
-            f"size divides the {main.total} ranks of the model's mesh"
+            f"mesh_for gives {fqn!r} a mesh of {divided.total} ranks in {len(divided.axes)} axes: the model's mesh has "
+            f"{len(main.axes)}, so give it {axes}"
+        )
+    if main.size % divided.size:
+        raise ValueError(
+            f"mesh_for gives {fqn!r} a mesh of {divided.size} ranks: the size must divide the {main.size} ranks over "
+            "which the model is sharded"
         )
     return replace(divided, mean_over=main.total, axis="expert")

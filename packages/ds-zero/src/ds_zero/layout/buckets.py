@@ -44,6 +44,8 @@ class ParamInfo:
     """Index of the axis over which it is sharded; experts have another axis than the rest of the model."""
     by_rows: bool = False
     """Whether only the nonzero rows of its gradient are sent; such a parameter has its own bucket."""
+    run: tuple[int, int] = (0, 1)
+    """Index of this rank's run among the equal runs of a stacked parameter, and their number."""
 
     @property
     def numel(self) -> int:
@@ -58,6 +60,8 @@ class Slot:
     shape: tuple[int, ...]
     offset: int
     """First element in the bucket."""
+    run: tuple[int, int] = (0, 1)
+    """Index of this rank's run among the equal runs of a stacked parameter, and their number."""
 
     @property
     def numel(self) -> int:
@@ -66,6 +70,16 @@ class Slot:
     @property
     def end(self) -> int:
         return self.offset + self.numel
+
+    @property
+    def logical_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter, with all runs if it is stacked."""
+        return (self.shape[0] * self.run[1], *self.shape[1:]) if self.run[1] > 1 else self.shape
+
+    @property
+    def logical_start(self) -> int:
+        """The first element of this rank's run in the flattened logical parameter."""
+        return self.run[0] * self.numel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +174,7 @@ def place(params: Iterable[ParamInfo]) -> tuple[Slot, ...]:
     """Slots one after the other, each starting on an aligned element."""
     slots, offset = [], 0
     for info in params:
-        slots.append(Slot(fqn=info.fqn, shape=info.shape, offset=offset))
+        slots.append(Slot(fqn=info.fqn, shape=info.shape, offset=offset, run=info.run))
         offset = round_up(offset + info.numel, ALIGN_NUMEL)
     return tuple(slots)
 

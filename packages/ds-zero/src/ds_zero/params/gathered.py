@@ -6,9 +6,11 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_zero import _registry
+from ds_zero.layout.buckets import Slot
 from ds_zero.params.deferred_values import gathered_before_shard
 from ds_zero.params.gathered_context import OpenGather
 from ds_zero.runtime.bucket import Bucket
@@ -139,7 +141,9 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Returns whole values by name, on the CPU of rank 0; an empty dict on other ranks. Collective.
 
     Parameters are the fp32 masters, frozen ones have their own dtype. Tied parameters appear under each of their names,
-    as one tensor. Persistent buffers are included. In addition to the result, rank 0 needs memory for one bucket.
+    as one tensor. Persistent buffers are included. A stacked parameter of which ranks hold runs is returned whole; of
+    other parameters with a mesh of their own, the values of the mesh of rank 0. In addition to the result, rank 0 needs
+    memory for one bucket.
     """
     state = _registry.state_of(model)
     state.stepper.settle()
@@ -147,15 +151,26 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for bucket in state.buckets:
         whole = _whole(state, bucket)
-        if state.ranks.first:
-            for slot in bucket.layout.slots:
-                value = whole[slot.offset : slot.end].view(slot.shape).cpu().clone()
+        for slot in bucket.layout.slots:
+            value = _with_all_runs(bucket, slot, whole[slot.offset : slot.end])
+            if state.ranks.first:
+                value = value.view(slot.logical_shape).cpu().clone()
                 for name in state.names[slot.fqn]:
                     values[name] = value
     if not state.ranks.first:
         return {}
     values |= {n: b.detach().cpu().clone() for n, b in model.named_buffers()}
     return {name: values[name] for name in model.state_dict(keep_vars=True)}
+
+
+def _with_all_runs(bucket: Bucket, slot: Slot, own: Tensor) -> Tensor:
+    """Returns the flattened logical parameter on the first rank, [Note: stacked parameters]. Collective."""
+    across = bucket.ranks.across
+    if slot.run[1] == 1 or across is None or across.group is None:
+        return own
+    runs = [torch.empty_like(own) for _ in range(across.size)]
+    dist.all_gather(runs, own.contiguous(), group=across.group)
+    return torch.cat(runs)
 
 
 def _whole(state: ZeroState, bucket: Bucket) -> Tensor:

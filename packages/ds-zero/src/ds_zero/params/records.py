@@ -48,7 +48,7 @@ class ShardRecord:
     """1-D, contiguous: a view of the tensor, or a `StoredTensor` if it is away ([Note: tensors that are away])."""
     coordinates: Coordinates = field(default_factory=dict)
     """Distinguishes tensors with the same name: {"expert": (i, n)} for set i of n sets of ranks that have different
-    values (`mesh_for`); else empty."""
+    values (`mesh_for`); empty for others, and for runs of one stacked tensor ([Note: stacked parameters])."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,29 @@ class Range:
 
     @property
     def coordinates(self) -> dict[str, tuple[int, int]]:
-        return coordinates_of(self.bucket)
+        return coordinates_of(self.bucket, self.slot)
+
+    @property
+    def logical_start(self) -> int:
+        """Index of the first element in the flattened logical tensor, [Note: stacked parameters]."""
+        return self.slot.logical_start + self.start
+
+    @property
+    def element_shape(self) -> tuple[int, ...]:
+        """Shape of an element-wise state of the logical tensor."""
+        return self.slot.logical_shape or (1,)
 
     def record(
         self, state: str, shape: tuple[int, ...], start: int, data: Tensor | StoredTensor
     ) -> ShardRecord:
-        """Returns a record of the elements from `start` on of this parameter or one of its states."""
+        """Returns a record of the elements from `start` on of the logical tensor or one of its states."""
         return ShardRecord(self.fqn, state, shape, start, data, self.coordinates)
 
 
-def coordinates_of(bucket: Bucket) -> dict[str, tuple[int, int]]:
-    """Returns `ShardRecord.coordinates` of the bucket's parameters."""
+def coordinates_of(bucket: Bucket, slot: Slot) -> dict[str, tuple[int, int]]:
+    """Returns `ShardRecord.coordinates` of a parameter."""
     index, count = bucket.ranks.part
-    return {"expert": (index, count)} if count > 1 else {}
+    return {"expert": (index, count)} if count > 1 and slot.run[1] == 1 else {}
 
 
 def ranges(state: ZeroState, *, owned: bool) -> Iterator[Range]:
@@ -139,7 +149,9 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     own_records: list[ShardRecord] = []
     reader = BucketReader(optimizer)
     for r in ranges(state, owned=False):
-        own_records.append(r.record(PARAM, r.slot.shape, r.start, _own_values(r, optimizer, reader)))
+        own_records.append(
+            r.record(PARAM, r.slot.logical_shape, r.logical_start, _own_values(r, optimizer, reader))
+        )
         if not r.bucket.shards:
             continue
         shard = r.bucket.shards[r.index]
@@ -186,22 +198,22 @@ def _stored_state(r: Range, name: str, dtype: torch.dtype, reader: BucketReader)
     def load() -> Tensor:
         return reader.state(r.bucket, r.index, name).reshape(-1)[begin : begin + r.numel]
 
-    return r.record(name, r.slot.shape or (1,), r.start, StoredTensor(r.numel, dtype, load))
+    return r.record(name, r.element_shape, r.logical_start, StoredTensor(r.numel, dtype, load))
 
 
 def _state_record(r: Range, name: str, value: object, shard: Tensor) -> list[ShardRecord]:
     if isinstance(value, Tensor) and value.ndim > 0 and value.shape == shard.shape:
         begin = r.start - r.shard_start
         own = value.reshape(-1)[begin : begin + r.numel]
-        return [r.record(name, r.slot.shape or (1,), r.start, own)]
-    if r.start != 0:
+        return [r.record(name, r.element_shape, r.logical_start, own)]
+    if r.logical_start != 0:
         return []
     if isinstance(value, Tensor) and value.ndim == 0:
         return [r.record(name, (), 0, value.detach().reshape(1))]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return [r.record(name, (), 0, torch.tensor([value], dtype=torch.float64))]
     if (
-        isinstance(value, Tensor) and r.bucket.layout.undivided
+        isinstance(value, Tensor) and r.bucket.layout.undivided and r.slot.run[1] == 1
     ):  # another shape than the parameter, as of Adafactor
         return [r.record(name, tuple(value.shape), 0, value.detach().reshape(-1))]
     if value is None:
@@ -263,7 +275,7 @@ def load_records(
                     if r.slot.fqn in keep:
                         continue
                     master = _master_to_read(r, optimizer if optimizer_states else None, values)
-                    source.read(r.fqn, PARAM, r.start, master, r.coordinates)
+                    source.read(r.fqn, PARAM, r.logical_start, master, r.coordinates)
                     if bucket.shards and optimizer_states and optimizer is not None:
                         _load_states(r, optimizer, source)
                         _split(r, optimizer, values, master)
@@ -294,13 +306,13 @@ def _to_be_read(
     for r in ranges(state, owned=True):
         if r.slot.fqn in keep:
             continue
-        yield r.fqn, PARAM, r.coordinates, r.start, r.numel
+        yield r.fqn, PARAM, r.coordinates, r.logical_start, r.numel
         if not (r.bucket.shards and optimizer_states):
             continue
         for name, (shape, _) in source.states(r.fqn, r.coordinates).items():
             if name != PARAM:
                 if _is_ranged(r, shape):
-                    yield r.fqn, name, r.coordinates, r.start, r.numel
+                    yield r.fqn, name, r.coordinates, r.logical_start, r.numel
                 else:
                     yield r.fqn, name, r.coordinates, 0, math.prod(shape)
 
@@ -310,7 +322,7 @@ def _is_ranged(r: Range, shape: Sequence[int]) -> bool:
     another shape, which exists only in the whole layout. An element-wise state of a 0-dim parameter has the shape (1,),
     which distinguishes it from a number.
     """
-    return tuple(shape) == (r.slot.shape or (1,))
+    return tuple(shape) == r.element_shape
 
 
 def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -328,7 +340,7 @@ def _share_frozen(state: ZeroState) -> None:
 
 def _check(state: ZeroState, model: nn.Module, source: RecordSource, keep: AbstractSet[str]) -> None:
     wanted: dict[str, tuple[str, Coordinates, tuple[int, ...]]] = {
-        slot.fqn: (PARAM, coordinates_of(bucket), slot.shape)
+        slot.fqn: (PARAM, coordinates_of(bucket, slot), slot.logical_shape)
         for bucket in state.buckets
         for slot in bucket.layout.slots
     }
@@ -413,7 +425,7 @@ def _load_states(r: Range, optimizer: Optimizer, source: RecordSource) -> None:
             check_convertible(name, held[name].dtype, dtype)
             begin = r.start - r.shard_start
             own = held[name].view(-1)[begin : begin + r.numel]
-            source.read(r.fqn, name, r.start, own, r.coordinates)
+            source.read(r.fqn, name, r.logical_start, own, r.coordinates)
         else:
             flat = torch.empty(math.prod(shape), dtype=dtype, device=shard.device if shape else None)
             source.read(r.fqn, name, 0, flat, r.coordinates)

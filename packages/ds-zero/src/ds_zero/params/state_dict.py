@@ -13,7 +13,7 @@ from ds_zero.params.records import BUFFER, PARAM, load_records
 
 
 class _Values:
-    """A state_dict as a source of records."""
+    """A state_dict as a source of records. A stacked parameter is given whole."""
 
     def __init__(self, values: Mapping[str, Tensor], buffers: frozenset[str]) -> None:
         self._values, self._buffers = values, buffers

@@ -1,0 +1,1 @@
+"""Moves tokens to their experts and back: plans as pure functions, permutations with gradients, messages."""

@@ -1,0 +1,124 @@
+"""Expert parallelism x ZeRO in a plain loop equals all experts on one process, computed by a loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import ds_moe
+import ds_zero
+from ds_moe.errors import ExpertParallelError
+from harness import ranks
+from moe.small import Small, batch, mean_grads, with_loops
+
+CONFIG = ds_zero.ZeroConfig(persistence_threshold_numel=0)
+
+
+def trained(
+    ep: int,
+    stage: int,
+    arguments: dict[str, object],
+    *,
+    replicate: int = 1,
+    accumulate: int = 1,
+    uneven: bool = False,
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Norms of three steps, and the values afterwards."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = Small(ep, **arguments)  # type: ignore[arg-type]
+    mesh = None
+    if replicate > 1:
+        mesh = init_device_mesh("cpu", (replicate, world // replicate), mesh_dim_names=("replicate", "shard"))
+    mesh_for = ds_moe.expert_mesh(model, mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=True)
+    ds_zero.shard(model, optimizer, stage, mesh, config=CONFIG, mesh_for=mesh_for)
+    norms = []
+    for step in range(3):
+        for micro in range(accumulate):
+            loss = model(batch(10 * step + micro, rank, size(rank, uneven))) / accumulate
+            if micro + 1 < accumulate:
+                with ds_zero.no_sync(model):
+                    loss.backward()
+            else:
+                loss.backward()
+        norms.append(ds_zero.clip_grad_norm_(model, 0.5).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms, ds_zero.full_state_dict(model)
+
+
+def size(rank: int, uneven: bool) -> int:
+    return (0, 9, 1, 14)[rank] if uneven else 9
+
+
+def reference(
+    world: int, arguments: dict[str, object], *, accumulate: int = 1, uneven: bool = False
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    model = with_loops(Small(1, **arguments))  # type: ignore[arg-type]
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, lr=0.01, foreach=True)
+    norms = []
+    for step in range(3):
+        for micro in range(accumulate):
+            batches = [batch(10 * step + micro, rank, size(rank, uneven)) for rank in range(world)]
+            mean_grads(model, batches, world * accumulate)
+        grads = [p.grad for p in params if p.grad is not None]
+        norms.append(ds_zero.total_norm(grads).item())
+        torch._foreach_mul_(grads, min(0.5 / (norms[-1] + 1e-6), 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms, {n: v.detach() for n, v in model.state_dict().items()}
+
+
+CASES = [
+    # ep, stage, replicas, k, drop_tokens, accumulation, uneven
+    (1, 3, 1, 1, True, 1, False),
+    (2, 0, 1, 2, True, 2, False),
+    (2, 1, 1, 1, False, 1, True),
+    (2, 2, 1, 3, False, 2, False),
+    (2, 3, 1, 2, False, 1, True),
+    (2, 3, 2, 2, True, 2, False),
+    (2, 1, 2, 1, True, 1, False),
+    (4, 0, 1, 1, False, 1, True),
+    (4, 1, 1, 3, True, 2, False),
+    (4, 2, 1, 2, False, 1, True),
+    (4, 3, 1, 3, True, 1, False),
+]
+
+
+@ranks(4, groups_may_stay=True, timeout_s=120)
+def test_equals_a_loop_on_one_process() -> None:
+    known: dict[object, tuple[list[float], dict[str, torch.Tensor]]] = {}
+    for ep, stage, replicas, k, drop, accumulate, uneven in CASES:
+        arguments: dict[str, object] = {"k": k, "drop_tokens": drop, "min_capacity": 1}
+        norms, values = trained(
+            ep, stage, arguments, replicate=replicas, accumulate=accumulate, uneven=uneven
+        )
+        key = (k, drop, accumulate, uneven)
+        if key not in known:
+            known[key] = reference(4, arguments, accumulate=accumulate, uneven=uneven)
+        expected_norms, expected = known[key]
+        case = f"ep={ep} stage={stage} replicas={replicas} {key}"
+        assert norms == pytest.approx(expected_norms, rel=2e-5), case
+        if dist.get_rank() == 0:
+            assert values.keys() == expected.keys()
+            for name, value in values.items():
+                torch.testing.assert_close(
+                    value, expected[name], rtol=2e-4, atol=2e-5, msg=lambda m, n=name, c=case: f"{c} {n}: {m}"
+                )
+
+
+@ranks(4, groups_may_stay=True)
+def test_sizes_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ExpertParallelError, match="ep_size=3 must divide num_experts=4"):
+        Small(3)
+    with pytest.raises(ExpertParallelError, match="ep_size=3 must divide the 4 ranks"):
+        Small(3, num_experts=6)
+    model = Small(4)
+    with pytest.raises(ExpertParallelError, match=r"call ds_moe.expert_mesh\(model\)"):
+        model(batch(0, 0))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    with pytest.raises(ExpertParallelError, match=r"ep_size=4 must divide the data axis.* with 2 ranks"):
+        ds_moe.expert_mesh(model, mesh)
