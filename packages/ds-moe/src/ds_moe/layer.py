@@ -148,7 +148,8 @@ class MoELayer(nn.Module):
         """Rajbhandari et al., DeepSpeed-MoE (2022), section 4.1: a dense expert beside the routed one."""
         assert self.residual is not None and self.coefficient is not None
         share = self.coefficient(tokens).softmax(-1)
-        return routed * share[:, :1] + self.residual(tokens) * share[:, 1:]
+        dense: Tensor = self.residual(tokens)
+        return routed * share[:, :1] + dense * share[:, 1:]
 
     def extra_repr(self) -> str:
         """Returns which experts this rank holds."""
