@@ -147,7 +147,7 @@ class MoELayer(nn.Module):
     def _with_residual(self, tokens: Tensor, routed: Tensor) -> Tensor:
         """Rajbhandari et al., DeepSpeed-MoE (2022), section 4.1: a dense expert beside the routed one."""
         assert self.residual is not None and self.coefficient is not None
-        share = self.coefficient(tokens).softmax(-1)
+        share: Tensor = self.coefficient(tokens).softmax(-1)
         dense: Tensor = self.residual(tokens)
         return routed * share[:, :1] + dense * share[:, 1:]
 
