@@ -92,6 +92,7 @@ TESTED = {
     "test_nothing_is_read_ahead_if_no_bytes_are_allowed",
     "activation_offload.max_host_bytes": "test_activation_offload.py::test_host_memory_is_limited",
     "activation_checkpointing": "test_engine.py::test_activation_checkpointing_follows_the_configuration",
+    "flops_profiler": "build/test_profiler.py::test_the_profiled_step_has_the_work_of_its_formula_at_every_stage",
     "wall_clock_breakdown": "training/test_timing.py::test_the_engine_measures_its_parts_and_writes_curves",
     "memory_breakdown": "training/test_timing.py::test_memory_is_written_after_each_part",
     "tensorboard": "training/test_monitor.py::test_tensorboard",

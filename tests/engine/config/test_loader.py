@@ -165,7 +165,7 @@ def test_numbers_that_are_too_large_are_refused() -> None:
 
 
 @pytest.mark.parametrize("off", [{"enabled": False}, {}, None, False])
-@pytest.mark.parametrize("section", ["flops_profiler", "tensorboard", "amp"])
+@pytest.mark.parametrize("section", ["comms_logger", "tensorboard", "amp"])
 def test_what_is_switched_off_is_accepted(section: str, off: Any) -> None:
     assert load({**MINIMAL, section: off}) == load(MINIMAL)
 

@@ -112,7 +112,10 @@ class Bottleneck(nn.Module):
 
 
 def test_resnet_50():
-    layers, inputs = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)], 64
+    layers, inputs = (
+        [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)],
+        64,
+    )
     for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
         for index in range(blocks):
             layers.append(Bottleneck(inputs, width, stride if index == 0 else 1))

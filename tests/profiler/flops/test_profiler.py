@@ -86,7 +86,10 @@ def test_recomputed_forward_is_told_apart(reentrant):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.again = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+            self.first, self.again = (
+                nn.Linear(8, 8),
+                nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)),
+            )
 
         def forward(self, x):
             return checkpoint(self.again, self.first(x), use_reentrant=reentrant)

@@ -67,6 +67,10 @@ _RUNTIME_UTILS = (
 _GATES = (
     "top1gating top2gating topkgating _route_slots _sparse_decode _sparse_encode TopKGate MOELayer Experts"
 )
+_FLOPS = (
+    "FlopsProfiler get_model_profile number_to_string flops_to_string macs_to_string params_to_string "
+    "duration_to_string"
+)
 _TOPOLOGY = "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology PipelineParallelGrid _prime_factors"
 _CONSTANTS = (
     "ADAM_OPTIMIZER ADAMW_OPTIMIZER LAMB_OPTIMIZER ADAGRAD_OPTIMIZER LION_OPTIMIZER SGD_OPTIMIZER "
@@ -182,8 +186,8 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "ops.transformer": {_REFUSED: "DeepSpeedTransformerLayer DeepSpeedTransformerConfig"},
     "pipe": {_REFUSED: "PipelineModule LayerSpec TiedLayerSpec"},
     "profiling": {},
-    "profiling.flops_profiler": {_REFUSED: "FlopsProfiler get_model_profile"},
-    "profiling.flops_profiler.profiler": {_REFUSED: "FlopsProfiler get_model_profile"},
+    "profiling.flops_profiler": {"ds_compat.profiling": _FLOPS},
+    "profiling.flops_profiler.profiler": {"ds_compat.profiling": _FLOPS},
     "runtime": {"ds_compat.engine.optimizer": "DeepSpeedOptimizer ZeROOptimizer"},
     "runtime.activation_checkpointing": {},
     "runtime.activation_checkpointing.checkpointing": "ds_compat.engine.activation_checkpointing",

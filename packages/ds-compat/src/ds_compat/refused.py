@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 PIPE = "ds-pipe (pipeline parallelism)"
 MOE = "ds-moe (mixture of experts)"
 LAYERS = "ds-layers (tensor and sequence parallelism, sparse attention)"
-PROFILER = "ds-profiler (FLOPs and time of a model)"
 ENGINE = "ds-engine"
 OFFLOAD = "ds-offload (states on the host and on NVMe)"
 COMM = "ds-comm (compressed communication)"
@@ -33,7 +32,6 @@ OWNERS: Mapping[str, str] = {
         "SparsityConfig DenseSparsityConfig FixedSparsityConfig VariableSparsityConfig BigBirdSparsityConfig "
         "BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig SparseAttentionUtils "
         "DeepSpeedTransformerLayer DeepSpeedTransformerConfig initialize_sequence_parallel",
-        PROFILER: "FlopsProfiler get_model_profile",
         ENGINE: "Autotuner ResourceManager init_compression "
         "redundancy_clean ds_to_universal DeepSpeedDataSampler DataAnalyzer RandomLTDScheduler",
         OFFLOAD: "GDSBuilder",

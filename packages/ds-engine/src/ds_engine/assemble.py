@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
 from ds_engine import rules
-from ds_engine.build import memory, offload, ranks, self_reducing, zero
+from ds_engine.build import memory, offload, profiler, ranks, self_reducing, zero
 from ds_engine.build.comm import collectives_of
 from ds_engine.build.data import Loader
 from ds_engine.build.optimizer import optimizer_of
@@ -101,7 +101,7 @@ def initialize(
     zero.shard(job, model, built, meshes, world.device, comm, store)
     job.precision.cast_buffers(model)
     schedule = schedule_of(job, lr_scheduler, built)
-    reporting = _reporting(job, world, schedule)
+    reporting = _reporting(job, world, schedule, model)
     engine = Engine(
         Parts(
             job=job,
@@ -121,7 +121,7 @@ def initialize(
     return engine, built, engine.training_dataloader, schedule
 
 
-def _reporting(job: Job, world: World, schedule: LRSchedule | None) -> Reporting:
+def _reporting(job: Job, world: World, schedule: LRSchedule | None, model: nn.Module) -> Reporting:
     settings = job.settings
     total_steps = getattr(schedule, "total_num_steps", None)
     progress = Progress(
@@ -136,7 +136,12 @@ def _reporting(job: Job, world: World, schedule: LRSchedule | None) -> Reporting
         every=progress.every,
         write=progress.write,
     )
-    return Reporting(progress=progress, monitor=Monitor.of(settings, world.rank), breakdown=breakdown)
+    return Reporting(
+        progress=progress,
+        monitor=Monitor.of(settings, world.rank),
+        breakdown=breakdown,
+        profiler=profiler.flops_of(model, settings.flops_profiler, world, job.batch.micro, progress.write),
+    )
 
 
 def _savers(settings: DsConfig, progress: Progress, optimizer: Optimizer) -> Savers:

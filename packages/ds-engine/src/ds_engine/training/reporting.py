@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 from ds_engine.training.monitor import Monitor
 from ds_engine.training.progress import Progress, StepReport
 from ds_engine.training.timing import Breakdown
+
+
+class StepProfiler(Protocol):
+    """Observes the parts of every step, and writes a report of its own."""
+
+    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Around one part of a step."""
+
+    def end_step(self) -> None:
+        """A step has ended."""
 
 
 @dataclass(kw_only=True)
@@ -19,12 +31,16 @@ class Reporting:
     progress: Progress
     monitor: Monitor
     breakdown: Breakdown
+    profiler: StepProfiler | None = None
     _loss: Tensor | None = field(default=None, init=False)
     """Mean loss over the micro-batches of this step so far, on this rank."""
 
-    def part(self, name: str) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
         """Context manager around one part of a step, which measures time and memory."""
-        return self.breakdown.part(name)
+        observed = contextlib.nullcontext() if self.profiler is None else self.profiler.part(name)
+        with self.breakdown.part(name), observed:
+            yield
 
     def add_loss(self, part: Tensor) -> None:
         """Adds the loss of one micro-batch, divided by their number. It is read only if something reports it."""
@@ -33,6 +49,8 @@ class Reporting:
 
     def step(self, report: StepReport) -> None:
         """Reports the step that has ended."""
+        if self.profiler is not None:
+            self.profiler.end_step()
         loss, self._loss = self._loss, None
         wanted = self.monitor.enabled or self.progress.due(report.step)
         value = loss.item() if loss is not None and wanted else None

@@ -5,4 +5,14 @@ from ds_profiler.flops.profile import ModuleProfile, Profile
 from ds_profiler.flops.profiler import FlopsProfiler, profile_model
 from ds_profiler.flops.report import count_text, text
 
-__all__ = ["FlopsProfiler", "Formula", "ModuleProfile", "Profile", "Work", "count_text", "products", "profile_model", "text"]
+__all__ = [
+    "FlopsProfiler",
+    "Formula",
+    "ModuleProfile",
+    "Profile",
+    "Work",
+    "count_text",
+    "products",
+    "profile_model",
+    "text",
+]

@@ -1,9 +1,9 @@
 """How many floating-point operations one torch operation does, from the shapes of what goes in and comes out.
 
-A multiply-accumulate (MAC) is one multiplication and one addition, so 2 FLOPs. Matrix products, convolutions and attention are
-counted in MACs; attention with a causal mask is counted whole, as is usual, although kernels skip half of it. Everything
-else is counted in FLOPs by element: one for an element-wise operation, `PER_ELEMENT` for the others. Copies, casts,
-comparisons, indexing and random numbers are no floating-point operations.
+A multiply-accumulate (MAC) is one multiplication and one addition, so 2 FLOPs. Matrix products, convolutions and
+attention are counted in MACs; attention with a causal mask is counted whole, as is usual, although kernels skip half of
+it. Everything else is counted in FLOPs by element: one for an element-wise operation, `PER_ELEMENT` for the others.
+Copies, casts, comparisons, indexing and random numbers are no floating-point operations.
 
 The formulas of products and convolutions, and of their backward, are those of `torch.utils.flop_counter`; this module
 adds operations that it lacks (grouped products, attention on a CPU, grouped-query attention, recurrent layers, fused
@@ -114,8 +114,18 @@ PER_ELEMENT = {
 }
 # Element-wise for torch, but nothing is computed.
 MOVES = frozenset(
-    "clone copy copy_ _to_copy fill fill_ where masked_fill masked_fill_ zero_ contiguous alias lift_fresh nan_to_num "
-    "bernoulli bernoulli_ native_dropout".split()
+    ("clone", "copy", "copy_", "_to_copy", "fill", "fill_", "zero_", "where", "masked_fill")
+) | frozenset(
+    (
+        "masked_fill_",
+        "contiguous",
+        "alias",
+        "lift_fresh",
+        "nan_to_num",
+        "bernoulli",
+        "bernoulli_",
+        "native_dropout",
+    )
 )
 
 
@@ -252,7 +262,9 @@ class Formulas:
         """Whether there is a formula for the operation itself, so that it need not be taken apart."""
         name = str(function.name()).split(".")[0]
         return (
-            name in self._own or name.removeprefix("aten::") in FORMULAS or function._overloadpacket in flop_registry
+            name in self._own
+            or name.removeprefix("aten::") in FORMULAS
+            or function._overloadpacket in flop_registry
         )
 
     def work(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work:

@@ -98,7 +98,7 @@ class FlopsProfiler:
         names = {name for name, _ in self._named}
         # named_modules lists parents before their children.
         for index in reversed(range(len(self._named))):
-            name, module = self._named[index]
+            name, _ = self._named[index]
             children = tuple(reversed(below.pop(name, [])))
             profile = self._of(index, children)
             if not name:
@@ -169,4 +169,3 @@ def profile_model(
     with FlopsProfiler(model, ignore=ignore, formulas=formulas) as profiler:
         run(*args, **(kwargs or {}))
     return profiler.profile()
-

@@ -1,11 +1,11 @@
 """Counts the operations that run, and attributes each to a module.
 
 [Note: which module an operation belongs to]
-Hooks around the forward of every module keep a stack; an operation of the forward belongs to the module on top. Autograd
-numbers the nodes of its graph in the order of their creation, so the nodes of one module's forward have the numbers
-between those at its beginning and end. An operation of the backward belongs to the module in whose range the number of
-the running node lies. No tensor is touched for it, so that in-place operations, views and modules without tensor arguments
-are no special cases. Where the stack is not empty during a backward, a forward is being recomputed.
+Hooks around the forward of every module keep a stack; an operation of the forward belongs to the module on top.
+Autograd numbers the nodes of its graph in the order of their creation, so the nodes of one module's forward have the
+numbers between those at its beginning and end. An operation of the backward belongs to the module in whose range the
+number of the running node lies. No tensor is touched for it, so that in-place operations, views and modules without
+tensor arguments are no special cases. Where the stack is not empty during a backward, a forward is being recomputed.
 """
 
 from __future__ import annotations
@@ -95,13 +95,13 @@ class Recorder:
             self._handles.append(module.register_forward_pre_hook(self._entering(index), prepend=True))
             self._handles.append(module.register_forward_hook(self._left, always_call=True))
         self._mode = _Mode(self)
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
         """Ends recording and removes all hooks. Does nothing if it does not record."""
         if self._mode is None:
             return
-        self._mode.__exit__(None, None, None)
+        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._mode = None
         for handle in self._handles:
             handle.remove()
@@ -175,15 +175,21 @@ class _Mode(TorchDispatchMode):
     """Hands every operation to a recorder."""
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(kind, torch.Tensor) and kind not in _PLAIN for kind in types):
-            return NotImplemented  # a subclass, such as DTensor: it runs operations on the tensors that it holds
+            return (
+                NotImplemented  # a subclass, such as DTensor: it runs operations on the tensors that it holds
+            )
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
         if not self._recorder.whole(func):

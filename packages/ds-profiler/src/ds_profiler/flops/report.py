@@ -16,7 +16,9 @@ def count_text(value: float, unit: str = "", precision: int = 2) -> str:
     for scale, prefix in _SCALES:
         if abs(value) >= scale:
             return f"{value / scale:.{precision}f} {prefix}{unit}".rstrip()
-    text = f"{value:.{precision}f}" if isinstance(value, float) and not value.is_integer() else f"{int(value)}"
+    text = (
+        f"{value:.{precision}f}" if isinstance(value, float) and not value.is_integer() else f"{int(value)}"
+    )
     return f"{text} {unit}".rstrip()
 
 

@@ -201,7 +201,13 @@ NOT_YET: tuple[Row, ...] = (
         _LAYERS,
         "the number is counted in the first step",
     ),
-    later("flops_profiler", "ds-profiler", "FLOPs and time of modules"),
+    works(
+        "flops_profiler",
+        "ds-profiler",
+        "build/profiler.py",
+        switches={"flops_profiler.enabled": (False,)},
+        needs="ds_profiler",
+    ),
     later("comms_logger", "ds-profiler", "records of collectives"),
     no_effect(
         "data_efficiency.data_sampling.curriculum_learning.data_cluster_path",

@@ -8,21 +8,28 @@ from ds_engine.config.support.section import NotNegative, Positive, Section, Who
 
 
 class FlopsProfilerConfig(Section):
-    """FLOPs, time and parameters of each module in one step."""
+    """Parameters, FLOPs and time of each module in one training step, reported by rank 0."""
 
     enabled: bool = Field(default=False, description="Profiles one training step.")
     recompute_fwd_factor: NotNegative = Field(
-        default=0.0, description="Fraction of forward that backward recomputes, between 0 and 1."
+        default=0.0,
+        description="Fraction of forward that backward recomputes, for recomputation that cannot be seen. What is seen "
+        "is counted instead.",
     )
-    profile_step: Positive = Field(default=1, description="Training step that is profiled.")
+    profile_step: Positive = Field(
+        default=1, description="Training steps of this process before the one that is profiled."
+    )
     module_depth: Whole = Field(
-        default=-1, description="Depth of the modules that are listed; -1 lists the innermost modules."
+        default=-1,
+        description="Depth of which the largest modules are listed; -1 lists them for every depth.",
     )
-    top_modules: Positive = Field(default=1, description="Number of modules that are listed at each depth.")
-    detailed: bool = Field(default=True, description="Lists every module.")
+    top_modules: Positive = Field(
+        default=1, description="How many classes of modules are listed for a depth."
+    )
+    detailed: bool = Field(default=True, description="Adds the tree of all modules.")
     output_file: str | None = Field(
         default=None,
-        description="File that the profile is written to. Default: the terminal.",
+        description="File that the report is written to; if its name ends in .json, as JSON. Default: the terminal.",
     )
 
 
