@@ -55,7 +55,7 @@ def elements(value: Any) -> int:
 
 
 # FLOPs for an element of the first argument. A function such as exp counts as one.
-PER_ELEMENT = {
+PER_ELEMENT: Mapping[str, int] = {
     "_softmax": 4,  # subtract the maximum, exp, sum, divide
     "_log_softmax": 4,
     "_safe_softmax": 4,
@@ -204,7 +204,7 @@ def _pool(args: Sequence[Any], _: Mapping[str, Any], out: Any) -> Work:
     return Work(0, math.prod(window) * elements(out))
 
 
-FORMULAS: dict[str, Formula] = {
+FORMULAS: Mapping[str, Formula] = {
     "linear": _linear,
     "dot": _dot,
     "vdot": _dot,
