@@ -22,6 +22,7 @@ PYBIND11_MODULE(_core, m) {
   ds::bindings::bind_optimizers(m);
   ds::bindings::bind_lamb(m);
   ds::bindings::bind_reductions(m);
+  ds::bindings::bind_attention(m);
   ds::bindings::bind_signs(m);
   ds::bindings::bind_codes(m);
   ds::bindings::bind_memory(m);

@@ -132,6 +132,7 @@ std::vector<UpdateSums> read_sums(TensorReader& reader, std::string_view functio
 void bind_optimizers(py::module_& m);
 void bind_lamb(py::module_& m);
 void bind_reductions(py::module_& m);
+void bind_attention(py::module_& m);
 void bind_signs(py::module_& m);
 void bind_codes(py::module_& m);
 void bind_memory(py::module_& m);

@@ -82,7 +82,7 @@ def test_what_is_not_there_says_who_owns_it() -> None:
     with pytest.raises(NotImplementedError, match="MoE belongs to ds-moe"):
         MoE(hidden_size=4, expert=None)
     with pytest.raises(refused.NotThereError, match="ds-layers"):
-        importlib.import_module("deepspeed.sequence.layer").DistributedAttention(None, None)
+        importlib.import_module("deepspeed.sequence.layer")._SeqAllToAll(None, None)
 
 
 def test_metadata_answers_for_deepspeed() -> None:

@@ -26,6 +26,7 @@ BUDGET = {"zero_optimization": {"stage": 2}, "offload": {"budget": {"host": "1Gi
 EARLY = {"stage": 1, "offload_optimizer": {"device": "cpu", "overlap_step": True}}
 
 # One job for each rule, in the order of the table.
+TENSOR = {"tensor_parallel": {"autotp_size": 2}}
 BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, {"optimizer": torch.optim.AdamW}),
     ({"optimizer": {"type": "Adam", "params": {"state_dtype": "int8"}}}, {}),
@@ -59,6 +60,9 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"zero_optimization": EARLY}, {}),
     ({"optimizer": {"type": "Adam"}}, {"optimizer": torch.optim.AdamW}),
     ({"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}}, {"lr_scheduler": WarmupLR}),
+    ({**TENSOR, "optimizer": {"type": "Lamb"}}, {}),
+    ({**TENSOR, "optimizer": {"type": "OneBitAdam"}, "zero_optimization": {"stage": 0}}, {}),
+    ({"sparse_attention": {}, "sequence_parallel_size": 2}, {}),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme"}}}, {}),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, {}),
 ]  # fmt: skip

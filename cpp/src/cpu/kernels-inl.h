@@ -12,6 +12,7 @@
 #include "cpu/norm-inl.h"
 // The rest.
 #include "cpu/adam8-inl.h"
+#include "cpu/block_attention-inl.h"
 #include "cpu/cast-inl.h"
 #include "cpu/checksum-inl.h"
 #include "cpu/codes-inl.h"
@@ -46,6 +47,8 @@ constexpr KernelTable kTable = {
     .pack_signs = DS_DTYPES(pack_signs_range),
     .unpack_signs = DS_DTYPES(unpack_signs_range),
     .checksum = checksum,
+    .block_attention = block_attention_row,
+    .block_attention_backward = block_attention_row_backward,
     .sign_encode = {DS_RESIDUALS(sign_encode_block, float), DS_RESIDUALS(sign_encode_block, BF16), DS_RESIDUALS(sign_encode_block, F16)},
     .sign_decode = DS_DTYPES(sign_decode_block),
     .int_encode = {DS_INT_ENCODE(4), DS_INT_ENCODE(8)},

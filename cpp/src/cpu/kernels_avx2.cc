@@ -2,9 +2,11 @@
 // Headers come before the region: an inline function compiled inside it could replace the portable copy.
 #include <cstdint>
 
+#include "cpu/block_attention.h"
 #include "dispatch/kernel_table.h"
 #include "ds/adagrad.h"
 #include "ds/adam.h"
+#include "ds/block_attention.h"
 #include "ds/checksum.h"
 #include "ds/codes.h"
 #include "ds/formats.h"

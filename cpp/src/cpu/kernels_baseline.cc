@@ -1,9 +1,11 @@
 // The kernels for any CPU.
 #include <cstdint>
 
+#include "cpu/block_attention.h"
 #include "dispatch/kernel_table.h"
 #include "ds/adagrad.h"
 #include "ds/adam.h"
+#include "ds/block_attention.h"
 #include "ds/checksum.h"
 #include "ds/codes.h"
 #include "ds/formats.h"

@@ -14,6 +14,8 @@ inline F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.raw, b.raw)}; }
 inline F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.raw, b.raw)}; }
 inline F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.raw, b.raw)}; }
 inline F32 sqrt(F32 a) { return {_mm256_sqrt_ps(a.raw)}; }
+inline F32 fused(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.raw, b.raw, c.raw)}; }
+inline F32 largest(F32 a, F32 b) { return {_mm256_max_ps(a.raw, b.raw)}; }
 
 inline F32 sign(F32 a) {
   const __m256 zero = _mm256_setzero_ps();

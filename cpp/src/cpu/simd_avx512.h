@@ -14,6 +14,8 @@ inline F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.raw, b.raw)}; }
 inline F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.raw, b.raw)}; }
 inline F32 operator/(F32 a, F32 b) { return {_mm512_div_ps(a.raw, b.raw)}; }
 inline F32 sqrt(F32 a) { return {_mm512_sqrt_ps(a.raw)}; }
+inline F32 fused(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.raw, b.raw, c.raw)}; }
+inline F32 largest(F32 a, F32 b) { return {_mm512_max_ps(a.raw, b.raw)}; }
 
 inline F32 sign(F32 a) {
   const __m512 zero = _mm512_setzero_ps();

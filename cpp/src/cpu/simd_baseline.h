@@ -37,6 +37,14 @@ inline F32 sqrt(F32 a) {
   return root;
 }
 
+// a * b + c, rounded once where the target can, so bits depend on the target: not for results that must not.
+inline F32 fused(F32 a, F32 b, F32 c) { return {a.raw * b.raw + c.raw}; }
+inline F32 largest(F32 a, F32 b) {
+  F32 most;
+  for (int i = 0; i < kLanes; ++i) most.raw[i] = a.raw[i] > b.raw[i] ? a.raw[i] : b.raw[i];
+  return most;
+}
+
 inline F32 sign(F32 a) {
   F32 s;
   for (int i = 0; i < kLanes; ++i) s.raw[i] = static_cast<float>((a.raw[i] > 0.0f) - (a.raw[i] < 0.0f));

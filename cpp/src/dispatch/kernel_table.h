@@ -10,6 +10,9 @@ namespace ds {
 
 struct AdagradScalars;
 struct AdamScalars;
+struct BlockAttention;
+struct BlockAttentionRow;
+struct BlockAttentionRowGrads;
 struct LambNorms;
 struct LambScalars;
 struct LionScalars;
@@ -66,6 +69,10 @@ struct KernelTable {
   PackSignsFn pack_signs[kNumDTypes];
   UnpackSignsFn unpack_signs[kNumDTypes];
   ChecksumFn checksum;
+  void (*block_attention)(const BlockAttention&, const BlockAttentionRow&, float* out, float* lse,
+                          float* scratch);
+  void (*block_attention_backward)(const BlockAttention&, const BlockAttentionRow&,
+                                   const BlockAttentionRowGrads&, float* scratch);
   SignEncodeFn sign_encode[kNumDTypes][1 + kNumStateKinds];  // [x][residual: absent, fp32, bf16]
   SignDecodeFn sign_decode[kNumDTypes];
   IntEncodeFn int_encode[2][kNumDTypes][1 + kNumStateKinds];  // [4 or 8 bits][x][residual]

@@ -91,7 +91,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tuning": ({"autotuning": {"enabled": True}}, "ds-engine will add"),
     "a template": ({"train_batch_size": "GB_SIZE"}, "it must be an integer"),
     "a removed feature": ({"eigenvalue": {"enabled": True}}, "ds does not support"),
-    "layers cut across ranks": ({"tensor_parallel": {"autotp_size": 4}}, "ds-layers will add"),
+    "kernels in place of layers": (
+        {"tensor_parallel": {"replace_with_kernel_inject": True}},
+        "ds-layers will add",
+    ),
     "no batch size": ({"train_micro_batch_size_per_gpu": None, "model": "x"}, "set train_batch_size"),
 }
 

@@ -37,7 +37,9 @@ def test_groups_of_ranks_that_hold_replicas() -> None:
         engine.destroy()
     assert owned[2] > 1.5 * owned[-1] and owned[4] == owned[-1]
     assert losses[2] == pytest.approx(losses[-1], rel=1e-5)
-    with pytest.raises(ds_engine.ConfigError, match="mics_shard_size 3 does not divide 4 ranks"):
+    with pytest.raises(
+        ds_engine.ConfigError, match="mics_shard_size 3 does not divide 4 data-parallel ranks"
+    ):
         jobs.engine(0, **at(3, mics_shard_size=3))
 
 

@@ -48,5 +48,5 @@ def test_groups_that_hold_replicas_come_from_the_configuration() -> None:
     settings = load({"train_batch_size": 8, "zero_optimization": {"stage": 3, "mics_shard_size": 2}})
     made = arranged(settings, 3, 4)
     assert (made.replicate, made.data, made.samples) == (Axis(1, 2), Axis(1, 2), Axis(3, 4))
-    with pytest.raises(ConfigError, match="mics_shard_size 2 does not divide 5 ranks"):
+    with pytest.raises(ConfigError, match="mics_shard_size 2 does not divide 5 data-parallel ranks"):
         arranged(settings, 0, 5)

@@ -80,6 +80,7 @@ _CONSTANTS = (
 MODULES: Mapping[str, Mapping[str, str] | str] = {
     "": {
         "ds_compat.engine.initialize": "initialize add_config_arguments",
+        "ds_compat.engine.tensor_parallel": "tp_model_init",
         "ds_compat.comm.collectives": "init_distributed",
         "ds_compat.engine.engine": "DeepSpeedEngine",
         "ds_compat.engine.optimizer": "DeepSpeedOptimizer ZeROOptimizer",
@@ -92,7 +93,7 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         _UTILS: "version git_hash git_branch __git_hash__=git_hash __git_branch__=git_branch HAS_TRITON dist "
         "__version_major__ __version_minor__ __version_patch__",
         _INFERENCE: "init_inference default_inference_config DeepSpeedInferenceConfig InferenceEngine",
-        _REFUSED: "PipelineEngine PipelineModule DeepSpeedHybridEngine tp_model_init set_autotp_mode "
+        _REFUSED: "PipelineEngine PipelineModule DeepSpeedHybridEngine set_autotp_mode "
         "DeepSpeedTransformerLayer "
         "DeepSpeedTransformerConfig replace_transformer_layer DualPipeVEngine DualPipeVModule",
     },
@@ -180,8 +181,9 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "ops.op_builder.all_ops": {"ds_compat.ops.builders": "ALL_OPS"},
     "ops.op_builder.builder": {"ds_compat.ops.builders": "OpBuilder"},
     "ops.sparse_attention": {
-        _REFUSED: "SparseSelfAttention SparsityConfig DenseSparsityConfig FixedSparsityConfig VariableSparsityConfig "
-        "BigBirdSparsityConfig BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig SparseAttentionUtils"
+        "ds_layers.sparse": "SparseSelfAttention SparsityConfig DenseSparsityConfig FixedSparsityConfig "
+        "VariableSparsityConfig BigBirdSparsityConfig BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig "
+        "SparseAttentionUtils"
     },
     "ops.transformer": {_REFUSED: "DeepSpeedTransformerLayer DeepSpeedTransformerConfig"},
     "pipe": {_REFUSED: "PipelineModule LayerSpec TiedLayerSpec"},
@@ -239,11 +241,11 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         "ds_compat.comm.groups": "get_sequence_parallel_group=_get_sequence_parallel_group "
         "get_sequence_parallel_rank=_get_sequence_parallel_rank "
         "get_sequence_parallel_world_size=_get_sequence_parallel_world_size",
-        _REFUSED: "initialize_sequence_parallel",
+        "ds_compat.sequence.groups": "initialize_sequence_parallel",
     },
     "runtime.sequence_parallel.ulysses_sp": {
-        _REFUSED: "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter",
-        "ds_compat.sequence_tiles": "TiledMLP TiledFusedLogitsLoss sequence_tiled_compute",
+        "ds_compat.sequence.transformers": "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter",
+        "ds_compat.sequence.tiles": "TiledMLP TiledFusedLogitsLoss sequence_tiled_compute",
     },
     "runtime.utils": {
         _LOGS: "see_memory_usage",
@@ -286,8 +288,10 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     },
     "sequence": {},
     "sequence.fpdt_layer": {_REFUSED: "FPDT_InputConstruct _FPDTGPUOffloadingAttentionImpl_"},
+    "sequence.cross_entropy": {"ds_compat.sequence.losses": "vocab_sequence_parallel_cross_entropy"},
     "sequence.layer": {
-        _REFUSED: "DistributedAttention _SeqAllToAll _rotate_half _torchembed_available apply_rotary_pos_emb"
+        "ds_compat.sequence.attention": "DistributedAttention",
+        _REFUSED: "_SeqAllToAll _rotate_half _torchembed_available apply_rotary_pos_emb",
     },
     "utils": {
         _LOGS: "logger log_dist log_dist_once set_log_level_from_string",

@@ -25,13 +25,10 @@ OWNERS: Mapping[str, str] = {
         "_prime_factors PipelineError TrainSchedule InferenceSchedule DataParallelSchedule",
         MOE: "MoE Experts TopKGate MOELayer top1gating top2gating topkgating _route_slots _sparse_decode "
         "_sparse_encode configure_moe_param_groups",
-        LAYERS: "tp_model_init set_autotp_mode get_shard_size_list get_shard_size LinearAllreduce LinearLayer "
-        "LmHeadLinearAllreduce DistributedAttention _SeqAllToAll _rotate_half _torchembed_available "
-        "apply_rotary_pos_emb FPDT_InputConstruct _FPDTGPUOffloadingAttentionImpl_ UlyssesSPAttentionHF "
-        "UlyssesSPDataLoaderAdapter SparseSelfAttention "
-        "SparsityConfig DenseSparsityConfig FixedSparsityConfig VariableSparsityConfig BigBirdSparsityConfig "
-        "BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig SparseAttentionUtils "
-        "DeepSpeedTransformerLayer DeepSpeedTransformerConfig initialize_sequence_parallel",
+        LAYERS: "set_autotp_mode get_shard_size_list get_shard_size LinearAllreduce LinearLayer "
+        "LmHeadLinearAllreduce _SeqAllToAll _rotate_half _torchembed_available "
+        "apply_rotary_pos_emb FPDT_InputConstruct _FPDTGPUOffloadingAttentionImpl_ "
+        "DeepSpeedTransformerLayer DeepSpeedTransformerConfig",
         ENGINE: "Autotuner ResourceManager init_compression "
         "redundancy_clean ds_to_universal DeepSpeedDataSampler DataAnalyzer RandomLTDScheduler",
         OFFLOAD: "GDSBuilder",

@@ -177,6 +177,25 @@ def squared_norm_blocks(tensor: Tensor, block_numel: int, out: Tensor, threads: 
 def cast(src: Sequence[Tensor], dst: Sequence[Tensor], threads: int, /) -> None: ...
 def checksums(tensors: Sequence[Tensor], out: Sequence[Tensor], threads: int, /) -> None: ...
 def crc32c(buffer: Any, crc: int, threads: int, /) -> int: ...
+def block_attention_forward(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    sizes: tuple[int, int, int, int, int, int],
+    scale: float,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+    threads: int,
+    /,
+) -> None: ...
+def block_attention_backward(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    sizes: tuple[int, int, int, int, int, int],
+    scale: float,
+    causal: bool,
+    grads: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    threads: int,
+    /,
+) -> None: ...
 def pack_signs(x: Tensor, bits: Tensor, block_sums: Tensor, threads: int, /) -> float: ...
 def unpack_signs(bits: Tensor, scale: float, out: Tensor, threads: int, /) -> None: ...
 

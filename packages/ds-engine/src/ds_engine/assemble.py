@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
 from ds_engine import rules
-from ds_engine.build import memory, offload, profiler, ranks, self_reducing, zero
+from ds_engine.build import memory, offload, profiler, ranks, self_reducing, tensor, zero
 from ds_engine.build.comm import collectives_of
 from ds_engine.build.data import Loader
 from ds_engine.build.optimizer import optimizer_of
@@ -81,11 +81,12 @@ def initialize(
     choices = choices_of(settings, optimizer, lr_scheduler)
     pacing = Pacing(settings)
     world = ranks.start()
-    topology, meshes = topology_of(settings, world, mpu)
+    topology, meshes = topology_of(settings, world, mpu, tensor.ranks_of(settings, model))
     job = describe(choices, topology, world.device.type)
-    _seed(settings.seed, world.rank)
+    _seed(settings.seed, topology.seed_offset(world.rank))
     if world.device.type != "cpu" and not any(p.is_meta for p in model.parameters()):
         model.to(world.device)
+    tensor.cut(model, settings, meshes.tensor, optimizer)
     group = meshes.data.get_group() if mpu is not None and meshes.data is not None else None
     built = optimizer_of(job, optimizer, model, model_parameters, group)
     placed = memory.placed(job, model, built) if job.placement.by_budget else None
@@ -107,7 +108,7 @@ def initialize(
             job=job,
             world=world,
             training=Training(module=model, optimizer=built, schedule=schedule),
-            roles=zero.roles_of(job, model, built, offload.activations_of(job, model)),
+            roles=zero.roles_of(job, model, built, offload.activations_of(job, model), meshes),
             pacing=pacing,
             reporting=reporting,
             savers=_savers(settings, reporting.progress, built),

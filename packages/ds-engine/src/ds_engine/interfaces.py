@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 T = TypeVar("T")
@@ -229,6 +230,12 @@ class Roles:
     state: ModelState
     activations: MovedActivations | None = None
     """None: activations stay on the device."""
+    sparse_attention: SparseAttention | None = None
+    """The attention of the section `sparse_attention`, for models that call it themselves; None: there is none."""
+    tensor_group: ProcessGroup | None = None
+    """The ranks that share each layer; None: layers are whole, or cut by the caller."""
+    sequence_group: ProcessGroup | None = None
+    """The ranks that process the other tokens of the same samples; None: sequences are not divided."""
 
 
 class BackgroundWriter(Protocol):
@@ -284,6 +291,21 @@ class ClipsGradients(ReducesGradients, Protocol):
 
     @property
     def report(self) -> StepReport | None: ...
+
+
+class SparseAttention(Protocol):
+    """Attention of queries (batch, tokens, heads, head_dim) to some blocks of the keys."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool = False,
+        scale: float | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 class Recompute(Protocol):

@@ -86,6 +86,8 @@ def _may_use_disk(choices: Choices) -> bool:
 
 
 _FACTORED = frozenset({"adafactor"})
+_WHOLE = frozenset({"adafactor", "lamb", "muon"})
+_SELF_REDUCING = frozenset({"onebitadam", "zerooneadam", "onebitlamb"})
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -252,6 +254,29 @@ RULES: tuple[Rule, ...] = (
         applies=lambda c: _schedule_passed(c) and c.settings.scheduler is not None,
         reason="a job has one schedule, and it is not clear which of the two to use",
         remedy="remove one of them",
+    ),
+    Rule(
+        first="tensor_parallel",
+        second="an optimizer that needs whole tensors",
+        applies=lambda c: c.settings.tensor_parallel.ranks > 1 and _named(c) in _WHOLE,
+        reason="each rank has a part of each tensor, whose norms and factors are others than those of the whole",
+        remedy="use AdamW, Adagrad, Lion or SGD, or set autotp_size to 1",
+    ),
+    Rule(
+        first="tensor_parallel",
+        second="an optimizer that reduces gradients itself",
+        applies=lambda c: c.settings.tensor_parallel.ranks > 1 and _named(c) in _SELF_REDUCING,
+        reason="it exchanges gradients among all ranks, which have parts of different layers",
+        remedy="use AdamW, or set autotp_size to 1",
+    ),
+    Rule(
+        first="sparse_attention",
+        second="sequence_parallel_size",
+        applies=lambda c: (
+            c.settings.sparse_attention is not None and (c.settings.sequence_parallel_size or 1) > 1
+        ),
+        reason="each sets the attention function of the model",
+        remedy="remove the section, and call ds_layers.Ulysses(group, BlockSparseAttention(...)) in the model",
     ),
     Rule(
         first="zero_optimization.offload_param",

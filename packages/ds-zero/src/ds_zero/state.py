@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ds_zero.comm.collectives import Comm
 from ds_zero.comm.ranks import Ranks
+from ds_zero.comm.topology import Topology
 from ds_zero.comm.watchdog import Waiting
 from ds_zero.config import ZeroConfig
 from ds_zero.interfaces import ShardStore
@@ -51,8 +52,9 @@ class ZeroState:
     comm: Comm
     store: ShardStore
     norms: ArrivedNorms
-    norm_groups: tuple[Ranks, ...]
-    """Groups over which the sum of squares of the norm is reduced, one after the other, [Note: norm across ranks]."""
+    topology: Topology
+    """All axes, the groups over which the sum of squares of the norm is reduced, one after the other ([Note: norm
+    across ranks]), and the parts of whole tensors that this rank holds."""
     buckets: list[Bucket]
     gatherer: Gatherer
     gathering: UnitGathering
@@ -99,7 +101,7 @@ class ZeroState:
         """
         own = self.norms.total(self.buckets, unreduced=self.reducer.reduction == "none")
         device = self.buckets[0].device if self.buckets else torch.device("cpu")
-        norm = math.sqrt(combine(own, self.norm_groups, device))
+        norm = math.sqrt(combine(own, self.topology.norm_groups, device))
         pending = self.stepper.pending
         if not pending.unscaled:
             norm /= pending.loss_scale

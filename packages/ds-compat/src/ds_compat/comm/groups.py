@@ -17,6 +17,11 @@ def set_mpu(mpu: Any) -> None:
     _mpu[:] = [mpu] if mpu is not None else []
 
 
+def current() -> Any:
+    """Returns the mpu of the latest engine, or None."""
+    return _mpu[0] if _mpu else None
+
+
 def _ask(*names: str, default: Any) -> Any:
     for mpu in _mpu:
         for name in names:

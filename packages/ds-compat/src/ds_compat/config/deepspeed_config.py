@@ -79,6 +79,9 @@ class DeepSpeedConfig:
             self._param_dict = self.raw
             check_of_job(self.raw)
             self.typed: DsConfig = ds_engine.config.load(adapted(self.raw), foreign_keys=True)
+            if mpu is None:
+                shared = self.typed.tensor_parallel.ranks * (self.typed.sequence_parallel_size or 1)
+                self.world_size = max(1, self.world_size // shared)  # the engine refuses other numbers
             self.take_batch(self.typed.batch(self.world_size))
 
     def take_batch(self, sizes: Batch) -> None:

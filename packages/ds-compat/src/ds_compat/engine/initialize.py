@@ -18,7 +18,9 @@ from ds_compat.comm.slices import training_comm
 from ds_compat.config import deepspeed_config as configs
 from ds_compat.engine import previous
 from ds_compat.engine.engine import DeepSpeedEngine
+from ds_compat.engine.tensor_parallel import TensorMpu, with_tensor
 from ds_compat.refused import NotThereError
+from ds_compat.sequence.groups import mpu_of_config, with_sequence
 from ds_compat.utils.logs import logger, set_log_level_from_string
 from ds_compat.zero import params
 from ds_compat.zero.construction import outside_init
@@ -57,7 +59,10 @@ def initialize(
     previous.release(model)
     _rank_from_arguments(args)
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    given = configs.read(_the_config(args, config, config_params))
+    given = with_sequence(configs.read(_the_config(args, config, config_params)), mesh_param)
+    given = with_tensor(given, model)
+    if mpu is None:
+        mpu = mpu_of_config(given)
     if given.get("log_level") is not None:
         set_log_level_from_string(given["log_level"])
     passed = {"optimizer": optimizer, "scheduler": lr_scheduler}
@@ -79,7 +84,7 @@ def initialize(
         )
     _round_masters(engine)
     resolved.raw = given
-    groups.set_mpu(mpu)
+    groups.set_mpu(TensorMpu(engine) if engine.roles.tensor_group is not None else mpu)
     params.present(p for p in model.parameters() if params.known(p))
     if engine.config.zero_optimization.stage == 3:
         mark_configured(model, engine.config.zero_optimization.leaf_module)
@@ -91,7 +96,7 @@ def initialize(
 
 def _refuse_parallel(mpu: Any) -> None:
     """Raises for model-parallel ranks: norms and overflow would silently ignore the other model-parallel ranks."""
-    for kind in ("model", "pipe", "sequence"):
+    for kind in ("model", "pipe"):
         ask = getattr(mpu, f"get_{kind}_parallel_world_size", None)
         if callable(ask) and ask() > 1:
             raise NotThereError(

@@ -25,6 +25,7 @@ from ds_checkpoint.read.checkpoint import Checkpoint
 from ds_checkpoint.team import Team
 from ds_checkpoint.write.writer import Content, write
 from ds_engine.build.self_reducing import load_residuals, residuals_of
+from ds_engine.job.topology import Axis
 
 if TYPE_CHECKING:
     from ds_engine.engine import Engine
@@ -56,7 +57,8 @@ class Saving:
 
 
 def _part(engine: Engine) -> ModelPart:
-    axes = {name: engine.topology.axis(name) for name in ("pipe", "tensor")}
+    topology = engine.topology
+    axes = {"pipe": topology.pipe} if topology.logical else {"pipe": topology.pipe, "tensor": topology.tensor}
     return ModelPart(
         coordinates={name: (axis.index, axis.size) for name, axis in axes.items() if axis.size > 1}
     )
@@ -148,12 +150,12 @@ def _content(engine: Engine, client_state: Mapping[str, Any], saving: Saving) ->
     values: dict[str, Any] = {f"rng/{rank}": random_values}
     residuals = residuals_of(engine.optimizer)
     if residuals is not None:
-        key = f"{_residuals_key(part)}{engine.topology.samples.index}"
+        key = f"{_residuals_key(part)}{_replica(engine).index}"
         values[key] = codec.encode(dict(residuals), "the optimizer's residuals", blobs, key)
     if rank == 0:
         values |= _shared_values(engine, client_state, blobs)
         values[MODEL_AXES] = part.axes
-    if engine.topology.samples.index == 0:  # one rank of each model part
+    if _replica(engine).index == 0:  # one rank of each model part
         own = _values_of_names(engine, left_out, blobs, f"part{part.index}")
         values |= {part.key: own} if part.coordinates else own
     records = [r for r in engine.model_state.records() if r.fqn not in left_out]
@@ -399,6 +401,18 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
     return apply
 
 
+def _replica(engine: Engine) -> Axis:
+    """Returns the combined axis of all ranks that write the same values of a model: `samples` x `sequence`, and
+    `tensor` if records are those of whole tensors.
+    """
+    topology = engine.topology
+    inner = [topology.sequence, *([topology.tensor] if topology.logical else [])]
+    index, size = topology.samples.index, topology.samples.size
+    for axis in inner:
+        index, size = index * axis.size + axis.index, size * axis.size
+    return Axis(index, size)
+
+
 def _residuals_key(part: ModelPart) -> str:
     """Begin of the keys under which ranks save the residuals of their optimizers."""
     return f"residuals/part{part.index}/"
@@ -408,9 +422,9 @@ def _residuals(engine: Engine, checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Returns the residuals of this rank, if as many ranks have saved them, else those of all ranks."""
     values, prefix = checkpoint.manifest.values, _residuals_key(_part(engine))
     keys = sorted(key for key in values if key.startswith(prefix))
-    samples = engine.topology.samples
-    if len(keys) == samples.size:
-        keys = [key for key in keys if key == f"{prefix}{samples.index}"]
+    own = _replica(engine)
+    if len(keys) == own.size:
+        keys = [key for key in keys if key == f"{prefix}{own.index}"]
     return [codec.decode(values[key], checkpoint.blob) for key in keys]
 
 

@@ -42,7 +42,7 @@ def collectives_of(job: Job, meshes: Meshes, world: World, given: Any = None) ->
 def _hierarchy(job: Job, meshes: Meshes, world: World) -> Hierarchy | None:
     """Returns the ranks on each machine and those with the same place; None: gradients are exchanged in one hop."""
     group = meshes.data.get_group("data") if meshes.data is not None else dist.group.WORLD
-    size = job.topology.data.size
+    size = job.topology.shards.size
     local = job.settings.zero_optimization.zero_hpz_partition_size
     if local <= 1:
         local = world.local_size

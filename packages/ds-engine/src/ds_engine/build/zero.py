@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 import ds_zero
 from ds_core.kernels import squared_norm
 from ds_engine.build import self_reducing
+from ds_engine.build.layers import sparse_attention
 from ds_engine.build.offload_states import send_away
 from ds_engine.build.topology import Meshes
 from ds_engine.config import ConfigError
@@ -68,7 +69,11 @@ def require_same(entries: Mapping[str, str], device: torch.device) -> None:
 
 
 def roles_of(
-    job: Job, model: nn.Module, optimizer: Optimizer, activations: MovedActivations | None = None
+    job: Job,
+    model: nn.Module,
+    optimizer: Optimizer,
+    activations: MovedActivations | None = None,
+    meshes: Meshes | None = None,
 ) -> Roles:
     """Returns the objects that own gradients and state of a sharded model."""
     if self_reducing.reduces(optimizer):
@@ -76,7 +81,15 @@ def roles_of(
         norms = self_reducing.norms_of(optimizer)
     else:
         guard, norms = guard_of(job, model), ZeroNorms(model)
-    return Roles(guard=guard, norms=norms, state=ZeroState(model, optimizer), activations=activations)
+    return Roles(
+        guard=guard,
+        norms=norms,
+        state=ZeroState(model, optimizer),
+        activations=activations,
+        sparse_attention=sparse_attention(job.settings.sparse_attention, model),
+        tensor_group=meshes.tensor if meshes is not None else None,
+        sequence_group=meshes.sequence if meshes is not None else None,
+    )
 
 
 def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:

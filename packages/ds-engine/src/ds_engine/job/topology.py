@@ -57,6 +57,9 @@ class Topology:
     """Ranks that process different tokens of the same samples."""
     tensor: Axis = ALONE
     """Ranks that hold different parts of each layer."""
+    logical: bool = False
+    """Whether checkpoints contain whole tensors, of which the ranks of `tensor` hold parts. False: the tensors of each
+    of these ranks, with its coordinates, since only the caller's `mpu` knows how they make a whole."""
 
     def __post_init__(self) -> None:
         """Raises ValueError if the expert ranks do not divide the data axis."""
@@ -90,9 +93,20 @@ class Topology:
         )
 
     @property
+    def shards(self) -> Axis:
+        """The combined axis `data` x `sequence`, among whose ranks ZeRO divides the state of the model."""
+        return Axis(
+            self.data.index * self.sequence.size + self.sequence.index, self.data.size * self.sequence.size
+        )
+
+    @property
     def model(self) -> Axis:
         """The combined axis of all ranks that together hold one model: `pipe` x `tensor`."""
         return Axis(self.pipe.index * self.tensor.size + self.tensor.index, self.pipe.size * self.tensor.size)
+
+    def seed_offset(self, rank: int) -> int:
+        """Returns what is added to the seed on a rank. Ranks that share a layer need the same random numbers."""
+        return rank // self.tensor.size if self.logical else rank
 
     def sizes(self) -> dict[str, int]:
         """Returns name -> size of every axis with more than one rank, outermost first."""

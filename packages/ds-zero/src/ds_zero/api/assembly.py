@@ -102,7 +102,7 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
         comm=comm,
         store=job.store,
         norms=norms,
-        norm_groups=topology.norm_groups,
+        topology=topology,
         buckets=buckets,
         gatherer=gatherer,
         gathering=gathering,

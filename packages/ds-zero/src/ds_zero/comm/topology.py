@@ -27,6 +27,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ds_zero.comm.ranks import Group, Ranks, ranks_of
+from ds_zero.layout.tensor_parts import TensorPart, TensorParts
 
 MeshFor = Callable[[str, nn.Parameter], DeviceMesh | Ranks | None]
 """A function from a parameter's name and the parameter to the mesh over which it is sharded; None: the model's mesh."""
@@ -60,6 +61,10 @@ class ModelParallel:
     is_cut: Callable[[str, nn.Parameter], bool] = cut_by_model_parallelism
     """Whether the members of the group hold different values under a parameter's name (parts of it, or another stage's
     parameter). Other parameters are equal on all members, and norms count them once."""
+    part_of: Callable[[str, nn.Parameter], TensorPart | None] | None = None
+    """The part of a whole tensor that a parameter is; None: it is whole. With this function, records are those of
+    whole tensors ([Note: logical tensors]), which load on any number of members. Without it, they have the tensors of
+    this rank."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Topology:
     """Parameters that another rank counts in norms."""
     stacked: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """For runs of stacked parameters, (index of the run, number of runs). [Note: stacked parameters]"""
+    tensor_parts: TensorParts | None = None
+    """Which parts of whole tensors this rank holds; None: records are those of this rank's tensors."""
 
 
 def topology_of(
@@ -108,6 +115,7 @@ def topology_of(
             stacked[fqn] = (others.rank, others.size)
             axes[index] = replace(axes[index], across=others)
     groups, uncounted = [main], frozenset[str]()
+    tensor_parts = None
     if model_parallel is not None:
         if not isinstance(model_parallel, ModelParallel):
             model_parallel = ModelParallel(group=model_parallel)
@@ -115,7 +123,11 @@ def topology_of(
         groups.append(across)
         if across.rank > 0:
             uncounted = frozenset(n for n, p in params.items() if not model_parallel.is_cut(n, p))
-    return Topology(tuple(axes), axis_of, tuple(groups), uncounted, stacked)
+        if model_parallel.part_of is not None:
+            parts = {n: model_parallel.part_of(n, p) for n, p in params.items()}
+            known_parts = {n: part for n, part in parts.items() if part is not None}
+            tensor_parts = TensorParts(parts=known_parts, first=across.rank == 0)
+    return Topology(tuple(axes), axis_of, tuple(groups), uncounted, stacked, tensor_parts)
 
 
 def _stacked_over(mesh_for: object, fqn: str, param: nn.Parameter) -> DeviceMesh | Ranks | None:

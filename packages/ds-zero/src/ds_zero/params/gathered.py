@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -141,9 +142,9 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Returns whole values by name, on the CPU of rank 0; an empty dict on other ranks. Collective.
 
     Parameters are the fp32 masters, frozen ones have their own dtype. Tied parameters appear under each of their names,
-    as one tensor. Persistent buffers are included. A stacked parameter of which ranks hold runs is returned whole; of
-    other parameters with a mesh of their own, the values of the mesh of rank 0. In addition to the result, rank 0 needs
-    memory for one bucket.
+    as one tensor. Persistent buffers are included. A stacked parameter of which ranks hold runs is returned whole, as
+    are parts of tensor-parallel ranks if they are known (`ModelParallel.part_of`); of other parameters with a mesh of
+    their own, the values of the mesh of rank 0. In addition to the result, rank 0 needs memory for one bucket.
     """
     state = _registry.state_of(model)
     state.stepper.settle()
@@ -154,10 +155,11 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for slot in bucket.layout.slots:
             value = _with_all_runs(bucket, slot, whole[slot.offset : slot.end])
             if state.ranks.first:
-                value = value.view(slot.logical_shape).cpu().clone()
+                value = _whole_of_parts(state, slot, value).cpu().clone()
                 for name in state.names[slot.fqn]:
                     values[name] = value
-    if not state.ranks.first:
+    parts = state.topology.tensor_parts
+    if not state.ranks.first or (parts is not None and not parts.first):
         return {}
     values |= {n: b.detach().cpu().clone() for n, b in model.named_buffers()}
     return {name: values[name] for name in model.state_dict(keep_vars=True)}
@@ -171,6 +173,25 @@ def _with_all_runs(bucket: Bucket, slot: Slot, own: Tensor) -> Tensor:
     runs = [torch.empty_like(own) for _ in range(across.size)]
     dist.all_gather(runs, own.contiguous(), group=across.group)
     return torch.cat(runs)
+
+
+def _whole_of_parts(state: ZeroState, slot: Slot, own: Tensor) -> Tensor:
+    """Returns a whole parameter, of which this rank may have a part. Collective among tensor-parallel ranks."""
+    parts = state.topology.tensor_parts
+    part = parts.parts.get(slot.fqn) if parts is not None else None
+    if part is None:
+        return own.view(slot.logical_shape)
+    wide = own.float() if own.element_size() < 4 else own
+    whole = torch.zeros(math.prod(part.shape), dtype=wide.dtype, device=own.device)
+    position = 0
+    for start, numel in part.ranges(0, own.numel()):
+        whole[start : start + numel] = wide[position : position + numel]
+        position += numel
+    # Sums with zeros as integers keep all bits, also the sign of a zero.
+    across = state.topology.norm_groups[1].group
+    if across is not None:
+        dist.all_reduce(whole.view(torch.int32 if wide.element_size() == 4 else torch.int64), group=across)
+    return whole.to(own.dtype).view(tuple(part.shape))
 
 
 def _whole(state: ZeroState, bucket: Bucket) -> Tensor:

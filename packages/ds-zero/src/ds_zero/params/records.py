@@ -23,14 +23,13 @@ from ds_zero.interfaces import (
     SplitsMasters,
 )
 from ds_zero.layout.buckets import Slot
+from ds_zero.params.logical import LogicalSource, Reading, whole_records
 from ds_zero.params.stored_values import BucketReader, StoredTensor
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.optimizer_states import MASTER_BITS, splits_masters, states_opened
 from ds_zero.state import ZeroState
 
 PARAM, BUFFER = "param", "buffer"
-Reading = tuple[str, str, Coordinates, int, int]
-"""One read from a source: (name, state, coordinates, first element, number of elements)."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +168,8 @@ def records(model: nn.Module, optimizer: Optimizer) -> list[ShardRecord]:
     if state.ranks.first:
         for fqn, buffer in saved_buffers(model).items():
             own_records.append(ShardRecord(fqn, BUFFER, tuple(buffer.shape), 0, buffer.detach().reshape(-1)))
-    return own_records
+    parts = state.topology.tensor_parts
+    return own_records if parts is None else list(whole_records(parts, own_records))
 
 
 def _own_values(r: Range, optimizer: Optimizer, reader: BucketReader) -> Tensor | StoredTensor:
@@ -259,6 +259,29 @@ def load_records(
     Raises:
         ValueError: the source lacks a tensor, or has it in another shape. Nothing has been changed then.
     """
+    held = _registry.state_of(model).topology.tensor_parts
+    if held is None:
+        _load_own_records(
+            model, optimizer, source, optimizer_states=optimizer_states, keep=keep, expect=expect
+        )
+        return
+    parts = LogicalSource(source, held.parts)
+    translated = None if expect is None else lambda reads: expect(list(parts.readings(iter(reads))))
+    _load_own_records(
+        model, optimizer, parts, optimizer_states=optimizer_states, keep=keep, expect=translated
+    )
+
+
+def _load_own_records(
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    source: RecordSource,
+    *,
+    optimizer_states: bool = True,
+    keep: AbstractSet[str] = frozenset(),
+    expect: Callable[[Sequence[Reading]], None] | None = None,
+) -> None:
+    """`load_records` from a source that has this rank's tensors, not whole ones, of a tensor-parallel model."""
     state = _registry.state_of(model)
     state.stepper.settle()
     _check(state, model, source, keep)

@@ -93,10 +93,10 @@ def _arguments(job: Job, model: nn.Module, stage: int | None) -> dict[str, Any]:
     topology = job.topology
     return {
         "stage": job.stage if stage is None else stage,
-        "ranks": topology.samples.size,
+        "ranks": topology.samples.size * topology.sequence.size,
         "accumulation_steps": job.batch.steps,
         "config": zero_config(job, model),
-        "shard_ranks": topology.data.size if topology.replicate.size > 1 else None,
+        "shard_ranks": topology.shards.size if topology.replicate.size > 1 else None,
         "loss_scale": job.precision.loss_scaling is not None,
         "clip": math.isfinite(job.clipping),
         "device": job.device_type,

@@ -73,6 +73,37 @@ WORKING: tuple[Row, ...] = (
     works("steps_per_print", _ENGINE, "ds_engine.training.progress"),
     works("dump_state", _ENGINE, "ds_engine.assemble"),
     works("vocabulary_size", _ENGINE, "ds_engine.config.load.loader"),
+    *(
+        works(
+            f"tensor_parallel.{name}",
+            _LAYERS,
+            "ds_engine.build.tensor",
+            needs="ds_layers",
+            remedy="set autotp_size to 1",
+            switches={f"tensor_parallel.{name}": (0, 1)},
+        )
+        for name in ("autotp_size", "tp.tp_size")
+    ),
+    *(
+        works(f"tensor_parallel.{name}", _LAYERS, "ds_engine.build.tensor")
+        for name in ("partition_config", "vocab_parallel_lm_head", "sequence_parallel_norms")
+    ),
+    works(
+        "sparse_attention",
+        _LAYERS,
+        "ds_engine.build.layers",
+        needs="ds_layers",
+        remedy="remove the section",
+        switches={"sparse_attention": (None,)},
+    ),
+    works(
+        "sequence_parallel_size",
+        _LAYERS,
+        "ds_engine.build.topology",
+        needs="ds_layers",
+        remedy="set it to 1",
+        switches={"sequence_parallel_size": (1,)},
+    ),
     works("data_parallel_size", _ENGINE, "ds_engine.config.sections.model"),
     works("dataloader_drop_last", _ENGINE, "ds_engine.build.data"),
     works("checkpoint.keep_last", _ENGINE, "ds_engine.checkpoint"),
@@ -158,7 +189,11 @@ EFFECTLESS: tuple[Row, ...] = (
         "ds-zero",
         "unknown optimizers are tested on a small tensor instead",
     ),
-    no_effect("seq_parallel_communication_data_type", _LAYERS, "there is no sequence parallelism"),
+    no_effect(
+        "seq_parallel_communication_data_type",
+        _LAYERS,
+        "gradients of sequence-parallel ranks are reduced together with those of data-parallel ranks",
+    ),
     no_effect(
         "log_level", _ENGINE, "there is no logger: steps_per_print and startup_summary control the output"
     ),
@@ -181,7 +216,6 @@ NOT_YET: tuple[Row, ...] = (
         "bf16.immediate_grad_update", "ds-zero", "gradients are always added as soon as they are computed"
     ),
     later("disable_python_gc", _ENGINE, "garbage collection between steps", "call gc.disable() yourself"),
-    later("sequence_parallel_size", _LAYERS, "sequence parallelism", "set it to 1"),
     later("use_data_before_expert_parallelism", "ds-moe", "expert parallelism"),
     later(
         "checkpoint.use_node_local_storage",
@@ -232,15 +266,35 @@ NOT_YET: tuple[Row, ...] = (
             "pipeline.activation_checkpoint_interval": (0,),
         },
     ),
-    later(
-        "tensor_parallel",
-        _LAYERS,
-        "tensor parallelism",
-        "set it to 1",
-        switches={"tensor_parallel.autotp_size": (0, 1), "tensor_parallel.tp.tp_size": (1,)},
+    *(
+        no_effect(f"tensor_parallel.{name}", _LAYERS, why)
+        for name, why in (
+            ("dtype", "the sections fp16 and bf16 decide about dtypes"),
+            ("tp_overlap_comm", "collectives run on the stream of the computation"),
+            ("preset_model", "the plan is that of the model's own class"),
+            ("keep_module_on_host", "the model is on the device of the job"),
+            ("tp.tp_grain_size", "layers are divided in parts of equal size"),
+            ("vocab_parallel_ce_backend", "ds_layers.tensor.vocab_parallel_cross_entropy is torch code"),
+        )
+    ),
+    *(
+        later(f"tensor_parallel.{name}", _LAYERS, what, remedy)
+        for name, what, remedy in (
+            (
+                "tp.mpu",
+                "process groups of tensor parallelism in the configuration",
+                "pass mpu to initialize()",
+            ),
+            (
+                "tp.tp_group",
+                "process groups of tensor parallelism in the configuration",
+                "pass mpu to initialize()",
+            ),
+            ("injection_policy_tuple", "names of layers whose outputs are summed", "use partition_config"),
+            ("replace_with_kernel_inject", "inference kernels in training", "set it to false"),
+        )
     ),
     later("expert_parallel", "ds-moe", "expert parallelism"),
-    later("sparse_attention", _LAYERS, "block-sparse attention", "remove the section"),
     later("autotuning", _ENGINE, "autotuning"),
     later("hybrid_engine", _ENGINE, "the hybrid engine"),
     later(

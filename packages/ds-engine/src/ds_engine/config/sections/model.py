@@ -282,8 +282,8 @@ class DsConfig(Section):
         if self.data_parallel_size not in (None, world_size):
             raise ConfigError(
                 [
-                    f"data_parallel_size is {self.data_parallel_size}, and there are {world_size} ranks, all of them "
-                    "data-parallel: remove it, or start as many ranks"
+                    f"data_parallel_size is {self.data_parallel_size}, and there are {world_size} data-parallel ranks: "
+                    "remove it, or start as many ranks"
                 ],
                 self.origin.where,
             )

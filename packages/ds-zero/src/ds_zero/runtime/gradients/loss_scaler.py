@@ -292,7 +292,7 @@ def first_not_finite(state: ZeroState) -> str:
             for slot, shard in reversed(list(zip(bucket.layout.slots, bucket.shards, strict=True))):
                 if shard.grad is not None and not bool(torch.isfinite(shard.grad).all()):
                     bad.add(slot.fqn)
-    for ranks in state.norm_groups:
+    for ranks in state.topology.norm_groups:
         if ranks.group is not None:
             of_ranks: list[Any] = [None] * ranks.size
             dist.all_gather_object(of_ranks, (order, bad), group=ranks.group)

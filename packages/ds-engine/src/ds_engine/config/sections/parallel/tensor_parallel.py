@@ -67,7 +67,17 @@ class TensorParallelConfig(Section):
         description="Model family whose rules are used: llama, bloom, chatglm, mixtral, deepseek_v2, qwen2 or "
         "phi3. Default: detected from the model.",
     )
+    sequence_parallel_norms: bool = Field(
+        default=False,
+        description="Between layers that are divided, gives each rank only some tokens, so that norms are computed "
+        "once. The number of tokens must be a multiple of the ranks.",
+    )
     keep_module_on_host: bool = Field(default=False, description="Leaves the model in host memory.")
     replace_with_kernel_inject: bool = Field(
         default=False, description="Replaces layers by inference kernels."
     )
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that share a layer."""
+        return max(1, self.autotp_size, self.tp.tp_size)

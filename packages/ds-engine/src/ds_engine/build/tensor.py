@@ -1,0 +1,82 @@
+"""ds-layers for an engine: layers that are cut among tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.distributed import ProcessGroup, get_process_group_ranks
+from torch.optim import Optimizer
+
+import ds_zero
+from ds_engine.config import ConfigError, DsConfig
+
+
+def ranks_of(settings: DsConfig, model: nn.Module) -> int:
+    """Returns the number of ranks that share a layer, as configured, or as the model is cut already.
+
+    Raises:
+        ConfigError: the model is cut for another number of ranks than configured.
+    """
+    configured = settings.tensor_parallel.ranks
+    tensors = sys.modules.get(
+        "torch.distributed.tensor"
+    )  # not imported: there are none, and importing it takes long
+    parts: list[Any] = [
+        p for p in model.parameters() if tensors is not None and isinstance(p, tensors.DTensor)
+    ]
+    if not parts:
+        return configured
+    size = int(parts[0].device_mesh.size())
+    if configured not in (1, size):
+        raise ConfigError(
+            [
+                f"tensor_parallel: the configuration has {configured} ranks, and the model is cut already, for {size}: "
+                "remove the section, or load the model without tensor parallelism"
+            ]
+        )
+    return size
+
+
+def cut(model: nn.Module, settings: DsConfig, group: ProcessGroup | None, optimizer: Any) -> None:
+    """Cuts the layers of a model among the ranks of a group, in place, or takes the parts of a model that is cut
+    already. Collective. Without a group, layers stay whole.
+
+    Raises:
+        ConfigError: sizes that the ranks do not divide, or a model without a plan.
+    """
+    if group is None:
+        return
+    from ds_layers import tensor
+
+    section = settings.tensor_parallel
+    try:
+        mesh = tensor.localize(model, optimizer if isinstance(optimizer, Optimizer) else None)
+        if mesh is not None:
+            here, there = get_process_group_ranks(group), get_process_group_ranks(mesh.get_group())
+            if here != there:
+                raise ValueError(
+                    f"the model is cut among ranks {there}, and consecutive ranks {here} must share a layer"
+                )
+            return
+        plan: dict[str, str] | None = None
+        if section.partition_config is not None:
+            plan = tensor.plan_of_specs(section.partition_config.layer_specs)
+            if section.partition_config.use_default_specs:
+                plan |= tensor.infer_plan(model)
+        vocabulary = bool(section.vocab_parallel_lm_head)
+        tensor.parallelize(
+            model, group, plan=plan, vocabulary=vocabulary, sequence_parallel=section.sequence_parallel_norms
+        )
+    except ValueError as error:
+        raise ConfigError([f"tensor_parallel: {error}"]) from None
+
+
+def model_parallel(group: ProcessGroup) -> ds_zero.ModelParallel:
+    """Returns the tensor-parallel axis for `ds_zero.shard`."""
+    from ds_layers.tensor import cut_of
+
+    is_cut: Callable[[str, nn.Parameter], bool] = lambda fqn, param: cut_of(fqn, param) is not None  # noqa: E731
+    return ds_zero.ModelParallel(group=group, is_cut=is_cut, part_of=cut_of)

@@ -1,0 +1,1 @@
+"""Sequence parallelism: ranks that process different tokens of the same samples."""
