@@ -12,8 +12,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from ds_comm.compress import TopKCompressor
 from ds_comm.exchange import QuantizedAllGather, QuantizedReduceScatter
-from ds_comm.optim import OneBitAdam, OneBitLamb, SelfReducingOptimizer, ZeroOneAdam
+from ds_comm.optim import (
+    CompressionOptions,
+    LocalSGD,
+    OneBitAdam,
+    OneBitLamb,
+    SelfReducingOptimizer,
+    ZeroOneAdam,
+    nesterov,
+)
 from harness import ranks
 
 VOCABULARY, CONTEXT, BATCH = 64, 3, 32
@@ -96,6 +105,18 @@ def _zero_one(steps: int) -> Callable[[nn.Module], torch.optim.Optimizer]:
     )
 
 
+def _local(steps: int, sparse: bool = False) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """An outer step every 10 steps; sparse: with an eighth of the elements, which is a sixteenth of the bits."""
+    options = CompressionOptions(compressor=TopKCompressor(block_numel=512, kept=64)) if sparse else None
+    return lambda model: LocalSGD(
+        torch.optim.AdamW(model.parameters(), weight_decay=0.0),
+        nesterov(0.7, 0.6),
+        10,
+        start_step=steps // 10,
+        compression=options,
+    )
+
+
 def _sharded(quantised: bool) -> Callable[[nn.Module], torch.optim.Optimizer]:
     def make(model: nn.Module) -> torch.optim.Optimizer:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -121,14 +142,18 @@ def _check(steps: int, seed: int, limit: float) -> None:
     lamb = _trained(steps, seed, 1e-2, _lamb(freeze_step=steps // 4))  # trust ratios need longer to settle
     sharded = _trained(steps, seed, 3e-3, _sharded(quantised=False))
     quantised = _trained(steps, seed, 3e-3, _sharded(quantised=True))
+    local = _trained(steps, seed, 3e-3, _local(steps))
+    sparse = _trained(steps, seed, 3e-3, _local(steps, sparse=True))
     print(
         f"seed {seed}: Adam {dense:.4f}, 1-bit {onebit:.4f}, 0/1 {zero_one:.4f}, without feedback {without:.4f}; "
-        f"LAMB {dense_lamb:.4f}, 1-bit {lamb:.4f}; sharded {sharded:.4f}, quantised {quantised:.4f}"
+        f"LAMB {dense_lamb:.4f}, 1-bit {lamb:.4f}; sharded {sharded:.4f}, quantised {quantised:.4f}; local {local:.4f}, sparse {sparse:.4f}"
     )
     assert onebit < (1 + limit) * dense
     assert zero_one < (1 + limit) * dense
     assert lamb < (1 + limit) * dense_lamb
     assert quantised < (1 + limit) * sharded
+    assert local < (1 + 2 * limit) * dense
+    assert sparse < (1 + 2 * limit) * dense
     assert without > (1 + limit) * dense
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ds_comm.optim.base import SelfReducingOptimizer, merge_states
+from ds_comm.optim.base import SelfReducingOptimizer
+from ds_comm.optim.local_sgd import LocalSGD, nesterov
+from ds_comm.optim.merge import merge_states
 from ds_comm.optim.onebit_adam import OneBitAdam
 from ds_comm.optim.onebit_lamb import OneBitLamb
 from ds_comm.optim.options import CompressionOptions
@@ -10,9 +12,11 @@ from ds_comm.optim.zero_one_adam import ZeroOneAdam
 
 __all__ = [
     "CompressionOptions",
+    "LocalSGD",
     "OneBitAdam",
     "OneBitLamb",
     "SelfReducingOptimizer",
     "ZeroOneAdam",
     "merge_states",
+    "nesterov",
 ]

@@ -323,17 +323,5 @@ class SelfReducingOptimizer(Optimizer):
         return wire.two_phase_bytes([compressor.payload_bytes(part) for _, part in blocks.cut(num_ranks)], 0)
 
 
-def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Merges the `state_dict()`s of all ranks into one that loads on any number of ranks. Needs no process group.
-
-    Everything besides residuals is the same on all ranks and is taken from the first state.
-    """
-    merged = dict(states[0])
-    feedback = [state[FEEDBACK_KEY] for state in states]
-    if feedback[0] is not None:
-        merged[FEEDBACK_KEY] = merge_feedback_states(feedback)
-    return merged
-
-
 def _grad_or_zeros(entry: Entry) -> Tensor:
     return torch.zeros_like(entry.values) if entry.grad is None else entry.grad
