@@ -53,6 +53,8 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({**BUDGET, "optimizer": {"type": "Adafactor"}}, {}),
     ({**BUDGET, "integrity": {"checksums": True}}, {}),
     ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True, "rank_invariant": True}}, {}),
+    ({"zero_optimization": {"stage": 1}, "local_sgd": {}}, {}),
+    ({"optimizer": {"type": "ZeroOneAdam"}, "local_sgd": {}}, {}),
     ({"zero_optimization": ON_DISK, "integrity": {"checksums": True}}, {}),
     ({"zero_optimization": EARLY, "integrity": {"checksums": True}, "bf16": {"enabled": True}}, {}),
     ({"zero_optimization": {**OFFLOAD, "zenflow": {}}, "bf16": {"enabled": True}}, {}),

@@ -36,6 +36,7 @@ TESTED = {
     "integrity.replica_check_interval": "test_integrity.py::"
     "test_a_flipped_bit_in_a_value_that_stays_is_found_at_the_next_check",
     "integrity.checksums": "test_integrity.py::test_checksums_find_a_flipped_bit_of_a_shard",
+    "local_sgd": "build/test_local_sgd.py::test_the_engine_trains_like_a_plain_loop",
     "sparse_gradients": "training/test_accumulation.py::test_sparse_gradients_send_less_and_train_the_same",
     "zero_optimization.leaf_module.classes": "test_settings_reach.py::test_leaf_modules_by_class_name_and_suffix",
     "zero_optimization.leaf_module.names": "test_settings_reach.py::test_leaf_modules_by_class_name_and_suffix",

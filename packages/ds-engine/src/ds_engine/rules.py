@@ -204,6 +204,20 @@ RULES: tuple[Rule, ...] = (
         remedy="remove one of them",
     ),
     Rule(
+        first="local_sgd",
+        second="zero_optimization.stage 1, 2 or 3",
+        applies=lambda c: c.settings.local_sgd is not None and c.stage > 0,
+        reason="every rank steps alone, with whole parameters and states",
+        remedy="set zero_optimization.stage to 0, or remove local_sgd",
+    ),
+    Rule(
+        first="local_sgd",
+        second="an optimizer that averages gradients itself",
+        applies=lambda c: c.settings.local_sgd is not None and optimizer_section.communicates(c.optimizer),
+        reason="gradients would be averaged in every step",
+        remedy='set optimizer.type to "AdamW", or remove local_sgd',
+    ),
+    Rule(
         first="integrity.checksums",
         second="offload_optimizer.device nvme",
         applies=lambda c: c.settings.integrity.checksums and c.placement.optimizer_states == "nvme",

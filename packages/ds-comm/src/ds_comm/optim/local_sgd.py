@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ds_comm.exchange.channel import Channel, Traffic
 from ds_comm.optim.base import StepReport
@@ -279,7 +280,13 @@ class LocalSGD(Optimizer):
         return -(-self._outer_step.planned_bytes(numels, num_ranks) // self.sync_every)
 
     def _inner_states(self) -> dict[str, torch.dtype]:
-        """Which states the inner optimizer creates: seen in a step of a copy over one small tensor."""
+        """Which states the inner optimizer creates: seen in a step of a copy over one small tensor. Plans ask in a mode
+        in which tensors have no values.
+        """
+        with _disable_current_modes():
+            return self._probe()
+
+    def _probe(self) -> dict[str, torch.dtype]:
         planned = getattr(self.inner, "planned_states", None)
         if planned is not None:
             return {name: dtype for name, (dtype, _) in planned(1).items()}

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 import ds_core.optim
 from ds_engine.build import compressed, mup
+from ds_engine.build.local_sgd import with_outer_step
 from ds_engine.config.support.errors import ConfigError
 from ds_engine.config.support.suggest import did_you_mean
 from ds_engine.interfaces import MakeOptimizer
@@ -290,6 +291,17 @@ def optimizer_of(
     Raises:
         ConfigError: there is none, or the configured one cannot be built.
     """
+    inner = _inner(choices, given, model, parameters, group)
+    return with_outer_step(choices.settings.local_sgd, inner, group)
+
+
+def _inner(
+    choices: Choices,
+    given: Optimizer | MakeOptimizer | None,
+    model: nn.Module,
+    parameters: Any,
+    group: dist.ProcessGroup | None,
+) -> Optimizer:
     if isinstance(given, Optimizer):
         return given
     items = trained(model) if parameters is None else list(parameters)
@@ -317,9 +329,17 @@ def maker_of(choices: Choices, model: nn.Module) -> MakeOptimizer | None:
 
     def make(parameters: Any) -> Optimizer:
         copies = list(parameters)
-        return build(choice, copies, {id(p): name for name, p in zip(names, copies, strict=True)})
+        inner = build(choice, copies, {id(p): name for name, p in zip(names, copies, strict=True)})
+        return with_outer_step(choices.settings.local_sgd, inner)
 
     return make
+
+
+def communicates(choice: OptimizerChoice | None) -> bool:
+    """Whether the configuration names an optimizer that averages gradients inside of its step."""
+    if choice is None or choice.passed:
+        return False
+    return any(own.communicates for name, own in OWN.items() if name.lower() == choice.name.lower())
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

@@ -13,6 +13,7 @@ from ds_engine.config.sections.activation_offload import ActivationOffloadConfig
 from ds_engine.config.sections.aio import AioConfig
 from ds_engine.config.sections.autotuning import AutotuningConfig
 from ds_engine.config.sections.checkpoint import CheckpointConfig
+from ds_engine.config.sections.communication.local_sgd import LocalSgdConfig
 from ds_engine.config.sections.compile import CompileConfig
 from ds_engine.config.sections.compress.compression import CompressionConfig
 from ds_engine.config.sections.compress.weight_quantization import InferenceWeightsConfig
@@ -122,6 +123,11 @@ class DsConfig(Section):
     )
     seq_parallel_communication_data_type: WireDtype = Field(
         default="fp32", description="Dtype of sums over sequence-parallel ranks."
+    )
+    local_sgd: LocalSgdConfig | None = Field(
+        default=None,
+        description="Ranks step alone, and average what they did now and then. Default: gradients are averaged in "
+        "every step.",
     )
     sparse_gradients: bool = Field(
         default=False, description="Sends only the nonzero rows of embedding gradients, at stage 0."

@@ -1,0 +1,1 @@
+"""Sections about what ranks send to each other."""
