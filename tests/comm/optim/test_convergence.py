@@ -20,6 +20,7 @@ from ds_comm.optim import (
     OneBitAdam,
     OneBitLamb,
     SelfReducingOptimizer,
+    ShardedOneBitAdam,
     ZeroOneAdam,
     nesterov,
 )
@@ -142,13 +143,18 @@ def _check(steps: int, seed: int, limit: float) -> None:
     lamb = _trained(steps, seed, 1e-2, _lamb(freeze_step=steps // 4))  # trust ratios need longer to settle
     sharded = _trained(steps, seed, 3e-3, _sharded(quantised=False))
     quantised = _trained(steps, seed, 3e-3, _sharded(quantised=True))
+    divided = _trained(
+        steps, seed, 3e-3, lambda model: ShardedOneBitAdam(model.parameters(), freeze_step=freeze)
+    )
     local = _trained(steps, seed, 3e-3, _local(steps))
     sparse = _trained(steps, seed, 3e-3, _local(steps, sparse=True))
     print(
-        f"seed {seed}: Adam {dense:.4f}, 1-bit {onebit:.4f}, 0/1 {zero_one:.4f}, without feedback {without:.4f}; "
-        f"LAMB {dense_lamb:.4f}, 1-bit {lamb:.4f}; sharded {sharded:.4f}, quantised {quantised:.4f}; local {local:.4f}, sparse {sparse:.4f}"
+        f"seed {seed}: Adam {dense:.4f}, 1-bit {onebit:.4f}, 1-bit with stage 1 {divided:.4f}, 0/1 {zero_one:.4f}, "
+        f"without feedback {without:.4f}; LAMB {dense_lamb:.4f}, 1-bit {lamb:.4f}; sharded {sharded:.4f}, "
+        f"quantised {quantised:.4f}; local {local:.4f}, sparse {sparse:.4f}"
     )
     assert onebit < (1 + limit) * dense
+    assert divided < (1 + limit) * dense
     assert zero_one < (1 + limit) * dense
     assert lamb < (1 + limit) * dense_lamb
     assert quantised < (1 + limit) * sharded

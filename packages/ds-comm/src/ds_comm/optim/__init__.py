@@ -8,6 +8,7 @@ from ds_comm.optim.merge import merge_states
 from ds_comm.optim.onebit_adam import OneBitAdam
 from ds_comm.optim.onebit_lamb import OneBitLamb
 from ds_comm.optim.options import CompressionOptions
+from ds_comm.optim.sharded_onebit_adam import ShardedOneBitAdam
 from ds_comm.optim.zero_one_adam import ZeroOneAdam
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "OneBitAdam",
     "OneBitLamb",
     "SelfReducingOptimizer",
+    "ShardedOneBitAdam",
     "ZeroOneAdam",
     "merge_states",
     "nesterov",
