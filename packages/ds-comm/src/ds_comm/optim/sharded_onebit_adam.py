@@ -129,7 +129,8 @@ class ShardedOneBitAdam(Optimizer):
         """Bytes of this rank's states: its parts of masters, momentum and variance, and its residual."""
         if not self._params:
             return 0
-        return sum(getattr(self, f"_{name}").nbytes for name in _STATES) + self._feedback.worker.nbytes
+        parts: list[Tensor] = [getattr(self, f"_{name}") for name in _STATES]
+        return sum(part.nbytes for part in parts) + self._feedback.worker.nbytes
 
     # -- layout
 
