@@ -21,7 +21,7 @@ from ds_engine.build import zero
 from ds_engine.build.topology import Meshes, arranged
 from ds_engine.config import load
 from ds_engine.engine import Engine, Parts, Training
-from ds_engine.interfaces import ReducesGradients, Roles
+from ds_engine.interfaces import ReducesGradients, Roles, StateNames
 from ds_engine.job import Job, choices_of, describe
 from ds_engine.training.monitor import Monitor
 from ds_engine.training.pacing import Pacing
@@ -108,6 +108,15 @@ class PlainState:
     def group_names(self) -> list[list[str]]:
         names = {id(p): n for n, p in self._model.named_parameters()}
         return [[names[id(p)] for p in group["params"]] for group in self._optimizer.param_groups]
+
+    def names(self) -> StateNames:
+        params = dict(self._model.named_parameters())
+        return StateNames(
+            tensors=frozenset({*params, *(name for name, _ in self._model.named_buffers())}),
+            frozen=tuple(name for name, p in params.items() if not p.requires_grad),
+            tied={},
+            groups=tuple(tuple(names) for names in self.group_names()),
+        )
 
     def load_records(self, source: Any, *, optimizer_states: bool = True, **_: Any) -> None:
         for name, param in self._model.named_parameters():

@@ -19,7 +19,7 @@ STEPS = 4
 def data_group(built):
     """The ranks that have the same stages."""
     mine = None
-    for line in built.topology.get_axis_comm_lists("data"):
+    for line in built.process_topology.get_axis_comm_lists("data"):
         group = dist.new_group(line)
         if dist.get_rank() in line:
             mine = group
@@ -28,7 +28,7 @@ def data_group(built):
 
 def pipe_group(built):
     mine = None
-    for line in built.topology.get_axis_comm_lists("pipe"):
+    for line in built.process_topology.get_axis_comm_lists("pipe"):
         group = dist.new_group(line)
         if dist.get_rank() in line:
             mine = group
@@ -42,7 +42,7 @@ def trained_by_ds_zero(stage, schedule, clip):
     ds_zero.shard(built, optimizer, stage=stage, mesh=data_group(built), model_parallel=whole_model)
     control = ds_zero.control(built)
     pipeline = Pipeline(built, 4, shardable_for=lambda index: control)
-    data_rank = built.topology.get_coord(dist.get_rank()).data
+    data_rank = built.process_topology.get_coord(dist.get_rank()).data
     losses = []
     for step in range(STEPS):
         losses.append(pipeline.forward_backward(items(step, data_rank, 4)).item())
@@ -91,7 +91,7 @@ def test_fsdp2_inside_of_a_pipeline(schedule):
         fully_shard(stage, mesh=mesh)
     pipeline = Pipeline(built, 4, shardable_for=lambda index: stages[index])
     optimizer = torch.optim.SGD([p for s in stages.values() for p in s.parameters()], lr=0.1, momentum=0.9)
-    data_rank = built.topology.get_coord(dist.get_rank()).data
+    data_rank = built.process_topology.get_coord(dist.get_rank()).data
     losses = []
     for step in range(STEPS):
         losses.append(pipeline.forward_backward(items(step, data_rank, 4)).item())

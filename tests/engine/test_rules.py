@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import ds_engine
 import ds_offload
 from ds_engine.config import ConfigError, load
-from ds_engine.job import Choices, choices_of
+from ds_engine.job import Choices, PipelineChoice, choices_of
 from ds_engine.rules import RULES, check
 from ds_engine.schedules import WarmupLR
 
@@ -24,6 +25,17 @@ OFFLOAD = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
 ON_DISK = {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}
 BUDGET = {"zero_optimization": {"stage": 2}, "offload": {"budget": {"host": "1GiB", "nvme_path": "/tmp"}}}
 EARLY = {"stage": 1, "offload_optimizer": {"device": "cpu", "overlap_step": True}}
+
+STAGES = PipelineChoice(num_stages=2, schedule="1f1b", parts=(0, 2, 4), rank_of_stage=(0, 1), ties=False)
+PIPED: dict[str, Any] = {"pipeline": STAGES}
+TIED: dict[str, Any] = {"pipeline": replace(STAGES, ties=True)}
+PACKED = {
+    "enabled": True,
+    "data_sampling": {
+        "enabled": True,
+        "dynamic_batching": {"enabled": True, "max_tokens": 64, "metrics_path": "m"},
+    },
+}
 
 # One job for each rule, in the order of the table.
 TENSOR = {"tensor_parallel": {"autotp_size": 2}}
@@ -60,6 +72,19 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"zero_optimization": {**OFFLOAD, "zenflow": {}}, "bf16": {"enabled": True}}, {}),
     ({"zero_optimization": EARLY, "managed_gradient_accumulation": False, "bf16": {"enabled": True}}, {}),
     ({"zero_optimization": EARLY}, {}),
+    ({"pipeline": {"stages": 4}}, {}),
+    ({"pipeline": {"stages": 4}}, PIPED),
+    ({"managed_gradient_accumulation": False}, PIPED),
+    ({"zero_optimization": {"stage": 2, "rank_invariant": True}}, PIPED),
+    ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, PIPED),
+    (BUDGET, PIPED),
+    ({"zero_optimization": EARLY, "bf16": {"enabled": True}}, PIPED),
+    ({"activation_offload": {"device": "cpu"}}, PIPED),
+    ({"progressive_layer_drop": {"enabled": True}}, PIPED),
+    ({"data_efficiency": PACKED}, PIPED),
+    ({"optimizer": {"type": "OneBitAdam"}}, TIED),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, TIED),
+    ({"zero_optimization": {"stage": 1, "accumulation_plan": "sharded"}}, PIPED),
     ({"optimizer": {"type": "Adam"}}, {"optimizer": torch.optim.AdamW}),
     ({"optimizer": {"type": "Adam"}, "scheduler": {"type": "WarmupLR"}}, {"lr_scheduler": WarmupLR}),
     ({**TENSOR, "optimizer": {"type": "Lamb"}}, {}),

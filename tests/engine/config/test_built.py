@@ -33,6 +33,12 @@ def file_named(name: str) -> Path | None:
 
 # Key that works, or section -> a test that fails when it is ignored.
 TESTED = {
+    "pipeline.stages": "pipeline/test_engine.py::test_mistakes_are_errors_on_all_ranks",
+    "pipeline.activation_checkpoint_interval": "pipeline/test_engine.py::test_mistakes_are_errors_on_all_ranks",
+    "pipeline.schedule": "pipeline/test_engine.py::test_mistakes_are_errors_on_all_ranks",
+    "pipeline.receive_ahead": "pipeline/test_engine.py::test_mistakes_are_errors_on_all_ranks",
+    "pipeline.max_unsharded": "pipeline/test_engine.py::test_mistakes_are_errors_on_all_ranks",
+    "pipeline.timeout_s": "pipeline/test_engine.py::test_mistakes_are_errors_on_all_ranks",
     "integrity.replica_check_interval": "test_integrity.py::"
     "test_a_flipped_bit_in_a_value_that_stays_is_found_at_the_next_check",
     "integrity.checksums": "test_integrity.py::test_checksums_find_a_flipped_bit_of_a_shard",

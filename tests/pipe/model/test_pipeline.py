@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_pipe.errors import PipelineError
 from ds_pipe.model import (
     LayerProfile,
     LayerSpec,
@@ -111,7 +112,7 @@ def trained(num_stages: int, count: int, steps: int, *, tied=False, clip=None, *
     built = module(num_stages, tied, **options)
     pipeline = Pipeline(built, count)
     optimizer = torch.optim.SGD(built.parameters(), lr=0.1, momentum=0.9)
-    data_rank = built.topology.get_coord(dist.get_rank()).data
+    data_rank = built.process_topology.get_coord(dist.get_rank()).data
     losses = []
     for step in range(steps):
         losses.append(pipeline.forward_backward(items(step, data_rank, count)).item())
@@ -185,18 +186,12 @@ def test_evaluation_and_the_same_loss_on_all_ranks():
     both = [torch.zeros(()), torch.zeros(())]
     dist.all_gather(both, trained_loss)
     assert loss == trained_loss == both[0] == both[1]
-    with pytest.raises(ValueError, match="ended after 3 of 4") if dist.get_rank() == 0 else _nothing():
-        if dist.get_rank() == 0:
-            pipeline.forward_backward(list(items(0, 0, 4))[:3])
+    pipeline.set_num_microbatches(6)
+    assert pipeline.forward_backward(items(0, 0, 6)) == pipeline.evaluate(items(0, 0, 6))[0]
+    # Data that end too early on one rank are an error on all.
+    with pytest.raises(PipelineError, match="rank 0 ended after 3 of 6"):
+        pipeline.forward_backward(list(items(0, 0, 6))[: 3 if dist.get_rank() == 0 else 6])
     pipeline.close()
-
-
-class _nothing:
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
 
 
 def alone(specs, **options):

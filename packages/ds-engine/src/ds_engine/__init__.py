@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ds_engine.config.support.errors import ConfigError
     from ds_engine.engine import Engine
     from ds_engine.inference.engine import InferenceEngine, init_inference
+    from ds_engine.pipeline_engine import PipelineEngine
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "ConfigError",
     "Engine",
     "InferenceEngine",
+    "PipelineEngine",
     "__version__",
     "checkpoint",
     "config",
@@ -36,6 +38,7 @@ _HOMES = {
     "ConfigError": "ds_engine.config.support.errors",
     "Engine": "ds_engine.engine",
     "InferenceEngine": "ds_engine.inference",
+    "PipelineEngine": "ds_engine.pipeline_engine",
     "init_inference": "ds_engine.inference",
     "initialize": "ds_engine.assemble",
 }

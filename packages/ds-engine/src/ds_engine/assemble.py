@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,12 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
 from ds_engine import rules
-from ds_engine.build import memory, offload, profiler, ranks, self_reducing, tensor, zero
+from ds_engine.build import memory, offload, pipeline, profiler, ranks, self_reducing, tensor, zero
 from ds_engine.build.comm import collectives_of
 from ds_engine.build.data import Loader
 from ds_engine.build.optimizer import optimizer_of
 from ds_engine.build.schedule import schedule_of
-from ds_engine.build.topology import topology_of
+from ds_engine.build.topology import Meshes, topology_of
 from ds_engine.config import ConfigError, DsConfig
 from ds_engine.engine import Engine, Parts, Training
 from ds_engine.interfaces import World
@@ -51,7 +52,8 @@ def initialize(
     same arguments.
 
     Args:
-        model: an ordinary module. It is sharded in place; from now on call it through the engine.
+        model: an ordinary module. It is sharded in place; from now on call it through the engine. For a
+            `ds_pipe.model.PipelineModule` the engine is a `PipelineEngine`, which has `train_batch`.
         config: path of a `ds_config.json`, or a dict with the same content. See docs/guide/configuration.md.
         optimizer: an optimizer over the model's parameters, or a function that makes one from them. Default: the one
             of the configuration.
@@ -76,19 +78,69 @@ def initialize(
         raise ValueError("initialize() needs a model: pass model=...")
     if config is None:
         raise ConfigError(["no configuration: pass config=, the path of a JSON file or a dict"])
+    stages = pipeline.choice_of(model)
     # Checked before a process group is started or a tensor is moved.
-    settings = rules.load(config, lambda read: choices_of(read, optimizer, lr_scheduler))
-    choices = choices_of(settings, optimizer, lr_scheduler)
+    settings = rules.load(config, lambda read: choices_of(read, optimizer, lr_scheduler, pipeline=stages))
+    choices = choices_of(settings, optimizer, lr_scheduler, pipeline=stages)
     pacing = Pacing(settings)
     world = ranks.start()
-    topology, meshes = topology_of(settings, world, mpu, tensor.ranks_of(settings, model))
+    piped = pipeline.place(settings, model, world, mpu)
+    if piped is None:
+        topology, meshes = topology_of(settings, world, mpu, tensor.ranks_of(settings, model))
+    else:
+        topology, meshes = piped.topology, piped.meshes
     job = describe(choices, topology, world.device.type)
     _seed(settings.seed, topology.seed_offset(world.rank))
     if world.device.type != "cpu" and not any(p.is_meta for p in model.parameters()):
         model.to(world.device)
     tensor.cut(model, settings, meshes.tensor, optimizer)
-    group = meshes.data.get_group() if mpu is not None and meshes.data is not None else None
-    built = optimizer_of(job, optimizer, model, model_parameters, group)
+    built, placed = _sharded(job, model, _Given(optimizer, model_parameters, comm), meshes, world)
+    schedule = schedule_of(job, lr_scheduler, built)
+    reporting = _reporting(job, world, schedule, model)
+    roles = zero.roles_of(job, model, built, offload.activations_of(job, model), meshes)
+    if piped is not None:
+        roles = pipeline.with_state(roles, piped, built)
+    parts = Parts(
+        job=job,
+        world=world,
+        training=Training(module=model, optimizer=built, schedule=schedule),
+        roles=roles,
+        pacing=pacing,
+        reporting=reporting,
+        savers=_savers(settings, reporting.progress, built),
+        loader=_loader(job, training_data, world, collate_fn),
+    )
+    engine = Engine(parts) if piped is None else _pipeline_engine(parts, piped)
+    if world.rank == 0:
+        _announce(engine, settings)
+        if placed is not None and settings.startup_summary:
+            to_stderr(f"placement within offload.budget:\n{placed}")
+    return engine, built, engine.training_dataloader, schedule
+
+
+def _pipeline_engine(parts: Parts, placed: pipeline.Placed) -> Engine:
+    from ds_engine.pipeline_engine import PipelineEngine
+
+    runs = pipeline.StagesOfJob(parts.job, placed, parts.world.device, parts.roles.guard.scale)
+    return PipelineEngine(parts, runs)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Arguments of `initialize`."""
+
+    optimizer: Optimizer | Callable[[Parameters], Optimizer] | None
+    parameters: Parameters | None
+    comm: Any
+
+
+def _sharded(
+    job: Job, model: nn.Module, given: _Given, meshes: Meshes, world: World
+) -> tuple[Optimizer, Any]:
+    """Makes the optimizer, and shards the model with it. Returns the optimizer, and what a budget has decided."""
+    # Ranks that are not replicas of each other have other parameters.
+    group = meshes.data.get_group() if job.topology.model.size > 1 and meshes.data is not None else None
+    built = optimizer_of(job, given.optimizer, model, given.parameters, group)
     placed = memory.placed(job, model, built) if job.placement.by_budget else None
     memory.refuse_if_impossible(job, model, built, world, placed)
     store = offload.store_of(job, placed)
@@ -98,28 +150,10 @@ def initialize(
     memory.warn_if_too_large(job, model, built, world)
     # The schedule reads the learning rates of the groups, which sharding does not change. Optimizer states do not
     # exist yet.
-    comm = collectives_of(job, meshes, world, comm)
+    comm = collectives_of(job, meshes, world, given.comm)
     zero.shard(job, model, built, meshes, world.device, comm, store)
     job.precision.cast_buffers(model)
-    schedule = schedule_of(job, lr_scheduler, built)
-    reporting = _reporting(job, world, schedule, model)
-    engine = Engine(
-        Parts(
-            job=job,
-            world=world,
-            training=Training(module=model, optimizer=built, schedule=schedule),
-            roles=zero.roles_of(job, model, built, offload.activations_of(job, model), meshes),
-            pacing=pacing,
-            reporting=reporting,
-            savers=_savers(settings, reporting.progress, built),
-            loader=_loader(job, training_data, world, collate_fn),
-        )
-    )
-    if world.rank == 0:
-        _announce(engine, settings)
-        if placed is not None and settings.startup_summary:
-            to_stderr(f"placement within offload.budget:\n{placed}")
-    return engine, built, engine.training_dataloader, schedule
+    return built, placed
 
 
 def _reporting(job: Job, world: World, schedule: LRSchedule | None, model: nn.Module) -> Reporting:

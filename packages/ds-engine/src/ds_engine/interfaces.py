@@ -6,7 +6,7 @@ For the update the engine calls `torch.optim.Optimizer.step()`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +155,20 @@ class HeldBytes(Protocol):
     def optimizer_bytes(self) -> int: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class StateNames:
+    """The names of the tensors of a whole model, of which a rank may hold a part."""
+
+    tensors: frozenset[str]
+    """Parameters under their first names, and persistent buffers."""
+    frozen: tuple[str, ...]
+    """Parameters that do not require a gradient."""
+    tied: Mapping[str, str]
+    """Every further name of a shared parameter -> its first name."""
+    groups: tuple[tuple[str, ...], ...]
+    """The parameters of each group of the optimizer."""
+
+
 class ModelState(Protocol):
     """Owns the parameters, gradients and optimizer states of one model."""
 
@@ -174,6 +188,9 @@ class ModelState(Protocol):
 
     def group_names(self) -> list[list[str]]:
         """Returns the names of the parameters of each optimizer group, in order."""
+
+    def names(self) -> StateNames:
+        """Returns the names of the whole model, the same on all ranks."""
 
     def load_records(
         self,
@@ -236,6 +253,37 @@ class Roles:
     """The ranks that share each layer; None: layers are whole, or cut by the caller."""
     sequence_group: ProcessGroup | None = None
     """The ranks that process the other tokens of the same samples; None: sequences are not divided."""
+
+
+class RunsPipeline(Protocol):
+    """Runs the stages of this rank by their schedule. All methods but `close` are collective."""
+
+    is_first: bool
+    """Whether this rank has the first stage, which gets the inputs."""
+    is_last: bool
+    """Whether this rank has the last stage, which gets the labels."""
+
+    @property
+    def num_microbatches(self) -> int:
+        """Number of micro-batches of a training step."""
+
+    def set_num_microbatches(self, num_microbatches: int) -> None: ...
+
+    def train(self, data: Iterable[Any]) -> Tensor:
+        """Runs forwards and backwards of a step. `data`: pairs (inputs, labels), one for each micro-batch, read on the
+        first and the last rank. Returns the mean loss over micro-batches and data-parallel ranks, on all ranks.
+        """
+
+    def evaluate(
+        self, data: Iterable[Any], *, num_microbatches: int, with_loss: bool, keep_outputs: bool
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Runs forwards. Returns the mean loss on all ranks, and on the last rank the output of each micro-batch."""
+
+    def last_group(self) -> tuple[Any, int]:
+        """Returns the process group of the pipeline ranks (None: this rank alone), and the global rank of the last."""
+
+    def close(self) -> None:
+        """Ends what runs in the background. The pipeline cannot be used afterwards."""
 
 
 class BackgroundWriter(Protocol):

@@ -106,6 +106,7 @@ class SelfReducingOptimizer(Optimizer):
         self.freeze_step = freeze_step
         self.max_grad_norm = max_grad_norm
         self.report: StepReport | None = None
+        self._model_group: dist.ProcessGroup | None = None
         self._compressed = CompressedState(self.channel, self.compression)
         super().__init__(params, defaults)
 
@@ -118,6 +119,12 @@ class SelfReducingOptimizer(Optimizer):
     def compressed_state(self) -> CompressedState:
         """The buffers of the compressed phase: residuals, and what is sent."""
         return self._compressed
+
+    def share_norms(self, model_group: dist.ProcessGroup | None) -> None:
+        """Sets the ranks that hold the other parts of the model, as pipeline stages: norms are over all parts, and all
+        of them skip a step together. None, as without this call: this rank has the whole model.
+        """
+        self._model_group = model_group
 
     # -- implemented by a subclass
 
@@ -167,7 +174,8 @@ class SelfReducingOptimizer(Optimizer):
         own = [_grad_or_zeros(entry) for entry in dense]
         sums = reduced(own, self.channel, unscale, self.compression.reduce_dtype)
         mean = 1.0 / self.channel.world_size
-        norm = math.sqrt(squared + kernels.squared_norm(sums)[0] * mean * mean)
+        [total] = self._over_model(squared + kernels.squared_norm(sums)[0] * mean * mean)
+        norm = math.sqrt(total)
         clip = self._clip_factor(norm)
         if dense:
             self._dense_step(dense, sums, clip * mean)
@@ -180,9 +188,12 @@ class SelfReducingOptimizer(Optimizer):
         return loss
 
     def _local_step(self, entries: Sequence[Entry], unscale: float, loss: float | None) -> float | None:
-        """A step without messages. If this rank's gradients are not finite, it alone goes on without them."""
+        """A step without messages to replicas. If the gradients of one replica are not finite, it alone goes on without
+        them.
+        """
         total, finite = kernels.squared_norm([entry.grad for entry in entries if entry.grad is not None])
-        skipped = not finite or bool(self.found_inf)
+        bad, total = self._over_model(float(not finite or bool(self.found_inf)), total if finite else 0.0)
+        skipped = bad > 0.0
         if skipped:
             for entry in entries:
                 entry.grad = None
@@ -239,7 +250,17 @@ class SelfReducingOptimizer(Optimizer):
         numbers = torch.tensor([float(bad), squared, *flags], dtype=torch.float64, device=device)
         self.channel.all_reduce(numbers).wait()
         skip, total, *counts = numbers.tolist()
+        [skip] = self._over_model(skip)
         return skip > 0.0, total / self.channel.world_size, [count > 0.0 for count in counts]
+
+    def _over_model(self, *values: float) -> list[float]:
+        """Returns the sums over the parts of the model."""
+        if self._model_group is None:
+            return list(values)
+        # Gathered and added in one order, so that the norm has the same bits on all parts.
+        every: list[Any] = [None] * dist.get_world_size(self._model_group)
+        dist.all_gather_object(every, values, self._model_group)
+        return [math.fsum(column) for column in zip(*every, strict=True)]
 
     # -- checkpoints
 

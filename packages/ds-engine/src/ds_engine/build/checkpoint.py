@@ -19,12 +19,12 @@ from ds_checkpoint.format.model_config import MODEL_CONFIG, model_config
 from ds_checkpoint.format.model_part import MODEL_AXES, ModelPart
 from ds_checkpoint.interfaces import ShardRecord
 from ds_checkpoint.memory.resume import load_newest
-from ds_checkpoint.owners.names import tied
 from ds_checkpoint.read import opening
 from ds_checkpoint.read.checkpoint import Checkpoint
 from ds_checkpoint.team import Team
 from ds_checkpoint.write.writer import Content, write
 from ds_engine.build.self_reducing import load_residuals, residuals_of
+from ds_engine.interfaces import StateNames
 from ds_engine.job.topology import Axis
 
 if TYPE_CHECKING:
@@ -57,11 +57,10 @@ class Saving:
 
 
 def _part(engine: Engine) -> ModelPart:
-    topology = engine.topology
-    axes = {"pipe": topology.pipe} if topology.logical else {"pipe": topology.pipe, "tensor": topology.tensor}
-    return ModelPart(
-        coordinates={name: (axis.index, axis.size) for name, axis in axes.items() if axis.size > 1}
-    )
+    """Returns which values this rank has under the names of its tensors. Stages of a pipeline have different names."""
+    axis = engine.topology.tensor
+    cut = axis.size > 1 and not engine.topology.logical
+    return ModelPart(coordinates={"tensor": (axis.index, axis.size)} if cut else {})
 
 
 def save(
@@ -143,20 +142,19 @@ def _wanted(engine: Engine) -> str:
 def _content(engine: Engine, client_state: Mapping[str, Any], saving: Saving) -> Content:
     rank = engine.world.rank
     random_values, blobs = rng.capture(rank)
-    left_out = (
-        set() if saving.frozen else {n for n, p in engine.module.named_parameters() if not p.requires_grad}
-    )
-    part = _part(engine)
+    names, part = engine.model_state.names(), _part(engine)
+    left_out: set[str] = set() if saving.frozen else set(names.frozen)
     values: dict[str, Any] = {f"rng/{rank}": random_values}
     residuals = residuals_of(engine.optimizer)
     if residuals is not None:
-        key = f"{_residuals_key(part)}{_replica(engine).index}"
+        key = f"{_residuals_key(engine)}{_replica(engine).index}"
         values[key] = codec.encode(dict(residuals), "the optimizer's residuals", blobs, key)
     if rank == 0:
         values |= _shared_values(engine, client_state, blobs)
         values[MODEL_AXES] = part.axes
-    if _replica(engine).index == 0:  # one rank of each model part
-        own = _values_of_names(engine, left_out, blobs, f"part{part.index}")
+    # One rank of each model part; all stages of a pipeline are one part.
+    if _replica(engine).index == 0 and engine.topology.pipe.index == 0:
+        own = _values_of_names(engine, names, left_out, blobs, f"part{part.index}")
         values |= {part.key: own} if part.coordinates else own
     records = [r for r in engine.model_state.records() if r.fqn not in left_out]
     return Content(
@@ -205,19 +203,23 @@ def _shared_values(
 
 
 def _values_of_names(
-    engine: Engine, left_out: set[str], blobs: dict[str, Tensor], prefix: str
+    engine: Engine, names: StateNames, left_out: set[str], blobs: dict[str, Tensor], prefix: str
 ) -> dict[str, Any]:
     """Returns the values that refer to parameters and groups. They are the same on all ranks that hold the same part
     of the model.
     """
     tensors: dict[str, Tensor] = {}
+    groups = options.encode_groups(engine.optimizer, tensors, f"optimizer/{prefix}")
     values = {
         "optimizer": {
             "family": options.family(engine.optimizer),
-            "groups": options.encode_groups(engine.optimizer, tensors, f"optimizer/{prefix}"),
+            "groups": [
+                {**group, "num_params": len(of_group)}
+                for group, of_group in zip(groups, names.groups, strict=True)
+            ],
         },
-        "tied": tied(engine.module),
-        "frozen": [name for name, p in engine.module.named_parameters() if not p.requires_grad],
+        "tied": dict(names.tied),
+        "frozen": list(names.frozen),
         "left_out": sorted(left_out),
     }
     blobs.update(tensors)
@@ -268,9 +270,7 @@ def _names(engine: Engine) -> set[str]:
     """Returns the names that a checkpoint of this model must contain: parameters under their first name, and
     persistent buffers.
     """
-    persistent = set(engine.module.state_dict(keep_vars=True))
-    buffers = {name for name, _ in engine.module.named_buffers() if name in persistent}
-    return {name for name, _ in engine.module.named_parameters()} | buffers
+    return set(engine.model_state.names().tensors)
 
 
 def _has_states(checkpoint: Checkpoint) -> bool:
@@ -311,7 +311,7 @@ def _check_fit(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> None:
             f"{options.family(engine.optimizer)}: use the same optimizer, or pass load_optimizer_states=False to "
             "start with new states"
         )
-    here = [len(group["params"]) for group in engine.optimizer.param_groups]
+    here = [len(group) for group in engine.model_state.names().groups]
     there = [group["num_params"] for group in saved["groups"]]
     if there and here != there:
         raise CheckpointError(
@@ -413,15 +413,19 @@ def _replica(engine: Engine) -> Axis:
     return Axis(index, size)
 
 
-def _residuals_key(part: ModelPart) -> str:
-    """Begin of the keys under which ranks save the residuals of their optimizers."""
-    return f"residuals/part{part.index}/"
+def _residuals_key(engine: Engine) -> str:
+    """Begin of the keys under which ranks save the residuals of their optimizers. Those of pipeline stages are for the
+    parameters of one stage, so that another number of stages begins without.
+    """
+    pipe = engine.topology.pipe
+    stage = f"stage{pipe.index}of{pipe.size}/" if pipe.size > 1 else ""
+    return f"residuals/part{_part(engine).index}/{stage}"
 
 
 def _residuals(engine: Engine, checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Returns the residuals of this rank, if as many ranks have saved them, else those of all ranks."""
-    values, prefix = checkpoint.manifest.values, _residuals_key(_part(engine))
-    keys = sorted(key for key in values if key.startswith(prefix))
+    values, prefix = checkpoint.manifest.values, _residuals_key(engine)
+    keys = sorted(key for key in values if key.startswith(prefix) and "/" not in key[len(prefix) :])
     own = _replica(engine)
     if len(keys) == own.size:
         keys = [key for key in keys if key == f"{prefix}{own.index}"]

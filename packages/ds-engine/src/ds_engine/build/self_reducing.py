@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ from ds_engine.interfaces import ClipsGradients, GradientNorms, LossGuard, Reduc
 from ds_engine.job import Job
 from ds_zero import LossScaleError
 from ds_zero.runtime.gradients.loss_scaler import DynamicScale, ScaleState
+
+
+@runtime_checkable
+class HasModelParts(Protocol):
+    """An optimizer that reduces gradients, and can share norms with the ranks that hold the rest of the model."""
+
+    def share_norms(self, model_group: Any) -> None:
+        """Sets the process group of these ranks; None: there are none."""
 
 
 def reduces(optimizer: Optimizer) -> bool:

@@ -30,6 +30,8 @@ class Meshes:
     """The ranks that process the other tokens of the same samples; None: sequences are not divided."""
     model_parallel: ds_zero.ModelParallel | None = None
     """Process group of the model-parallel ranks."""
+    mesh_for: ds_zero.MeshFor | None = None
+    """Returns the mesh of parameters that have another one than `data`."""
 
 
 def arranged(settings: DsConfig, rank: int, num_ranks: int, tensor: int | None = None) -> Topology:
@@ -120,7 +122,7 @@ def topology_of(
         return Topology(data=Axis(rank, size)), Meshes(data=data)
     across = _ask(mpu, "get_model_parallel_group", "get_tensor_model_parallel_group")
     first = int(_ask(mpu, *_TENSOR_RANK)) == 0
-    marked = ds_zero.ModelParallel(group=across, is_cut=_counts(first))
+    marked = ds_zero.ModelParallel(group=across, is_cut=counts_on(first))
     # Pipeline and tensor parallelism form one axis here: only the part of the model that a rank holds matters.
     topology = Topology(data=Axis(rank, size), tensor=Axis(dist.get_rank(across), parts))
     return topology, Meshes(data=data, model_parallel=marked)
@@ -191,7 +193,9 @@ def _of_settings(topology: Topology, world: World) -> tuple[Topology, Meshes]:
     )
 
 
-def _counts(first: bool) -> Callable[[str, nn.Parameter], bool]:
+def counts_on(first: bool) -> Callable[[str, nn.Parameter], bool]:
+    """Returns which parameters norms count on a rank; `first`: whether it is the first of its tensor ranks."""
+
     def counts(fqn: str, param: nn.Parameter) -> bool:
         return first or ds_zero.cut_by_model_parallelism(fqn, param)
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 import ds_zero
 from ds_core.kernels import squared_norm
 from ds_engine.assemble import initialize
-from ds_engine.build import ranks
+from ds_engine.build import pipeline, ranks
 from ds_engine.build.optimizer import optimizer_of
 from ds_engine.build.schedule import schedule_of
 from ds_engine.build.topology import arranged
@@ -74,6 +74,7 @@ def verify(
         job = describe(choices, arranged(settings, world.rank, world.world_size), world.device.type)
         seed_everything(seed)
         model, inputs = _made(factory)
+        pipeline.refuse(model, "ds verify")
         stream = _batches(batches, inputs, job.batch)
 
         def make() -> tuple[nn.Module, Optimizer]:

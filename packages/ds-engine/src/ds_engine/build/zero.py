@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import ds_zero
+from ds_checkpoint.owners.names import tied
 from ds_core.kernels import squared_norm
 from ds_engine.build import self_reducing
 from ds_engine.build.layers import sparse_attention
@@ -20,7 +21,7 @@ from ds_engine.build.offload_states import send_away
 from ds_engine.build.topology import Meshes
 from ds_engine.config import ConfigError
 from ds_engine.config.sections.zero.leaf_module import DEFAULT_CLASSES, LeafModuleConfig
-from ds_engine.interfaces import LossGuard, MovedActivations, Reading, Roles
+from ds_engine.interfaces import LossGuard, MovedActivations, Reading, Roles, StateNames
 from ds_engine.job import Job, LossScaling
 from ds_engine.job.precision import DTYPES
 
@@ -49,6 +50,7 @@ def shard(
             store=store,
             comm=comm,
             norms=squared_norm,
+            mesh_for=meshes.mesh_for,
             model_parallel=meshes.model_parallel,
         )
     if self_reducing.reduces(optimizer):
@@ -107,9 +109,7 @@ def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
         accumulation=zero.accumulation_plan,
         rank_invariant=job.accumulating.rank_invariant,
         secondary_ranks=max(1, zero.zero_hpz_partition_size),
-        # If the caller decides about boundaries, no backward is known to be the last, so gradients are reduced in
-        # step().
-        accumulation_steps=job.batch.steps if job.accumulating.managed else sys.maxsize,
+        accumulation_steps=_backwards(job),
         sparse_gradients=settings.sparse_gradients,
         param_dtype=job.precision.param_dtype,
         dtype_for=job.precision.dtype_for(model),
@@ -138,6 +138,14 @@ def zero_config(job: Job, model: nn.Module) -> ds_zero.ZeroConfig:
         overlap_step=zero.overlaps_step,
         undo_bytes=zero.offload_optimizer.undo_bytes,
     )
+
+
+def _backwards(job: Job) -> int | None:
+    """Returns `ZeroConfig.accumulation_steps`."""
+    if job.pipeline is not None:
+        return None  # the executor says which backward completes the gradients of a rank
+    # If the caller decides about boundaries, no backward is known to be the last, so gradients are reduced in step().
+    return job.batch.steps if job.accumulating.managed else sys.maxsize
 
 
 _STAGED_NUMEL = 16 * 2**20
@@ -268,6 +276,17 @@ class ZeroState:
 
     def group_names(self) -> list[list[str]]:
         return ds_zero.group_names(self._model, self._optimizer)
+
+    def names(self) -> StateNames:
+        model = self._model
+        persistent = set(model.state_dict(keep_vars=True))
+        params = dict(model.named_parameters())
+        return StateNames(
+            tensors=frozenset({*params, *(n for n, _ in model.named_buffers() if n in persistent)}),
+            frozen=tuple(name for name, p in params.items() if not p.requires_grad),
+            tied=tied(model),
+            groups=tuple(tuple(names) for names in self.group_names()),
+        )
 
     def load_records(
         self,

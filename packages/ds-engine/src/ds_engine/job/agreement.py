@@ -42,11 +42,14 @@ def entries(job: Job, model: nn.Module, optimizer: Optimizer) -> dict[str, str]:
         "device": job.device_type,
         "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
         "scheduler": repr(None if job.schedule is None else job.schedule.name),
+        "pipeline": repr(job.pipeline),
     }
+    if job.pipeline is not None:  # groups are saved together over the stages
+        values["number of parameter groups"] = str(len(optimizer.param_groups))
     if job.topology.model.size > 1:  # model-parallel ranks have different parameters
         return values
-    values["model"] = f"{type(model).__name__} with {_shape_of(model)}"
     values["number of parameter groups"] = str(len(optimizer.param_groups))
+    values["model"] = f"{type(model).__name__} with {_shape_of(model)}"
     for number, group in enumerate(optimizer.param_groups):
         options = {key: value for key, value in group.items() if key != "params"}
         values |= _flat(f"optimizer.param_groups[{number}].", options)

@@ -103,6 +103,27 @@ class ScheduleChoice:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PipelineChoice:
+    """The division of a model into the stages of a pipeline."""
+
+    num_stages: int
+    """Number of pipeline ranks."""
+    schedule: str
+    """Name of the schedule."""
+    parts: tuple[int, ...]
+    """Index of the first layer of each stage, and the number of layers."""
+    rank_of_stage: tuple[int, ...]
+    """Pipeline rank of each stage."""
+    ties: bool
+    """Whether several ranks have the same weight."""
+
+    def __str__(self) -> str:
+        bounds = zip(self.parts, self.parts[1:], strict=False)
+        layers = " | ".join(f"{start}-{end - 1}" if end > start else "none" for start, end in bounds)
+        return f"{self.num_stages} ranks, schedule {self.schedule}, layers {layers}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choices:
     """All choices that do not depend on ranks or model. `ds_engine.rules` checks them."""
 
@@ -119,6 +140,8 @@ class Choices:
     """Type of the training device: "cpu", "cuda", ..."""
     clipping: float
     """Maximum global norm of the gradient; inf: the norm is measured, but not limited."""
+    pipeline: PipelineChoice | None = None
+    """None: the model is not a pipeline."""
 
     @property
     def quantized_weights(self) -> bool:
@@ -146,6 +169,7 @@ def choices_of(
     optimizer: object = None,
     lr_scheduler: object = None,
     device_type: str | None = None,
+    pipeline: PipelineChoice | None = None,
 ) -> Choices:
     """Makes the choices.
 
@@ -153,6 +177,7 @@ def choices_of(
         optimizer: the argument of `initialize`: an optimizer, a class, a function, or None.
         lr_scheduler: the argument of `initialize`, or None.
         device_type: type of the training device; None: see `training_device`.
+        pipeline: the stages of a model that is a pipeline.
     """
     placement = Placement.of(settings)
     return Choices(
@@ -163,6 +188,7 @@ def choices_of(
         schedule=_schedule(settings, lr_scheduler),
         device_type=device_type or training_device(),
         clipping=settings.gradient_clipping if settings.gradient_clipping > 0 else math.inf,
+        pipeline=pipeline,
     )
 
 

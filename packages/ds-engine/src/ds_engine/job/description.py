@@ -59,6 +59,7 @@ def describe(choices: Choices, topology: Topology, device_type: str) -> Job:
         accumulating=_accumulating(choices),
         precision=Precision.of(settings, device_type),
         device_type=device_type,
+        pipeline=choices.pipeline,
     )
 
 

@@ -77,6 +77,8 @@ def rows(engine: Engine) -> list[Row]:
             "as set" if "gradient_clipping" in set_keys else "default; 0 turns it off",
         ),
     ]
+    if job.pipeline is not None:
+        table.insert(2, ("pipeline", str(job.pipeline), "of the model"))
     return table + _remarks(config) + _memory_rows(engine, shares, held)
 
 

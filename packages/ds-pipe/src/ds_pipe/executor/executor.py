@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,7 @@ class _Step:
     inputs: Sequence[Any] | None
     targets: Sequence[Any] | None
     weights: Sequence[float | Tensor] | None
+    scale: Callable[[Tensor], Tensor] | None
     keep_outputs: bool
     values: dict[tuple[int, int], Any] = field(default_factory=dict)
     """(stage, micro-batch) -> the input of a stage from a stage on this rank."""
@@ -135,6 +136,7 @@ class Executor:
         targets: Sequence[Any] | None = None,
         *,
         loss_weights: Sequence[float | Tensor] | None = None,
+        scale: Callable[[Tensor], Tensor] | None = None,
         keep_outputs: bool = False,
         measure: bool = False,
     ) -> StepResult:
@@ -145,6 +147,7 @@ class Executor:
             targets: the targets of every micro-batch, on the rank of the last stage, if that has a loss function.
             loss_weights: factors of the micro-batches' losses, on the rank of the last stage; for example the share of
                 each one's tokens. Default: losses are divided by the number of micro-batches.
+            scale: called with each loss after that, before its backward; for example a loss scaler.
             keep_outputs: return the outputs of the last stage.
             measure: return when each action ran.
 
@@ -153,7 +156,7 @@ class Executor:
                 action. The executor cannot be used afterwards.
             ValueError: the number of inputs, targets or weights is not that of the micro-batches.
         """
-        step = _Step(inputs, targets, loss_weights, keep_outputs)
+        step = _Step(inputs, targets, loss_weights, scale, keep_outputs)
         self._check_given(step)
         spans: list[Span] = []
         with torch.set_grad_enabled(self.schedule.trains):
@@ -180,6 +183,10 @@ class Executor:
             self._transport.finish()
         except PipelineError as error:
             raise PipelineError(f"rank {self.rank}, at the end of the step: {error}") from error
+
+    def fail(self, message: str) -> None:
+        """Tells all ranks that this one cannot go on. The executor cannot be used afterwards."""
+        self._transport.fail(message)
 
     def close(self) -> None:
         """Ends what runs in the background."""
@@ -272,7 +279,7 @@ class Executor:
             self._hand_on(step, step.values, Action(index + 1, Op.RECV_FORWARD, m), output)
             return
         if not self.schedule.trains and step.targets is None:
-            step.outputs[m] = stage.module(value)
+            step.outputs[m] = stage.compute(value)
             return
         target = None if step.targets is None else step.targets[m]
         output, loss = stage.last_forward(m, value, target, lambda loss: self._weighted(step, m, loss))
@@ -282,7 +289,8 @@ class Executor:
             step.outputs[m] = detached(output)
 
     def _weighted(self, step: _Step, m: int, loss: Tensor) -> Tensor:
-        return loss / self.schedule.num_microbatches if step.weights is None else loss * step.weights[m]
+        part = loss / self.schedule.num_microbatches if step.weights is None else loss * step.weights[m]
+        return part if step.scale is None else step.scale(part)
 
     def _backward(self, step: _Step, stage: Stage, action: Action) -> None:
         index, m = stage.index, action.microbatch

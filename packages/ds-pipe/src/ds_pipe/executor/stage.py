@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ class StageOptions:
     split_backward: bool = True
     """Compute a backward in two parts if the schedule asks for it and autograd allows it. False: the first part
     computes all of it. Recomputing activation checkpoints need False."""
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Makes a context around every forward, and around the loss function; for example `torch.autocast`."""
 
 
 @dataclass
@@ -62,11 +65,16 @@ class Stage:
         elif self.shardable is not None:
             self.split_refusal = "sharded parameters are dropped and reduced by whole backwards"
 
+    def compute(self, value: Any) -> Any:
+        """Computes an output, and keeps nothing for a backward."""
+        with self.options.around():
+            return self.module(value)
+
     def forward(self, microbatch: int, value: Any) -> Any:
         """Computes the output of a micro-batch, and keeps what backward needs."""
         with_grad = torch.is_grad_enabled()
         value, inputs = as_leaves(value) if self.index else (value, [])
-        output = self.module(value)
+        output = self.compute(value)
         if with_grad:
             self.keep(microbatch, inputs, output)
         return output
@@ -82,8 +90,9 @@ class Stage:
     ) -> tuple[Any, Tensor | None]:
         """Computes output and loss of the last stage. Backward begins at `weigh(loss)`."""
         value, inputs = as_leaves(value) if self.index else (value, [])
-        output = self.module(value)
-        loss = output if self.loss_fn is None else self.loss_fn(output, target)
+        with self.options.around():
+            output = self.module(value)
+            loss = output if self.loss_fn is None else self.loss_fn(output, target)
         if torch.is_grad_enabled():
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise ValueError(

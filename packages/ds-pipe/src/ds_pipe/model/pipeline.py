@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_pipe.actions import forward
+from ds_pipe.errors import PipelineError
 from ds_pipe.executor.executor import Executor, StepResult
 from ds_pipe.executor.group_transport import GroupTransport
 from ds_pipe.executor.memory_transport import MemoryHub
 from ds_pipe.interfaces import Shardable, Transport
+from ds_pipe.model.groups import PipelineGroups
 from ds_pipe.model.pipeline_module import PipelineModule
 from ds_pipe.model.replicated import Replicated
 from ds_pipe.schedule.names import make
@@ -22,6 +25,38 @@ from ds_pipe.schedule.schedule import Schedule
 from ds_pipe.simulate.results import Span
 
 ShardableFor = Callable[[int], Shardable | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineOptions:
+    """Options of a `Pipeline`."""
+
+    timeout_s: float = 1800.0
+    """Seconds after which a message that does not arrive is an error."""
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Makes a context around every forward and around the loss function; for example `torch.autocast`."""
+    scale: Callable[[Tensor], Tensor] | None = None
+    """Called with the loss of each micro-batch before its backward; for example a loss scaler."""
+    device: torch.device | None = None
+    """Device of received activations. None: the CPU."""
+    schedule: str | None = None
+    """Name of another schedule with the same placement of stages on ranks. None: that of the module."""
+    receive_ahead: int = 1
+    """How many computations before its use a message may arrive."""
+    max_unsharded: int = 2
+    """How many stages of a rank may be gathered at the same time, if they are sharded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """The controls of stages whose parameters are sharded."""
+
+    stages: ShardableFor
+    """Called with the index of each stage of this rank."""
+    ties: Shardable | None = None
+    """Control of the tied weights that several ranks have, which are sharded over all of these
+    (`PipelineGroups.tied_data`): they are gathered before the first action of a step, on all ranks at the same time,
+    and dropped after the last. Their gradients must be reduced after the step."""
 
 
 class Pipeline:
@@ -43,8 +78,9 @@ class Pipeline:
         module: PipelineModule,
         num_microbatches: int,
         *,
-        shardable_for: ShardableFor | None = None,
-        timeout_s: float = 1800.0,
+        shardable_for: ShardableFor | Controls | None = None,
+        groups: PipelineGroups | None = None,
+        options: PipelineOptions = PipelineOptions(),
     ) -> None:
         """Makes the process groups, and gives tied weights and data-parallel ranks the same values. Collective.
 
@@ -53,29 +89,39 @@ class Pipeline:
             num_microbatches: number of micro-batches in one step.
             shardable_for: called with the index of each stage of this rank; returns its control, for stages under
                 ds_zero or FSDP2. Default: the gradients of data-parallel ranks are averaged.
-            timeout_s: seconds after which a message that does not arrive is an error.
+            groups: the process groups, if they exist already. `close` leaves them as they are.
+            options: further options.
 
         Raises:
-            ValueError: tied weights on several ranks together with `shardable_for`.
+            ValueError: tied weights on several ranks together with a `shardable_for` without a control for them.
         """
-        self.module, self.num_microbatches = module, num_microbatches
-        if shardable_for is not None and module.tie_groups():
+        self.module, self.options = module, options
+        controls = Controls(stages=shardable_for) if callable(shardable_for) else shardable_for
+        if controls is not None and controls.ties is None and module.tie_groups():
             raise ValueError(
-                f"tied weights on the pipeline ranks {module.tie_groups()[0]} cannot be sharded: their gradients have "
-                'to be added before they are reduced. With schedule "zb-v", first and last stage are on one rank'
+                f"tied weights on the pipeline ranks {module.tie_groups()[0]} are sharded, but not over all ranks that "
+                "have them, so their gradients would not be added: give them the group "
+                "PipelineGroups.tied_data[ranks] (ds_zero.shard(mesh_for=...)) and pass Controls(ties=...). With "
+                'schedule "zb-v", first and last stage are on one rank'
             )
-        self._groups = _Groups(module)
-        self._transport_timeout_s = timeout_s
-        self._broadcast_ties()
+        self.is_sharded = controls is not None
+        """Whether something else than this object reduces gradients."""
+        self._ties = controls.ties if controls is not None else None
+        self._own_groups = groups is None
+        self.groups = PipelineGroups(module) if groups is None else groups
+        if controls is None:
+            self._broadcast_ties()
         self._controls = {
-            stage: self._replicated(stage) if shardable_for is None else shardable_for(stage)
+            stage: self._replicated(stage) if controls is None else controls.stages(stage)
             for stage in module.local_stages
         }
-        transport = self._transport()
-        stages = {stage: module.stage(stage, self._controls[stage]) for stage in module.local_stages}
-        self._executor = Executor(module.make_schedule(num_microbatches), module.stage_id, stages, transport)
-        self._stages, self._channel = stages, transport
-        self._evaluation: Executor | None = None
+        self._channel = self._transport()
+        self._stages = {
+            stage: module.stage(stage, self._controls[stage], options.around) for stage in module.local_stages
+        }
+        self._executors: dict[tuple[int, bool], Executor] = {}
+        self.num_microbatches = num_microbatches
+        self._executor(num_microbatches, trains=True)
         self._spans: tuple[Span, ...] = ()
 
     def forward_backward(
@@ -94,34 +140,78 @@ class Pipeline:
             ranks.
 
         Raises:
-            PipelineError: a stage has failed on some rank.
+            PipelineError: on every rank, if a stage has failed on some rank, or if the data of a rank has ended.
         """
-        inputs, labels = self._take(data)
-        result = self._executor.step(inputs, labels, loss_weights=loss_weights, measure=measure)
-        self._executor.finish()
+        executor = self._executor(self.num_microbatches, trains=True)
+        inputs, labels = self._take(executor, data, self.num_microbatches)
+        if self._ties is not None:
+            self._ties.unshard()
+        result = executor.step(
+            inputs, labels, loss_weights=loss_weights, scale=self.options.scale, measure=measure
+        )
+        executor.finish()
+        if self._ties is not None:
+            self._ties.reshard()
         self._spans = result.spans
-        self._reduce_ties()
-        return self._loss(result, loss_weights)
+        if not self.is_sharded:
+            self._reduce_ties()
+        return self._over_data(self._sum(result, loss_weights))
 
     def evaluate(
-        self, data: Iterable[Any], *, return_outputs: bool = False
+        self,
+        data: Iterable[Any],
+        *,
+        return_outputs: bool = False,
+        num_microbatches: int | None = None,
+        with_loss: bool = True,
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """Computes losses without gradients; returns their mean, and on the rank of the last stage its outputs."""
-        if self._evaluation is None:
-            # Forwards only, in the placement that the training schedule has.
-            schedule = _forwards(self._executor.schedule.rank_of_stage, self.num_microbatches)
-            self._evaluation = Executor(schedule, self.module.stage_id, self._stages, self._channel)
-        inputs, labels = self._take(data)
-        result = self._evaluation.step(inputs, labels, keep_outputs=return_outputs)
-        self._evaluation.finish()
-        return self._loss(result, None), result.outputs
+        """Computes losses without gradients; returns their mean, and on the rank of the last stage its outputs.
+
+        Args:
+            data: as for `forward_backward`.
+            return_outputs: whether to return the outputs.
+            num_microbatches: number of micro-batches. Default: as in training.
+            with_loss: whether to call the loss function; otherwise labels are not used, the loss is 0, and outputs are
+                returned.
+
+        Raises:
+            PipelineError: as `forward_backward`.
+        """
+        count = self.num_microbatches if num_microbatches is None else num_microbatches
+        executor = self._executor(count, trains=False)
+        inputs, labels = self._take(executor, data, count)
+        if self._ties is not None:
+            self._ties.unshard()
+        result = executor.step(inputs, labels if with_loss else None, keep_outputs=return_outputs)
+        executor.finish()
+        if self._ties is not None:
+            self._ties.reshard()
+        return self._over_data(self._sum(result, None)), result.outputs
+
+    def set_num_microbatches(self, num_microbatches: int) -> None:
+        """Changes the number of micro-batches of the following steps.
+
+        Raises:
+            ValueError: the schedule does not exist for that number.
+        """
+        self._executor(num_microbatches, trains=True)
+        self.num_microbatches = num_microbatches
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales gradients so that their 2-norm over the whole model is at most `max_norm`; returns the norm before.
 
         Tied weights count once. For stages under ds_zero use `ds_zero.clip_grad_norm_`.
+
+        Raises:
+            ValueError: there are tensor-parallel ranks, whose parts of the model this object does not know.
         """
+        if self.module.process_topology.get_dim("model") > 1:
+            raise ValueError(
+                f"{self.module.process_topology}: which parameters are divided among the ranks of the axis 'model' is "
+                "known to their layers only: shard the module with ds_zero.shard(model_parallel=...), or train it with "
+                "ds_engine.initialize, whose norms are over all axes"
+            )
         counted_elsewhere = {
             id(param) for _, ranks, param in self.module.tied_parameters() if ranks[0] != self.module.stage_id
         }
@@ -130,8 +220,8 @@ class Pipeline:
         for param in self.module.parameters():
             if param.grad is not None and id(param) not in counted_elsewhere:
                 square += param.grad.double().square().sum().cpu()
-        if self._groups.pipe is not None:
-            dist.all_reduce(square, group=self._groups.pipe)
+        if self.groups.pipe is not None:
+            dist.all_reduce(square, group=self.groups.pipe)
         norm = square.sqrt()
         factor = float(max_norm / (norm + 1e-6))
         if factor < 1.0:
@@ -144,52 +234,92 @@ class Pipeline:
 
         Collective. Clocks are those of the ranks; on one machine they are the same.
         """
-        if self._groups.pipe is None:
+        if self.groups.pipe is None:
             return self._spans
-        every: list[tuple[Span, ...]] = [()] * dist.get_world_size(self._groups.pipe)
-        dist.all_gather_object(every, self._spans, self._groups.pipe)
+        every: list[tuple[Span, ...]] = [()] * dist.get_world_size(self.groups.pipe)
+        dist.all_gather_object(every, self._spans, self.groups.pipe)
         return tuple(span for spans in every for span in spans)
 
     def close(self) -> None:
         """Ends what runs in the background."""
-        self._executor.close()
-        self._groups.close()
+        for executor in self._executors.values():
+            executor.close()
+        self._executors.clear()
+        if self._own_groups:
+            self.groups.close()
 
-    def _take(self, data: Iterable[Any]) -> tuple[list[Any] | None, list[Any] | None]:
+    def _executor(self, count: int, *, trains: bool) -> Executor:
+        """The executor for a number of micro-batches. The two of the last numbers are kept."""
+        key = count, trains
+        if key not in self._executors:
+            wanted = self.options.schedule
+            schedule = self.module.make_schedule(count, wanted) if trains else self._forwards(count)
+            executor = Executor(
+                schedule,
+                self.module.stage_id,
+                self._stages,
+                self._channel,
+                receive_ahead=self.options.receive_ahead,
+                max_unsharded=self.options.max_unsharded,
+            )
+            self._executors = {k: e for k, e in self._executors.items() if k[1] != trains} | {key: executor}
+        return self._executors[key]
+
+    def _take(
+        self, executor: Executor, data: Iterable[Any], count: int
+    ) -> tuple[list[Any] | None, list[Any] | None]:
         stages = self.module.local_stages
         first, last = 0 in stages, len(self.module.rank_of_stage) - 1 in stages
         if not (first or last):
             return None, None
-        iterator: Iterator[Any] = iter(data)
-        items = [item for item, _ in zip(iterator, range(self.num_microbatches), strict=False)]
-        if len(items) < self.num_microbatches:
-            raise ValueError(f"the data ended after {len(items)} of {self.num_microbatches} micro-batches")
+        rank = self.module.global_rank
+        try:
+            iterator: Iterator[Any] = iter(data)
+            items = [item for _, item in zip(range(count), iterator, strict=False)]
+            for number, item in enumerate(items):
+                if not isinstance(item, (tuple, list)) or len(item) != 2:
+                    raise TypeError(
+                        f"micro-batch {number} is a {type(item).__name__}: the data of a pipeline are pairs (inputs, "
+                        "labels)"
+                    )
+        except Exception as error:
+            message = f"rank {rank} could not read its data: {type(error).__name__}: {error}"
+            executor.fail(message)
+            raise PipelineError(message) from error
+        if len(items) < count:
+            message = f"the data of rank {rank} ended after {len(items)} of {count} micro-batches"
+            executor.fail(message)
+            raise PipelineError(message)
         return (
             [item[0] for item in items] if first else None,
             [item[1] for item in items] if last else None,
         )
 
-    def _loss(self, result: StepResult, weights: Sequence[float] | None) -> Tensor:
+    def _sum(self, result: StepResult, weights: Sequence[float] | None) -> Tensor:
         total = torch.zeros((), dtype=torch.float32)
         for m, loss in enumerate(result.losses):
-            total += loss.float().cpu() * (1 / self.num_microbatches if weights is None else weights[m])
-        if self._groups.data is not None:
-            dist.all_reduce(total, group=self._groups.data)
-            total /= dist.get_world_size(self._groups.data)
-        if self._groups.pipe is not None:
-            dist.broadcast(total, self._groups.last_rank, self._groups.pipe)
+            total += loss.float().cpu() * (1 / len(result.losses) if weights is None else weights[m])
+        return total
+
+    def _over_data(self, total: Tensor) -> Tensor:
+        """The mean over data-parallel ranks, on all ranks."""
+        if self.groups.data is not None:
+            dist.all_reduce(total, group=self.groups.data)
+            total /= dist.get_world_size(self.groups.data)
+        if self.groups.pipe is not None:
+            dist.broadcast(total, self.groups.last_rank, self.groups.pipe)
         return total
 
     def _replicated(self, stage: int) -> Shardable | None:
-        if self._groups.data is None or dist.get_world_size(self._groups.data) == 1:
+        if self.groups.data is None or dist.get_world_size(self.groups.data) == 1:
             return None
         # Tied weights may be in several stages: they are reduced at the end of the step.
-        return Replicated(self.module.stage_module(stage).parameters(), self._groups.data)
+        return Replicated(self.module.stage_module(stage).parameters(), self.groups.data)
 
     @torch.no_grad()
     def _broadcast_ties(self) -> None:
         for _, ranks, param in self.module.tied_parameters():
-            for group in (self._groups.ties.get(ranks), self._groups.data):
+            for group in (self.groups.ties.get(ranks), self.groups.data):
                 if group is not None:
                     dist.broadcast(param, dist.get_process_group_ranks(group)[0], group)
 
@@ -198,63 +328,36 @@ class Pipeline:
         """Adds the gradients of a tied weight over the stages that have it, then averages them over data ranks."""
         replicated = isinstance(next(iter(self._controls.values())), Replicated)
         for _, ranks, param in self.module.tied_parameters():
+            if not param.requires_grad:
+                continue
             if len(ranks) > 1 and param.grad is None:
                 param.grad = torch.zeros_like(param)
             if param.grad is None:
                 continue
-            if ranks in self._groups.ties:
-                dist.all_reduce(param.grad, group=self._groups.ties[ranks])
-            if replicated and self._groups.data is not None:
-                dist.all_reduce(param.grad, group=self._groups.data)
-                param.grad /= dist.get_world_size(self._groups.data)
+            if ranks in self.groups.ties:
+                dist.all_reduce(param.grad, group=self.groups.ties[ranks])
+            if replicated and self.groups.data is not None:
+                dist.all_reduce(param.grad, group=self.groups.data)
+                param.grad /= dist.get_world_size(self.groups.data)
 
     def _transport(self) -> Transport:
-        if self._groups.messages is None:
+        if self.groups.messages is None:
             return MemoryHub(1).transport(0)
-        return GroupTransport(self._groups.messages, timeout_s=self._transport_timeout_s)
-
-
-class _Groups:
-    """The process groups of one rank; all ranks make all groups in the same order."""
-
-    def __init__(self, module: PipelineModule) -> None:
-        self.pipe: dist.ProcessGroup | None = None
-        self.messages: dist.ProcessGroup | None = None
-        self.data: dist.ProcessGroup | None = None
-        self.ties: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self.last_rank = 0
-        if not dist.is_initialized():
-            return
-        topology, me = module.topology, module.global_rank
-        lines = topology.get_axis_comm_lists("pipe")
-        for line in lines:
-            pipe, messages = dist.new_group(line), dist.new_group(line)
-            if me in line:
-                self.pipe, self.messages = pipe, messages
-                self.last_rank = line[module.rank_of_stage[-1]]
-            for ranks in module.tie_groups():
-                members = [line[rank] for rank in ranks]
-                group = dist.new_group(members)
-                if me in members:
-                    self.ties[ranks] = group
-        for line in topology.get_axis_comm_lists("data"):
-            group = dist.new_group(line)
-            if me in line:
-                self.data = group
-
-    def close(self) -> None:
-        for group in {*self.ties.values(), self.pipe, self.messages, self.data} - {None}:
-            dist.destroy_process_group(group)
-
-
-def _forwards(rank_of_stage: tuple[int, ...], num_microbatches: int) -> Schedule:
-    """Forwards only, for any placement."""
-    ranks = max(rank_of_stage) + 1
-    template = make("inference", ranks, num_microbatches)
-    rows = tuple(
-        tuple(
-            forward(s, m) for m in range(num_microbatches) for s, r in enumerate(rank_of_stage) if r == rank
+        return GroupTransport(
+            self.groups.messages, device=self.options.device, timeout_s=self.options.timeout_s
         )
-        for rank in range(ranks)
-    )
-    return replace(template, rank_of_stage=rank_of_stage, actions=rows)
+
+    def _forwards(self, num_microbatches: int) -> Schedule:
+        """Forwards only, in the placement that the training schedule has."""
+        rank_of_stage, ranks = self.module.rank_of_stage, self.module.num_stages
+        template = make("inference", ranks, num_microbatches)
+        rows = tuple(
+            tuple(
+                forward(s, m)
+                for m in range(num_microbatches)
+                for s, r in enumerate(rank_of_stage)
+                if r == rank
+            )
+            for rank in range(ranks)
+        )
+        return replace(template, rank_of_stage=rank_of_stage, actions=rows)

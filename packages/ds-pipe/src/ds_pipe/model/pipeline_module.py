@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from ds_pipe.schedule.names import make, placement
 from ds_pipe.schedule.schedule import Schedule
 
 CheckpointFn = Callable[..., Any]
+Around = AbstractContextManager[Any]
 
 
 class PipelineModule(nn.Module):
@@ -76,10 +78,10 @@ class PipelineModule(nn.Module):
             ValueError: a partition that does not fit the layers, or ranks that do not fit `num_stages`.
         """
         super().__init__()
-        self.topology = _topology(num_stages, topology)
-        self.num_stages = self.topology.get_dim("pipe")
+        self.process_topology = _topology(num_stages, topology)
+        self.num_stages = self.process_topology.get_dim("pipe")
         self.global_rank = dist.get_rank() if dist.is_initialized() else 0
-        self.stage_id: int = getattr(self.topology.get_coord(self.global_rank), "pipe")  # noqa: B009
+        self.stage_id: int = getattr(self.process_topology.get_coord(self.global_rank), "pipe")  # noqa: B009
         self.loss_fn, self.schedule_name, self.chunks = loss_fn, schedule, chunks
         self._specs = list(layers)
         self._seed = partial(_seeded, seed_fn or torch.manual_seed, base_seed) if seed_layers else None
@@ -90,10 +92,15 @@ class PipelineModule(nn.Module):
         )
         self.rank_of_stage = placement(schedule, self.num_stages, chunks)
         self.parts = _bounds(self._specs, partition_method, len(self.rank_of_stage))
+        _refuse_repeated(self._specs, self.parts, self.rank_of_stage)
         self.tied_modules = nn.ModuleDict()
         self._functions: dict[int, Callable[[Any], Any]] = {}
         for stage in self.local_stages:
             self._build(stage)
+        # In the same order on all ranks, whatever the order in which their stages use them: collectives of tied weights
+        # follow it.
+        order = [key for key in self._tied_ranks() if key in self.tied_modules]
+        self.tied_modules = nn.ModuleDict({key: self.tied_modules[key] for key in order})
         # Modules of other ranks are not kept alive by this one.
         mine = {i for s in self.local_stages for i in range(self.parts[s], self.parts[s + 1])}
         self._specs = [
@@ -107,15 +114,37 @@ class PipelineModule(nn.Module):
         """The stages of this rank."""
         return [s for s, rank in enumerate(self.rank_of_stage) if rank == self.stage_id]
 
-    def make_schedule(self, num_microbatches: int) -> Schedule:
-        """Returns the schedule for a number of micro-batches."""
-        return make(self.schedule_name, self.num_stages, num_microbatches, chunks=self.chunks)
+    def make_schedule(self, num_microbatches: int, name: str | None = None) -> Schedule:
+        """Returns the schedule for a number of micro-batches.
 
-    def stage(self, index: int, shardable: Shardable | None = None) -> Stage:
+        Args:
+            num_microbatches: number of micro-batches in one step.
+            name: another schedule than that of the module.
+
+        Raises:
+            ValueError: that schedule has other stages on the ranks than the module was divided for.
+        """
+        name = name or self.schedule_name
+        chunks = self.chunks if name == "interleaved" else None
+        if placement(name, self.num_stages, chunks) != self.rank_of_stage:
+            raise ValueError(
+                f"schedule {name!r} places {placement(name, self.num_stages, chunks)} stages on the ranks, but the "
+                f"model was divided for {self.schedule_name!r} ({self.rank_of_stage}): pass "
+                f"PipelineModule(schedule={name!r})"
+            )
+        return make(name, self.num_stages, num_microbatches, chunks=chunks)
+
+    def recompute_every(self, interval: int) -> None:
+        """Sets `activation_checkpoint_interval`, before a `Pipeline` is made."""
+        self._recompute.set_interval(interval)
+
+    def stage(
+        self, index: int, shardable: Shardable | None = None, around: Callable[[], Around] = nullcontext
+    ) -> Stage:
         """Returns a stage of this rank for an executor."""
         last = index == len(self.rank_of_stage) - 1
         # A recomputing checkpoint would run once for each part of a split backward.
-        options = StageOptions(split_backward=not self._recompute.interval)
+        options = StageOptions(split_backward=not self._recompute.interval, around=around)
         return Stage(
             self.stage_module(index),
             index,
@@ -150,13 +179,14 @@ class PipelineModule(nn.Module):
         return value
 
     def tied_parameters(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
-        """Iterates over the shared parameters of this rank: (name, pipeline ranks that have it, parameter)."""
+        """Iterates over the shared parameters of this rank: (name, pipeline ranks that have it, parameter).
+
+        All parameters of a tied layer are shared, as they are if all its places are on one rank.
+        """
         for key, ranks in self._tied_ranks().items():
-            if key not in self.tied_modules:
-                continue
-            spec = next(s for s in self._specs if isinstance(s, TiedLayerSpec) and s.key == key)
-            for name in spec.tied_weight_attr:
-                yield f"tied_modules.{key}.{name}", ranks, self.tied_modules[key].get_parameter(name)
+            if key in self.tied_modules:
+                for name, param in self.tied_modules[key].named_parameters():
+                    yield f"tied_modules.{key}.{name}", ranks, param
 
     def tie_groups(self) -> list[tuple[int, ...]]:
         """Returns the pipeline ranks of each tie that spans several, the same on all ranks."""
@@ -168,7 +198,7 @@ class PipelineModule(nn.Module):
             for i in range(self.parts[stage], self.parts[stage + 1]):
                 if isinstance(spec := self._specs[i], TiedLayerSpec):
                     ranks.setdefault(spec.key, set()).add(rank)
-        return {key: tuple(sorted(found)) for key, found in ranks.items()}
+        return {key: tuple(sorted(found)) for key, found in sorted(ranks.items())}
 
     def _build(self, stage: int) -> None:
         for index in range(self.parts[stage], self.parts[stage + 1]):
@@ -220,12 +250,16 @@ class _Recompute:
     """Activation checkpointing of every so many layers."""
 
     def __init__(self, interval: int, function: CheckpointFn, class_names: Sequence[str] | None) -> None:
+        self.set_interval(interval)
+        self._function = function
+        self._class_names = None if class_names is None else frozenset(class_names)
+
+    def set_interval(self, interval: int) -> None:
         if interval < 0:
             raise ValueError(
                 f"activation_checkpoint_interval={interval}: 0 keeps activations, n recomputes n layers"
             )
-        self.interval, self._function = interval, function
-        self._class_names = None if class_names is None else frozenset(class_names)
+        self.interval = interval
 
     def run(
         self, functions: Sequence[Callable[[Any], Any]], modules: Sequence[nn.Module | None], value: Any
@@ -249,6 +283,21 @@ def _chained(functions: Sequence[Callable[[Any], Any]], value: Any) -> Any:
     for function in functions:
         value = function(value)
     return value
+
+
+def _refuse_repeated(layers: Sequence[Layer], parts: Sequence[int], rank_of_stage: Sequence[int]) -> None:
+    """Raises ValueError for a module that is in the list twice, on different ranks, which would train copies of it."""
+    rank_of_layer = [rank for i, rank in enumerate(rank_of_stage) for _ in range(parts[i], parts[i + 1])]
+    first: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        if isinstance(layer, nn.Module) and any(True for _ in layer.parameters()):
+            before = first.setdefault(id(layer), index)
+            if rank_of_layer[before] != rank_of_layer[index]:
+                raise ValueError(
+                    f"layers {before} and {index} are the same {type(layer).__name__}, but on the pipeline ranks "
+                    f"{rank_of_layer[before]} and {rank_of_layer[index]}, each of which would train a copy of its own: "
+                    "use TiedLayerSpec for both"
+                )
 
 
 def _seeded(seed_fn: Callable[[int], Any], base_seed: int, index: int) -> None:

@@ -120,3 +120,14 @@ class PipeModelDataParallelTopology(ProcessTopology):
     def __init__(self, num_pp: int, num_mp: int, num_dp: int) -> None:
         """Takes the numbers of pipeline, model-parallel and data-parallel ranks."""
         super().__init__(("pipe", "data", "model"), (num_pp, num_dp, num_mp))
+
+
+def lines(topology: ProcessTopology, *axes: str) -> list[list[int]]:
+    """Returns groups of ranks that differ in these axes only, in the order of ranks. Axes that do not exist are left
+    out, so that without any of them every rank is alone.
+    """
+    others = [axis for axis in topology.axes if axis not in axes]
+    return [
+        topology.filter_match(**dict(zip(others, values, strict=True)))
+        for values in itertools.product(*(range(topology.get_dim(axis)) for axis in others))
+    ]

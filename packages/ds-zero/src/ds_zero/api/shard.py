@@ -120,7 +120,8 @@ def shard(
             instead of sending messages. Default: direct and ordered on the CPU, the backend's on other devices.
         norms: computes squared norms for clipping. Default: torch, in fp64 blocks.
         mesh_for: returns another data axis for some parameters: experts, of which only some ranks hold the same.
-            Their gradients are summed over their own ranks, and divided by the size of the model's axis.
+            Their gradients are summed over their own ranks, and divided by the size of the model's axis. A weight that
+            is tied over pipeline stages gets the data ranks of all of these.
         model_parallel: the model-parallel ranks; norms and overflow are shared among them.
 
     Returns:

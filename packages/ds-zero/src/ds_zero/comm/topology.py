@@ -30,7 +30,9 @@ from ds_zero.comm.ranks import Group, Ranks, ranks_of
 from ds_zero.layout.tensor_parts import TensorPart, TensorParts
 
 MeshFor = Callable[[str, nn.Parameter], DeviceMesh | Ranks | None]
-"""A function from a parameter's name and the parameter to the mesh over which it is sharded; None: the model's mesh."""
+"""A function from a parameter's name and the parameter to the mesh over which it is sharded; None: the model's mesh.
+That mesh is a part of the model's (an expert that some of the ranks hold), or several times as large (a parameter that
+is tied over pipeline stages: the data ranks of all of them)."""
 
 
 @runtime_checkable
@@ -155,7 +157,8 @@ def _first_rank(ranks: Ranks) -> int:
 
 def _expert_ranks(mesh: DeviceMesh | Ranks, main: Ranks, fqn: str) -> Ranks:
     """Experts process the tokens of all data-parallel ranks, so gradients are averaged over all of these. Replicas of
-    the model are replicas of its experts, too.
+    the model are replicas of its experts, too. The gradients of a tied parameter are added over its stages, and averaged
+    over the data-parallel ranks of one.
     """
     divided = ranks_of(mesh)
     copies = main.replicas.size if main.replicas is not None else 1
@@ -166,9 +169,9 @@ def _expert_ranks(mesh: DeviceMesh | Ranks, main: Ranks, fqn: str) -> Ranks:
             f"mesh_for gives {fqn!r} a mesh of {divided.total} ranks in {len(divided.axes)} axes: the model's mesh has "
             f"{len(main.axes)}, so give it {axes}"
         )
-    if main.size % divided.size:
+    if main.size % divided.size and divided.size % main.size:
         raise ValueError(
             f"mesh_for gives {fqn!r} a mesh of {divided.size} ranks: the size must divide the {main.size} ranks over "
-            "which the model is sharded"
+            "which the model is sharded, or be a multiple of it"
         )
     return replace(divided, mean_over=main.total, axis="expert")

@@ -14,6 +14,7 @@ from torch import nn
 
 import ds_zero
 from ds_engine.build.memory.predict import Budgets, predicted
+from ds_engine.build.pipeline import refuse
 from ds_engine.build.topology import arranged
 from ds_engine.config import DsConfig
 from ds_engine.job import choices_of, describe
@@ -82,6 +83,7 @@ def plan(
         raise ValueError(
             f"the factory returned a {type(model).__name__}: it must return a model, or (model, inputs)"
         )
+    refuse(model, "ds plan")
     if inputs is not None:
         from ds_zero.predict.remedies import with_batch_size  # prediction is not loaded where a job trains
 

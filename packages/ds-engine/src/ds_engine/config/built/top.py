@@ -49,6 +49,12 @@ WORKING: tuple[Row, ...] = (
     works("aio.queue_depth", "ds-offload", "NVMeOptions.queue_depth", **_ON_DISK),
     works("aio.intra_op_parallelism", "ds-offload", "NVMeOptions.num_threads", **_ON_DISK),
     works("aio.verify", "ds-offload", "NVMeOptions.verify", **_ON_DISK),
+    works("pipeline.stages", _ENGINE, "ds_engine.rules: the number of stages of the model"),
+    works("pipeline.activation_checkpoint_interval", "ds-pipe", "PipelineModule.recompute_every"),
+    works("pipeline.schedule", "ds-pipe", "PipelineOptions.schedule"),
+    works("pipeline.receive_ahead", "ds-pipe", "PipelineOptions.receive_ahead"),
+    works("pipeline.max_unsharded", "ds-pipe", "PipelineOptions.max_unsharded"),
+    works("pipeline.timeout_s", "ds-pipe", "PipelineOptions.timeout_s"),
     works("managed_gradient_accumulation", _ENGINE, "ds_engine.training.accumulation"),
     works("sparse_gradients", "ds-zero", "ds_zero.runtime.gradients.sparse_rows"),
     works("optimizer", _ENGINE, "ds_engine.build.optimizer"),
@@ -181,6 +187,19 @@ WORKING: tuple[Row, ...] = (
 )
 
 EFFECTLESS: tuple[Row, ...] = (
+    *(
+        no_effect(
+            f"pipeline.{key}", "ds-pipe", "PipelineModule has constructed and divided the layers already"
+        )
+        for key in ("partition", "seed_layers")
+    ),
+    *(
+        no_effect(f"pipeline.{key}", "ds-pipe", "stages send whole tensors")
+        for key in ("pipe_partitioned", "grad_partitioned")
+    ),
+    no_effect(
+        "pipeline.use_reentrant", "ds-pipe", "recomputation is never reentrant, and gives the same values"
+    ),
     no_effect("elasticity.min_time", _ENGINE, "the scheduler decides how long a job runs"),
     no_effect("checkpoint.load_universal", _ENGINE, "load_checkpoint detects the format"),
     no_effect("optimizer.legacy_fusion", _ENGINE, "the fused step has one code path"),
@@ -255,17 +274,6 @@ NOT_YET: tuple[Row, ...] = (
         f"{_LTD}.layer_token_lr_schedule",
         _ENGINE,
         "learning rates that follow the number of processed tokens",
-    ),
-    later(
-        "pipeline",
-        "ds-pipe",
-        "pipeline parallelism",
-        "remove the section",
-        switches={
-            "pipeline.stages": ("auto", 1),
-            "pipeline.seed_layers": (False,),
-            "pipeline.activation_checkpoint_interval": (0,),
-        },
     ),
     *(
         no_effect(f"tensor_parallel.{name}", _LAYERS, why)

@@ -30,7 +30,7 @@ class Gatherer:
         """Buckets whose all-gather has not started, because this rank's part is still being loaded from the store."""
         self._pinned: set[int] = set()
         """`id` of the buckets that stay gathered until `unpin` or the next step."""
-        self._numbers = {id(b): i + 1 for i, b in enumerate(self._buckets)}
+        self._numbers = _numbers(self._buckets)
 
     def start(self, bucket: Bucket) -> None:
         """Starts to gather. Has no effect if the bucket is whole, gathered or being gathered."""
@@ -161,3 +161,15 @@ class Gatherer:
             for b in self._buckets
             if b.state in (BucketState.GATHERED, BucketState.GATHERING)
         )
+
+
+def _numbers(buckets: Sequence[Bucket]) -> dict[int, int]:
+    """Returns `id` of a bucket -> number of its gathers, counted from 1 among those over the same ranks: ranks that
+    share some of their buckets (tied weights of pipeline stages) have different other ones.
+    """
+    counts: dict[int, int] = {}
+    numbers = {}
+    for bucket in buckets:
+        counts[id(bucket.ranks)] = counts.get(id(bucket.ranks), 0) + 1
+        numbers[id(bucket)] = counts[id(bucket.ranks)]
+    return numbers
