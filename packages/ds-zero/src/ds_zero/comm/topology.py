@@ -157,7 +157,7 @@ def _first_rank(ranks: Ranks) -> int:
 
 def _expert_ranks(mesh: DeviceMesh | Ranks, main: Ranks, fqn: str) -> Ranks:
     """Experts process the tokens of all data-parallel ranks, so gradients are averaged over all of these. Replicas of
-    the model are replicas of its experts, too. The gradients of a tied parameter are added over its stages, and averaged
+    the model are replicas of its experts, too. Gradients of a tied parameter are added over its stages, and averaged
     over the data-parallel ranks of one.
     """
     divided = ranks_of(mesh)
