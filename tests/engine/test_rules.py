@@ -80,6 +80,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (BUDGET, PIPED),
     ({"zero_optimization": EARLY, "bf16": {"enabled": True}}, PIPED),
     ({"activation_offload": {"device": "cpu"}}, PIPED),
+    ({"flops_profiler": {"enabled": True}}, PIPED),
     ({"progressive_layer_drop": {"enabled": True}}, PIPED),
     ({"data_efficiency": PACKED}, PIPED),
     ({"optimizer": {"type": "OneBitAdam"}}, TIED),

@@ -334,6 +334,13 @@ RULES: tuple[Rule, ...] = (
         remedy="set it to none; PipelineModule(activation_checkpoint_interval=1) keeps fewer activations",
     ),
     Rule(
+        first="flops_profiler.enabled",
+        second="a PipelineModule",
+        applies=lambda c: _piped(c) and c.settings.flops_profiler.enabled,
+        reason="forwards and backwards of several micro-batches alternate, and it attributes time to one forward",
+        remedy="set it to false, and draw the measured schedule (Pipeline.gathered_spans and ds_pipe.draw)",
+    ),
+    Rule(
         first="progressive_layer_drop, curriculum_learning or random_ltd",
         second="a PipelineModule",
         applies=lambda c: _piped(c) and _changes_forward(c),
