@@ -94,7 +94,10 @@ def initialize(
     if world.device.type != "cpu" and not any(p.is_meta for p in model.parameters()):
         model.to(world.device)
     tensor.cut(model, settings, meshes.tensor, optimizer)
-    built, placed = _sharded(job, model, _Given(optimizer, model_parameters, comm), meshes, world)
+    # Ranks of other model parts have other parameters than this one.
+    replicas = meshes.data if mpu is not None or piped is not None else None
+    given = _Given(optimizer, model_parameters, comm, None if replicas is None else replicas.get_group())
+    built, placed = _sharded(job, model, given, meshes, world)
     schedule = schedule_of(job, lr_scheduler, built)
     reporting = _reporting(job, world, schedule, model)
     roles = zero.roles_of(job, model, built, offload.activations_of(job, model), meshes)
@@ -127,20 +130,19 @@ def _pipeline_engine(parts: Parts, placed: pipeline.Placed) -> Engine:
 
 @dataclass(frozen=True)
 class _Given:
-    """Arguments of `initialize`."""
+    """Arguments of `initialize`, and the ranks over which an optimizer may reduce gradients (None: all)."""
 
     optimizer: Optimizer | Callable[[Parameters], Optimizer] | None
     parameters: Parameters | None
     comm: Any
+    group: Any
 
 
 def _sharded(
     job: Job, model: nn.Module, given: _Given, meshes: Meshes, world: World
 ) -> tuple[Optimizer, Any]:
     """Makes the optimizer, and shards the model with it. Returns the optimizer, and what a budget has decided."""
-    # Ranks that are not replicas of each other have other parameters.
-    group = meshes.data.get_group() if job.topology.model.size > 1 and meshes.data is not None else None
-    built = optimizer_of(job, given.optimizer, model, given.parameters, group)
+    built = optimizer_of(job, given.optimizer, model, given.parameters, given.group)
     placed = memory.placed(job, model, built) if job.placement.by_budget else None
     memory.refuse_if_impossible(job, model, built, world, placed)
     store = offload.store_of(job, placed)
