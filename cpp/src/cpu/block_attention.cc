@@ -27,8 +27,8 @@ std::vector<float> transposed_blocks(const BlockAttention& job, const float* x, 
 
 // The place of one block row of one head.
 struct Place {
-  Place(const BlockAttention& job, std::int64_t head_of_batch, std::int64_t row)
-      : sample(head_of_batch / job.heads), head(head_of_batch % job.heads), row(row) {
+  Place(const BlockAttention& job, std::int64_t head_of_batch, std::int64_t block_row)
+      : sample(head_of_batch / job.heads), head(head_of_batch % job.heads), row(block_row) {
     const std::int64_t tokens = job.rows * job.block;
     kv = (sample * job.kv_heads + head / (job.heads / job.kv_heads)) * tokens * job.dim;
     queries = head_of_batch * tokens + row * job.block;
