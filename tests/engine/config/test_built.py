@@ -83,7 +83,8 @@ TESTED = {
     "dump_state": "test_built.py::test_dump_state_prints_every_setting",
     "vocabulary_size": "test_built.py::test_a_vocabulary_that_tensor_cores_do_not_like",
     "elasticity": "test_elastic.py::test_the_config_takes_its_batch_sizes_from_the_section",
-    "sparse_attention": "build/test_layers.py::test_a_pattern_of_the_section_becomes_the_attention_of_the_model",
+    "sparse_attention": "build/layers/test_attention.py::"
+    "test_a_pattern_of_the_section_becomes_the_attention_of_the_model",
     "sequence_parallel_size": "build/test_sequence.py::test_two_by_two_ranks_train_as_one_process",
     "data_parallel_size": "test_built.py::test_data_parallel_size_is_the_number_of_ranks",
     "dataloader_drop_last": "test_unexpected_use.py::test_training_data_of_less_than_a_micro_batch_is_refused",

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
 from ds_engine import rules
-from ds_engine.build import memory, offload, pipeline, profiler, ranks, self_reducing, tensor, zero
+from ds_engine.build import memory, offload, pipeline, profiler, ranks, self_reducing, zero
 from ds_engine.build.comm import collectives_of
 from ds_engine.build.data import Loader
+from ds_engine.build.layers import tensor
 from ds_engine.build.optimizer import optimizer_of
 from ds_engine.build.schedule import schedule_of
 from ds_engine.build.topology import Meshes, topology_of

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import ds_zero
-from ds_engine.build.tensor import model_parallel
+from ds_engine.build.layers.tensor import model_parallel
 from ds_engine.config import ConfigError, DsConfig
 from ds_engine.interfaces import World
 from ds_engine.job.topology import Axis, Topology

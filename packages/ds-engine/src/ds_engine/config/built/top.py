@@ -84,7 +84,7 @@ WORKING: tuple[Row, ...] = (
         works(
             f"tensor_parallel.{name}",
             _LAYERS,
-            "ds_engine.build.tensor",
+            "ds_engine.build.layers.tensor",
             needs="ds_layers",
             remedy="set autotp_size to 1",
             switches={f"tensor_parallel.{name}": (0, 1)},
@@ -92,7 +92,7 @@ WORKING: tuple[Row, ...] = (
         for name in ("autotp_size", "tp.tp_size")
     ),
     *(
-        works(f"tensor_parallel.{name}", _LAYERS, "ds_engine.build.tensor")
+        works(f"tensor_parallel.{name}", _LAYERS, "ds_engine.build.layers.tensor")
         for name in ("partition_config", "vocab_parallel_lm_head", "sequence_parallel_norms")
     ),
     works(
