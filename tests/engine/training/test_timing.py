@@ -81,10 +81,13 @@ def test_the_engine_measures_its_parts_and_writes_curves(
     torch.nn.init.ones_(model.weight)
     engine, *_ = ds_engine.initialize(model=model, config=config)
     with engine:
-        for value in (1.0, 3.0, 2.0, 4.0):  # two steps of two micro-batches; the loss is weight * value
-            engine.backward(engine(torch.tensor([[value]])).sum())
-            engine.step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for value in (1.0, 3.0, 2.0, 4.0):  # two steps of two micro-batches; the loss is weight * value
+                engine.backward(engine(torch.tensor([[value]])).sum())
+                engine.step()
         engine.monitor.write_events([("mine", 7.0, 8)])
+    ranges = {event.key: event.count for event in profiler.key_averages() if event.key.startswith("ds.engine.")}
+    assert ranges == {"ds.engine.forward": 4, "ds.engine.backward": 4, "ds.engine.step": 2}
     said = capsys.readouterr().err
     assert re.search(r"step 2: milliseconds a step, mean of 2: forward \d", said)
     assert said.count("memory after forward") == 4 and said.count("memory after step") == 2

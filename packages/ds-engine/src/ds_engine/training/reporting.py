@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ds_engine.training import timing
 from ds_engine.training.monitor import Monitor
 from ds_engine.training.progress import Progress, StepReport
 from ds_engine.training.timing import Breakdown
@@ -37,9 +38,9 @@ class Reporting:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Context manager around one part of a step, which measures time and memory."""
+        """Context manager around one part of a step, which measures time and memory, and names it in profiles."""
         observed = contextlib.nullcontext() if self.profiler is None else self.profiler.part(name)
-        with self.breakdown.part(name), observed:
+        with self.breakdown.part(name), observed, timing.named(name):
             yield
 
     def add_loss(self, part: Tensor) -> None:

@@ -12,6 +12,13 @@ FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 PARTS = (FORWARD, BACKWARD, STEP)
 
 
+def named(part: str) -> contextlib.AbstractContextManager[object]:
+    """Range `ds.engine.<part>` in the profile that is being recorded; costs nothing if there is none."""
+    if not torch._C._autograd._profiler_enabled():
+        return contextlib.nullcontext()
+    return torch.profiler.record_function(f"ds.engine.{part}")
+
+
 class Breakdown:
     """Measures the parts of a step. Turned off, it does nothing and does not synchronise.
 

@@ -255,37 +255,63 @@ class Formulas:
 
     def __init__(self, own: Mapping[str, Formula] | None = None) -> None:
         self._own = dict(own or {})
+        self._found: dict[Any, Formula | None] = {}
         self.unknown: dict[str, int] = {}
         """Calls of operations outside of torch's own that have no formula, by name: their work is not counted."""
 
-    def has_whole(self, function: Any) -> bool:
-        """Whether there is a formula for the operation itself, so that it need not be taken apart."""
-        name = str(function.name()).split(".")[0]
-        return (
-            name in self._own
-            or name.removeprefix("aten::") in FORMULAS
-            or function._overloadpacket in flop_registry
-        )
+    def of(self, function: Any) -> Formula | None:
+        """The formula of the torch operation `function`. None: it is a composite of others, which have formulas. Found
+        once for each operation, because a training step has thousands of calls.
+        """
+        if function not in self._found:
+            self._found[function] = self._find(function)
+        return self._found[function]
 
-    def work(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work:
-        """The work of a call of the torch operation `function`."""
+    def _find(self, function: Any) -> Formula | None:
         name = str(function.name()).split(".")[0]
         if name in self._own:
-            return self._own[name](args, kwargs, out)
+            return self._own[name]
         namespace, _, short = name.partition("::")
         if namespace == "aten" and short in FORMULAS:
-            return FORMULAS[short](args, kwargs, out)
-        packet = function._overloadpacket
-        if packet in flop_registry:
-            flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
-            return Work(flops // 2, flops)
+            return FORMULAS[short]
+        if function._overloadpacket in flop_registry:
+            return _of_torch(flop_registry[function._overloadpacket])
+        if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"):
+            return None
         if namespace != "aten":
-            if namespace not in ("prim", "prims", "profiler", "c10d", "_c10d_functional", "_dtensor"):
-                self.unknown[name] = self.unknown.get(name, 0) + 1
-            return NONE
+            return _nothing if namespace in _SILENT else self._note(name)
         base = short[:-1] if short.endswith("_") and not short.startswith("__") else short
-        if base in PER_ELEMENT and args:
-            return Work(0, PER_ELEMENT[base] * elements(args[0]))
-        if torch.Tag.pointwise in function.tags and short not in MOVES:
-            return Work(0, elements(out))
-        return NONE
+        if base in PER_ELEMENT:
+            return _per_element(PER_ELEMENT[base])
+        return _elementwise if torch.Tag.pointwise in function.tags and short not in MOVES else _nothing
+
+    def _note(self, name: str) -> Formula:
+        def note(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work:
+            self.unknown[name] = self.unknown.get(name, 0) + 1
+            return NONE
+
+        return note
+
+
+# Namespaces whose operations compute nothing: bookkeeping and messages.
+_SILENT = frozenset(("prim", "prims", "profiler", "c10d", "_c10d_functional", "_dtensor"))
+
+
+def _nothing(_: Sequence[Any], __: Mapping[str, Any], ___: Any) -> Work:
+    return NONE
+
+
+def _elementwise(_: Sequence[Any], __: Mapping[str, Any], out: Any) -> Work:
+    return Work(0, elements(out))
+
+
+def _per_element(flops: int) -> Formula:
+    return lambda args, kwargs, out: Work(0, flops * elements(args[0])) if args else NONE
+
+
+def _of_torch(flops_of: Callable[..., Any]) -> Formula:
+    def work(args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work:
+        flops = int(flops_of(*args, **kwargs, out_val=out))
+        return Work(flops // 2, flops)
+
+    return work

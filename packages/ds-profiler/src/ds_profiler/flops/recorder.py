@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from ds_profiler.flops.formulas import NONE, Formulas, Work
+from ds_profiler.flops.formulas import NONE, Formula, Formulas, Work
 
 OUTSIDE = -1
 """Instead of the index of a module: outside of all."""
@@ -142,12 +142,12 @@ class Recorder:
         at = bisect_right(self._first_nodes, node._sequence_nr()) - 1
         return self._owners[at] if at >= 0 else OUTSIDE
 
-    def count(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def count(self, function: Any, formula: Formula, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Runs an operation and counts it. Returns its result."""
         start = self.now()
         out = function(*args, **kwargs)
         end = self.now()
-        work = self._formulas.work(function, args, kwargs, out)
+        work = formula(args, kwargs, out)
         if not _in_backward():
             tally = self.tallies.of(self._stack[-1].index if self._stack else OUTSIDE)
             tally.forward += work
@@ -162,9 +162,9 @@ class Recorder:
         self._spent_ns += time.perf_counter_ns() - end
         return out
 
-    def whole(self, function: Any) -> bool:
-        """Whether the operation has a formula of its own."""
-        return self._formulas.has_whole(function)
+    def formula(self, function: Any) -> Formula | None:
+        """The formula of an operation; None for a composite of others."""
+        return self._formulas.of(function)
 
 
 def _in_backward() -> bool:
@@ -192,12 +192,11 @@ class _Mode(TorchDispatchMode):
             )
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
-        if not self._recorder.whole(func):
+        formula = self._recorder.formula(func)
+        if formula is None:
             with self:  # without autograd, composite operations arrive in one piece
-                parts = func.decompose(*args, **kwargs)
-                if parts is not NotImplemented:
-                    return parts
-        return self._recorder.count(func, args, kwargs)
+                return func.decompose(*args, **kwargs)
+        return self._recorder.count(func, formula, args, kwargs)
 
 
 _PLAIN = frozenset((torch.Tensor, nn.Parameter, nn.Buffer))
