@@ -86,7 +86,9 @@ def test_the_engine_measures_its_parts_and_writes_curves(
                 engine.backward(engine(torch.tensor([[value]])).sum())
                 engine.step()
         engine.monitor.write_events([("mine", 7.0, 8)])
-    ranges = {event.key: event.count for event in profiler.key_averages() if event.key.startswith("ds.engine.")}
+    ranges = {
+        event.key: event.count for event in profiler.key_averages() if event.key.startswith("ds.engine.")
+    }
     assert ranges == {"ds.engine.forward": 4, "ds.engine.backward": 4, "ds.engine.step": 2}
     said = capsys.readouterr().err
     assert re.search(r"step 2: milliseconds a step, mean of 2: forward \d", said)

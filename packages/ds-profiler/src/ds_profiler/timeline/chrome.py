@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_profiler.timeline.spans import Lane, RankTimeline
 
-_THREADS = {lane: number for number, lane in enumerate(Lane)}
+_THREADS: Mapping[Lane, int] = {lane: number for number, lane in enumerate(Lane)}
 
 
 def write_chrome_trace(ranks: Sequence[RankTimeline], path: str | os.PathLike[str]) -> None:
