@@ -74,11 +74,11 @@ def test_a_name_can_be_replaced_from_outside(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_is_not_there_says_who_owns_it() -> None:
     from deepspeed.moe.layer import MoE
-    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.schedule import TrainSchedule
 
-    assert not isinstance(object(), PipelineModule)  # code asks, and goes on
-    with pytest.raises(refused.NotThereError, match="PipelineModule belongs to ds-pipe"):
-        PipelineModule(layers=[], num_stages=2)
+    assert not isinstance(object(), TrainSchedule)  # code asks, and goes on
+    with pytest.raises(refused.NotThereError, match=r"use ds_pipe.make\("):
+        TrainSchedule(micro_batches=4, stages=2, stage_id=0)
     with pytest.raises(NotImplementedError, match="MoE belongs to ds-moe"):
         MoE(hidden_size=4, expert=None)
     with pytest.raises(refused.NotThereError, match="ds-layers"):

@@ -71,7 +71,6 @@ _FLOPS = (
     "FlopsProfiler get_model_profile number_to_string flops_to_string macs_to_string params_to_string "
     "duration_to_string"
 )
-_TOPOLOGY = "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology PipelineParallelGrid _prime_factors"
 _CONSTANTS = (
     "ADAM_OPTIMIZER ADAMW_OPTIMIZER LAMB_OPTIMIZER ADAGRAD_OPTIMIZER LION_OPTIMIZER SGD_OPTIMIZER "
     "MUON_OPTIMIZER"
@@ -93,7 +92,9 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         _UTILS: "version git_hash git_branch __git_hash__=git_hash __git_branch__=git_branch HAS_TRITON dist "
         "__version_major__ __version_minor__ __version_patch__",
         _INFERENCE: "init_inference default_inference_config DeepSpeedInferenceConfig InferenceEngine",
-        _REFUSED: "PipelineEngine PipelineModule DeepSpeedHybridEngine set_autotp_mode "
+        "ds_compat.pipe.engine": "PipelineEngine",
+        "ds_compat.pipe.module": "PipelineModule",
+        _REFUSED: "DeepSpeedHybridEngine set_autotp_mode "
         "DeepSpeedTransformerLayer "
         "DeepSpeedTransformerConfig replace_transformer_layer DualPipeVEngine DualPipeVModule",
     },
@@ -186,7 +187,7 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         "SparseAttentionUtils"
     },
     "ops.transformer": {_REFUSED: "DeepSpeedTransformerLayer DeepSpeedTransformerConfig"},
-    "pipe": {_REFUSED: "PipelineModule LayerSpec TiedLayerSpec"},
+    "pipe": {"ds_compat.pipe.module": "PipelineModule LayerSpec TiedLayerSpec"},
     "profiling": {},
     "profiling.flops_profiler": {"ds_compat.profiling": _FLOPS},
     "profiling.flops_profiler.profiler": {"ds_compat.profiling": _FLOPS},
@@ -228,11 +229,15 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
     "runtime.fp16.unfused_optimizer": {"ds_compat.engine.optimizer": "FP16_UnfusedOptimizer"},
     "runtime.hybrid_engine": {_REFUSED: "DeepSpeedHybridEngine"},
     "runtime.lr_schedules": "ds_compat.engine.lr_schedules",
-    "runtime.pipe": {_REFUSED: "PipelineModule LayerSpec TiedLayerSpec"},
-    "runtime.pipe.engine": {_REFUSED: "PipelineEngine PipelineError"},
-    "runtime.pipe.module": {_REFUSED: "PipelineModule LayerSpec TiedLayerSpec"},
+    "runtime.pipe": {"ds_compat.pipe.module": "PipelineModule LayerSpec TiedLayerSpec"},
+    "runtime.pipe.engine": {"ds_compat.pipe.engine": "PipelineEngine PipelineError"},
+    "runtime.pipe.module": {"ds_compat.pipe.module": "PipelineModule LayerSpec TiedLayerSpec"},
     "runtime.pipe.schedule": {_REFUSED: "TrainSchedule InferenceSchedule DataParallelSchedule"},
-    "runtime.pipe.topology": {_REFUSED: _TOPOLOGY},
+    "runtime.pipe.topology": {
+        "ds_pipe.model": "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology",
+        "ds_compat.pipe.grid": "PipelineParallelGrid",
+        _REFUSED: "_prime_factors",
+    },
     "runtime.precision_config": {
         _SECTIONS: "DeepSpeedFP16Config DeepSpeedBF16Config get_bfloat16_config get_float16_config",
     },

@@ -20,9 +20,7 @@ NONE = ""
 OWNERS: Mapping[str, str] = {
     name: owner
     for owner, names in {
-        PIPE: "PipelineModule LayerSpec TiedLayerSpec PipelineEngine DualPipeVEngine DualPipeVModule "
-        "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology PipelineParallelGrid "
-        "_prime_factors PipelineError TrainSchedule InferenceSchedule DataParallelSchedule",
+        PIPE: "DualPipeVEngine DualPipeVModule _prime_factors TrainSchedule InferenceSchedule DataParallelSchedule",
         MOE: "MoE Experts TopKGate MOELayer top1gating top2gating topkgating _route_slots _sparse_decode "
         "_sparse_encode configure_moe_param_groups",
         LAYERS: "set_autotp_mode get_shard_size_list get_shard_size LinearAllreduce LinearLayer "
@@ -42,6 +40,9 @@ OWNERS: Mapping[str, str] = {
 
 INSTEAD: Mapping[str, str] = {
     "DataAnalyzer": "ds_engine.sampling.Analyzer",
+    "DualPipeVModule": 'PipelineModule(schedule="dualpipev")',
+    "TrainSchedule": 'ds_pipe.make("1f1b", num_ranks, num_microbatches)',
+    "InferenceSchedule": 'ds_pipe.make("inference", num_ranks, num_microbatches)',
     "DeepSpeedDataSampler": "ds_engine.sampling.CurriculumOrder, or the section data_efficiency",
 }
 
@@ -54,7 +55,7 @@ def why(name: str) -> str:
     """Returns the message for the use of `name`."""
     owner = OWNERS[name]
     if name in INSTEAD:
-        return f"deepspeed's {name} has other arguments here: use {INSTEAD[name]} (docs/guide/data.md)"
+        return f"deepspeed's {name} has other arguments here: use {INSTEAD[name]}"
     if owner:
         return f"deepspeed's {name} belongs to {owner}, which this version does not have yet"
     return f"deepspeed's {name} is not part of the ds packages, and there is no plan for it"

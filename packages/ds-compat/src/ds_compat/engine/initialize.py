@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -66,7 +67,9 @@ def initialize(
     if given.get("log_level") is not None:
         set_log_level_from_string(given["log_level"])
     passed = {"optimizer": optimizer, "scheduler": lr_scheduler}
-    resolved = configs.DeepSpeedConfig(_effective(given, model, passed), mpu)
+    grid = _grid_of(model)
+    assert grid is None or mpu is None, "mpu must be None with pipeline parallelism: it is that of the module"
+    resolved = configs.DeepSpeedConfig(_effective(given, model, passed), grid or mpu)
     has_optimizer = optimizer is not None or resolved.typed.optimizer is not None
     if has_optimizer:
         _refuse_mixture(resolved.typed)
@@ -84,14 +87,31 @@ def initialize(
         )
     _round_masters(engine)
     resolved.raw = given
-    groups.set_mpu(TensorMpu(engine) if engine.roles.tensor_group is not None else mpu)
+    groups.set_mpu(TensorMpu(engine) if engine.roles.tensor_group is not None else grid or mpu)
     params.present(p for p in model.parameters() if params.known(p))
     if engine.config.zero_optimization.stage == 3:
         mark_configured(model, engine.config.zero_optimization.leaf_module)
-    made = DeepSpeedEngine(engine, resolved, has_optimizer=has_optimizer, mpu=mpu)
+    made = _class_of(engine)(engine, resolved, has_optimizer=has_optimizer, mpu=grid or mpu)
     previous.note(model, made)
     made.training_dataloader, made.collate_fn, made.client_lr_scheduler = loader, collate_fn, lr_scheduler
     return made, made.optimizer, loader, schedule
+
+
+def _grid_of(model: nn.Module) -> Any:
+    """Returns the groups of a pipeline model; None for another model. Collective for a module of ds_pipe's."""
+    if "ds_pipe.model" not in sys.modules:
+        return None
+    from ds_compat.pipe.grid import grid_of
+
+    return grid_of(model)
+
+
+def _class_of(engine: ds_engine.Engine) -> type[DeepSpeedEngine]:
+    if not isinstance(engine, ds_engine.PipelineEngine):
+        return DeepSpeedEngine
+    from ds_compat.pipe.engine import PipelineEngine
+
+    return PipelineEngine
 
 
 def _refuse_parallel(mpu: Any) -> None:
