@@ -62,6 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=16, help="samples in a step")
     parser.add_argument("--offload", choices=["cpu", "nvme"], default="nvme")
     parser.add_argument("--overlap-step", action="store_true", help="update parameters during the backward")
+    parser.add_argument("--clip", type=float, default=1.0, help="maximum norm of the gradients")
     parser.add_argument("--nvme-path", default=tempfile.gettempdir(), help="folder on a disk")
     return parser.parse_args()
 
@@ -79,7 +80,7 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "train_batch_size": args.rows,
         "bf16": {"enabled": True},
-        "gradient_clipping": 1.0,
+        "gradient_clipping": args.clip,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
         "zero_optimization": {
             "stage": 3,
@@ -138,7 +139,8 @@ def main() -> int:
     """Shows the plans, then trains."""
     args = arguments()
     # Without this, glibc serves also large tensors from its heap, which then has gaps that are as large as tensors.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    if args.limit_mib:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     warm_up(args)
     blocks = max(1, round(args.times * 256 * 2**20 / BYTES_PER_ELEMENT / (2 * WIDTH * HIDDEN)))
     numel = blocks * 2 * WIDTH * HIDDEN

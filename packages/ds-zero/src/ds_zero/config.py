@@ -123,7 +123,7 @@ class ZeroConfig:
 
     prefetch_numel: int | None = None
     """Stage 3: further modules are prefetched as long as fewer elements than this are being gathered. None: only the
-    next module. 0: none.
+    next module; the next two if parameters are loaded from a disk. 0: none.
     """
 
     max_live_numel: int | None = None

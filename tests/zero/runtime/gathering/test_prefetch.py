@@ -26,6 +26,7 @@ def kept(order: str, **limits: int) -> str:
 
 def test_by_default_the_next_unit_is_fetched() -> None:
     assert fetched("abcd") == ["b", "c", "d", ""]
+    assert fetched("abcd", num_units=2) == ["bc", "d", "", ""]
 
 
 def test_fetching_ahead_goes_on_while_less_is_on_its_way() -> None:

@@ -16,6 +16,7 @@ from ds_core.kernels import squared_norm
 from ds_core.optim import FusedAdam
 from ds_zero import _registry
 from ds_zero.runtime.gradients.arrived_norms import ArrivedNorms
+from ds_zero.runtime.staging import NUM_BUFFERS
 from harness import ranks
 from zero.models import Tiny, batch
 
@@ -70,7 +71,9 @@ def test_no_gradient_is_loaded_for_its_norm(stage: int, plan: Any, grad_dtype: t
             assert all(state.norms.noted(b) is not None for b in buckets_of(model))
             state.stepper.pending.clip = None
             assert measured_by_reading(model) == norm.item()
-            assert loads(store) == before + len([b for b in buckets_of(model) if b.storage.is_away("grad")])
+            # Those that arrived last are still in buffers.
+            away = len([b for b in buckets_of(model) if b.storage.is_away("grad")])
+            assert max(0, away - NUM_BUFFERS) <= loads(store) - before <= away
             optimizer.step()
             optimizer.zero_grad()
         ds_zero.destroy(model)

@@ -87,12 +87,12 @@ def assemble(model: nn.Module, buckets: list[Bucket], units: UnitMap, job: Shard
         checksums=checksums,
         early=early,
     )
-    gathering = UnitGathering(gatherer, units, limits_of(config), waiting.log)
+    gathering = UnitGathering(gatherer, units, limits_of(config, loads=gatherer.loads), waiting.log)
     hooks = ModuleHooks(gathering, units, watch)
     watch.listen(
         at_begin=[param_grads.clear],
         # Reductions come first, because they may still read gathered parameters.
-        at_end=[reducer.end_backward, gathering.end_backward, param_grads.show],
+        at_end=[reducer.end_backward, gathering.end_backward, stepper.end_backward, param_grads.show],
         at_abort=[reducer.abort, gathering.abort],
     )
     return ZeroState(

@@ -35,6 +35,8 @@ def early_step_bytes(
         return EarlyStepBytes()
     total: Counter[Tier] = Counter()
     limit, used, gradient = job.config.undo_bytes, 0, 0
+    # Gradients are reduced into staging buffers, which are counted already.
+    in_staging = job.on_cpu and job.config.grad_dtype == torch.float32
     for layout in layouts:
         if layout.group == FROZEN or dtype_of(layout) == torch.float32:
             continue
@@ -46,7 +48,7 @@ def early_step_bytes(
         used += in_memory
         total["device"] += needs["device"]
         total["host"] += needs["host"]
-        if tiers[ShardKey(name=layout.name, kind="grad")] == "disk":
+        if tiers[ShardKey(name=layout.name, kind="grad")] == "disk" and not in_staging:
             begin, end = layout.owned_range(0)
             gradient = max(gradient, 4 * (end - begin))
     # The gradient of which a bucket is updated stays in memory while others arrive.

@@ -85,8 +85,12 @@ class FakeGroup(SimulatedGroup):
 class StandInStore(ResidentStore):
     """A `ShardStore` that keeps tensors on the device, in host memory and on a disk, as those of ds_offload do."""
 
-    def __init__(self, tiers: ChoosesTiers, on_host: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self, tiers: ChoosesTiers, on_host: Callable[[Tensor], None], *, simulates_accelerator: bool
+    ) -> None:
         super().__init__()
+        self.simulates_accelerator = simulates_accelerator
+        """Whether tensors on the device are no host memory, although both are fake CPU tensors."""
         self._choose, self._on_host = tiers, on_host
         self._tiers: dict[ShardKey, Tier] = {}
         self._to_host = False

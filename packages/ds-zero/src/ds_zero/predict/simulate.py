@@ -219,7 +219,9 @@ class _Run:
             mesh=ranks,
             mesh_for=job.mesh_for(self.group),
             config=replace(job.config, accumulation_steps=micro),
-            store=StandInStore(self._tiers_of, partial(self._rest_on_host)),
+            store=StandInStore(
+                self._tiers_of, partial(self._rest_on_host), simulates_accelerator=not job.on_cpu
+            ),
             comm=None if job.on_cpu else Comm(TorchAllGather(), TorchReduceScatter()),
             norms=_norms,
         )

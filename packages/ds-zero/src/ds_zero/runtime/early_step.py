@@ -71,6 +71,8 @@ class NoEarlySteps:
     """`EarlySteps` that are off."""
 
     enabled = False
+    in_progress = False
+    """Whether a bucket was updated for the next step."""
 
     def __init__(self) -> None:
         self.report = StepOverlap(refused="ZeroConfig(overlap_step) is False")
@@ -142,12 +144,18 @@ class EarlySteps(NoEarlySteps):
         self._options: list[dict[str, Any]] = []
         self._used: Callable[[Tensor], bool] = lambda _: False
         self._stepped: dict[int, _Stepped] = {}
+        self._ahead: Bucket | None = None
+        """The bucket whose masters were prefetched last."""
         self._room: dict[int, Tensor] = {}
         """Memory for new parameters, by `id` of the bucket."""
         self._log_bytes = 0
         self._waited: Counter[str] = Counter()
         self._pause, self._last_pause = 0, 0
         """Number of steps that are executed as usual from now on, and what it was set to last."""
+
+    @property
+    def in_progress(self) -> bool:  # type: ignore[override]
+        return bool(self._stepped)
 
     def attach(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
@@ -255,7 +263,8 @@ class EarlySteps(NoEarlySteps):
     def _prefetch(self, index: int) -> None:
         """Starts to load the masters of a bucket, which will be updated soon."""
         if index < len(self._buckets) and self._buckets[index].storage.masters_apart:
-            self._buckets[index].storage.prefetch((MASTER,))
+            self._ahead = self._buckets[index]
+            self._ahead.storage.prefetch((MASTER,))
 
     def end_arrivals(self) -> None:
         for key, one in self._stepped.items():  # tensors in one memory share a version
@@ -280,9 +289,9 @@ class EarlySteps(NoEarlySteps):
         self._pause = max(0, self._pause - 1)
         self.report.waited = Counter(self._waited)
         self._waited.clear()
-        for bucket in self._buckets:
-            if bucket.storage.masters_apart:
-                bucket.storage.abandon((MASTER,))
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.storage.abandon((MASTER,))
         reason = self._difference(scale) if self._stepped else ""
         if reason:
             self.withdraw(reason)

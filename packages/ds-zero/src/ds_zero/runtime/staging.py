@@ -81,6 +81,10 @@ class Staging:
             self.give(kind, self.take(kind))
         return self._made[kind][0].device
 
+    def is_on(self, kind: BufferKind, device: torch.device) -> bool:
+        """Whether the buffers of one kind are on `device`. In a simulation of an accelerator, both are fake."""
+        return self.device_of(kind) == device and not getattr(self._store, "simulates_accelerator", False)
+
     def close(self) -> None:
         """Frees all buffers, none of which may be in use."""
         for kind in self._sizes:

@@ -28,6 +28,7 @@ from ds_zero.runtime.gradients.grad_scale import ShardGrads
 from ds_zero.runtime.gradients.reduce import Reducer
 from ds_zero.runtime.profiler_ranges import span
 from ds_zero.runtime.segment_sums import STEPPED, whole_sums
+from ds_zero.runtime.staging import NUM_BUFFERS
 from ds_zero.runtime.storage import MASTER, PARAM, visit
 
 
@@ -72,6 +73,7 @@ class Stepper:
         self._condition: Callable[[], bool] | None = None
         self._takes_step = True
         self._segment_sums: dict[int, Tensor] = {}
+        self._first_away = [b for b in self._buckets if b.storage.is_away(MASTER)][: NUM_BUFFERS - 1]
         self.fused = False
 
     def install(self, optimizer: Optimizer) -> list[RemovableHandle]:
@@ -111,6 +113,14 @@ class Stepper:
             self._step_fused(optimizer)
         else:
             self._prepare_plain()
+
+    def end_backward(self) -> None:
+        """Called when a backward has ended. Starts to load the masters that the step needs first, if it is expected now
+        and no bucket was updated before it.
+        """
+        if self.fused and not self._early.in_progress and self._reducer.ends_step:
+            for bucket in self._first_away:
+                bucket.storage.prefetch((MASTER,))
 
     def step_if(self, condition: Callable[[], bool]) -> None:
         """Makes every step depend on `condition`, which is called once per step after the gradients were reduced. It

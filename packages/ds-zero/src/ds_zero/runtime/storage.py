@@ -28,7 +28,9 @@ from torch import Tensor
 
 from ds_zero.interfaces import Reservation, ShardKey, ShardStore, Work
 from ds_zero.layout.buckets import FROZEN, BucketLayout, Piece, piece_of
-from ds_zero.runtime.resting import Cut, InMemory, Paged, Resting, second_key
+from ds_zero.runtime.away import Paged
+from ds_zero.runtime.in_memory import InMemory
+from ds_zero.runtime.resting import Cut, Resting, second_key
 from ds_zero.runtime.staging import BufferKind, Staging
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from ds_zero.comm.works import wait_received, wait_sent
 from ds_zero.interfaces import Work
 from ds_zero.runtime.bucket import Bucket, BucketState
 from ds_zero.runtime.profiler_ranges import span
+from ds_zero.runtime.storage import PARAM
 
 
 class Gatherer:
@@ -32,6 +33,11 @@ class Gatherer:
         """`id` of the buckets that stay gathered until `unpin` or the next step."""
         self._numbers = _numbers(self._buckets)
 
+    @property
+    def loads(self) -> bool:
+        """Whether parameters are loaded from where they cannot be addressed."""
+        return any(b.storage.is_away(PARAM) for b in self._buckets)
+
     def start(self, bucket: Bucket) -> None:
         """Starts to gather. Has no effect if the bucket is whole, gathered or being gathered."""
         if bucket.state is not BucketState.SHARDED:
@@ -43,9 +49,14 @@ class Gatherer:
         if loading is None:
             self._send_loaded()
 
-    def _send_loaded(self) -> None:
-        """Waits for parts that are being loaded, and starts the all-gathers of their buckets in order of `start`."""
-        while self._loading:
+    def _send_loaded(self, last: Bucket | None = None) -> None:
+        """Waits for parts that are being loaded, and starts the all-gathers of their buckets in order of `start`, up to
+        bucket `last`; None: of all.
+        """
+        if last is not None and not any(bucket is last for bucket, _ in self._loading):
+            return
+        bucket = None
+        while self._loading and (last is None or bucket is not last):
             bucket, loading = self._loading.popleft()
             try:
                 if loading is not None:
@@ -67,7 +78,7 @@ class Gatherer:
         """
         self.start(bucket)
         if bucket.state is BucketState.GATHERING:
-            self._send_loaded()
+            self._send_loaded(bucket)
             work = self._works.pop(id(bucket), None)  # None: an earlier wait for it raised
             if work is not None:
                 with self._waiting.guard(f"the all-gather of bucket {bucket.layout.name}"):

@@ -19,7 +19,9 @@ class Limits:
     """Limits on gathered elements."""
 
     prefetch_numel: int | None = None
-    """More units are prefetched while fewer elements than this are being prefetched. None: only the next unit."""
+    """More units are prefetched while fewer elements than this are being prefetched. None: only the next units."""
+    num_units: int = 1
+    """The number of next units, if `prefetch_numel` is None."""
     max_live_numel: int | None = None
     """Maximum number of gathered elements up to which units are prefetched or kept. None: no limit."""
     max_reuse_distance_numel: int | None = None
@@ -27,10 +29,16 @@ class Limits:
     a unit stays only if it is used twice in a row."""
 
 
-def limits_of(config: ZeroConfig) -> Limits:
-    """Returns the limits of a configuration."""
+def limits_of(config: ZeroConfig, *, loads: bool) -> Limits:
+    """Returns the limits of a configuration.
+
+    Args:
+        loads: whether parameters are loaded from where they cannot be addressed. Then two units are prefetched, so that
+            one is always being loaded: the first must be in memory before its all-gather starts.
+    """
     return Limits(
         prefetch_numel=config.prefetch_numel if config.prefetch else 0,
+        num_units=2 if loads else 1,
         max_live_numel=config.max_live_numel,
         max_reuse_distance_numel=config.max_reuse_distance_numel,
     )
@@ -66,7 +74,8 @@ def plan(order: Sequence[str], numel_of: Mapping[str, int], limits: Limits) -> t
         fetch: list[str] = []
         ahead_numel = sum(numel_of[u] for u in ahead)
         most_live_numel = 0
-        for j in range(i + 1, len(order) if limits.prefetch_numel is not None else min(i + 2, len(order))):
+        farthest = len(order) if limits.prefetch_numel is not None else i + 1 + limits.num_units
+        for j in range(i + 1, min(farthest, len(order))):
             most_live_numel = max(most_live_numel, kept_numel[j - 1] + numel_of[order[j - 1]])
             if limits.prefetch_numel is not None and ahead_numel >= limits.prefetch_numel:
                 break

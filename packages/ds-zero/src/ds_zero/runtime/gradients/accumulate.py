@@ -68,6 +68,7 @@ class Sums:
         kept = [s.grad is not None and i not in zeroed for i, s in enumerate(bucket.shards) if s.numel()]
         if not kept:
             return
+        part = self._without_loan(part, is_first=not any(kept))
         measure = measure and self._norms.wanted(bucket)
         if not any(kept):
             self._levels = [0]
@@ -101,12 +102,19 @@ class Sums:
         earlier one, or the stored gradient has another dtype or device.
         """
         bucket = self._bucket
-        grad = self._rest.tensor
-        if grad is None or grad.dtype != torch.float32 or grad.device != bucket.device:
+        if bucket.storage.kinds.reserved[GRAD] != torch.float32 or any(
+            s.grad is not None for s in bucket.shards
+        ):
             return None
-        if any(s.grad is not None for s in bucket.shards):
+        away = self._rest.tensor is None
+        if away and self._numel != bucket.owned_range[1] - bucket.owned_range[0]:
             return None
-        return grad[self._offset : self._offset + self._numel]
+        grad = self._rest.lend(bucket.device)
+        return grad[self._offset : self._offset + self._numel] if grad is not None else None
+
+    def drop_output(self) -> None:
+        """Called if nothing was reduced into `output`."""
+        self._rest.take_back()
 
     def complete(self, comm: Comm) -> None:
         """Completes the entries' gradients: merges partial sums and, in stage 0, gathers the other ranks' slices."""
@@ -144,8 +152,10 @@ class Sums:
         return self._bucket.slice_of(total) if self._whole else total
 
     def settle(self) -> None:
-        """Waits until the store has added all results."""
-        self._rest.settle()
+        """Waits until the store has added all results, except those in buffers of the stored gradient, which wait
+        themselves.
+        """
+        self._rest.settle_puts()
 
     def partial_sums(self) -> list[Tensor]:
         """Returns the memory of partial sums, without the stored gradient."""
@@ -155,6 +165,18 @@ class Sums:
     def _needs_gather(self) -> bool:
         """Whether every rank owns the whole gradient, but has only its slice of the sum (stage 0)."""
         return self._bucket.layout.num_owners != self._bucket.ranks.size and not self._whole
+
+    def _without_loan(self, part: Tensor, *, is_first: bool) -> Tensor:
+        """Returns the result of a reduction, in memory of its own if it was reduced into a lent buffer, but is not
+        going to be stored as it is.
+        """
+        lent = self._rest.lent
+        if lent is None or (is_first and same_place(lent, part)):
+            return part
+        if same_place(lent, part):
+            part = part.clone()
+        self._rest.take_back()
+        return part
 
     def _put(self, part: Tensor, begin: int, *, accumulate: bool) -> None:
         offset, grad = self._offset + begin, self._rest.tensor

@@ -192,7 +192,7 @@ class Reducer:
             self._flag.raise_on(self._shards(), self.policy.grad_dtype)
         for bucket in self.buckets:
             self._pending[id(bucket)].arrivals.begin(bucket.params)
-        self._early.begin_backward(is_last=self._final and self._ends_step(), used=self._usage.has)
+        self._early.begin_backward(is_last=self.ends_step, used=self._usage.has)
         self._watch.arm()
 
     def _notice_drop(self) -> None:
@@ -212,10 +212,13 @@ class Reducer:
             self._learned_steps is not None and self._backwards >= self._learned_steps
         )
 
-    def _ends_step(self) -> bool:
-        """Whether the backward that begins now, which is reduced, is expected to be the last one before the step. If
-        the number of backwards is unknown, `no_sync` for the earlier ones tells.
+    @property
+    def ends_step(self) -> bool:
+        """Whether the present backward is reduced and expected to be the last one before the step. If the number of
+        backwards is unknown, `no_sync` for the earlier ones tells.
         """
+        if not self._final:
+            return False
         known = self.policy.steps if self.policy.steps is not None else self._learned_steps
         return self._deferred if known is None else self._backwards >= known
 

@@ -149,7 +149,8 @@ def launch(
     sent = source if policy.dtype is None else source.to(policy.dtype)
     op, factor = operation(ranks, policy)
     if ranks.group is None:
-        return BucketReduction(bucket, Done(), sent, sent.float(), factor, comm)
+        received = sent.float() if out is None else out.copy_(sent)
+        return BucketReduction(bucket, Done(), sent, received, factor, comm)
     if policy.scatter or bucket.layout.num_owners == 1:
         received = _output(bucket, out)
         work = comm.reduce(received, sent, ranks, op, sizes=bucket.layout.slice_sizes)

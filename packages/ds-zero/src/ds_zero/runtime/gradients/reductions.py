@@ -114,7 +114,9 @@ class Reductions:
         """Waits for the reductions in progress, and drops their results."""
         self.wait_sent()
         while self._in_progress:
-            self._in_progress.pop(0).wait()
+            reduction = self._in_progress.pop(0)
+            reduction.wait()
+            self.sums_of(reduction.bucket).drop_output()
 
     def partial_sums(self) -> list[Tensor]:
         """Returns the memory of partial sums over micro-batches, [Note: tree over micro-batches]."""
