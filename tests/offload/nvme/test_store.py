@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_core import arena
 from ds_offload import NVMeOptions, NVMeStore, SwapError
 from ds_offload.nvme.block_sums import BLOCK_BYTES, BlockSums
 from ds_zero.interfaces import Reservation, ShardKey
@@ -211,4 +212,18 @@ def test_options_reach_the_engine(tmp_path: Path) -> None:
     out = torch.empty_like(values)
     store.load(A, out).wait()
     assert torch.equal(out, values)
+    store.close()
+
+
+@pytest.mark.parametrize("numel", [1 << 20, 1000])
+def test_buffers_begin_at_pages_and_large_ones_take_no_more_than_their_size(
+    tmp_path: Path, numel: int
+) -> None:
+    store = NVMeStore(tmp_path)
+    before = arena.stats().in_use_bytes
+    buffers = [store.staging(numel, torch.float32, torch.device("cpu")) for _ in range(3)]
+    taken = arena.stats().in_use_bytes - before
+    assert all(buffer.data_ptr() % 4096 == 0 and buffer.numel() == numel for buffer in buffers)
+    # Even a few bytes more each would leave gaps in the arena's slabs of 32 MiB, which fit two pages of 16 MiB.
+    assert taken == 3 * 4 * numel or numel == 1000
     store.close()

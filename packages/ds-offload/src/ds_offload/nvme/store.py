@@ -209,6 +209,9 @@ class NVMeStore:
         """Returns a CPU tensor that begins at a multiple of 4096 bytes, as O_DIRECT requires; page-locked if `device`
         is an accelerator.
         """
+        memory = host_memory(numel, dtype, device, pin=self._host.pin)
+        if memory.data_ptr() % ALIGNMENT == 0:  # as all but small ones
+            return memory
         spare = ALIGNMENT // dtype.itemsize
         memory = host_memory(numel + spare, dtype, device, pin=self._host.pin)
         begin = -memory.data_ptr() % ALIGNMENT // dtype.itemsize
