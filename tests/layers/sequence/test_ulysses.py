@@ -123,8 +123,12 @@ def test_distributed_attention_in_both_layouts_and_what_it_refuses() -> None:
         DistributedAttention(Local(), None, 1, 0)
     # Other numbers of tokens: refused on every rank, or exchanged.
     own = [x[:, :7] if rank == 0 else x[:, 7:] for x in tensors]
-    with pytest.raises(ValueError, match=r"\[7, 9\] tokens"):
-        Ulysses()(*own[:3])
+    for sequence in (Ulysses(), RingAttention()):
+        sequence(*(x[:, index] for x in tensors[:3]))
+        with pytest.raises(ValueError, match=r"\[7, 9\] tokens"):
+            sequence(*own[:3])
+        with pytest.raises(ValueError, match=r"\[1, 2\] samples"):
+            sequence(*(x[: 1 + rank, index] for x in tensors[:3]))
     attention = Ulysses(uneven_tokens=True)
     uneven = torch.arange(7) if rank == 0 else torch.arange(7, N)
     for got, want in zip(parallel(attention, tensors, uneven, True), expected, strict=True):

@@ -22,7 +22,7 @@ from ds_layers.attention.blocks import attend, attend_backward, merge
 from ds_layers.attention.local import expanded_heads, sdpa
 from ds_layers.sequence.exchange import Traffic
 from ds_layers.sequence.layout import Order
-from ds_layers.sequence.ulysses import Group, process_group
+from ds_layers.sequence.ulysses import Group, compared_tokens, process_group
 
 
 class RingAttention:
@@ -39,6 +39,7 @@ class RingAttention:
             raise ValueError(f"order={order!r}: it must be 'contiguous' or 'zigzag'")
         self._group = process_group(group)
         self._order = order
+        self._compared = False
         self.traffic = Traffic()
 
     def __call__(
@@ -47,12 +48,20 @@ class RingAttention:
         """See `AttentionFn`. All ranks must have the same number of tokens.
 
         Raises:
-            ValueError: an odd number of tokens in zigzag order.
+            ValueError: an odd number of tokens in zigzag order; on every rank, if ranks have different numbers.
         """
         if self._group is None:
             return sdpa(q, k, v, causal=causal, scale=scale)
         if self._order == "zigzag" and q.shape[1] % 2:
             raise ValueError(f"{q.shape[1]} tokens on a rank: zigzag order needs two equal parts")
+        if not self._compared or q.device.type == "cpu":  # as in Ulysses
+            lengths = compared_tokens(q, self._group)
+            if len(set(lengths)) > 1:
+                raise ValueError(
+                    f"the ranks of the ring have {list(lengths)} tokens: pad the sequence to a multiple of "
+                    f"{len(lengths)} (SequenceBatches does so)"
+                )
+            self._compared = True
         ring = _Ring(self._group, causal, self._order == "zigzag", self.traffic)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out: Tensor = _RingFunction.apply(ring, scale, q, k, v)  # type: ignore[no-untyped-call]

@@ -55,8 +55,8 @@ class HeadExchange:
         _check_shapes(q, k, v)
         if self.group is None:
             return attention(q, k, v)
-        plan = plan_heads(q.shape[2], k.shape[2], self.size)
         exchange = Exchange(self.group, self._lengths(q), self.traffic)
+        plan = plan_heads(q.shape[2], k.shape[2], self.size)
         own_q, own_k, own_v = ToHeads.apply(exchange, (plan.queries, plan.keys, plan.keys), q, k, v)  # type: ignore[no-untyped-call]
         expansion = plan.expansion(exchange.rank)
         if expansion is not None:
@@ -72,24 +72,38 @@ class HeadExchange:
         return whole
 
     def _lengths(self, q: Tensor) -> tuple[int, ...]:
-        """Returns the number of tokens of each rank. Collective in the first call, or if they may differ."""
-        if self._compared and not self.uneven_tokens:
+        """Returns the number of tokens of each rank. Collective if they are compared."""
+        # Where asking the device would wait for it, only the first call compares.
+        if self._compared and not self.uneven_tokens and q.device.type != "cpu":
             return (q.shape[1],) * self.size
-        mine = torch.tensor([q.shape[1], q.shape[2]], device=q.device)
-        gathered = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(gathered, mine, group=self.group)
-        lengths, heads = zip(*(row.tolist() for row in gathered), strict=True)
-        if len(set(heads)) > 1:
-            raise ValueError(
-                f"the sequence-parallel ranks have {list(heads)} heads: before the exchange every rank must have all"
-            )
+        assert self.group is not None
+        lengths = compared_tokens(q, self.group)
         if len(set(lengths)) > 1 and not self.uneven_tokens:
             raise ValueError(
                 f"the sequence-parallel ranks have {list(lengths)} tokens: pad the sequence to a multiple of "
                 f"{self.size} (SequenceBatches does so), or pass uneven_tokens=True"
             )
         self._compared = True
-        return tuple(lengths)
+        return lengths
+
+
+def compared_tokens(q: Tensor, group: dist.ProcessGroup) -> tuple[int, ...]:
+    """Returns the number of tokens of each rank. Collective.
+
+    Raises:
+        ValueError: on every rank, if batch sizes or numbers of heads differ.
+    """
+    mine = torch.tensor(q.shape[:3], device=q.device)
+    gathered = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(gathered, mine, group=group)
+    batches, lengths, heads = zip(*(row.tolist() for row in gathered), strict=True)
+    for name, counts in (("samples", batches), ("heads", heads)):
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"the sequence-parallel ranks have {list(counts)} {name}: ranks that share sequences must have the "
+                "same samples, and all heads of their tokens"
+            )
+    return tuple(lengths)
 
 
 class Ulysses:
@@ -108,7 +122,7 @@ class Ulysses:
             group: the sequence-parallel ranks, in the order of their tokens. Default: all ranks.
             inner: the attention of some heads over all tokens.
             uneven_tokens: whether ranks may have different numbers of tokens; they are then exchanged in every call.
-                Otherwise they are compared in the first call only.
+                Otherwise they are compared, on accelerators in the first call only.
         """
         self._exchange = HeadExchange(group, uneven_tokens=uneven_tokens)
         self._inner = inner
