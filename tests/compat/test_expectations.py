@@ -245,16 +245,6 @@ def test_frozen_parameters_have_no_master_and_empty_slices_are_slices() -> None:
     engine.destroy()
 
 
-def test_groups_without_experts_stay_as_they_are() -> None:
-    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as split
-
-    params = [nn.Parameter(torch.ones(1))]
-    assert split({"params": params, "name": "all"}) == [{"params": params, "name": "all"}]
-    params[0].allreduce = False
-    with pytest.raises(NotImplementedError, match="ds-moe"):
-        split({"params": params})
-
-
 class Section(DeepSpeedConfigModel):
     """A user's own section, with a field that has a new name."""
 

@@ -73,14 +73,14 @@ def test_a_name_can_be_replaced_from_outside(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_is_not_there_says_who_owns_it() -> None:
-    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.sharded_moe import TopKGate
     from deepspeed.runtime.pipe.schedule import TrainSchedule
 
     assert not isinstance(object(), TrainSchedule)  # code asks, and goes on
     with pytest.raises(refused.NotThereError, match=r"use ds_pipe.make\("):
         TrainSchedule(micro_batches=4, stages=2, stage_id=0)
-    with pytest.raises(NotImplementedError, match="MoE belongs to ds-moe"):
-        MoE(hidden_size=4, expert=None)
+    with pytest.raises(NotImplementedError, match="TopKGate has other arguments here: use ds_moe"):
+        TopKGate(4, 2)
     with pytest.raises(refused.NotThereError, match="ds-layers"):
         importlib.import_module("deepspeed.sequence.layer")._SeqAllToAll(None, None)
 

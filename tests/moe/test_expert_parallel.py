@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,6 +34,7 @@ def trained(
     if replicate > 1:
         mesh = init_device_mesh("cpu", (replicate, world // replicate), mesh_dim_names=("replicate", "shard"))
     mesh_for = ds_moe.expert_mesh(model, mesh)
+    model = copy.deepcopy(model)  # as plans do; a copy talks to the same ranks
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=True)
     ds_zero.shard(model, optimizer, stage, mesh, config=CONFIG, mesh_for=mesh_for)
     norms = []

@@ -157,13 +157,13 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         _UTILS: "is_autotp_training_mode",
     },
     "module_inject.tp_shard": {_REFUSED: "get_shard_size_list get_shard_size"},
-    "moe": {_REFUSED: "MoE"},
+    "moe": {"ds_compat.moe.layer": "MoE"},
     "moe.experts": {_REFUSED: "Experts"},
-    "moe.layer": {_REFUSED: "MoE"},
+    "moe.layer": {"ds_compat.moe.layer": "MoE"},
     "moe.sharded_moe": {_REFUSED: _GATES},
     "moe.utils": {
-        _UTILS: "is_moe_param has_moe_layers split_params_into_different_moe_groups_for_optimizer",
-        _REFUSED: "configure_moe_param_groups",
+        "ds_compat.moe.utils": "is_moe_param has_moe_layers split_params_into_different_moe_groups_for_optimizer "
+        "configure_moe_param_groups",
     },
     "monitor": {},
     "ops": {"ds_compat.ops.builders": "__compatible_ops__=COMPATIBLE"},

@@ -21,8 +21,8 @@ OWNERS: Mapping[str, str] = {
     name: owner
     for owner, names in {
         PIPE: "DualPipeVEngine DualPipeVModule _prime_factors TrainSchedule InferenceSchedule DataParallelSchedule",
-        MOE: "MoE Experts TopKGate MOELayer top1gating top2gating topkgating _route_slots _sparse_decode "
-        "_sparse_encode configure_moe_param_groups",
+        MOE: "Experts TopKGate MOELayer top1gating top2gating topkgating _route_slots _sparse_decode "
+        "_sparse_encode",
         LAYERS: "set_autotp_mode get_shard_size_list get_shard_size LinearAllreduce LinearLayer "
         "LmHeadLinearAllreduce _SeqAllToAll _rotate_half _torchembed_available "
         "apply_rotary_pos_emb FPDT_InputConstruct _FPDTGPUOffloadingAttentionImpl_ "
@@ -39,11 +39,15 @@ OWNERS: Mapping[str, str] = {
 }
 
 INSTEAD: Mapping[str, str] = {
-    "DataAnalyzer": "ds_engine.sampling.Analyzer",
-    "DualPipeVModule": 'PipelineModule(schedule="dualpipev")',
-    "TrainSchedule": 'ds_pipe.make("1f1b", num_ranks, num_microbatches)',
-    "InferenceSchedule": 'ds_pipe.make("inference", num_ranks, num_microbatches)',
-    "DeepSpeedDataSampler": "ds_engine.sampling.CurriculumOrder, or the section data_efficiency",
+    **dict.fromkeys(
+        ("Experts", "TopKGate", "MOELayer", "top1gating", "top2gating", "topkgating"),
+        "ds_moe (docs/guide/mixture-of-experts.md)",
+    ),
+    "DataAnalyzer": "ds_engine.sampling.Analyzer (docs/guide/data.md)",
+    "DualPipeVModule": 'PipelineModule(schedule="dualpipev") (docs/guide/pipeline.md)',
+    "TrainSchedule": 'ds_pipe.make("1f1b", num_ranks, num_microbatches) (docs/guide/pipeline.md)',
+    "InferenceSchedule": 'ds_pipe.make("inference", num_ranks, num_microbatches) (docs/guide/pipeline.md)',
+    "DeepSpeedDataSampler": "ds_engine.sampling.CurriculumOrder, or the section data_efficiency (docs/guide/data.md)",
 }
 
 

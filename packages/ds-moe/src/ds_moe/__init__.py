@@ -3,13 +3,14 @@
 from ds_moe.dispatch.exchange import ExpertGroup
 from ds_moe.errors import ExpertParallelError
 from ds_moe.experts import FeedForward
+from ds_moe.hugging_face import convert
 from ds_moe.interfaces import AllToAll
 from ds_moe.layer import Extras, MoE, MoELayer
 from ds_moe.mesh import ExpertMesh, expert_mesh
 from ds_moe.options import RouterOptions
 from ds_moe.report import LayerReport
 from ds_moe.routing.selection import Routing, route
-from ds_moe.training import reports, update_biases
+from ds_moe.training import has_biases, reports, update_biases
 
 __version__ = "0.1.0"
 
@@ -25,7 +26,9 @@ __all__ = [
     "MoELayer",
     "RouterOptions",
     "Routing",
+    "convert",
     "expert_mesh",
+    "has_biases",
     "reports",
     "route",
     "update_biases",

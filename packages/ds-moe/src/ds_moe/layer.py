@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe.dispatch.exchange import ExpertGroup
 from ds_moe.errors import ExpertParallelError
 from ds_moe.experts.stack import ExpertSource, LoopedExperts, Method, StackedExperts, make_experts
+from ds_moe.local import checked_group, local_experts
 from ds_moe.options import DropPolicy, Noise, RouterOptions
 from ds_moe.parallel import run_experts
 from ds_moe.report import LayerCounters
@@ -73,6 +73,7 @@ class MoELayer(nn.Module):
         if extras.use_residual:
             self.residual = copy.deepcopy(expert) if isinstance(expert, nn.Module) else expert()
             self.coefficient = nn.Linear(hidden_size, 2)
+        self.num_experts = options.num_experts
         self.counters = LayerCounters()
         self._to: ExpertGroup | None = ExpertGroup(None) if ep_size == 1 else None
 
@@ -82,12 +83,12 @@ class MoELayer(nn.Module):
         Raises:
             ExpertParallelError: another number of ranks than `ep_size`, or another rank than the experts were made for.
         """
-        if to.size != self.ep_size or to.rank * len(self.local) != self.local.start:
-            raise ExpertParallelError(
-                f"the layer was made with ep_size={self.ep_size} and holds experts {self.local.start} to "
-                f"{self.local.stop - 1}, but this process is rank {to.rank} of {to.size} in the expert-parallel group"
-            )
-        self._to = to
+        self._to = checked_group(to, self.ep_size, self.local)
+
+    def expert_parameters(self) -> dict[str, bool]:
+        """Returns the names of the parameters of experts, and whether their first dimension is the experts."""
+        names = (name for name, _ in self.experts.named_parameters(remove_duplicate=False))
+        return {f"experts.{name}": self.experts.stacked for name in names}
 
     def forward(self, hidden: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Sends every token through its experts. Collective among the ranks of the expert-parallel group; a rank may
@@ -233,29 +234,3 @@ def _drop_policy(k: int, *, random: bool) -> DropPolicy:
     if k == 1:
         return "random" if random else "position"
     return "position" if k == 2 else "probs"
-
-
-def local_experts(num_experts: int, ep_size: int) -> range:
-    """Returns the indices of this rank's experts: of `ep_size` consecutive ranks, each holds an equal run.
-
-    Raises:
-        ExpertParallelError: `ep_size` divides neither the experts nor the ranks.
-    """
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if ep_size < 1 or num_experts % ep_size:
-        raise ExpertParallelError(f"ep_size={ep_size} must divide num_experts={num_experts}")
-    if world % ep_size:
-        raise ExpertParallelError(
-            f"ep_size={ep_size} must divide the {world} ranks of the job"
-            + ("" if dist.is_initialized() else ": call torch.distributed.init_process_group first")
-        )
-    count = num_experts // ep_size
-    begin = (dist.get_rank() if dist.is_initialized() else 0) % ep_size * count
-    return range(begin, begin + count)
-
-
-def moe_layers(model: nn.Module) -> Iterator[tuple[str, MoELayer]]:
-    """Yields name -> layer of every mixture of experts in a model."""
-    for name, module in model.named_modules():
-        if isinstance(module, MoELayer):
-            yield name, module

@@ -9,7 +9,7 @@ rows; over them expert weights are sharded and their gradients summed. All other
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -21,14 +21,19 @@ from ds_moe.errors import ExpertParallelError
 from ds_moe.interfaces import AllToAll
 
 
+@runtime_checkable
 class ExpertParallel(Protocol):
-    """A module whose child `experts` holds this rank's experts."""
+    """A module whose experts may be divided among ranks."""
 
     ep_size: int
-    experts: nn.Module
 
     def connect(self, to: ExpertGroup) -> None:
         """Sets the ranks that hold the experts."""
+
+    def expert_parameters(self) -> dict[str, bool]:
+        """Returns the names of the parameters of experts within the module, and whether their first dimension is the
+        experts.
+        """
 
 
 class ExpertMesh:
@@ -97,21 +102,17 @@ def expert_mesh(
             continue
         axis = meshes[layer.ep_size]["expert"]
         layer.connect(ExpertGroup(axis.get_group(), axis.get_local_rank(), axis.size(), all_to_all))
-        prefix = f"{name}.experts." if name else "experts."
-        own = {f"{prefix}{n}" for n, _ in layer.experts.named_parameters(remove_duplicate=False)}
-        sizes |= dict.fromkeys(own, layer.ep_size)
-        if getattr(layer.experts, "stacked", False):
-            stacked |= own
+        for own, is_stacked in layer.expert_parameters().items():
+            fqn = f"{name}.{own}" if name else own
+            sizes[fqn] = layer.ep_size
+            if is_stacked:
+                stacked.add(fqn)
     return ExpertMesh(meshes, sizes, frozenset(stacked))
 
 
 def expert_parallel_layers(model: nn.Module) -> list[tuple[str, ExpertParallel]]:
     """Returns (name, layer) of all layers whose experts may be divided among ranks."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if hasattr(module, "ep_size") and hasattr(module, "connect") and hasattr(module, "experts")
-    ]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, ExpertParallel)]
 
 
 def _default_device() -> str:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_moe.dispatch.exchange import Traffic
+from ds_moe.routing.losses import load
 from ds_moe.routing.selection import Routing
 
 
@@ -35,6 +36,12 @@ class LayerCounters:
         self.kept = kept if self.kept is None else self.kept + kept
         self.entropy = routing.entropy if self.entropy is None else self.entropy + routing.entropy
 
+    def add_choices(self, experts: Tensor, num_experts: int) -> None:
+        """Counts one forward of which only the chosen experts (T, K) are known: nothing was dropped."""
+        counts = load(experts, num_experts)
+        unknown = torch.full((), float("nan"), device=experts.device)
+        self.add(Routing(experts, experts, None, counts, unknown, unknown))
+
     def clear(self) -> None:
         """Begins to count anew."""
         self.traffic.clear()
@@ -55,7 +62,8 @@ class LayerReport:
     dropped: int
     """Assignments of tokens to experts that were dropped."""
     entropy: float
-    """Mean entropy of the router's probabilities of a token, in nats; log(E) if all experts are equally likely."""
+    """Mean entropy of the router's probabilities of a token, in nats; log(E) if all experts are equally likely. NaN for
+    converted experts, which do not see the probabilities."""
     sent_bytes: int
     """Bytes of rows that were sent to other ranks, summed over the ranks of the report."""
     waiting_s: float

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 from torch import nn
 
-from ds_moe.layer import moe_layers
+from ds_moe.hugging_face import ConvertedExperts
+from ds_moe.layer import MoELayer
 from ds_moe.report import LayerReport, summed
+from ds_moe.routing.router import Router
 
 
 def reports(model: nn.Module, group: dist.ProcessGroup | None = None) -> list[LayerReport]:
@@ -18,22 +22,33 @@ def reports(model: nn.Module, group: dist.ProcessGroup | None = None) -> list[La
         group: the ranks that have different tokens. Default: all ranks.
     """
     own = []
-    for name, layer in moe_layers(model):
-        device = layer.router.weight.device
-        own.append(summed(name, layer.counters, layer.options.num_experts, _all_ranks(group), device))
-        layer.counters.clear()
+    for name, layer in model.named_modules():
+        if isinstance(layer, (MoELayer, ConvertedExperts)):
+            device = next(layer.parameters()).device
+            num_experts = layer.num_experts
+            own.append(summed(name, layer.counters, num_experts, _all_ranks(group), device))
+            layer.counters.clear()
     return own
 
 
-def update_biases(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+def has_biases(model: nn.Module) -> bool:
+    """Whether a router of the model is balanced by biases, so that `update_biases` has an effect."""
+    return any(layer.bias is not None for layer in model.modules() if isinstance(layer, Router))
+
+
+def update_biases(model: nn.Module, groups: Sequence[dist.ProcessGroup] | None = None) -> None:
     """Moves the biases of all routers with `bias_rate` against the load since the last call; to be called after
     `optimizer.step()`. Collective.
 
     Args:
-        group: the ranks that have different tokens. Default: all ranks.
+        groups: the axes of ranks that have different tokens. Default: all ranks.
     """
-    for _, layer in moe_layers(model):
-        layer.router.update_bias(_all_ranks(group))
+    if groups is None:
+        every = _all_ranks(None)
+        groups = [every] if every is not None else []
+    for layer in model.modules():
+        if isinstance(layer, Router):
+            layer.update_bias(groups)
 
 
 def _all_ranks(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

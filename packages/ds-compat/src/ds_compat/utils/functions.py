@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_compat.names import VERSION
-from ds_compat.refused import NotThereError
 
 version = VERSION
 git_hash, git_branch = "ds-compat", "none"
@@ -85,26 +84,6 @@ def parse_range_list(range_str: str) -> list[int]:
 
 def is_autotp_training_mode() -> bool:
     return False
-
-
-def is_moe_param(param: Tensor) -> bool:
-    """Whether an expert layer marked it."""
-    return hasattr(param, "allreduce") and not param.allreduce
-
-
-def has_moe_layers(m: nn.Module) -> tuple[bool, int]:
-    """(False, 0): no layer of ours is one yet."""
-    return False, 0
-
-
-def split_params_into_different_moe_groups_for_optimizer(
-    param_groups: dict[str, Any] | Sequence[dict[str, Any]], max_group_size: float | None = None
-) -> list[dict[str, Any]]:
-    """The groups as they are; NotThereError where one holds parameters of experts."""
-    groups = [param_groups] if isinstance(param_groups, dict) else list(param_groups)
-    if any(is_moe_param(param) for group in groups for param in group["params"]):
-        raise NotThereError("groups of experts belong to ds-moe, which this version does not have yet")
-    return groups
 
 
 def is_zero_supported_optimizer(optimizer: Optimizer) -> bool:

@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ds_core.optim
-from ds_engine.build import compressed, mup
 from ds_engine.build.local_sgd import with_outer_step
+from ds_engine.build.optimizers import compressed, mup
 from ds_engine.config.support.errors import ConfigError
 from ds_engine.config.support.suggest import did_you_mean
 from ds_engine.interfaces import MakeOptimizer

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 import ds_zero
 from ds_checkpoint.owners.names import tied
 from ds_core.kernels import squared_norm
-from ds_engine.build import self_reducing
+from ds_engine.build import moe, self_reducing
 from ds_engine.build.layers import sparse_attention
 from ds_engine.build.offload_states import send_away
 from ds_engine.build.topology import Meshes
@@ -50,9 +50,10 @@ def shard(
             store=store,
             comm=comm,
             norms=squared_norm,
-            mesh_for=meshes.mesh_for,
+            mesh_for=moe.mesh_for(model, meshes) or meshes.mesh_for,
             model_parallel=meshes.model_parallel,
         )
+    moe.balance(model, optimizer, meshes)
     if self_reducing.reduces(optimizer):
         ds_zero.control(model).set_reduction("none")
 

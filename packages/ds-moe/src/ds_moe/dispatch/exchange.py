@@ -45,6 +45,10 @@ class ExpertGroup:
     size: int = 1
     all_to_all: AllToAll = field(default=dist.all_to_all_single, repr=False)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertGroup:
+        """Returns itself: a process group cannot be copied, and a copied layer talks to the same ranks."""
+        return self
+
     def counts(self, sizes: list[int], device: torch.device) -> list[list[int]]:
         """Returns, for each rank, the numbers of rows that it sends to this rank's experts. Collective.
 

@@ -83,7 +83,8 @@ class _Combine(torch.autograd.Function):
         of_choices = _of_assignments(rows, to)
         if of_choices.shape[1] == 1:
             return of_choices.squeeze(1) * weights
-        return torch.bmm(weights.unsqueeze(1), of_choices).squeeze(1)
+        # A batched product of such small matrices is slow.
+        return of_choices.mul_(weights.unsqueeze(2)).sum(1)
 
     @staticmethod
     @once_differentiable
@@ -94,7 +95,7 @@ class _Combine(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_rows = grad.index_select(0, to.token) * weights.reshape(-1)[to.slot].unsqueeze(1)
         if ctx.needs_input_grad[1]:
-            of_weights = torch.bmm(_of_assignments(rows, to), grad.unsqueeze(2)).squeeze(2)
+            of_weights = _of_assignments(rows, to).mul_(grad.unsqueeze(1)).sum(2)
         return of_rows, of_weights, None
 
 

@@ -70,10 +70,9 @@ class _Padded(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         batches = x.view(weight.shape[0], -1, weight.shape[2])
-        if bias is None:
-            out = torch.bmm(batches, weight.transpose(1, 2))
-        else:
-            out = torch.baddbmm(bias.unsqueeze(1), batches, weight.transpose(1, 2))
+        out = torch.bmm(batches, weight.transpose(1, 2))
+        if bias is not None:
+            out += bias.unsqueeze(1)  # baddbmm copies the bias to every row first
         return out.view(x.shape[0], weight.shape[1])
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,11 +54,11 @@ class Router(nn.Module):
             self.pending_counts = counts if self.pending_counts is None else self.pending_counts + counts
         return routing
 
-    def update_bias(self, group: dist.ProcessGroup | None) -> None:
+    def update_bias(self, groups: Sequence[dist.ProcessGroup]) -> None:
         """Moves the bias of every expert by `bias_rate` against its load since the last call. Collective.
 
         Args:
-            group: the ranks that have different tokens; None: this process alone.
+            groups: the axes of ranks that have different tokens; none: this process alone.
 
         Source: Wang et al., Auxiliary-loss-free load balancing (2024), algorithm 1.
         """
@@ -66,7 +66,7 @@ class Router(nn.Module):
             return
         counts = self.pending_counts
         counts = torch.zeros_like(self.bias) if counts is None else counts.to(self.bias)
-        if group is not None:
+        for group in groups:
             dist.all_reduce(counts, group=group)
         self.bias += self.options.bias_rate * torch.sign(counts.mean() - counts)
         self.pending_counts = None

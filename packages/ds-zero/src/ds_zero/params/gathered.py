@@ -162,7 +162,10 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     if not state.ranks.first or (parts is not None and not parts.first):
         return {}
     values |= {n: b.detach().cpu().clone() for n, b in model.named_buffers()}
-    return {name: values[name] for name in model.state_dict(keep_vars=True)}
+    listed = [name for name in model.state_dict(keep_vars=True) if name in values]
+    # A module may list its parameters under other names (`register_state_dict_post_hook`); here they have their own.
+    own = [name for first in state.names for name in state.names[first]]
+    return {name: values[name] for name in dict.fromkeys([*listed, *own])}
 
 
 def _with_all_runs(bucket: Bucket, slot: Slot, own: Tensor) -> Tensor:

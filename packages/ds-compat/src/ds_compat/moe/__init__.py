@@ -1,0 +1,1 @@
+"""`deepspeed.moe`, on top of ds_moe."""
