@@ -157,12 +157,12 @@ MODULES: Mapping[str, Mapping[str, str] | str] = {
         _UTILS: "is_autotp_training_mode",
     },
     "module_inject.tp_shard": {_REFUSED: "get_shard_size_list get_shard_size"},
-    "moe": {"ds_compat.moe.layer": "MoE"},
+    "moe": {"ds_moe.deepspeed.layer": "MoE"},
     "moe.experts": {_REFUSED: "Experts"},
-    "moe.layer": {"ds_compat.moe.layer": "MoE"},
+    "moe.layer": {"ds_moe.deepspeed.layer": "MoE"},
     "moe.sharded_moe": {_REFUSED: _GATES},
     "moe.utils": {
-        "ds_compat.moe.utils": "is_moe_param has_moe_layers split_params_into_different_moe_groups_for_optimizer "
+        "ds_moe.deepspeed.utils": "is_moe_param has_moe_layers split_params_into_different_moe_groups_for_optimizer "
         "configure_moe_param_groups",
     },
     "monitor": {},

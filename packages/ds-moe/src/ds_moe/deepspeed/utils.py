@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ds_compat.moe.layer import MoE
+from ds_moe.deepspeed.layer import MoE
 
 _LARGEST_GROUP = 178956971
 """DeepSpeed's default limit of a group of experts, in elements."""

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ds_moe
+from ds_moe import layer as plain
 
 EXPERTS = "deepspeed_moe.experts.deepspeed_experts."
 _OURS_TO_THEIRS: Mapping[str, str] = {"router.weight": "deepspeed_moe.gate.wg.weight", "residual.": "mlp."}
 
 
-class MoE(ds_moe.MoE):
+class MoE(plain.MoE):
     """See `ds_moe.MoE`. Parameters of experts have DeepSpeed's marks `allreduce` and `group_name`, and state dicts its
     names: `deepspeed_moe.gate.wg.weight`, and `deepspeed_moe.experts.deepspeed_experts.<i>.*` for the i-th expert of
     this rank, which are views of stacked weights. `named_parameters` has the stacked ones under names of their own.

@@ -1,1 +1,0 @@
-"""`deepspeed.moe`, on top of ds_moe."""
