@@ -109,6 +109,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all() -> None:
 OTHERS = [
     {"type": "ZeroOneAdam", "params": {"lr": 0.02, "var_freeze_step": FREEZE, "local_step_clipper": 1}},
     {"type": "OneBitLamb", "params": {"lr": 0.02, "freeze_step": FREEZE}},
+    {"type": "ShardedOneBitAdam", "params": {"lr": 0.02, "freeze_step": FREEZE}},
 ]
 
 
@@ -155,6 +156,33 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path, saved_at: int) -> None:
         engine.load_checkpoint(tmp_path)
         assert train(engine, saved_at, saved_at + 5) == expected
         assert all(torch.equal(a, b) for a, b in zip(after, weights(engine), strict=True))
+
+
+def divided_engine() -> ds_engine.Engine:
+    return engine_of(optimizer={"type": "ShardedOneBitAdam", "params": {"lr": 0.02, "freeze_step": FREEZE}})
+
+
+def save_divided(folder: str) -> None:
+    with divided_engine() as engine:
+        train(engine, 0, FREEZE + 3)
+        engine.save_checkpoint(folder)
+        torch.save(engine.optimizer.residuals(), f"{folder}/own{dist.get_rank()}.pt")  # type: ignore[attr-defined]
+
+
+def resume_divided(folder: str, saved_by: int) -> None:
+    every = [torch.load(f"{folder}/own{rank}.pt") for rank in range(saved_by)]
+    with divided_engine() as engine:
+        engine.load_checkpoint(folder)
+        own = engine.optimizer.residuals()  # type: ignore[attr-defined]
+        for name in ("master", "exp_avg", "exp_avg_sq"):
+            whole = torch.cat([state[name] for state in every])
+            assert torch.equal(own[name], whole[own["start"] : own["start"] + own[name].numel()])
+        assert all(math.isfinite(loss) for loss in train(engine, FREEZE + 3, FREEZE + 6))
+
+
+def test_divided_states_are_divided_anew(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    jobs.on_ranks(request, 2, save_divided, folder=str(tmp_path))
+    jobs.on_ranks(request, 3, resume_divided, folder=str(tmp_path), saved_by=2)
 
 
 def save_after_the_freeze(folder: str) -> None:

@@ -55,6 +55,8 @@ class ShardedOneBitAdam(Optimizer):
 
     Use no DistributedDataParallel; `param.grad` is this rank's own gradient, and `step` is collective. Parameters that
     have no gradient on any rank are skipped in the first phase; in the second one a missing gradient counts as zeros.
+    Whoever writes parameters between two steps of the second phase must load a state, or make a new optimizer: masters
+    differ from parameters there, so that it is not noticed.
     """
 
     reduces_gradients: ClassVar[bool] = True
@@ -242,7 +244,15 @@ class ShardedOneBitAdam(Optimizer):
                 view.copy_(param.grad)
         return flat.mul_(factor) if factor != 1.0 else flat
 
+    def _adopt_written(self) -> None:
+        """Takes the values of parameters that were written since the last step, for example by loading a model."""
+        for segment in self._segments:
+            values = self._params[segment.index].detach().reshape(-1)[segment.inside]
+            if not torch.equal(values, self._master[segment.owned].to(values.dtype)):
+                self._master[segment.owned] = values.to(torch.float32)
+
     def _dense_step(self, unscale: float, present: Sequence[bool]) -> None:
+        self._adopt_written()
         mean = self._reduce_scatter(self._flat_gradients(unscale))
         total = torch.tensor([kernels.squared_norm([mean])[0]], dtype=torch.float64)
         total = total.to(mean.device, torch.float32)
@@ -391,8 +401,10 @@ class ShardedOneBitAdam(Optimizer):
                 f"{here[0]} of {here[1]}; merge the states of all ranks first (merge_states)"
             )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != SHARDED_KEY})
-        if own is None:
-            return
+        if own is not None:
+            self._load_own(own)
+
+    def _load_own(self, own: Mapping[str, Any]) -> None:
         self._prepare()
         if own["numel"] != self._feedback.numel or len(own["steps"]) != len(self._steps):
             raise ValueError(
@@ -405,6 +417,23 @@ class ShardedOneBitAdam(Optimizer):
         for name in _STATES:
             part: Tensor = getattr(self, f"_{name}")
             part.copy_(own[name][first : first + part.numel()])
+
+    def residuals(self) -> dict[str, Any] | None:
+        """Returns this rank's part of the states, for a checkpoint that has the parameters; None before the first
+        step.
+        """
+        return self._own_state()
+
+    def load_residuals(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Loads `residuals()` of all ranks that saved them, after the parameters. As many ranks as then only need their
+        own. Empty: begins without states.
+        """
+        here = (self.channel.rank, self.channel.world_size)
+        own = [s for s in states if s["form"] == "rank" and (s["rank"], s["world_size"]) == here]
+        if states:
+            self._load_own(own[0] if own else merge_sharded_states(states))
+        else:
+            self._params, self._steps = [], []
 
     def planned_states(self, num_ranks: int) -> Mapping[str, tuple[torch.dtype, float]]:
         """Returns the states in a job of so many ranks: name -> dtype, and number of elements for each element of a

@@ -153,6 +153,7 @@ OWN: Mapping[str, Own] = {
         host_accepts=FORMATS,
     ),
     "OneBitAdam": _communicating("OneBitAdam", "freeze_step"),
+    "ShardedOneBitAdam": _communicating("ShardedOneBitAdam", "freeze_step"),
     "ZeroOneAdam": _communicating(
         "ZeroOneAdam",
         "var_freeze_step",

@@ -45,7 +45,7 @@ def check_reduction(job: Job, optimizer: Optimizer) -> None:
     if job.stage > 0:
         wrong.append(
             f"zero_optimization.stage is {job.stage}: {name} averages whole gradients, and every rank needs the whole "
-            "momentum; set it to 0"
+            "momentum; set it to 0. The optimizer ShardedOneBitAdam divides masters and states among the ranks itself"
         )
     if job.placement.optimizer_states != "device":
         wrong.append(
