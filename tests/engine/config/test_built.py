@@ -16,7 +16,7 @@ from ds_engine.build.topology import arranged
 from ds_engine.config import ConfigError, load
 from ds_engine.config.built import BUILT, State, effectless, row_of
 from ds_engine.config.built.row import Row
-from ds_engine.config.built.table import switches
+from ds_engine.config.built.table import refusals, switches
 from ds_engine.config.sections.schema import ANY, Key, by_path, default_of, every_key
 from ds_engine.job import choices_of, describe
 
@@ -366,3 +366,12 @@ def test_what_deepspeed_calls_otherwise_is_the_exact_overlapped_step(name: str) 
     settings = load({"train_batch_size": 8, "bf16": {"enabled": True}, "zero_optimization": section})
     job = describe(choices_of(settings), arranged(settings, 0, 1), "cpu")
     assert zero_section.zero_config(job, torch.nn.Linear(2, 2)).overlap_step
+
+
+def test_a_configuration_that_uses_no_extra_package_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ds-engine installs without them: no default of a key may ask for one."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    settings = load({"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}})
+    assert not list(refusals(settings))
+    with pytest.raises(ConfigError, match="needs ds-layers, which is not installed"):
+        load({"train_batch_size": 1, "sequence_parallel_size": 2})

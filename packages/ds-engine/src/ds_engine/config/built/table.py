@@ -27,15 +27,20 @@ def row_of(path: str) -> Row | None:
 
 
 def switches(row: Row) -> Mapping[str, Inert]:
-    """Returns path -> values that turn the feature off."""
+    """Returns path -> values that turn the feature off. The default of a key that may be null is one of them."""
     if row.switches:
-        return row.switches
+        return {path: values + _if_null(path) for path, values in row.switches.items()}
     key = by_path()[row.key]
     if key.section is not None and default_of(key) is not None:
         inner = keys_of(key.section, row.key)
         assert "enabled" in inner, f"{row.key} has no key `enabled`: its row must name the switches"
         return {f"{row.key}.enabled": (False,)}
     return {row.key: (default_of(key),)}
+
+
+def _if_null(path: str) -> Inert:
+    key = by_path().get(path)
+    return (None,) if key is not None and default_of(key) is None else ()
 
 
 def refusals(config: Any) -> Iterator[tuple[str, str]]:
