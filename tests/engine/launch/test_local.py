@@ -250,7 +250,8 @@ time.sleep(100)
 _SAVES = """
 try:
     mark("up")
-    time.sleep(100)
+    while True:
+        time.sleep(0.1)  # a signal just before a long sleep would be handled after it
 except KeyboardInterrupt:
     time.sleep(0.2)
     mark("saved")
