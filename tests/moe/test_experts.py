@@ -218,7 +218,6 @@ def test_wrong_arguments_are_named() -> None:
         ds_moe.MoE(4, expert, num_experts=2, enable_expert_tensor_parallelism=True)
     with pytest.warns(UserWarning, match="use_tutel has no effect"):
         ds_moe.MoE(4, expert, num_experts=2, use_tutel=True)
-    with pytest.raises(
-        ValueError, match=r"ep_size=2 must divide the 1 ranks of the job: call torch\.distributed"
-    ):
+    # "call torch.distributed.init_process_group()" follows where an earlier test of this process has not called it.
+    with pytest.raises(ValueError, match="ep_size=2 must divide the 1 ranks of the job"):
         ds_moe.MoE(4, expert, num_experts=2, ep_size=2)
