@@ -28,25 +28,47 @@ def dense_adam(entries: Sequence[Entry], sums: Sequence[Tensor], factor: float) 
         batches.setdefault((id(entry.group), entry.step), []).append(i)
     for rows in batches.values():
         members = [entries[i] for i in rows]
-        group = members[0].group
-        beta1, beta2 = group["betas"]
         values = [entry.values.contiguous() for entry in members]
-        kernels.adam_step(
+        step_group(
+            members[0].group,
+            members[0].step,
             values,
             [entry.state["exp_avg"] for entry in members],
             [entry.state["exp_avg_sq"] for entry in members],
             [sums[i] for i in rows],
-            step=members[0].step + 1 if group["bias_correction"] else NO_CORRECTION_STEP,
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            grad_scale=factor,
+            factor,
         )
         for entry, value in zip(members, values, strict=True):
             if value.data_ptr() != entry.values.data_ptr():
                 entry.values.copy_(value)  # the parameter has another memory format
+
+
+def step_group(
+    group: Mapping[str, Any],
+    updates: int,
+    values: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    variances: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    factor: float,
+) -> None:
+    """One kernel call of AdamW with the options of `group`, for tensors with so many updates before; gradients are
+    `grads * factor`.
+    """
+    beta1, beta2 = group["betas"]
+    kernels.adam_step(
+        values,
+        momenta,
+        variances,
+        grads,
+        step=updates + 1 if group["bias_correction"] else NO_CORRECTION_STEP,
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        grad_scale=factor,
+    )
 
 
 def bias_corrections(group: Mapping[str, Any], step: int, variance_updates: int) -> tuple[float, float]:

@@ -63,6 +63,21 @@ class StepReport:
     """What gradients were multiplied by."""
 
 
+def check_limits(freeze_step: int, max_grad_norm: float) -> None:
+    """Raises ValueError if one of them is out of range."""
+    if freeze_step < 1:
+        raise ValueError(f"freeze_step must be at least 1, but is {freeze_step}")
+    if not max_grad_norm >= 0.0:
+        raise ValueError(f"max_grad_norm must not be negative, but is {max_grad_norm}; 0 turns clipping off")
+
+
+def clip_factor(norm: float, max_grad_norm: float) -> float:
+    """What gradients with this norm are multiplied by; a `max_grad_norm` of 0 does not clip."""
+    if max_grad_norm == 0.0 or norm <= max_grad_norm:
+        return 1.0
+    return max_grad_norm / (norm + 1e-6)
+
+
 class SelfReducingOptimizer(Optimizer):
     """Base of optimizers over local gradients: `param.grad` is this rank's own gradient, and `step` is collective.
 
@@ -95,12 +110,7 @@ class SelfReducingOptimizer(Optimizer):
         group: dist.ProcessGroup | None = None,
         compression: CompressionOptions | None = None,
     ) -> None:
-        if freeze_step < 1:
-            raise ValueError(f"freeze_step must be at least 1, but is {freeze_step}")
-        if not max_grad_norm >= 0.0:
-            raise ValueError(
-                f"max_grad_norm must not be negative, but is {max_grad_norm}; 0 turns clipping off"
-            )
+        check_limits(freeze_step, max_grad_norm)
         self.channel = Channel(group)
         self.compression = CompressionOptions() if compression is None else compression
         self.freeze_step = freeze_step
@@ -176,7 +186,7 @@ class SelfReducingOptimizer(Optimizer):
         mean = 1.0 / self.channel.world_size
         [total] = self._over_model(squared + kernels.squared_norm(sums)[0] * mean * mean)
         norm = math.sqrt(total)
-        clip = self._clip_factor(norm)
+        clip = clip_factor(norm, self.max_grad_norm)
         if dense:
             self._dense_step(dense, sums, clip * mean)
         if compressed:
@@ -198,18 +208,13 @@ class SelfReducingOptimizer(Optimizer):
             for entry in entries:
                 entry.grad = None
         norm = math.inf if skipped else math.sqrt(total) * unscale
-        clip = self._clip_factor(norm) if not skipped else 0.0
+        clip = clip_factor(norm, self.max_grad_norm) if not skipped else 0.0
         self._compressed_step(entries, clip * unscale)
         for entry in entries:
             entry.state["step"] += 1
             entry.publish()
         self.report = StepReport(skipped=skipped, grad_norm=norm, clip_factor=clip)
         return loss
-
-    def _clip_factor(self, norm: float) -> float:
-        if self.max_grad_norm == 0.0 or norm <= self.max_grad_norm:
-            return 1.0
-        return self.max_grad_norm / (norm + 1e-6)
 
     def _entries(self, group: dict[str, Any]) -> Iterable[Entry]:
         for param in group["params"]:

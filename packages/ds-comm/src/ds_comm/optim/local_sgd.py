@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ds_comm.exchange.channel import Channel, Traffic
-from ds_comm.optim.base import StepReport
+from ds_comm.optim.base import StepReport, clip_factor
 from ds_comm.optim.flat import reduced
 from ds_comm.optim.options import CompressionOptions
 from ds_comm.optim.outer_step import OuterStep
@@ -178,9 +178,7 @@ class LocalSGD(Optimizer):
         if not finite or bool(self.found_inf):
             return StepReport(skipped=True, grad_norm=math.inf, clip_factor=0.0)
         norm = math.sqrt(squared) * unscale
-        clip = 1.0
-        if self.max_grad_norm > 0.0 and norm > self.max_grad_norm:
-            clip = self.max_grad_norm / (norm + 1e-6)
+        clip = clip_factor(norm, self.max_grad_norm)
         if clip * unscale != 1.0:
             for grad in grads:
                 grad.mul_(clip * unscale)

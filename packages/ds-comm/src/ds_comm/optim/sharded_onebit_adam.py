@@ -16,12 +16,11 @@ from ds_comm.compress.blocks import Blocks
 from ds_comm.compress.feedback import ErrorFeedback
 from ds_comm.exchange import wire
 from ds_comm.exchange.channel import Channel, Traffic
-from ds_comm.optim.adam_parts import bias_corrections, floor_variance, step_frozen
-from ds_comm.optim.base import StepReport
+from ds_comm.optim.adam_parts import bias_corrections, floor_variance, step_frozen, step_group
+from ds_comm.optim.base import StepReport, check_limits, clip_factor
 from ds_comm.optim.flat import FlatLayout
 from ds_comm.optim.options import CompressionOptions, adam_defaults, check_peer_arguments
 from ds_core import kernels
-from ds_core.optim.base import NO_CORRECTION_STEP
 
 SHARDED_KEY = "sharded"
 _STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -84,12 +83,7 @@ class ShardedOneBitAdam(Optimizer):
     ) -> None:
         """Args are those of `OneBitAdam`. All parameters must be on one device."""
         check_peer_arguments("ShardedOneBitAdam", peer)
-        if freeze_step < 1:
-            raise ValueError(f"freeze_step must be at least 1, but is {freeze_step}")
-        if not max_grad_norm >= 0.0:
-            raise ValueError(
-                f"max_grad_norm must not be negative, but is {max_grad_norm}; 0 turns clipping off"
-            )
+        check_limits(freeze_step, max_grad_norm)
         self.channel = Channel(group)
         self.compression = CompressionOptions() if compression is None else compression
         self.freeze_step = freeze_step
@@ -213,7 +207,7 @@ class ShardedOneBitAdam(Optimizer):
             self._dense_step(unscale, present)
         else:
             norm = math.sqrt(squared)
-            clip = self._clip_factor(norm)
+            clip = clip_factor(norm, self.max_grad_norm)
             self._compressed_step(clip * unscale)
             self.report = StepReport(skipped=False, grad_norm=norm, clip_factor=clip)
         self._steps = [n + (has or not dense) for n, has in zip(self._steps, present, strict=True)]
@@ -231,11 +225,6 @@ class ShardedOneBitAdam(Optimizer):
         self.channel.all_reduce(flags).wait()
         values = flags.tolist()
         return values[0] > 0, values[1] / self.channel.world_size, [value > 0 for value in values[2:]]
-
-    def _clip_factor(self, norm: float) -> float:
-        if self.max_grad_norm == 0.0 or norm <= self.max_grad_norm:
-            return 1.0
-        return self.max_grad_norm / (norm + 1e-6)
 
     def _flat_gradients(self, factor: float) -> Tensor:
         flat = torch.zeros(self._feedback.numel, dtype=torch.float32, device=self._params[0].device)
@@ -258,7 +247,7 @@ class ShardedOneBitAdam(Optimizer):
         total = total.to(mean.device, torch.float32)
         self.channel.all_reduce(total).wait()
         norm = math.sqrt(float(total))
-        clip = self._clip_factor(norm)
+        clip = clip_factor(norm, self.max_grad_norm)
         groups = self._groups()
         batches: dict[tuple[int, int], list[_Segment]] = {}
         for segment in self._segments:
@@ -266,19 +255,14 @@ class ShardedOneBitAdam(Optimizer):
                 key = (id(groups[segment.index]), self._steps[segment.index])
                 batches.setdefault(key, []).append(segment)
         for members in batches.values():
-            group, updates = groups[members[0].index], self._steps[members[0].index]
-            kernels.adam_step(
+            step_group(
+                groups[members[0].index],
+                self._steps[members[0].index],
                 [self._master[s.owned] for s in members],
                 [self._exp_avg[s.owned] for s in members],
                 [self._exp_avg_sq[s.owned] for s in members],
                 [mean[s.owned] for s in members],
-                step=updates + 1 if group["bias_correction"] else NO_CORRECTION_STEP,
-                lr=float(group["lr"]),
-                beta1=float(group["betas"][0]),
-                beta2=float(group["betas"][1]),
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                grad_scale=clip,
+                clip,
             )
         if max(self._steps) + 1 >= self.freeze_step:
             for segment in self._segments:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ds_engine.config.sections.profiling import FlopsProfilerConfig
+from ds_engine.files import write_whole
 from ds_engine.interfaces import World
 from ds_engine.training import timing
 
@@ -93,14 +93,8 @@ class FlopsOfOneStep:
         if path is None:
             self._write(report)
         else:
-            _write_whole(path, report + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, f"{report}\n".encode())
 
 
 def flops_of(

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ds_engine.files import write_whole
+
 if TYPE_CHECKING:
     from ds_core.io.speed import Rate, Setting, SpeedTest
 
@@ -100,7 +102,7 @@ def tune(
         chosen = best(rates)
         measured = {"aio": section(chosen.setting), "offload": {"rates": measured_rates(chosen)}}
         if out is not None:
-            _write(out, json.dumps(measured, indent=2) + "\n")
+            write_whole(out, f"{json.dumps(measured, indent=2)}\n".encode())
     _show(rates, chosen, as_json, measured)
 
 
@@ -189,13 +191,6 @@ def _reported(command: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         typer.echo(f"ds nvme {command}: {error}", err=True)
         raise typer.Exit(2) from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Complete, or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _show(rates: list[Rate], chosen: Rate, as_json: bool, settings: dict[str, Any] | None = None) -> None:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ds_engine.files import write_whole
+
 if TYPE_CHECKING:
     from ds_pipe import Choice, Costs, Schedule, Simulation
 
@@ -52,7 +54,7 @@ def draw(
         given = None if costs is None else _costs(costs).merged(value.num_stages)
         result = simulate(value, given, steps=steps)
         unit = "units" if costs is None else "s"
-        _write(out, _picture(out.suffix, result, unit))
+        write_whole(out, _picture(out.suffix, result, unit))
         for key, text in _facts(result, unit).items():
             print(f"{key}: {text}")
 
@@ -161,10 +163,3 @@ def _reported(command: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         typer.echo(f"ds pipe {command}: {error}", err=True)
         raise typer.Exit(2) from None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Complete, or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -65,7 +65,7 @@ class FlopsProfiler:
 
     def start(self) -> None:
         """Begins to record, or goes on. For a context manager, use `with`."""
-        self._stack.enter_context(_uncompiled())
+        self._stack.enter_context(torch.compiler.set_stance("force_eager"))
         self._recorder.start()
         self._stack.callback(self._recorder.stop)
 
@@ -131,12 +131,6 @@ def _parent(name: str, names: Collection[str]) -> str:
         if name in names:
             return name
     return ""
-
-
-@contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def profile_model(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_profiler.files import write_whole
 from ds_profiler.timeline.spans import Lane, RankTimeline
 
 _THREADS: Mapping[Lane, int] = {lane: number for number, lane in enumerate(Lane)}
@@ -18,7 +19,7 @@ def write_chrome_trace(ranks: Sequence[RankTimeline], path: str | os.PathLike[st
     """Writes a trace with a process for each rank and a thread for each lane. Compressed if the name ends in .gz."""
     text = json.dumps({"traceEvents": list(_events(ranks)), "displayTimeUnit": "ms"}).encode()
     target = Path(path)
-    target.write_bytes(gzip.compress(text, 6) if target.suffix == ".gz" else text)
+    write_whole(target, gzip.compress(text, 6) if target.suffix == ".gz" else text)
 
 
 def _events(ranks: Sequence[RankTimeline]) -> Iterator[dict[str, Any]]:

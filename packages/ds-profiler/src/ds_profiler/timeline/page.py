@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ds_profiler.files import write_whole
 from ds_profiler.flops.report import seconds_text
 from ds_profiler.timeline.analysis import RankSummary, Wait, summaries, waits
 from ds_profiler.timeline.spans import Lane, RankTimeline
@@ -40,11 +41,7 @@ def write_page(
     """
     if not any(rank.spans for rank in ranks):
         raise ValueError("nothing was recorded: there is no span on any rank")
-    text = page(ranks, title=title, max_spans=max_spans)
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(target)
+    write_whole(Path(path), page(ranks, title=title, max_spans=max_spans).encode())
 
 
 def page(ranks: Sequence[RankTimeline], *, title: str = "Timeline", max_spans: int = 6000) -> str:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.profiler import ProfilerActivity, profile
 
+from ds_profiler.files import write_whole
 from ds_profiler.timeline.clock import ClockOffset, offset_to_first_rank
 from ds_profiler.timeline.spans import RankTimeline, Reading, read
 
@@ -73,9 +74,7 @@ def write(timeline: RankTimeline, folder: str | os.PathLike[str]) -> Path:
     """Writes one rank's file; it appears complete or not at all."""
     path = Path(folder) / _FILE.format(timeline.rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_bytes(gzip.compress(json.dumps(timeline.as_dict(), separators=(",", ":")).encode(), 6))
-    unfinished.replace(path)
+    write_whole(path, gzip.compress(json.dumps(timeline.as_dict(), separators=(",", ":")).encode(), 6))
     return path
 
 
