@@ -1,13 +1,15 @@
 """Run directories: runs/gpt/001, 002, ...; the last one is continued until it is finished.
 
-A run directory holds settings.json (what it was started with), log.jsonl (one line per step), checkpoints/, and
-at the end report.html, sample.txt and result.json. result.json is written last: a directory with it is finished.
+A run directory holds settings.json (what it was started with), log.jsonl (one line per step), run.json (what
+`ds report` shows beside the curves), checkpoints/, and at the end report.html, sample.txt and result.json.
+result.json is written last: a directory with it is finished.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,22 @@ def write_atomic(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def note_start(run: Path, record: dict[str, Any]) -> None:
+    """Writes run.json for a run that is started or continued now; the dates of earlier starts stay in it."""
+    path = run / "run.json"
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    starts = [*read_json(path, default={}).get("starts", []), now]
+    write_atomic(path, json.dumps(record | {"starts": starts}, indent=1) + "\n")
+
+
+def add_to_record(run: Path, **more: dict[str, Any]) -> None:
+    """Adds entries to parts of run.json: facts, levels, texts."""
+    record = read_json(run / "run.json", default={})
+    for part, entries in more.items():
+        record[part] = record.get(part, {}) | entries
+    write_atomic(run / "run.json", json.dumps(record, indent=1) + "\n")
 
 
 class Log:

@@ -2,8 +2,8 @@
 
     ds run docs/examples/gpt/train.py --config docs/examples/gpt/ds_config.json
 
-Only the public interfaces of ds_engine and ds_comm are used. Stopped at any moment, by Ctrl-C or kill -9, it
-continues from the last checkpoint when it is started again, and sees the same bytes as if it had never stopped. The
+Only the public interfaces of ds_engine, ds_comm and ds_profiler are used. Stopped at any moment, by Ctrl-C or kill -9,
+it continues from the last checkpoint when it is started again, and sees the same bytes as if it had never stopped. The
 exit status is 1 when the model is not clearly better than a bigram model.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import data
-import report
+import live
 import runs
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from torch import Tensor
 
 import ds_comm
 import ds_engine
+from ds_profiler.report import write_report
 
 MARGIN = 0.10
 """Nats per byte by which the model has to beat the bigram model."""
@@ -200,7 +201,7 @@ def train(job: Job, run: Path) -> Iterator[dict[str, Any]]:
         step = engine.global_steps
         row: dict[str, Any] = {"step": step, "loss": loss, "lr": engine.get_lr()[0]}
         row |= {"grad_norm": engine.get_global_grad_norm(), "tokens_per_s": tokens / seconds}
-        row["memory_bytes"] = report.memory_bytes()
+        row["memory_bytes"] = live.memory_bytes()
         last = step == job.total_steps
         if step % args.validate_every == 0 and not (last or stop):
             row["validation"] = validate(job, args.validation_windows // 8)
@@ -211,19 +212,19 @@ def train(job: Job, run: Path) -> Iterator[dict[str, Any]]:
             return
 
 
-def resume(job: Job, run: Path, live: report.Live) -> None:
+def resume(job: Job, run: Path, progress: live.Live) -> None:
     """Loads the newest complete checkpoint, if there is one, and says so."""
     checkpoints = run / "checkpoints"
     if ds_engine.checkpoint.latest(checkpoints) is None:
-        live.say(f"run {run}: starting at step 1 of {job.total_steps}")
+        progress.say(f"run {run}: starting at step 1 of {job.total_steps}")
         return
     path, _ = job.engine.load_checkpoint(checkpoints)
-    live.say(
+    progress.say(
         f"run {run}: continuing after step {job.engine.global_steps} of {job.total_steps}, from {Path(path).name}"
     )
 
 
-def finish(job: Job, run: Path, rows: list[dict[str, Any]], live: report.Live) -> bool:
+def finish(job: Job, run: Path, progress: live.Live) -> bool:
     """Last validation, sample, page and verdict; whether the model is good enough."""
     loss = validate(job, job.args.validation_windows)
     bigram = data.Bigram(job.corpus.train).loss(*validation_windows(job, job.args.validation_windows))
@@ -234,21 +235,23 @@ def finish(job: Job, run: Path, rows: list[dict[str, Any]], live: report.Live) -
             "validation loss": f"{loss:.4f} nats/byte",
             "bigram model": f"{bigram:.4f} nats/byte",
             "better by": f"{bigram - loss:.4f} nats/byte (needed: {MARGIN:.2f})",
-            "steps": f"{job.total_steps} of {job.engine.train_batch_size() * job.args.context:,} bytes",
-            "ranks": f"{job.ranks} on {job.device.type}, torch {torch.__version__}",
         }
-        rows[-1]["validation"] = loss
         (run / "sample.txt").write_text(text, encoding="utf-8")
-        page = report.page(f"Language model on Python's sources, run {run.name}", facts, rows, bigram, text)
-        runs.write_atomic(run / "report.html", page)
+        runs.add_to_record(run, facts=facts, levels={"bigram": bigram}, texts={"Sample": text})
+        log = runs.Log(run / "log.jsonl", first_step=job.total_steps + 1)
+        log.write(step=job.total_steps, validation=loss)
+        log.close()
+        write_report(run)
         result = {"validation": loss, "bigram": bigram, "passed": passed, "steps": job.total_steps}
         runs.write_atomic(run / "result.json", json.dumps(result) + "\n")
-    live.say("")
-    live.say(text)
-    live.say(f"bigram model:    {bigram:.4f} nats/byte on the same validation bytes")
-    live.say(f"validation loss: {loss:.4f} nats/byte, {bigram - loss:.4f} below it (needed: {MARGIN:.2f})")
-    live.say(f"curves: {run / 'report.html'}   sample: {run / 'sample.txt'}")
-    live.say("passed" if passed else "FAILED: the model is not clearly better than the bigram model")
+    progress.say("")
+    progress.say(text)
+    progress.say(f"bigram model:    {bigram:.4f} nats/byte on the same validation bytes")
+    progress.say(
+        f"validation loss: {loss:.4f} nats/byte, {bigram - loss:.4f} below it (needed: {MARGIN:.2f})"
+    )
+    progress.say(f"curves: {run / 'report.html'}   sample: {run / 'sample.txt'}")
+    progress.say("passed" if passed else "FAILED: the model is not clearly better than the bigram model")
     return passed
 
 
@@ -283,28 +286,38 @@ def prepare(args: argparse.Namespace) -> tuple[Job, Path, list[str]]:
         f"{size / 1e6:.1f} million parameters; {len(corpus.train) / 1e6:.1f} MB of train and "
         f"{len(corpus.validation) / 1e6:.1f} MB of validation text from {corpus.num_files} files"
     )
+    if world.rank == 0:
+        tokens = engine.train_batch_size() * args.context
+        facts = {
+            "model": f"{args.layers} layers of {args.dim}, {size:,} parameters",
+            "text": f"{len(corpus.train):,} bytes for training, {len(corpus.validation):,} for validation",
+            "steps": f"{total_steps} of {tokens:,} bytes",
+            "ranks": f"{world.world_size} on {world.device.type}, torch {torch.__version__}",
+        }
+        title = f"Language model on Python's sources, run {run.name}"
+        runs.note_start(run, {"title": title, "facts": facts, "configuration": config})
     return job, run, notes
 
 
 def main() -> int:
     """0 when the model beats the bigram model by MARGIN, 1 when it does not, 130 when the job was stopped."""
     job, run, notes = prepare(arguments())
-    live = report.Live(total_steps=job.total_steps, done_steps=0, enabled=job.rank == 0)
+    progress = live.Live(total_steps=job.total_steps, done_steps=0, enabled=job.rank == 0)
     for note in notes:
-        live.say(note)
-    resume(job, run, live)
+        progress.say(note)
+    resume(job, run, progress)
     log = runs.Log(run / "log.jsonl", first_step=job.engine.global_steps + 1) if job.rank == 0 else None
-    with job.stop, live:
+    with job.stop, progress:
         for row in train(job, run):
             if log is not None:
                 log.write(**row)
-            live.step(row)
+            progress.step(row)
     if log is not None:
         log.close()
     if job.engine.global_steps < job.total_steps:
-        live.say(f"stopped and saved after step {job.engine.global_steps}: start it again to continue")
+        progress.say(f"stopped and saved after step {job.engine.global_steps}: start it again to continue")
         return leave(130)
-    passed = finish(job, run, runs.read_log(run / "log.jsonl"), live)
+    passed = finish(job, run, progress)
     # One rank is enough to fail the job, and the launcher then shows one failure.
     return leave(0 if passed or job.rank != 0 else 1)
 

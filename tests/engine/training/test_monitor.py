@@ -144,3 +144,32 @@ def test_a_line_that_a_full_disk_took_in_part_is_taken_back(
         writer.write([("a", 2.0, 16)])
     monkeypatch.setattr(Path, "open", opened)
     assert (tmp_path / "a.csv").read_text().splitlines() == ["step,a", "8,1.0"]
+
+
+def test_a_job_writes_what_its_page_shows(tmp_path: Path) -> None:
+    import json
+
+    import torch
+
+    import ds_engine
+    from ds_profiler.report import page, read_run
+
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW"},
+        "startup_summary": False,
+        "csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "first"},
+    }
+    for _ in range(2):
+        engine, *_ = ds_engine.initialize(model=torch.nn.Linear(4, 1), config=config)
+        for _ in range(3):
+            engine.backward(engine(torch.ones(2, 4)).square().mean())
+            engine.step()
+        engine.destroy()
+    run = read_run(tmp_path / "first")
+    assert [x for x, _ in run.curves["Train_Samples_train_loss"]] == [2, 4, 6]
+    assert [x for x, _ in run.curves["Train_Samples_samples_per_s"]] == [4, 6]
+    assert min(value for _, value in run.curves["Train_Samples_memory_bytes"]) > 10 << 20
+    assert len(run.starts) == 2 and "5 parameters" in run.facts["model"]
+    assert json.loads(run.texts["Configuration"])["train_micro_batch_size_per_gpu"] == 2
+    assert "Throughput" in page(run)

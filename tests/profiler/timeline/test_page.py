@@ -7,17 +7,14 @@ import gzip
 import json
 import random
 import re
-import shutil
-import subprocess
 import zlib
 
 import pytest
+from tests.profiler.browser import dom, needs_chromium
 
 from ds_profiler.__main__ import main
 from ds_profiler.timeline import Lane, RankTimeline, Span, write, write_page
 from ds_profiler.timeline.page import thinned
-
-CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 
 
 def recorded(rank, count=200, seed=0):
@@ -100,20 +97,12 @@ def test_the_command_reads_a_folder(tmp_path, capsys):
         write_page([RankTimeline(rank=0, host="h", spans=())], tmp_path / "x.html")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+@needs_chromium
 def test_a_browser_draws_it(tmp_path):
     file = tmp_path / "page.html"
     write_page([recorded(0), recorded(1)], file)
-    command = [
-        CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--virtual-time-budget=4000",
-        "--dump-dom",
-    ]
-    done = subprocess.run([*command, file.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    rows = int(re.search(r'data-ready="(\d+)"', done.stdout).group(1))
+    shown = dom(file)
+    rows = int(re.search(r'data-ready="(\d+)"', shown).group(1))
     assert rows >= 2 * 4  # lanes and memory of each rank
-    assert re.search(r'id="range">0 us to [\d.]+ \w+ of', done.stdout)
-    assert "memory, up to" in done.stdout
+    assert re.search(r'id="range">0 us to [\d.]+ \w+ of', shown)
+    assert "memory, up to" in shown

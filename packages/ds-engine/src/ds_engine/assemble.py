@@ -28,7 +28,8 @@ from ds_engine.job import Job, agreement, choices_of, describe
 from ds_engine.sampling.build import order_of, sampling_of
 from ds_engine.sampling.tokens import TokenBatches
 from ds_engine.schedules import LRSchedule
-from ds_engine.training.monitor import Monitor
+from ds_engine.training import run_record
+from ds_engine.training.monitor import Monitor, csv_folder
 from ds_engine.training.pacing import Pacing
 from ds_engine.training.progress import Progress, to_stderr
 from ds_engine.training.reporting import Reporting
@@ -197,6 +198,8 @@ def _savers(settings: DsConfig, progress: Progress, optimizer: Optimizer) -> Sav
 
 
 def _announce(engine: Engine, settings: DsConfig) -> None:
+    if settings.csv_monitor.enabled:
+        run_record.write(engine, csv_folder(settings))
     if settings.dump_state:
         from ds_engine.config.report.explain import explain, table
 

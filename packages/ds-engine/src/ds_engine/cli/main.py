@@ -13,6 +13,7 @@ from ds_engine.cli.config import app as config_app
 from ds_engine.cli.nvme import app as nvme_app
 from ds_engine.cli.pipe import app as pipe_app
 from ds_engine.cli.plan import plan
+from ds_engine.cli.report import report
 from ds_engine.cli.run import run
 from ds_engine.cli.verify import verify
 
@@ -28,6 +29,7 @@ app.add_typer(comm_app, name="comm")
 app.add_typer(nvme_app, name="nvme")
 app.add_typer(pipe_app, name="pipe")
 app.command("plan")(plan)
+app.command("report")(report)
 app.command("verify")(verify)
 app.add_typer(config_app)
 

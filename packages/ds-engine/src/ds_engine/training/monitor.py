@@ -7,8 +7,9 @@ import csv
 import importlib
 import math
 import os
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +27,8 @@ LR = "Train/Samples/lr"
 LOSS_SCALE = "Train/Samples/loss_scale"
 GRAD_NORM = "Train/Samples/grad_norm"
 TIME = "Train/Samples/elapsed_time_ms_"
+SPEED = "Train/Samples/samples_per_s"
+MEMORY = "Train/Samples/memory_bytes"
 
 
 class Writer(Protocol):
@@ -64,6 +67,12 @@ class CsvWriter:
 
     def close(self) -> None:
         """Does nothing: no file is open."""
+
+
+def csv_folder(config: DsConfig) -> Path:
+    """The folder of this job's CSV files."""
+    section = config.csv_monitor
+    return Path(section.output_path or "csv_monitor") / section.job_name
 
 
 class TensorBoardWriter:
@@ -132,8 +141,13 @@ def _import(module: str, section: str, package: str) -> Any:
 class Monitor:
     """Passes events to every writer. Only rank 0 has writers; without writers nothing is computed."""
 
-    def __init__(self, writers: Iterable[Writer] = ()) -> None:
+    def __init__(
+        self, writers: Iterable[Writer] = (), *, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self.writers = list(writers)
+        self._clock = clock
+        self._last: tuple[float, StepReport] | None = None
+        """When the last step ended, and that step."""
         self._failed: set[int] = set()
 
     @classmethod
@@ -147,8 +161,7 @@ class Monitor:
             return cls()
         writers: list[Writer] = []
         if config.csv_monitor.enabled:
-            section = config.csv_monitor
-            writers.append(CsvWriter(Path(section.output_path or "csv_monitor") / section.job_name))
+            writers.append(CsvWriter(csv_folder(config)))
         if config.tensorboard.enabled:
             board = config.tensorboard
             writers.append(TensorBoardWriter(Path(board.output_path or "runs") / board.job_name))
@@ -172,15 +185,42 @@ class Monitor:
                 with self._lenient(writer):
                     writer.write(events)
 
-    def step(self, report: StepReport, loss: float | None, times_ms: dict[str, float]) -> None:
-        """Writes the curves of the engine after a step."""
+    def step(
+        self,
+        report: StepReport,
+        loss: float | None,
+        times_ms: dict[str, float],
+        *,
+        memory_bytes: int | None = None,
+    ) -> None:
+        """Writes the curves of the engine after a step.
+
+        Args:
+            loss: mean over this rank's micro-batches; None: unknown.
+            times_ms: milliseconds of each measured part.
+            memory_bytes: memory that this rank holds; None: unknown.
+        """
         if not self.enabled:
             return
-        values = {LOSS: loss, LR: report.lr, GRAD_NORM: report.grad_norm, LOSS_SCALE: report.loss_scale}
+        values: dict[str, float | None] = {
+            LOSS: loss,
+            LR: report.lr,
+            GRAD_NORM: report.grad_norm,
+            LOSS_SCALE: report.loss_scale,
+        }
+        values |= {SPEED: self._speed(report), MEMORY: memory_bytes}
         values |= {TIME + name: value for name, value in times_ms.items()}
         self.write_events(
             [(name, value, report.samples) for name, value in values.items() if value is not None]
         )
+
+    def _speed(self, report: StepReport) -> float | None:
+        """Samples per second since the end of the step before; None if that step was not seen by this process."""
+        now, before = self._clock(), self._last
+        self._last = (now, report)
+        if before is None or before[1].step + 1 != report.step:
+            return None
+        return (report.samples - before[1].samples) / max(now - before[0], 1e-9)
 
     def close(self) -> None:
         """Ends runs and closes files. Safe to call twice."""

@@ -56,4 +56,5 @@ class Reporting:
         wanted = self.monitor.enabled or self.progress.due(report.step)
         value = loss.item() if loss is not None and wanted else None
         self.progress.report(report, value)
-        self.monitor.step(report, value, self.breakdown.end_step(report.step))
+        held = timing.memory_bytes(self.breakdown.device) if self.monitor.enabled else None
+        self.monitor.step(report, value, self.breakdown.end_step(report.step), memory_bytes=held)

@@ -36,7 +36,7 @@ class Breakdown:
         write: Callable[[str], None],
     ) -> None:
         self.time_on, self.memory_on = time_on, memory_on
-        self._device, self._every, self._write = device, max(every, 1), write
+        self.device, self._every, self._write = device, max(every, 1), write
         self._step_ms = dict.fromkeys(PARTS, 0.0)
         self._sums_ms = dict.fromkeys(PARTS, 0.0)
         self._steps = 0
@@ -55,7 +55,7 @@ class Breakdown:
             self._synchronize()
             self._step_ms[name] += (time.perf_counter() - start) * 1e3
             if self.memory_on:
-                self._write(f"memory after {name}: {memory(self._device)}")
+                self._write(f"memory after {name}: {memory(self.device)}")
 
     def end_step(self, step: int) -> dict[str, float]:
         """Returns the milliseconds of each part of the step that has ended, and prints means every `steps_per_print`
@@ -74,21 +74,27 @@ class Breakdown:
         return done
 
     def _synchronize(self) -> None:
-        if self._device.type != "cpu":
-            torch.accelerator.synchronize(self._device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
 
 
 def memory(device: torch.device) -> str:
     """Describes current and peak memory in MiB: of the device's allocator, or, on a CPU, of the process."""
+    held = memory_bytes(device)
     if device.type != "cpu":
-        held, most = (
-            torch.accelerator.memory_allocated(device),
-            torch.accelerator.max_memory_allocated(device),
-        )
+        most = torch.accelerator.max_memory_allocated(device)
         return f"{held / 2**20:.0f} MiB allocated, {most / 2**20:.0f} at most"
     import resource
 
-    with open("/proc/self/statm") as file:
-        held = int(file.read().split()[1]) * resource.getpagesize()
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return f"{held / 2**20:.0f} MiB resident, {most / 2**20:.0f} at most"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory in use: of the device's allocator, or, on a CPU, of the process."""
+    if device.type != "cpu":
+        return int(torch.accelerator.memory_allocated(device))
+    import resource
+
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()

@@ -16,6 +16,7 @@ from typing import Any
 
 from ds_profiler.files import write_whole
 from ds_profiler.flops.report import seconds_text
+from ds_profiler.html import style, table
 from ds_profiler.timeline.analysis import RankSummary, Wait, summaries, waits
 from ds_profiler.timeline.spans import Lane, RankTimeline
 
@@ -55,6 +56,7 @@ def page(ranks: Sequence[RankTimeline], *, title: str = "Timeline", max_spans: i
     template = resources.files("ds_profiler.timeline").joinpath("page.html").read_text(encoding="utf-8")
     left_out = sum(max(0, len(rank.spans) - max_spans) for rank in ranks)
     values = {
+        "STYLE": style(),
         "TITLE": html.escape(title),
         "ABOUT": html.escape(_about(ranks, left_out)),
         "SUMMARY": _summary_table(summaries(ranks)),
@@ -121,7 +123,7 @@ def _summary_table(rows: Sequence[RankSummary]) -> str:
         parts = (row.compute_ns, row.communication_ns, row.exposed_ns, row.idle_ns, row.waited_ns)
         shares = (f"{_time(part)} ({part / max(row.total_ns, 1):.0%})" for part in parts)
         body.append((str(row.rank), _time(row.total_ns), *shares, _time(row.blocked_ns)))
-    return _table(heads, body)
+    return table(heads, body)
 
 
 def _waits_table(rows: Sequence[Wait], begin: int) -> str:
@@ -131,13 +133,7 @@ def _waits_table(rows: Sequence[Wait], begin: int) -> str:
     for wait in rows:
         who, where = f"rank {wait.last}", html.escape(wait.name)
         body.append((_time(wait.late_ns), who, where, str(wait.number), _time(wait.start_ns - begin)))
-    return _table(("longest wait", "for", "in", "call", "at"), body)
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{text}</th>" for text in heads)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return table(("longest wait", "for", "in", "call", "at"), body)
 
 
 def _time(ns: int) -> str:
