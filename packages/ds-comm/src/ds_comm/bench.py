@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_comm.exchange.wire import bus_bytes
 from ds_comm.same_host.collectives import SameHostGroup, connect_group
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all")
@@ -34,9 +35,8 @@ class Timing:
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that the best algorithm sends from each rank, on average."""
-        others = (self.ranks - 1) / self.ranks
-        return self.num_bytes * others * (2 if self.collective == "all_reduce" else 1)
+        """Bytes that the best algorithm sends from each rank, as in `ds_comm.exchange.wire.bus_bytes`."""
+        return bus_bytes(self.collective, self.num_bytes, self.ranks)
 
     @property
     def bytes_per_s(self) -> float:

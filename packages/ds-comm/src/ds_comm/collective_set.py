@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ds_comm.interfaces import Abort
+from ds_comm.log import CommsLog
 from ds_comm.same_host.peer_memory import PeerMemory, connect
 
 Connect = Callable[[dist.ProcessGroup, torch.device, Abort], PeerMemory | None]
@@ -29,10 +30,16 @@ class Collectives:
     own `axes` and `connect` have no effect."""
     connect: Connect | None = connect
     """The transport between ranks on one machine; None: they send messages."""
+    log: CommsLog | None = None
+    """Records what is gathered and reduced; None: nothing does."""
 
 
 def collectives(
-    *, all_gather: Any = None, reduce_scatter: Any = None, axes: Mapping[str, Collectives] | None = None
+    *,
+    all_gather: Any = None,
+    reduce_scatter: Any = None,
+    axes: Mapping[str, Collectives] | None = None,
+    log: CommsLog | None = None,
 ) -> Collectives:
     """Returns collectives for `ds_zero.shard(comm=...)`: ranks on one machine read each other's memory where the system
     permits it ([Note: peer memory]), and other ranks send messages. The results have the same bits.
@@ -41,5 +48,6 @@ def collectives(
         all_gather: an all-gather to use instead of the one of ds_zero, with the signature of FSDP2's `Comm`.
         reduce_scatter: the same for the reduce-scatter.
         axes: collectives for some axes of the mesh, by name.
+        log: records what is gathered and reduced.
     """
-    return Collectives(all_gather=all_gather, reduce_scatter=reduce_scatter, axes=dict(axes or {}))
+    return Collectives(all_gather=all_gather, reduce_scatter=reduce_scatter, axes=dict(axes or {}), log=log)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ds_engine import rules
 from ds_engine.build import memory, offload, pipeline, profiler, ranks, self_reducing, zero
-from ds_engine.build.comm import collectives_of
+from ds_engine.build.comm import EngineLog, collectives_of, log_of
 from ds_engine.build.data import Loader
 from ds_engine.build.layers import tensor
 from ds_engine.build.optimizer import optimizer_of
@@ -98,13 +98,16 @@ def initialize(
     tensor.cut(model, settings, meshes.tensor, optimizer)
     # Ranks of other model parts have other parameters than this one.
     replicas = meshes.data if mpu is not None or piped is not None else None
-    given = _Given(optimizer, model_parameters, comm, None if replicas is None else replicas.get_group())
+    log = log_of(settings, world)
+    group = None if replicas is None else replicas.get_group()
+    given = _Given(optimizer, model_parameters, comm, group, log)
     built, placed = _sharded(job, model, given, meshes, world)
     schedule = schedule_of(job, lr_scheduler, built)
     reporting = _reporting(job, world, schedule, model)
     roles = zero.roles_of(job, model, built, offload.activations_of(job, model), meshes)
     if piped is not None:
         roles = pipeline.with_state(roles, piped, built)
+    roles = replace(roles, comms_log=None if log is None else log.start())
     parts = Parts(
         job=job,
         world=world,
@@ -132,12 +135,15 @@ def _pipeline_engine(parts: Parts, placed: pipeline.Placed) -> Engine:
 
 @dataclass(frozen=True)
 class _Given:
-    """Arguments of `initialize`, and the ranks over which an optimizer may reduce gradients (None: all)."""
+    """Arguments of `initialize`, the ranks over which an optimizer may reduce gradients (None: all), and the records of
+    collectives.
+    """
 
     optimizer: Optimizer | Callable[[Parameters], Optimizer] | None
     parameters: Parameters | None
     comm: Any
     group: Any
+    log: EngineLog | None
 
 
 def _sharded(
@@ -154,7 +160,7 @@ def _sharded(
     memory.warn_if_too_large(job, model, built, world)
     # The schedule reads the learning rates of the groups, which sharding does not change. Optimizer states do not
     # exist yet.
-    comm = collectives_of(job, meshes, world, given.comm)
+    comm = collectives_of(job, meshes, world, given.comm, given.log)
     zero.shard(job, model, built, meshes, world.device, comm, store)
     job.precision.cast_buffers(model)
     return built, placed

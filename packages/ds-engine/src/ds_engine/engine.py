@@ -96,7 +96,7 @@ class Engine:
         self.skipped_steps = 0
         """Number of steps that were skipped because the gradient was not finite."""
         self.roles = parts.roles
-        """The objects that own gradients and state, and that move activations."""
+        """The objects that own gradients and state, that move activations, and that record collectives."""
         self._own_backwards = OwnBackwards(parts.roles.state)
         self._reporting = parts.reporting
         self._applied = False
@@ -474,8 +474,7 @@ class Engine:
             self.monitor.close()
             self.pacing.close()
             self.savers.close()
-            if self.roles.activations is not None:
-                self.roles.activations.close()
+            self.roles.close()
             self.model_state.destroy()
 
     def __enter__(self) -> Engine:

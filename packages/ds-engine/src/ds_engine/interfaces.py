@@ -238,6 +238,19 @@ class MovedActivations(Protocol):
         """Moves no more, and frees what it holds."""
 
 
+class RecordsCollectives(Protocol):
+    """The records of an engine's collectives."""
+
+    def log_summary(self, show_straggler: bool = False) -> Any:
+        """Returns what was recorded so far; rank 0 prints it. All ranks must call it."""
+
+    def reset(self) -> None:
+        """Forgets what was recorded on this rank."""
+
+    def close(self) -> None:
+        """Ends the records."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Roles:
     """The objects that own gradients and state of one module."""
@@ -253,6 +266,15 @@ class Roles:
     """The ranks that share each layer; None: layers are whole, or cut by the caller."""
     sequence_group: ProcessGroup | None = None
     """The ranks that process the other tokens of the same samples; None: sequences are not divided."""
+    comms_log: RecordsCollectives | None = None
+    """The records of collectives, with the section `comms_logger`; None: nothing is recorded."""
+
+    def close(self) -> None:
+        """Frees buffers for activations, and ends the records of collectives."""
+        if self.activations is not None:
+            self.activations.close()
+        if self.comms_log is not None:
+            self.comms_log.close()
 
 
 class RunsPipeline(Protocol):

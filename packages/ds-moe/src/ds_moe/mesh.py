@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ds_moe.dispatch.exchange import ExpertGroup
+from ds_moe.dispatch.exchange import ExpertGroup, torch_all_to_all
 from ds_moe.errors import ExpertParallelError
 from ds_moe.interfaces import AllToAll
 
@@ -77,7 +77,7 @@ class ExpertMesh:
 
 
 def expert_mesh(
-    model: nn.Module, mesh: DeviceMesh | None = None, *, all_to_all: AllToAll = dist.all_to_all_single
+    model: nn.Module, mesh: DeviceMesh | None = None, *, all_to_all: AllToAll = torch_all_to_all
 ) -> ExpertMesh:
     """Connects all mixtures of experts in a model with their groups of ranks, and returns the `mesh_for` of
     `ds_zero.shard`. Collective; every rank of the job must call it, once, before the first forward.

@@ -31,3 +31,19 @@ def two_phase_bytes(part_bytes: Sequence[int], rank: int) -> int:
     equal parts of a payload of P bytes this is 2 (W - 1) / W P; P is 1/32 of fp32 for signs, plus 4 bytes a block.
     """
     return all_to_all_bytes(part_bytes, rank) + all_gather_bytes(part_bytes[rank], len(part_bytes))
+
+
+def bus_bytes(operation: str, num_bytes: int, world_size: int) -> float:
+    """Bytes that the best algorithm sends from each rank in a collective of torch.distributed. By duration they are
+    the "bus bandwidth", with the factors of nccl-tests: the root of a broadcast counts for all ranks.
+
+    Args:
+        operation: its name, such as "all_reduce"; unknown ones count as messages.
+        num_bytes: of its largest tensor, or list of tensors, on one rank.
+    """
+    others = (world_size - 1) / world_size
+    if operation == "all_reduce":
+        return 2 * others * num_bytes
+    if operation.startswith(("all_gather", "all_to_all", "reduce_scatter", "gather", "scatter")):
+        return others * num_bytes
+    return 0.0 if world_size == 1 else float(num_bytes)

@@ -6,12 +6,15 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ds_comm.interfaces import Abort
+from ds_comm.log import CommsLog
+from ds_comm.log.comms_log import End
 from ds_core import same_host
 from ds_core.same_host import Reduction, SameHostError
 
@@ -61,8 +64,8 @@ class SameHostGroup:
     be used any more. Nothing of it is left in the system when the processes have ended, also after kill -9.
     """
 
-    def __init__(self, team: same_host.Team) -> None:
-        self._team = team
+    def __init__(self, team: same_host.Team, log: CommsLog | None = None) -> None:
+        self._team, self._log = team, log
         self._queue: queue.SimpleQueue[Pending | None] | None = None
         self._last: Pending | None = None
 
@@ -76,17 +79,19 @@ class SameHostGroup:
 
     def barrier(self) -> None:
         """Returns when all ranks have called it."""
-        self._start(self._team.barrier, False)
+        self._start("barrier", 0, self._team.barrier, False)
 
     def all_reduce(self, tensor: Tensor, op: Reduction = "sum", async_op: bool = False) -> Pending | None:
         """Replaces `tensor` by its sum (or "mean", "max", "min") over ranks."""
-        return self._start(lambda: self._team.all_reduce(tensor, op), async_op)
+        return self._start("all_reduce", tensor.nbytes, lambda: self._team.all_reduce(tensor, op), async_op)
 
     def reduce_scatter(
         self, output: Tensor, input: Tensor, op: Reduction = "sum", async_op: bool = False
     ) -> Pending | None:
         """Fills `output` with this rank's slice of the sum of `input`, which has `size` times the elements."""
-        return self._start(lambda: self._team.reduce_scatter(output, input, op), async_op)
+        return self._start(
+            "reduce_scatter", input.nbytes, lambda: self._team.reduce_scatter(output, input, op), async_op
+        )
 
     def all_gather(
         self, output: Tensor, input: Tensor, sizes: Sequence[int] | None = None, async_op: bool = False
@@ -96,11 +101,13 @@ class SameHostGroup:
         Args:
             sizes: number of elements of each rank's tensor, if they differ.
         """
-        return self._start(lambda: self._team.all_gather(output, input, sizes), async_op)
+        return self._start(
+            "all_gather", output.nbytes, lambda: self._team.all_gather(output, input, sizes), async_op
+        )
 
     def broadcast(self, tensor: Tensor, source: int = 0, async_op: bool = False) -> Pending | None:
         """Replaces `tensor` by that of rank `source` of the group."""
-        return self._start(lambda: self._team.broadcast(tensor, source), async_op)
+        return self._start("broadcast", tensor.nbytes, lambda: self._team.broadcast(tensor, source), async_op)
 
     def all_to_all(
         self,
@@ -115,7 +122,8 @@ class SameHostGroup:
         Args:
             output_sizes, input_sizes: number of elements of each part; None: all parts have the same.
         """
-        return self._start(lambda: self._team.all_to_all(output, input, output_sizes, input_sizes), async_op)
+        exchange = partial(self._team.all_to_all, output, input, output_sizes, input_sizes)
+        return self._start("all_to_all", input.nbytes, exchange, async_op)
 
     def leave(self) -> None:
         """Ends all waits of this rank, and those of other ranks for it."""
@@ -128,7 +136,11 @@ class SameHostGroup:
             self._queue = None
         self._team.leave()
 
-    def _start(self, run: Callable[[], None], async_op: bool) -> Pending | None:
+    def _start(
+        self, operation: str, num_bytes: int, run: Callable[[], None], async_op: bool
+    ) -> Pending | None:
+        if self._log is not None:
+            run = _recorded(run, self._log.begin(operation, num_bytes, self.size))
         idle = self._last is None or self._last.is_completed()
         if idle and not async_op:
             run()
@@ -154,8 +166,23 @@ def _nothing() -> None:
     return None
 
 
+def _recorded(run: Callable[[], None], end: End | None) -> Callable[[], None]:
+    """Returns `run`, followed by the end of its record."""
+
+    def both() -> None:
+        run()
+        if end is not None:
+            end()
+
+    return both
+
+
 def connect_group(
-    group: dist.ProcessGroup | None = None, *, limit_s: float = 1800.0, abort: Abort | None = None
+    group: dist.ProcessGroup | None = None,
+    *,
+    limit_s: float = 1800.0,
+    abort: Abort | None = None,
+    log: CommsLog | None = None,
 ) -> SameHostGroup | None:
     """Returns collectives through shared memory if all ranks of `group` are processes of one machine that may read each
     other's memory; otherwise None, on every rank. Collective.
@@ -167,6 +194,7 @@ def connect_group(
         group: a process group that can send CPU tensors. Default: all ranks.
         limit_s: seconds after which a wait for another rank fails.
         abort: a flag that ends waits when it is raised.
+        log: records the collectives.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     token = torch.tensor([int.from_bytes(os.urandom(7), "big")])
@@ -184,7 +212,7 @@ def connect_group(
             os.close(segment)
     if team is None or not all(bool(flag) for flag in table):
         return None
-    made = SameHostGroup(team)
+    made = SameHostGroup(team, log)
     if abort is not None:
         abort.add(made)
     return made

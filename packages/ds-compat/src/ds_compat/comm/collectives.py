@@ -14,23 +14,26 @@ import torch.distributed as dist
 
 import ds_comm
 from ds_compat.comm.slices import gather_slices, reduce_slices
+from ds_compat.utils.logs import logger
+from ds_engine.build.comm import EngineLog
+from ds_engine.config.sections.profiling import CommsLoggerConfig
 
 _PROFILING = frozenset({"prof", "log_name", "debug"})
-"""Profiling arguments of DeepSpeed's collectives, which are ignored; use torch.profiler instead."""
+"""Profiling arguments of DeepSpeed's collectives, which are ignored: `comms_logger` decides what is recorded."""
 
 
 def __getattr__(name: str) -> Any:
     value = getattr(dist, name)
     if inspect.isfunction(value):
-        value = _tolerant(value)
+        value = _tolerant(name, value)
     globals()[name] = value
     return value
 
 
-def _tolerant(function: Callable[..., Any]) -> Callable[..., Any]:
+def _tolerant(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **{k: v for k, v in kwargs.items() if k not in _PROFILING})
+        return getattr(dist, name)(*args, **{k: v for k, v in kwargs.items() if k not in _PROFILING})
 
     return call
 
@@ -160,13 +163,26 @@ def initialize_mesh_device(mesh_shape: tuple[int, ...], mesh_dim_names: tuple[st
     return init_device_mesh(_kind(), mesh_shape, mesh_dim_names=mesh_dim_names)
 
 
-def configure(deepspeed_config: Any = None, **_: Any) -> None:
-    """Configures logging of collectives in DeepSpeed. No effect here: torch.profiler shows collectives by name."""
+_log: list[Any] = []
+"""The records of the latest engine or `configure`, because DeepSpeed's functions have no engine as an argument."""
+
+
+def note_log(log: Any) -> None:
+    """Makes `log_summary` print these records; None: it keeps those that it has."""
+    _log[:] = [log] if log is not None else _log
+
+
+def configure(deepspeed_config: Any = None, **keys: Any) -> None:
+    """Records collectives from now on, if no engine does, with the keys of `comms_logger`."""
+    section = CommsLoggerConfig(**{k: v for k, v in keys.items() if v is not None})
+    if section.enabled and not _log:
+        note_log(EngineLog(section, print if get_world_rank_from_launcher() == 0 else None).start())
 
 
 def log_summary(show_straggler: bool = False, return_dict: bool = False) -> Any:
-    """Collectives are not counted: logs that torch.profiler shows them, named ds.zero.<operation>/<bucket>."""
-    from ds_compat.utils.logs import log_dist
-
-    log_dist("collectives are not counted: use torch.profiler, which shows each of them by name", ranks=[0])
-    return {} if return_dict else None
+    """Rank 0 prints the recorded collectives; without `comms_logger` there are none. All ranks must call it."""
+    if not _log:
+        logger.warning("nothing is recorded: set comms_logger.enabled")
+        return {} if return_dict else None
+    summary = _log[0].log_summary(show_straggler)
+    return summary.as_dict(show_straggler=show_straggler) if return_dict else None

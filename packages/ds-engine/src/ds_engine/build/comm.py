@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -10,18 +12,75 @@ import ds_comm
 from ds_comm.compress import IntCompressor
 from ds_comm.exchange.hierarchy import Hierarchy
 from ds_comm.exchange.quantized import QuantizedAllGather, QuantizedReduceScatter
+from ds_comm.log import CommsLog, LogOptions, Summary, TorchCalls, summarise, watch_torch
 from ds_engine.build.topology import Meshes
+from ds_engine.config import DsConfig
+from ds_engine.config.sections.profiling import CommsLoggerConfig
 from ds_engine.interfaces import World
 from ds_engine.job import Job
+from ds_engine.training.progress import to_stderr
 
 
-def collectives_of(job: Job, meshes: Meshes, world: World, given: Any = None) -> Any:
+class EngineLog:
+    """The records of an engine's collectives, until `close`."""
+
+    def __init__(self, section: CommsLoggerConfig, write: Callable[[str], None] | None) -> None:
+        options = LogOptions(
+            verbose=section.verbose,
+            prof_all=section.prof_all,
+            prof_ops=tuple(section.prof_ops),
+            debug=section.debug,
+        )
+        self.log = CommsLog(options, write=write)
+        self._write = write
+        self._calls: TorchCalls | None = None
+
+    def start(self) -> EngineLog:
+        """Records also the calls of torch.distributed's functions from now on. Returns itself."""
+        self._calls = watch_torch(self.log)
+        return self
+
+    def log_summary(self, show_straggler: bool = False) -> Summary:
+        """Returns what was recorded so far; rank 0 prints it. All ranks must call it.
+
+        Args:
+            show_straggler: print also the rank that others wait for.
+        """
+        summary = summarise(self.log)
+        if self._write is not None:
+            self._write(summary.text(show_straggler=show_straggler))
+        return summary
+
+    def reset(self) -> None:
+        """Forgets what was recorded on this rank."""
+        self.log.reset()
+
+    def close(self) -> None:
+        """Records no calls of torch.distributed any more."""
+        if self._calls is not None:
+            self._calls.close()
+
+
+def log_of(settings: DsConfig, world: World) -> EngineLog | None:
+    """Returns the records that `comms_logger` asks for; None: nothing is recorded."""
+    section = settings.comms_logger
+    if not section.enabled:
+        return None
+    return EngineLog(section, to_stderr if world.rank == 0 else None)
+
+
+def collectives_of(
+    job: Job, meshes: Meshes, world: World, given: Any = None, log: EngineLog | None = None
+) -> Any:
     """Returns the collectives for `ds_zero.shard`. Collective if gradients are reduced as int4 on several machines.
 
     Args:
         given: the argument `comm` of `initialize`: used where nothing is quantised.
+        log: records them; None: nothing does.
     """
     base = given if given is not None else ds_comm.collectives()
+    if log is not None and isinstance(base, ds_comm.Collectives):
+        base = replace(base, log=log.log)
     weights, gradients = job.quantized_weights, job.quantized_gradients
     if not weights and not gradients:
         return base
@@ -36,6 +95,7 @@ def collectives_of(job: Job, meshes: Meshes, world: World, given: Any = None) ->
         reduce_scatter=reduce if gradients else base.reduce_scatter,
         axes=axes,
         connect=base.connect,
+        log=base.log,
     )
 
 

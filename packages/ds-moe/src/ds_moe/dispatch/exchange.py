@@ -35,6 +35,11 @@ class Traffic:
         self.sent_bytes, self.waiting_s = 0, 0.0
 
 
+def torch_all_to_all(*args: Any, **kwargs: Any) -> Any:
+    """Calls `torch.distributed.all_to_all_single`, looked up now: a log of collectives replaces the function."""
+    return dist.all_to_all_single(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class ExpertGroup:
     """The ranks that together hold the experts of a layer; rank r holds the r-th of equal runs."""
@@ -43,7 +48,7 @@ class ExpertGroup:
     """None for one rank, which holds all experts."""
     rank: int = 0
     size: int = 1
-    all_to_all: AllToAll = field(default=dist.all_to_all_single, repr=False)
+    all_to_all: AllToAll = field(default=torch_all_to_all, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertGroup:
         """Returns itself: a process group cannot be copied, and a copied layer talks to the same ranks."""

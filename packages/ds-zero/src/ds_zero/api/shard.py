@@ -25,6 +25,7 @@ from ds_zero.checks import (
 from ds_zero.comm.abort import AbortFlag
 from ds_zero.comm.agreement import gathered_flags, gathered_values, require_same
 from ds_zero.comm.collectives import Comm, comm_of
+from ds_zero.comm.logged import logged
 from ds_zero.comm.ranks import Group, Ranks, with_transport
 from ds_zero.comm.thread_claim import GroupClaims
 from ds_zero.comm.topology import MeshFor, ModelParallel, Topology, numbered, topology_of
@@ -151,7 +152,8 @@ def shard(
         )
     topology = topology_of(params, mesh, mesh_for, model_parallel)
     store = store or ResidentStore()
-    comm = comm_of(comm, device, ordered=True if config.rank_invariant else config.ordered_reduction)
+    ordered = True if config.rank_invariant else config.ordered_reduction
+    comm = logged(comm_of(comm, device, ordered=ordered), comm)
     parts = {"store": type(store).__qualname__, "comm": comm.description}
     # Checked before the first message whose size or order depends on it.
     require_same_job(params, optimizer, stage, config, parts, topology.axes[0], device)

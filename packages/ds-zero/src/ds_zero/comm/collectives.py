@@ -124,6 +124,7 @@ class Pieces(Protocol):
     """`ds_zero.comm.piece_exchange.PieceReduce`, which is built on this module."""
 
     sent_numel: int
+    num_ranks: int
 
     def start(self, out: Tensor, grads: Sequence[Tensor], mean: bool) -> Work: ...
 

@@ -68,6 +68,7 @@ class PieceReduce:
 
     def __init__(self, layout: BucketLayout, ranks: Ranks) -> None:
         self._ranks = ranks
+        self.num_ranks = ranks.size
         self._shares = [_share(layout, r) for r in range(ranks.size)]
         self.sent_numel = sum(sum(s.sizes) for r, s in enumerate(self._shares) if r != ranks.rank)
         """Number of elements that this rank sends in one reduction."""

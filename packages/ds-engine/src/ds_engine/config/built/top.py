@@ -262,7 +262,7 @@ NOT_YET: tuple[Row, ...] = (
         switches={"flops_profiler.enabled": (False,)},
         needs="ds_profiler",
     ),
-    later("comms_logger", "ds-profiler", "records of collectives"),
+    works("comms_logger", "ds-comm", "build/comm.py"),
     no_effect(
         "data_efficiency.data_sampling.curriculum_learning.data_cluster_path",
         _ENGINE,

@@ -34,14 +34,25 @@ class FlopsProfilerConfig(Section):
 
 
 class CommsLoggerConfig(Section):
-    """Size, time and bandwidth of collectives."""
+    """Number, size, time and bandwidth of collectives, and the ranks that others wait for. Nothing is synchronised for
+    the times. `engine.roles.comms_log` has the records, and `log_summary` prints them.
+    """
 
-    enabled: bool = Field(default=False, description="Records collectives.")
-    verbose: bool = Field(default=False, description="Prints each collective when it happens.")
+    enabled: bool = Field(
+        default=False,
+        description="Records the collectives of training and all calls of torch.distributed's functions.",
+    )
+    verbose: bool = Field(
+        default=False, description="Rank 0 writes a line for each collective when it has ended."
+    )
     prof_all: bool = Field(default=True, description="Records all operations, not only those in prof_ops.")
-    debug: bool = Field(default=False, description="Records the function that called each collective.")
+    debug: bool = Field(
+        default=False,
+        description="Records the function that called each collective: one line for each in the table.",
+    )
     prof_ops: list[str] = Field(
-        default_factory=list, description="Names of the operations that are recorded."
+        default_factory=list,
+        description="Names of the operations that are recorded if prof_all is false, such as all_reduce.",
     )
 
 

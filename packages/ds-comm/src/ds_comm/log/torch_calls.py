@@ -1,0 +1,133 @@
+"""Records the calls of torch.distributed's functions."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ds_comm.log.comms_log import CommsLog, End
+
+OPERATIONS = (
+    "all_reduce",
+    "broadcast",
+    "reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_single",
+    "all_gather_object",
+    "gather",
+    "scatter",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "reduce_scatter_single",
+    "all_to_all",
+    "all_to_all_single",
+    "send",
+    "recv",
+    "batch_isend_irecv",
+    "barrier",
+    "broadcast_object_list",
+)
+"""Names that are recorded. `isend` and `irecv` are not: torch compares the functions in a batch with its own."""
+
+
+class TorchCalls:
+    """While it exists, calls of `torch.distributed.all_reduce` and its like are recorded. `close` ends it.
+
+    torch has no hook for this, so the functions of the module are replaced, and put back. Several logs may watch at the
+    same time. Code that has imported a function by its name before is not seen.
+    """
+
+    def __init__(self, log: CommsLog) -> None:
+        self._log: CommsLog | None = log
+        self._before: dict[str, Callable[..., Any]] = {}
+        self._recording: dict[str, Callable[..., Any]] = {}
+        for name in OPERATIONS:
+            function = getattr(dist, name, None)
+            if function is not None:
+                self._before[name] = function
+                self._recording[name] = self._wrapped(name, function)
+                setattr(dist, name, self._recording[name])
+
+    def close(self) -> None:
+        """Records nothing any more, and puts torch's functions back unless somebody has wrapped them since. Safe to
+        call twice.
+        """
+        self._log = None
+        for name, function in self._before.items():
+            if getattr(dist, name) is self._recording[name]:
+                setattr(dist, name, function)
+        self._before = {}
+
+    def _wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            log = self._log
+            ranks = 0 if log is None else _ranks(args, kwargs)
+            if log is None or ranks <= 0:  # not a member of the group: torch does nothing
+                return function(*args, **kwargs)
+            end = log.begin(name, _num_bytes(name, args, kwargs), ranks)
+            if end is None:
+                return function(*args, **kwargs)
+            with log.inside():
+                result = function(*args, **kwargs)
+            _at_end(result, end)
+            return result
+
+        return call
+
+
+def watch_torch(log: CommsLog) -> TorchCalls:
+    """Records the calls of torch.distributed's functions in `log`, until `close` is called on the result."""
+    return TorchCalls(log)
+
+
+def _ranks(args: Iterable[Any], kwargs: dict[str, Any]) -> int:
+    """Returns the number of ranks of the group among the arguments; -1 if this rank is not in it."""
+    if not dist.is_initialized():
+        return 0
+    outside = dist.GroupMember.NON_GROUP_MEMBER
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, dist.ProcessGroup) or x is outside]
+    return dist.get_world_size(given[0] if given else None)
+
+
+def _num_bytes(name: str, args: Iterable[Any], kwargs: dict[str, Any]) -> int:
+    """Returns the bytes of the largest tensor, or list of tensors, among the arguments."""
+    if name == "batch_isend_irecv":
+        operations = kwargs["p2p_op_list"] if "p2p_op_list" in kwargs else next(iter(args))
+        return sum(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+    return max((_bytes_of(x) for x in (*args, *kwargs.values())), default=0)
+
+
+def _bytes_of(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, (list, tuple)):
+        return sum(x.nbytes for x in value if isinstance(x, Tensor))
+    return 0
+
+
+def _at_end(result: Any, end: End) -> None:
+    """Calls `end` when the operation has ended: at once if it is not asynchronous, and never if that is not told."""
+    works = result if isinstance(result, list) else [result]
+    if not all(isinstance(work, dist.Work) for work in works) or not works:
+        end()
+        return
+    try:
+        futures = [work.get_future() for work in works]
+    except (RuntimeError, NotImplementedError):  # gloo's reduce-scatter and messages have none
+        end(seen=False)
+        return
+    remaining = [None] * len(futures)
+
+    def ended(_: Any) -> None:
+        remaining.pop()
+        if not remaining:
+            end()
+
+    for future in futures:
+        future.add_done_callback(ended)

@@ -1,0 +1,93 @@
+"""The protocols of ds_zero, in torch types only. Each has a default implementation in this package; other packages
+implement them without importing it.
+"""
+
+from __future__ import annotations
+
+from ds_zero.interfaces.collectives import (
+    Abort,
+    AllGather,
+    Capabilities,
+    CollectivePair,
+    CollectiveSet,
+    Connect,
+    CountsBytes,
+    Exchange,
+    Leaves,
+    RecordsCollectives,
+    ReduceScatter,
+    Reduction,
+    Transport,
+    Work,
+    capabilities_of,
+)
+from ds_zero.interfaces.optimizers import (
+    ChecksummedStep,
+    FusedStep,
+    MakesNamedStates,
+    MakesState,
+    PagesState,
+    PlansStates,
+    SegmentStep,
+    SplitsMasters,
+    TakesChecksums,
+    UndoableStep,
+    WholeTensors,
+)
+from ds_zero.interfaces.records import (
+    EVERYWHERE,
+    Coordinates,
+    InitialValues,
+    Norms,
+    RecordSource,
+)
+from ds_zero.interfaces.stores import (
+    ChoosesTiers,
+    MakesStaging,
+    Reservation,
+    ShardKey,
+    ShardStore,
+    ShardStoreError,
+    Tier,
+)
+
+__all__ = [
+    "Abort",
+    "AllGather",
+    "Capabilities",
+    "ChecksummedStep",
+    "ChoosesTiers",
+    "CollectivePair",
+    "CollectiveSet",
+    "Connect",
+    "Coordinates",
+    "CountsBytes",
+    "EVERYWHERE",
+    "Exchange",
+    "FusedStep",
+    "InitialValues",
+    "Leaves",
+    "MakesNamedStates",
+    "MakesStaging",
+    "MakesState",
+    "Norms",
+    "PagesState",
+    "PlansStates",
+    "RecordSource",
+    "RecordsCollectives",
+    "ReduceScatter",
+    "Reduction",
+    "Reservation",
+    "SegmentStep",
+    "ShardKey",
+    "ShardStore",
+    "ShardStoreError",
+    "SplitsMasters",
+    "TakesChecksums",
+    "Tier",
+    "Transport",
+    "UndoableStep",
+    "WholeTensors",
+    "Work",
+    "capabilities_of",
+]
