@@ -91,7 +91,9 @@ def _ranks(args: Iterable[Any], kwargs: dict[str, Any]) -> int:
     if not dist.is_initialized():
         return 0
     outside = dist.GroupMember.NON_GROUP_MEMBER
-    given = [x for x in (*args, *kwargs.values()) if isinstance(x, dist.ProcessGroup) or x is outside]
+    given: list[Any] = [
+        x for x in (*args, *kwargs.values()) if isinstance(x, dist.ProcessGroup) or x is outside
+    ]
     return dist.get_world_size(given[0] if given else None)
 
 
