@@ -38,13 +38,8 @@ void run(const Lists& lists, const Options& options, int threads,
       read_updates(reader, lists.function, lists.params, lists.states, lists.grads, lists.outs,
                    lists.formats.is_none() ? nullptr : &formats);
   if (!reader.on_gpu()) {
-    if (!formats.tensors.empty() && !lists.checksums.is_none()) {
-      throw py::value_error(
-          std::string(lists.function) +
-          ": checksums in the pass need fp32 parameters, and states rounded to nearest; call "
-          "checksums before and after the step");
-    }
-    const std::vector<UpdateSums> sums = read_sums(reader, lists.function, lists.checksums, tensors);
+    const std::vector<UpdateSums> sums =
+        read_sums(reader, lists.function, lists.checksums, tensors, formats.tensors);
     py::gil_scoped_release unlocked;
     on_cpu(options, tensors, threads, sums, formats.tensors, formats.keys);
     return;

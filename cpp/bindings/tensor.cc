@@ -405,7 +405,8 @@ std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view fu
 }
 
 std::vector<UpdateSums> read_sums(TensorReader& reader, std::string_view function, py::handle sums,
-                                  const std::vector<UpdateTensor>& tensors) {
+                                  const std::vector<UpdateTensor>& tensors,
+                                  const std::vector<TensorFormat>& formats) {
   std::vector<UpdateSums> all;
   if (sums.is_none()) return all;
   const auto pair = py::cast<py::tuple>(sums);
@@ -415,7 +416,7 @@ std::vector<UpdateSums> read_sums(TensorReader& reader, std::string_view functio
   reader.require_count(written.size(), tensors.size(), "checksums[1]", "params");
   for (std::size_t i = 0; i < tensors.size(); ++i) {
     const UpdateTensor& t = tensors[i];
-    const int rows = 2 + (t.states[0] != nullptr ? 1 : 0) + (t.states[1] != nullptr ? 1 : 0);
+    const int rows = num_sum_rows(t, formats.empty() ? TensorFormat{} : formats[i]);
     auto rows_of = [&](py::handle object, std::string_view name) {
       const auto index = static_cast<std::int64_t>(i);
       const View view = reader.typed(object, name, dlpack::kInt, 64, "int64", index);

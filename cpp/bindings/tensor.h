@@ -126,7 +126,8 @@ std::vector<UpdateTensor> read_updates(TensorReader& reader, std::string_view fu
 // Reads where the checksums of an update go: None, or a pair of lists of int64 tensors (ds/checksum.h). CPU
 // only.
 std::vector<UpdateSums> read_sums(TensorReader& reader, std::string_view function, py::handle sums,
-                                  const std::vector<UpdateTensor>& tensors);
+                                  const std::vector<UpdateTensor>& tensors,
+                                  const std::vector<TensorFormat>& formats);
 
 // Each file of this directory adds its functions to the module.
 void bind_optimizers(py::module_& m);

@@ -55,7 +55,14 @@ class Job:
             self.states = [[x.to(state).abs() for x in own] for own in moments[: self.count]]
         self.out: list[Tensor | None] = [None] * len(SIZES)
 
-    def step(self, module: Any, rounding: int | None, *, away: bool = False) -> None:
+    def step(
+        self,
+        module: Any,
+        rounding: int | None,
+        *,
+        away: bool = False,
+        checksums: kernels.Checksums | None = None,
+    ) -> None:
         step_formats = StepFormats(master_bits=self.low, rounding=rounding, copies_away=away)
         function = getattr(module, self.name)
         if module is reference:
@@ -63,7 +70,7 @@ class Job:
                 function(params, *states, self.grads, grad_scale=0.37, out=out, **self.options)
         else:
             function(self.params, *self.states, self.grads, grad_scale=0.37, out=self.out, formats=step_formats,
-                     **self.options)  # fmt: skip
+                     checksums=checksums, **self.options)  # fmt: skip
 
     def tensors(self) -> list[Tensor]:
         copies = [x for x in self.out if x is not None]
@@ -83,6 +90,7 @@ KINDS = [
     (torch.float16, torch.bfloat16, None, False),
     (torch.bfloat16, torch.bfloat16, 7, False),
     (torch.bfloat16, torch.float32, None, True),
+    (torch.bfloat16, torch.bfloat16, 7, True),
     (torch.bfloat16, torch.uint8, 7, True),
 ]
 
@@ -105,6 +113,31 @@ def test_same_bits_as_the_reference(
         job.step(kernels, rounding)
         expected.step(reference, rounding)
         _assert_same(job, expected)
+
+
+@pytest.mark.parametrize(("name", "param", "state", "rounding", "split"), CASES)
+def test_checksums_in_the_pass_of_every_format(
+    name: str, param: torch.dtype, state: torch.dtype, rounding: int | None, split: bool
+) -> None:
+    job = Job(name, param, state, torch.bfloat16, split=split)
+    expected = copy.deepcopy(job)
+    lists = [job.params, *job.states, *([job.low] if job.low is not None else [])]
+
+    def sums() -> list[Tensor]:
+        rows = [kernels.checksums([x.view(torch.bfloat16) if x.dtype == torch.int16 else x for x in own])
+                for own in lists]  # fmt: skip
+        return [torch.stack(of_one) for of_one in zip(*rows, strict=True)]
+
+    before, of_grads = sums(), kernels.checksums(job.grads)
+    read, written = ([torch.zeros(1 + len(row), row.shape[1], dtype=torch.int64) for row in before]
+                     for _ in range(2))  # fmt: skip
+    job.step(kernels, rounding, checksums=(read, written))
+    expected.step(kernels, rounding)
+    _assert_same(job, expected)  # checksums change no bit
+    for own, row, grads in zip(read, before, of_grads, strict=True):
+        assert torch.equal(own[1:], row) and torch.equal(own[0], grads)
+    for own, row in zip(written, sums(), strict=True):
+        assert torch.equal(own[1:], row) and not own[0].any()
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf"), 3e38, 1e-44])

@@ -15,6 +15,8 @@
 #include <span>
 
 #include "ds/dtype.h"
+#include "ds/formats.h"
+#include "ds/update.h"
 
 namespace ds {
 
@@ -35,11 +37,15 @@ struct ChecksumTensor {
 void checksums(std::span<const ChecksumTensor> tensors, int num_threads);
 
 // Where an update adds the checksums of what it reads and of what it writes, for one tensor: rows of
-// num_checksums(numel) numbers, zero before the call. Rows: gradient, parameter, states. The row of the
-// gradient in `written` stays as it is.
+// num_checksums(numel) numbers, zero before the call. Rows: gradient, parameter, states, master bits if there
+// are any. The row of the gradient in `written` stays as it is.
 struct UpdateSums {
   std::uint64_t* read;
   std::uint64_t* written;
 };
+inline int num_sum_rows(const UpdateTensor& t, const TensorFormat& format) {
+  return 2 + (t.states[0] != nullptr ? 1 : 0) + (t.states[1] != nullptr ? 1 : 0) +
+         (format.low != nullptr ? 1 : 0);
+}
 
 }  // namespace ds

@@ -20,6 +20,16 @@ AdamScalars::AdamScalars(const AdamOptions& o)
       eps(static_cast<float>(o.eps)),
       minus_step_size(static_cast<float>(-o.lr / (1.0 - std::pow(o.beta1, static_cast<double>(o.step))))) {}
 
+namespace {
+
+// Of a bf16 parameter.
+AdamFormat adam_format(const TensorFormat& format) {
+  if (format.low != nullptr) return format.stochastic ? AdamFormat::kSplitRounded : AdamFormat::kSplit;
+  return format.stochastic ? AdamFormat::kNarrowRounded : AdamFormat::kNarrow;
+}
+
+}  // namespace
+
 void adam_step(const AdamOptions& options, std::span<const UpdateTensor> tensors, int num_threads,
                std::span<const UpdateSums> sums, std::span<const TensorFormat> formats,
                const RoundingKeys& keys) {
@@ -41,14 +51,28 @@ void adam_step(const AdamOptions& options, std::span<const UpdateTensor> tensors
   };
   auto direct = [&](const UpdateTensor& t, const TensorFormat& format, std::int64_t begin,
                     std::int64_t numel) {
-    if (format.low == nullptr || t.state_dtype != DType::kF32) return false;
-    BF16* high = reinterpret_cast<BF16*>(t.param) + begin;
-    table.adam_split[grad_kind(t.grad_dtype)](
-        scalars, high, format.low + begin, static_cast<float*>(t.states[0]) + begin,
-        static_cast<float*>(t.states[1]) + begin, at(t.grad, t.grad_dtype, begin), numel);
-    if (t.out != nullptr) {
-      table.cast[static_cast<int>(DType::kBF16)][static_cast<int>(t.out_dtype)](
-          high, at(t.out, t.out_dtype, begin), numel);
+    const bool wide = format.param_dtype == DType::kF32;
+    // The others are 16-bit parameters with 8-bit states or states rounded to nearest, fp16 parameters, and
+    // copies that round ties away.
+    if (format.away || format.param_dtype == DType::kF16) return false;
+    if (!format.stochastic && (wide || t.state_dtype != DType::kF32)) return false;
+    const AdamFormattedFn fn =
+        wide ? table.adam_rounded[grad_kind(t.grad_dtype)][out_kind(t.out, t.out_dtype)]
+             : table.adam_formatted[static_cast<int>(adam_format(format))][grad_kind(t.grad_dtype)];
+    const auto run = [&](std::int64_t from, std::int64_t n) {
+      void* param = at(t.param, format.param_dtype, from);
+      void* out = at(t.out, t.out_dtype, from);
+      fn(scalars, param, format.low == nullptr ? nullptr : format.low + from,
+         at(t.states[0], t.state_dtype, from), at(t.states[1], t.state_dtype, from),
+         at(t.grad, t.grad_dtype, from), out, keys, n);
+      if (!wide && out != nullptr) {
+        table.cast[static_cast<int>(format.param_dtype)][static_cast<int>(t.out_dtype)](param, out, n);
+      }
+    };
+    // A copy is made of what is in the cache.
+    const std::int64_t each = wide || t.out == nullptr ? numel : Tile::kNumel;
+    for (const std::int64_t end = begin + numel; begin < end; begin += each) {
+      run(begin, std::min(each, end - begin));
     }
     return true;
   };

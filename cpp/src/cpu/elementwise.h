@@ -9,6 +9,7 @@
 #include "dispatch/chunks.h"
 #include "dispatch/kernel_table.h"
 #include "ds/checksum.h"
+#include "ds/formats.h"
 #include "ds/parallel.h"
 #include "ds/update.h"
 
@@ -51,24 +52,26 @@ inline const void* at(const void* base, DType dtype, std::int64_t index) {
 
 // The checksums of the rows of UpdateSums over one range of elements.
 struct RowSums {
-  std::uint64_t row[4];
+  std::uint64_t row[5];
 
-  void add(ChecksumFn fn, const UpdateTensor& t, std::int64_t begin, std::int64_t numel, bool with_grad) {
+  void add(ChecksumFn fn, const UpdateTensor& t, const TensorFormat& format, std::int64_t begin,
+           std::int64_t numel, bool with_grad) {
     auto sum = [&](const void* base, DType dtype) {
       const auto width = static_cast<std::int64_t>(size_of(dtype));
       return fn(at(base, dtype, begin), begin % kChecksumBlock * width / 4, numel * width);
     };
     if (with_grad) row[0] += sum(t.grad, t.grad_dtype);
-    row[1] += sum(t.param, DType::kF32);
-    for (int i = 0; i < 2; ++i) {
-      if (t.states[i] != nullptr) row[2 + i] += sum(t.states[i], t.state_dtype);
+    row[1] += sum(t.param, format.param_dtype);
+    int next = 2;
+    for (void* state : t.states) {
+      if (state != nullptr) row[next++] += sum(state, t.state_dtype);
     }
+    if (format.low != nullptr) row[next] += sum(format.low, DType::kBF16);  // of the same width
   }
   // Two chunks may share a block.
-  void add_to(std::uint64_t* sums, const UpdateTensor& t, std::int64_t block, int first_row) const {
-    const std::int64_t stride = num_checksums(t.numel);
-    const int rows = t.states[0] == nullptr ? 2 : t.states[1] == nullptr ? 3 : 4;
-    for (int i = first_row; i < rows; ++i) {
+  void add_to(std::uint64_t* sums, std::int64_t stride, std::int64_t block, int first_row,
+              int num_rows) const {
+    for (int i = first_row; i < num_rows; ++i) {
       std::atomic_ref(sums[i * stride + block]).fetch_add(row[i], std::memory_order_relaxed);
     }
   }
@@ -79,39 +82,27 @@ struct RowSums {
 // so that they need no traffic with memory. The kernels are those of an update without checksums, and so are
 // the bits.
 template <class Update>
-void update_with_sums(ChecksumFn fn, const UpdateTensor& t, const UpdateSums& sums, std::int64_t begin,
-                      std::int64_t numel, Update update) {
+void update_with_sums(ChecksumFn fn, const UpdateTensor& t, const TensorFormat& format,
+                      const UpdateSums& sums, std::int64_t begin, std::int64_t numel, Update update) {
   constexpr std::int64_t kTile = 512;
   static_assert(kChecksumBlock % kTile == 0);
   const std::int64_t end = begin + numel;
+  const std::int64_t stride = num_checksums(t.numel);
+  const int rows = num_sum_rows(t, format);
   while (begin < end) {
     const std::int64_t block = begin / kChecksumBlock;
     const std::int64_t stop = std::min(end, (block + 1) * kChecksumBlock);
     RowSums read{}, written{};
     while (begin < stop) {
       const std::int64_t n = std::min(kTile, stop - begin);
-      read.add(fn, t, begin, n, true);
+      read.add(fn, t, format, begin, n, true);
       update(t, begin, n);
-      written.add(fn, t, begin, n, false);
+      written.add(fn, t, format, begin, n, false);
       begin += n;
     }
-    read.add_to(sums.read, t, block, 0);
-    written.add_to(sums.written, t, block, 1);
+    read.add_to(sums.read, stride, block, 0, rows);
+    written.add_to(sums.written, stride, block, 1, rows);
   }
-}
-
-// As for_each_piece, with the checksums of each tensor if `sums` has any.
-template <class Update>
-void for_each_update(std::span<const UpdateTensor> tensors, int num_threads, std::span<const UpdateSums> sums,
-                     Update update) {
-  if (sums.empty()) {
-    for_each_piece(tensors, num_threads, update);
-    return;
-  }
-  const ChecksumFn fn = kernels().checksum;
-  for_each_piece(tensors, num_threads, [&](const UpdateTensor& t, std::int64_t begin, std::int64_t numel) {
-    update_with_sums(fn, t, sums[static_cast<std::size_t>(&t - tensors.data())], begin, numel, update);
-  });
 }
 
 }  // namespace ds

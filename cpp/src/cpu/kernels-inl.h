@@ -24,6 +24,7 @@
 #define DS_OUTS(fn, ...) {fn<__VA_ARGS__, Absent>, fn<__VA_ARGS__, float>, fn<__VA_ARGS__, BF16>, fn<__VA_ARGS__, F16>}
 #define DS_GRADS(fn, ...) {DS_OUTS(fn, __VA_ARGS__, float), DS_OUTS(fn, __VA_ARGS__, BF16), DS_OUTS(fn, __VA_ARGS__, F16)}
 #define DS_ADAM(State) {DS_OUTS(adam_range, State, float), DS_OUTS(adam_range, State, BF16), DS_OUTS(adam_range, State, F16)}
+#define DS_ADAM_FORMATTED(...) {adam_formatted_range<__VA_ARGS__, float, Absent>, adam_formatted_range<__VA_ARGS__, BF16, Absent>, adam_formatted_range<__VA_ARGS__, F16, Absent>}
 #define DS_LAMB_GRADS(State) {lamb_moments_range<State, float>, lamb_moments_range<State, BF16>, lamb_moments_range<State, F16>}
 #define DS_ADAM8(Grad) {adam8_range<Grad, Absent>, adam8_range<Grad, float>, adam8_range<Grad, BF16>, adam8_range<Grad, F16>}
 #define DS_DTYPES(fn) {fn<float>, fn<BF16>, fn<F16>}
@@ -34,7 +35,9 @@
 
 constexpr KernelTable kTable = {
     .adam = {DS_ADAM(float), DS_ADAM(BF16)},
-    .adam_split = {adam_split_range<float>, adam_split_range<BF16>, adam_split_range<F16>},
+    .adam_formatted = {DS_ADAM_FORMATTED(BF16, std::int16_t, float), DS_ADAM_FORMATTED(BF16, std::int16_t, BF16),
+                       DS_ADAM_FORMATTED(BF16, Absent, float), DS_ADAM_FORMATTED(BF16, Absent, BF16)},
+    .adam_rounded = DS_GRADS(adam_formatted_range, float, Absent, BF16),
     .adam8 = {DS_ADAM8(float), DS_ADAM8(BF16), DS_ADAM8(F16)},
     .adagrad = {DS_GRADS(one_state_range, AdagradScalars, float), DS_GRADS(one_state_range, AdagradScalars, BF16)},
     .lion = {DS_GRADS(one_state_range, LionScalars, float), DS_GRADS(one_state_range, LionScalars, BF16)},

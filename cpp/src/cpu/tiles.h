@@ -90,29 +90,43 @@ struct NoDirect {
   }
 };
 
-// As for_each_update; `formats` has one entry for each tensor, or none: then all are plain. `direct` may
-// update a range by a kernel for its format, and returns whether it did.
+// Updates [begin, begin + numel) of a tensor that is not plain. `direct` may do it by a kernel for its
+// format, and returns whether it did.
+template <class Update, class Direct>
+void update_formatted(const KernelTable& table, const UpdateTensor& t, const TensorFormat& format,
+                      std::int64_t begin, std::int64_t numel, const RoundingKeys& keys, Update update,
+                      Direct direct) {
+  if (direct(t, format, begin, numel)) return;
+  for (const std::int64_t end = begin + numel; begin < end; begin += Tile::kNumel) {
+    const std::int64_t n = std::min(Tile::kNumel, end - begin);
+    Tile tile(table, t, format, begin, n);
+    update(tile.widened(), 0, n);
+    tile.narrow(keys);
+  }
+}
+
+// Calls update(tensor, begin, numel) for pieces that cover every element once; what is not plain is updated
+// by update_formatted. `formats` has one entry for each tensor, or none: then all are plain. With `sums`,
+// also one for each tensor or none, [Note: checksums in the pass].
 template <class Update, class Direct = NoDirect>
 void for_each_formatted_update(std::span<const UpdateTensor> tensors, int num_threads,
                                std::span<const UpdateSums> sums, std::span<const TensorFormat> formats,
                                const RoundingKeys& keys, Update update, Direct direct = {}) {
-  if (formats.empty()) {
-    for_each_update(tensors, num_threads, sums, update);
-    return;
-  }
   const KernelTable& table = kernels();
   for_each_piece(tensors, num_threads, [&](const UpdateTensor& t, std::int64_t begin, std::int64_t numel) {
-    const TensorFormat& format = formats[static_cast<std::size_t>(&t - tensors.data())];
-    if (format.plain()) {
-      update(t, begin, numel);
-      return;
-    }
-    if (direct(t, format, begin, numel)) return;
-    for (const std::int64_t end = begin + numel; begin < end; begin += Tile::kNumel) {
-      const std::int64_t n = std::min(Tile::kNumel, end - begin);
-      Tile tile(table, t, format, begin, n);
-      update(tile.widened(), 0, n);
-      tile.narrow(keys);
+    const auto index = static_cast<std::size_t>(&t - tensors.data());
+    const TensorFormat format = formats.empty() ? TensorFormat{} : formats[index];
+    auto run = [&](const UpdateTensor&, std::int64_t from, std::int64_t n) {
+      if (format.plain()) {
+        update(t, from, n);
+      } else {
+        update_formatted(table, t, format, from, n, keys, update, direct);
+      }
+    };
+    if (sums.empty()) {
+      run(t, begin, numel);
+    } else {
+      update_with_sums(table.checksum, t, format, sums[index], begin, numel, run);
     }
   });
 }

@@ -17,6 +17,7 @@ struct LambNorms;
 struct LambScalars;
 struct LionScalars;
 struct Rounding;
+struct RoundingKeys;
 struct SgdScalars;
 
 // A state tensor is fp32, bf16 or (SGD without momentum) absent; an output copy is absent or one of the three
@@ -31,6 +32,13 @@ constexpr int out_kind(const void* out, DType dtype) {
 
 using AdamFn = void (*)(const AdamScalars&, float* param, void* exp_avg, void* exp_avg_sq, const void* grad,
                         void* out, std::int64_t numel);
+// Parameters and states in the formats of ds/formats.h that Adam has kernels of its own for. States that are
+// rounded are bf16, [Note: stochastic rounding].
+enum class AdamFormat { kSplit, kSplitRounded, kNarrow, kNarrowRounded };  // narrow: bf16 without master bits
+inline constexpr int kNumAdamFormats = 4;
+using AdamFormattedFn = void (*)(const AdamScalars&, void* param, std::int16_t* low, void* exp_avg,
+                                 void* exp_avg_sq, const void* grad, void* out, const RoundingKeys& keys,
+                                 std::int64_t numel);
 using Adam8Fn = void (*)(const AdamScalars&, float* param, std::uint8_t* exp_avg, std::uint8_t* exp_avg_sq,
                          const void* grad, void* out, std::uint32_t key, std::int64_t numel);
 template <class Scalars>
@@ -55,10 +63,10 @@ using IntDecodeFn = void (*)(const std::uint8_t* codes, float scale, float weigh
                              std::int64_t numel);
 
 struct KernelTable {
-  AdamFn adam[kNumStateKinds][kNumDTypes][kNumOutKinds];  // [state][grad][out], as the others
-  void (*adam_split[kNumDTypes])(const AdamScalars&, BF16* high, std::int16_t* low, float* exp_avg,
-                                 float* exp_avg_sq, const void* grad, std::int64_t numel);  // [grad]
-  Adam8Fn adam8[kNumDTypes][kNumOutKinds];                                                  // [grad][out]
+  AdamFn adam[kNumStateKinds][kNumDTypes][kNumOutKinds];        // [state][grad][out], as the others
+  AdamFormattedFn adam_formatted[kNumAdamFormats][kNumDTypes];  // [AdamFormat][grad]
+  AdamFormattedFn adam_rounded[kNumDTypes][kNumOutKinds];       // fp32 parameters, [grad][out]
+  Adam8Fn adam8[kNumDTypes][kNumOutKinds];                      // [grad][out]
   OneStateFn<AdagradScalars> adagrad[kNumStateKinds][kNumDTypes][kNumOutKinds];
   OneStateFn<LionScalars> lion[kNumStateKinds][kNumDTypes][kNumOutKinds];
   OneStateFn<SgdScalars> sgd[kNumStateKinds + 1][kNumDTypes][kNumOutKinds];  // last: no momentum

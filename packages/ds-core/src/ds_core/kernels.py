@@ -15,8 +15,8 @@ Common arguments of the optimizer steps, all of which work in place:
 * `out[i]`, where not None, receives the new `params[i]` rounded to its dtype (fp32, bf16, fp16) in the same pass.
 * `step` counts from 1 and includes this step.
 * `checksums`: a pair of lists, with one int64 tensor of zeros for each parameter, of `rows * num_checksums(numel)`
-  elements. They receive the checksums of what the step reads and of what it writes: gradient, parameter, states; the
-  gradient's row of the second stays zero. Only where `checksums_in_pass(params[0])`.
+  elements. They receive the checksums of what the step reads and of what it writes: gradient, parameter, states,
+  `master_bits` if it has any; the gradient's row of the second stays zero. Only where `checksums_in_pass(params[0])`.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ Group = dict[str, Any]
 class StepsAnyDtype(FusedOptimizer):
     """A mixin for classes of ds_core.optim: updates 16-bit parameters one by one, with moments in fp32."""
 
+    sums_narrow = False
+
     def new_state(self, param: Tensor) -> Tensor:
         if param.dtype == torch.float32:
             return super().new_state(param)
@@ -37,7 +39,6 @@ class StepsAnyDtype(FusedOptimizer):
         if all(param.dtype == torch.float32 for param in params):
             super()._step_group(group, params, out, grad_scale, checksums)
             return
-        assert checksums is None, "step_checksummed computes checksums of 16-bit parameters by itself"
         for i, param in enumerate(params):
             if param.dtype == torch.float32:
                 super()._step_group(group, [param], None if out is None else [out[i]], grad_scale)

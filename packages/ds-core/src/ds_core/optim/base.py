@@ -79,6 +79,8 @@ class FusedOptimizer(Optimizer):
     state_names: ClassVar[tuple[str, ...]] = ()
     checksums_in_pass: ClassVar[bool] = True
     """Whether `_apply` passes `Batch.checksums` to the kernel."""
+    sums_narrow: ClassVar[bool] = False
+    """Whether it does so for 16-bit parameters, too."""
     state_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16)
     """Dtypes in which states may be kept."""
 
@@ -222,18 +224,18 @@ class FusedOptimizer(Optimizer):
         On the CPU the element-wise optimizers compute both while they update a range that is in the cache; others, and
         all optimizers on a GPU, in passes before and after the update.
         """
-        if self._sums_in_pass() and all(
-            kernels.checksums_in_pass(p) and p.dtype == torch.float32 for p in params
-        ):
+        if self._sums_in_pass(params):
             self._step_fused(params, grad_scale, out, (read, written))
             return
         self._sum_rows(params, read, with_grads=True)
         self._step_fused(params, grad_scale, out, None)
         self._sum_rows(params, written, with_grads=False)
 
-    def _sums_in_pass(self) -> bool:
-        """Whether the kernel computes checksums in its pass over memory, for fp32 parameters on the CPU."""
-        return self.checksums_in_pass
+    def _sums_in_pass(self, params: Sequence[Tensor]) -> bool:
+        """Whether the kernel computes the checksums of these parameters in its pass over memory."""
+        return self.checksums_in_pass and all(
+            kernels.checksums_in_pass(p) and (p.dtype == torch.float32 or self.sums_narrow) for p in params
+        )
 
     def _sum_rows(self, params: Sequence[Tensor], sums: Sequence[Tensor], *, with_grads: bool) -> None:
         tensors: list[Tensor] = []

@@ -111,6 +111,7 @@ class ElementWise(OnHost):
     """
 
     steps_narrow = True
+    sums_narrow = True
     formats: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
     """Names of the formats of states."""
 
@@ -212,9 +213,6 @@ class ElementWise(OnHost):
             master_bits=batch.states.get(MASTER_BITS),
             rounding=formats.rounding_key(self._seed, batch.step) if self._stochastic else None,
         )
-
-    def _sums_in_pass(self) -> bool:
-        return self.checksums_in_pass and not (self._stochastic and self._state_dtype == torch.bfloat16)
 
     def _loaded_states(self, param: Tensor, saved: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copies saved states; those of another format are converted."""
