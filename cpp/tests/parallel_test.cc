@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "dispatch/pool.h"
+#include "dispatch/shares.h"
 
 using namespace ds;
 
@@ -29,6 +30,15 @@ TEST(each_chunk_runs_once) {
       if (chunks > 0) check_each_once(pool_run, chunks, threads);
     }
   }
+}
+
+TEST(a_thread_begins_with_its_own_share) {
+  Shares shares(10, 3);  // 0 to 3, 4 to 6, 7 to 9
+  std::vector<std::int64_t> order;
+  shares.take(1, [&](std::int64_t chunk) { order.push_back(chunk); });
+  CHECK((order == std::vector<std::int64_t>{4, 5, 6, 7, 8, 9, 0, 1, 2, 3}));
+  shares.take(0, [&](std::int64_t chunk) { order.push_back(chunk); });
+  CHECK_EQ(order.size(), 10u);
 }
 
 TEST(the_pool_serves_many_callers_at_once) {

@@ -30,8 +30,8 @@ class ChunkFn {
 };
 
 // Calls fn(chunk) once for each chunk in [0, num_chunks), on at most num_threads threads, one of them the
-// caller's. Chunks are taken dynamically: a thread that the system preempts delays one chunk, not its static
-// share. Workers run in the caller's floating-point mode (rounding, denormals). fn must not throw.
+// caller's. Each thread begins with its own share of neighbouring chunks and goes on with the others'
+// ([Note: shares]). Workers run in the caller's floating-point mode (rounding, denormals). fn must not throw.
 void parallel_for(std::int64_t num_chunks, int num_threads, ChunkFn fn);
 
 // Where the threads come from: "openmp" (borrowed) or "own".

@@ -14,12 +14,17 @@
 #endif
 
 #include "dispatch/pool.h"
+#include "dispatch/shares.h"
 
 namespace ds {
 namespace {
 
-// The entry that GCC's OpenMP runtime gives compiled code; LLVM's and Intel's runtimes have it too.
-using GompParallel = void (*)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
+// The entry that GCC's OpenMP runtime gives compiled code (LLVM's and Intel's runtimes have it too), and
+// OpenMP's own call for a thread's number in its team.
+struct OpenMP {
+  void (*parallel)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags) = nullptr;
+  int (*thread_num)() = nullptr;
+};
 
 struct Search {
   std::string_view prefix;
@@ -37,18 +42,21 @@ int match_library(dl_phdr_info* info, std::size_t, void* data) {
 
 // libtorch_cpu first: a lookup through its handle follows its own dependencies, so that the runtime found is
 // the one torch uses, even where the process holds several.
-GompParallel find_openmp() {
+OpenMP find_openmp() {
   for (const char* prefix : {"libtorch_cpu.", "libgomp", "libomp", "libiomp5"}) {
     Search search{prefix, {}};
     dl_iterate_phdr(match_library, &search);
     if (search.path.empty()) continue;
     void* library = dlopen(search.path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
     if (library == nullptr) continue;
-    void* symbol = dlsym(library, "GOMP_parallel");
-    if (symbol != nullptr) return reinterpret_cast<GompParallel>(symbol);  // keeps the handle: never unloaded
+    OpenMP found;
+    found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(library, "GOMP_parallel"));
+    found.thread_num = reinterpret_cast<decltype(found.thread_num)>(dlsym(library, "omp_get_thread_num"));
+    if (found.parallel != nullptr && found.thread_num != nullptr)
+      return found;  // keeps the handle: never unloaded
     dlclose(library);
   }
-  return nullptr;
+  return {};
 }
 
 std::atomic<bool> g_forked{false};
@@ -61,13 +69,14 @@ void after_fork() {
 // When the library is loaded and not at the first kernel: a child may be the first to call one.
 [[maybe_unused]] const int g_fork_handler = pthread_atfork(nullptr, nullptr, after_fork);
 
-GompParallel openmp() {
-  static const GompParallel found = [] {
+// Without an entry where the own threads have to do.
+OpenMP openmp() {
+  static const OpenMP found = [] {
     // For tests and for measuring the pool itself.
     const char* source = std::getenv("DS_THREADS");
-    return source != nullptr && std::strcmp(source, "own") == 0 ? nullptr : find_openmp();
+    return source != nullptr && std::strcmp(source, "own") == 0 ? OpenMP{} : find_openmp();
   }();
-  return g_forked.load(std::memory_order_relaxed) ? nullptr : found;
+  return g_forked.load(std::memory_order_relaxed) ? OpenMP{} : found;
 }
 
 #if defined(__x86_64__)
@@ -79,21 +88,17 @@ void set_float_mode(unsigned) {}
 #endif
 
 struct Team {
-  std::int64_t num_chunks;
+  Shares shares;
   ChunkFn fn;
   unsigned mode;
-  std::atomic<std::int64_t> next{0};
+  int (*thread_num)();
 };
 
 void take_chunks(void* data) {
   auto* team = static_cast<Team*>(data);
   const unsigned mode = float_mode();
   set_float_mode(team->mode);
-  for (;;) {
-    const std::int64_t chunk = team->next.fetch_add(1, std::memory_order_relaxed);
-    if (chunk >= team->num_chunks) break;
-    team->fn(chunk);
-  }
+  team->shares.take(team->thread_num(), team->fn);
   set_float_mode(mode);
 }
 
@@ -105,9 +110,9 @@ void parallel_for(std::int64_t num_chunks, int num_threads, ChunkFn fn) {
     for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) fn(chunk);
     return;
   }
-  if (const GompParallel gomp = openmp(); gomp != nullptr) {
-    Team team{num_chunks, fn, float_mode()};
-    gomp(take_chunks, &team, static_cast<unsigned>(threads), 0);
+  if (const OpenMP runtime = openmp(); runtime.parallel != nullptr) {
+    Team team{{num_chunks, threads}, fn, float_mode(), runtime.thread_num};
+    runtime.parallel(take_chunks, &team, static_cast<unsigned>(threads), 0);
     return;
   }
   const unsigned mode = float_mode();
@@ -120,6 +125,6 @@ void parallel_for(std::int64_t num_chunks, int num_threads, ChunkFn fn) {
   pool_run(num_chunks, threads, in_mode);
 }
 
-const char* thread_source() { return openmp() != nullptr ? "openmp" : "own"; }
+const char* thread_source() { return openmp().parallel != nullptr ? "openmp" : "own"; }
 
 }  // namespace ds

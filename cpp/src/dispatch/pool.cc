@@ -7,49 +7,49 @@
 #include <mutex>
 #include <thread>
 
+#include "dispatch/shares.h"
+
 namespace ds {
 namespace {
 
 struct Job {
-  Job(std::int64_t n, int workers, ChunkFn f) : num_chunks(n), workers_wanted(workers), fn(f) {}
+  Job(std::int64_t n, int num_threads, ChunkFn f)
+      : num_chunks(n), workers_wanted(num_threads - 1), shares(n, num_threads), fn(f) {}
   const std::int64_t num_chunks;
   int workers_wanted;  // guarded by the pool's mutex
+  Shares shares;
   ChunkFn fn;
-  std::atomic<std::int64_t> next{0};
   std::atomic<std::int64_t> done{0};
 };
 
 // A worker that wakes up late holds the job alive, finds no chunk left and never touches fn, whose frame may
 // be gone.
-void work(Job& job) {
-  for (;;) {
-    const std::int64_t chunk = job.next.fetch_add(1, std::memory_order_relaxed);
-    if (chunk >= job.num_chunks) return;
+void work(Job& job, int thread) {
+  job.shares.take(thread, [&](std::int64_t chunk) {
     job.fn(chunk);
     if (job.done.fetch_add(1, std::memory_order_acq_rel) + 1 == job.num_chunks) job.done.notify_all();
-  }
+  });
 }
 
 class Pool {
  public:
   void run(std::int64_t num_chunks, int num_threads, ChunkFn fn) {
-    auto job = std::make_shared<Job>(num_chunks, num_threads - 1, fn);
+    auto job = std::make_shared<Job>(num_chunks, num_threads, fn);
     {
       std::lock_guard lock(mutex_);
       while (num_workers_ < num_threads - 1) {
-        std::thread([this] { loop(); }).detach();
-        ++num_workers_;
+        std::thread([this, thread = ++num_workers_] { loop(thread); }).detach();
       }
       jobs_.push_back(job);
     }
     wake_.notify_all();
-    work(*job);
+    work(*job, 0);
     for (std::int64_t done = job->done.load(); done != num_chunks; done = job->done.load())
       job->done.wait(done);
   }
 
  private:
-  [[noreturn]] void loop() {
+  [[noreturn]] void loop(int thread) {
     for (;;) {
       std::shared_ptr<Job> job;
       {
@@ -58,7 +58,7 @@ class Pool {
         job = jobs_.front();
         if (--job->workers_wanted <= 0) jobs_.pop_front();
       }
-      work(*job);
+      work(*job, thread);
     }
   }
 
