@@ -1,10 +1,10 @@
-"""What the pipeline engine has besides training steps: data, evaluation, settings, precision, faults."""
+"""What the pipeline engine has besides training steps: data, evaluation, settings, precision, mistakes."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from contextlib import closing, redirect_stderr
+from contextlib import redirect_stderr
 
 import pytest
 import torch
@@ -16,8 +16,7 @@ from ds_pipe.errors import PipelineError
 from ds_pipe.model import LayerSpec, PipelineModule
 from engine.pipeline.test_training import COUNT, config, data, started, trained
 from harness import ranks
-from pipe.executor.models import loss_fn
-from pipe.model.test_pipeline import items, layers, module, trained_alone
+from pipe.model.test_pipeline import items, module, trained_alone
 
 
 def gathered(value):
@@ -170,30 +169,3 @@ def test_mistakes_are_errors_on_all_ranks():
     ):
         engine.train_batch(iter([1, 2, 3, 4]) if first else data(engine, 0))
     engine.destroy()
-
-
-class Failing(nn.Linear):
-    """Fails in the second step."""
-
-    def __init__(self) -> None:
-        super().__init__(8, 8)
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        if self.calls > COUNT + 1:
-            raise KeyError("no such thing")
-        return super().forward(x)
-
-
-@ranks(4)
-def test_a_stage_that_raises_ends_all_ranks_and_is_named():
-    specs = layers()
-    specs[-3] = LayerSpec(Failing)
-    built = PipelineModule(specs, 2, loss_fn=loss_fn, partition_method="uniform")
-    engine, *_ = ds_engine.initialize(built, config(2))
-    with closing(engine.pipeline):
-        trained(engine, 1)
-        # The ranks of the other copy of the pipeline fail in the same way, by their own stage.
-        with pytest.raises(PipelineError, match=r"stage 1, micro-batch 1, forward .*KeyError"):
-            trained(engine, 1, 1)

@@ -291,9 +291,12 @@ class RunsPipeline(Protocol):
 
     def set_num_microbatches(self, num_microbatches: int) -> None: ...
 
-    def train(self, data: Iterable[Any]) -> Tensor:
+    def train(
+        self, data: Iterable[Any], loss_weights: Sequence[float] | Callable[[Any], float] | None = None
+    ) -> Tensor:
         """Runs forwards and backwards of a step. `data`: pairs (inputs, labels), one for each micro-batch, read on the
-        first and the last rank. Returns the mean loss over micro-batches and data-parallel ranks, on all ranks.
+        first and the last rank. `loss_weights`: factors of the losses, or a function that returns the weight of a
+        micro-batch from its labels. Returns the mean loss over micro-batches and data-parallel ranks, on all ranks.
         """
 
     def evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -18,6 +18,7 @@ from ds_engine.interfaces import RunsPipeline
 from ds_engine.training import timing
 
 Reduce = Literal["avg"] | None
+LossWeights = Sequence[float] | Callable[[Any], float]
 
 
 class PipelineEngine(Engine):
@@ -36,13 +37,19 @@ class PipelineEngine(Engine):
         self._own_data = False
         self._batch_fn: Callable[[Any], Any] | None = None
 
-    def train_batch(self, data_iter: Iterable[Any] | None = None) -> Tensor:
+    def train_batch(
+        self, data_iter: Iterable[Any] | None = None, *, loss_weights: LossWeights | None = None
+    ) -> Tensor:
         """Trains one step: forwards and backwards of `gradient_accumulation_steps()` micro-batches, clipping, update,
         schedule. All ranks must call it.
 
         Args:
             data_iter: gives pairs (inputs, labels), one for each micro-batch; it goes on from step to step. Default:
                 that of `set_dataiterator`, or the loader of `training_data`, again and again.
+            loss_weights: a function that is called with the labels of each micro-batch and returns its weight, such as
+                its number of tokens; all ranks must pass it. The loss is then the weighted mean over all micro-batches
+                of all data-parallel ranks. Or, on the rank of the last stage, factors of the losses of its
+                micro-batches, which are added and not divided. Default: all micro-batches count the same.
 
         Returns:
             The mean loss over micro-batches and data-parallel ranks, the same on all ranks.
@@ -57,7 +64,7 @@ class PipelineEngine(Engine):
         self.scaler.scale(torch.zeros(()))
         self.accumulation.note_backward()
         with self._reporting.part(timing.FORWARD):
-            loss = self.pipeline.train(self._micro_batches(data_iter))
+            loss = self.pipeline.train(self._micro_batches(data_iter), loss_weights)
         self._reporting.add_loss(loss)
         self.accumulation.micro_steps += self.batch.steps - 1
         super().step()

@@ -58,8 +58,8 @@ class Transport(Protocol):
     def finish(self) -> None:
         """Waits until all ranks have called it: afterwards, none of them can fail in this step any more."""
 
-    def fail(self, message: str) -> None:
-        """Tells all ranks that this one cannot go on."""
+    def fail(self, message: str) -> str:
+        """Tells all ranks that this one cannot go on. Returns the first message that a rank has told."""
 
     def close(self) -> None:
         """Ends what runs in the background."""

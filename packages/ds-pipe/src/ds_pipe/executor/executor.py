@@ -85,6 +85,7 @@ class Executor:
         *,
         receive_ahead: int = 1,
         max_unsharded: int = 2,
+        title: str = "",
     ) -> None:
         """Lowers the schedule and checks that it comes to its end.
 
@@ -95,6 +96,7 @@ class Executor:
             transport: moves values between ranks.
             receive_ahead: how many computations before its use a message may arrive.
             max_unsharded: how many stages of this rank may be gathered at the same time.
+            title: what errors call this rank. Default: `rank` and its number in the pipeline.
 
         Raises:
             ScheduleError: the schedule deadlocks or is incomplete.
@@ -112,6 +114,7 @@ class Executor:
                 f"{sorted(stages)}"
             )
         self.schedule, self.rank = schedule, rank
+        self._title = title or f"rank {rank}"
         self._stages, self._transport = dict(stages), transport
         self._row = tuple(leaf for action in schedule.actions[rank] for leaf in action.leaves())
         # The last computation that adds to a stage's gradients.
@@ -182,7 +185,7 @@ class Executor:
         try:
             self._transport.finish()
         except PipelineError as error:
-            raise PipelineError(f"rank {self.rank}, at the end of the step: {error}") from error
+            raise PipelineError(f"{self._title}, at the end of the step: {error}") from error
 
     def fail(self, message: str) -> None:
         """Tells all ranks that this one cannot go on. The executor cannot be used afterwards."""
@@ -217,7 +220,7 @@ class Executor:
         }
         for name, (given, needed) in wanted.items():
             if given is None and needed:
-                raise ValueError(f"rank {self.rank} needs {name}, one for each of {count} micro-batches")
+                raise ValueError(f"{self._title} needs {name}, one for each of {count} micro-batches")
             if given is not None and len(given) != count:
                 raise ValueError(f"{len(given)} {name} for {count} micro-batches")
 
@@ -226,14 +229,17 @@ class Executor:
         try:
             self._run(step, action)
         except PipelineError as error:
-            message = f"rank {self.rank} stopped at {_described(action)}: {error}"
+            message = f"{self._title} stopped at {_described(action)}: {error}"
             self._transport.fail(message)
             raise PipelineError(message) from error
         except BaseException as error:
-            message = f"rank {self.rank} failed at {_described(action)}: {type(error).__name__}: {error}"
-            self._transport.fail(message)
+            message = f"{self._title} failed at {_described(action)}: {type(error).__name__}: {error}"
+            first = self._transport.fail(message)
             if isinstance(error, Exception):
-                raise PipelineError(message) from error
+                # A collective with a rank that has failed is an error here, too: the cause is what that one has told.
+                raise PipelineError(
+                    message if first in message else f"{message}; before that, {first}"
+                ) from error
             raise
 
     def _run(self, step: _Step, action: Action) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from typing import Protocol
 
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
 from ds_pipe.errors import PipelineError
@@ -17,8 +18,8 @@ POLL_S = 0.25
 class FailureBoard(Protocol):
     """One message that all ranks can read, and a count of those that are done."""
 
-    def report(self, message: str) -> None:
-        """Writes the message; the first one stays."""
+    def report(self, message: str) -> str:
+        """Writes the message, if there is none yet. Returns the first one."""
 
     def read(self) -> str | None:
         """Returns the message, if there is one."""
@@ -38,11 +39,11 @@ class StoreBoard:
         self._store, self._name, self._num_ranks = store, f"ds_pipe/{name}", num_ranks
         self._arrived = -1
 
-    def report(self, message: str) -> None:
+    def report(self, message: str) -> str:
         try:
-            self._store.compare_set(f"{self._name}/failure", "", message)
+            return self._store.compare_set(f"{self._name}/failure", "", message).decode()
         except RuntimeError:  # the store is gone: the others see this, too
-            return
+            return message
 
     def read(self) -> str | None:
         key = f"{self._name}/failure"
@@ -85,10 +86,11 @@ class MemoryBoard:
         self._message: str | None = None
         self._arrivals: dict[int, set[int]] = {}
 
-    def report(self, message: str) -> None:
+    def report(self, message: str) -> str:
         with self._lock:
             self._message = self._message or message
             self._lock.notify_all()
+            return self._message
 
     def read(self) -> str | None:
         return self._message
@@ -104,3 +106,16 @@ class MemoryBoard:
 
 def _first_line(error: BaseException) -> str:
     return str(error).split("\n", 1)[0]
+
+
+def default_store() -> Store:
+    """Returns a connection of our own to the store of the default process group."""
+    store = dist.distributed_c10d._get_default_store()
+    clone = getattr(store, "clone", None)
+    if clone is None:
+        return store
+    try:
+        own: Store = clone()  # the training thread may wait in the other connection
+    except (RuntimeError, NotImplementedError):
+        return store
+    return own

@@ -16,18 +16,17 @@ import pickle
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
 
 from ds_pipe.actions import Action, Op
 from ds_pipe.errors import PipelineError
-from ds_pipe.executor.failures import POLL_S, FailureBoard, StoreBoard
+from ds_pipe.executor.failures import POLL_S, FailureBoard, StoreBoard, default_store
 from ds_pipe.executor.values import put_together, slots, take_apart
 
 _TAG = 7411
@@ -64,7 +63,7 @@ class GroupTransport:
         self._device = torch.device("cpu") if device is None else device
         self._timeout_s = timeout_s
         name = str(self._group.group_name)
-        self._board = board or StoreBoard(_store(), name, len(self._ranks))
+        self._board = board or StoreBoard(default_store(), name, len(self._ranks))
         self._arrival = threading.Condition()
         self._arrived: dict[tuple[int, Action], Any] = {}
         self._error: str | None = None
@@ -128,8 +127,8 @@ class GroupTransport:
             if message is not None or self._error is not None:
                 raise PipelineError(message or self._error)
 
-    def fail(self, message: str) -> None:
-        self._board.report(message)
+    def fail(self, message: str) -> str:
+        return self._board.report(message)
 
     def close(self) -> None:
         """Ends the threads. After a failure this also breaks the connections on which they wait, so that the process
@@ -141,21 +140,30 @@ class GroupTransport:
         for worker in workers:
             worker.join(1.0)
         if any(worker.is_alive() for worker in workers):
-            self._break_connections()
+            break_connections(self._group, [self._ranks[r] for r in {*self._senders, *self._receivers}])
             for worker in workers:
                 worker.join(5.0)
         self._senders.clear()
         self._receivers.clear()
 
-    def _break_connections(self) -> None:
-        # A receive that ends by its own timeout closes the connection of gloo; all that waits on it ends with an error.
-        for rank in {*self._senders, *self._receivers}:
-            try:
-                work = dist.irecv(torch.zeros(1), self._ranks[rank], self._group, tag=_TAG + 1)
-                if work is not None:
-                    work.wait(timedelta(milliseconds=1))
-            except RuntimeError:
-                continue
+
+def break_connections(group: dist.ProcessGroup, ranks: Iterable[int]) -> None:
+    """Makes everything that waits in a group of gloo for this rank, or here for those ranks, end with an error.
+
+    The group cannot be used afterwards.
+
+    Args:
+        group: the group.
+        ranks: global ranks to which this one closes its connections.
+    """
+    # A receive that ends by its own timeout closes the connection of gloo; all that waits on it ends with an error.
+    for rank in ranks:
+        try:
+            work = dist.irecv(torch.zeros(1), rank, group, tag=_TAG + 1)
+            if work is not None:
+                work.wait(timedelta(milliseconds=1))
+        except RuntimeError:
+            continue
 
 
 class _Worker:
@@ -247,15 +255,3 @@ class _Receiving:
     def _receive(self, tensor: Tensor) -> Tensor:
         dist.recv(tensor, self._rank, self._group, tag=_TAG)
         return tensor
-
-
-def _store() -> Store:
-    store = dist.distributed_c10d._get_default_store()
-    clone = getattr(store, "clone", None)
-    if clone is None:
-        return store
-    try:
-        own: Store = clone()  # the training thread may wait in the other connection
-    except (RuntimeError, NotImplementedError):
-        return store
-    return own

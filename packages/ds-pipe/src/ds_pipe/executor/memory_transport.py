@@ -78,8 +78,8 @@ class MemoryTransport:
                 raise PipelineError(message)
         self._step += 1
 
-    def fail(self, message: str) -> None:
-        self._hub.board.report(message)
+    def fail(self, message: str) -> str:
+        return self._hub.board.report(message)
 
     def close(self) -> None:
         """Needs nothing."""

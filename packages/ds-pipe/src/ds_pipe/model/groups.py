@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
+from ds_pipe.executor.failures import FailureBoard, StoreBoard, default_store
+from ds_pipe.executor.group_transport import break_connections
 from ds_pipe.model.pipeline_module import PipelineModule
 from ds_pipe.model.topology import lines
 
@@ -29,6 +31,8 @@ class PipelineGroups:
         """Pipeline ranks of a tie -> all ranks that have the weight: those of all data-parallel copies."""
         self.last_rank = 0
         """Global rank of the last stage in `pipe`."""
+        self._num_ranks = module.process_topology.world_size()
+        self._job_name = ""
         if not dist.is_initialized():
             return
         topology, ties = module.process_topology, module.tie_groups()
@@ -54,22 +58,37 @@ class PipelineGroups:
                 if (group := self._made(members)) is not None:
                     self.tied_data[ranks] = group
 
+        # The first rank's group has a name of its own, which the ranks of other copies do not know.
+        box = [str(self.messages.group_name) if self.messages is not None else ""]
+        dist.broadcast_object_list(box)
+        self._job_name = box[0]
+
+    def board(self) -> FailureBoard:
+        """Returns where all ranks of the job, those of the other copies of the model too, report failures."""
+        return StoreBoard(default_store(), self._job_name, self._num_ranks)
+
     def _made(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
         """Makes a group on all ranks; None on those that are not in it."""
         group = dist.new_group(list(ranks))
         return group if self._me in ranks else None
 
+    def leave(self) -> None:
+        """Ends with an error what other ranks wait for in these groups, after a failure on some rank. They cannot be
+        used afterwards. Messages are the transport's, which ends them by itself.
+        """
+        for group in self._every():
+            if group is not self.messages:
+                others = [rank for rank in dist.get_process_group_ranks(group) if rank != self._me]
+                break_connections(group, others)
+
     def close(self) -> None:
         """Destroys the groups."""
-        every = {
-            *self.ties.values(),
-            *self.tied_data.values(),
-            self.pipe,
-            self.messages,
-            self.data,
-            self.model,
-        }
-        for group in every - {None}:
+        for group in self._every():
             dist.destroy_process_group(group)
         self.pipe = self.messages = self.data = self.model = None
         self.ties, self.tied_data = {}, {}
+
+    def _every(self) -> list[dist.ProcessGroup]:
+        named = [self.pipe, self.messages, self.data, self.model]
+        every = [*self.ties.values(), *self.tied_data.values(), *named]
+        return [group for group in dict.fromkeys(every) if group is not None]

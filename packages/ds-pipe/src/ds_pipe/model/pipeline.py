@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ from ds_pipe.schedule.schedule import Schedule
 from ds_pipe.simulate.results import Span
 
 ShardableFor = Callable[[int], Shardable | None]
+LossWeights = Sequence[float] | Callable[[Any], float]
+"""Weights of the losses of micro-batches: numbers, or a function of the labels of a micro-batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,37 +127,47 @@ class Pipeline:
         self._spans: tuple[Span, ...] = ()
 
     def forward_backward(
-        self, data: Iterable[Any], *, loss_weights: Sequence[float] | None = None, measure: bool = False
+        self, data: Iterable[Any], *, loss_weights: LossWeights | None = None, measure: bool = False
     ) -> Tensor:
         """Computes losses and gradients of one step; gradients are reduced, the optimizer has not stepped.
 
         Args:
             data: an iterator of which one item, (inputs, labels), is taken for each micro-batch, on the ranks of the
                 first and of the last stage.
-            loss_weights: see `Executor.step`.
+            loss_weights: a function that is called with the labels of each micro-batch and returns its weight, such as
+                its number of tokens; all ranks must pass it. The loss is then the weighted mean over all micro-batches
+                of all data-parallel ranks. Or, on the rank of the last stage, factors of the losses of its
+                micro-batches, which are added and not divided. Default: all micro-batches count the same.
             measure: note when each action runs, for `gathered_spans`.
 
         Returns:
-            The mean loss over micro-batches and data-parallel ranks, or with weights the weighted sum; the same on all
-            ranks.
+            The mean loss over micro-batches and data-parallel ranks, the same on all ranks; with factors, the mean over
+            data-parallel ranks of their weighted sums.
 
         Raises:
             PipelineError: on every rank, if a stage has failed on some rank, or if the data of a rank has ended.
         """
         executor = self._executor(self.num_microbatches, trains=True)
-        inputs, labels = self._take(executor, data, self.num_microbatches)
-        if self._ties is not None:
-            self._ties.unshard()
-        result = executor.step(
-            inputs, labels, loss_weights=loss_weights, scale=self.options.scale, measure=measure
-        )
-        executor.finish()
-        if self._ties is not None:
-            self._ties.reshard()
+        with self._ends_on_all_ranks():
+            weigh = loss_weights if callable(loss_weights) else None
+            inputs, labels, weights = self._take(executor, data, self.num_microbatches, weigh)
+            if not callable(loss_weights):
+                weights = loss_weights
+            else:
+                executor.finish()  # no rank is waited for in the sum that could not read its data
+                weights = self._normalised(weights)
+            if self._ties is not None:
+                self._ties.unshard()
+            result = executor.step(
+                inputs, labels, loss_weights=weights, scale=self.options.scale, measure=measure
+            )
+            executor.finish()
+            if self._ties is not None:
+                self._ties.reshard()
         self._spans = result.spans
         if not self.is_sharded:
             self._reduce_ties()
-        return self._over_data(self._sum(result, loss_weights))
+        return self._over_data(self._sum(result, weights))
 
     def evaluate(
         self,
@@ -179,13 +191,14 @@ class Pipeline:
         """
         count = self.num_microbatches if num_microbatches is None else num_microbatches
         executor = self._executor(count, trains=False)
-        inputs, labels = self._take(executor, data, count)
-        if self._ties is not None:
-            self._ties.unshard()
-        result = executor.step(inputs, labels if with_loss else None, keep_outputs=return_outputs)
-        executor.finish()
-        if self._ties is not None:
-            self._ties.reshard()
+        with self._ends_on_all_ranks():
+            inputs, labels, _ = self._take(executor, data, count)
+            if self._ties is not None:
+                self._ties.unshard()
+            result = executor.step(inputs, labels if with_loss else None, keep_outputs=return_outputs)
+            executor.finish()
+            if self._ties is not None:
+                self._ties.reshard()
         return self._over_data(self._sum(result, None)), result.outputs
 
     def set_num_microbatches(self, num_microbatches: int) -> None:
@@ -248,6 +261,15 @@ class Pipeline:
         if self._own_groups:
             self.groups.close()
 
+    @contextmanager
+    def _ends_on_all_ranks(self) -> Iterator[None]:
+        """If this rank cannot go on, the ranks that wait for it in a collective of the model cannot either."""
+        try:
+            yield
+        except PipelineError:
+            self.groups.leave()
+            raise
+
     def _executor(self, count: int, *, trains: bool) -> Executor:
         """The executor for a number of micro-batches. The two of the last numbers are kept."""
         key = count, trains
@@ -261,17 +283,23 @@ class Pipeline:
                 self._channel,
                 receive_ahead=self.options.receive_ahead,
                 max_unsharded=self.options.max_unsharded,
+                title=f"rank {self.module.global_rank}",
             )
             self._executors = {k: e for k, e in self._executors.items() if k[1] != trains} | {key: executor}
         return self._executors[key]
 
     def _take(
-        self, executor: Executor, data: Iterable[Any], count: int
-    ) -> tuple[list[Any] | None, list[Any] | None]:
+        self,
+        executor: Executor,
+        data: Iterable[Any],
+        count: int,
+        weigh: Callable[[Any], float] | None = None,
+    ) -> tuple[list[Any] | None, list[Any] | None, Sequence[float] | None]:
+        """Inputs on the rank of the first stage; labels, and their weights, on that of the last; None elsewhere."""
         stages = self.module.local_stages
         first, last = 0 in stages, len(self.module.rank_of_stage) - 1 in stages
         if not (first or last):
-            return None, None
+            return None, None, None
         rank = self.module.global_rank
         try:
             iterator: Iterator[Any] = iter(data)
@@ -282,6 +310,7 @@ class Pipeline:
                         f"micro-batch {number} is a {type(item).__name__}: the data of a pipeline are pairs (inputs, "
                         "labels)"
                     )
+            weights = [float(weigh(item[1])) for item in items] if last and weigh is not None else None
         except Exception as error:
             message = f"rank {rank} could not read its data: {type(error).__name__}: {error}"
             executor.fail(message)
@@ -293,7 +322,20 @@ class Pipeline:
         return (
             [item[0] for item in items] if first else None,
             [item[1] for item in items] if last else None,
+            weights,
         )
+
+    def _normalised(self, weights: Sequence[float] | None) -> Sequence[float] | None:
+        """Factors of losses on the ranks of the last stage whose mean over data-parallel ranks is the weighted mean."""
+        if weights is None:
+            return None
+        total = torch.tensor(sum(weights), dtype=torch.float64)
+        ranks = 1
+        if self.groups.data is not None:
+            dist.all_reduce(total, group=self.groups.data)
+            ranks = dist.get_world_size(self.groups.data)
+        # Without any weight, such as tokens of padding only, there is nothing to learn: all factors are 0.
+        return [weight * ranks / total.item() if weight else 0.0 for weight in weights]
 
     def _sum(self, result: StepResult, weights: Sequence[float] | None) -> Tensor:
         total = torch.zeros((), dtype=torch.float32)
@@ -344,7 +386,10 @@ class Pipeline:
         if self.groups.messages is None:
             return MemoryHub(1).transport(0)
         return GroupTransport(
-            self.groups.messages, device=self.options.device, timeout_s=self.options.timeout_s
+            self.groups.messages,
+            device=self.options.device,
+            timeout_s=self.options.timeout_s,
+            board=self.groups.board(),
         )
 
     def _forwards(self, num_microbatches: int) -> Schedule:

@@ -117,6 +117,14 @@ class Control:
         self._check_whole("set_reduction", True)
         self._live().reducer.set_reduction(reduction)
 
+    # --- failures
+
+    def fail(self, reason: str) -> None:
+        """Makes the other ranks raise `reason` where they wait for this one, which cannot go on. The process groups
+        cannot be used afterwards. Without `ZeroConfig.order_timeout_s` it has no effect.
+        """
+        self._live().waiting.fail(reason)
+
     def _check_whole(self, what: str, recurse: bool) -> None:
         if not self._is_model:
             raise ValueError(

@@ -82,6 +82,9 @@ class Waiting:
     def guard(self, what: str) -> Iterator[None]:
         yield
 
+    def fail(self, reason: str) -> None:
+        """Makes the other ranks raise, which would wait for this one in vain. Without detection it has no effect."""
+
     def stop(self) -> None:
         return None
 
@@ -171,10 +174,12 @@ class StallWatch(Waiting):
             self.log.waiting = outer
 
     def _tell(self, what: str, error: Exception) -> None:
-        """Makes the other ranks raise the error of this rank, for which they would wait in vain."""
+        who = f"rank {self._global_rank} failed in {what}, and cannot go on"
+        self.fail(f"{who}: {type(error).__name__}: {error}")
+
+    def fail(self, reason: str) -> None:
         if self._verdict is None:
-            who = f"rank {self._global_rank} failed in {what}, and cannot go on"
-            self._verdict = f"{who}: {type(error).__name__}: {error}"
+            self._verdict = reason
             with suppress(RuntimeError):  # from the store
                 self._store.set(self._key("verdict"), self._verdict)
             self._close()

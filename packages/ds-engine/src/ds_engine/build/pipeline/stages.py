@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,15 +96,30 @@ class StagesOfJob:
     def set_num_microbatches(self, num_microbatches: int) -> None:
         self._pipeline.set_num_microbatches(num_microbatches)
 
-    def train(self, data: Iterable[Any]) -> Tensor:
-        return self._pipeline.forward_backward(data)
+    def train(
+        self, data: Iterable[Any], loss_weights: Sequence[float] | Callable[[Any], float] | None = None
+    ) -> Tensor:
+        with self._ends_on_all_ranks():
+            return self._pipeline.forward_backward(data, loss_weights=loss_weights)
 
     def evaluate(
         self, data: Iterable[Any], *, num_microbatches: int, with_loss: bool, keep_outputs: bool
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        return self._pipeline.evaluate(
-            data, num_microbatches=num_microbatches, with_loss=with_loss, return_outputs=keep_outputs
-        )
+        with self._ends_on_all_ranks():
+            return self._pipeline.evaluate(
+                data, num_microbatches=num_microbatches, with_loss=with_loss, return_outputs=keep_outputs
+            )
+
+    @contextmanager
+    def _ends_on_all_ranks(self) -> Iterator[None]:
+        """If this rank cannot go on, the ranks that wait for its shards or gradients cannot either."""
+        from ds_pipe import PipelineError
+
+        try:
+            yield
+        except PipelineError as error:
+            ds_zero.control(self._placed.module).fail(str(error))
+            raise
 
     def last_group(self) -> tuple[Any, int]:
         return self._placed.groups.pipe, self._placed.groups.last_rank
