@@ -39,6 +39,10 @@ class _Quantized:
             self._blocks = (numel, device, Blocks(table=blocks.table.to(device), numel=numel))
         return self._blocks[2]
 
+    def _payload_bytes(self, numel: int) -> int:
+        blocks = Blocks.uniform(numel, self.compressor.block_numel)
+        return self.compressor.payload_bytes(Blocks(table=blocks.table, numel=numel))
+
     def _seed(self, rank: int) -> int:
         """Differs between calls and between ranks, and is the same when a run is repeated."""
         self._calls += 1
@@ -60,15 +64,17 @@ class QuantizedAllGather(_Quantized):
 
     def wire_bytes(self, numel: int, world_size: int) -> int:
         """Returns the bytes that a rank sends if it has `numel` elements, by formula."""
-        blocks = Blocks.uniform(numel, self.compressor.block_numel)
-        sized = Blocks(table=blocks.table, numel=numel)
-        return self.compressor.payload_bytes(sized) * (world_size - 1)
+        return self._payload_bytes(numel) * (world_size - 1)
 
     def sent_bytes(self, numel: int, dtype: torch.dtype, size: int) -> int:
         """Returns the bytes that a rank sends in a call whose output has `numel` elements, among `size` ranks."""
         if dtype not in FLOATS:
             return numel // size * (size - 1) * dtype.itemsize
         return self.wire_bytes(numel // size, size)
+
+    def buffer_bytes(self, numel: int, dtype: torch.dtype, size: int) -> int:
+        """Returns the bytes of memory that a call needs while it runs, arguments as for `sent_bytes`."""
+        return self._payload_bytes(numel // size) * (size + 1) if dtype in FLOATS else 0
 
     @torch.no_grad()
     def __call__(
@@ -112,13 +118,18 @@ class QuantizedReduceScatter(_Quantized):
     rank sends 1 / local of the pieces across machines. Without one in one hop. Sums are in order of rank.
     """
 
-    def __init__(self, compressor: Compressor | None = None, hierarchy: Hierarchy | None = None) -> None:
+    def __init__(
+        self, compressor: Compressor | None = None, hierarchy: Hierarchy | None = None, *, local_size: int = 1
+    ) -> None:
         """Args:
         compressor: None: `IntCompressor(bits=4, rounding="stochastic")`, whose errors have the mean 0.
         hierarchy: of the group that is passed to calls.
+        local_size: without a hierarchy, the number of ranks on each machine whose messages `sent_bytes` and
+            `buffer_bytes` count. For a prediction, where there are no groups: calls raise if it is not 1.
         """
         super().__init__(IntCompressor(bits=4, rounding="stochastic") if compressor is None else compressor)
         self.hierarchy = hierarchy
+        self._local_size = local_size if hierarchy is None else dist.get_world_size(hierarchy.local)
         self.slow_traffic = Traffic() if hierarchy is not None else self.traffic
         """Sent across machines; `traffic` counts what is sent inside of them."""
 
@@ -126,17 +137,22 @@ class QuantizedReduceScatter(_Quantized):
         """Returns the bytes that a rank sends in one hop among `world_size` ranks, if each is sent `pieces` slices of
         `numel` elements.
         """
-        blocks = Blocks.uniform(numel, self.compressor.block_numel)
-        sized = Blocks(table=blocks.table, numel=numel)
-        return self.compressor.payload_bytes(sized) * pieces * (world_size - 1)
+        return self._payload_bytes(numel) * pieces * (world_size - 1)
 
     def sent_bytes(self, numel: int, dtype: torch.dtype, size: int) -> int:
         """Returns the bytes that a rank sends in a call whose input has `numel` elements, among `size` ranks."""
-        each = numel // size
-        if self.hierarchy is None:
+        each, local = numel // size, self._local_size
+        if local == 1:
             return self.wire_bytes(each, 1, size)
-        local = dist.get_world_size(self.hierarchy.local)
         return self.wire_bytes(each, size // local, local) + self.wire_bytes(each, 1, size // local)
+
+    def buffer_bytes(self, numel: int, dtype: torch.dtype, size: int) -> int:
+        """Returns the bytes of memory that a call needs while it runs, arguments as for `sent_bytes`."""
+        each, local = numel // size, self._local_size
+        payload = self._payload_bytes(each)
+        sums = 4 * each * (size // local) if local > 1 else 0
+        regrouped = numel * dtype.itemsize if local > 1 else 0
+        return 2 * payload * size + sums + regrouped
 
     @torch.no_grad()
     def __call__(
@@ -151,6 +167,8 @@ class QuantizedReduceScatter(_Quantized):
         world_size = dist.get_world_size(group)
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
             raise ValueError(f"QuantizedReduceScatter: op must be SUM or AVG, but is {op}")
+        if self.hierarchy is None and self._local_size > 1:
+            raise ValueError("QuantizedReduceScatter: local_size is for predictions; pass a hierarchy")
         weight = 1.0 / world_size if op == dist.ReduceOp.AVG else 1.0
         slices = input_tensor.contiguous().view(world_size, -1)
         out = output_tensor.view(-1)

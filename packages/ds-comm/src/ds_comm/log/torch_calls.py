@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_comm.log.comms_log import CommsLog, End
+from ds_comm.log.comms_log import CommsLog
 
 OPERATIONS = (
     "all_reduce",
@@ -75,7 +75,8 @@ class TorchCalls:
                 return function(*args, **kwargs)
             with log.inside():
                 result = function(*args, **kwargs)
-            _at_end(result, end)
+            sent_bytes = _sent_bytes(*args, **kwargs) if name == "all_to_all_single" else None
+            _at_end(result, functools.partial(end, sent_bytes))
             return result
 
         return call
@@ -105,6 +106,22 @@ def _num_bytes(name: str, args: Iterable[Any], kwargs: dict[str, Any]) -> int:
     return max((_bytes_of(x) for x in (*args, *kwargs.values())), default=0)
 
 
+def _sent_bytes(
+    output: Tensor,
+    input: Tensor,
+    output_split_sizes: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
+    group: Any = None,
+    *_: Any,
+    **__: Any,
+) -> int | None:
+    """Returns what `all_to_all_single` sends to other ranks, with its arguments; None: the same to each."""
+    if not input_split_sizes:
+        return None
+    kept = input_split_sizes[dist.get_rank(group)] / max(1, sum(input_split_sizes))
+    return round(input.nbytes * (1 - kept))
+
+
 def _bytes_of(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
@@ -113,7 +130,7 @@ def _bytes_of(value: Any) -> int:
     return 0
 
 
-def _at_end(result: Any, end: End) -> None:
+def _at_end(result: Any, end: Callable[..., None]) -> None:
     """Calls `end` when the operation has ended: at once if it is not asynchronous, and never if that is not told."""
     works = result if isinstance(result, list) else [result]
     if not all(isinstance(work, dist.Work) for work in works) or not works:

@@ -81,32 +81,52 @@ def collectives_of(
     base = given if given is not None else ds_comm.collectives()
     if log is not None and isinstance(base, ds_comm.Collectives):
         base = replace(base, log=log.log)
-    weights, gradients = job.quantized_weights, job.quantized_gradients
-    if not weights and not gradients:
+    if not job.quantized_weights and not job.quantized_gradients:
         return base
+    hierarchy = _hierarchy(job, meshes, world) if job.quantized_gradients else None
+    return _quantized(job, base, QuantizedReduceScatter(_int4(), hierarchy))
+
+
+def planned_collectives(job: Job) -> ds_comm.Collectives | None:
+    """Returns collectives that tell what a rank sends, without process groups; None: what its tensors have. Ranks are
+    taken to be on one machine, except with `zero_hpz_partition_size` ranks on each.
+    """
+    if not job.quantized_weights and not job.quantized_gradients:
+        return None
+    local = _local_size(job, 1)
+    return _quantized(job, ds_comm.Collectives(), QuantizedReduceScatter(_int4(), local_size=local))
+
+
+def _int4() -> IntCompressor:
+    return IntCompressor(bits=4, rounding="stochastic")
+
+
+def _quantized(job: Job, base: Any, reduce: QuantizedReduceScatter) -> ds_comm.Collectives:
     exact = ds_comm.Collectives(all_gather=base.all_gather, reduce_scatter=base.reduce_scatter)
     # Secondary copies hold what was gathered, and replicas are reduced and gathered in turn: both stay exact.
     axes = {"secondary": exact, "replicate": exact, **base.axes}
-    reduce = QuantizedReduceScatter(
-        IntCompressor(bits=4, rounding="stochastic"), _hierarchy(job, meshes, world) if gradients else None
-    )
     return ds_comm.Collectives(
-        all_gather=QuantizedAllGather() if weights else base.all_gather,
-        reduce_scatter=reduce if gradients else base.reduce_scatter,
+        all_gather=QuantizedAllGather() if job.quantized_weights else base.all_gather,
+        reduce_scatter=reduce if job.quantized_gradients else base.reduce_scatter,
         axes=axes,
         connect=base.connect,
         log=base.log,
     )
 
 
-def _hierarchy(job: Job, meshes: Meshes, world: World) -> Hierarchy | None:
-    """Returns the ranks on each machine and those with the same place; None: gradients are exchanged in one hop."""
-    group = meshes.data.get_group("data") if meshes.data is not None else dist.group.WORLD
+def _local_size(job: Job, of_host: int) -> int:
+    """Returns the number of ranks on each machine if gradients are exchanged in two hops, otherwise 1."""
     size = job.topology.shards.size
     local = job.settings.zero_optimization.zero_hpz_partition_size
-    if local <= 1:
-        local = world.local_size
-    if not 1 < local < size or size % local:
+    local = of_host if local <= 1 else local
+    return local if 1 < local < size and size % local == 0 else 1
+
+
+def _hierarchy(job: Job, meshes: Meshes, world: World) -> Hierarchy | None:
+    """Returns the ranks on each machine and those with the same place; None: gradients are exchanged in one hop."""
+    local = _local_size(job, world.local_size)
+    if local == 1:
         return None
+    group = meshes.data.get_group("data") if meshes.data is not None else dist.group.WORLD
     assert isinstance(group, dist.ProcessGroup)
     return Hierarchy.of(local, group)

@@ -95,6 +95,14 @@ class CountsBytes(Protocol):
         """
 
 
+@runtime_checkable
+class CountsBuffers(CountsBytes, Protocol):
+    """A collective that needs memory while it runs, which a plan counts."""
+
+    def buffer_bytes(self, numel: int, dtype: torch.dtype, size: int) -> int:
+        """Returns the bytes of the buffers of one call, arguments as for `sent_bytes`."""
+
+
 class Leaves(Protocol):
     """A group that this process can leave."""
 

@@ -37,6 +37,10 @@ class FakeGroup(SimulatedGroup):
     def sent_bytes(self, value: float) -> None:
         self._sent[0] = value
 
+    def count(self, num_bytes: float) -> None:
+        """Counts bytes that this rank would have sent."""
+        self._sent[0] += num_bytes
+
     def part(self, size: int) -> FakeGroup:
         """Returns a subgroup of `size` ranks; its messages are counted here, too."""
         made = FakeGroup(self.rank() % size, size)
@@ -44,7 +48,7 @@ class FakeGroup(SimulatedGroup):
         return made
 
     def _sends(self, tensors: Sequence[Tensor], times: float) -> dist.Work:
-        self._sent[0] += times * sum(t.numel() * t.element_size() for t in tensors)
+        self.count(times * sum(t.numel() * t.element_size() for t in tensors))
         return _Arrived()
 
     def broadcast(self, tensors: Any, *opts: Any, **more: Any) -> Any:  # type: ignore[override]

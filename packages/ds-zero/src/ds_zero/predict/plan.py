@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ds_zero import _registry
 from ds_zero.checks import check_stage
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import ChoosesTiers, PlansStates, SegmentStep, UndoableStep
+from ds_zero.interfaces import ChoosesTiers, CollectiveSet, PlansStates, SegmentStep, UndoableStep
 from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.predict import allocation_tracker
 from ds_zero.predict.remedies import batch_size, nearest_that_fit
@@ -57,6 +57,7 @@ def plan(
     device: torch.device | str | None = None,
     budget_bytes: int | None = None,
     host_budget_bytes: int | None = None,
+    comm: CollectiveSet | None = None,
 ) -> Plan:
     """Predicts the bytes that one rank holds in each phase of training, and the bytes that it sends in a step.
 
@@ -95,6 +96,8 @@ def plan(
         device: type of the training device. Default: the accelerator if there is one, else "cpu".
         budget_bytes: device memory of one rank. If it is too small, `Plan.remedies` contains settings that fit.
         host_budget_bytes: the same for host memory.
+        comm: the argument `comm` of `shard`. Collectives that send other bytes than their tensors have (`CountsBytes`)
+            are counted by these; they are not called.
 
     Raises:
         ValueError: the model cannot be planned. The message contains a remedy.
@@ -103,9 +106,7 @@ def plan(
     if ranks < 1 or accumulation_steps < 1:
         raise ValueError(f"ranks={ranks}, accumulation_steps={accumulation_steps}: both must be at least 1")
     built = _build(model)
-    config = config or ZeroConfig()
-    if precision is not None:
-        config = replace(config, param_dtype=precision)
+    config = _in_precision(config or ZeroConfig(), precision)
     optimizer = optimizer or torch.optim.AdamW
     job = Job(
         stage=stage,
@@ -128,6 +129,7 @@ def plan(
         states=optimizer_states(built, optimizer),
         undoable=isinstance(_made(built, optimizer), UndoableStep),
         pageable=_is_pageable(built, optimizer),
+        comm=comm,
     )
     job = _with_kinds(job, built)
     planner = _Planner(built, budget_bytes, host_budget_bytes)
@@ -265,6 +267,10 @@ def _build(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
             return model()
     except (NotImplementedError, RuntimeError):
         return model()  # it reads values while it is constructed
+
+
+def _in_precision(config: ZeroConfig, precision: torch.dtype | None) -> ZeroConfig:
+    return config if precision is None else replace(config, param_dtype=precision)
 
 
 def _made(model: nn.Module, optimizer: Optimizer | MakeOptimizer) -> Optimizer:

@@ -27,11 +27,10 @@ from ds_zero import _registry
 from ds_zero.api.control import control
 from ds_zero.api.loop import clip_grad_norm_
 from ds_zero.api.shard import shard
-from ds_zero.comm.collectives import Comm, TorchAllGather, TorchReduceScatter
 from ds_zero.comm.ranks import Ranks
 from ds_zero.comm.topology import MeshFor, Topology, topology_of
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import ChoosesTiers, PlansStates, Reservation, ShardKey, Tier
+from ds_zero.interfaces import ChoosesTiers, CollectiveSet, PlansStates, Reservation, ShardKey, Tier
 from ds_zero.layout.units import choose_units
 from ds_zero.params.records import records
 from ds_zero.predict import allocation_tracker
@@ -41,6 +40,7 @@ from ds_zero.predict.fake_group import FakeGroup, StandInStore
 from ds_zero.predict.fake_ops import LeanOperations
 from ds_zero.predict.model_copy import fake_copy
 from ds_zero.predict.optimizer_probe import probe_states, stand_in
+from ds_zero.predict.planned_comm import planned_comm
 from ds_zero.predict.tiers import STATE, ByKind, with_states
 from ds_zero.runtime.gradients.loss_scaler import LossScaler
 from ds_zero.runtime.gradients.norms import BLOCK_NUMEL
@@ -99,6 +99,8 @@ class Job:
     """Whether the optimizer can take steps back."""
     pageable: bool = False
     """Whether the optimizer is element-wise, so that its states may be on a disk."""
+    comm: CollectiveSet | None = None
+    """Collectives whose bytes are counted if they tell them; None: the default ones."""
 
     def topology(self, params: Mapping[str, nn.Parameter]) -> tuple[FakeGroup, Topology]:
         """Returns fake groups for the ranks, as rank 0; all count messages in one counter."""
@@ -222,7 +224,7 @@ class _Run:
             store=StandInStore(
                 self._tiers_of, partial(self._rest_on_host), simulates_accelerator=not job.on_cpu
             ),
-            comm=None if job.on_cpu else Comm(TorchAllGather(), TorchReduceScatter()),
+            comm=planned_comm(job.comm, job.config, on_cpu=job.on_cpu),
             norms=_norms,
         )
         self.state: ZeroState = _registry.state_of(self.model)
@@ -371,10 +373,10 @@ def ranks_in(group: FakeGroup, num_ranks: int, shard_ranks: int | None) -> Ranks
     if size < 1 or num_ranks % size:
         raise ValueError(f"shard_ranks={size} does not divide ranks={num_ranks}: it must be a divisor")
 
-    def some(count: int, replicas: Ranks | None = None) -> Ranks:
-        return Ranks(group.part(count) if count > 1 else None, 0, count, replicas)
+    def some(count: int, replicas: Ranks | None = None, axis: str = "data") -> Ranks:
+        return Ranks(group.part(count) if count > 1 else None, 0, count, replicas, axis=axis)
 
-    return some(size, some(num_ranks // size) if size < num_ranks else None)
+    return some(size, some(num_ranks // size, axis="replicate") if size < num_ranks else None)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

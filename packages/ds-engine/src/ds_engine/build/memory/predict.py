@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import ds_zero
+from ds_engine.build.comm import planned_collectives
 from ds_engine.build.offload import place, tiers_of
 from ds_engine.build.optimizer import maker_of
 from ds_engine.build.zero import zero_config
@@ -100,4 +101,5 @@ def _arguments(job: Job, model: nn.Module, stage: int | None) -> dict[str, Any]:
         "loss_scale": job.precision.loss_scaling is not None,
         "clip": math.isfinite(job.clipping),
         "device": job.device_type,
+        "comm": planned_collectives(job),
     }
