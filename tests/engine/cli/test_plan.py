@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ def both():
     model = only()
     assert all(p.is_meta for p in model.parameters())
     return model, torch.empty(3, 512)
+
+def real():
+    return only(), torch.zeros(3, 512)
 
 def wrong():
     return 5
@@ -108,7 +112,7 @@ def test_options_that_cannot_be_meant_are_one_line(
 
 def test_an_error_in_the_factory_is_one_line_with_its_place(tmp_path: Path) -> None:
     code, text = ds_plan(tmp_path, factory="broken")
-    assert code == 2 and "failed: TypeError: no model today" in text and "job.py:17" in text
+    assert code == 2 and "failed: TypeError: no model today" in text and "job.py:20" in text
     (tmp_path / "bad.py").write_text("def make(:")
     code, text = ds_plan(tmp_path, "--model", f"{tmp_path / 'bad.py'}:make")
     assert code == 2 and "cannot be imported: SyntaxError" in text
@@ -128,6 +132,54 @@ def test_every_stage_on_several_numbers_of_ranks(tmp_path: Path) -> None:
     assert len(cells) == 8 and cells[0, 4] >= cells[1, 4] > cells[3, 4]
     code, single = ds_plan(tmp_path, "-n", "4", "--json", factory="only", zero_optimization={"stage": 3})
     assert json.loads(single)["device_bytes"] == cells[3, 4]
+
+
+RATES = {
+    "flops_per_s": 1e9,
+    "memory_bytes_per_s": 1e9,
+    "link": {"latency_s": 1e-5, "bytes_per_s": 1e8},
+}
+
+
+def test_time_and_picture_of_every_stage(tmp_path: Path) -> None:
+    (tmp_path / "rates.json").write_text(json.dumps(RATES))
+    rates = ("--rates", str(tmp_path / "rates.json"))
+    code, text = ds_plan(tmp_path, "-n", "2", "--json", *rates, zero_optimization={"stage": 0})
+    time = json.loads(text)["time"]
+    # Two products of 4 x 512 x 512, 2 FLOPs each, thrice; the first layer's input needs no gradient.
+    flops = 2 * 4 * 512 * 512 * 2 * 3 - 2 * 4 * 512 * 512
+    assert code == 0 and time["compute_s"] == pytest.approx(flops / 1e9 + 2 * 4 * NUMEL / 1e9, rel=0.02)
+    assert time["messages_s"] == pytest.approx(4 * NUMEL / 1e8, rel=0.02)
+    html = tmp_path / "plan.html"
+    arguments = ("--compare", "1,1024", "--json", "--html", str(html), *rates)
+    code, text = ds_plan(tmp_path, *arguments)
+    cells = {(cell["stage"], cell["ranks"]): cell for cell in json.loads(text)["cells"]}
+    assert code == 0 and cells[0, 1]["sent_bytes"] == 0 < cells[0, 1024]["sent_bytes"]
+    assert cells[0, 1]["step_s"] < cells[0, 1024]["step_s"]
+    assert cells[2, 1024]["samples_per_s"] == pytest.approx(4096 / cells[2, 1024]["step_s"])
+    titles = re.findall(r"<figcaption>([^<]*)<", html.read_text())
+    assert [title.split()[0] for title in titles] == ["Peak", "Sent", "Predicted", "Predicted"]
+    code, text = ds_plan(tmp_path, "--html", str(html))
+    assert code == 2 and "add --compare" in " ".join(text.split())
+    code, text = ds_plan(tmp_path, *rates, factory="only")
+    assert code == 2 and "needs the inputs of a forward" in " ".join(text.split())
+
+
+def test_the_rates_of_this_machine_are_measured_with_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ds_engine.launch
+
+    # In this process: what the command starts in new ones.
+    monkeypatch.setattr(
+        ds_engine.launch, "notebook", lambda function, ranks, *given: [function(*given)] * ranks
+    )
+    file = tmp_path / "rates.json"
+    code, text = ds_plan(tmp_path, "--measure", "1", "--rates", str(file), "--json", factory="real")
+    assert code == 0, text
+    measured = json.loads(file.read_text())
+    assert 1e7 < measured["forward_flops_per_s"] < 1e13 and 1e7 < measured["memory_bytes_per_s"] < 1e12
+    assert json.loads(text)["time"]["total_s"] > 0
 
 
 def test_a_model_of_hugging_face_by_its_configuration(tmp_path: Path) -> None:

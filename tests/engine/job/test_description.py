@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 import ds_engine
 import ds_zero
 from ds_engine.build import verify as verifying
-from ds_engine.build.memory.plan import plan
+from ds_engine.build.memory.plan import Planned
 from ds_engine.build.topology import arranged
 from ds_engine.config import load
 from ds_engine.job import choices_of, describe
@@ -92,7 +92,7 @@ def test_initialize_plan_and_verify_see_the_same_optimizer(number: int) -> None:
     planned = given_to(
         ds_zero,
         "plan",
-        lambda: plan(settings, lambda: model, ranks=1, device="cpu"),
+        lambda: Planned.of(settings, lambda: model, ranks=1, device="cpu").memory(),
         lambda made, _, *, optimizer, **__: seen(
             optimizer([p for p in made.parameters() if p.requires_grad])
         ),
@@ -111,7 +111,8 @@ def test_states_in_bf16_are_planned_as_such() -> None:
 
     def states(**section: Any) -> int:
         settings = load(jobs.config(1, scheduler=None, bf16={"enabled": True, **section}))
-        predicted = plan(settings, lambda: (nn.Linear(512, 512), torch.empty(1, 512)), ranks=1, device="cpu")
+        made = (nn.Linear(512, 512), torch.empty(1, 512))
+        predicted = Planned.of(settings, lambda: made, ranks=1, device="cpu").memory()
         step = next(p for p in json.loads(predicted.to_json())["phases"] if p["phase"] == "step")
         return int(step["parts"]["states"])
 

@@ -152,9 +152,10 @@ def test_messages_are_those_of_the_formula() -> None:
             0.7 if stage == 3 else 1.0
         )  # the last unit of so small a model is most of it, and is not gathered twice
         assert times * payload * 0.95 * kept <= sum(sent.values()) <= times * payload * 1.03
-    assert sum(Job(stage=2, steps=3, model=SMALL).plan(4).sent_bytes.values()) == pytest.approx(
-        4 * payload, rel=0.03
-    )
+    for steps in (3, 9):  # plans run at most four micro-batches
+        assert sum(Job(stage=2, steps=steps, model=SMALL).plan(4).sent_bytes.values()) == pytest.approx(
+            (steps + 1) * payload, rel=0.03
+        )
 
 
 def test_planning_changes_nothing_and_needs_no_memory() -> None:

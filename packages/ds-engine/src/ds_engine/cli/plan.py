@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from ds_engine.build.memory.plan_table import PlanTable
-    from ds_zero import Plan
+    from collections.abc import Callable
+
+    from ds_engine.build.memory.plan_table import Options, PlanTable
+    from ds_engine.build.step_time.planned import PlannedStep
+    from ds_engine.config import DsConfig
+    from ds_engine.step_time import Rates
 
 
 Config = Annotated[str, typer.Option("--config", help="A ds_config.json.")]
@@ -56,6 +61,25 @@ Compare = Annotated[
         "instead of one plan.",
     ),
 ]
+RatesFile = Annotated[
+    str | None,
+    typer.Option(
+        "--rates",
+        help="JSON with the rates of the machines: predict the time of a step, too. With --measure: write it.",
+    ),
+]
+Measure = Annotated[
+    int | None,
+    typer.Option(
+        "--measure",
+        min=1,
+        help="Measure the rates with the model itself, in this number of processes on this machine, and predict the "
+        "time of a step.",
+    ),
+]
+Html = Annotated[
+    str | None, typer.Option("--html", help="Write the table of --compare as a page with charts, too.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 
 
@@ -70,6 +94,9 @@ def plan(
     device: Device = None,
     checkpointing: Checkpointing = False,
     compare: Compare = None,
+    rates: RatesFile = None,
+    measure: Measure = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Predict memory and messages of each rank, without starting anything. The exit code is 1 if the job does not
@@ -82,12 +109,16 @@ def plan(
     with waiting("reading the configuration and the model") as now:
         try:
             counts = None if compare is None else _counts(compare)
+            if html is not None and counts is None:
+                raise ValueError(
+                    "--html: the page shows stages over numbers of ranks: add --compare, such as 1,8,64"
+                )
             bytes_on_device = None if budget is None else parse_bytes(budget)
             bytes_on_host = None if host_budget is None else parse_bytes(host_budget)
 
-            from ds_engine.build.memory import plan_table
+            from ds_engine.build.memory import plan_page, plan_table
             from ds_engine.build.memory.model_source import model_factory
-            from ds_engine.build.memory.plan import plan as make
+            from ds_engine.build.step_time.planned import planned_step
             from ds_engine.config import load
 
             settings, factory = load(config), model_factory(model, tokens=tokens)
@@ -98,12 +129,15 @@ def plan(
                 budget_bytes=bytes_on_device,
                 host_budget_bytes=bytes_on_host,
             )
-            result: Plan | PlanTable
+            known = _rates(rates, measure, settings, model, tokens, options, now)
+            result: PlannedStep | PlanTable
             if counts is not None:
-                result = plan_table.compare(settings, factory, counts, options, say=now)
+                result = plan_table.compare(settings, factory, counts, options, say=now, rates=known)
+                if html is not None:
+                    plan_page.write_page(result, Path(html))
             else:
                 now(f"planning stage {settings.zero_optimization.stage} on {ranks} ranks")
-                result = make(settings, factory, ranks=ranks, **options.arguments())
+                result = planned_step(settings, factory, ranks, options, known)
         except (ConfigError, ValueError, OSError) as error:
             typer.echo(f"ds plan: {error}", err=True)
             raise typer.Exit(2) from None
@@ -112,6 +146,29 @@ def plan(
     else:
         _show(result)
     raise typer.Exit(1 if result.fits is False else 0)
+
+
+def _rates(
+    file: str | None,
+    processes: int | None,
+    settings: DsConfig,
+    model: str,
+    tokens: int | None,
+    options: Options,
+    now: Callable[[str], None],
+) -> Rates | None:
+    """Reads the rates, or measures and writes them; None if neither is asked for."""
+    from ds_engine.step_time import read_rates
+
+    if processes is None:
+        return None if file is None else read_rates(file)
+    from ds_engine.build.step_time.planned import measured_rates
+
+    now(f"measuring the model in {processes} process{'es' * (processes > 1)}")
+    measured = measured_rates(settings, model, tokens, processes, options)
+    if file is not None:
+        Path(file).write_text(measured.to_json() + "\n", encoding="utf-8")
+    return measured
 
 
 def _counts(text: str) -> list[int]:
@@ -142,7 +199,7 @@ def _known_device(name: str | None) -> str | None:
         ) from None
 
 
-def _show(result: Plan | PlanTable) -> None:
+def _show(result: PlannedStep | PlanTable) -> None:
     from rich.console import Console
     from rich.table import Table
 

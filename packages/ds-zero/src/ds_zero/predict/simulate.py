@@ -289,7 +289,9 @@ class _Run:
         )
 
     def _step(self) -> None:
-        for _ in range(self.steps):
+        for number in range(self.steps):
+            self._count_sent()
+            before = dict(self.sent)
             self._phase(FORWARD, allocation_tracker.ACTIVATIONS)
             loss = self.job.loss(self._forward())
             if self.steps > 1:
@@ -298,6 +300,11 @@ class _Run:
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             del loss
             self._classify()
+            if number == 1:  # sends as much as each of those that are not run
+                self._count_sent()
+                left_out = self.job.accumulation_steps - self.steps
+                for phase, bytes_before in before.items():
+                    self.sent[phase] += left_out * (self.sent[phase] - bytes_before)
         self._phase(STEP, allocation_tracker.WORKSPACE)
         if self.job.clip and self._reduces:
             clip_grad_norm_(self.model, 1.0)

@@ -3,8 +3,8 @@
 """
 
 from ds_engine.build.memory.check import warn_if_too_large
-from ds_engine.build.memory.plan import load_factory, plan
+from ds_engine.build.memory.plan import Planned, load_factory
 from ds_engine.build.memory.predict import placed
 from ds_engine.build.memory.refuse import refuse_if_impossible
 
-__all__ = ["load_factory", "placed", "plan", "refuse_if_impossible", "warn_if_too_large"]
+__all__ = ["load_factory", "placed", "Planned", "refuse_if_impossible", "warn_if_too_large"]

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ds_engine.build.memory.predict import Budgets, predicted
 from ds_engine.build.pipeline import refuse
 from ds_engine.build.topology import arranged
 from ds_engine.config import DsConfig
-from ds_engine.job import choices_of, describe
+from ds_engine.job import Job, choices_of, describe
 
 
 def load_factory(where: str) -> Callable[[], Any]:
@@ -51,50 +52,75 @@ def load_factory(where: str) -> Callable[[], Any]:
     return factory
 
 
-def plan(
-    settings: DsConfig,
-    factory: Callable[[], Any],
-    *,
-    ranks: int,
-    micro_batch: int | None = None,
-    checkpointing: bool = False,
-    device: str | None = None,
-    budget_bytes: int | None = None,
-    host_budget_bytes: int | None = None,
-) -> ds_zero.Plan:
-    """Predicts memory and messages of one of `ranks` ranks.
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A job, its model on the meta device, and the inputs of one forward."""
 
-    Args:
-        factory: makes the model, or the model and example inputs of one forward (a tensor, a tuple, or a mapping of
-            keywords). It is called on the meta device, so the model takes no memory.
-        micro_batch: number of samples of one forward. Default: that of the configuration.
-        checkpointing: recompute activations of every block.
+    job: Job
+    model: nn.Module
+    inputs: Any
+    """On the meta device, of the planned size; None if the factory gave none."""
+    samples: int
+    """Size of the micro-batch."""
 
-    Raises:
-        ConfigError: the batch sizes contradict each other on this number of ranks.
-        ValueError: the model cannot be planned.
-    """
-    choices = choices_of(settings)
-    job = describe(choices, arranged(settings, 0, ranks), device or _default_device())
-    with torch.device("meta"):
-        made = factory()
-    model, inputs = made if isinstance(made, tuple) else (made, None)
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"the factory returned a {type(model).__name__}: it must return a model, or (model, inputs)"
+    @classmethod
+    def of(
+        cls,
+        settings: DsConfig,
+        factory: Callable[[], Any],
+        *,
+        ranks: int,
+        micro_batch: int | None = None,
+        device: str | None = None,
+    ) -> Planned:
+        """Describes the job and makes its model.
+
+        Args:
+            factory: makes the model, or the model and example inputs of one forward (a tensor, a tuple, or a mapping of
+                keywords). It is called on the meta device, so the model takes no memory.
+            ranks: number of ranks.
+            micro_batch: number of samples of one forward. Default: that of the configuration.
+            device: type of the training device. Default: that of this machine.
+
+        Raises:
+            ConfigError: the batch sizes contradict each other on this number of ranks.
+            ValueError: the factory makes no model, or inputs of different sizes.
+        """
+        job = describe(choices_of(settings), arranged(settings, 0, ranks), device or _default_device())
+        with torch.device("meta"):
+            made = factory()
+        model, inputs = made if isinstance(made, tuple) else (made, None)
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                f"the factory returned a {type(model).__name__}: it must return a model, or (model, inputs)"
+            )
+        refuse(model, "ds plan")
+        samples = micro_batch or job.batch.micro
+        if inputs is not None:
+            from ds_zero.predict.remedies import (
+                with_batch_size,
+            )  # prediction is not loaded where a job trains
+
+            inputs = with_batch_size(inputs, samples)
+        return cls(job=job, model=model, inputs=inputs, samples=samples)
+
+    def memory(self, *, checkpointing: bool = False, budgets: Budgets | None = None) -> ds_zero.Plan:
+        """Predicts memory and messages of one rank.
+
+        Args:
+            checkpointing: recompute activations of every block.
+            budgets: default: no limits.
+
+        Raises:
+            ValueError: the model cannot be planned.
+        """
+        return predicted(
+            self.job,
+            self.model,
+            micro_batch=self.inputs,
+            checkpointing=checkpointing,
+            budgets=budgets or Budgets(),
         )
-    refuse(model, "ds plan")
-    if inputs is not None:
-        from ds_zero.predict.remedies import with_batch_size  # prediction is not loaded where a job trains
-
-        inputs = with_batch_size(inputs, micro_batch or job.batch.micro)
-    return predicted(
-        job,
-        model,
-        micro_batch=inputs,
-        checkpointing=checkpointing,
-        budgets=Budgets(device_bytes=budget_bytes, host_bytes=host_budget_bytes),
-    )
 
 
 def _default_device() -> str:

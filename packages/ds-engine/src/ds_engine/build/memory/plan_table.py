@@ -7,8 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ds_engine.build.memory.plan import plan
+import ds_zero
+from ds_engine.build.memory.plan import Planned
+from ds_engine.build.memory.predict import Budgets
+from ds_engine.build.step_time.work import ModelWork, work_of, workload
 from ds_engine.config import DsConfig
+from ds_engine.step_time import Rates, seconds_text, simulate
 from ds_zero.tensors.sizes import human_bytes
 
 STAGES = (0, 1, 2, 3)
@@ -16,7 +20,7 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Arguments that all plans of a table share; see `ds_engine.build.memory.plan.plan`."""
+    """What all plans of a table share; see `ds_engine.build.memory.plan.Planned`."""
 
     micro_batch: int | None = None
     checkpointing: bool = False
@@ -24,9 +28,8 @@ class Options:
     budget_bytes: int | None = None
     host_budget_bytes: int | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        """Returns the keyword arguments of `plan`."""
-        return asdict(self)
+    def budgets(self) -> Budgets:
+        return Budgets(device_bytes=self.budget_bytes, host_bytes=self.host_budget_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,12 @@ class Cell:
     host_bytes: int = 0
     fits: bool | None = None
     """None without a budget, or without a plan."""
+    sent_bytes: int | None = None
+    """Bytes that a rank sends in a step; None without inputs of the model."""
+    step_s: float | None = None
+    """Predicted seconds of a step; None without rates."""
+    samples_per_s: float | None = None
+    """Predicted throughput of all ranks."""
     reason: str = ""
 
 
@@ -58,7 +67,8 @@ class PlanTable:
         return any(verdicts) if verdicts else None
 
     def title(self) -> str:
-        return f"{self.model}: peak memory of a rank"
+        timed = any(cell.step_s is not None for cell in self.cells)
+        return f"{self.model}: peak memory of a rank" + (", time of a step" if timed else "")
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows."""
@@ -88,22 +98,34 @@ def compare(
     options: Options,
     *,
     say: Callable[[str], None],
+    rates: Rates | None = None,
 ) -> PlanTable:
     """Plans every stage on every number of ranks.
 
     Args:
         say: called with a line about the current plan.
+        rates: of the machines, for the time of a step; None: no times.
 
     Raises:
         ValueError: nothing can be planned.
     """
     model = "the model"
     cells = []
+    work: ModelWork | None = None
     for stage in STAGES:
         for ranks in counts:
             say(f"planning stage {stage} on {ranks} ranks")
             try:
-                made = plan(_at_stage(settings, stage), factory, ranks=ranks, **options.arguments())
+                planned = Planned.of(
+                    _at_stage(settings, stage),
+                    factory,
+                    ranks=ranks,
+                    micro_batch=options.micro_batch,
+                    device=options.device,
+                )
+                made = planned.memory(checkpointing=options.checkpointing, budgets=options.budgets())
+                if rates is not None and work is None:
+                    work = work_of(planned.model, planned.inputs, planned.samples)
             except ValueError as error:
                 cells.append(Cell(stage=stage, ranks=ranks, device_bytes=None, reason=str(error)))
                 continue
@@ -115,11 +137,25 @@ def compare(
                     device_bytes=made.device_bytes,
                     host_bytes=made.host_bytes if made.device != "cpu" else 0,
                     fits=made.fits,
+                    **_costs(planned, made, work, rates),
                 )
             )
     if all(cell.device_bytes is None for cell in cells):
         raise ValueError(cells[0].reason)
     return PlanTable(model=model, cells=tuple(cells), budget=_budget(options))
+
+
+def _costs(
+    planned: Planned, made: ds_zero.Plan, work: ModelWork | None, rates: Rates | None
+) -> dict[str, Any]:
+    costs: dict[str, Any] = {"sent_bytes": sum(made.sent_bytes.values()) if made.sent_bytes else None}
+    if work is not None and rates is not None:
+        seconds = simulate(workload(planned.job, made, work, planned.samples), rates).total_s
+        costs |= {
+            "step_s": seconds,
+            "samples_per_s": planned.samples * planned.job.batch.steps * made.ranks / seconds,
+        }
+    return costs
 
 
 def _at_stage(settings: DsConfig, stage: int) -> DsConfig:
@@ -140,4 +176,6 @@ def _text(cell: Cell) -> str:
     text = human_bytes(cell.device_bytes)
     if cell.host_bytes:
         text += f" + {human_bytes(cell.host_bytes)} host"
+    if cell.step_s is not None:
+        text += f", {seconds_text(cell.step_s)}"
     return f"{text} x" if cell.fits is False else text

@@ -1,0 +1,177 @@
+"""Measures the rates of this machine with the model itself, in as many processes as the job has ranks here."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+import ds_comm
+from ds_comm.bench import measure as measure_collectives
+from ds_engine.build.step_time.work import call, update_bytes
+from ds_engine.config import DsConfig
+from ds_engine.job import Precision, choices_of
+from ds_engine.step_time import Rates
+from ds_engine.step_time.rates import fitted, rates_of
+from ds_zero.predict.plan import default_loss
+
+_ROUNDS = 5
+_MESSAGES = (1 << 16, 1 << 24)
+_UPDATE_NUMEL = 1 << 22
+"""Elements of the update that is measured: 64 MB with states, more than any cache."""
+
+
+def calibrate(
+    settings: DsConfig, where: str, tokens: int | None, samples: int, ranks: int, flops: tuple[float, float]
+) -> Rates:
+    """Starts `ranks` processes on this machine, and measures forward, backward, update and collectives in all of them
+    at once. Takes some seconds for a small model.
+
+    Args:
+        where, tokens: what `ds plan --model` and `--tokens` name.
+        samples: micro-batch that is measured.
+        flops: operations of its forward and of its backward.
+
+    Raises:
+        ValueError: the model cannot be made with values, or its factory gives no inputs.
+    """
+    from ds_engine.launch import notebook
+
+    told = notebook(measured, ranks, settings.model_dump(exclude_unset=True), where, tokens, samples)
+    return rates_from(told, flops, settings)
+
+
+def rates_from(told: Sequence[Mapping[str, Any]], flops: tuple[float, float], settings: DsConfig) -> Rates:
+    """Returns the rates from what all ranks have measured; those of copies and disks are the configured ones."""
+    # The slowest rank is the one that the others wait for.
+    forward_s, backward_s = (max(one[name] for one in told) for name in ("forward_s", "backward_s"))
+    first = told[0]
+    given: dict[str, Any] = {
+        "forward_flops_per_s": flops[0] / forward_s,
+        "backward_flops_per_s": flops[1] / backward_s,
+        "memory_bytes_per_s": min(one["memory_bytes_per_s"] for one in told),
+        "gather": first.get("gather", {"latency_s": 1e-5, "bytes_per_s": 1e10}),
+        "reduce": first.get("reduce", {"latency_s": 1e-5, "bytes_per_s": 1e10}),
+        "occupies": min(1.0, max(one["occupies"] for one in told)),
+    }
+    rates = settings.offload.rates
+    return replace(
+        rates_of(given),
+        device_host_bytes_per_s=float(rates.link),
+        disk_read_bytes_per_s=float(rates.disk_read),
+        disk_write_bytes_per_s=float(rates.disk_write),
+    )
+
+
+def measured(config: dict[str, Any], where: str, tokens: int | None, samples: int) -> dict[str, Any]:
+    """What one rank measures."""
+    from ds_engine.build.memory.model_source import model_factory
+    from ds_engine.config import load
+
+    settings = load(config)
+    world = ds_comm.start()
+    torch.manual_seed(0)
+    made = model_factory(where, tokens=tokens)()
+    if not isinstance(made, tuple):
+        raise ValueError(
+            f"{where!r} gives no example inputs, so nothing can be measured: return (model, inputs)"
+        )
+    precision = Precision.of(settings, world.device.type)
+    dtype = precision.param_dtype
+    model = made[0].to(world.device, dtype).train()
+    batch = precision.cast(tree_map_only(Tensor, lambda t: _resized(t, samples).to(world.device), made[1]))
+    with precision.around_forward(world.device.type):
+        told: dict[str, Any] = _passes(model, batch, world.device)
+    del model, batch
+    told["memory_bytes_per_s"] = _update_rate(settings, world.device, dtype)
+    told["occupies"] = 0.0
+    if world.world_size > 1:
+        told |= _messages(world.device)
+    return told
+
+
+def _resized(tensor: Tensor, samples: int) -> Tensor:
+    """The same samples again and again, or the first of them."""
+    return tensor[torch.arange(samples) % tensor.shape[0]] if tensor.ndim else tensor
+
+
+def _passes(model: nn.Module, batch: Any, device: torch.device) -> dict[str, float]:
+    forwards, backwards = [], []
+    for number in range(_ROUNDS + 1):
+        _together(device)
+        start = time.perf_counter()
+        loss = default_loss(call(model, batch))
+        _synchronize(device)
+        middle = time.perf_counter()
+        loss.backward()
+        _synchronize(device)
+        end = time.perf_counter()
+        if number:  # the first allocates gradients
+            forwards.append(middle - start)
+            backwards.append(end - middle)
+    return {"forward_s": statistics.median(forwards), "backward_s": statistics.median(backwards)}
+
+
+def _update_rate(settings: DsConfig, device: torch.device, dtype: torch.dtype | None) -> float:
+    """Bytes per second of an update with the job's optimizer, as `update_bytes` counts them."""
+    from ds_engine.build.optimizer import maker_of
+
+    held = nn.Module()
+    held.register_parameter("weight", nn.Parameter(torch.zeros(_UPDATE_NUMEL, device=device)))
+    choices = choices_of(settings)
+    make: Callable[[Any], torch.optim.Optimizer] = maker_of(choices, held) or torch.optim.AdamW
+    optimizer = make(list(held.parameters()))
+    for param in held.parameters():
+        param.grad = torch.zeros_like(param)
+    seconds = []
+    for _ in range(_ROUNDS + 1):
+        _together(device)
+        start = time.perf_counter()
+        for param in held.parameters():
+            assert param.grad is not None
+            torch.linalg.vector_norm(param.grad)
+        optimizer.step()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    states = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.numel() == _UPDATE_NUMEL
+    )
+    itemsize = (dtype or torch.float32).itemsize
+    return update_bytes(_UPDATE_NUMEL, states, itemsize) / statistics.median(seconds[1:])
+
+
+def _messages(device: torch.device) -> dict[str, Any]:
+    cpu, wall = time.process_time(), time.perf_counter()
+    timings = measure_collectives(_MESSAGES, ("all_gather", "reduce_scatter"), rounds=3, device=device)
+    share = (time.process_time() - cpu) / (time.perf_counter() - wall)
+    rows = [
+        {"collective": t.collective, "bytes": t.num_bytes, "ranks": t.ranks, "seconds": t.seconds}
+        for t in timings
+    ]
+    return {
+        "gather": fitted([row for row in rows if row["collective"] == "all_gather"]),
+        "reduce": fitted([row for row in rows if row["collective"] == "reduce_scatter"]),
+        "occupies": 0.0 if device.type != "cpu" else share,
+    }
+
+
+def _together(device: torch.device) -> None:
+    """Ranks measure at the same time, since they share memory and cores."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+    _synchronize(device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
