@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,13 +14,14 @@ from typer.testing import CliRunner
 
 from ds_comm.bench import Timing
 from ds_engine.cli import comm
+from ds_engine.config import load
 
 
 def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(comm.app, ["bench", *arguments])
 
 
-def test_collectives_of_new_ranks_are_measured() -> None:
+def test_collectives_and_links_of_new_ranks_are_measured(tmp_path: Path) -> None:
     bare = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [
         "-m",
@@ -33,6 +35,8 @@ def test_collectives_of_new_ranks_are_measured() -> None:
         "--rounds",
         "1",
         "--json",
+        "--out",
+        str(tmp_path / "links.json"),
     ]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=bare, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -42,6 +46,11 @@ def test_collectives_of_new_ranks_are_measured() -> None:
     assert len(of_gloo) == 10
     assert {row["transport"] for row in rows} <= {"gloo", "same host"}
     assert all(row["seconds"] > 0 and row["ranks"] == 2 for row in rows)
+    links = load(tmp_path / "links.json").links  # the configuration accepts what was written
+    assert links is not None and links.within_host is not None
+    assert links.between_hosts is None
+    assert links.within_host.rate > 0 and links.within_host.latency_us > 0
+    assert links.codecs.sign is not None and links.codecs.int4 is not None and links.codecs.int8 is not None
 
 
 @pytest.mark.parametrize(
@@ -59,6 +68,6 @@ def test_bandwidth_counts_the_bytes_that_must_be_sent(capsys: pytest.CaptureFixt
         Timing(collective=name, transport="gloo", num_bytes=4_000_000, ranks=4, seconds=0.001)
         for name in ("all_reduce", "broadcast")
     ]
-    assert [t.bytes_per_s for t in timings] == [6e9, 3e9]
+    assert [t.bytes_per_s for t in timings] == [6e9, 4e9]  # of a broadcast, those of the root
     comm._show(timings, False)
-    assert "3.000" in capsys.readouterr().out
+    assert "4.000" in capsys.readouterr().out

@@ -103,6 +103,7 @@ TESTED = {
     "activation_offload.max_host_bytes": "test_activation_offload.py::test_host_memory_is_limited",
     "activation_checkpointing": "test_engine.py::test_activation_checkpointing_follows_the_configuration",
     "flops_profiler": "build/test_profiler.py::test_the_profiled_step_has_the_work_of_its_formula_at_every_stage",
+    "links": "build/test_links.py::test_what_loses_is_named_with_both_durations",
     "comms_logger": "build/test_comms_log.py::test_the_bytes_of_training_are_recorded_and_nothing_else_changes",
     "comms_logger.prof_all": "build/test_comms_log.py::test_prof_ops_selects_and_a_one_bit_optimizer_is_seen",
     "comms_logger.prof_ops": "build/test_comms_log.py::test_prof_ops_selects_and_a_one_bit_optimizer_is_seen",

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
 from ds_engine import rules
-from ds_engine.build import memory, offload, pipeline, profiler, ranks, self_reducing, zero
+from ds_engine.build import links, memory, offload, pipeline, profiler, ranks, self_reducing, zero
 from ds_engine.build.comm import EngineLog, collectives_of, log_of
 from ds_engine.build.data import Loader
 from ds_engine.build.layers import tensor
@@ -156,6 +156,7 @@ def _sharded(
     store = offload.store_of(job, placed)
     built = offload.paged(job, built, store, placed)
     self_reducing.check_reduction(job, built)
+    links.check_links(job, model, built, world)
     zero.require_same(agreement.entries(job, model, built), world.device)
     memory.warn_if_too_large(job, model, built, world)
     # The schedule reads the learning rates of the groups, which sharding does not change. Optimizer states do not

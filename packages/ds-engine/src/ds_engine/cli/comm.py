@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ds_engine.files import write_whole
+
 if TYPE_CHECKING:
     from ds_comm.bench import Timing
+    from ds_comm.links import Links
 
 app = typer.Typer(help="Measure collectives between ranks.", no_args_is_help=True)
 
@@ -39,6 +43,13 @@ def bench(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the table.")
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Measure also each link and the compressors, and write them to this file as a section links.",
+        ),
+    ] = None,
 ) -> None:
     """Measure the backend's collectives, and those through shared memory where the system permits them.
 
@@ -57,21 +68,44 @@ def bench(
         typer.echo(f"ds comm bench: {error}", err=True)
         raise typer.Exit(2) from None
     if "WORLD_SIZE" in os.environ:
-        measured = _measure(wanted, chosen, rounds)
-        if os.environ.get("RANK", "0") == "0":
-            _show(measured, as_json)
-        return
-    from ds_engine.launch import notebook
+        measured, links = _measure(wanted, chosen, rounds, out is not None)
+        if os.environ.get("RANK", "0") != "0":
+            return
+    else:
+        from ds_engine.launch import notebook
 
-    _show(notebook(_measure, ranks, wanted, chosen, rounds)[0], as_json)
+        measured, links = notebook(_measure, ranks, wanted, chosen, rounds, out is not None)[0]
+    _show(measured, as_json)
+    if out is not None:
+        write_whole(out, f"{json.dumps({'links': links}, indent=2)}\n".encode())
 
 
-def _measure(sizes: list[int], collectives: list[str], rounds: int) -> list[Timing]:
+def _measure(
+    sizes: list[int], collectives: list[str], rounds: int, with_links: bool
+) -> tuple[list[Timing], dict[str, Any]]:
     import ds_comm
     from ds_comm.bench import measure
+    from ds_comm.links import measure_links
 
     world = ds_comm.start()
-    return measure(sizes, collectives, rounds=rounds, device=world.device)
+    measured = measure(sizes, collectives, rounds=rounds, device=world.device)
+    if not with_links:
+        return measured, {}
+    return measured, section(measure_links(world.local_size, device=world.device, rounds=rounds))
+
+
+def section(links: Links) -> dict[str, Any]:
+    """Returns the section `links` of a configuration."""
+    made: dict[str, Any] = {
+        name: {"latency_us": round(1e6 * link.latency_s, 1), "rate": round(link.bytes_per_s)}
+        for name in ("within_host", "between_hosts", "shared_memory")
+        if (link := getattr(links, name)) is not None
+    }
+    codecs = {
+        name: {"encode": round(codec.encode_bytes_per_s), "decode": round(codec.decode_bytes_per_s)}
+        for name, codec in links.codecs.items()
+    }
+    return {**made, "codecs": codecs}
 
 
 def _show(timings: list[Timing], as_json: bool) -> None:

@@ -76,6 +76,7 @@ WORKING: tuple[Row, ...] = (
     works("gradient_allreduce_op", "ds-zero", "ZeroConfig.reduce_op"),
     works("communication_data_type", "ds-zero", "ZeroConfig.communication_dtype"),
     works("local_sgd", "ds-comm", "ds_comm.optim.LocalSGD"),
+    works("links", "ds-comm", "build/links.py"),
     works("gradient_clipping", _ENGINE, "ds_zero.clip_grad_norm_"),
     works("steps_per_print", _ENGINE, "ds_engine.training.progress"),
     works("dump_state", _ENGINE, "ds_engine.assemble"),

@@ -13,6 +13,7 @@ from ds_engine.config.sections.activation_offload import ActivationOffloadConfig
 from ds_engine.config.sections.aio import AioConfig
 from ds_engine.config.sections.autotuning import AutotuningConfig
 from ds_engine.config.sections.checkpoint import CheckpointConfig
+from ds_engine.config.sections.communication.links import LinksConfig
 from ds_engine.config.sections.communication.local_sgd import LocalSgdConfig
 from ds_engine.config.sections.compile import CompileConfig
 from ds_engine.config.sections.compress.compression import CompressionConfig
@@ -123,6 +124,10 @@ class DsConfig(Section):
     )
     seq_parallel_communication_data_type: WireDtype = Field(
         default="fp32", description="Dtype of sums over sequence-parallel ranks."
+    )
+    links: LinksConfig | None = Field(
+        default=None,
+        description="Measured links between ranks, for a check of what compresses messages. Default: no check.",
     )
     local_sgd: LocalSgdConfig | None = Field(
         default=None,
