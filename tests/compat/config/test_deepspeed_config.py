@@ -88,7 +88,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"compression_training": {"sparse_pruning": {"shared_parameters": {"enabled": True}}}},
         "ds-layers will add",
     ),
-    "tuning": ({"autotuning": {"enabled": True}}, "ds-engine will add"),
     "a template": ({"train_batch_size": "GB_SIZE"}, "it must be an integer"),
     "a removed feature": ({"eigenvalue": {"enabled": True}}, "ds does not support"),
     "kernels in place of layers": (

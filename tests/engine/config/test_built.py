@@ -33,6 +33,22 @@ def file_named(name: str) -> Path | None:
 
 # Key that works, or section -> a test that fails when it is ignored.
 TESTED = {
+    "autotuning.enabled": "training/test_trial.py::test_without_a_metric_path_or_turned_off_training_goes_on",
+    "autotuning.metric_path": "training/test_trial.py::test_it_ends_after_the_measured_steps_with_the_result",
+    "autotuning.start_profile_step": "training/test_trial.py::test_it_ends_after_the_measured_steps_with_the_result",
+    "autotuning.end_profile_step": "training/test_trial.py::test_it_ends_after_the_measured_steps_with_the_result",
+    "autotuning.overwrite": "tune/test_script.py::test_results_that_exist_are_used_again_without_overwrite",
+    "autotuning.arg_mappings": "tune/test_script.py::test_arguments_that_repeat_a_setting_follow_it",
+    "autotuning.fast": "tune/test_script.py::test_run_trains_with_the_answer",
+    "autotuning.results_dir": "tune/test_script.py::test_the_folders_are_those_of_the_section",
+    "autotuning.exps_dir": "tune/test_script.py::test_the_folders_are_those_of_the_section",
+    "autotuning.tuner_num_trials": "build/tuning/test_tuner.py::test_limits_of_the_section_autotuning_count",
+    "autotuning.max_train_micro_batch_size_per_gpu": "build/tuning/test_tuner.py::"
+    "test_limits_of_the_section_autotuning_count",
+    "autotuning.min_train_micro_batch_size_per_gpu": "build/tuning/test_tuner.py::"
+    "test_limits_of_the_section_autotuning_count",
+    "autotuning.max_train_batch_size": "build/tuning/test_tuner.py::test_limits_of_the_section_autotuning_count",
+    "autotuning.min_train_batch_size": "build/tuning/test_tuner.py::test_limits_of_the_section_autotuning_count",
     "pipeline.stages": "pipeline/test_engine.py::test_mistakes_are_errors_on_all_ranks",
     "pipeline.activation_checkpoint_interval": "pipeline/test_engine.py::test_mistakes_are_errors_on_all_ranks",
     "pipeline.schedule": "pipeline/test_engine.py::test_mistakes_are_errors_on_all_ranks",

@@ -35,6 +35,7 @@ from ds_engine.training.progress import Progress, to_stderr
 from ds_engine.training.reporting import Reporting
 from ds_engine.training.savers import Savers
 from ds_engine.training.timing import Breakdown
+from ds_engine.training.trial import Trial
 
 Parameters = Iterable[Any]
 
@@ -187,6 +188,7 @@ def _reporting(job: Job, world: World, schedule: LRSchedule | None, model: nn.Mo
         monitor=Monitor.of(settings, world.rank),
         breakdown=breakdown,
         profiler=profiler.flops_of(model, settings.flops_profiler, world, job.batch.micro, progress.write),
+        trial=Trial.of(job, world, model),
     )
 
 

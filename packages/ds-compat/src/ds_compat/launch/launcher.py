@@ -18,6 +18,7 @@ from ds_engine.launch.hosts import Pool, fetch_hostfile, parse_resource_filter, 
 from ds_engine.launch.machine import core_numbers
 from ds_engine.launch.network import is_this_machine
 from ds_engine.launch.plan import LOCAL_RANK, LaunchError, bind_cores, parse_cores
+from ds_engine.tune.script import tune_script
 
 if TYPE_CHECKING:
     from ds_engine.launch.console import Console
@@ -126,10 +127,11 @@ def launch(options: argparse.Namespace) -> int:
             exported |= read_env_files(DEEPSPEED_ENVIRONMENT_NAME)
             return scheduled.launch(options, _pool, exported, _say)
         pool = _pool(options)
-        host = next(iter(pool))
-        if len(pool) > 1 or options.force_multi or options.no_ssh or not is_this_machine(host):
+        if options.autotuning:
+            return tune_script(options.autotuning, options.user_script, options.user_args, pool, _say)
+        if len(pool) > 1 or options.force_multi or options.no_ssh or not is_this_machine(next(iter(pool))):
             return _launch_on_machines(options, pool)
-        return _launch_here(options, pool[host])
+        return _launch_here(options, next(iter(pool.values())))
     except ValueError as error:  # also LaunchError
         _say(f"cannot start: {error}")
         return 2
@@ -247,16 +249,13 @@ def _console(options: argparse.Namespace, *, inherit: bool) -> Console:
 
 
 def _refuse_what_is_not_here(options: argparse.Namespace) -> None:
-    if options.autotuning:
-        raise LaunchError("--autotuning is not supported yet; ds-engine will add it")
-    if options.launcher.lower() not in _LAUNCHERS and not scheduled.starts_ranks(options.launcher):
+    by_scheduler = scheduled.starts_ranks(options.launcher)
+    if options.launcher.lower() not in _LAUNCHERS and not by_scheduler:
         raise LaunchError(
             f"--launcher {options.launcher}: `ssh` and `pdsh` are possible, which start the machines over ssh, and "
             "`openmpi`, `mpich`, `impi`, `mvapich` and `slurm`, which start the ranks by mpirun or srun"
         )
-    if scheduled.starts_ranks(options.launcher):
-        return
-    if options.save_pid:
+    if options.save_pid and not by_scheduler:
         _say("--save_pid has no effect: the summary names the process ids of ranks")
 
 

@@ -15,6 +15,7 @@ from ds_engine.cli.pipe import app as pipe_app
 from ds_engine.cli.plan import plan
 from ds_engine.cli.report import report
 from ds_engine.cli.run import run
+from ds_engine.cli.tune import tune
 from ds_engine.cli.verify import verify
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.add_typer(nvme_app, name="nvme")
 app.add_typer(pipe_app, name="pipe")
 app.command("plan")(plan)
 app.command("report")(report)
+app.command("tune")(tune)
 app.command("verify")(verify)
 app.add_typer(config_app)
 

@@ -13,6 +13,7 @@ from ds_engine.training import timing
 from ds_engine.training.monitor import Monitor
 from ds_engine.training.progress import Progress, StepReport
 from ds_engine.training.timing import Breakdown
+from ds_engine.training.trial import Trial
 
 
 class StepProfiler(Protocol):
@@ -33,6 +34,8 @@ class Reporting:
     monitor: Monitor
     breakdown: Breakdown
     profiler: StepProfiler | None = None
+    trial: Trial | None = None
+    """Ends this training after some steps; None: it is no trial of the autotuner."""
     _loss: Tensor | None = field(default=None, init=False)
     """Mean loss over the micro-batches of this step so far, on this rank."""
 
@@ -58,3 +61,5 @@ class Reporting:
         self.progress.report(report, value)
         held = timing.memory_bytes(self.breakdown.device) if self.monitor.enabled else None
         self.monitor.step(report, value, self.breakdown.end_step(report.step), memory_bytes=held)
+        if self.trial is not None:
+            self.trial.end_step()

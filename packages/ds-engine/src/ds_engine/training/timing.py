@@ -82,12 +82,17 @@ def memory(device: torch.device) -> str:
     """Describes current and peak memory in MiB: of the device's allocator, or, on a CPU, of the process."""
     held = memory_bytes(device)
     if device.type != "cpu":
-        most = torch.accelerator.max_memory_allocated(device)
-        return f"{held / 2**20:.0f} MiB allocated, {most / 2**20:.0f} at most"
+        return f"{held / 2**20:.0f} MiB allocated, {peak_bytes(device) / 2**20:.0f} at most"
+    return f"{held / 2**20:.0f} MiB resident, {peak_bytes(device) / 2**20:.0f} at most"
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory so far: of the device's allocator, or, on a CPU, of the process."""
+    if device.type != "cpu":
+        return int(torch.accelerator.max_memory_allocated(device))
     import resource
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return f"{held / 2**20:.0f} MiB resident, {most / 2**20:.0f} at most"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -86,7 +86,7 @@ def measured(config: dict[str, Any], where: str, tokens: int | None, samples: in
     precision = Precision.of(settings, world.device.type)
     dtype = precision.param_dtype
     model = made[0].to(world.device, dtype).train()
-    batch = precision.cast(tree_map_only(Tensor, lambda t: _resized(t, samples).to(world.device), made[1]))
+    batch = precision.cast(tree_map_only(Tensor, lambda t: resized(t, samples).to(world.device), made[1]))
     with precision.around_forward(world.device.type):
         told: dict[str, Any] = _passes(model, batch, world.device)
     del model, batch
@@ -97,7 +97,7 @@ def measured(config: dict[str, Any], where: str, tokens: int | None, samples: in
     return told
 
 
-def _resized(tensor: Tensor, samples: int) -> Tensor:
+def resized(tensor: Tensor, samples: int) -> Tensor:
     """The same samples again and again, or the first of them."""
     return tensor[torch.arange(samples) % tensor.shape[0]] if tensor.ndim else tensor
 

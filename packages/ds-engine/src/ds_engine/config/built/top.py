@@ -305,7 +305,21 @@ NOT_YET: tuple[Row, ...] = (
         )
     ),
     later("expert_parallel", "ds-moe", "expert parallelism"),
-    later("autotuning", _ENGINE, "autotuning"),
+    works("autotuning", _ENGINE, "training/trial.py"),
+    *(
+        no_effect(f"autotuning.{name}", _ENGINE, why)
+        for name, why in (
+            ("tuner_type", "candidates are tried in the order of predictions, corrected by every trial"),
+            ("tuner_early_stopping", "the search ends when predictions say that nothing can be faster"),
+            ("num_tuning_micro_batch_sizes", "all powers of two are candidates, of which few are tried"),
+            ("model_info", "the first trial measures the model"),
+            ("model_info_path", "the first trial measures the model"),
+            ("mp_size", "model-parallel ranks are counted by the script"),
+            ("num_nodes", "trials run on this machine"),
+            ("num_gpus", "trials have the ranks of the launcher"),
+            ("metric", "samples per second decide; step times are in the result, too"),
+        )
+    ),
     later("hybrid_engine", _ENGINE, "the hybrid engine"),
     later(
         "compression_training",

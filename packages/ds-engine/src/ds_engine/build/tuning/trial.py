@@ -1,0 +1,139 @@
+"""One trial: trains a few steps with one configuration, in the ranks of a job of its own.
+
+`python -m ds_engine.build.tuning.trial SPEC` is what each rank runs; `run_trial` starts the job and reads its result.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ds_engine.files import write_whole
+from ds_engine.tune import Candidate, Outcome
+from ds_engine.tune.process import OUT_OF_MEMORY, run_quietly
+from ds_zero.predict.plan import default_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a trial runs."""
+
+    config: Mapping[str, Any]
+    model: str
+    """As `ds plan --model`."""
+    tokens: int | None
+    recompute: bool
+    warm_up: int
+    """Steps before those that are measured."""
+    steps: int
+    out: str
+    """File for the result of rank 0."""
+
+
+def run_trial(candidate: Candidate, spec: Spec, *, ranks: int, timeout_s: float) -> Outcome:
+    """Starts the ranks, waits for them, and returns what they have measured. A trial that fails or takes too long is an
+    outcome, too.
+    """
+    out = Path(spec.out)
+    out.unlink(missing_ok=True)
+    file = out.with_suffix(".spec.json")
+    write_whole(file, json.dumps(asdict(spec)).encode())
+    command = [sys.executable, "-m", "ds_engine", "run", "-n", str(ranks), "-m", __name__, str(file)]
+    log = out.with_suffix(".txt")
+    reason = run_quietly(command, log, timeout_s)
+    file.unlink(missing_ok=True)
+    if not reason and out.is_file():
+        told = json.loads(out.read_text(encoding="utf-8"))
+        out.unlink()
+        return Outcome(candidate=candidate, samples_per_s=told["samples_per_s"], ran=told["ran"])
+    return Outcome(
+        candidate=candidate,
+        samples_per_s=None,
+        reason=reason or f"no result: see {log}",
+        out_of_memory=reason == OUT_OF_MEMORY,
+    )
+
+
+def train(spec: Spec) -> dict[str, Any]:
+    """Trains on this rank. Returns throughput of all ranks, and what was really in effect."""
+    from ds_engine.assemble import initialize
+    from ds_engine.build.memory.model_source import model_factory
+    from ds_engine.build.step_time.calibrate import resized
+    from ds_engine.build.step_time.work import call
+    from ds_zero.predict.simulate import checkpoint_units
+
+    torch.manual_seed(0)
+    model, inputs = model_factory(spec.model, tokens=spec.tokens)()
+    if spec.recompute:
+        checkpoint_units(model)
+    engine, *_ = initialize(model, {**spec.config, "startup_summary": False, "steps_per_print": 0})
+    device, micro, accumulation = engine.world.device, engine.batch.micro, engine.batch.steps
+    batch = tree_map_only(Tensor, lambda t: resized(t, micro).to(device), inputs)
+    seconds = []
+    for number in range(spec.warm_up + spec.steps):
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(accumulation):
+            engine.backward(default_loss(call(_as_module(engine), batch)))
+            engine.step()
+        _synchronize(device)
+        if number >= spec.warm_up:
+            seconds.append(time.perf_counter() - start)
+    # Ranks wait for each other, so the median of the slowest is that of all.
+    step_s = torch.tensor(statistics.median(seconds), dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(step_s, dist.ReduceOp.MAX)
+    job = engine.job
+    told = {
+        "samples_per_s": engine.batch.train / step_s.item(),
+        "ran": {
+            "stage": job.stage,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": engine.batch.train,
+            "ranks": engine.world.world_size,
+            "optimizer_states": job.placement.optimizer_states,
+            "precision": str(engine.precision),
+            "recompute": spec.recompute,
+            "step_s": step_s.item(),
+        },
+    }
+    engine.destroy()
+    return told
+
+
+def _as_module(engine: Any) -> nn.Module:
+    """The engine is called like the module that it contains."""
+    called: nn.Module = engine
+    return called
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def main() -> None:
+    """What a rank runs."""
+    spec = Spec(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    told = train(spec)
+    if os.environ.get("RANK", "0") == "0":
+        write_whole(Path(spec.out), json.dumps(told).encode())
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
