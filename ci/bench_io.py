@@ -11,16 +11,11 @@ as large as the file.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +25,9 @@ import torch
 
 from ds_core import arena
 from ds_core.io import Engine
+from fio import BLOCK_BYTES, QUEUE_DEPTH, Job, huge_pages, machine, seconds
 
 PAGE = Path("docs/benchmarks/io.md")
-HUGE_PAGES = Path("/proc/sys/vm/nr_hugepages")
-BLOCK_BYTES, QUEUE_DEPTH = 1 << 20, 32
 OURS, FIO, DEEPSPEED = "ds_core, arena", "fio", "DeepSpeed"
 GOALS = {DEEPSPEED: 1.3, FIO: 0.97}
 """Of our time against the fastest contender whose name begins so."""
@@ -97,31 +91,9 @@ def deepspeed(path: Path, num_bytes: int, num_threads: int, locked: bool) -> Con
 
 def fio(path: Path, num_bytes: int, engine: str, memory: str) -> Contender:
     def run(direction: str) -> Seconds:
-        command = ["fio", "--name=bench", f"--filename={path}", f"--rw={direction}", f"--bs={BLOCK_BYTES}",
-                   f"--size={num_bytes}", f"--iodepth={QUEUE_DEPTH}", f"--ioengine={engine}", "--direct=1",
-                   f"--iomem={memory}", "--overwrite=1", "--output-format=json"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"fio: {done.stderr or done.stdout}")
-        job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0][direction]
-        return float(num_bytes / job["bw_bytes"])
+        return seconds([Job(path, direction, num_bytes)], engine, memory)
 
     return Contender(lambda: run("write"), lambda: run("read"))
-
-
-@contextmanager
-def huge_pages(count: int = 64) -> Iterator[bool]:
-    """Reserves huge pages for fio's buffers; false where this process may not."""
-    before = HUGE_PAGES.read_text()
-    try:
-        HUGE_PAGES.write_text(str(count))
-    except OSError:
-        yield False
-        return
-    try:
-        yield int(HUGE_PAGES.read_text()) >= count
-    finally:
-        HUGE_PAGES.write_text(before)
 
 
 def contenders(folder: Path, num_bytes: int, with_huge_pages: bool) -> dict[str, Contender]:
@@ -174,25 +146,6 @@ def report(results: list[dict[str, dict[str, Seconds]]], num_bytes: int) -> tupl
             lines.append(f"Against the fastest of {peer}: {best:.2f}, goal {goal:.2f}: {verdict}.")
         lines.append("")
     return lines, good
-
-
-def machine(folder: Path) -> str:
-    cpu = next(
-        (
-            x.split(":")[1].strip()
-            for x in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in x
-        ),
-        "?",
-    )
-    kind = subprocess.run(
-        ["findmnt", "-n", "-o", "FSTYPE,SOURCE", "-T", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout
-    return (f"{cpu}, {os.cpu_count()} cores, Linux {platform.release()}, {' on '.join(kind.split())}, torch "
-            f"{torch.__version__}, load {os.getloadavg()[0]:.1f}")  # fmt: skip
 
 
 def main() -> int:
