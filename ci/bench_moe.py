@@ -41,6 +41,17 @@ class Masked(nn.Module):
         return out, routing.aux_loss, routing.counts
 
 
+class Alone(nn.Module):
+    """The experts of a layer, on rows that are sorted by expert."""
+
+    def __init__(self, layer: ds_moe.MoE, sizes: list[int]) -> None:
+        super().__init__()
+        self.experts, self._sizes = layer.experts, sizes
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.experts(rows, self._sizes)  # type: ignore[no-any-return]
+
+
 def best_ms(steps: Mapping[str, Step], rounds: int) -> dict[str, float]:
     """Returns the shortest time of each in milliseconds; they take turns."""
     best = dict.fromkeys(steps, float("inf"))
@@ -79,6 +90,32 @@ def layer_of(experts: int, hidden: int, inner: int, by: str, k: int = 1, **more:
         experts_by=by,  # type: ignore[arg-type]
         **arguments,  # type: ignore[arg-type]
     )
+
+
+def experts_alone(rounds: int) -> None:
+    """The experts without router and dispatch: grouped, and one after the other on rows that are sorted already."""
+    print("experts  hidden  inner  tokens  grouped  loop   (ms; ratio)")
+    for experts, hidden, inner, tokens in (
+        (8, 32, 128, 256),
+        (32, 32, 128, 256),
+        (64, 32, 128, 256),
+        (64, 128, 512, 1024),
+        (64, 256, 1024, 4096),
+    ):
+        rows = torch.randn(tokens, hidden, requires_grad=True)
+        sizes = torch.bincount(torch.randint(experts, (tokens,)), minlength=experts).tolist()
+        took = best_ms(
+            {
+                by: step_of(Alone(layer_of(experts, hidden, inner, by), sizes), rows)
+                for by in ("grouped", "loop")
+            },
+            rounds if tokens < 1000 else max(3, rounds // 5),
+        )
+        print(
+            f"{experts:7d} {hidden:7d} {inner:6d} {tokens:7d} {took['grouped']:8.3f} {took['loop']:7.2f}"
+            f" ({took['loop'] / took['grouped']:4.1f}x)",
+            flush=True,
+        )
 
 
 def against_loops(rounds: int) -> None:
@@ -175,6 +212,8 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), best of {args.rounds} rounds or fewer"
     )
+    experts_alone(args.rounds)
+    print()
     against_loops(args.rounds)
     against_dense(args.rounds)
     if not args.no_peer:

@@ -23,6 +23,7 @@ PYBIND11_MODULE(_core, m) {
   ds::bindings::bind_lamb(m);
   ds::bindings::bind_reductions(m);
   ds::bindings::bind_attention(m);
+  ds::bindings::bind_experts(m);
   ds::bindings::bind_signs(m);
   ds::bindings::bind_codes(m);
   ds::bindings::bind_memory(m);

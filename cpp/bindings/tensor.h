@@ -134,6 +134,7 @@ void bind_optimizers(py::module_& m);
 void bind_lamb(py::module_& m);
 void bind_reductions(py::module_& m);
 void bind_attention(py::module_& m);
+void bind_experts(py::module_& m);
 void bind_signs(py::module_& m);
 void bind_codes(py::module_& m);
 void bind_memory(py::module_& m);

@@ -10,13 +10,17 @@
 #include "cpu/sweep-inl.h"
 // Sums, which LAMB uses.
 #include "cpu/norm-inl.h"
-// The rest.
-#include "cpu/adam8-inl.h"
+// Attention, whose exponential function activations use.
 #include "cpu/block_attention-inl.h"
+// The rest.
+#include "cpu/activation-inl.h"
+#include "cpu/adam8-inl.h"
 #include "cpu/cast-inl.h"
 #include "cpu/checksum-inl.h"
 #include "cpu/codes-inl.h"
 #include "cpu/formats-inl.h"
+#include "cpu/grouped-inl.h"
+#include "cpu/row_sums-inl.h"
 #include "cpu/signs-inl.h"
 #include "cpu/update-inl.h"
 
@@ -27,6 +31,7 @@
 #define DS_ADAM_FORMATTED(...) {adam_formatted_range<__VA_ARGS__, float, Absent>, adam_formatted_range<__VA_ARGS__, BF16, Absent>, adam_formatted_range<__VA_ARGS__, F16, Absent>}
 #define DS_LAMB_GRADS(State) {lamb_moments_range<State, float>, lamb_moments_range<State, BF16>, lamb_moments_range<State, F16>}
 #define DS_ADAM8(Grad) {adam8_range<Grad, Absent>, adam8_range<Grad, float>, adam8_range<Grad, BF16>, adam8_range<Grad, F16>}
+#define DS_ACTIVATION(fn, Function) {fn<Function, float>, fn<Function, BF16>}
 #define DS_DTYPES(fn) {fn<float>, fn<BF16>, fn<F16>}
 #define DS_RESIDUALS(fn, ...) {fn<__VA_ARGS__, Absent>, fn<__VA_ARGS__, float>, fn<__VA_ARGS__, BF16>}
 #define DS_INT_ENCODE(bits) {DS_RESIDUALS(int_encode_block, bits, float), DS_RESIDUALS(int_encode_block, bits, BF16), DS_RESIDUALS(int_encode_block, bits, F16)}
@@ -52,6 +57,13 @@ constexpr KernelTable kTable = {
     .checksum = checksum,
     .block_attention = block_attention_row,
     .block_attention_backward = block_attention_row_backward,
+    .activation = {DS_ACTIVATION(activation_range, Gelu), DS_ACTIVATION(activation_range, Relu), DS_ACTIVATION(activation_range, Silu)},
+    .activation_grad = {DS_ACTIVATION(activation_grad_range, Gelu), DS_ACTIVATION(activation_grad_range, Relu), DS_ACTIVATION(activation_grad_range, Silu)},
+    .grouped_linear = {grouped_linear_panel<float>, grouped_linear_panel<BF16>},
+    .grouped_grad_input = {grouped_grad_input_panel<float>, grouped_grad_input_panel<BF16>},
+    .grouped_grad_weight = {grouped_grad_weight_panel<float>, grouped_grad_weight_panel<BF16>},
+    .row_sum = {row_sum<float>, row_sum<BF16>},
+    .row_sum_grad = {row_sum_grad<float>, row_sum_grad<BF16>},
     .sign_encode = {DS_RESIDUALS(sign_encode_block, float), DS_RESIDUALS(sign_encode_block, BF16), DS_RESIDUALS(sign_encode_block, F16)},
     .sign_decode = DS_DTYPES(sign_decode_block),
     .int_encode = {DS_INT_ENCODE(4), DS_INT_ENCODE(8)},

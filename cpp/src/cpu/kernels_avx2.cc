@@ -2,7 +2,10 @@
 // Headers come before the region: an inline function compiled inside it could replace the portable copy.
 #include <cstdint>
 
+#include "cpu/activation.h"
 #include "cpu/block_attention.h"
+#include "cpu/grouped.h"
+#include "cpu/row_sums.h"
 #include "dispatch/kernel_table.h"
 #include "ds/adagrad.h"
 #include "ds/adam.h"
@@ -12,6 +15,7 @@
 #include "ds/formats.h"
 #include "ds/lamb.h"
 #include "ds/lion.h"
+#include "ds/row_sums.h"
 #include "ds/sgd.h"
 
 #if defined(__x86_64__)

@@ -1,7 +1,10 @@
 // The kernels for any CPU.
 #include <cstdint>
 
+#include "cpu/activation.h"
 #include "cpu/block_attention.h"
+#include "cpu/grouped.h"
+#include "cpu/row_sums.h"
 #include "dispatch/kernel_table.h"
 #include "ds/adagrad.h"
 #include "ds/adam.h"
@@ -11,6 +14,7 @@
 #include "ds/formats.h"
 #include "ds/lamb.h"
 #include "ds/lion.h"
+#include "ds/row_sums.h"
 #include "ds/sgd.h"
 
 namespace ds::baseline {

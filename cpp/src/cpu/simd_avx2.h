@@ -56,6 +56,28 @@ inline void store(F16* out, F32 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(a.raw, _MM_FROUND_TO_NEAREST_INT));
 }
 
+inline void transpose(F32 (&rows)[kLanes]) {
+  __m256 t[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    t[i] = _mm256_unpacklo_ps(rows[i].raw, rows[i + 1].raw);
+    t[i + 1] = _mm256_unpackhi_ps(rows[i].raw, rows[i + 1].raw);
+  }
+  // u[4 i + j], half q: column 4 q + j of rows 4 i to 4 i + 3.
+  __m256 u[kLanes];
+  for (int i = 0; i < kLanes; i += 4) {
+    const __m256d a = _mm256_castps_pd(t[i]), b = _mm256_castps_pd(t[i + 1]);
+    const __m256d c = _mm256_castps_pd(t[i + 2]), d = _mm256_castps_pd(t[i + 3]);
+    u[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    u[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    u[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    u[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+  }
+  for (int j = 0; j < 4; ++j) {
+    rows[j] = {_mm256_permute2f128_ps(u[j], u[4 + j], 0x20)};
+    rows[4 + j] = {_mm256_permute2f128_ps(u[j], u[4 + j], 0x31)};
+  }
+}
+
 struct I32 {
   __m256i raw;
 };

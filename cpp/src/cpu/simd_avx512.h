@@ -53,6 +53,34 @@ inline void store(F16* out, F32 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtps_ph(a.raw, _MM_FROUND_TO_NEAREST_INT));
 }
 
+inline void transpose(F32 (&rows)[kLanes]) {
+  __m512 t[kLanes];
+  for (int i = 0; i < kLanes; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i].raw, rows[i + 1].raw);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i].raw, rows[i + 1].raw);
+  }
+  // u[4 i + j], quarter q: column 4 q + j of rows 4 i to 4 i + 3.
+  __m512 u[kLanes];
+  for (int i = 0; i < kLanes; i += 4) {
+    const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
+    const __m512d c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
+    u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    u[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88);
+    const __m512 even_2 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
+    const __m512 odd_2 = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+    rows[j] = {_mm512_shuffle_f32x4(even, even_2, 0x88)};
+    rows[4 + j] = {_mm512_shuffle_f32x4(odd, odd_2, 0x88)};
+    rows[8 + j] = {_mm512_shuffle_f32x4(even, even_2, 0xdd)};
+    rows[12 + j] = {_mm512_shuffle_f32x4(odd, odd_2, 0xdd)};
+  }
+}
+
 struct I32 {
   __m512i raw;
 };

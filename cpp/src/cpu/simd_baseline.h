@@ -12,6 +12,7 @@
 //   min_signed, max_unsigned, where_nonzero(test, a): a or 0, merge(mask, a, b): the bits of a in mask, else
 //   those of b; loads and stores that widen and narrow; store_bytes: lanes from 0 to 32767, above 255 as 255;
 //   largest_unsigned: of all lanes
+//   transpose(F32 (&rows)[kLanes]): lane j of vector i becomes lane i of vector j
 //   WeightedWords: zero_words, add_words, total: [Note: checksum of a block], 16 words at a time
 // No default member initializers: GCC compiles implicit constructors outside the target's region.
 
@@ -70,6 +71,16 @@ inline F32 load(const T* x) {
 template <class T>
 inline void store(T* out, F32 a) {
   for (int i = 0; i < kLanes; ++i) narrow(out + i, a.raw[i]);
+}
+
+inline void transpose(F32 (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float x = rows[i].raw[j];
+      rows[i].raw[j] = rows[j].raw[i];
+      rows[j].raw[i] = x;
+    }
+  }
 }
 
 typedef std::int32_t Int4 __attribute__((vector_size(16)));

@@ -4,20 +4,25 @@
 
 #include <cstdint>
 
+#include "ds/activation.h"
 #include "ds/dtype.h"
 
 namespace ds {
 
+struct ActivationGrads;
 struct AdagradScalars;
 struct AdamScalars;
 struct BlockAttention;
 struct BlockAttentionRow;
 struct BlockAttentionRowGrads;
+struct GroupedPanel;
 struct LambNorms;
 struct LambScalars;
 struct LionScalars;
 struct Rounding;
 struct RoundingKeys;
+struct RowSumGrads;
+struct RowSums;
 struct SgdScalars;
 
 // A state tensor is fp32, bf16 or (SGD without momentum) absent; an output copy is absent or one of the three
@@ -62,6 +67,8 @@ using IntEncodeFn = float (*)(const void* x, void* residual, std::uint8_t* codes
 using IntDecodeFn = void (*)(const std::uint8_t* codes, float scale, float weight, bool add, void* out,
                              std::int64_t numel);
 
+using GroupedPanelFn = void (*)(const GroupedPanel&, float* scratch);
+
 struct KernelTable {
   AdamFn adam[kNumStateKinds][kNumDTypes][kNumOutKinds];        // [state][grad][out], as the others
   AdamFormattedFn adam_formatted[kNumAdamFormats][kNumDTypes];  // [AdamFormat][grad]
@@ -81,6 +88,17 @@ struct KernelTable {
                           float* scratch);
   void (*block_attention_backward)(const BlockAttention&, const BlockAttentionRow&,
                                    const BlockAttentionRowGrads&, float* scratch);
+  // [function][dtype]; elements begin to end - 1
+  void (*activation[kNumActivations][kNumStateKinds])(const void* x, const void* factor, void* out,
+                                                      std::int64_t begin, std::int64_t end);
+  void (*activation_grad[kNumActivations][kNumStateKinds])(const ActivationGrads&, std::int64_t begin,
+                                                           std::int64_t end);
+  GroupedPanelFn grouped_linear[kNumStateKinds];  // [dtype], as the four that follow
+  GroupedPanelFn grouped_grad_input[kNumStateKinds];
+  GroupedPanelFn grouped_grad_weight[kNumStateKinds];
+  void (*row_sum[kNumStateKinds])(const RowSums&, const void* rows, const void* weights, std::int64_t sum,
+                                  void* out);
+  void (*row_sum_grad[kNumStateKinds])(const RowSums&, const RowSumGrads&, std::int64_t sum);
   SignEncodeFn sign_encode[kNumDTypes][1 + kNumStateKinds];  // [x][residual: absent, fp32, bf16]
   SignDecodeFn sign_decode[kNumDTypes];
   IntEncodeFn int_encode[2][kNumDTypes][1 + kNumStateKinds];  // [4 or 8 bits][x][residual]

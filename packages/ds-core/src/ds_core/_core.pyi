@@ -196,6 +196,87 @@ def block_attention_backward(
     threads: int,
     /,
 ) -> None: ...
+def grouped_feed_forward(
+    x: Tensor,
+    weights: tuple[Tensor | None, ...],
+    sizes: Sequence[int],
+    hidden: int,
+    inner: int,
+    activation: int,
+    inner_values: tuple[Tensor | None, ...],
+    out: Tensor,
+    threads: int,
+    /,
+) -> None: ...
+def grouped_feed_forward_grad(
+    grad: Tensor,
+    x: Tensor,
+    weights: tuple[Tensor | None, ...],
+    sizes: Sequence[int],
+    hidden: int,
+    inner: int,
+    activation: int,
+    inner_values: tuple[Tensor | None, ...],
+    inner_grads: tuple[Tensor | None, ...],
+    dx: tuple[Tensor | None, ...],
+    weight_grads: tuple[Tensor | None, ...],
+    threads: int,
+    /,
+) -> None: ...
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: Sequence[int],
+    inputs: int,
+    outputs: int,
+    out: Tensor,
+    threads: int,
+    /,
+) -> None: ...
+def grouped_linear_grad_input(
+    grad: Tensor,
+    weight: Tensor,
+    sizes: Sequence[int],
+    inputs: int,
+    outputs: int,
+    dx: Tensor,
+    threads: int,
+    /,
+) -> None: ...
+def grouped_linear_grad_weight(
+    grad: Tensor,
+    x: Tensor,
+    sizes: Sequence[int],
+    inputs: int,
+    outputs: int,
+    dw: Tensor,
+    dbias: Tensor | None,
+    threads: int,
+    /,
+) -> None: ...
+def row_sums(
+    rows: Tensor,
+    index: Tensor,
+    choices: int,
+    columns: int,
+    weights: Tensor | None,
+    out: Tensor,
+    threads: int,
+    /,
+) -> None: ...
+def row_sums_grad(
+    grad: Tensor,
+    rows: Tensor,
+    index: Tensor,
+    choices: int,
+    columns: int,
+    weights: Tensor,
+    drows: Tensor,
+    dweights: Tensor,
+    threads: int,
+    /,
+) -> None: ...
 def pack_signs(x: Tensor, bits: Tensor, block_sums: Tensor, threads: int, /) -> float: ...
 def unpack_signs(bits: Tensor, scale: float, out: Tensor, threads: int, /) -> None: ...
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_moe import native
 from ds_moe.dispatch.plan import Permutation
 
 
@@ -48,6 +49,12 @@ def collect(rows: Tensor, index: Tensor | None) -> Tensor:
     return _Collect.apply(rows, index)  # type: ignore[no-any-return,no-untyped-call]
 
 
+def _native_sums(rows: Tensor) -> Any:
+    """Returns ds_core's module of sums of rows if it has a kernel for these, else None."""
+    sums = native.row_sums()
+    return sums if sums is not None and sums.is_native(rows) else None
+
+
 def _of_assignments(rows: Tensor, to: Permutation) -> Tensor:
     """Returns (T, K, H), the row of each assignment; zeros for dropped ones."""
     if not to.drops:
@@ -71,6 +78,8 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.to.row.shape[1] > 1 and (sums := _native_sums(grad)) is not None:
+            return sums.forward(grad.contiguous(), ctx.to.row, None), None
         of_choices = _of_assignments(grad, ctx.to)
         return of_choices.squeeze(1) if of_choices.shape[1] == 1 else of_choices.sum(1), None
 
@@ -80,6 +89,8 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weights: Tensor, to: Permutation) -> Tensor:
         ctx.to = to
         ctx.save_for_backward(rows, weights)
+        if (sums := _native_sums(rows)) is not None:
+            return sums.forward(rows.contiguous(), to.row, weights.contiguous())  # type: ignore[no-any-return]
         of_choices = _of_assignments(rows, to)
         if of_choices.shape[1] == 1:
             return of_choices.squeeze(1) * weights
@@ -91,6 +102,11 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, weights = ctx.saved_tensors
         to: Permutation = ctx.to
+        if (sums := _native_sums(rows)) is not None:
+            of_rows, of_weights = sums.backward(
+                grad.contiguous(), rows.contiguous(), to.row, weights.contiguous()
+            )
+            return of_rows, of_weights, None
         of_rows = of_weights = None
         if ctx.needs_input_grad[0]:
             of_rows = grad.index_select(0, to.token) * weights.reshape(-1)[to.slot].unsqueeze(1)

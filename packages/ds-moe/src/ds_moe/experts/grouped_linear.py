@@ -2,9 +2,11 @@
 
 Legend: E experts of this rank, M rows in memory, I inputs, O outputs.
 
-Three ways, of which `grouped_linear` chooses by layout, device and dtype:
-  padded     every expert has as many rows in memory: one batched product
+Four ways, of which `grouped_linear` chooses by layout, device and dtype:
+  native     the CPU kernels of ds_core, where that is installed: fp32 and small products in bf16, sizes that are
+             multiples of 16
   grouped    `torch.nn.functional.grouped_mm`, on accelerators: bf16, and sizes that are multiples of 16 bytes
+  padded     every expert has as many rows in memory: one batched product
   segments   a product for each expert, into its part of one output
 """
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from ds_moe import native
 from ds_moe.dispatch.plan import Layout
 
 
@@ -31,6 +34,8 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Layou
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype) if bias is not None else None
+    if not groups.padded and x.dtype == weight.dtype and is_native(x.shape[0], x.dtype, weight):
+        return _Native.apply(x, weight, bias, groups.sizes)  # type: ignore[no-any-return,no-untyped-call]
     if groups.padded:
         return _Padded.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
     if _has_kernel(x, weight):
@@ -49,6 +54,14 @@ def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Lay
     )
 
 
+def is_native(num_rows: int, dtype: torch.dtype, weight: Tensor) -> bool:
+    """Whether ds_core has kernels for a product in this dtype, and they are faster than torch's products one by one."""
+    grouped = native.grouped()
+    if grouped is None or not grouped.is_native(dtype, weight):
+        return False
+    return bool(grouped.is_faster(num_rows, dtype, weight))
+
+
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     aligned = x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0
     return x.is_cuda and x.dtype == torch.bfloat16 and aligned and hasattr(functional, "grouped_mm")
@@ -61,6 +74,34 @@ def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Layout) -
     if bias is None:
         return product
     return product + bias.repeat_interleave(sizes, 0, output_size=x.shape[0])
+
+
+class _Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
+        grouped = native.grouped()
+        assert grouped is not None
+        x = x.contiguous()
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        out: Tensor = grouped.forward(x, weight.contiguous(), bias, sizes)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        grouped = native.grouped()
+        assert grouped is not None
+        x, weight = ctx.saved_tensors
+        grad, weight = grad.contiguous(), weight.contiguous()
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = grouped.grad_input(grad, weight, ctx.sizes)
+        if ctx.needs_input_grad[1]:
+            of_weight, of_bias = grouped.grad_weight(grad, x, weight, ctx.sizes)
+        elif ctx.needs_input_grad[2]:
+            of_bias = torch.segment_reduce(grad, "sum", lengths=torch.tensor(ctx.sizes), axis=0)
+        return of_x, of_weight, of_bias if ctx.needs_input_grad[2] else None, None
 
 
 class _Padded(torch.autograd.Function):

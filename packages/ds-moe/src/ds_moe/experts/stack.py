@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from ds_moe.dispatch.permute import collect, spread
 from ds_moe.dispatch.plan import Layout, layout
+from ds_moe.experts import native_feed_forward
 from ds_moe.experts.feed_forward import FeedForward
-from ds_moe.experts.grouped_linear import CurrentGroups, GroupedLinear
+from ds_moe.experts.grouped_linear import CurrentGroups, GroupedLinear, is_native
 
 Method = Literal["auto", "grouped", "loop"]
 ExpertSource = nn.Module | Callable[[], nn.Module]
@@ -46,6 +47,7 @@ class StackedExperts(nn.Module):
         self._current = CurrentGroups()
         self.num_experts = num_experts
         self.expert = _with_grouped_layers(_copy_without_values(like), like, num_experts, self._current)
+        self._linear_layers = tuple(m for m in self.modules() if isinstance(m, GroupedLinear))
 
     def put(self, index: int, expert: nn.Module) -> None:
         """Copies the values of one expert into the stack."""
@@ -60,6 +62,11 @@ class StackedExperts(nn.Module):
 
     def forward(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """From the rows of all experts (n, H), in the order of experts, to their outputs (n, H)."""
+        dtype = _product_dtype(rows)
+        if native_feed_forward.applies(self.expert, dtype, rows.shape[0]):
+            return native_feed_forward.run(cast(FeedForward, self.expert), rows, sizes)
+        if all(is_native(rows.shape[0], dtype, layer.weight) for layer in self._linear_layers):
+            return self.run(rows, Layout(sizes))
         groups = layout(sizes, rows.shape[1], rows.device.type)
         index = groups.index(rows.device)
         return collect(self.run(spread(rows, index, groups.num_rows), groups), index)
@@ -72,6 +79,12 @@ class StackedExperts(nn.Module):
             return out
         finally:
             self._current.layout = None
+
+
+def _product_dtype(rows: Tensor) -> torch.dtype:
+    """The dtype in which linear layers compute: that of autocast, or that of the rows."""
+    kind = rows.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
 
 
 class LoopedExperts(nn.Module):
