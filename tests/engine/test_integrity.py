@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch import nn
 
 import ds_checkpoint
+import ds_comm
 import ds_engine
 import ds_zero
 from ds_checkpoint import CheckpointError
+from ds_comm.exchange.checked import MessageError, _Messages
 from harness import ranks
 
 
@@ -134,4 +136,51 @@ def test_no_checksums_by_default() -> None:
 def test_the_default_interval() -> None:
     made = engine(1)
     assert [step for step in range(1, 301) if made.job.is_check_due(step)] == [100, 200, 300]
+    made.destroy()
+
+
+class _Link:
+    """Messages of which a bit flips while `faulty` is set, on the way from rank 0."""
+
+    faulty = False
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def exchange(self, tag: int) -> Any:
+        return _LinkExchange(self.group, tag)
+
+
+class _LinkExchange(_Messages):
+    def reaches(self, rank: int) -> bool:
+        return True
+
+    def send(self, rank: int, tensors: Any) -> None:
+        copies = [tensor.clone() for tensor in tensors]
+        if _Link.faulty and dist.get_rank() == 0:
+            copies[0].view(-1).view(torch.uint8)[1] ^= 16
+        super().send(rank, copies)
+
+
+@ranks(2)
+def test_a_bit_flipped_on_the_way_is_found_at_once() -> None:
+    torch.manual_seed(0)
+    config = {
+        "train_micro_batch_size_per_gpu": 8,
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
+        "zero_optimization": {"stage": 2},
+        "startup_summary": False,
+        "integrity": {"message_checksums": True},
+    }
+    comm = ds_comm.Collectives(connect=lambda group, device, abort: _Link(group))
+    made = ds_engine.initialize(nn.Linear(8, 8), config, comm=comm)[0]
+    train(made, 2)
+    made.backward(made(torch.ones(8, 8)).square().mean())
+    _Link.faulty = True
+    if dist.get_rank() == 1:
+        with pytest.raises(MessageError, match="rank 1 of the group received other bits than rank 0 sent"):
+            made.step()
+    else:
+        made.step()
+    _Link.faulty = False
     made.destroy()

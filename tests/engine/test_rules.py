@@ -65,6 +65,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({**BUDGET, "optimizer": {"type": "Adafactor"}}, {}),
     ({**BUDGET, "integrity": {"checksums": True}}, {}),
     ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True, "rank_invariant": True}}, {}),
+    ({"integrity": {"message_checksums": True}, "optimizer": {"type": "OneBitAdam"}}, {}),
     ({"zero_optimization": {"stage": 1}, "local_sgd": {}}, {}),
     ({"optimizer": {"type": "ZeroOneAdam"}, "local_sgd": {}}, {}),
     ({"zero_optimization": ON_DISK, "integrity": {"checksums": True}}, {}),

@@ -57,6 +57,7 @@ TESTED = {
     "pipeline.timeout_s": "pipeline/test_engine.py::test_mistakes_are_errors_on_all_ranks",
     "integrity.replica_check_interval": "test_integrity.py::"
     "test_a_flipped_bit_in_a_value_that_stays_is_found_at_the_next_check",
+    "integrity.message_checksums": "test_integrity.py::test_a_bit_flipped_on_the_way_is_found_at_once",
     "integrity.checksums": "test_integrity.py::test_checksums_find_a_flipped_bit_of_a_shard",
     "local_sgd": "build/test_local_sgd.py::test_the_engine_trains_like_a_plain_loop",
     "sparse_gradients": "training/test_accumulation.py::test_sparse_gradients_send_less_and_train_the_same",

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ds_comm.interfaces import Abort
+from ds_comm.exchange.checked import checked as checked_connect
+from ds_comm.interfaces import Abort, Transport
 from ds_comm.log import CommsLog
-from ds_comm.same_host.peer_memory import PeerMemory, connect
+from ds_comm.same_host.peer_memory import connect
 
-Connect = Callable[[dist.ProcessGroup, torch.device, Abort], PeerMemory | None]
+Connect = Callable[[dist.ProcessGroup, torch.device, Abort], Transport | None]
 """Finds the ranks of a group with which tensors are exchanged without messages. Collective."""
 
 
@@ -40,6 +41,7 @@ def collectives(
     reduce_scatter: Any = None,
     axes: Mapping[str, Collectives] | None = None,
     log: CommsLog | None = None,
+    checked: bool = False,
 ) -> Collectives:
     """Returns collectives for `ds_zero.shard(comm=...)`: ranks on one machine read each other's memory where the system
     permits it ([Note: peer memory]), and other ranks send messages. The results have the same bits.
@@ -49,5 +51,10 @@ def collectives(
         reduce_scatter: the same for the reduce-scatter.
         axes: collectives for some axes of the mesh, by name.
         log: records what is gathered and reduced.
+        checked: compare checksums of what ds_zero's own collectives receive, [Note: checked messages]. On the CPU only,
+            and not with collectives that are given here.
     """
-    return Collectives(all_gather=all_gather, reduce_scatter=reduce_scatter, axes=dict(axes or {}), log=log)
+    way = checked_connect(connect) if checked else connect
+    return Collectives(
+        all_gather=all_gather, reduce_scatter=reduce_scatter, axes=dict(axes or {}), connect=way, log=log
+    )

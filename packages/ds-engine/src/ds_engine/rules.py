@@ -192,6 +192,21 @@ RULES: tuple[Rule, ...] = (
         remedy="remove one of them",
     ),
     Rule(
+        first="integrity.message_checksums",
+        second="what compresses messages or reduces gradients by itself",
+        applies=lambda c: (
+            c.settings.integrity.message_checksums
+            and (
+                c.quantized_weights
+                or c.quantized_gradients
+                or c.settings.local_sgd is not None
+                or optimizer_section.communicates(c.optimizer)
+            )
+        ),
+        reason="checksums are compared in the exact collectives of ds-zero only",
+        remedy="set integrity.message_checksums to false, or use exact collectives and an ordinary optimizer",
+    ),
+    Rule(
         first="local_sgd",
         second="zero_optimization.stage 1, 2 or 3",
         applies=lambda c: c.settings.local_sgd is not None and c.stage > 0,

@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 import ds_comm
 from ds_comm.compress import IntCompressor
+from ds_comm.exchange.checked import checked
 from ds_comm.exchange.hierarchy import Hierarchy
 from ds_comm.exchange.quantized import QuantizedAllGather, QuantizedReduceScatter
 from ds_comm.log import CommsLog, LogOptions, Summary, TorchCalls, summarise, watch_torch
 from ds_engine.build.topology import Meshes
-from ds_engine.config import DsConfig
+from ds_engine.config import ConfigError, DsConfig
 from ds_engine.config.sections.profiling import CommsLoggerConfig
 from ds_engine.interfaces import World
 from ds_engine.job import Job
@@ -81,6 +82,8 @@ def collectives_of(
     base = given if given is not None else ds_comm.collectives()
     if log is not None and isinstance(base, ds_comm.Collectives):
         base = replace(base, log=log.log)
+    if job.settings.integrity.message_checksums:
+        base = replace(base, connect=checked(_checkable(base, world).connect))
     if not job.quantized_weights and not job.quantized_gradients:
         return base
     hierarchy = _hierarchy(job, meshes, world) if job.quantized_gradients else None
@@ -130,3 +133,18 @@ def _hierarchy(job: Job, meshes: Meshes, world: World) -> Hierarchy | None:
     group = meshes.data.get_group("data") if meshes.data is not None else dist.group.WORLD
     assert isinstance(group, dist.ProcessGroup)
     return Hierarchy.of(local, group)
+
+
+def _checkable(comm: Any, world: World) -> ds_comm.Collectives:
+    """Returns the collectives if their messages can have checksums.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if not isinstance(comm, ds_comm.Collectives):
+        problem = f"initialize(comm=...) was given a {type(comm).__name__}: pass ds_comm.collectives()"
+    elif world.device.type != "cpu":
+        problem = f"the job is on {world.device.type}, where the backend adds on the way, and nobody sees the messages"
+    else:
+        return comm
+    raise ConfigError([f"integrity.message_checksums is true, but {problem}; or set the key to false"])

@@ -44,6 +44,7 @@ WORKING: tuple[Row, ...] = (
     ),
     works("elasticity", _ENGINE, "ds_engine.config.elastic"),
     works("integrity.replica_check_interval", "ds-zero", "ds_zero.check_replicas"),
+    works("integrity.message_checksums", "ds-comm", "ds_comm.collectives(checked=True)"),
     works("integrity.checksums", "ds-zero", "ds_zero.ZeroConfig.checksums"),
     works("aio.block_size", "ds-offload", "NVMeOptions.block_bytes", **_ON_DISK),
     works("aio.queue_depth", "ds-offload", "NVMeOptions.queue_depth", **_ON_DISK),

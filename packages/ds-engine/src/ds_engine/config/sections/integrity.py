@@ -22,3 +22,8 @@ class IntegrityConfig(Section):
         "ds_zero.ChecksumError on every rank. On the CPU it costs a part of the optimizer's time: "
         "docs/guide/silent-corruption.md.",
     )
+    message_checksums: bool = Field(
+        default=False,
+        description="Whether ranks compare what they receive when parameters are gathered and gradients reduced with "
+        "checksums of what was sent. A difference raises an error that names both ranks. On the CPU only.",
+    )
