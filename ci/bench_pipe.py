@@ -1,31 +1,52 @@
-"""Pipeline schedules with stages that sleep, against their formulas and torch's executor.  `ci/bench pipe [--rounds N]`
+"""ds-pipe with stages that sleep: `ci/bench pipe [bubbles|simulator] [--rounds N]`.
 
-Stages sleep instead of computing, so that several of them do not share the cores of a small machine. Forward and both
-parts of backward take the same time. In each round all contenders run one step, and ten steps in a row, in turn; the
-fastest round counts, because a busy machine only adds time. "simulated" is the bubble of ds_pipe.simulate for the same
-number of steps, which for one step is that of the formula.
+Stages sleep instead of computing, so that several of them do not share the cores of a small machine. In each round all
+contenders run in turn; the fastest round counts, because a busy machine only adds time.
+
+bubbles     every schedule, one step alone and several in a row, beside `torch.distributed.pipelining`. Forward and both
+            parts of backward take the same time. "formula" is the bubble of ds_pipe.simulate for the same number of
+            steps without costs of messages and actions, which for one step is that of the papers.
+simulator   times of stages, actions and messages are measured first; then the simulator's time of a step and its peak
+            of kept activations stand beside those of the executor, for 20 configurations.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import socket
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from ds_pipe import make, simulate
-from ds_pipe.executor import Executor, GroupTransport, Stage
+from ds_pipe import Costs, StageCosts, make, simulate
+from ds_pipe.actions import Action, Op
+from ds_pipe.executor import Executor, GroupTransport
+from ds_pipe.schedule.names import placement
+from sleeping_stages import (
+    SavedBytes,
+    SlowTransport,
+    Times,
+    median_s,
+    on_ranks,
+    stages_of,
+    timed,
+    total,
+)
 
 NAMES = ("1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v")
 PEER = "1f1b of torch"
+ROWS = (64, 1024)
+"""Shape of a message of the simulator's part: 256 KiB."""
+FAST, SLOW = (0.0, float("inf")), (0.005, 20e6)
+"""Latency in seconds, bytes per second."""
+
+
+# --- bubbles
 
 
 class SleepBoth(torch.autograd.Function):
@@ -46,145 +67,250 @@ class SleepBoth(torch.autograd.Function):
         return gradient, gradient.sum().reshape(1), None
 
 
-class Sleeping(nn.Module):
-    """A stage with one parameter, whose forward sleeps; with `both`, its backward too."""
+class SleepingBoth(nn.Module):
+    """A stage for torch's executor."""
 
-    def __init__(self, seconds: float, both: bool) -> None:
+    def __init__(self, seconds: float) -> None:
         super().__init__()
-        self.weight, self.seconds, self.both = nn.Parameter(torch.zeros(1)), seconds, both
+        self.weight, self.seconds = nn.Parameter(torch.zeros(1)), seconds
 
     def forward(self, x: Tensor) -> Tensor:
         """Sleeps."""
-        if self.both:
-            result: Tensor = SleepBoth.apply(x, self.weight, self.seconds)  # type: ignore[no-untyped-call]
-            return result
-        time.sleep(self.seconds)
-        return x + self.weight
+        result: Tensor = SleepBoth.apply(x, self.weight, self.seconds)  # type: ignore[no-untyped-call]
+        return result
 
 
-class SleepingStage(Stage):
-    """A stage whose parts of backward sleep."""
-
-    def backward(self, microbatch: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Sleeps twice."""
-        time.sleep(2 * self.module.seconds)  # type: ignore[attr-defined]
-        return super().backward(microbatch, gradients)
-
-    def backward_input(self, microbatch: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Sleeps."""
-        time.sleep(self.module.seconds)  # type: ignore[attr-defined]
-        return super().backward_input(microbatch, gradients)
-
-    def backward_weight(self, microbatch: int) -> None:
-        """Sleeps."""
-        time.sleep(self.module.seconds)  # type: ignore[attr-defined]
-        super().backward_weight(microbatch)
-
-
-def total(output: Tensor, target: Tensor) -> Tensor:
-    """The loss."""
-    return output.sum()
-
-
-def ours(name: str, count: int, seconds: float) -> Callable[[], None]:
+def ours(name: str, count: int, seconds: float) -> Callable[[], object]:
     """One step of the executor; stages of schedules with two on each rank sleep half as long."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     schedule = make(name, ranks, count)
-    unit, last = seconds * ranks / schedule.num_stages, schedule.num_stages - 1
-    stages = {
-        s: SleepingStage(Sleeping(unit, False), s, loss_fn=total if s == last else None)
-        for s in schedule.stages_of(rank)
-    }
+    unit = seconds * ranks / schedule.num_stages
+    stages = stages_of(rank, schedule.rank_of_stage, [Times(unit, unit, unit)] * schedule.num_stages)
     executor = Executor(schedule, rank, stages, GroupTransport(dist.new_group()))
     data = [torch.zeros(2, 2)] * count
-
-    def step() -> None:
-        executor.step(data, data)
-
-    return step
+    return lambda: executor.step(data, data)
 
 
-def peer(count: int, seconds: float) -> Callable[[], None]:
+def peer(count: int, seconds: float) -> Callable[[], object]:
     """One step of torch's executor."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    stage = PipelineStage(Sleeping(seconds, True), rank, ranks, torch.device("cpu"), group=dist.new_group())
+    stage = PipelineStage(SleepingBoth(seconds), rank, ranks, torch.device("cpu"), group=dist.new_group())
     schedule = Schedule1F1B(stage, count, loss_fn=total)
     data = torch.zeros(2 * count, 2)
-
-    def step() -> None:
-        if rank == 0:
-            schedule.step(data)
-        elif rank == ranks - 1:
-            schedule.step(target=data)
-        else:
-            schedule.step()
-
-    return step
+    if rank == 0:
+        return lambda: schedule.step(data)
+    return (lambda: schedule.step(target=data)) if rank == ranks - 1 else schedule.step
 
 
-def timed(step: Callable[[], None], steps: int) -> float:
-    """Seconds until the last rank has run its steps."""
-    dist.barrier()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    seconds = torch.tensor(time.perf_counter() - start)
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return seconds.item()
-
-
-def run(rank: int, ranks: int, args: argparse.Namespace) -> None:
-    """One rank."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    steps = {name: ours(name, args.micro_batches, args.seconds) for name in NAMES}
-    steps[PEER] = peer(args.micro_batches, args.seconds)
-    best: dict[tuple[str, int], float] = {}
-    for name, step in steps.items():
+def bubbles(rank: int, ranks: int, args: argparse.Namespace) -> None:
+    """One rank of the first part."""
+    steps: dict[str, Callable[[], object]] = {
+        name: peer(args.micro_batches, args.seconds)
+        if name == PEER
+        else ours(name, args.micro_batches, args.seconds)
+        for name in args.names
+    }
+    for step in steps.values():
         timed(step, 1)
-        best |= {(name, 1): float("inf"), (name, 10): float("inf")}
+    best = dict.fromkeys(itertools.product(steps, args.steps), float("inf"))
     for _ in range(args.rounds):
         for name, number in best:
             best[name, number] = min(best[name, number], timed(steps[name], number))
     if rank == 0:
-        show(best, ranks, args)
-    dist.barrier()
-    os._exit(0)  # the threads of the transports wait for messages that do not come
+        show_bubbles(best, ranks, args)
 
 
-def show(best: dict[tuple[str, int], float], ranks: int, args: argparse.Namespace) -> None:
+def show_bubbles(best: dict[tuple[str, int], float], ranks: int, args: argparse.Namespace) -> None:
     """Prints the table."""
+    count = args.micro_batches
+    print(f"{ranks} ranks, {count} micro-batches, {args.seconds} s for a forward, best of {args.rounds}")
     print(
-        f"{ranks} ranks, {args.micro_batches} micro-batches, {args.seconds} s for a forward, best of {args.rounds}"
+        "| schedule | steps in a row | measured bubble | formula | step / formula's | throughput beside 1F1B |"
     )
-    print(
-        f"{'schedule':<16}{'steps':>6}{'measured':>10}{'simulated':>11}{'step (s)':>10}{'beside torch':>14}"
-    )
+    print("|---|---|---|---|---|---|")
     for (name, number), seconds in best.items():
-        work = 3 * args.micro_batches * args.seconds * number
-        simulation = simulate(make("1f1b" if name == PEER else name, ranks, args.micro_batches), steps=number)
-        chunks = simulation.schedule.num_stages // ranks
-        expected = 1 - 3 * args.micro_batches * chunks * number / simulation.total_s
+        simulation = simulate(make("1f1b" if name == PEER else name, ranks, count), steps=number)
+        units = 3 * count * simulation.schedule.num_stages // ranks * number
+        expected = 1 - units / simulation.total_s
+        work = 3 * count * args.seconds * number
+        beside = best.get(("1f1b", number), float("nan")) / seconds
         print(
-            f"{name:<16}{number:>6}{1 - work / seconds:>10.1%}{expected:>11.1%}{seconds / number:>10.3f}"
-            f"{best[PEER, number] / seconds:>13.2f}x",
+            f"| {name} | {number} | {1 - work / seconds:.1%} | {expected:.1%} | "
+            f"{seconds * (1 - expected) / work:.3f}x | {beside:.2f}x |",
             flush=True,
         )
 
 
+# --- simulator
+
+CONFIGURATIONS = [
+    (name, count, uneven, slow)
+    for name in ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v")
+    for count, uneven, slow in ((4, False, False), (8, True, False), (8, False, True), (16, True, True))
+]
+
+
+def times_of(num_stages: int, ranks: int, seconds: float, uneven: bool) -> list[Times]:
+    """Times and kept bytes of all stages; uneven ones differ by up to a half, each in its own way."""
+    unit = seconds * ranks / num_stages
+    if not uneven:
+        return [Times(unit, unit, unit, 1 << 20)] * num_stages
+    return [
+        Times(unit * (1 + 0.5 * (s % 2)), unit * (1.2 - 0.1 * (s % 3)), unit * 0.8, (1 + s % 3) << 20)
+        for s in range(num_stages)
+    ]
+
+
+def calibrated(num_stages: int, rank_of_stage: tuple[int, ...], times: list[Times]) -> list[StageCosts]:
+    """Measured costs of all stages: each rank runs forwards and backwards of its own, without an executor."""
+    own: dict[int, StageCosts] = {}
+    counter = SavedBytes()
+    for s, stage in stages_of(dist.get_rank(), rank_of_stage, times, counter).items():
+        x = torch.zeros(ROWS, requires_grad=s > 0)
+        last = s == num_stages - 1
+
+        def forward(stage: Any = stage, x: Tensor = x, last: bool = last) -> None:
+            if last:
+                stage.last_forward(0, x, x, lambda loss: loss)
+            else:
+                stage.forward(0, x)
+
+        gradients = [None] if last else [torch.zeros(ROWS)]
+        seconds: dict[str, list[float]] = {"forward_s": [], "backward_input_s": [], "backward_weight_s": []}
+        for _ in range(3):
+            before = counter.now
+            seconds["forward_s"].append(median_s(forward, 1))
+            kept = counter.now - before
+            seconds["backward_input_s"].append(
+                median_s(lambda st=stage, g=gradients: st.backward_input(0, g), 1)
+            )
+            seconds["backward_weight_s"].append(median_s(lambda st=stage: st.backward_weight(0), 1))
+        own[s] = StageCosts(
+            activation_bytes=kept,
+            output_bytes=ROWS[0] * ROWS[1] * 4,
+            **{k: sorted(v)[1] for k, v in seconds.items()},
+        )
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    merged = {s: costs for part in every for s, costs in part.items()}
+    return [merged[s] for s in range(num_stages)]
+
+
+def action_seconds() -> float:
+    """Seconds that the executor needs for an action beside the stage's own."""
+    schedule = make("1f1b", 1, 50)
+    executor = Executor(schedule, 0, stages_of(0, (0,), [Times(0, 0, 0)]), GroupTransport())
+    data = [torch.zeros(ROWS)] * 50
+    stage = stages_of(0, (0,), [Times(0, 0, 0)])[0]
+
+    def alone() -> None:
+        for m in range(50):
+            stage.last_forward(m, data[m], data[m], lambda loss: loss)
+            stage.backward(m, [None])
+
+    return max(0.0, median_s(lambda: executor.step(data, data)) - median_s(alone)) / 100
+
+
+def message_seconds(link: tuple[float, float]) -> float:
+    """Seconds of a message from one rank to the next over a link, half of those there and back."""
+    rank, transport, seconds = dist.get_rank(), SlowTransport(dist.new_group(), *link), []
+    value = torch.zeros(ROWS)
+    for m in range(15):
+        there, back = Action(1, Op.RECV_FORWARD, m), Action(0, Op.RECV_BACKWARD, m)
+        dist.barrier()
+        start = time.perf_counter()
+        if rank == 0:
+            transport.expect(1, back)
+            transport.send(1, there, value)
+            transport.receive(1, back)
+        elif rank == 1:
+            transport.expect(0, there)
+            transport.receive(0, there)
+            transport.send(0, back, value)
+        seconds.append((time.perf_counter() - start) / 2)
+    transport.close()
+    return sorted(seconds)[7]
+
+
+def broadcast(*values: float) -> list[float]:
+    """The values of rank 0, on all ranks."""
+    box = torch.tensor(values, dtype=torch.float64)
+    dist.broadcast(box, 0)
+    return box.tolist()
+
+
+def simulator(rank: int, ranks: int, args: argparse.Namespace) -> None:
+    """One rank of the second part."""
+    action_s, fast_s, slow_s = broadcast(action_seconds(), message_seconds(FAST), message_seconds(SLOW))
+    message_bytes = ROWS[0] * ROWS[1] * 4
+    if rank == 0:
+        print(
+            f"{ranks} ranks, {args.seconds} s for a forward, best of {args.rounds}; measured: {action_s * 1e6:.0f} us "
+            f"for an action, {fast_s * 1e3:.2f} ms for a message of {message_bytes >> 10} KiB, over slow links "
+            f"{slow_s * 1e3:.2f} ms"
+        )
+        print("| schedule | micro-batches | stages | links | simulated (s) | measured (s) | difference "
+              "| activations simulated (MiB) | measured | difference |")  # fmt: skip
+        print("|---|---|---|---|---|---|---|---|---|---|")
+    worst = [0.0, 0.0]
+    for name, count, uneven, slow in CONFIGURATIONS:
+        rank_of_stage = placement(name, ranks)
+        times = times_of(len(rank_of_stage), ranks, args.seconds, uneven)
+        stage_costs = calibrated(len(rank_of_stage), rank_of_stage, times)
+        latency_s, bytes_per_s = SLOW if slow else FAST
+        arrival_s = slow_s - message_bytes / bytes_per_s if slow else fast_s
+        costs = Costs(
+            stages=tuple(stage_costs), latency_s=arrival_s, bytes_per_s=bytes_per_s, action_s=action_s
+        )
+        fitted = [(c.forward_s, c.backward_input_s, c.backward_weight_s) for c in stage_costs]
+        schedule = make(name, ranks, count, times=fitted if name.startswith("zb-") else None)
+        counter = SavedBytes()
+        stages = stages_of(rank, rank_of_stage, times, counter)
+        transport = SlowTransport(dist.new_group(), latency_s, bytes_per_s)
+        executor = Executor(schedule, rank, stages, transport)
+        data = [torch.zeros(ROWS)] * count
+        simulation = simulate(executor.schedule, costs)
+        timed(lambda e=executor, d=data: e.step(d, d), 1)
+        seconds = min(timed(lambda e=executor, d=data: e.step(d, d), 1) for _ in range(args.rounds))
+        peaks: list[int] = [0] * ranks
+        dist.all_gather_object(peaks, counter.peak)
+        executor.close()
+        if rank:
+            continue
+        at = max(range(ranks), key=lambda r, s=simulation: s.peak_activation_bytes[r])
+        predicted = simulation.peak_activation_bytes[at]
+        off_s, off_bytes = (
+            simulation.total_s / seconds - 1,
+            max(
+                (abs(p / q - 1) for p, q in zip(simulation.peak_activation_bytes, peaks, strict=True)),
+                default=0.0,
+            ),
+        )
+        worst = [max(worst[0], abs(off_s)), max(worst[1], off_bytes)]
+        print(
+            f"| {name} | {count} | {'uneven' if uneven else 'equal'} | {'slow' if slow else 'fast'} "
+            f"| {simulation.total_s:.3f} | {seconds:.3f} | {off_s:+.1%} | {predicted / 2**20:.1f} "
+            f"| {peaks[at] / 2**20:.1f} | {off_bytes:.1%} |",
+            flush=True,
+        )
+    if rank == 0:
+        print(f"largest differences: step {worst[0]:.1%}, activations {worst[1]:.1%}", flush=True)
+
+
 def main() -> None:
     """Starts the ranks."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", nargs="?", choices=("bubbles", "simulator"), default="bubbles")
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=0.08, help="time of a forward")
+    parser.add_argument("--seconds", type=float, default=0.04, help="time of a forward")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 10], help="steps in a row")
+    parser.add_argument("--names", nargs="+", default=[*NAMES, PEER], help="schedules")
     args = parser.parse_args()
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        args.port = listening.getsockname()[1]
-    mp.spawn(run, args=(args.ranks, args), nprocs=args.ranks)  # type: ignore[no-untyped-call]
+    on_ranks(args.ranks, {"bubbles": bubbles, "simulator": simulator}[args.part], args)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,16 @@ A message is an envelope of fixed size (label, size of the header), then the hea
 pickled skeleton of the value, with shapes and dtypes. It is left out if it equals that of the previous message with the
 same stage and operation, so that in most steps a message is the envelope and the tensors.
 
-One thread for each rank to which this one sends, and one for each rank from which it receives, work on queues: the
-caller computes meanwhile, and shapes may vary without an agreement. A receiving thread takes a message only after
-`expect`, so that the schedule decides how many messages lie in memory.
+Sends are started by the caller: a thread would first have to get Python's lock from it, which takes up to 5 ms while
+it computes. One thread for each rank to which this one sends only waits until tensors are gone. One for each rank from
+which it receives takes messages, so that shapes may vary without an agreement, and a caller that waits can look for
+failures. It takes a message only after `expect`, so that the schedule decides how many messages lie in memory.
+
+gloo transfers a tensor only once its receive has started, which costs a message in the other direction if the receiver
+has to read the envelope first. So when two messages in a row had the same header, both sides expect it again: the
+receiver starts to receive the tensors together with the envelope, and a sender whose header differs nevertheless first
+sends tensors of the old shapes, which are thrown away. (Only in the memory of the host: NCCL runs the messages between
+two ranks one after the other, so that a receive that waits would block the sends behind it.)
 """
 
 from __future__ import annotations
@@ -16,7 +23,9 @@ import pickle
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -27,7 +36,7 @@ from torch import Tensor
 from ds_pipe.actions import Action, Op
 from ds_pipe.errors import PipelineError
 from ds_pipe.executor.failures import POLL_S, FailureBoard, StoreBoard, default_store
-from ds_pipe.executor.values import put_together, slots, take_apart
+from ds_pipe.executor.values import Slot, put_together, slots, take_apart
 
 _TAG = 7411
 _OPS = (Op.RECV_FORWARD, Op.RECV_BACKWARD)
@@ -67,17 +76,21 @@ class GroupTransport:
         self._arrival = threading.Condition()
         self._arrived: dict[tuple[int, Action], Any] = {}
         self._error: str | None = None
-        self._senders: dict[int, _Worker] = {}
+        self._senders: dict[int, tuple[_Sending, _Worker]] = {}
         self._receivers: dict[int, _Worker] = {}
         self._step = 0
 
     def send(self, rank: int, label: Action, value: Any) -> None:
         self._check()
         if rank not in self._senders:
-            self._senders[rank] = _Worker(
-                f"send to {rank}", _Sending(self._group, self._ranks[rank]), self._failed
-            )
-        self._senders[rank].put(label, value)
+            sending = _Sending(self._group, self._ranks[rank])
+            self._senders[rank] = sending, _Worker(f"send to {rank}", _wait_until_gone, self._failed)
+        sending, waiting = self._senders[rank]
+        try:
+            waiting.put(label, sending(label, value))
+        except RuntimeError as error:
+            self._failed(f"send to {rank}", label, error)
+            self._check()
 
     def expect(self, rank: int, label: Action) -> None:
         if rank not in self._receivers:
@@ -134,7 +147,7 @@ class GroupTransport:
         """Ends the threads. After a failure this also breaks the connections on which they wait, so that the process
         group cannot be used any more.
         """
-        workers = [*self._senders.values(), *self._receivers.values()]
+        workers = [*(worker for _, worker in self._senders.values()), *self._receivers.values()]
         for worker in workers:
             worker.stop()
         for worker in workers:
@@ -201,30 +214,62 @@ class _Worker:
                 return
 
 
+@dataclass
+class _Known:
+    """What both sides know of the last message with one stage and operation, [Note: messages]."""
+
+    header: bytes = b""
+    skeleton: Any = None
+    repeats: int = 0
+    """How many messages in a row have had this header."""
+
+    def note(self, header: bytes, skeleton: Any) -> None:
+        self.repeats = self.repeats + 1 if header == self.header else 1
+        self.header, self.skeleton = header, skeleton
+
+    def early(self) -> list[Slot]:
+        """The tensors whose receive starts together with that of the envelope."""
+        expected = slots(self.skeleton) if self.repeats >= 2 else []
+        return expected if all(slot.on_host for slot in expected) else []
+
+
+_Running = list[tuple[Tensor, dist.Work]]
+"""Tensors that are being sent. They must live until they are gone."""
+
+
+def _wait_until_gone(label: Action, running: _Running) -> None:
+    while running:
+        running[0][1].wait()
+        del running[0]
+
+
 class _Sending:
-    """Sends messages to one rank, [Note: messages]."""
+    """Starts to send messages to one rank, [Note: messages]."""
 
     def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
         self._group, self._rank = group, rank
-        self._headers: dict[tuple[int, Op], bytes] = {}
+        self._known: dict[tuple[int, Op], _Known] = defaultdict(_Known)
 
-    def __call__(self, label: Action, value: Any) -> None:
-        skeleton, tensors = take_apart(value)
-        header = pickle.dumps(skeleton)
-        key = label.stage, label.op
-        known = self._headers.get(key) == header
-        self._headers[key] = header
+    def __call__(self, label: Action, value: Any) -> _Running:
         assert label.microbatch is not None
-        size = 0 if known else len(header)
-        self._send(torch.tensor([label.stage, _OPS.index(label.op), label.microbatch, size]))
-        if not known:
-            self._send(torch.frombuffer(bytearray(header), dtype=torch.uint8))
-        for tensor in tensors:
-            if tensor.numel():
-                self._send(tensor.detach().contiguous())
-
-    def _send(self, tensor: Tensor) -> None:
-        dist.send(tensor, self._rank, self._group, tag=_TAG)
+        skeleton, tensors = take_apart(value)
+        header, last = pickle.dumps(skeleton), self._known[label.stage, label.op]
+        changed = header != last.header
+        parts = [
+            torch.tensor([label.stage, _OPS.index(label.op), label.microbatch, len(header) if changed else 0])
+        ]
+        if changed:
+            parts += [torch.zeros(slot.shape, dtype=slot.dtype) for slot in last.early()]
+            parts.append(torch.frombuffer(bytearray(header), dtype=torch.uint8))
+        last.note(header, skeleton)
+        parts += [tensor.detach().contiguous() for tensor in tensors]
+        running: _Running = []
+        for part in parts:
+            if part.numel():
+                work = dist.isend(part, self._rank, self._group, tag=_TAG)
+                assert work is not None
+                running.append((part, work))
+        return running
 
 
 class _Receiving:
@@ -232,26 +277,40 @@ class _Receiving:
 
     def __init__(self, group: dist.ProcessGroup, rank: int, device: torch.device) -> None:
         self._group, self._rank, self._device = group, rank, device
-        self._skeletons: dict[tuple[int, Op], Any] = {}
+        self._known: dict[tuple[int, Op], _Known] = defaultdict(_Known)
 
     def __call__(self, label: Action, _: None) -> Any:
-        envelope = self._receive(torch.empty(_ENVELOPE, dtype=torch.int64)).tolist()
-        stage, op, microbatch, size = envelope
+        last = self._known[label.stage, label.op]
+        envelope = self._started(torch.empty(_ENVELOPE, dtype=torch.int64))
+        early = [self._of(slot) for slot in last.early()]
+        stage, op, microbatch, size = envelope().tolist()
         arrived = Action(stage, _OPS[op], microbatch)
         if arrived != label:
             raise PipelineError(f"{arrived} has arrived where {label} was expected")
+        tensors = [finished() for finished in early]
         if size:
-            data = self._receive(torch.empty(size, dtype=torch.uint8))
-            self._skeletons[stage, _OPS[op]] = pickle.loads(bytes(data.numpy()))
-        skeleton = self._skeletons[stage, _OPS[op]]
-        tensors = []
-        for slot in slots(skeleton):
-            tensor = torch.empty(slot.shape, dtype=slot.dtype, device=self._device)
-            if tensor.numel():
-                self._receive(tensor)
-            tensors.append(tensor.requires_grad_(slot.requires_grad))
-        return put_together(skeleton, tensors)
+            header = bytes(self._started(torch.empty(size, dtype=torch.uint8))().numpy())
+            last.note(header, pickle.loads(header))
+        else:
+            last.note(last.header, last.skeleton)
+        wanted = slots(last.skeleton)
+        if size or not early:
+            tensors = [self._of(slot)() for slot in wanted]
+        for slot, tensor in zip(wanted, tensors, strict=True):
+            tensor.requires_grad_(slot.requires_grad)
+        return put_together(last.skeleton, tensors)
 
-    def _receive(self, tensor: Tensor) -> Tensor:
-        dist.recv(tensor, self._rank, self._group, tag=_TAG)
-        return tensor
+    def _of(self, slot: Slot) -> Callable[[], Tensor]:
+        device = torch.device("cpu") if slot.on_host else self._device
+        return self._started(torch.empty(slot.shape, dtype=slot.dtype, device=device))
+
+    def _started(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Starts to receive a tensor; the result waits for it."""
+        work = dist.irecv(tensor, self._rank, self._group, tag=_TAG) if tensor.numel() else None
+
+        def finished() -> Tensor:
+            if work is not None:
+                work.wait()
+            return tensor
+
+        return finished

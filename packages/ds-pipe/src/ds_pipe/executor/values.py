@@ -18,6 +18,8 @@ class Slot:
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
+    on_host: bool
+    """Whether it is in the memory of the host."""
 
 
 def take_apart(value: Any) -> tuple[Any, list[Tensor]]:
@@ -26,7 +28,8 @@ def take_apart(value: Any) -> tuple[Any, list[Tensor]]:
 
     def slot(tensor: Tensor) -> Slot:
         tensors.append(tensor)
-        return Slot(len(tensors) - 1, tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+        on_host = tensor.device.type == "cpu"
+        return Slot(len(tensors) - 1, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, on_host)
 
     return _mapped(value, Tensor, slot), tensors
 
