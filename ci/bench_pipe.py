@@ -4,7 +4,8 @@ Stages sleep instead of computing, so that several of them do not share the core
 contenders run in turn; the fastest round counts, because a busy machine only adds time.
 
 bubbles     every schedule, one step alone and several in a row, beside `torch.distributed.pipelining`. Forward and both
-            parts of backward take the same time. "formula" is the bubble of ds_pipe.simulate for the same number of
+            parts of backward take the same time. "measured" is the share of time in which a rank does not compute: what
+            stages need alone is measured first. "formula" is the bubble of ds_pipe.simulate for the same number of
             steps without costs of messages and actions, which for one step is that of the papers.
 simulator   times of stages, actions and messages are measured first; then the simulator's time of a step and its peak
             of kept activations stand beside those of the executor, for 20 configurations.
@@ -23,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from ds_pipe import Costs, StageCosts, make, simulate
+from ds_pipe import Costs, StageCosts, choose, make, simulate
 from ds_pipe.actions import Action, Op
-from ds_pipe.executor import Executor, GroupTransport
+from ds_pipe.executor import Executor, GroupTransport, MemoryHub
 from ds_pipe.schedule.names import placement
 from sleeping_stages import (
     SavedBytes,
@@ -40,8 +41,8 @@ from sleeping_stages import (
 
 NAMES = ("1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v")
 PEER = "1f1b of torch"
-ROWS = (64, 1024)
-"""Shape of a message of the simulator's part: 256 KiB."""
+SMALL, ROWS = (2, 2), (64, 1024)
+"""Shapes of the messages of both parts: 16 bytes, 256 KiB."""
 FAST, SLOW = (0.0, float("inf")), (0.005, 20e6)
 """Latency in seconds, bytes per second."""
 
@@ -80,15 +81,33 @@ class SleepingBoth(nn.Module):
         return result
 
 
-def ours(name: str, count: int, seconds: float) -> Callable[[], object]:
-    """One step of the executor; stages of schedules with two on each rank sleep half as long."""
+def ours(name: str, count: int, seconds: float) -> tuple[Callable[[], object], float]:
+    """One step of the executor, and the seconds in which each rank computes; stages of schedules with two on each rank
+    sleep half as long.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     schedule = make(name, ranks, count)
     unit = seconds * ranks / schedule.num_stages
     stages = stages_of(rank, schedule.rank_of_stage, [Times(unit, unit, unit)] * schedule.num_stages)
     executor = Executor(schedule, rank, stages, GroupTransport(dist.new_group()))
-    data = [torch.zeros(2, 2)] * count
-    return lambda: executor.step(data, data)
+    data = [torch.zeros(SMALL)] * count
+    work_s = count * sum(median_s(lambda s=s: alone(s, name.startswith("zb")), 3) for s in stages.values())
+    return lambda: executor.step(data, data), work_s
+
+
+def alone(stage: Any, split: bool) -> None:
+    """Forward and backward of one micro-batch, without an executor: sleeping, and what autograd needs."""
+    x = torch.zeros(SMALL)
+    if stage.loss_fn is None:
+        stage.forward(0, x)
+    else:
+        stage.last_forward(0, x, x, lambda loss: loss)
+    gradients = [None if stage.loss_fn is not None else x]
+    if split:
+        stage.backward_input(0, gradients)
+        stage.backward_weight(0)
+    else:
+        stage.backward(0, gradients)
 
 
 def peer(count: int, seconds: float) -> Callable[[], object]:
@@ -104,39 +123,55 @@ def peer(count: int, seconds: float) -> Callable[[], object]:
 
 def bubbles(rank: int, ranks: int, args: argparse.Namespace) -> None:
     """One rank of the first part."""
-    steps: dict[str, Callable[[], object]] = {
-        name: peer(args.micro_batches, args.seconds)
-        if name == PEER
-        else ours(name, args.micro_batches, args.seconds)
-        for name in args.names
-    }
+    steps: dict[str, Callable[[], object]] = {}
+    work_s: dict[str, float] = {}
+    for name in args.names:
+        if name == PEER:  # its stages compute what those of our 1F1B do
+            steps[name] = peer(args.micro_batches, args.seconds)
+        else:
+            steps[name], work_s[name] = ours(name, args.micro_batches, args.seconds)
+    work_s[PEER] = work_s.get("1f1b", 3 * args.micro_batches * args.seconds)
     for step in steps.values():
         timed(step, 1)
     best = dict.fromkeys(itertools.product(steps, args.steps), float("inf"))
     for _ in range(args.rounds):
         for name, number in best:
             best[name, number] = min(best[name, number], timed(steps[name], number))
+    costs = costs_of_bubbles(rank, ranks, args.seconds)
     if rank == 0:
-        show_bubbles(best, ranks, args)
+        show_bubbles(best, work_s, ranks, args)
+        names = [name for name in args.names if name != PEER]
+        for number in args.steps:
+            found = choose(costs, ranks, args.micro_batches, names=names, steps=number).candidates
+            predicted = ", ".join(f"{one.name} {one.simulation.step_s:.3f} s" for one in found)
+            print(f"chosen for {number} in a row, with measured costs: {predicted}", flush=True)
 
 
-def show_bubbles(best: dict[tuple[str, int], float], ranks: int, args: argparse.Namespace) -> None:
+def costs_of_bubbles(rank: int, ranks: int, seconds: float) -> Costs:
+    """What `choose` is given: measured costs of the finest division."""
+    rank_of_stage = placement("zb-v", ranks)
+    unit = seconds / 2
+    stages = calibrated(rank_of_stage, [Times(unit, unit, unit)] * len(rank_of_stage), SMALL)
+    own_s = action_seconds(SMALL) if rank == 0 else 0.0
+    action_s, message_s = broadcast(own_s, message_seconds(FAST, SMALL))
+    return Costs(stages=tuple(stages), latency_s=message_s, action_s=action_s)
+
+
+def show_bubbles(
+    best: dict[tuple[str, int], float], work_s: dict[str, float], ranks: int, args: argparse.Namespace
+) -> None:
     """Prints the table."""
     count = args.micro_batches
     print(f"{ranks} ranks, {count} micro-batches, {args.seconds} s for a forward, best of {args.rounds}")
-    print(
-        "| schedule | steps in a row | measured bubble | formula | step / formula's | throughput beside 1F1B |"
-    )
+    print("| schedule | steps in a row | measured bubble | formula | step (s) | throughput beside 1F1B |")
     print("|---|---|---|---|---|---|")
     for (name, number), seconds in best.items():
         simulation = simulate(make("1f1b" if name == PEER else name, ranks, count), steps=number)
         units = 3 * count * simulation.schedule.num_stages // ranks * number
-        expected = 1 - units / simulation.total_s
-        work = 3 * count * args.seconds * number
         beside = best.get(("1f1b", number), float("nan")) / seconds
         print(
-            f"| {name} | {number} | {1 - work / seconds:.1%} | {expected:.1%} | "
-            f"{seconds * (1 - expected) / work:.3f}x | {beside:.2f}x |",
+            f"| {name} | {number} | {1 - work_s[name] * number / seconds:.1%} | {1 - units / simulation.total_s:.1%} "
+            f"| {seconds / number:.3f} | {beside:.2f}x |",
             flush=True,
         )
 
@@ -161,12 +196,15 @@ def times_of(num_stages: int, ranks: int, seconds: float, uneven: bool) -> list[
     ]
 
 
-def calibrated(num_stages: int, rank_of_stage: tuple[int, ...], times: list[Times]) -> list[StageCosts]:
+def calibrated(
+    rank_of_stage: tuple[int, ...], times: list[Times], shape: tuple[int, int] = ROWS
+) -> list[StageCosts]:
     """Measured costs of all stages: each rank runs forwards and backwards of its own, without an executor."""
     own: dict[int, StageCosts] = {}
+    num_stages = len(rank_of_stage)
     counter = SavedBytes()
     for s, stage in stages_of(dist.get_rank(), rank_of_stage, times, counter).items():
-        x = torch.zeros(ROWS, requires_grad=s > 0)
+        x = torch.zeros(shape, requires_grad=s > 0)
         last = s == num_stages - 1
 
         def forward(stage: Any = stage, x: Tensor = x, last: bool = last) -> None:
@@ -175,7 +213,7 @@ def calibrated(num_stages: int, rank_of_stage: tuple[int, ...], times: list[Time
             else:
                 stage.forward(0, x)
 
-        gradients = [None] if last else [torch.zeros(ROWS)]
+        gradients = [None] if last else [torch.zeros(shape)]
         seconds: dict[str, list[float]] = {"forward_s": [], "backward_input_s": [], "backward_weight_s": []}
         for _ in range(3):
             before = counter.now
@@ -187,7 +225,7 @@ def calibrated(num_stages: int, rank_of_stage: tuple[int, ...], times: list[Time
             seconds["backward_weight_s"].append(median_s(lambda st=stage: st.backward_weight(0), 1))
         own[s] = StageCosts(
             activation_bytes=kept,
-            output_bytes=ROWS[0] * ROWS[1] * 4,
+            output_bytes=shape[0] * shape[1] * 4,
             **{k: sorted(v)[1] for k, v in seconds.items()},
         )
     every: list[Any] = [None] * dist.get_world_size()
@@ -196,11 +234,11 @@ def calibrated(num_stages: int, rank_of_stage: tuple[int, ...], times: list[Time
     return [merged[s] for s in range(num_stages)]
 
 
-def action_seconds() -> float:
+def action_seconds(shape: tuple[int, int] = ROWS) -> float:
     """Seconds that the executor needs for an action beside the stage's own."""
     schedule = make("1f1b", 1, 50)
-    executor = Executor(schedule, 0, stages_of(0, (0,), [Times(0, 0, 0)]), GroupTransport())
-    data = [torch.zeros(ROWS)] * 50
+    executor = Executor(schedule, 0, stages_of(0, (0,), [Times(0, 0, 0)]), MemoryHub(1).transport(0))
+    data = [torch.zeros(shape)] * 50
     stage = stages_of(0, (0,), [Times(0, 0, 0)])[0]
 
     def alone() -> None:
@@ -211,10 +249,10 @@ def action_seconds() -> float:
     return max(0.0, median_s(lambda: executor.step(data, data)) - median_s(alone)) / 100
 
 
-def message_seconds(link: tuple[float, float]) -> float:
+def message_seconds(link: tuple[float, float], shape: tuple[int, int] = ROWS) -> float:
     """Seconds of a message from one rank to the next over a link, half of those there and back."""
     rank, transport, seconds = dist.get_rank(), SlowTransport(dist.new_group(), *link), []
-    value = torch.zeros(ROWS)
+    value = torch.zeros(shape)
     for m in range(15):
         there, back = Action(1, Op.RECV_FORWARD, m), Action(0, Op.RECV_BACKWARD, m)
         dist.barrier()
@@ -241,7 +279,8 @@ def broadcast(*values: float) -> list[float]:
 
 def simulator(rank: int, ranks: int, args: argparse.Namespace) -> None:
     """One rank of the second part."""
-    action_s, fast_s, slow_s = broadcast(action_seconds(), message_seconds(FAST), message_seconds(SLOW))
+    own_s = action_seconds() if rank == 0 else 0.0  # on one rank: several would share cores
+    action_s, fast_s, slow_s = broadcast(own_s, message_seconds(FAST), message_seconds(SLOW))
     message_bytes = ROWS[0] * ROWS[1] * 4
     if rank == 0:
         print(
@@ -256,7 +295,7 @@ def simulator(rank: int, ranks: int, args: argparse.Namespace) -> None:
     for name, count, uneven, slow in CONFIGURATIONS:
         rank_of_stage = placement(name, ranks)
         times = times_of(len(rank_of_stage), ranks, args.seconds, uneven)
-        stage_costs = calibrated(len(rank_of_stage), rank_of_stage, times)
+        stage_costs = calibrated(rank_of_stage, times)
         latency_s, bytes_per_s = SLOW if slow else FAST
         arrival_s = slow_s - message_bytes / bytes_per_s if slow else fast_s
         costs = Costs(

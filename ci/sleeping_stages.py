@@ -195,7 +195,13 @@ def on_ranks(ranks: int, body: Callable[..., None], *arguments: Any) -> None:
 
 
 def _start(rank: int, ranks: int, port: int, body: Callable[..., None], arguments: Sequence[Any]) -> None:
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    own = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in own.items()})
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)

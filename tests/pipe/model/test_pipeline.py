@@ -188,6 +188,11 @@ def test_evaluation_and_the_same_loss_on_all_ranks():
     assert loss == trained_loss == both[0] == both[1]
     pipeline.set_num_microbatches(6)
     assert pipeline.forward_backward(items(0, 0, 6)) == pipeline.evaluate(items(0, 0, 6))[0]
+    # Without a loss function it is the mean of the outputs, whatever their shape.
+    plain = Pipeline(PipelineModule(layers(), 2), 4)
+    loss, outputs = plain.evaluate(items(0, 0, 4), return_outputs=True)
+    assert not outputs or loss == pytest.approx(torch.stack(outputs).mean().item(), rel=1e-5)
+    plain.close()
     # Data that end too early on one rank are an error on all.
     with pytest.raises(PipelineError, match="rank 0 ended after 3 of 6"):
         pipeline.forward_backward(list(items(0, 0, 6))[: 3 if dist.get_rank() == 0 else 6])

@@ -22,7 +22,7 @@ def test_groups():
     assert topology.get_axis_comm_lists("data") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert topology.get_axis_comm_lists("none") == []
     assert topology.filter_match(pipe=0, data=1) == [2, 3]
-    assert topology.get_axis_list("model", 1) == [1, 3, 5, 7]
+    assert topology.get_axis_list(axis="model", idx=1) == [1, 3, 5, 7]
     assert topology.get_rank_repr(3) == "model_01"
     assert PipeDataParallelTopology(2, 2).get_axis_comm_lists("pipe") == [[0, 2], [1, 3]]
 

@@ -22,6 +22,7 @@ from ds_checkpoint.format.records import BUFFER, PARAM
 from ds_checkpoint.memory.copies import MemoryCopies
 from ds_checkpoint.memory.resume import load_newest
 from ds_checkpoint.owners import Claim, names, owner_of
+from ds_checkpoint.owners.job_names import JobNames, job_names
 from ds_checkpoint.read import opening
 from ds_checkpoint.read.checkpoint import Checkpoint
 from ds_checkpoint.team import Team
@@ -40,7 +41,8 @@ def save(
 ) -> str:
     """Writes a checkpoint into `directory`, atomically, and makes `latest` name it. All ranks must call it.
 
-    The model may be plain, or sharded by ds_zero or FSDP2. It saves parameters, persistent buffers, optimizer states,
+    The model may be plain, or sharded by ds_zero or FSDP2, or a `ds_pipe.model.PipelineModule`, of which every rank has
+    other layers. It saves parameters, persistent buffers, optimizer states,
     the options of parameter groups, `extra`, and the random generators of every rank.
 
     Args:
@@ -92,7 +94,8 @@ def _content(
     owners: Sequence[Claim] | None,
 ) -> Content:
     owner = team.together(doing, lambda: owner_of(model, optimizer, owners))
-    values, blobs = team.together(doing, lambda: _values_of(team, model, optimizer, extra or {}))
+    known = job_names(team, model, optimizer)
+    values, blobs = team.together(doing, lambda: _values_of(team, model, optimizer, extra or {}, known))
     # Not in `write`: owners may use collectives, and a rank that failed alone there would leave the others waiting.
     return Content(records=owner.records(), blobs=blobs, values=values)
 
@@ -102,7 +105,7 @@ def _next_tag(root: Path) -> str:
 
 
 def _values_of(
-    team: Team, model: nn.Module, optimizer: Optimizer | None, extra: Mapping[str, Any]
+    team: Team, model: nn.Module, optimizer: Optimizer | None, extra: Mapping[str, Any], known: JobNames
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Encodes everything but the model's tensors: values as JSON, and the tensors among them."""
     random_values, blobs = rng.capture(team.rank)
@@ -116,11 +119,16 @@ def _values_of(
             if optimizer is None
             else {
                 "family": options.family(optimizer),
-                "groups": options.encode_groups(optimizer, tensors, "optimizer"),
+                "groups": [
+                    {**group, "num_params": size}
+                    for group, size in zip(
+                        options.encode_groups(optimizer, tensors, "optimizer"), known.group_sizes, strict=True
+                    )
+                ],
             },
             "schedule": None,
-            "tied": names.tied(model),
-            "frozen": [name for name, p in names.parameters(model).items() if not p.requires_grad],
+            "tied": dict(known.tied),
+            "frozen": list(known.frozen),
             "versions": {"torch": str(torch.__version__)},
             MODEL_CONFIG: model_config(model),
         }
@@ -211,7 +219,8 @@ def _restore(
 ) -> dict[str, Any]:
     doing = f"loading {checkpoint.path}"
     team.together(doing, lambda: checkpoint.check_files(team.rank, team.size))
-    team.together(doing, lambda: _check_groups(checkpoint, optimizer))
+    sizes = job_names(team, model, optimizer).group_sizes
+    team.together(doing, lambda: _check_groups(checkpoint, optimizer, sizes))
     _check_names(team, doing, checkpoint, model, strict=strict)
     owner = team.together(doing, lambda: owner_of(model, optimizer, owners))
     team.together(doing, lambda: owner.load_records(checkpoint))
@@ -232,8 +241,10 @@ def _restore(
     return saved
 
 
-def _check_groups(checkpoint: Checkpoint, optimizer: Optimizer | None) -> None:
-    """Raises, before anything is changed, if the optimizer does not match the checkpoint."""
+def _check_groups(checkpoint: Checkpoint, optimizer: Optimizer | None, sizes: Sequence[int]) -> None:
+    """Raises, before anything is changed, if the optimizer does not match the checkpoint. `sizes` are those of its
+    groups over all ranks.
+    """
     refuse_parts(checkpoint)
     stored = checkpoint.manifest.values.get("optimizer")
     if optimizer is None or not stored:
@@ -242,11 +253,10 @@ def _check_groups(checkpoint: Checkpoint, optimizer: Optimizer | None) -> None:
                 "it contains no optimizer states: pass optimizer=None to load the model alone"
             )
         return
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
     wanted = [group["num_params"] for group in stored["groups"]]
-    if stored["groups"] and sizes != wanted:
+    if stored["groups"] and list(sizes) != wanted:
         raise CheckpointError(
-            f"the optimizer has groups of {sizes} parameters, the checkpoint has groups of {wanted}: create the "
+            f"the optimizer has groups of {list(sizes)} parameters, the checkpoint has groups of {wanted}: create the "
             "same groups in the same order"
         )
     if stored.get("family") and stored["family"] != options.family(optimizer):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ds_engine.build.memory.pipeline_plan import PipelinePlan
     from ds_engine.build.memory.plan_table import Options, PlanTable
     from ds_engine.build.step_time.planned import PlannedStep
     from ds_engine.config import DsConfig
@@ -118,7 +119,6 @@ def plan(
 
             from ds_engine.build.memory import plan_page, plan_table
             from ds_engine.build.memory.model_source import model_factory
-            from ds_engine.build.step_time.planned import planned_step
             from ds_engine.config import load
 
             settings, factory = load(config), model_factory(model, tokens=tokens)
@@ -130,14 +130,14 @@ def plan(
                 host_budget_bytes=bytes_on_host,
             )
             known = _rates(rates, measure, settings, model, tokens, options, now)
-            result: PlannedStep | PlanTable
+            result: PlannedStep | PlanTable | PipelinePlan
             if counts is not None:
                 result = plan_table.compare(settings, factory, counts, options, say=now, rates=known)
                 if html is not None:
                     plan_page.write_page(result, Path(html))
             else:
                 now(f"planning stage {settings.zero_optimization.stage} on {ranks} ranks")
-                result = planned_step(settings, factory, ranks, options, known)
+                result = _planned(settings, factory, ranks, options, known)
         except (ConfigError, ValueError, OSError) as error:
             typer.echo(f"ds plan: {error}", err=True)
             raise typer.Exit(2) from None
@@ -146,6 +146,30 @@ def plan(
     else:
         _show(result)
     raise typer.Exit(1 if result.fits is False else 0)
+
+
+def _planned(
+    settings: DsConfig, factory: Callable[[], Any], ranks: int, options: Options, rates: Rates | None
+) -> PlannedStep | PipelinePlan:
+    """Plans a model, or a pipeline, which cannot be made in a process that is not one of its ranks."""
+    import sys
+
+    import torch.distributed as dist
+
+    from ds_engine.build.step_time.planned import planned_step
+
+    try:
+        return planned_step(settings, factory, ranks, options, rates)
+    except ValueError:
+        # The factory has made no PipelineModule, or this process cannot be one of its ranks.
+        if "ds_pipe.model" not in sys.modules or dist.is_initialized():
+            raise
+        from ds_engine.build.memory.pipeline_plan import plan_pipeline
+
+        found = plan_pipeline(settings, factory, ranks, options)
+        if found is None:
+            raise
+        return found
 
 
 def _rates(
@@ -199,7 +223,7 @@ def _known_device(name: str | None) -> str | None:
         ) from None
 
 
-def _show(result: PlannedStep | PlanTable) -> None:
+def _show(result: PlannedStep | PlanTable | PipelinePlan) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -38,6 +38,8 @@ class StoreBoard:
         """Uses keys that begin with `ds_pipe/` and `name`."""
         self._store, self._name, self._num_ranks = store, f"ds_pipe/{name}", num_ranks
         self._arrived = -1
+        # All ranks ask one process: together at most 20000 times a second.
+        self._longest_pause_s = min(0.05, max(0.001, num_ranks / 20000))
 
     def report(self, message: str) -> str:
         try:
@@ -67,7 +69,7 @@ class StoreBoard:
                 if time.monotonic() > end:
                     return False
                 time.sleep(pause)
-                pause = min(2 * pause, 0.01)
+                pause = min(2 * pause, self._longest_pause_s)
         except RuntimeError as error:
             message = (
                 f"the process that holds the store of the process group has ended ({_first_line(error)})"

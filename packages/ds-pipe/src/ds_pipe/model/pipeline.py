@@ -340,7 +340,8 @@ class Pipeline:
     def _sum(self, result: StepResult, weights: Sequence[float] | None) -> Tensor:
         total = torch.zeros((), dtype=torch.float32)
         for m, loss in enumerate(result.losses):
-            total += loss.float().cpu() * (1 / len(result.losses) if weights is None else weights[m])
+            # Without a loss function, what is evaluated is the mean of the output.
+            total += loss.float().mean().cpu() * (1 / len(result.losses) if weights is None else weights[m])
         return total
 
     def _over_data(self, total: Tensor) -> Tensor:

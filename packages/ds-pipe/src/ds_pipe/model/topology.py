@@ -67,9 +67,9 @@ class ProcessTopology:
             if all(getattr(self.get_coord(rank), axis) == value for axis, value in coordinates.items())
         ]
 
-    def get_axis_list(self, axis: str, index: int) -> list[int]:
-        """Returns the ranks whose coordinate on an axis is `index`."""
-        return self.filter_match(**{axis: index})
+    def get_axis_list(self, axis: str, idx: int) -> list[int]:
+        """Returns the ranks whose coordinate on an axis is `idx`."""
+        return self.filter_match(**{axis: idx})
 
     def get_axis_comm_lists(self, axis: str) -> list[list[int]]:
         """Returns groups of ranks that differ in one axis only."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -39,6 +39,7 @@ def predicted(
     budgets: Budgets = Budgets(),
     stage: int | None = None,
     placement: Placement | None = None,
+    accumulation: Literal["local", "sharded"] | None = None,
 ) -> ds_zero.Plan:
     """Predicts memory and messages of one rank of a job.
 
@@ -47,6 +48,7 @@ def predicted(
         micro_batch: arguments of one forward; None: plans only the states between steps.
         checkpointing: recompute the activations of every block.
         stage, placement: override those of the job.
+        accumulation: overrides `ZeroConfig.accumulation`.
 
     Raises:
         ValueError: the model cannot be planned.
@@ -54,6 +56,8 @@ def predicted(
     where = placement or job.placement
     made = optimizer or maker_of(job, model)
     common = _arguments(job, model, stage)
+    if accumulation is not None:
+        common["config"] = replace(common["config"], accumulation=accumulation)
     if placement is None and job.placement.by_budget:
         chosen = placed(job, model, made, stage=stage)
         note = f"placement within offload.budget:\n{chosen}"
