@@ -36,8 +36,10 @@ def net() -> nn.Module:
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
 
 
-def job(budget: dict[str, Any], **more: Any) -> Job:
-    section = {"stage": 3, "stage3_param_persistence_threshold": 0}
+def job(budget: dict[str, Any], *, overlap: bool = False, **more: Any) -> Job:
+    section: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    if overlap:
+        section["offload_optimizer"] = {"overlap_step": True}
     config = load(
         {
             "train_batch_size": 8,
@@ -51,16 +53,20 @@ def job(budget: dict[str, Any], **more: Any) -> Job:
     return describe(choices_of(config), arranged(config, 0, 1), "cpu")
 
 
-def test_every_tier_has_the_bytes_of_the_plan(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_every_tier_has_the_bytes_of_the_plan(overlap: bool, tmp_path: Path) -> None:
     """Device memory is counted as torch's, host memory as the arena's, the disk as its files."""
-    made = job({"device": "12MiB", "host": "24MiB", "nvme_path": str(tmp_path)})
+    budget = (36 if overlap else 24) * MIB
+    made = job({"device": "12MiB", "host": budget, "nvme_path": str(tmp_path)}, overlap=overlap)
     model = net()
     plan, placed = predicted(made, model), memory.placed(made, model)
     total = 18 * NUMEL
-    assert (
-        placed.num_bytes("device") <= 12 * MIB and placed.num_bytes("host") + placed.buffer_bytes <= 24 * MIB
+    on_device, on_host, on_disk = (
+        placed.num_bytes(tier) + placed.undo_bytes[tier] for tier in ("device", "host", "disk")
     )
-    assert placed.num_bytes("device") > 0.8 * 12 * MIB and placed.num_bytes("host") > 0
+    assert on_device <= 12 * MIB and on_host + placed.buffer_bytes <= budget
+    assert on_device > 0.8 * 12 * MIB and placed.num_bytes("host") > 0
+    assert sum(placed.undo_bytes.values()) == (14 * NUMEL if overlap else 0)
     assert sum(placed.num_bytes(tier) for tier in ("device", "host", "disk")) == total
     store = offload.store_of(made, placed)
     gc.collect()
@@ -74,10 +80,16 @@ def test_every_tier_has_the_bytes_of_the_plan(tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     host = arena.stats().in_use_bytes - before
-    assert store.num_bytes == pytest.approx(placed.num_bytes("disk"), rel=0.05)
-    assert plan.disk_bytes == placed.num_bytes("disk")
+    if overlap:
+        assert ds_zero.step_overlap(sharded).buckets == LAYERS
+        host += 2 * NUMEL  # new parameters beside the old ones, which are not in the arena
+    assert store.num_bytes == pytest.approx(on_disk, rel=0.05)
+    assert plan.disk_bytes == on_disk
     assert plan.host_bytes == pytest.approx(host, rel=0.05)
-    assert host <= 24 * MIB * 1.05
+    assert host <= budget * 1.05
+    if overlap:
+        ds_zero.destroy(sharded)
+        return
     report = ds_zero.memory(sharded, optimizer)
     assert report.total_bytes - host == pytest.approx(placed.num_bytes("device"), rel=0.05)
     assert plan.fits is None, "activations come on top of the budget"
@@ -106,6 +118,23 @@ def test_rates_change_the_placement(tmp_path: Path) -> None:
         for rate in ("1GB", "4GB")
     ]
     assert steps[0] > 1.5 * steps[1]
+
+
+def test_rates_that_were_not_measured_are_named(tmp_path: Path) -> None:
+    budget = {"device": 0, "host": "40MiB", "nvme_path": str(tmp_path)}
+    rates = {"disk_read": "1GB", "host": "9GB"}
+    activations = {"device": "nvme", "nvme_path": str(tmp_path), "max_host_bytes": 4 << 20}
+    made = job(budget, offload={"budget": budget, "rates": rates}, activation_offload=activations)
+    placed = memory.placed(made, net())
+    assert placed.reserve_bytes == 4 << 20 and "activations" in str(placed)
+    [note] = offload.budget_notes(made, placed)
+    assert "not measured: disk_write 2 GB/s are assumed" in note and "ds plan --measure-offload" in note
+    assert note in predicted(made, net()).notes
+    unlimited = job(budget, activation_offload={"device": "cpu"})
+    assert (
+        "activation_offload.max_host_bytes"
+        in offload.budget_notes(unlimited, memory.placed(unlimited, net()))[1]
+    )
 
 
 @ranks(2)

@@ -93,6 +93,34 @@ MORE: list[dict[str, Any]] = [
 ]
 
 
+_ADAM: dict[str, Any] = {"type": "AdamW", "params": {"lr": 0.01}}
+
+
+def _adam(**formats: Any) -> dict[str, Any]:
+    return {"optimizer": {**_ADAM, "params": {**_ADAM["params"], **formats}}, "bf16": {"enabled": True}}
+
+
+OFFLOADED: list[dict[str, Any]] = [
+    {"stage": 2, "device": "cpu", "gradient_clipping": 0.1, **_adam(split_masters=True)},
+    {"stage": 3, "device": "nvme", **_adam(split_masters=True, state_dtype="bf16")},
+    {"stage": 2, "device": "nvme", **_adam(state_dtype="int8")},
+    {"stage": 3, "device": "cpu", "overlap_step": True, **_adam(state_dtype="bf16")},
+    {"stage": 3, "device": "nvme", "overlap_step": True, **_adam(split_masters=True)},
+]
+
+
+@ranks(2)
+def test_formats_and_places_of_states_are_exact(tmp_path: Path) -> None:
+    for row in OFFLOADED:
+        row = dict(row)
+        names = ("device", "overlap_step")
+        place = {name: row.pop(name) for name in names if name in row} | {"nvme_path": str(tmp_path)}
+        zero = {"stage": row.pop("stage"), "offload_optimizer": place}
+        settings = load(config(**{"zero_optimization": zero, **row}))
+        found = verify(settings, Net, micro_batches, data, steps=3, bitwise=True)
+        assert found.exact, f"{place}, {row}: {found}"
+
+
 @ranks(2)
 def test_the_engine_is_exact() -> None:
     for row in MORE:

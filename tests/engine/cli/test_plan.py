@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from ds_engine.build.memory.plan import load_factory
+from ds_engine.cli import offload_rates
 from ds_engine.cli.main import app
 from ds_engine.cli.sizes import parse_bytes
 
@@ -59,6 +61,32 @@ def ds_plan(folder: Path, *arguments: str, factory: str = "both", **config: obje
 def test_the_table_names_the_job_and_its_peak(tmp_path: Path) -> None:
     code, text = ds_plan(tmp_path, "--ranks", "4", zero_optimization={"stage": 3})
     assert code == 0 and "stage 3" in text and "4 ranks" in text and "forward" in text and "peak" in text
+
+
+def test_activations_that_are_moved_are_counted(tmp_path: Path) -> None:
+    section = {"device": "nvme", "nvme_path": str(tmp_path), "min_bytes": 1024}
+    code, text = ds_plan(tmp_path, activation_offload=section)
+    assert code == 0 and "16.0 KiB of activations leave the device in each forward" in text
+    assert "and 16.0 KiB on a disk" in text
+
+
+def test_rates_of_offload_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        offload_rates, "with_measured_rates", partial(offload_rates.with_measured_rates, num_bytes=1 << 20)
+    )
+    offload = {
+        "budget": {"device": 0, "host": "16MB", "nvme_path": str(tmp_path)},
+        "rates": {"disk_read": "1GB"},
+    }
+    more = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}, "offload": offload}
+    code, text = ds_plan(tmp_path, "--measure-offload", factory="only", **more)
+    assert code == 0 and "not measured" not in text
+    measured = json.loads(text.partition('"offload": ')[2].splitlines()[0])["rates"]
+    assert {"host", "disk_write"} <= measured.keys() and "disk_read" not in measured
+    assert all(rate > 1e6 for rate in measured.values())
+    assert "not measured" in ds_plan(tmp_path, factory="only", **more)[1]
+    code, text = ds_plan(tmp_path, "--measure-offload", factory="only")
+    assert code == 2 and "no offload.budget" in text
 
 
 def test_states_follow_the_formula_and_the_configuration(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,10 +19,13 @@ from ds_zero.interfaces import Reservation, ShardKey
 MIB = 2**20
 
 
-def bucket(name: str, numel: int, *, param: bool = True) -> BucketBytes:
+def bucket(name: str, numel: int, *, param: bool = True, undo: bool = False) -> BucketBytes:
     kinds = {"master": 4 * numel, "grad": 4 * numel, "state": 8 * numel}
     return BucketBytes(
-        name=name, kinds={**({"param": 2 * numel} if param else {}), **kinds}, copy_bytes=2 * numel
+        name=name,
+        kinds={**({"param": 2 * numel} if param else {}), **kinds},
+        copy_bytes=2 * numel,
+        undo={"param": 2 * numel, "master": 4 * numel, "state": 8 * numel} if undo else {},
     )
 
 
@@ -84,6 +88,37 @@ def test_the_step_is_within_5_percent_of_brute_force(seed: int) -> None:
         assert placed.num_bytes("disk") <= room.disk_bytes
     total = sum(sum(b.kinds.values()) for b in buckets)
     assert sum(placed.num_bytes(tier) for tier in ("device", "host", "disk")) == total
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_values_for_taking_steps_back_are_within_the_budget(seed: int) -> None:
+    """`overlap_step` needs a second version of what it changes: on the disk of what is there, else in memory."""
+    buckets, room, rates, work = case(seed)
+    buckets = [bucket(b.name, b.kinds["grad"] // 4, param="param" in b.kinds, undo=True) for b in buckets]
+    work = replace(work, host_reserve_bytes=16 * MIB)
+    numel = sum(b.kinds["grad"] // 4 for b in buckets)
+    room = replace(room, host_bytes=(room.host_bytes or 0) + 14 * numel + work.host_reserve_bytes)
+    assert room.device_bytes is not None and room.host_bytes is not None
+    placed = place(buckets, room, rates, work)
+    assert sum(placed.undo_bytes.values()) == 14 * numel
+    for kind, size in (("master", 4), ("state", 8)):
+        assert placed.undo_bytes["disk"] >= placed.num_bytes("disk", kind), f"{size} bytes an element"
+    assert placed.num_bytes("device") + placed.undo_bytes["device"] <= room.device_bytes
+    on_host = placed.num_bytes("host") + placed.buffer_bytes + placed.undo_bytes["host"] + 16 * MIB
+    assert on_host <= room.host_bytes
+    assert "to take steps back" in str(placed) and "activations" in str(placed)
+    limited = place(buckets, room, rates, replace(work, undo_limit_bytes=MIB))
+    assert limited.undo_bytes["device"] == limited.undo_bytes["host"] == MIB
+    assert limited.step_s <= placed.step_s
+    best = float("inf")
+    for disk in disk_kinds(buckets, room, work):
+        inside = room.without(0, buffer_bytes(buckets, disk) + 16 * MIB)
+        if disk and not placed.kinds("disk"):
+            break  # a disk is used only if it has to be
+        if inside is not None:
+            each = [options(b, rates, work, disk) for b in buckets]
+            best = min(best, fastest(each, inside, work.compute_s))
+    assert placed.step_s <= 1.05 * best
 
 
 def test_many_buckets_are_close_to_the_lower_bound() -> None:

@@ -123,7 +123,8 @@ def initialize(
     if world.rank == 0:
         _announce(engine, settings)
         if placed is not None and settings.startup_summary:
-            to_stderr(f"placement within offload.budget:\n{placed}")
+            notes = offload.budget_notes(job, placed)
+            to_stderr("\n".join([f"placement within offload.budget:\n{placed}", *notes]))
     return engine, built, engine.training_dataloader, schedule
 
 

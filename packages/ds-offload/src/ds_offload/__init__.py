@@ -5,6 +5,7 @@ whose states are paged, and activations that are elsewhere between forward and b
 from ds_offload.activations.choice import BudgetTooSmall, LayerChoice, LayerCost, choose_layers
 from ds_offload.activations.offload import ActivationOffload, offload_activations
 from ds_offload.activations.options import ActivationOptions, ActivationStatistics
+from ds_offload.activations.planned import PlannedActivationOffload
 from ds_offload.host import HostStore
 from ds_offload.nvme.options import NVMeOptions
 from ds_offload.nvme.store import NVMeStore, SwapError
@@ -35,6 +36,7 @@ __all__ = [
     "NVMeStore",
     "PagedOptimizer",
     "PagingError",
+    "PlannedActivationOffload",
     "SwapError",
     "TiersByKind",
     "Undoable",

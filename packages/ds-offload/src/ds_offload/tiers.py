@@ -93,7 +93,7 @@ def with_states(plan: Sequence[Reservation]) -> list[Reservation]:
 @dataclass(eq=False)
 class KnownTiers:
     """The tiers that were chosen for the tensors of a store. A tensor that is reserved later is stored with the first
-    one of its bucket and kind, such as further partial sums of gradients.
+    one of its bucket and kind: further partial sums of gradients, second versions.
     """
 
     choose: ChoosesTiers

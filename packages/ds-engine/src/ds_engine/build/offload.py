@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -47,19 +47,71 @@ def place(job: Job, tensors: Sequence[StoredTensor]) -> Placed:
         sizes.setdefault(tensor.name, {})[tensor.kind] = tensor.num_bytes
         copies[tensor.name] = tensor.compute_bytes
     disk = budget.disk if budget.nvme_path else 0
+    zero = job.settings.zero_optimization
+    # Only what has fp32 masters is stepped during the backward.
+    overlaps = zero.overlaps_step and job.precision.param_dtype is not None
     micro_batches = job.batch.steps if job.accumulating.plan == "sharded" else 1
     try:
         return plan.place(
             [
-                inputs.BucketBytes(name=name, kinds=kinds, copy_bytes=copies[name])
+                inputs.BucketBytes(
+                    name=name,
+                    kinds=kinds,
+                    copy_bytes=copies[name],
+                    undo=_second_versions(kinds, copies[name]) if overlaps else {},
+                )
                 for name, kinds in sizes.items()
             ],
             inputs.Room(device_bytes=budget.device, host_bytes=budget.host, disk_bytes=disk),
             inputs.Rates(**rates.model_dump()),
-            inputs.Work(micro_batches=micro_batches),
+            inputs.Work(
+                micro_batches=micro_batches,
+                undo_limit_bytes=zero.offload_optimizer.undo_bytes,
+                host_reserve_bytes=_host_bytes_of_activations(job),
+            ),
         )
     except plan.BudgetError as error:
         raise ConfigError([f"offload.budget: {error}"], job.settings.origin.where) from None
+
+
+def _second_versions(kinds: Mapping[str, int], copy_bytes: int) -> dict[str, int]:
+    """Returns the bytes that an overlapped step keeps of a bucket besides its own: see `ZeroConfig.overlap_step`."""
+    if "master" not in kinds:
+        return {}
+    return {"param": copy_bytes, **{kind: kinds[kind] for kind in ("master", "state") if kind in kinds}}
+
+
+def _host_bytes_of_activations(job: Job) -> int:
+    """Returns the host memory that moved activations may take; 0 if they have no limit."""
+    moved = planned_activations(job)
+    return 0 if moved is None else int(moved.host_limit_bytes or 0)
+
+
+def budget_notes(job: Job, placed: Placed) -> list[str]:
+    """Returns what the user should know of a placement by a budget: rates that were assumed, and memory that was not
+    counted.
+    """
+    notes = []
+    rates = job.settings.offload.rates
+    used = {
+        "link": placed.kinds("host") | placed.kinds("disk") if job.device_type != "cpu" else (),
+        "host": placed.kinds("host") | placed.kinds("disk"),
+        "disk_read": placed.kinds("disk"),
+        "disk_write": placed.kinds("disk"),
+    }
+    assumed = [name for name, kinds in used.items() if kinds and name not in rates.model_fields_set]
+    if assumed:
+        values = ", ".join(f"{name} {getattr(rates, name) / 1e9:g} GB/s" for name in assumed)
+        notes.append(
+            f"offload.rates were not measured: {values} are assumed. `ds plan --measure-offload` measures them, and "
+            "prints the section for the configuration"
+        )
+    moved = planned_activations(job)
+    if moved is not None and moved.host_limit_bytes is None:
+        notes.append(
+            "offload.budget does not count the host memory of activations: set activation_offload.max_host_bytes"
+        )
+    return notes
 
 
 def store_of(job: Job, placed: Placed | None = None) -> Any:
@@ -120,7 +172,30 @@ def activations_of(job: Job, model: nn.Module) -> MovedActivations | None:
         return None
     import ds_offload
 
-    options = ds_offload.ActivationOptions(
+    offload = ds_offload.ActivationOffload(_activation_options(job))
+    try:
+        offload.attach(model, section.layers)
+    except ValueError as error:
+        raise ConfigError([f"activation_offload.{error}"], job.settings.origin.where) from None
+    return offload
+
+
+def planned_activations(job: Job) -> Any:
+    """Returns what moves the activations in a plan of the job; None if they stay on the device."""
+    section = job.settings.activation_offload
+    if section.device == "none":
+        return None
+    import ds_offload
+
+    return ds_offload.PlannedActivationOffload(_activation_options(job), section.layers)
+
+
+def _activation_options(job: Job) -> Any:
+    import ds_offload
+
+    section = job.settings.activation_offload
+    assert section.device != "none"
+    return ds_offload.ActivationOptions(
         device=section.device,
         nvme_path=section.nvme_path,
         min_bytes=section.min_bytes,
@@ -129,12 +204,6 @@ def activations_of(job: Job, model: nn.Module) -> MovedActivations | None:
         max_host_bytes=section.max_host_bytes,
         nvme=io_options(job),
     )
-    offload = ds_offload.ActivationOffload(options)
-    try:
-        offload.attach(model, section.layers)
-    except ValueError as error:
-        raise ConfigError([f"activation_offload.{error}"], job.settings.origin.where) from None
-    return offload
 
 
 def paged(job: Job, optimizer: Optimizer, store: Any, placed: Placed | None = None) -> Optimizer:

@@ -78,11 +78,14 @@ def tune(
     seconds: Annotated[
         float, typer.Option("--seconds", min=0, help="No further setting is tried after this time.")
     ] = 60.0,
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=1, help="Ranks of this machine, which share its disk and memory.")
+    ] = 1,
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
-            help="Write the section aio with the best setting, and offload.rates as measured, to this file.",
+            help="Write the section aio with the best setting, and offload.rates of one rank, to this file.",
         ),
     ] = None,
     as_json: Json = False,
@@ -100,7 +103,10 @@ def tune(
         from ds_core.io.speed import best
 
         chosen = best(rates)
-        measured = {"aio": section(chosen.setting), "offload": {"rates": measured_rates(chosen)}}
+        from ds_engine.cli.offload_rates import disk_rates, memory_rates
+
+        rates_of_rank = {**disk_rates(chosen, ranks), **memory_rates(ranks)}
+        measured = {"aio": section(chosen.setting), "offload": {"rates": rates_of_rank}}
         if out is not None:
             write_whole(out, f"{json.dumps(measured, indent=2)}\n".encode())
     _show(rates, chosen, as_json, measured)
@@ -132,26 +138,6 @@ def sweep(
     base = best(rates).setting
     measure(Setting(base.block_bytes, base.queue_depth, n) for n in _THREADS)
     return rates
-
-
-def measured_rates(rate: Rate) -> dict[str, int]:
-    """Returns `offload.rates`: those of a disk as measured, and of copies in host memory. They are those of one process
-    alone, so divide them by the number of ranks of the machine.
-    """
-    return {"disk_read": round(rate.read), "disk_write": round(rate.write), "host": host_rate()}
-
-
-def host_rate(num_bytes: int = 64 << 20, clock: Callable[[], float] = time.perf_counter) -> int:
-    """Measures the bytes per second that a copy in host memory reads and writes; the fastest of five."""
-    from ds_core import arena
-
-    source, target = arena.zeros(num_bytes // 4), arena.zeros(num_bytes // 4)
-    seconds = []
-    for _ in range(5):
-        begin = clock()
-        target.copy_(source)
-        seconds.append(clock() - begin)
-    return round(2 * num_bytes / max(min(seconds), 1e-9))
 
 
 def section(setting: Setting) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,6 +82,14 @@ Measure = Annotated[
 Html = Annotated[
     str | None, typer.Option("--html", help="Write the table of --compare as a page with charts, too.")
 ]
+MeasureOffload = Annotated[
+    bool,
+    typer.Option(
+        "--measure-offload",
+        help="Measure the offload.rates that the configuration does not set, on this machine and in the folder of "
+        "offload.budget, plan with them, and print them. Takes some seconds, and writes 256 MiB to the disk.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the table.")]
 
 
@@ -98,6 +107,7 @@ def plan(
     rates: RatesFile = None,
     measure: Measure = None,
     html: Html = None,
+    measure_offload: MeasureOffload = False,
     as_json: Json = False,
 ) -> None:
     """Predict memory and messages of each rank, without starting anything. The exit code is 1 if the job does not
@@ -109,11 +119,7 @@ def plan(
 
     with waiting("reading the configuration and the model") as now:
         try:
-            counts = None if compare is None else _counts(compare)
-            if html is not None and counts is None:
-                raise ValueError(
-                    "--html: the page shows stages over numbers of ranks: add --compare, such as 1,8,64"
-                )
+            counts = _counts(compare, html)
             bytes_on_device = None if budget is None else parse_bytes(budget)
             bytes_on_host = None if host_budget is None else parse_bytes(host_budget)
 
@@ -122,6 +128,8 @@ def plan(
             from ds_engine.config import load
 
             settings, factory = load(config), model_factory(model, tokens=tokens)
+            if measure_offload:
+                settings = _with_offload_rates(settings, ranks, now)
             options = plan_table.Options(
                 micro_batch=micro_batch,
                 checkpointing=checkpointing,
@@ -195,7 +203,33 @@ def _rates(
     return measured
 
 
-def _counts(text: str) -> list[int]:
+def _with_offload_rates(settings: DsConfig, ranks: int, now: Callable[[str], None]) -> DsConfig:
+    """Returns the settings with measured `offload.rates`, which are printed."""
+    from ds_engine.cli.offload_rates import with_measured_rates
+
+    now("measuring memory and disk")
+    changed, rates = with_measured_rates(settings, _ranks_of_machine(ranks))
+    typer.echo('measured, for ds_config.json:  "offload": ' + json.dumps({"rates": rates}), err=True)
+    return changed
+
+
+def _ranks_of_machine(ranks: int) -> int:
+    """Returns how many of the ranks share this machine: as many as it has accelerators, if it has any."""
+    import torch
+
+    return (
+        min(ranks, torch.accelerator.device_count() or ranks) if torch.accelerator.is_available() else ranks
+    )
+
+
+def _counts(text: str | None, html: str | None) -> list[int] | None:
+    """Returns the numbers of ranks of --compare, if it is given."""
+    if text is None:
+        if html is not None:
+            raise ValueError(
+                "--html: the page shows stages over numbers of ranks: add --compare, such as 1,8,64"
+            )
+        return None
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:

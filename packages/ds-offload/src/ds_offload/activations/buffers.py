@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,8 +33,18 @@ class HostBuffers:
     than the largest total that was in use at one time.
     """
 
-    def __init__(self, device: torch.device, max_bytes: int | None = None) -> None:
-        self._device = device
+    def __init__(
+        self,
+        device: torch.device,
+        max_bytes: int | None = None,
+        *,
+        allocate: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        """
+        Args:
+            allocate: returns so many bytes of memory, as a 1-D uint8 tensor. Default: `host_memory`.
+        """
+        self._allocate = allocate or partial(host_memory, dtype=torch.uint8, device=device)
         self.max_bytes = max_bytes
         self.in_use_bytes = 0
         """Bytes of buffers that were taken and not given back."""
@@ -61,7 +73,7 @@ class HostBuffers:
             memory = same.pop()
         else:
             self._shrink(self._peak_bytes - size)
-            memory = host_memory(size, torch.uint8, self._device)
+            memory = self._allocate(size)
             self.held_bytes += size
         return Buffer(memory, memory[:num_bytes])
 

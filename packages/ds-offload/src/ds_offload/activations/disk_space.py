@@ -14,7 +14,7 @@ from ds_core import io
 from ds_offload.nvme.block_sums import BlockSums
 from ds_offload.nvme.options import NVMeOptions
 from ds_offload.nvme.store import SwapError
-from ds_offload.nvme.swap_file import SwapFile, aligned
+from ds_offload.nvme.swap_file import ALIGNMENT, SwapFile, aligned
 
 FILE_BYTES = 256 << 20
 """Size of the first file."""
@@ -96,6 +96,10 @@ class DiskSpace:
             file.free.insert(at, (begin + size, end))
         self._in_use_bytes += size
         return Extent(file.swap, begin, num_bytes, BlockSums(num_bytes, self._options.verify))
+
+    def first_aligned_byte(self, memory: Tensor) -> int:
+        """Returns the index of the first byte of 1-D uint8 memory to which a disk can write directly."""
+        return -memory.data_ptr() % ALIGNMENT
 
     def release(self, extent: Extent) -> None:
         """Gives an extent back, on which nothing is in progress. Any thread may call this."""

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ds_offload.activations.buffers import HostBuffers
 from ds_offload.activations.copies import Copies, MakeCopies, copies_of
+from ds_offload.activations.disk_space import DiskSpace
 from ds_offload.activations.layers import layers_of, named_layers
 from ds_offload.activations.on_disk import DiskPlace
 from ds_offload.activations.options import ActivationOptions, ActivationStatistics
@@ -58,6 +59,9 @@ class ActivationOffload:
     or, once, `offload.attach(model)`: then each forward of the model is such a block. Gradients have the same bits as
     without. What was moved is freed with autograd's graph, also if backward never runs.
     """
+
+    _tensor_type: type[Tensor] = Tensor
+    """The class of tensors that are moved."""
 
     def __init__(
         self, options: ActivationOptions | None = None, *, make_copies: MakeCopies = copies_of
@@ -202,7 +206,7 @@ class ActivationOffload:
         moved = None
         if not self._stays(recording, end - begin):
             self._free_sources(end - begin)
-            moved = self._place(tensor.device).move(as_bytes(tensor.untyped_storage())[begin:end])
+            moved = self._place(tensor.device).move(self._source(tensor, begin, end))
         if moved is None:
             recording.add(tensor, end - begin, None)
             self.statistics.kept_bytes += end - begin
@@ -214,6 +218,10 @@ class ActivationOffload:
         if not piece.release_source(wait=False):
             self._leaving.append(weakref.ref(piece))
         return piece
+
+    def _source(self, tensor: Tensor, begin: int, end: int) -> Tensor:
+        """Returns the bytes of the tensor's storage from `begin` to before `end`."""
+        return as_bytes(tensor.untyped_storage())[begin:end]
 
     def _stays(self, recording: Recording, num_bytes: int) -> bool:
         """Whether a piece of so many bytes, the next one, belongs to those that stay on the device."""
@@ -240,12 +248,24 @@ class ActivationOffload:
 
     def _place(self, device: torch.device) -> Place:
         if device not in self._places:
-            self._places[device] = _place_of(self.options, device, self._make_copies(device))
+            self._places[device] = self._new_place(device, self._make_copies(device))
         return self._places[device]
+
+    def _new_place(self, device: torch.device, copies: Copies) -> Place:
+        options = self.options
+        if options.device == "nvme":
+            assert options.nvme_path is not None
+            buffers = HostBuffers(device, options.disk_buffer_bytes)
+            return DiskPlace(device, copies, buffers, DiskSpace(Path(options.nvme_path), options.nvme))
+        return HostPlace(device, copies, HostBuffers(device, options.max_host_bytes))
 
     def _is_movable(self, tensor: Tensor) -> bool:
         """Whether the values of a tensor may be somewhere else between forward and backward."""
-        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_inference():
+        if (
+            type(tensor) is not self._tensor_type
+            or tensor.layout is not torch.strided
+            or tensor.is_inference()
+        ):
             return False  # also parameters and fake tensors
         if (tensor.is_leaf and tensor.requires_grad) or isinstance(tensor._base, nn.Parameter):
             return False
@@ -323,13 +343,6 @@ def _calling(function: Callable[[], None]) -> Callable[..., None]:
         function()
 
     return hook
-
-
-def _place_of(options: ActivationOptions, device: torch.device, copies: Copies) -> Place:
-    if options.device == "nvme":
-        assert options.nvme_path is not None
-        return DiskPlace(device, copies, Path(options.nvme_path), options.nvme, options.max_host_bytes)
-    return HostPlace(device, copies, HostBuffers(device, options.max_host_bytes))
 
 
 def _enabled_hooks() -> Hooks | None:

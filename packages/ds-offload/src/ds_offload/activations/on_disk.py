@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,13 +12,50 @@ from torch import Tensor
 from ds_core import io
 from ds_offload.activations.buffers import Buffer, HostBuffers
 from ds_offload.activations.copies import Copies, Copy, Finished, HostCopies
-from ds_offload.activations.disk_space import DiskSpace, Extent
 from ds_offload.activations.places import Arriving, Moved, Return
-from ds_offload.nvme.options import NVMeOptions
 from ds_offload.nvme.swap_file import ALIGNMENT
 
-HOST_BYTES = 256 << 20
-"""Default limit of the buffers."""
+
+class Extent(Protocol):
+    """A range of bytes on a disk. One read or write at a time may be in progress on it."""
+
+    num_bytes: int
+
+    def write(self, values: Tensor) -> io.Work:
+        """Begins to write 1-D uint8 values, which must not be changed before it is done."""
+
+    def read(self, out: Tensor) -> io.Work:
+        """Begins to read into `out`, which `check` must approve when it is done."""
+
+    def check(self, values: Tensor) -> None:
+        """
+        Raises:
+            SwapError: the disk returned other values than were written.
+        """
+
+
+class Space(Protocol):
+    """Room on a disk."""
+
+    @property
+    def in_use_bytes(self) -> int:
+        """Bytes of extents."""
+
+    def allocate(self, num_bytes: int) -> Any:
+        """Returns an `Extent`.
+
+        Raises:
+            OSError: the folder cannot be used, or its disk has no room.
+        """
+
+    def first_aligned_byte(self, memory: Tensor) -> int:
+        """Returns the index of the first byte of 1-D uint8 memory to which a disk can write directly."""
+
+    def release(self, extent: Any) -> None:
+        """Gives an extent back, on which nothing is in progress. Any thread may call this."""
+
+    def close(self) -> None:
+        """Frees the space. Nothing may be in progress."""
 
 
 class _State(enum.Enum):
@@ -31,12 +68,8 @@ class _State(enum.Enum):
 class DiskPlace:
     """Files in a folder. Tensors are copied to buffers in host memory, and written from there."""
 
-    def __init__(
-        self, device: torch.device, copies: Copies, folder: Path, options: NVMeOptions, max_bytes: int | None
-    ) -> None:
-        self.device, self.copies = device, copies
-        self.buffers = HostBuffers(device, HOST_BYTES if max_bytes is None else max_bytes)
-        self.space = DiskSpace(folder, options)
+    def __init__(self, device: torch.device, copies: Copies, buffers: HostBuffers, space: Space) -> None:
+        self.device, self.copies, self.buffers, self.space = device, copies, buffers, space
         self._unwritten: deque[_OnDisk] = deque()
         """Those that have buffers, in the order in which they were moved."""
         self._freed: deque[_OnDisk] = deque()
@@ -136,7 +169,7 @@ class _OnDisk:
             return Arriving(out, self._returning)
         if isinstance(place.copies, HostCopies):
             memory = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
-            begin = -memory.data_ptr() % ALIGNMENT
+            begin = place.space.first_aligned_byte(memory)
             out = memory[begin : begin + num_bytes]
             self._reading = self._extent.read(out)
             return _Reading(self._reading, self._extent, out)

@@ -8,6 +8,9 @@ from typing import Literal
 
 from ds_offload.nvme.options import NVMeOptions
 
+DISK_BUFFER_BYTES = 256 << 20
+"""Default of `ActivationOptions.disk_buffer_bytes`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationOptions:
@@ -37,6 +40,11 @@ class ActivationOptions:
     """
     nvme: NVMeOptions = field(default_factory=NVMeOptions)
     """How the files are read and written."""
+
+    @property
+    def disk_buffer_bytes(self) -> int:
+        """Bytes of host memory through which tensors are written to a disk."""
+        return DISK_BUFFER_BYTES if self.max_host_bytes is None else self.max_host_bytes
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "nvme"):

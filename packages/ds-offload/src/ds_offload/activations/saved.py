@@ -35,6 +35,31 @@ def as_bytes(storage: torch.UntypedStorage) -> Tensor:
         return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
+class _WeakBytes:
+    """Refers to 1-D uint8 memory without keeping it alive."""
+
+    def __init__(self, flat: Tensor) -> None:
+        # Torch never frees a tensor without memory, as a plan has them, that is made of a storage. There, `flat` is the
+        # base of all views of the memory, and lives as long as they do.
+        self._tensor = weakref.ref(flat) if _is_without_memory(flat) else None
+        self._storage = StorageWeakRef(flat.untyped_storage()) if self._tensor is None else None
+        self._start, self._num_bytes = int(flat.storage_offset()), flat.numel()
+
+    def get(self) -> Tensor | None:
+        """Returns the bytes, if anybody else keeps them."""
+        if self._storage is None:
+            assert self._tensor is not None
+            return self._tensor()
+        storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        if storage is None:
+            return None
+        return as_bytes(storage)[self._start : self._start + self._num_bytes]
+
+
+def _is_without_memory(flat: Tensor) -> bool:
+    return flat.untyped_storage().device.type == "meta"
+
+
 class Piece:
     """A range of bytes of a storage that was moved. It is freed with the last `SavedTensor` that refers to it."""
 
@@ -56,8 +81,7 @@ class Piece:
         self._flat: Tensor | None = None
         self._waiting: weakref.WeakSet[SavedTensor] | None = None
         """Those that have not got their tensor yet since the last load."""
-        self._weak: StorageWeakRef | None = None
-        self._start = 0
+        self._weak: _WeakBytes | None = None
         weakref.finalize(self, moved.free).atexit = False
 
     def release_source(self, *, wait: bool) -> bool:
@@ -113,7 +137,7 @@ class Piece:
             assert self._returning is not None
             out = self._flat = self._returning.wait()
             self._returning = None
-            self._weak, self._start = StorageWeakRef(out.untyped_storage()), int(out.storage_offset())
+            self._weak = _WeakBytes(out)
         if self._waiting is not None:
             self._waiting.discard(user)
             if not self._waiting:
@@ -124,10 +148,7 @@ class Piece:
         """Returns what the last load has brought, if a backward still uses it."""
         if self._weak is None or self._returning is not None:
             return None
-        storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(self._weak.cdata)
-        if storage is None:
-            return None
-        return as_bytes(storage)[self._start : self._start + self.num_bytes]
+        return self._weak.get()
 
 
 class SavedTensor:
@@ -145,9 +166,12 @@ class SavedTensor:
         """Returns the tensor, on its device, with its shape and strides."""
         flat = self.piece.recording.fetch(self.piece, self)
         size = self._dtype.itemsize
-        offset = (flat.storage_offset() + self._offset) // size
-        out = torch.empty(0, dtype=self._dtype, device=flat.device)
         with torch.no_grad():
+            if _is_without_memory(flat):
+                whole = flat[: flat.numel() // size * size].view(self._dtype)
+                return whole.as_strided(self._shape, self._stride, self._offset // size)
+            offset = (flat.storage_offset() + self._offset) // size
+            out = torch.empty(0, dtype=self._dtype, device=flat.device)
             return out.set_(flat.untyped_storage(), offset, self._shape, self._stride)
 
 

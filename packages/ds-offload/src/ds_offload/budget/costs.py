@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -65,6 +65,8 @@ def _option(bucket: BucketBytes, tiers: dict[str, Tier], rates: Rates, work: Wor
     sizes = dict.fromkeys(("device", "host", "disk"), 0)
     for kind, tier in tiers.items():
         sizes[tier] += bucket.kinds[kind]
+    for tier, size in undo_bytes(bucket, tiers, work).items():
+        sizes[tier] += size
     return Option(
         choice=Choice(tiers=tiers),
         device_bytes=sizes["device"],
@@ -72,6 +74,17 @@ def _option(bucket: BucketBytes, tiers: dict[str, Tier], rates: Rates, work: Wor
         disk_bytes=sizes["disk"],
         seconds=_seconds(bucket, tiers, rates, work),
     )
+
+
+def undo_bytes(bucket: BucketBytes, tiers: Mapping[str, Tier], work: Work) -> dict[Tier, int]:
+    """Returns tier -> bytes of the second versions of a bucket."""
+    sizes: dict[Tier, int] = dict.fromkeys(("device", "host", "disk"), 0)
+    for kind, size in bucket.undo.items():
+        tier = tiers.get(kind, "device")
+        sizes["host" if kind == "param" and tier == "device" else tier] += size
+    if work.undo_limit_bytes is not None:  # set apart for all buckets together
+        sizes["device"] = sizes["host"] = 0
+    return sizes
 
 
 def _seconds(bucket: BucketBytes, tiers: dict[str, Tier], rates: Rates, work: Work) -> Seconds:
@@ -87,7 +100,9 @@ def _seconds(bucket: BucketBytes, tiers: dict[str, Tier], rates: Rates, work: Wo
         if tiers["grad"] == "device":
             device = (traffic + added) / rates.device
         else:
-            host = (traffic + added) / rates.host
+            # Each second version is read from the first one and written.
+            kept = 2 * sum(size for kind, size in bucket.undo.items() if tiers.get(kind) != "disk")
+            host = (traffic + added + kept) / rates.host
             link = work.micro_batches * size["grad"] / rates.link
             if tiers.get("param", "device") == "device":
                 link += bucket.copy_bytes / rates.link

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 
 from ds_offload.interfaces import Tier
 
@@ -20,6 +20,10 @@ class BucketBytes:
     not decide about, is missing."""
     copy_bytes: int = 0
     """Bytes of this rank's parameters in their compute dtype, which a step writes."""
+    undo: Mapping[str, int] = field(default_factory=dict)
+    """Kind ("param", "master", "state") -> bytes of its second version, if the bucket is stepped during the backward,
+    in a way that can be taken back. Those of masters and states are where these are; those of parameters are on the
+    disk if the parameters are, else in host memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,14 @@ class Room:
     host_bytes: int | None
     disk_bytes: int | None = 0
     """0: there is no disk."""
+
+    def without(self, device_bytes: int, host_bytes: int) -> Room | None:
+        """Returns what is left if so many bytes are taken; None if there are fewer."""
+        device = None if self.device_bytes is None else self.device_bytes - device_bytes
+        host = None if self.host_bytes is None else self.host_bytes - host_bytes
+        if (device is not None and device < 0) or (host is not None and host < 0):
+            return None
+        return replace(self, device_bytes=device, host_bytes=host)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +67,11 @@ class Work:
     """Seconds in which forwards and backwards hide the loading of parameters; 0 hides nothing."""
     pages_states: bool = True
     """Whether the states of the optimizer may be on a disk (element-wise optimizers)."""
+    undo_limit_bytes: int | None = None
+    """Limit of the memory for second versions (`BucketBytes.undo`). It is then set apart, on the host and on the
+    device, because it is not known in advance for which buckets it is used. None: no limit."""
+    host_reserve_bytes: int = 0
+    """Host memory that the training needs besides, such as that of activations."""
     loads: int = 2
     """How often a parameter is loaded for each micro-batch."""
 

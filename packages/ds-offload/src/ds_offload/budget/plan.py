@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
-from ds_offload.budget.costs import options
+from ds_offload.budget.costs import options, undo_bytes
 from ds_offload.budget.inputs import KINDS, BucketBytes, Choice, Rates, Room, Seconds, Work
 from ds_offload.budget.search import Search
 from ds_offload.interfaces import Tier
@@ -42,6 +42,10 @@ class Placed:
     """No placement takes less time, even if buckets could be divided."""
     buffer_bytes: int
     """Host memory for buffers of what is on the disk."""
+    undo_bytes: Mapping[Tier, int] = field(default_factory=dict)
+    """Bytes of each tier for second versions of what a step changes during the backward."""
+    reserve_bytes: int = 0
+    """Host memory that the training needs besides."""
 
     @property
     def tiers(self) -> TiersByName:
@@ -72,7 +76,13 @@ class Placed:
                 rows.append([_NAMES[kind], *(human(size) if size else "-" for size in sizes)])
         if self.buffer_bytes:
             rows.append(["buffers", "-", human(self.buffer_bytes), "-"])
-        used = [self.num_bytes("device"), self.num_bytes("host") + self.buffer_bytes, self.num_bytes("disk")]
+        undo = [self.undo_bytes.get(tier, 0) for tier in TIERS]
+        if any(undo):
+            rows.append(["to take steps back", *(human(size) if size else "-" for size in undo)])
+        if self.reserve_bytes:
+            rows.append(["activations", "-", human(self.reserve_bytes), "-"])
+        used = [self.num_bytes(tier) + size for tier, size in zip(TIERS, undo, strict=True)]
+        used[1] += self.buffer_bytes + self.reserve_bytes
         limits = [self.room.device_bytes, self.room.host_bytes, self.room.disk_bytes]
         rows.append(["in all", *map(human, used)])
         rows.append(["budget", *("no limit" if limit is None else human(limit) for limit in limits)])
@@ -128,11 +138,10 @@ def _placed(buckets: Sequence[BucketBytes], room: Room, rates: Rates, work: Work
         if best is not None and not best.kinds("disk"):
             break  # without a disk it is faster than with one
         buffers = buffer_bytes(buckets, disk)
-        inside = room
-        if room.host_bytes is not None:
-            if buffers > room.host_bytes:
-                continue
-            inside = replace(room, host_bytes=room.host_bytes - buffers)
+        log = _undo_reserve(buckets, work)
+        inside = room.without(log, log + buffers + work.host_reserve_bytes)
+        if inside is None:
+            continue
         of_each = [options(bucket, rates, work, disk) for bucket in buckets]
         found = Search(of_each, inside, work.compute_s).run(math.inf if best is None else best.step_s)
         if found is None:
@@ -153,8 +162,26 @@ def _placed(buckets: Sequence[BucketBytes], room: Room, rates: Rates, work: Work
                 step_s=step_s,
                 bound_s=bound if best is None else min(bound, best.bound_s),
                 buffer_bytes=buffers,
+                undo_bytes=_undo_of(buckets, [option.choice for option in picked], work),
+                reserve_bytes=work.host_reserve_bytes,
             )
     return best
+
+
+def _undo_reserve(buckets: Sequence[BucketBytes], work: Work) -> int:
+    """Returns the bytes that are set apart for second versions if their memory is limited."""
+    if work.undo_limit_bytes is None:
+        return 0
+    return min(work.undo_limit_bytes, sum(sum(bucket.undo.values()) for bucket in buckets))
+
+
+def _undo_of(buckets: Sequence[BucketBytes], choices: Sequence[Choice], work: Work) -> dict[Tier, int]:
+    reserve = _undo_reserve(buckets, work)
+    total: dict[Tier, int] = {"device": reserve, "host": reserve, "disk": 0}
+    for bucket, choice in zip(buckets, choices, strict=True):
+        for tier, size in undo_bytes(bucket, choice.tiers, work).items():
+            total[tier] += size
+    return total
 
 
 def disk_kinds(buckets: Sequence[BucketBytes], room: Room, work: Work) -> list[frozenset[str]]:
@@ -202,17 +229,22 @@ def _refusal(buckets: Sequence[BucketBytes], room: Room, rates: Rates, work: Wor
     )
     text = f"the state of a rank takes {human(total)} ({kinds}), which does not fit into its budget ({given})"
     buffers = max(buffer_bytes(buckets, disk) for disk in disk_kinds(buckets, room, work))
+    undo = sum(sum(bucket.undo.values()) for bucket in buckets)
+    if undo:
+        text += f"; overlap_step keeps up to {human(undo)} to take steps back"
+    if work.host_reserve_bytes:
+        text += f"; activations take {human(work.host_reserve_bytes)} of host memory"
     if buffers:
         text += f"; what is on a disk needs up to {human(buffers)} of host memory for buffers"
     remedies = []
-    for name, field in (("device", "device_bytes"), ("host", "host_bytes"), ("disk", "disk_bytes")):
+    for name, limit in (("device", "device_bytes"), ("host", "host_bytes"), ("disk", "disk_bytes")):
         if limits[name] is None:
             continue
 
-        def fits(size: int, field: str = field) -> bool:
-            return _placed(buckets, replace(room, **{field: size}), rates, work) is not None
+        def fits(size: int, limit: str = limit) -> bool:
+            return _placed(buckets, replace(room, **{limit: size}), rates, work) is not None
 
-        enough = _least(limits[name] or 0, total + buffers, fits)
+        enough = _least(limits[name] or 0, total + buffers + 2 * undo + work.host_reserve_bytes, fits)
         if enough is not None:
             remedies.append(f"{name} {human(enough)}")
     if not remedies:

@@ -4,6 +4,7 @@ implement them without importing it.
 
 from __future__ import annotations
 
+from ds_zero.interfaces.activations import PlannedActivations, PlansActivations
 from ds_zero.interfaces.collectives import (
     Abort,
     AllGather,
@@ -74,6 +75,8 @@ __all__ = [
     "MakesState",
     "Norms",
     "PagesState",
+    "PlannedActivations",
+    "PlansActivations",
     "PlansStates",
     "RecordSource",
     "RecordsCollectives",

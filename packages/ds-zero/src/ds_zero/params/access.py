@@ -151,7 +151,7 @@ def get_local(model: nn.Module | None, where: Where, kind: str = PARAM) -> Tenso
         _settle(place.state, kind)
         if kind == PARAM:
             with bucket.storage.opened(bucket.storage.exact) as values:
-                return place.part(values).float().clone()
+                return place.joined(place.part(values)).clone()
         if kind == GRAD:
             if shard is None or (place.own.numel and not place.state.reducer.is_reduced(shard)):
                 return None
@@ -214,7 +214,7 @@ def _whole_param(place: Place) -> Tensor:
     if not bucket.trainable and bucket.whole:  # every rank has it whole; ranks own slices only for saving
         return bucket.full[slot.offset : slot.end].clone().view(slot.shape).float()
     with bucket.storage.opened(bucket.storage.exact) as values:
-        return assemble(place, place.part(values).to(bucket.device)).float()
+        return assemble(place, place.joined(place.part(values)).to(bucket.device))
 
 
 def _whole_grad(place: Place) -> Tensor | None:
@@ -271,11 +271,12 @@ def _write_param(place: Place, whole: Tensor) -> None:
     if bucket.state in (BucketState.GATHERING, BucketState.GATHERED):
         place.state.gatherer.finish(bucket)
     own = _own(place, whole)
+    place.write_master_bits(own)
     for kind in dict.fromkeys((bucket.storage.exact, PARAM)):
         with bucket.storage.opened(kind, write=True) as values:
-            place.part(values).copy_(own)
+            place.part(values).copy_(place.narrowed(own))
     if bucket.state in (BucketState.WHOLE, BucketState.GATHERED):
-        bucket.full[slot.offset : slot.end].copy_(whole.reshape(-1))
+        bucket.full[slot.offset : slot.end].copy_(place.narrowed(whole.reshape(-1)))
 
 
 def _write_grad(place: Place, own: Tensor) -> None:

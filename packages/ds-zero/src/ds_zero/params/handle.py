@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ds_zero import _registry
 from ds_zero.comm.ranks import Ranks
+from ds_zero.interfaces import SplitsMasters
 from ds_zero.layout.buckets import Piece, Slot, piece_of
 from ds_zero.params.gathered_context import exchange_flags
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.materialize import NUMBERS, broadcast_values
-from ds_zero.runtime.optimizer_states import states_opened
+from ds_zero.runtime.optimizer_states import MASTER_BITS, splits_masters, states_opened
 from ds_zero.state import ZeroState
 
 Where = nn.Parameter | str
@@ -99,6 +100,35 @@ class Place:
         """Context manager within which changes of `held()` are kept."""
         optimizer = self.state.optimizer() if self.state.optimizer is not None else None
         return states_opened(optimizer, [self.shard] if self.shard is not None else [], write=True)
+
+    def _splits_masters(self) -> SplitsMasters | None:
+        """The optimizer, if it keeps the master of this parameter in two halves."""
+        optimizer = self.state.optimizer() if self.state.optimizer is not None else None
+        bucket = self.bucket
+        is_split = bucket.trainable and bucket.storage.exact_dtype == torch.bfloat16
+        return splits_masters(optimizer) if is_split else None
+
+    def joined(self, part: Tensor) -> Tensor:
+        """Returns this rank's authoritative values in fp32, given what the bucket has of them."""
+        splits, low = self._splits_masters(), self.held().get(MASTER_BITS)
+        if splits is None or not isinstance(low, Tensor):  # before the first step, the bucket has all bits
+            return part.float()
+        return splits.join_master(part, low.reshape(-1))
+
+    def narrowed(self, values: Tensor) -> Tensor:
+        """Returns new 1-D fp32 values as the bucket stores them: rounded as by the optimizer, if masters are split."""
+        splits = self._splits_masters()
+        return values if splits is None else splits.split_master(values)[0]
+
+    def write_master_bits(self, own: Tensor) -> None:
+        """Writes the halves of new values of this rank that are not in the bucket, if masters are split."""
+        splits = self._splits_masters()
+        if splits is None or not own.numel():
+            return
+        with self.states_opened():
+            low = self.held().get(MASTER_BITS)
+            if isinstance(low, Tensor):
+                low.view(-1).copy_(splits.split_master(own)[1])
 
     def checked(self, value: Tensor) -> Tensor:
         """Returns `value`, which must have the parameter's shape.

@@ -13,7 +13,14 @@ from torch.optim import Optimizer
 from ds_zero import _registry
 from ds_zero.checks import check_stage
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import ChoosesTiers, CollectiveSet, PlansStates, SegmentStep, UndoableStep
+from ds_zero.interfaces import (
+    ChoosesTiers,
+    CollectiveSet,
+    PlansActivations,
+    PlansStates,
+    SegmentStep,
+    UndoableStep,
+)
 from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.predict import allocation_tracker
 from ds_zero.predict.remedies import batch_size, nearest_that_fit
@@ -48,6 +55,7 @@ def plan(
     offload: bool | Collection[str] = False,
     disk: bool | Collection[str] = False,
     tiers: ChoosesTiers | None = None,
+    activations: PlansActivations | None = None,
     checkpointing: bool = False,
     clip: bool = True,
     shard_ranks: int | None = None,
@@ -67,8 +75,8 @@ def plan(
     Args:
         model: the unsharded model, or a function that makes it, which is called on the meta device.
         micro_batch: arguments of one forward on one rank: a tensor, a tuple of arguments, or a mapping of keywords.
-            Only shapes and dtypes matter. None: plans only the states between steps, in milliseconds. stage, config:
-        as for `shard`.
+            Only shapes and dtypes matter. None: plans only the states between steps, in milliseconds.
+        stage, config: as for `shard`.
         ranks: number of data-parallel ranks.
         precision: compute dtype of parameters; overrides `config.param_dtype`.
         optimizer: an optimizer over the model's parameters, or a function from parameters to an optimizer. Default:
@@ -82,6 +90,8 @@ def plan(
             "master", "grad", "state").
         tiers: decides where each tensor is kept, instead of `offload` and `disk`, like that of the store, such as
             `ds_offload.TiersByKind`.
+        activations: moves activations between forward and backward, such as `ds_offload.PlannedActivationOffload`.
+            None: they stay on the device.
         checkpointing: recompute the activations of every block in backward, as `torch.utils.checkpoint` does. A model
             that recomputes by itself needs no argument.
         clip: whether gradients are clipped, or their norm is computed.
@@ -102,9 +112,7 @@ def plan(
     Raises:
         ValueError: the model cannot be planned. The message contains a remedy.
     """
-    check_stage(stage)
-    if ranks < 1 or accumulation_steps < 1:
-        raise ValueError(f"ranks={ranks}, accumulation_steps={accumulation_steps}: both must be at least 1")
+    _check(stage, ranks, accumulation_steps)
     built = _build(model)
     config = _in_precision(config or ZeroConfig(), precision)
     optimizer = optimizer or torch.optim.AdamW
@@ -120,6 +128,7 @@ def plan(
         offload=frozenset(OFFLOADED if offload is True else offload or ()),
         disk=frozenset((*OFFLOADED, "state") if disk is True else disk or ()),
         tiers=tiers,
+        activations=activations,
         checkpointing=checkpointing,
         clip=clip,
         shard_ranks=shard_ranks,
@@ -192,7 +201,8 @@ class _Planner:
             checkpointing=job.checkpointing,
             offload=tuple(sorted(job.offload)),
             disk=tuple(sorted(job.disk)),
-            disk_bytes=rest.disk_bytes,
+            disk_bytes=rest.disk_bytes + (0 if outcome is None else outcome.activations_disk_bytes),
+            moved_bytes=0 if outcome is None else outcome.moved_bytes,
             tensors=rest.tensors,
             device=job.device.type,
             phases=(self._rest(job),) if outcome is None else _phases(outcome, job.device, reserve),
@@ -267,6 +277,12 @@ def _build(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
             return model()
     except (NotImplementedError, RuntimeError):
         return model()  # it reads values while it is constructed
+
+
+def _check(stage: int, ranks: int, accumulation_steps: int) -> None:
+    check_stage(stage)
+    if ranks < 1 or accumulation_steps < 1:
+        raise ValueError(f"ranks={ranks}, accumulation_steps={accumulation_steps}: both must be at least 1")
 
 
 def _in_precision(config: ZeroConfig, precision: torch.dtype | None) -> ZeroConfig:

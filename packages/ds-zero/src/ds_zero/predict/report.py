@@ -69,6 +69,8 @@ class Plan:
     """Kinds of shards that are kept on a disk."""
     disk_bytes: int = 0
     """Bytes of one rank on a disk."""
+    moved_bytes: int = 0
+    """Bytes of activations that leave the device in the forward of one micro-batch, and return in its backward."""
     device: str
     phases: tuple[PhaseMemory, ...]
     sent_bytes: Mapping[str, int]
@@ -124,7 +126,7 @@ class Plan:
         table.append(["reserve", *(_cell(self.reserve_bytes) for _ in self.phases)])
         place = "in all" if self.device == "cpu" else f"on {self.device}"
         table.append([place, *(human_bytes(p.device_bytes) for p in self.phases)])
-        if self.offload or self.disk:
+        if self.offload or self.disk or self.moved_bytes:
             table.append(["on the host", *(human_bytes(p.host_bytes) for p in self.phases)])
         if self.sent_bytes:
             table.append(["sent a step", *(_cell(self.sent_bytes.get(p.phase, 0)) for p in self.phases)])
@@ -153,12 +155,17 @@ class Plan:
     def verdict(self) -> list[str]:
         """Returns the lines below the table: the peak, whether it fits, remedies, and notes."""
         lines = [f"peak {human_bytes(self.device_bytes)} a rank"]
-        if (self.offload or self.disk) and self.device != "cpu":
+        if (self.offload or self.disk or self.moved_bytes) and self.device != "cpu":
             lines[0] += f", and {human_bytes(self.host_bytes)} of host memory"
-        if self.disk:
+        if self.disk_bytes:
             lines[0] += f", and {human_bytes(self.disk_bytes)} on a disk"
         if self.fits is not None:
             lines[0] += f": {'fits' if self.fits else 'does not fit'} in {self._budgets()}"
+        if self.moved_bytes:
+            moved = human_bytes(self.moved_bytes)
+            lines.append(
+                f"{moved} of activations leave the device in each forward and return in its backward"
+            )
         if self.fits is False:
             lines += ["nearest settings that fit:"] if self.remedies else ["no settings were found that fit"]
             for remedy in self.remedies:

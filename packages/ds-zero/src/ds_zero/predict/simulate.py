@@ -30,7 +30,15 @@ from ds_zero.api.shard import shard
 from ds_zero.comm.ranks import Ranks
 from ds_zero.comm.topology import MeshFor, Topology, topology_of
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import ChoosesTiers, CollectiveSet, PlansStates, Reservation, ShardKey, Tier
+from ds_zero.interfaces import (
+    ChoosesTiers,
+    CollectiveSet,
+    PlansActivations,
+    PlansStates,
+    Reservation,
+    ShardKey,
+    Tier,
+)
 from ds_zero.layout.units import choose_units
 from ds_zero.params.records import records
 from ds_zero.predict import allocation_tracker
@@ -101,6 +109,8 @@ class Job:
     """Whether the optimizer is element-wise, so that its states may be on a disk."""
     comm: CollectiveSet | None = None
     """Collectives whose bytes are counted if they tell them; None: the default ones."""
+    activations: PlansActivations | None = None
+    """Moves activations between forward and backward; None: they stay on the device."""
 
     def topology(self, params: Mapping[str, nn.Parameter]) -> tuple[FakeGroup, Topology]:
         """Returns fake groups for the ranks, as rank 0; all count messages in one counter."""
@@ -171,6 +181,10 @@ class Outcome:
     sent_bytes: Mapping[str, int]
     """Bytes sent by one rank per step, by phase."""
     guesses: tuple[str, ...]
+    moved_bytes: int = 0
+    """Bytes of activations that leave the device in the forwards of one micro-batch."""
+    activations_disk_bytes: int = 0
+    """The most bytes of activations on a disk."""
 
 
 def simulate(model: nn.Module, job: Job, *, lean: bool = True) -> Outcome:
@@ -241,6 +255,11 @@ class _Run:
             ledger.phases[LOAD].add(
                 allocation_tracker.PARAMETERS, max(b.layout.padded_numel for b in self.state.buckets) * 4
             )
+        self._moved = None
+        if job.activations is not None:
+            self._moved = job.activations.attach(
+                self.model, self._activations_on_host, accelerator=not job.on_cpu
+            )
         self.scaler = LossScaler(self.model) if job.scaled and self._reduces else None
         self._classify()
 
@@ -271,9 +290,14 @@ class _Run:
     def _rest_on_host(self, tensor: Tensor) -> None:
         self.ledger.classify([tensor], allocation_tracker.MASTERS, on_host=True)
 
+    def _activations_on_host(self, tensor: Tensor) -> None:
+        self.ledger.classify([tensor], allocation_tracker.ACTIVATIONS, on_host=True)
+
     def outcome(self) -> Outcome:
         self.ledger.watch([b.full for b in self.state.buckets if not b.whole])
+        before = 0
         for _ in range(_STEPS):
+            before = 0 if self._moved is None else self._moved.moved_bytes
             self.sent = dict.fromkeys((FORWARD, BACKWARD, STEP), 0.0)
             self._step()
         self.ledger.phase("rest", allocation_tracker.WORKSPACE)
@@ -286,6 +310,8 @@ class _Run:
             resting_host_bytes=rest.host.num_bytes,
             sent_bytes={name: round(value) for name, value in self.sent.items()},
             guesses=tuple(dict.fromkeys(self.ledger.guesses)),
+            moved_bytes=0 if self._moved is None else (self._moved.moved_bytes - before) // self.steps,
+            activations_disk_bytes=0 if self._moved is None else self._moved.disk_bytes,
         )
 
     def _step(self) -> None:

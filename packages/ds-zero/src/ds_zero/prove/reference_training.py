@@ -4,7 +4,8 @@
 The reference has one whole model, one whole optimizer and no collectives. The micro-batches of all ranks run one after
 the other. Their gradients are added in the order of the accumulation plan (docs/notes/zero.md): over ranks in a binary
 tree; over micro-batches before that, on each rank (`local`), after it (`sharded`), or in one tree with the ranks
-(`rank_invariant`). 16-bit parameters have fp32 masters in a second copy of the model, which the optimizer updates.
+(`rank_invariant`). 16-bit parameters have fp32 masters in a second copy of the model, which the optimizer updates. If
+the optimizer splits masters, these start from the rounded parameters, and parameters are rounded as it rounds them.
 The only code of ds_zero in it computes the norm and changes the loss scale; both have their own tests. So errors in
 buckets, slices, messages, hooks, stores or the publication of parameters cannot affect the reference.
 """
@@ -30,6 +31,7 @@ from ds_zero.interfaces import FusedStep, Norms
 from ds_zero.runtime.gradients.loss_scaler import DynamicScale, ScaleState
 from ds_zero.runtime.gradients.norms import clip_factor, squared_norm
 from ds_zero.runtime.materialize import compute_dtype
+from ds_zero.runtime.optimizer_states import splits_masters
 
 Loss = Callable[[Any, Any], Tensor]
 """A function from a model and a micro-batch to a scalar."""
@@ -154,6 +156,8 @@ class PlainTraining:
         plan = "sharded" if self.config.rank_invariant else self.config.accumulation
         self.local = recipe.stage < 2 if plan is None else plan == "local"
         """[Note: two accumulation plans] in `runtime/gradients/reduce.py`."""
+        self._split: set[str] = set()
+        """Parameters whose sharded masters are split, `interfaces.SplitsMasters`."""
         self.worker = self._worker()
         """The model that computes; the keeper itself where no dtype or device differs."""
         recipe.finish(self.worker)
@@ -188,9 +192,14 @@ class PlainTraining:
         worker = copy.deepcopy(self.keeper)
         for name, param in worker.named_parameters():
             param.data = param.data.to(dtypes[name])
-        for param in self.keeper.parameters():
-            if param.is_floating_point():
-                param.data = param.data.to(rests, torch.float32)
+        splits = splits_masters(self.optimizer)
+        for name, param in self.keeper.named_parameters():
+            if not param.is_floating_point():
+                continue
+            if splits is not None and param.requires_grad and dtypes[name] == torch.bfloat16:
+                self._split.add(name)
+                param.data = param.data.to(torch.bfloat16)  # masters without bits of their own yet
+            param.data = param.data.to(rests, torch.float32)
         return worker
 
     def _has_buffers(self) -> bool:
@@ -420,7 +429,11 @@ class PlainTraining:
         masters = dict(self.keeper.named_parameters())
         with torch.no_grad():
             for name, param in self.worker.named_parameters():
-                if name in self.names:
+                if name in self._split:
+                    splits = splits_masters(self.optimizer)
+                    assert splits is not None
+                    param.copy_(splits.split_master(masters[name].detach())[0])  # ties away from zero
+                elif name in self.names:
                     param.copy_(masters[name])
 
     def _use_buffers(self, rank: int) -> None:

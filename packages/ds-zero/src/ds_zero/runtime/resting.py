@@ -32,7 +32,8 @@ Cut = Callable[[Tensor], list[Tensor]]
 
 def second_key(key: ShardKey) -> ShardKey:
     """Returns the key of the second version of a tensor, [Note: two versions of a tensor]."""
-    return ShardKey(name=f"{key.name}, second version", kind=key.kind)
+    # After "+", as further partial sums: a store keeps it where it keeps the first one.
+    return ShardKey(name=f"{key.name}+second version", kind=key.kind)
 
 
 class Resting(Protocol):

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 import ds_zero
 from ds_engine.build.comm import planned_collectives
-from ds_engine.build.offload import place, tiers_of
+from ds_engine.build.offload import budget_notes, place, planned_activations, tiers_of
 from ds_engine.build.optimizer import maker_of
 from ds_engine.build.zero import zero_config
 from ds_engine.job import Job, Placement
@@ -61,7 +61,7 @@ def predicted(
     if placement is None and job.placement.by_budget:
         chosen = placed(job, model, made, stage=stage)
         note = f"placement within offload.budget:\n{chosen}"
-        tiers, notes = chosen.tiers, [note]
+        tiers, notes = chosen.tiers, [note, *budget_notes(job, chosen)]
     else:
         tiers, notes = tiers_of(where), []
     plan = ds_zero.plan(
@@ -69,6 +69,7 @@ def predicted(
         micro_batch,
         optimizer=made,
         tiers=tiers,
+        activations=None if micro_batch is None else planned_activations(job),
         checkpointing=checkpointing,
         budget_bytes=budgets.device_bytes,
         host_budget_bytes=budgets.host_bytes,

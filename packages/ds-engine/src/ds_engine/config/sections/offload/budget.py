@@ -34,8 +34,8 @@ class BudgetConfig(Section):
 
 
 class RatesConfig(Section):
-    """Bytes per second of one rank while all ranks of its machine work, with which steps are predicted. `ds nvme tune
-    --out` writes those of the disk and of host memory.
+    """Bytes per second of one rank while all ranks of its machine work, with which steps are predicted. `ds plan
+    --measure-offload` measures and prints them, `ds nvme tune --out` writes them.
     """
 
     device: Size = Field(default=2 * 10**12, description="Memory of the device, in bytes per second.")
