@@ -68,6 +68,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"integrity": {"message_checksums": True}, "optimizer": {"type": "OneBitAdam"}}, {}),
     ({"zero_optimization": {"stage": 1}, "local_sgd": {}}, {}),
     ({"optimizer": {"type": "ZeroOneAdam"}, "local_sgd": {}}, {}),
+    ({"optimizer": {"type": "OneBitAdam"}, "zero_optimization": {**ON_DISK, "stage": 0}}, {}),
     ({"zero_optimization": ON_DISK, "integrity": {"checksums": True}}, {}),
     ({"zero_optimization": EARLY, "integrity": {"checksums": True}, "bf16": {"enabled": True}}, {}),
     ({"zero_optimization": {**OFFLOAD, "zenflow": {}}, "bf16": {"enabled": True}}, {}),

@@ -221,6 +221,15 @@ RULES: tuple[Rule, ...] = (
         remedy='set optimizer.type to "AdamW", or remove local_sgd',
     ),
     Rule(
+        first="offload_optimizer.device nvme",
+        second="an optimizer that averages gradients itself",
+        applies=lambda c: (
+            c.placement.optimizer_states == "nvme" and optimizer_section.communicates(c.optimizer)
+        ),
+        reason="it compresses what it sends on the device of the model, where its states have to be",
+        remedy='remove zero_optimization.offload_optimizer, or set optimizer.type to "AdamW"',
+    ),
+    Rule(
         first="integrity.checksums",
         second="offload_optimizer.device nvme",
         applies=lambda c: c.settings.integrity.checksums and c.placement.optimizer_states == "nvme",

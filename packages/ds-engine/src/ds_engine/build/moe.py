@@ -14,11 +14,14 @@ from ds_engine.build.topology import Meshes
 from ds_engine.config import ConfigError
 
 
-def mesh_for(model: nn.Module, meshes: Meshes) -> ds_zero.MeshFor | None:
+def mesh_for(model: nn.Module, meshes: Meshes, reduces_itself: bool) -> ds_zero.MeshFor | None:
     """Returns which ranks hold the same experts; None if no layer divides its experts. Collective.
 
+    Args:
+        reduces_itself: whether the optimizer averages gradients, as 1-bit Adam does.
+
     Raises:
-        ConfigError: the experts of a layer cannot be divided among these ranks.
+        ConfigError: the experts of a layer cannot be divided among these ranks, or with this optimizer.
     """
     # A model has such layers only if ds_moe was imported to make them.
     if "ds_moe" not in sys.modules:
@@ -29,7 +32,16 @@ def mesh_for(model: nn.Module, meshes: Meshes) -> ds_zero.MeshFor | None:
         experts = ds_moe.expert_mesh(model, meshes.data)
     except ds_moe.ExpertParallelError as error:
         raise ConfigError([str(error)]) from None
-    return experts if experts.meshes else None
+    if not experts.meshes:
+        return None
+    if reduces_itself:
+        raise ConfigError(
+            [
+                "optimizer: it averages each gradient over all ranks, but the model divides its experts, so that ranks "
+                'hold different ones; set optimizer.type to "AdamW", or ep_size of the layers to 1'
+            ]
+        )
+    return experts
 
 
 def balance(model: nn.Module, optimizer: Optimizer, meshes: Meshes) -> None:

@@ -50,7 +50,7 @@ def shard(
             store=store,
             comm=comm,
             norms=squared_norm,
-            mesh_for=moe.mesh_for(model, meshes) or meshes.mesh_for,
+            mesh_for=moe.mesh_for(model, meshes, self_reducing.reduces(optimizer)) or meshes.mesh_for,
             model_parallel=meshes.model_parallel,
         )
     moe.balance(model, optimizer, meshes)

@@ -1,0 +1,1 @@
+"""What goes with what: small jobs in which two features meet, against the training of one process."""
