@@ -204,7 +204,20 @@ def _pool(args: Sequence[Any], _: Mapping[str, Any], out: Any) -> Work:
     return Work(0, math.prod(window) * elements(out))
 
 
+def _product(args: Sequence[Any], _: Mapping[str, Any], out: Any) -> Work:
+    return products(out.numel() * args[0].shape[-1])
+
+
+def _product_with_sum(args: Sequence[Any], _: Mapping[str, Any], out: Any) -> Work:
+    return products(out.numel() * args[1].shape[-1])
+
+
 FORMULAS: Mapping[str, Formula] = {
+    # torch has formulas for these, too, but takes some hundred microseconds for each call.
+    "mm": _product,
+    "bmm": _product,
+    "addmm": _product_with_sum,
+    "baddbmm": _product_with_sum,
     "linear": _linear,
     "dot": _dot,
     "vdot": _dot,

@@ -23,6 +23,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ds_profiler.flops.formulas import NONE, Formula, Formulas, Work
 
+_clock = time.perf_counter_ns
+_graph_task: Callable[[], int] = torch._C._current_graph_task_id
+"""Number of the backward that runs on this thread, or -1."""
 OUTSIDE = -1
 """Instead of the index of a module: outside of all."""
 
@@ -144,22 +147,24 @@ class Recorder:
 
     def count(self, function: Any, formula: Formula, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Runs an operation and counts it. Returns its result."""
-        start = self.now()
+        # A step has thousands of operations: nothing is called here that need not be.
+        start = self.now() if self._synchronize else _clock()
         out = function(*args, **kwargs)
-        end = self.now()
+        end = self.now() if self._synchronize else _clock()
         work = formula(args, kwargs, out)
-        if not _in_backward():
-            tally = self.tallies.of(self._stack[-1].index if self._stack else OUTSIDE)
-            tally.forward += work
+        if _graph_task() == -1:
+            if work is not NONE:
+                self.tallies.of(self._stack[-1].index if self._stack else OUTSIDE).forward += work
         elif self._stack and self._stack[-1].recomputing:
             tally = self.tallies.of(self._stack[-1].index)
             tally.recomputed += work
             tally.backward_ns += end - start
         else:
             tally = self.tallies.of(self._of_running_node())
-            tally.backward += work
+            if work is not NONE:
+                tally.backward += work
             tally.backward_ns += end - start
-        self._spent_ns += time.perf_counter_ns() - end
+        self._spent_ns += _clock() - end
         return out
 
     def formula(self, function: Any) -> Formula | None:
@@ -168,11 +173,18 @@ class Recorder:
 
 
 def _in_backward() -> bool:
-    return bool(torch._C._current_graph_task_id() != -1)
+    return _graph_task() != -1
 
 
 class _Mode(TorchDispatchMode):
     """Hands every operation to a recorder."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would otherwise enter and leave a state of its compiler around every operation. Nothing is compiled
+        while this mode is active.
+        """
+        return False
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -186,7 +198,7 @@ class _Mode(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(kind, torch.Tensor) and kind not in _PLAIN for kind in types):
+        if types and any(issubclass(kind, torch.Tensor) and kind not in _PLAIN for kind in types):
             return (
                 NotImplemented  # a subclass, such as DTensor: it runs operations on the tensors that it holds
             )

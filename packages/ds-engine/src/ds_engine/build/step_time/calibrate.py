@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import ds_comm
+import ds_zero
 from ds_comm.bench import measure as measure_collectives
+from ds_core.kernels import squared_norm
+from ds_engine.build.optimizer import maker_of
 from ds_engine.build.step_time.work import call, update_bytes
 from ds_engine.config import DsConfig
 from ds_engine.job import Precision, choices_of
@@ -25,7 +28,9 @@ from ds_zero.predict.plan import default_loss
 _ROUNDS = 5
 _MESSAGES = (1 << 16, 1 << 24)
 _UPDATE_NUMEL = 1 << 22
-"""Elements of the update that is measured: 64 MB with states, more than any cache."""
+"""Elements of the update that is measured: 64 MB with states, more than most caches."""
+_TENSORS = 16
+"""Parameters into which they are divided."""
 
 
 def calibrate(
@@ -120,32 +125,36 @@ def _passes(model: nn.Module, batch: Any, device: torch.device) -> dict[str, flo
 
 
 def _update_rate(settings: DsConfig, device: torch.device, dtype: torch.dtype | None) -> float:
-    """Bytes per second of an update with the job's optimizer, as `update_bytes` counts them."""
-    from ds_engine.build.optimizer import maker_of
-
-    held = nn.Module()
-    held.register_parameter("weight", nn.Parameter(torch.zeros(_UPDATE_NUMEL, device=device)))
+    """Bytes per second of clipping and update with the job's optimizer, as `update_bytes` counts them. Each rank does
+    it alone, so no message is part of the time.
+    """
+    model = nn.ParameterList(torch.zeros(_UPDATE_NUMEL // _TENSORS, device=device) for _ in range(_TENSORS))
     choices = choices_of(settings)
-    make: Callable[[Any], torch.optim.Optimizer] = maker_of(choices, held) or torch.optim.AdamW
-    optimizer = make(list(held.parameters()))
-    for param in held.parameters():
-        param.grad = torch.zeros_like(param)
+    make: Callable[[Any], torch.optim.Optimizer] = maker_of(choices, model) or torch.optim.AdamW
+    alone = (
+        dist.new_subgroups(group_size=1)[0] if dist.is_initialized() and dist.get_world_size() > 1 else None
+    )
+    config = ds_zero.ZeroConfig(param_dtype=dtype)
+    _, optimizer = ds_zero.shard(
+        model, make(list(model.parameters())), stage=0, mesh=alone, config=config, norms=squared_norm
+    )
     seconds = []
     for _ in range(_ROUNDS + 1):
+        torch.stack([param.sum() for param in model]).sum().backward()
         _together(device)
         start = time.perf_counter()
-        for param in held.parameters():
-            assert param.grad is not None
-            torch.linalg.vector_norm(param.grad)
+        ds_zero.clip_grad_norm_(model, 1.0)
         optimizer.step()
+        optimizer.zero_grad()
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
     states = sum(
         value.nbytes
         for state in optimizer.state.values()
         for value in state.values()
-        if isinstance(value, Tensor) and value.numel() == _UPDATE_NUMEL
+        if isinstance(value, Tensor) and value.numel() >= _UPDATE_NUMEL // _TENSORS
     )
+    ds_zero.destroy(model)
     itemsize = (dtype or torch.float32).itemsize
     return update_bytes(_UPDATE_NUMEL, states, itemsize) / statistics.median(seconds[1:])
 
