@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
 from ds_engine import rules
-from ds_engine.build import links, memory, offload, pipeline, profiler, ranks, self_reducing, zero
+from ds_engine.build import links, memory, moe, offload, pipeline, profiler, ranks, self_reducing, zero
 from ds_engine.build.comm import EngineLog, collectives_of, log_of
 from ds_engine.build.data import Loader
 from ds_engine.build.layers import tensor
@@ -188,6 +188,7 @@ def _reporting(job: Job, world: World, schedule: LRSchedule | None, model: nn.Mo
         progress=progress,
         monitor=Monitor.of(settings, world.rank),
         breakdown=breakdown,
+        experts=moe.curves(job, model),
         profiler=profiler.flops_of(model, settings.flops_profiler, world, job.batch.micro, progress.write),
         trial=Trial.of(job, world, model),
     )

@@ -10,7 +10,7 @@ from ds_moe.mesh import ExpertMesh, expert_mesh
 from ds_moe.options import RouterOptions
 from ds_moe.report import LayerReport
 from ds_moe.routing.selection import Routing, route
-from ds_moe.training import has_biases, reports, update_biases
+from ds_moe.training import has_biases, has_experts, reports, update_biases
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ __all__ = [
     "convert",
     "expert_mesh",
     "has_biases",
+    "has_experts",
     "reports",
     "route",
     "update_biases",

@@ -31,6 +31,11 @@ def reports(model: nn.Module, group: dist.ProcessGroup | None = None) -> list[La
     return own
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether the model has layers of this package, so that `reports` returns something."""
+    return any(isinstance(layer, (MoELayer, ConvertedExperts)) for layer in model.modules())
+
+
 def has_biases(model: nn.Module) -> bool:
     """Whether a router of the model is balanced by biases, so that `update_biases` has an effect."""
     return any(layer.bias is not None for layer in model.modules() if isinstance(layer, Router))

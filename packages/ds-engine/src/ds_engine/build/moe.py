@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -12,6 +14,7 @@ from torch.optim import Optimizer
 import ds_zero
 from ds_engine.build.topology import Meshes
 from ds_engine.config import ConfigError
+from ds_engine.job import Job
 
 
 def mesh_for(model: nn.Module, meshes: Meshes, reduces_itself: bool) -> ds_zero.MeshFor | None:
@@ -42,6 +45,39 @@ def mesh_for(model: nn.Module, meshes: Meshes, reduces_itself: bool) -> ds_zero.
             ]
         )
     return experts
+
+
+def curves(job: Job, model: nn.Module) -> Callable[[int], Mapping[str, float]] | None:
+    """Returns what computes the curves of experts after a step, on all ranks: for each layer the share of its tokens
+    that each expert was chosen by, the share of dropped assignments, and the mean entropy of the router, since the last
+    time. None if no monitor writes them, or the model has no experts.
+    """
+    settings = job.settings
+    monitors = (settings.csv_monitor, settings.tensorboard, settings.wandb, settings.comet)
+    if "ds_moe" not in sys.modules or not any(monitor.enabled for monitor in monitors):
+        return None
+    import ds_moe
+
+    # The ranks of a pipeline have different layers, which no collective can add up.
+    if job.pipeline is not None or not ds_moe.has_experts(model):
+        return None
+    every = settings.steps_per_print or 1
+
+    def of_step(step: int) -> Mapping[str, float]:
+        values: dict[str, float] = {}
+        if step % every != 0:
+            return values
+        for report in ds_moe.reports(model):
+            assignments = max(sum(report.load), 1)
+            prefix = f"Train/Experts/{report.name}"
+            for expert, load in enumerate(report.load):
+                values[f"{prefix}/load_{expert}"] = load / assignments
+            values[f"{prefix}/dropped"] = report.dropped / assignments
+            if not math.isnan(report.entropy):
+                values[f"{prefix}/entropy"] = report.entropy
+        return values
+
+    return of_step
 
 
 def balance(model: nn.Module, optimizer: Optimizer, meshes: Meshes) -> None:

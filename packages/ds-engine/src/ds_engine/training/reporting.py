@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -34,6 +34,9 @@ class Reporting:
     monitor: Monitor
     breakdown: Breakdown
     profiler: StepProfiler | None = None
+    experts: Callable[[int], Mapping[str, float]] | None = None
+    """Called on all ranks after every step with its number; returns values of experts for curves, by name. None: the
+    model has no experts, or nothing writes curves."""
     trial: Trial | None = None
     """Ends this training after some steps; None: it is no trial of the autotuner."""
     _loss: Tensor | None = field(default=None, init=False)
@@ -61,5 +64,8 @@ class Reporting:
         self.progress.report(report, value)
         held = timing.memory_bytes(self.breakdown.device) if self.monitor.enabled else None
         self.monitor.step(report, value, self.breakdown.end_step(report.step), memory_bytes=held)
+        if self.experts is not None:
+            curves = self.experts(report.step)
+            self.monitor.write_events([(name, value, report.samples) for name, value in curves.items()])
         if self.trial is not None:
             self.trial.end_step()
