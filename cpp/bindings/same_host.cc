@@ -72,11 +72,12 @@ void bind_same_host(py::module_& m) {
     }
     return fd;
   });
-  // Whether the 8 bytes at `address` of process `pid` are `token`.
+  // Whether the 8 bytes at `address` of process `pid` are `token`, and may be written (with the same value).
   m.def("same_host_reaches", [](int pid, std::uint64_t address, std::int64_t token) {
     std::int64_t seen = 0;
-    const void* from = reinterpret_cast<const void*>(static_cast<std::uintptr_t>(address));  // NOLINT
-    return sh::read_memory(pid, from, &seen, sizeof seen) == 0 && seen == token;
+    void* there = reinterpret_cast<void*>(static_cast<std::uintptr_t>(address));  // NOLINT
+    return sh::read_memory(pid, there, &seen, sizeof seen) == 0 && seen == token &&
+           sh::write_memory(pid, &seen, there, sizeof seen) == 0;
   });
   py::class_<Team>(m, "SameHostTeam")
       .def(py::init([](int fd, int rank, const std::vector<int>& pids, double limit_s) {

@@ -74,6 +74,8 @@ int create_segment(int num_ranks);
 
 // Reads `size` bytes of the memory of process `pid`. Returns 0 or an errno.
 int read_memory(int pid, const void* from, void* to, std::size_t size);
+// The same in the other direction: `from` is in this process, `to` in the other.
+int write_memory(int pid, const void* from, void* to, std::size_t size);
 
 // The ranks of one machine. All make the same calls in the same order. Calls of several threads are made one
 // after the other.

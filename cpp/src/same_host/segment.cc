@@ -58,21 +58,35 @@ int create_segment(int num_ranks) {
   return fd;
 }
 
-int read_memory(int pid, const void* from, void* to, std::size_t size) {
-  auto* target = static_cast<std::byte*>(to);
-  const auto* source = static_cast<const std::byte*>(from);
+namespace {
+
+// Copies between this process and another one, with one of the two system calls.
+template <typename Transfer>
+int transfer(Transfer call, int pid, std::byte* own, std::byte* theirs, std::size_t size) {
   while (size > 0) {
-    const iovec local{target, size};
-    const iovec remote{const_cast<std::byte*>(source), size};
-    const ssize_t count = process_vm_readv(pid, &local, 1, &remote, 1, 0);
+    const iovec local{own, size};
+    const iovec remote{theirs, size};
+    const ssize_t count = call(pid, &local, 1, &remote, 1, 0);
     if (count < 0 && errno == EINTR) continue;
     if (count < 0) return errno;
     if (count == 0) return EFAULT;
-    target += count;
-    source += count;
+    own += count;
+    theirs += count;
     size -= static_cast<std::size_t>(count);
   }
   return 0;
+}
+
+std::byte* bytes_of(const void* pointer) { return static_cast<std::byte*>(const_cast<void*>(pointer)); }
+
+}  // namespace
+
+int read_memory(int pid, const void* from, void* to, std::size_t size) {
+  return transfer(process_vm_readv, pid, bytes_of(to), bytes_of(from), size);
+}
+
+int write_memory(int pid, const void* from, void* to, std::size_t size) {
+  return transfer(process_vm_writev, pid, bytes_of(from), bytes_of(to), size);
 }
 
 Segment::Segment(int fd, int rank, std::span<const int> pids, double limit_s)

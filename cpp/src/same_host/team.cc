@@ -12,6 +12,8 @@ namespace {
 // Bytes that are read from another process at a time: they stay in the second-level cache until they are
 // added.
 constexpr std::size_t kChunkBytes = 256 << 10;
+// The part of a broadcast that the root writes is a multiple of so many bytes.
+constexpr std::size_t kLineBytes = 64;
 // Slices of an all-reduce begin at multiples of so many elements, so that no cache line has two owners.
 constexpr std::int64_t kSliceElements = 64;
 
@@ -88,11 +90,20 @@ struct Team::State {
   }
 
   Result read(int from, std::uint64_t address, void* to, std::size_t bytes) const {
-    const int code = read_memory(segment.pid(from), pointer_to(address), to, bytes);
+    return reached(from, read_memory(segment.pid(from), pointer_to(address), to, bytes));
+  }
+
+  Result write(int other, const void* from, std::uint64_t address, std::size_t bytes) const {
+    return reached(other,
+                   write_memory(segment.pid(other), from, const_cast<void*>(pointer_to(address)), bytes));
+  }
+
+  // The result of an access to another rank's memory that gave this error code.
+  Result reached(int other, int code) const {
     if (code == 0) return {};
-    const Result left = segment.why_left(from);  // and its process may have ended since
+    const Result left = segment.why_left(other);  // and its process may have ended since
     if (left.fault != Fault::kNone) return left;
-    return {code == ESRCH ? Fault::kEnded : Fault::kSystem, from, code, {}};
+    return {code == ESRCH ? Fault::kEnded : Fault::kSystem, other, code, {}};
   }
 
   // Reduces elements [begin, end) of all inputs into `out`; `own` and the posted addresses are those of
@@ -234,10 +245,16 @@ Result Team::broadcast(void* data, std::size_t bytes, int root, const Interrupte
     if (!is_root) std::memcpy(data, s.buffer(root), bytes);
     return {};
   }
-  if (!is_root) {
-    const Result read = s.read(root, s.post_of(root).source, data, bytes);
-    if (read.fault != Fault::kNone) return s.settled(read);
-  }
+  // The root would only wait: it writes the last 1 / N of every copy, and the others read the rest. So all N
+  // ranks move as many bytes.
+  const std::size_t written = bytes / static_cast<std::size_t>(s.size()) / kLineBytes * kLineBytes;
+  const std::size_t read = bytes - written;
+  const auto* first = static_cast<std::byte*>(data);
+  const Result moved = is_root ? s.each_other([&](int other) {
+    return s.write(other, first + read, s.post_of(other).source + read, written);
+  })
+                               : s.read(root, s.post_of(root).source, data, read);
+  if (moved.fault != Fault::kNone) return s.settled(moved);
   return s.settled(s.finish(interrupted));
 }
 

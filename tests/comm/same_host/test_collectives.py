@@ -223,13 +223,16 @@ import os, random, select, signal, sys, time
 import torch
 from ds_core.same_host import SameHostError, Team, new_segment
 
-def run(segment, rank, pids, seed, report):
+def run(segment, rank, pids, seed, report, joined):
     team, draw = Team(segment, rank, pids, 60.0), random.Random(seed)
+    os.write(joined, b".")
     try:
         while True:
-            numel = draw.choice([10, 10_000, 600_000])
-            if draw.random() < 0.5:
+            numel, which = draw.choice([10, 10_000, 600_000]), draw.random()
+            if which < 0.4:
                 team.all_reduce(torch.ones(numel))
+            elif which < 0.7:
+                team.broadcast(torch.ones(numel), numel % 3)
             else:
                 team.all_gather(torch.empty(3 * numel), torch.ones(numel))
     except SameHostError as error:
@@ -239,19 +242,21 @@ def run(segment, rank, pids, seed, report):
 torch.set_num_threads(1)
 for seed in range(int(sys.argv[1])):
     segment, pids, reports = new_segment(3), [], []
-    gates = [os.pipe() for _ in range(3)]
+    gates = [os.pipe() for _ in range(4)]
     for rank in range(3):
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
             everyone = [int(text) for text in os.read(gates[rank][0], 100).split()]
-            run(segment, rank, everyone, seed, write)
+            run(segment, rank, everyone, seed, write, gates[3][1])
         os.close(write)
         pids.append(pid)
         reports.append(read)
-    for _, gate in gates:
+    for _, gate in gates[:3]:
         os.write(gate, " ".join(map(str, pids)).encode())
-    time.sleep(0.02 + random.Random(seed).random() * 0.05)
+    for _ in range(3):  # all have joined the team
+        os.read(gates[3][0], 1)
+    time.sleep(random.Random(seed).random() * 0.05)
     victim = seed % 3
     killed = time.monotonic()
     os.kill(pids[victim], signal.SIGKILL)
