@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 import ds_comm
 import ds_zero
+from ds_comm.bench import Timing
 from ds_comm.bench import measure as measure_collectives
 from ds_core.kernels import squared_norm
 from ds_engine.build.optimizer import maker_of
@@ -161,17 +162,26 @@ def _update_rate(settings: DsConfig, device: torch.device, dtype: torch.dtype | 
 
 def _messages(device: torch.device) -> dict[str, Any]:
     cpu, wall = time.process_time(), time.perf_counter()
-    timings = measure_collectives(_MESSAGES, ("all_gather", "reduce_scatter"), rounds=3, device=device)
+    names = ("all_gather", "reduce_scatter", "all_to_all")
+    timings = measure_collectives(_MESSAGES, names, rounds=3, device=device)
     share = (time.process_time() - cpu) / (time.perf_counter() - wall)
-    rows = [
-        {"collective": t.collective, "bytes": t.num_bytes, "ranks": t.ranks, "seconds": t.seconds}
-        for t in timings
-    ]
+    # ds_zero reduces over gloo by all-to-all and a sum, because gloo's reduce-scatter sends twice the bytes.
+    by_messages = device.type == "cpu" and all(t.transport != "same host" for t in timings)
     return {
-        "gather": fitted([row for row in rows if row["collective"] == "all_gather"]),
-        "reduce": fitted([row for row in rows if row["collective"] == "reduce_scatter"]),
+        "gather": _fitted(timings, "all_gather"),
+        "reduce": _fitted(timings, "all_to_all" if by_messages else "reduce_scatter"),
         "occupies": 0.0 if device.type != "cpu" else share,
     }
+
+
+def _fitted(timings: Sequence[Timing], collective: str) -> dict[str, float]:
+    return fitted(
+        [
+            {"bytes": t.num_bytes, "ranks": t.ranks, "seconds": t.seconds}
+            for t in timings
+            if t.collective == collective
+        ]
+    )
 
 
 def _together(device: torch.device) -> None:
