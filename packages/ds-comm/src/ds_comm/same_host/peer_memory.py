@@ -108,8 +108,8 @@ class _Peer:
     later: deque[tuple[int, int, int]] = field(default_factory=deque)
     """Entries for the peer that will be posted when the ring has room."""
 
-    def __del__(self) -> None:
-        os.close(self.alive)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self.alive)  # at the end of the interpreter `os` is None already
 
 
 class PeerMemory:
