@@ -114,6 +114,37 @@ def test_equals_a_loop_on_one_process() -> None:
 
 
 @ranks(4, groups_may_stay=True)
+def test_ranks_whose_experts_no_token_chose_clip_as_the_others() -> None:
+    """Every token chooses the same expert, so three of four ranks have no gradient of experts but zeros."""
+
+    def zeroed(model: Small) -> Small:
+        for layer in model.layers:
+            torch.nn.init.zeros_(layer.router.weight)
+            layer.router.weight.requires_grad_(False)
+        return model
+
+    arguments: dict[str, object] = {"k": 1, "drop_tokens": False}
+    plain = with_loops(zeroed(Small(1, **arguments)))  # type: ignore[arg-type]
+    mean_grads(plain, [batch(0, rank) for rank in range(4)], 4)
+    expected = ds_zero.total_norm([p.grad for p in plain.parameters() if p.grad is not None]).item()
+    for stage in range(4):
+        model = zeroed(Small(4, **arguments))  # type: ignore[arg-type]
+        mesh_for = ds_moe.expert_mesh(model)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        ds_zero.shard(model, optimizer, stage, config=CONFIG, mesh_for=mesh_for)
+        before = ds_zero.full_state_dict(model)
+        model(batch(0, dist.get_rank())).backward()
+        assert ds_zero.clip_grad_norm_(model, 1e-3).item() == pytest.approx(expected, rel=2e-5)
+        optimizer.step()
+        after = ds_zero.full_state_dict(model)
+        if dist.get_rank() == 0:
+            moved = [(after[n] - before[n]).float() for n in after]
+            assert ds_zero.total_norm(moved).item() == pytest.approx(1e-3, rel=1e-3)
+            name = "layers.0.experts.expert.down.weight"
+            assert (after[name] - before[name]).flatten(1).any(1).sum() == 1
+
+
+@ranks(4, groups_may_stay=True)
 def test_sizes_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(ExpertParallelError, match="ep_size=3 must divide num_experts=4"):
         Small(3)

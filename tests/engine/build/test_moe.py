@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import ds_engine
 import ds_moe
+from compose.jobs import WIDTH, language_model, tokens_of
+from ds_moe.routing.capacity import capacity_of
 from harness import ranks
 
 
@@ -32,6 +34,61 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.moe(x)[0].square().mean()
+
+
+class Dropping(nn.Module):
+    """Experts in place of a feed-forward block, which take an odd number of tokens (DS#8195)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = ds_moe.MoE(
+            WIDTH,
+            lambda: ds_moe.FeedForward(WIDTH, 32),
+            4,
+            k=1,
+            capacity_factor=0.75,
+            min_capacity=1,
+            use_rts=False,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.moe(x)[0]
+        return out
+
+
+def dropping() -> nn.Module:
+    model = language_model(0)
+    model.model.layers[1].mlp = Dropping()  # type: ignore[union-attr]
+    return model
+
+
+@ranks(2, groups_may_stay=True)
+def test_an_odd_capacity_beside_tensor_parallelism() -> None:
+    """No token is lost but those beyond the capacity."""
+    assert [capacity_of(4 * tokens, 4, 1, 0.75, 1) for tokens in (5, 3, 4)] == [4, 3, 3]
+    config = {
+        "train_batch_size": 4,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+        "gradient_clipping": 0.0,
+        "tensor_parallel": {"autotp_size": 2},
+        "startup_summary": False,
+    }
+    engine, *_ = ds_engine.initialize(dropping(), config)
+    plain = dropping()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
+    for step, length in enumerate((3, 4, 5)):
+        tokens = tokens_of(step, range(4))[:, :length]
+        loss = engine(input_ids=tokens, labels=tokens).loss
+        engine.backward(loss)
+        engine.step()
+        expected = plain(input_ids=tokens, labels=tokens).loss
+        expected.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5), f"step {step}"
+    (report,) = ds_moe.reports(engine.module)
+    assert report.dropped > 0
+    engine.destroy()
 
 
 def values(folder: Path, name: str) -> list[float]:
