@@ -143,6 +143,12 @@ def test_states_between_steps_are_those_that_memory_counts(precision: torch.dtyp
             assert parts["states"] - unused <= found.optimizer_bytes <= parts["states"]
 
 
+def test_replicas_of_whole_parameters_are_planned() -> None:
+    planned = Job(stage=3, precision=BF16, shard_ranks=1, model=SMALL).plan(4)
+    assert planned.sent_bytes["forward"] == 0
+    assert planned.sent_bytes["backward"] > 0
+
+
 def test_messages_are_those_of_the_formula() -> None:
     numel = sum(p.numel() for p in Gpt(**SMALL).parameters())
     payload = 4 * numel * 3 / 4  # of 4 ranks, each sends three quarters

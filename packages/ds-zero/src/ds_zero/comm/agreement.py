@@ -62,7 +62,7 @@ def require_same(
 
 def is_same(slots: Sequence[int], ranks: Ranks) -> bool:
     """Whether a sum of `own_slot` has the same value in every place; a simulated group sends none and agrees."""
-    return isinstance(ranks.group, SimulatedGroup) or len(set(slots)) <= 1
+    return len(set(slots)) <= 1 or any(isinstance(axis.group, SimulatedGroup) for axis in ranks.axes)
 
 
 def gathered_values(value: T, axes: Sequence[Ranks]) -> list[T]:
