@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.optim import Optimizer
 
 import ds_offload
 from contracts.distant_store import DistantStore
-from ds_offload import CPUAdam, HostStore, PagedOptimizer
+from ds_offload import CPUAdam, HostStore, NVMeStore, PagedOptimizer
+from ds_offload.interfaces import Tier
 
 Make = Callable[[Iterable[Any]], Optimizer]
 
@@ -263,3 +265,21 @@ def test_states_of_a_host_store_are_taken_back() -> None:
     optimizer.rollback()
     assert same(bits(optimizer, params), before)
     assert optimizer.undo_bytes(params) == 12 * sum(p.numel() for p in params)
+
+
+class HalfOnDisk(NVMeStore):
+    """Keeps the states of one size of parameters in memory."""
+
+    def state_tier(self, param: torch.Tensor) -> Tier:
+        return "host" if param.numel() == 2048 else "disk"
+
+
+def test_only_states_in_memory_count_for_the_log(tmp_path: Path) -> None:
+    params = [torch.randn(numel).requires_grad_() for numel in (2048, 4096, 2048, 4096)]
+    optimizer = PagedOptimizer(CPUAdam(params), HalfOnDisk(tmp_path), page_bytes=16384)
+    give_gradients(params, 0)
+    step(optimizer, params, undoable=True)
+    optimizer.commit()
+    assert optimizer.undo_bytes(params, with_values=False) == 8 * 2 * 2048
+    assert optimizer.undo_bytes([params[1]], with_values=False) == 0
+    optimizer.close()

@@ -140,7 +140,7 @@ class PagedOptimizer(Optimizer):
         """
         live = [p for p in params if p.grad is not None]
         values = sum(local(p).nbytes for p in live) if with_values else 0
-        return values + (self._states.num_bytes_of(live) if self._pager.in_memory else 0)
+        return values + self._states.bytes_in_memory(live)
 
     @property
     def second_bytes(self) -> int:

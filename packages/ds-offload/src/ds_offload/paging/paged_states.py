@@ -169,12 +169,19 @@ class PagedStates(MutableMapping[Tensor, State]):
             return {}, {}
         return dict(self._layout_of(param).dtypes), dict(self._numbers[param])
 
-    def num_bytes_of(self, params: Sequence[Tensor]) -> int:
-        """Returns the bytes of the element-wise states of `params` in the store."""
-        return sum(
-            local(p).numel() * sum(dtype.itemsize for dtype in self._layout_of(p).dtypes.values())
-            for p in params
-        )
+    def bytes_in_memory(self, params: Sequence[Tensor]) -> int:
+        """Returns the bytes of the element-wise states of `params` that the store keeps in addressable memory. Those of
+        parameters that were never stepped have no place yet and do not count.
+        """
+        total = 0
+        for param in params:
+            index = self._index.get(param)
+            itemsize = sum(dtype.itemsize for dtype in self._layout_of(param).dtypes.values())
+            for number in self._pages[index] if index is not None else ():
+                if self._pager.is_in_memory(number):
+                    parts = self._pager.page(number).parts
+                    total += itemsize * sum(part.numel for part in parts if part.param == index)
+        return total
 
     @contextmanager
     def opened(self, params: Sequence[Tensor], *, write: bool = False) -> Iterator[None]:

@@ -50,6 +50,8 @@ class _Held:
     """Whether the other key has values of a step that may be taken back. They count until then."""
     has_both: bool = False
     """Whether both places are reserved."""
+    is_in_memory: bool = False
+    """Whether the store keeps it in addressable memory."""
     place: _Place = _Place.STORED
     buffer: Tensor | None = None
     work: Work | None = None
@@ -84,8 +86,6 @@ class Pager:
         self._num_buffers = num_buffers
         self._read_ahead, self._write_behind = read_ahead, write_behind
         self._pages: list[_Held] = []
-        self.in_memory = False
-        """Whether the store keeps pages in addressable memory."""
         self._free: list[Tensor] = []
         self._num_made = 0
         self._device: torch.device | None = None
@@ -119,6 +119,10 @@ class Pager:
         """Returns where the store wants the states of a parameter; None: it has no opinion."""
         return self._store.state_tier(local(param)) if isinstance(self._store, KeepsStates) else None
 
+    def is_in_memory(self, index: int) -> bool:
+        """Whether the store keeps a page in addressable memory."""
+        return self._pages[index].is_in_memory
+
     def page(self, index: int) -> Page:
         """Returns the layout of a page."""
         return self._pages[index].page
@@ -131,9 +135,9 @@ class Pager:
         mapped = self._store.reserve(
             [PageReservation(key=h.keys[0], numel=h.page.num_bytes, device=device, tier=tier) for h in held]
         )
-        self.in_memory = self.in_memory or bool(mapped)
         for one in held:
             memory = mapped.get(one.keys[0])
+            one.is_in_memory = memory is not None
             if memory is not None and memory.device == device:
                 one.place, one.in_place = _Place.OPEN, [memory]
         self._pages += held
