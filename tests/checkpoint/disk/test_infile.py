@@ -138,7 +138,8 @@ def test_what_is_expected_is_read_ahead_and_nothing_else(
     assert alone in seen
     rest = [(0, PIECE), (PIECE, PIECE + page), (0, PIECE), (PIECE, 2 * PIECE), (2 * PIECE, 3 * PIECE)]
     following = [(9 * PIECE, 10 * PIECE), (12 * PIECE, 13 * PIECE)]
-    assert [at for at in seen[1:] if at != alone] in ([*rest, *following], [*rest, *following[:1]])
+    # How many of them were read when the reader ended, is a matter of time.
+    assert [at for at in seen[1:] if at != alone] in [[*rest, *following[:n]] for n in range(3)]
     for file in (one, other):
         file.close()
 
