@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ds_engine.cli.plan import Budget, Config, Model, Tokens
+from ds_engine.step_time import read_rates
 
 if TYPE_CHECKING:
     from ds_engine.build.tuning import Request
@@ -54,11 +55,9 @@ def tune(
     Tries ZeRO stages, micro-batches and accumulation, on an accelerator also offload. train_batch_size stays as it is,
     if the configuration has one.
     """
-    # Not at the top: `ds run` starts without what they import.
     from ds_engine.build.tuning import tune as search
     from ds_engine.cli.sizes import parse_bytes
     from ds_engine.config import ConfigError
-    from ds_engine.step_time import read_rates
 
     try:
         request = _request(config, model, ranks, trials, max_micro_batch, recompute)
