@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from ds_engine.build.step_time.calibrate import rates_from
+from ds_engine.config import load
 from ds_engine.step_time import RatesError, read_rates
 from ds_engine.step_time.rates import fitted, rates_of
 
@@ -69,6 +71,19 @@ def test_mistakes_are_named(change: dict[str, Any], message: str, tmp_path: Path
     with pytest.raises(RatesError, match=message) as error:
         read_rates(path)
     assert str(path) in str(error.value)
+
+
+def test_measured_passes_are_divided_into_a_fixed_and_a_growing_part() -> None:
+    one = {"forward_s": 5.0, "backward_s": 9.0, "few_forward_s": 3.0, "few_backward_s": 5.0}
+    one |= {"numel": 0, "memory_bytes_per_s": 1e9, "occupies": 0.0, "samples": 4, "few_samples": 2}
+    rates = rates_from([one], (8.0, 16.0), load({"train_batch_size": 4}))
+    assert (rates.forward_pass_s, rates.forward_flops_per_s) == (1.0, 2.0)
+    assert (rates.backward_pass_s, rates.backward_flops_per_s) == (1.0, 2.0)
+    # One sample cannot be divided, and a measurement that scatters gives no negative part.
+    single = rates_from([one | {"samples": 1, "few_samples": 1}], (8.0, 16.0), load({"train_batch_size": 4}))
+    assert (single.forward_pass_s, single.forward_flops_per_s) == (0.0, 1.6)
+    scattered = rates_from([one | {"few_forward_s": 1.0}], (8.0, 16.0), load({"train_batch_size": 4}))
+    assert scattered.forward_pass_s == 0.0
 
 
 def test_missing_rates_and_broken_files_are_named(tmp_path: Path) -> None:

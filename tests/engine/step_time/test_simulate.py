@@ -26,6 +26,12 @@ def test_one_rank_computes_and_updates() -> None:
     assert time.messages_s == 0 and time.exposed_s == pytest.approx(0)
 
 
+def test_every_pass_takes_its_fixed_part() -> None:
+    rates = replace(RATES, forward_pass_s=0.5, backward_pass_s=1.5)
+    time = simulate(replace(PLAIN, micro_batches=3), rates)
+    assert time.total_s == time.compute_s == pytest.approx(3 * (12 + 2))
+
+
 def test_reductions_hide_behind_the_backward_except_for_the_last_bucket() -> None:
     work = replace(PLAIN, ranks=2, micro_batches=2, reduce_bytes=4e9, buckets=4)
     time = simulate(work, RATES)

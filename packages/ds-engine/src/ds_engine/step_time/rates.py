@@ -47,6 +47,9 @@ class Rates:
     """Messages of one rank to other machines; None: all ranks are on one machine."""
     ranks_per_host: int = 8
     """Used only with `between_hosts`."""
+    forward_pass_s: float = 0.0
+    """What every forward takes besides its operations, however few samples it has."""
+    backward_pass_s: float = 0.0
     occupies: float = 0.0
     """Part of the duration of a collective during which its rank cannot compute: 0 with a network card of its own, 1 if
     the cores that compute also copy.
@@ -157,6 +160,8 @@ def _value(name: str, value: Any) -> Any:
         if isinstance(value, (int, float)) and 0 <= value <= 1:
             return float(value)
         raise RatesError(f"'occupies' is {value!r}: it must be a number from 0 to 1")
+    if name in ("forward_pass_s", "backward_pass_s") and value == 0:
+        return 0.0
     if name == "ranks_per_host":
         return int(_number(name, value))
     return _number(name, value)

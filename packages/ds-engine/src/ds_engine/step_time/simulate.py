@@ -129,9 +129,16 @@ def simulate(work: Workload, rates: Rates) -> StepTime:
 
     backwards = list(reversed(work.units))
     memory = work.accumulate_bytes / rates.memory_bytes_per_s
-    forward_s = [unit.forward_flops / rates.forward_flops_per_s for unit in work.units]
+    shares = _shares([unit.forward_flops for unit in work.units])
+    forward_s = [
+        unit.forward_flops / rates.forward_flops_per_s + rates.forward_pass_s * share
+        for unit, share in zip(work.units, shares, strict=True)
+    ]
     backward_s = [
-        unit.backward_flops / rates.backward_flops_per_s + memory * unit.numel / numel for unit in backwards
+        unit.backward_flops / rates.backward_flops_per_s
+        + rates.backward_pass_s * share
+        + memory * unit.numel / numel
+        for unit, share in zip(backwards, reversed(shares), strict=True)
     ]
     for micro in range(work.micro_batches):
         run(work.units, forward_s, work.gather_forward_bytes, False)
@@ -156,6 +163,12 @@ def simulate(work: Workload, rates: Rates) -> StepTime:
         exposed_s=max(0.0, queues.computed - compute_s - update_s),
         update_s=update_s,
     )
+
+
+def _shares(flops: Sequence[float]) -> list[float]:
+    """Each unit's share of what a pass takes besides its operations: that of the operations."""
+    total = sum(flops)
+    return [one / total if total else 1 / len(flops) for one in flops]
 
 
 def seconds_text(seconds: float) -> str:

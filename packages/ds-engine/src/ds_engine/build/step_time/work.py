@@ -145,7 +145,7 @@ def workload(job: Job, plan: ds_zero.Plan, work: ModelWork, samples: int | None 
         reduce_every_micro_batch=every,
         buckets=max(1, len(tensors)),
         publish_bytes=sent.get("step", 0.0) if plan.stage in (1, 2) else 0.0,
-        accumulate_bytes=_accumulated(plan, numel, micro),
+        accumulate_bytes=bucketed_bytes(numel, micro),
         optimizer_bytes=update_bytes(owned, states, _itemsize(plan)),
         **_moved(plan, owned, states),
     )
@@ -158,7 +158,7 @@ def update_bytes(owned_numel: float, states_bytes: float, param_itemsize: int) -
     return owned_numel * (2 * 4 + 2 * 4 + param_itemsize) + 2 * states_bytes
 
 
-def _accumulated(plan: ds_zero.Plan, numel: int, micro: int) -> float:
+def bucketed_bytes(numel: int, micro: int) -> float:
     """Bytes that each backward reads and writes for gradients: a copy into the bucket, or a sum."""
     return float(numel) * 4 * (3 if micro > 1 else 2)
 
