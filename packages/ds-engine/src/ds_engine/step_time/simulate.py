@@ -129,16 +129,14 @@ def simulate(work: Workload, rates: Rates) -> StepTime:
 
     backwards = list(reversed(work.units))
     memory = work.accumulate_bytes / rates.memory_bytes_per_s
-    shares = _shares([unit.forward_flops for unit in work.units])
-    forward_s = [
-        unit.forward_flops / rates.forward_flops_per_s + rates.forward_pass_s * share
-        for unit, share in zip(work.units, shares, strict=True)
-    ]
+    forward_s = _durations(
+        [u.forward_flops for u in work.units], rates.forward_flops_per_s, rates.forward_pass_s
+    )
+    backward_s = _durations(
+        [u.backward_flops for u in backwards], rates.backward_flops_per_s, rates.backward_pass_s
+    )
     backward_s = [
-        unit.backward_flops / rates.backward_flops_per_s
-        + rates.backward_pass_s * share
-        + memory * unit.numel / numel
-        for unit, share in zip(backwards, reversed(shares), strict=True)
+        seconds + memory * unit.numel / numel for seconds, unit in zip(backward_s, backwards, strict=True)
     ]
     for micro in range(work.micro_batches):
         run(work.units, forward_s, work.gather_forward_bytes, False)
@@ -165,10 +163,10 @@ def simulate(work: Workload, rates: Rates) -> StepTime:
     )
 
 
-def _shares(flops: Sequence[float]) -> list[float]:
-    """Each unit's share of what a pass takes besides its operations: that of the operations."""
+def _durations(flops: Sequence[float], flops_per_s: float, pass_s: float) -> list[float]:
+    """Seconds of each unit in a pass. What the pass takes besides its operations is divided as they are."""
     total = sum(flops)
-    return [one / total if total else 1 / len(flops) for one in flops]
+    return [one / flops_per_s + pass_s * (one / total if total else 1 / len(flops)) for one in flops]
 
 
 def seconds_text(seconds: float) -> str:
