@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from types import ModuleType
+import importlib
+from types import ModuleType
 
 
 @functools.cache
+def _module(name: str) -> ModuleType | None:
+    """Returns a module of ds_core; None if that package is not installed, or has no such module."""
+    try:
+        return importlib.import_module(f"ds_core.{name}")
+    except ModuleNotFoundError:
+        return None
+
+
 def grouped() -> ModuleType | None:
     """Returns the module with linear layers of many experts; None without ds_core."""
-    try:
-        from ds_core import grouped as module
-    except ModuleNotFoundError:
-        return None
-    return module
+    return _module("grouped")
 
 
-@functools.cache
 def grouped_feed_forward() -> ModuleType | None:
     """Returns the module with feed-forward blocks of many experts; None without ds_core."""
-    try:
-        from ds_core import grouped_feed_forward as module
-    except ModuleNotFoundError:
-        return None
-    return module
+    return _module("grouped_feed_forward")
 
 
-@functools.cache
 def row_sums() -> ModuleType | None:
     """Returns the module with sums of rows; None without ds_core."""
-    try:
-        from ds_core import row_sums as module
-    except ModuleNotFoundError:
-        return None
-    return module
+    return _module("row_sums")

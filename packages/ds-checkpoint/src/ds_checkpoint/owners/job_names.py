@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ class JobNames:
 
 
 def job_names(team: Team, model: nn.Module, optimizer: Optimizer | None) -> JobNames:
-    """Joins the names of all ranks. Collective."""
+    """Joins the names of all ranks. Collective: where all have the same names, as in every job without a pipeline, one
+    message of 32 bytes a rank.
+    """
     parameters = names.parameters(model)
     known = {id(param): name for name, param in parameters.items()}
     groups = [] if optimizer is None else optimizer.param_groups
@@ -37,7 +40,10 @@ def job_names(team: Team, model: nn.Module, optimizer: Optimizer | None) -> JobN
         "tied": names.tied(model),
         "frozen": [name for name, param in parameters.items() if not param.requires_grad],
     }
-    every = [json.loads(part) for part in team.gather(json.dumps(mine).encode())]
+    text = json.dumps(mine).encode()
+    if len(set(team.exchange(hashlib.sha256(text).digest()))) == 1:
+        return JobNames(**_joined([mine]))
+    every = [json.loads(part) for part in team.gather(text)]
     joined = json.loads(team.share(json.dumps(_joined(every)).encode() if team.first else b""))
     return JobNames(**joined)
 

@@ -2,10 +2,9 @@
 
 from ds_comm.log.comms_log import CommsLog, LogOptions
 from ds_comm.log.summary import Line, Summary, summarise
-from ds_comm.log.torch_calls import OPERATIONS, TorchCalls, watch_torch
+from ds_comm.log.torch_calls import TorchCalls, watch_torch
 
 __all__ = [
-    "OPERATIONS",
     "CommsLog",
     "Line",
     "LogOptions",

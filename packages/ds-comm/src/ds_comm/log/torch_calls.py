@@ -10,58 +10,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_comm.log.comms_log import CommsLog
-
-OPERATIONS = (
-    "all_reduce",
-    "broadcast",
-    "reduce",
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_single",
-    "all_gather_object",
-    "gather",
-    "scatter",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "reduce_scatter_single",
-    "all_to_all",
-    "all_to_all_single",
-    "send",
-    "recv",
-    "batch_isend_irecv",
-    "barrier",
-    "broadcast_object_list",
-)
-"""Names that are recorded. `isend` and `irecv` are not: torch compares the functions in a batch with its own."""
+from ds_comm.torch_functions import OPERATIONS, WrappedFunctions, group_among
 
 
 class TorchCalls:
-    """While it exists, calls of `torch.distributed.all_reduce` and its like are recorded. `close` ends it.
-
-    torch has no hook for this, so the functions of the module are replaced, and put back. Several logs may watch at the
-    same time. Code that has imported a function by its name before is not seen.
-    """
+    """While it exists, calls of `torch.distributed.all_reduce` and its like are recorded. `close` ends it."""
 
     def __init__(self, log: CommsLog) -> None:
         self._log: CommsLog | None = log
-        self._before: dict[str, Callable[..., Any]] = {}
-        self._recording: dict[str, Callable[..., Any]] = {}
-        for name in OPERATIONS:
-            function = getattr(dist, name, None)
-            if function is not None:
-                self._before[name] = function
-                self._recording[name] = self._wrapped(name, function)
-                setattr(dist, name, self._recording[name])
+        self._functions = WrappedFunctions(OPERATIONS, self._wrapped)
 
     def close(self) -> None:
-        """Records nothing any more, and puts torch's functions back unless somebody has wrapped them since. Safe to
-        call twice.
-        """
+        """Records nothing any more. Safe to call twice."""
         self._log = None
-        for name, function in self._before.items():
-            if getattr(dist, name) is self._recording[name]:
-                setattr(dist, name, function)
-        self._before = {}
+        self._functions.close()
 
     def _wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -91,11 +53,7 @@ def _ranks(args: Iterable[Any], kwargs: dict[str, Any]) -> int:
     """Returns the number of ranks of the group among the arguments; -1 if this rank is not in it."""
     if not dist.is_initialized():
         return 0
-    outside = dist.GroupMember.NON_GROUP_MEMBER
-    given: list[Any] = [
-        x for x in (*args, *kwargs.values()) if isinstance(x, dist.ProcessGroup) or x is outside
-    ]
-    return dist.get_world_size(given[0] if given else None)
+    return dist.get_world_size(group_among((*args, *kwargs.values())))
 
 
 def _num_bytes(name: str, args: Iterable[Any], kwargs: dict[str, Any]) -> int:

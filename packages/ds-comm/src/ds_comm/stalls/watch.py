@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 
-from ds_comm.log import OPERATIONS
 from ds_comm.stalls.calls import KEPT, Call, Position
 from ds_comm.stalls.explain import explain
+from ds_comm.torch_functions import OPERATIONS, WrappedFunctions, group_among
 
 ANSWER_S = 3.0
 """Seconds that ranks have to answer."""
@@ -67,27 +67,15 @@ class StallWatch:
         """Number of the last question that this rank has answered or asked."""
         self._reported: tuple[str, int] | None = None
         """Group and number of the collective that this rank has asked about."""
-        self._before: dict[str, Callable[..., Any]] = {}
-        self._watched: dict[str, Callable[..., Any]] = {}
-        for name in OPERATIONS:
-            function = getattr(dist, name, None)
-            if function is not None and name not in _MESSAGES:
-                self._before[name] = function
-                self._watched[name] = self._wrapped(name, function)
-                setattr(dist, name, self._watched[name])
         self._stopped = threading.Event()
+        self._functions = WrappedFunctions((n for n in OPERATIONS if n not in _MESSAGES), self._wrapped)
         self._thread = threading.Thread(target=self._look_repeatedly, name="ds_comm.stalls", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the watch, and puts torch's functions back unless somebody has wrapped them since. Safe to call
-        twice.
-        """
+        """Ends the watch. Safe to call twice."""
         self._stopped.set()
-        for name, function in self._before.items():
-            if getattr(dist, name) is self._watched[name]:
-                setattr(dist, name, function)
-        self._before = {}
+        self._functions.close()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -213,9 +201,8 @@ def watch_stalls(
 
 def _members(arguments: Sequence[Any]) -> str | None:
     """The ranks of the group among the arguments as text; None if this rank is not in it."""
-    outside = dist.GroupMember.NON_GROUP_MEMBER
-    given: Any = next((x for x in arguments if isinstance(x, dist.ProcessGroup) or x is outside), None)
-    if given is outside or not dist.is_initialized():
+    given = group_among(arguments)
+    if given is dist.GroupMember.NON_GROUP_MEMBER or not dist.is_initialized():
         return None
     return ",".join(map(str, dist.get_process_group_ranks(given)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +118,7 @@ def rates_of(given: Mapping[str, Any]) -> Rates:
     unknown = sorted(set(values) - known)
     if unknown:
         raise RatesError(f"there is no rate {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    missing = [
-        f.name
-        for f in fields(Rates)
-        if f.name not in values and f.default.__class__.__name__ == "_MISSING_TYPE"
-    ]
+    missing = [f.name for f in fields(Rates) if f.name not in values and f.default is MISSING]
     if missing:
         raise RatesError(f"{missing[0]!r} is missing")
     return Rates(**{name: _value(name, value) for name, value in values.items()})

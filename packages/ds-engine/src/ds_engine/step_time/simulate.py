@@ -115,8 +115,7 @@ def simulate(work: Workload, rates: Rates) -> StepTime:
         waiting, bucket_numel = 0, numel / work.buckets
         arrives = queues.send(gather_s(units[0], gathered_bytes)) if gathered_bytes else 0.0
         for number, (unit, duration) in enumerate(zip(units, seconds, strict=True)):
-            there = arrives
-            queues.compute(0.0, after=there)
+            queues.compute(0.0, after=arrives)
             if gathered_bytes and number + 1 < len(units):
                 arrives = queues.send(gather_s(units[number + 1], gathered_bytes))
             queues.compute(duration)

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ds_engine.device import memory_bytes
 from ds_engine.training import timing
 from ds_engine.training.monitor import Monitor
 from ds_engine.training.progress import Progress, StepReport
@@ -62,7 +63,7 @@ class Reporting:
         wanted = self.monitor.enabled or self.progress.due(report.step)
         value = loss.item() if loss is not None and wanted else None
         self.progress.report(report, value)
-        held = timing.memory_bytes(self.breakdown.device) if self.monitor.enabled else None
+        held = memory_bytes(self.breakdown.device) if self.monitor.enabled else None
         self.monitor.step(report, value, self.breakdown.end_step(report.step), memory_bytes=held)
         if self.experts is not None:
             curves = self.experts(report.step)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ds_engine.device import memory_bytes, peak_bytes, synchronize
+
 FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 PARTS = (FORWARD, BACKWARD, STEP)
 
@@ -47,12 +49,12 @@ class Breakdown:
         if not self.time_on and not self.memory_on:
             yield
             return
-        self._synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._synchronize()
+            synchronize(self.device)
             self._step_ms[name] += (time.perf_counter() - start) * 1e3
             if self.memory_on:
                 self._write(f"memory after {name}: {memory(self.device)}")
@@ -73,10 +75,6 @@ class Breakdown:
             self._sums_ms, self._steps = dict.fromkeys(PARTS, 0.0), 0
         return done
 
-    def _synchronize(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-
 
 def memory(device: torch.device) -> str:
     """Describes current and peak memory in MiB: of the device's allocator, or, on a CPU, of the process."""
@@ -84,22 +82,3 @@ def memory(device: torch.device) -> str:
     if device.type != "cpu":
         return f"{held / 2**20:.0f} MiB allocated, {peak_bytes(device) / 2**20:.0f} at most"
     return f"{held / 2**20:.0f} MiB resident, {peak_bytes(device) / 2**20:.0f} at most"
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory so far: of the device's allocator, or, on a CPU, of the process."""
-    if device.type != "cpu":
-        return int(torch.accelerator.max_memory_allocated(device))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Memory in use: of the device's allocator, or, on a CPU, of the process."""
-    if device.type != "cpu":
-        return int(torch.accelerator.memory_allocated(device))
-    import resource
-
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()

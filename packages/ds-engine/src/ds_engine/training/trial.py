@@ -8,13 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ds_engine.device import free_bytes, peak_bytes, synchronize
 from ds_engine.files import write_whole
 from ds_engine.interfaces import World
 from ds_engine.job import Job
-from ds_engine.launch.machine import available_bytes
-from ds_engine.training.timing import peak_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -52,10 +49,10 @@ class Trial:
         """
         self._done += 1
         if self._done == self._first - 1:
-            self._synchronize()
+            synchronize(self._world.device)
             self._began = self._clock()
         if self._done == self._last:
-            self._synchronize()
+            synchronize(self._world.device)
             step_s = (self._clock() - self._began) / (self._last - self._first + 1)
             if self._world.rank == 0:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,29 +60,25 @@ class Trial:
             raise SystemExit(0)
 
     def _result(self, step_s: float) -> dict[str, Any]:
-        job, device = self._job, self._world.device
-        if device.type == "cpu":
-            free = available_bytes() // self._world.local_size
-        else:
-            free = int(torch.get_device_module(device).mem_get_info(device)[0])
-        held = peak_bytes(device)
+        device = self._world.device
         return {
-            "throughput": job.batch.train / step_s,
+            "throughput": self._job.batch.train / step_s,
             "latency": step_s,
-            "memory_bytes": held,
-            "free_bytes": free,
+            "memory_bytes": peak_bytes(device),
+            "free_bytes": free_bytes(device, self._world.local_size),
             "params_numel": self._numel,
-            "ran": {
-                "stage": job.stage,
-                "train_micro_batch_size_per_gpu": job.batch.micro,
-                "gradient_accumulation_steps": job.batch.steps,
-                "train_batch_size": job.batch.train,
-                "ranks": self._world.world_size,
-                "optimizer_states": job.placement.optimizer_states,
-                "precision": str(job.precision),
-            },
+            "ran": what_ran(self._job, self._world),
         }
 
-    def _synchronize(self) -> None:
-        if self._world.device.type != "cpu":
-            torch.accelerator.synchronize(self._world.device)
+
+def what_ran(job: Job, world: World) -> dict[str, Any]:
+    """The settings that are really in effect, which a trial reports."""
+    return {
+        "stage": job.stage,
+        "train_micro_batch_size_per_gpu": job.batch.micro,
+        "gradient_accumulation_steps": job.batch.steps,
+        "train_batch_size": job.batch.train,
+        "ranks": world.world_size,
+        "optimizer_states": job.placement.optimizer_states,
+        "precision": str(job.precision),
+    }

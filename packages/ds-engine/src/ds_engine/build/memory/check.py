@@ -6,12 +6,12 @@ import logging
 import warnings
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 import ds_zero
 from ds_engine.build.memory.predict import predicted
+from ds_engine.device import free_bytes
 from ds_engine.interfaces import World
 from ds_engine.job import Job, Placement, Where
 from ds_engine.launch.machine import available_bytes, format_bytes
@@ -38,11 +38,9 @@ class Room:
         """Returns the free memory of the device, and of the host (including cgroup limits) divided by the number of
         local ranks.
         """
-        host = available_bytes() // world.local_size
-        if world.device.type == "cpu":
-            return cls(device_bytes=host, host_bytes=host)
-        free, _ = torch.get_device_module(world.device).mem_get_info(world.device)
-        return cls(device_bytes=int(free), host_bytes=host)
+        free = free_bytes(world.device, world.local_size)
+        host = free if world.device.type == "cpu" else available_bytes() // world.local_size
+        return cls(device_bytes=free, host_bytes=host)
 
 
 def warn_if_too_large(job: Job, model: nn.Module, optimizer: Optimizer, world: World) -> None:

@@ -97,9 +97,8 @@ class Planned:
         refuse(model, "ds plan")
         samples = micro_batch or job.batch.micro
         if inputs is not None:
-            from ds_zero.predict.remedies import (
-                with_batch_size,
-            )  # prediction is not loaded where a job trains
+            # Prediction is not loaded where a job trains.
+            from ds_zero.predict.remedies import with_batch_size
 
             inputs = with_batch_size(inputs, samples)
         return cls(job=job, model=model, inputs=inputs, samples=samples)

@@ -21,6 +21,7 @@ from ds_core.kernels import squared_norm
 from ds_engine.build.optimizer import maker_of
 from ds_engine.build.step_time.work import bucketed_bytes, call, update_bytes
 from ds_engine.config import DsConfig
+from ds_engine.device import synchronize
 from ds_engine.job import Precision, choices_of
 from ds_engine.step_time import Rates
 from ds_engine.step_time.rates import fitted, rates_of
@@ -158,10 +159,10 @@ def _passes(
             _together(device)
             start = time.perf_counter()
             loss = default_loss(call(model, batch))
-            _synchronize(device)
+            synchronize(device)
             middle = time.perf_counter()
             loss.backward()
-            _synchronize(device)
+            synchronize(device)
             end = time.perf_counter()
             if number:  # the first allocates gradients
                 forwards.append(middle - start)
@@ -191,7 +192,7 @@ def _update_rate(settings: DsConfig, device: torch.device, dtype: torch.dtype | 
         ds_zero.clip_grad_norm_(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        _synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     states = sum(
         value.nbytes
@@ -238,9 +239,4 @@ def _together(device: torch.device) -> None:
     """Ranks measure at the same time, since they share memory and cores."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
-    _synchronize(device)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    synchronize(device)

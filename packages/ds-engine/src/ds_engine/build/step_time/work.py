@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,8 +109,8 @@ def work_of(model: nn.Module, inputs: Any, samples: int) -> ModelWork:
     return ModelWork(units=tuple(units), samples=samples)
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """Runs the forward on a tensor, a tuple of arguments, or a mapping of keywords."""
+def call(model: Callable[..., Any], batch: Any) -> Any:
+    """Calls a model, or an engine, with a tensor, a tuple of arguments, or a mapping of keywords."""
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)

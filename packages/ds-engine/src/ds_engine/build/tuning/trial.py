@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ds_engine.device import synchronize
 from ds_engine.files import write_whole
+from ds_engine.training.trial import what_ran
 from ds_engine.tune import Candidate, Outcome
 from ds_engine.tune.process import OUT_OF_MEMORY, run_quietly
 from ds_zero.predict.plan import default_loss
@@ -83,46 +85,22 @@ def train(spec: Spec) -> dict[str, Any]:
     batch = tree_map_only(Tensor, lambda t: resized(t, micro).to(device), inputs)
     seconds = []
     for number in range(spec.warm_up + spec.steps):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         for _ in range(accumulation):
-            engine.backward(default_loss(call(_as_module(engine), batch)))
+            engine.backward(default_loss(call(engine, batch)))
             engine.step()
-        _synchronize(device)
+        synchronize(device)
         if number >= spec.warm_up:
             seconds.append(time.perf_counter() - start)
     # Ranks wait for each other, so the median of the slowest is that of all.
     step_s = torch.tensor(statistics.median(seconds), dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(step_s, dist.ReduceOp.MAX)
-    job = engine.job
-    told = {
-        "samples_per_s": engine.batch.train / step_s.item(),
-        "ran": {
-            "stage": job.stage,
-            "train_micro_batch_size_per_gpu": micro,
-            "gradient_accumulation_steps": accumulation,
-            "train_batch_size": engine.batch.train,
-            "ranks": engine.world.world_size,
-            "optimizer_states": job.placement.optimizer_states,
-            "precision": str(engine.precision),
-            "recompute": spec.recompute,
-            "step_s": step_s.item(),
-        },
-    }
+    ran = what_ran(engine.job, engine.world) | {"recompute": spec.recompute, "step_s": step_s.item()}
+    told = {"samples_per_s": engine.batch.train / step_s.item(), "ran": ran}
     engine.destroy()
     return told
-
-
-def _as_module(engine: Any) -> nn.Module:
-    """The engine is called like the module that it contains."""
-    called: nn.Module = engine
-    return called
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from ds_engine.build.step_time.planned import measured_rates
 from ds_engine.build.step_time.work import ModelWork, work_of, workload
 from ds_engine.build.tuning.trial import Spec, run_trial
 from ds_engine.config import ConfigError, DsConfig, load
+from ds_engine.device import free_bytes
 from ds_engine.files import write_whole
-from ds_engine.launch.machine import available_bytes
 from ds_engine.step_time import Rates, simulate
 from ds_engine.tune import Candidate, Outcome, Prediction, Search, Space, Tuned, candidates
 from ds_zero.tensors.sizes import human_bytes
@@ -59,7 +59,8 @@ def tune(request: Request, say: Callable[[str], None]) -> Tuned:
         ValueError: nothing can be tried, or the model cannot be planned.
     """
     request.folder.mkdir(parents=True, exist_ok=True)
-    budget = request.budget_bytes or free_bytes(request.space.ranks)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    budget = request.budget_bytes or free_bytes(device, request.space.ranks)
     space = request.space
     rates = request.rates
     if rates is None:
@@ -117,15 +118,6 @@ def predict(request: Request, rates: Rates, budget: int) -> list[Prediction]:
 
 def _unplanned(candidate: Candidate, reason: str) -> Prediction:
     return Prediction(candidate=candidate, samples_per_s=0.0, memory_bytes=0, fits=False, reason=reason)
-
-
-def free_bytes(ranks: int) -> int:
-    """Memory for one rank: what is free on its accelerator, or its part of what is free on this machine."""
-    if torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator()
-        free, _ = torch.get_device_module(device).mem_get_info(device)
-        return int(free)
-    return available_bytes() // ranks
 
 
 def _measured(request: Request) -> Rates:
