@@ -225,7 +225,8 @@ def _trained(engine: ds_engine.Engine, job: Job, folder: Path) -> str:
     if "checkpoint for other sizes" in job:
         # Without the division, and experts on other ranks; pipelines have layers of their own.
         kept = job - {"tensor parallel", "sequence parallel"}
-        resumed = started(kept, folder, num_stages=4, ep_size=4)
+        # Four stages leave one rank for the experts of each.
+        resumed = started(kept, folder, num_stages=4, ep_size=1 if "pipeline" in job else 4)
         resumed.load_checkpoint(str(folder / "saved"))
         got += losses_of(resumed, kept, STEPS, STEPS + 1)
         resumed.destroy()

@@ -11,9 +11,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import ds_moe
 import ds_zero
+from ds_comm.exchange import HierarchicalAllToAll, PlainAllToAll, QuantizedAllToAll
+from ds_moe.dispatch.exchange import torch_all_to_all
 from ds_moe.errors import ExpertParallelError
+from ds_moe.interfaces import AllToAll
 from harness import ranks
-from moe.small import Small, batch, mean_grads, with_loops
+from moe.small import H, Small, batch, mean_grads, with_loops
 
 CONFIG = ds_zero.ZeroConfig(persistence_threshold_numel=0)
 
@@ -156,3 +159,31 @@ def test_sizes_that_do_not_go_together_are_refused() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     with pytest.raises(ExpertParallelError, match=r"ep_size=4 must divide the data axis.* with 2 ranks"):
         ds_moe.expert_mesh(model, mesh)
+
+
+def gradients(all_to_all: AllToAll) -> tuple[list[torch.Tensor], int]:
+    """Gradients of a plain backward without ZeRO, and the bytes of rows that this rank sent."""
+    model = Small(4, k=2, drop_tokens=False)
+    ds_moe.expert_mesh(model, all_to_all=all_to_all)
+    model(batch(0, dist.get_rank(), size(dist.get_rank(), True))).backward()
+    sent = sum(layer.counters.traffic.sent_bytes for layer in model.layers)
+    return [p.grad for p in model.parameters() if p.grad is not None], sent
+
+
+@ranks(4, groups_may_stay=True)
+def test_other_exchanges_of_rows() -> None:
+    """In two hops bit by bit as in one; encoded within the steps of the code, with fewer bytes."""
+    plain, plain_bytes = gradients(PlainAllToAll())
+    expected, expected_bytes = gradients(torch_all_to_all)
+    assert plain_bytes == expected_bytes
+    for one, other in zip(plain, expected, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(gradients(HierarchicalAllToAll(2))[0], plain, strict=True):
+        assert torch.equal(one, other)
+    for bits, bound in ((8, 0.02), (4, 0.35)):
+        coarse, sent = gradients(QuantizedAllToAll(bits))
+        # A row is exchanged four times, each time off by at most 1 / 254 (1 / 14) of its largest element.
+        for one, other in zip(coarse, plain, strict=True):
+            assert (one - other).norm() <= bound * other.norm().clamp_min(1e-3)
+        # H elements in fp32, or as codes with one scale.
+        assert sent * 4 * H == plain_bytes * (H * bits // 8 + 4)

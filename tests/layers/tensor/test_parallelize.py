@@ -43,6 +43,20 @@ def hugging_face(kind: str, **more: Any) -> nn.Module:
             **rates,
         )
         return hf.GPT2LMHeadModel(config)  # type: ignore[no-any-return]
+    if kind.startswith("t5"):
+        config = hf.T5Config(
+            vocab_size=31,
+            d_model=16,
+            d_kv=4,
+            d_ff=24,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu" if kind == "t5-gated" else "relu",
+            decoder_start_token_id=0,
+            tie_word_embeddings=kind == "t5",
+        )
+        return hf.T5ForConditionalGeneration(config)  # type: ignore[no-any-return]
     sizes = {
         "vocab_size": 31,
         "hidden_size": 16,
@@ -96,9 +110,11 @@ def test_losses_and_gradients_are_those_of_one_rank() -> None:
         ("gpt2", {}),
         ("gpt2", {"vocabulary": True}),
         ("gpt2", {"sequence_parallel": True}),
+        ("t5", {}),
+        ("t5-gated", {"vocabulary": True}),
     ):
         name, _, tied = kind.partition(" ")
-        model = hugging_face(name, tie_word_embeddings=bool(tied)) if name != "gpt2" else hugging_face(name)
+        model = hugging_face(name, **({"tie_word_embeddings": True} if tied else {}))
         reference = copy.deepcopy(model)
         numel = sum(p.numel() for p in model.parameters())
         before = dict(model.named_parameters())

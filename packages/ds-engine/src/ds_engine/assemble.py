@@ -25,6 +25,7 @@ from ds_engine.config import ConfigError, DsConfig
 from ds_engine.engine import Engine, Parts, Training
 from ds_engine.interfaces import World
 from ds_engine.job import Job, agreement, choices_of, describe
+from ds_engine.job.topology import Topology
 from ds_engine.sampling.build import order_of, sampling_of
 from ds_engine.sampling.tokens import TokenBatches
 from ds_engine.schedules import LRSchedule
@@ -96,7 +97,7 @@ def initialize(
     _seed(settings.seed, topology.seed_offset(world.rank))
     if world.device.type != "cpu" and not any(p.is_meta for p in model.parameters()):
         model.to(world.device)
-    tensor.cut(model, settings, meshes.tensor, optimizer)
+    meshes = _divided(settings, model, topology, meshes, world, optimizer, piped is not None)
     # Ranks of other model parts have other parameters than this one.
     replicas = meshes.data if mpu is not None or piped is not None else None
     log = log_of(settings, world)
@@ -133,6 +134,22 @@ def _pipeline_engine(parts: Parts, placed: pipeline.Placed) -> Engine:
 
     runs = pipeline.StagesOfJob(parts.job, placed, parts.world.device, parts.roles.guard.scale)
     return PipelineEngine(parts, runs)
+
+
+def _divided(
+    settings: DsConfig,
+    model: nn.Module,
+    topology: Topology,
+    meshes: Meshes,
+    world: World,
+    optimizer: Any,
+    piped: bool,
+) -> Meshes:
+    """Gives each rank its experts and its parts of layers. Returns the meshes with those of experts. Collective."""
+    meshes = moe.connect(model, settings, topology, meshes, world, piped)
+    tensor.cut(model, settings, meshes.tensor, optimizer)
+    moe.cut(model, settings, meshes.tensor)
+    return meshes
 
 
 @dataclass(frozen=True)

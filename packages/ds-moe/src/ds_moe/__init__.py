@@ -6,7 +6,7 @@ from ds_moe.experts import FeedForward
 from ds_moe.hugging_face import convert
 from ds_moe.interfaces import AllToAll
 from ds_moe.layer import Extras, MoE, MoELayer
-from ds_moe.mesh import ExpertMesh, expert_mesh
+from ds_moe.mesh import ExpertMesh, expert_mesh, expert_parallel_layers
 from ds_moe.options import RouterOptions
 from ds_moe.report import LayerReport
 from ds_moe.routing.selection import Routing, route
@@ -28,6 +28,7 @@ __all__ = [
     "Routing",
     "convert",
     "expert_mesh",
+    "expert_parallel_layers",
     "has_biases",
     "has_experts",
     "reports",

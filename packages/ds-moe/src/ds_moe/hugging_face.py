@@ -11,12 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe.dispatch.exchange import ExpertGroup
 from ds_moe.dispatch.permute import collect, spread
 from ds_moe.dispatch.plan import layout
 from ds_moe.errors import ExpertParallelError
+from ds_moe.experts.divided import copied, summed
 from ds_moe.experts.grouped_linear import grouped_linear
 from ds_moe.local import checked_group, local_experts
 from ds_moe.parallel import run_experts
@@ -29,35 +31,61 @@ class ConvertedExperts(nn.Module):
     Legend: E experts of this rank, H hidden size, I inner size.
     """
 
-    def __init__(self, original: Any, ep_size: int) -> None:
+    def __init__(self, original: Any, ep_size: int, index: int | None = None) -> None:
         """
         Args:
             original: a module of Transformers' with `gate_up_proj`, `down_proj`, `act_fn` and `num_experts`.
+            index: which of `ep_size` runs of experts this rank holds. None: by the number of the rank.
         """
         super().__init__()
         self.num_experts, self.ep_size = int(original.num_experts), ep_size
-        self.local = local_experts(self.num_experts, ep_size)
+        self.local = local_experts(self.num_experts, ep_size, index)
         self.act_fn: Callable[[Tensor], Tensor] = original.act_fn
         self.gate_up_proj = self._own(original.gate_up_proj)
         """(E, 2 I, H)."""
         self.down_proj = self._own(original.down_proj)
         """(E, H, I)."""
         self.counters = LayerCounters()
+        self.divides_experts = False
+        """Whether tensor-parallel ranks hold parts of experts, where there are such ranks."""
+        self._tensor_group: dist.ProcessGroup | None = None
         self._to: ExpertGroup | None = ExpertGroup(None) if ep_size == 1 else None
 
     def _own(self, whole: nn.Parameter) -> nn.Parameter:
         if self.ep_size == 1:
             return whole
-        own = whole.detach()[self.local.start : self.local.stop].clone()
-        return nn.Parameter(own, requires_grad=whole.requires_grad)
+        # The same object, so that an optimizer that has it stays valid.
+        whole.data = whole.detach()[self.local.start : self.local.stop].clone()
+        return whole
 
     def connect(self, to: ExpertGroup) -> None:
         """Sets the ranks that hold the experts; `expert_mesh` calls it."""
         self._to = checked_group(to, self.ep_size, self.local)
 
+    @property
+    def expert_index(self) -> int:
+        """Which of `ep_size` equal runs of experts this rank holds."""
+        return self.local.start // len(self.local)
+
+    def set_expert_index(self, index: int) -> None:
+        """Says that the values of the experts are those of another run now."""
+        self.local = local_experts(self.num_experts, self.ep_size, index)
+
+    def expert_values(self) -> list[Tensor]:
+        """Returns the parameters and buffers of this rank's experts."""
+        return [*self.parameters(), *self.buffers()]
+
     def expert_parameters(self) -> dict[str, bool]:
         """Returns the names of the parameters of experts, and whether their first dimension is the experts."""
         return {"gate_up_proj": True, "down_proj": True}
+
+    def tensor_dims(self) -> dict[str, tuple[int, int]]:
+        """Returns name -> dimension along which tensor-parallel ranks cut a parameter, and number of its sections."""
+        return {"gate_up_proj": (1, 2), "down_proj": (2, 1)}
+
+    def divide(self, group: dist.ProcessGroup) -> None:
+        """Says that the parameters are this rank's parts now, among the ranks of `group`."""
+        self._tensor_group = group
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """From tokens (T, H), their experts (T, K) and weights (T, K) to (T, H). Collective among the ranks of the
@@ -83,6 +111,11 @@ class ConvertedExperts(nn.Module):
         return out
 
     def _run(self, rows: Tensor, sizes: list[int]) -> Tensor:
+        if self._tensor_group is None:
+            return self._products(rows, sizes)
+        return summed(self._products(copied(rows, self._tensor_group), sizes), self._tensor_group)
+
+    def _products(self, rows: Tensor, sizes: list[int]) -> Tensor:
         groups = layout(sizes, rows.shape[1], rows.device.type)
         index = groups.index(rows.device)
         gate_up = grouped_linear(spread(rows, index, groups.num_rows), self.gate_up_proj, None, groups)
@@ -94,12 +127,16 @@ class ConvertedExperts(nn.Module):
         return f"experts {self.local.start} to {self.local.stop - 1} of {self.num_experts}"
 
 
-def convert(model: nn.Module, *, ep_size: int = 1) -> nn.Module:
+def convert(model: nn.Module, *, ep_size: int = 1, index: int | None = None) -> nn.Module:
     """Replaces the experts of a Hugging Face model (Mixtral, Qwen-MoE, DeepSeek-V3 and others with the same layout), in
     place, and returns the model. No token is dropped.
 
     With `ep_size` > 1 each of `ep_size` consecutive ranks keeps a run of the experts; call `expert_mesh(model)`
-    afterwards. All ranks must have the same weights before.
+    afterwards. All ranks must have the same weights before. Parameters stay the same objects.
+
+    Args:
+        index: which of `ep_size` equal runs of experts this rank keeps, its place in the data axis modulo `ep_size`.
+            None: the number of the rank modulo `ep_size`.
 
     Raises:
         ValueError: the model has no experts of this layout; `ExpertParallelError` if `ep_size` does not fit.
@@ -110,7 +147,7 @@ def convert(model: nn.Module, *, ep_size: int = 1) -> nn.Module:
         for child_name, child in list(module.named_children()):
             problem = why_not_converted(child)
             if problem is None:
-                module.register_module(child_name, ConvertedExperts(child, ep_size))
+                module.register_module(child_name, ConvertedExperts(child, ep_size, index))
                 replaced += 1
             elif problem:
                 problems.append(f"{name}.{child_name}: {problem}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe.dispatch.exchange import ExpertGroup
@@ -74,6 +75,8 @@ class MoELayer(nn.Module):
             self.residual = copy.deepcopy(expert) if isinstance(expert, nn.Module) else expert()
             self.coefficient = nn.Linear(hidden_size, 2)
         self.num_experts = options.num_experts
+        self.divides_experts = False
+        """Whether tensor-parallel ranks hold parts of experts, where there are such ranks."""
         self.counters = LayerCounters()
         self._to: ExpertGroup | None = ExpertGroup(None) if ep_size == 1 else None
 
@@ -85,10 +88,42 @@ class MoELayer(nn.Module):
         """
         self._to = checked_group(to, self.ep_size, self.local)
 
+    @property
+    def expert_index(self) -> int:
+        """Which of `ep_size` equal runs of experts this rank holds."""
+        return self.local.start // len(self.local)
+
+    def set_expert_index(self, index: int) -> None:
+        """Says that the values of the experts are those of another run now."""
+        self.local = local_experts(self.num_experts, self.ep_size, index)
+
+    def expert_values(self) -> list[Tensor]:
+        """Returns the parameters and buffers of this rank's experts."""
+        return [*self.experts.parameters(), *self.experts.buffers()]
+
     def expert_parameters(self) -> dict[str, bool]:
         """Returns the names of the parameters of experts, and whether their first dimension is the experts."""
         names = (name for name, _ in self.experts.named_parameters(remove_duplicate=False))
         return {f"experts.{name}": self.experts.stacked for name in names}
+
+    def tensor_dims(self) -> dict[str, tuple[int, int]]:
+        """Returns name -> dimension along which tensor-parallel ranks cut a parameter of experts, and the number of its
+        sections.
+
+        Raises:
+            ExpertParallelError: these experts cannot be cut.
+        """
+        if not isinstance(self.experts, StackedExperts):
+            raise ExpertParallelError(
+                "experts that run one by one cannot be cut among tensor-parallel ranks: use whole experts, or stacked "
+                "ones (experts_by='grouped')"
+            )
+        return {f"experts.{name}": dims for name, dims in self.experts.tensor_dims().items()}
+
+    def divide(self, group: dist.ProcessGroup) -> None:
+        """Says that the parameters named by `tensor_dims` are this rank's parts now, among the ranks of `group`."""
+        assert isinstance(self.experts, StackedExperts)
+        self.experts.divide(group)
 
     def forward(self, hidden: Tensor, used_token: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Sends every token through its experts. Collective among the ranks of the expert-parallel group; a rank may
@@ -198,17 +233,13 @@ class MoE(MoELayer):
                 is padded to the largest count.
             use_rts: for k=1, whether random tokens are dropped in training instead of the last ones.
             use_tutel: has no effect: experts are grouped without Tutel.
-            enable_expert_tensor_parallelism: not supported.
+            enable_expert_tensor_parallelism: whether the tensor-parallel ranks of a job of ds-engine each hold a part
+                of every expert. False: each holds whole ones.
             top2_2nd_expert_sampling: for k=2, whether the second expert is chosen with Gumbel noise in training.
             experts_by: how experts are computed; see `Extras`.
 
         Source: Rajbhandari et al., DeepSpeed-MoE (2022).
         """
-        if enable_expert_tensor_parallelism:
-            raise ValueError(
-                "enable_expert_tensor_parallelism: experts are not split among tensor-parallel ranks here; make "
-                "ep_size larger, so that each rank holds fewer experts"
-            )
         if use_tutel:
             warnings.warn("use_tutel has no effect: experts are grouped without Tutel", stacklevel=2)
         if noisy_gate_policy not in _NOISES:
@@ -228,6 +259,7 @@ class MoE(MoELayer):
         )
         extras = Extras(use_residual=use_residual, experts_by=experts_by)
         super().__init__(hidden_size, expert, options, ep_size=ep_size, extras=extras)
+        self.divides_experts = enable_expert_tensor_parallelism
 
 
 def _drop_policy(k: int, *, random: bool) -> DropPolicy:

@@ -8,8 +8,11 @@ from ds_moe.dispatch.exchange import ExpertGroup
 from ds_moe.errors import ExpertParallelError
 
 
-def local_experts(num_experts: int, ep_size: int) -> range:
+def local_experts(num_experts: int, ep_size: int, index: int | None = None) -> range:
     """Returns the indices of this rank's experts: of `ep_size` consecutive ranks, each holds an equal run.
+
+    Args:
+        index: which run this rank holds. None: by the number of the rank.
 
     Raises:
         ExpertParallelError: `ep_size` divides neither the experts nor the ranks.
@@ -23,8 +26,9 @@ def local_experts(num_experts: int, ep_size: int) -> range:
             + ("" if dist.is_initialized() else ": call torch.distributed.init_process_group first")
         )
     count = num_experts // ep_size
-    begin = (dist.get_rank() if dist.is_initialized() else 0) % ep_size * count
-    return range(begin, begin + count)
+    if index is None:
+        index = (dist.get_rank() if dist.is_initialized() else 0) % ep_size
+    return range(index * count, (index + 1) * count)
 
 
 def checked_group(to: ExpertGroup, ep_size: int, local: range) -> ExpertGroup:

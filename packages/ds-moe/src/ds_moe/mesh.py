@@ -4,12 +4,13 @@
 The data axis of the job is cut in two: data = expert_data x expert. The `ep_size` ranks of a row hold all experts of a
 layer, each an equal run; they exchange tokens. The ranks of a column hold the same experts, with the tokens of other
 rows; over them expert weights are sharded and their gradients summed. All other parameters use the whole data axis.
+Ranks of other tensor-parallel parts or pipeline stages have a data axis of their own, which is cut in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,26 @@ class ExpertParallel(Protocol):
     """A module whose experts may be divided among ranks."""
 
     ep_size: int
+    divides_experts: bool
+
+    @property
+    def expert_index(self) -> int:
+        """Which of `ep_size` equal runs of experts this rank holds."""
+
+    def set_expert_index(self, index: int) -> None:
+        """Says that the values of the experts are those of another run now."""
+
+    def expert_values(self) -> list[torch.Tensor]:
+        """Returns the parameters and buffers of this rank's experts."""
 
     def connect(self, to: ExpertGroup) -> None:
         """Sets the ranks that hold the experts."""
+
+    def tensor_dims(self) -> dict[str, tuple[int, int]]:
+        """Returns name -> dimension along which tensor-parallel ranks cut a parameter, and number of its sections."""
+
+    def divide(self, group: dist.ProcessGroup) -> None:
+        """Says that these parameters are this rank's parts now, among the ranks of `group`."""
 
     def expert_parameters(self) -> dict[str, bool]:
         """Returns the names of the parameters of experts within the module, and whether their first dimension is the
@@ -82,8 +100,12 @@ def expert_mesh(
     """Connects all mixtures of experts in a model with their groups of ranks, and returns the `mesh_for` of
     `ds_zero.shard`. Collective; every rank of the job must call it, once, before the first forward.
 
+    A layer decides when it is made which experts it holds, by the number of the rank. If another rank of the data axis
+    is this one (beside tensor parallelism), the experts' values are sent to where they belong.
+
     Args:
-        mesh: the data axes of the job on all ranks, (data,) or (replicate, shard). None: all ranks, one axis.
+        mesh: the data axes of the job, (data,) or (replicate, shard). None: all ranks, one axis. Beside tensor or
+            pipeline parallelism, each rank passes the axes of its own data ranks.
             [Note: experts fold inside data]
         all_to_all: exchanges rows of tokens.
 
@@ -93,13 +115,13 @@ def expert_mesh(
     layers = list(expert_parallel_layers(model))
     device = next((p.device.type for p in model.parameters() if not p.is_meta), _default_device())
     meshes: dict[int, DeviceMesh] = {}
-    for size in sorted({layer.ep_size for _, layer in layers if layer.ep_size > 1}):
+    for size in _sizes_of_all_ranks({layer.ep_size for _, layer in layers if layer.ep_size > 1}, mesh):
         meshes[size] = folded(mesh, size, device)
     sizes: dict[str, int] = {}
     stacked: set[str] = set()
-    for name, layer in layers:
-        if layer.ep_size == 1:
-            continue
+    divided = [(name, layer) for name, layer in layers if layer.ep_size > 1]
+    move_experts({n: (layer, meshes[layer.ep_size]["expert"].get_local_rank()) for n, layer in divided}, mesh)
+    for name, layer in divided:
         axis = meshes[layer.ep_size]["expert"]
         layer.connect(ExpertGroup(axis.get_group(), axis.get_local_rank(), axis.size(), all_to_all))
         for own, is_stacked in layer.expert_parameters().items():
@@ -108,6 +130,66 @@ def expert_mesh(
             if is_stacked:
                 stacked.add(fqn)
     return ExpertMesh(meshes, sizes, frozenset(stacked))
+
+
+def _is_whole(mesh: DeviceMesh | None) -> bool:
+    """Whether the data axes are all ranks of the job, so that all ranks have the same layers."""
+    return mesh is None or mesh.mesh.numel() == dist.get_world_size()
+
+
+def _gathered(own: Any) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def _sizes_of_all_ranks(own: set[int], mesh: DeviceMesh | None) -> list[int]:
+    """Returns the sizes of expert axes in ascending order. Pipeline stages may have other layers than this rank, and
+    groups are made by all ranks together.
+    """
+    return sorted(own if _is_whole(mesh) else set().union(*_gathered(own)))
+
+
+def move_experts(layers: Mapping[str, tuple[ExpertParallel, int]], mesh: DeviceMesh | None) -> None:
+    """Sends runs of experts between ranks, so that every rank has those of its index in the expert axis. Collective.
+
+    Args:
+        layers: name -> layer, and the index that this rank should hold.
+        mesh: as for `expert_mesh`.
+
+    Raises:
+        ExpertParallelError: on every rank, if values are to be sent that do not exist yet.
+    """
+    if mesh is None or mesh.mesh.flatten().tolist() == list(range(dist.get_world_size())):
+        return  # ranks are consecutive, as the layers took them to be
+    held = {name: (layer.expert_index, index) for name, (layer, index) in layers.items()}
+    everyone: list[dict[str, tuple[int, int]]] = _gathered(held)
+    names = sorted({name for ranks in everyone for name in ranks})
+    rank = dist.get_rank()
+    if any(p.is_meta for layer, _ in layers.values() for p in layer.expert_values()):
+        moved = [n for n, (now, then) in held.items() if now != then]
+        raise ExpertParallelError(
+            f"{(moved or names)[0]!r}: experts beside tensor parallelism change their ranks, but have no values yet: "
+            "construct the model without ds_zero.deferred_init"
+        )
+    for name in names:
+        holders = {r: ranks[name] for r, ranks in enumerate(everyone) if name in ranks}
+        first = {now: r for r, (now, _) in sorted(holders.items(), reverse=True)}
+        moves = [(first[then], r) for r, (now, then) in sorted(holders.items()) if now != then]
+        if all(rank not in move for move in moves):
+            continue
+        values = [p.detach() for p in layers[name][0].expert_values()]
+        before = [v.clone() for v in values]
+        for source, target in moves:
+            for value, old in zip(values, before, strict=True):
+                if rank == source:
+                    dist.send(old.contiguous(), target)
+                elif rank == target:
+                    received = torch.empty_like(old, memory_format=torch.contiguous_format)
+                    dist.recv(received, source)
+                    value.copy_(received)
+    for layer, index in layers.values():
+        layer.set_expert_index(index)
 
 
 def expert_parallel_layers(model: nn.Module) -> list[tuple[str, ExpertParallel]]:
@@ -126,21 +208,21 @@ def folded(mesh: DeviceMesh | None, ep_size: int, device_type: str) -> DeviceMes
         raise ExpertParallelError(
             f"ep_size={ep_size} needs that many ranks: call torch.distributed.init_process_group first"
         )
-    ranks = mesh.mesh if mesh is not None else torch.arange(dist.get_world_size())
-    if ranks.ndim > 2:
+    own = mesh.mesh if mesh is not None else torch.arange(dist.get_world_size())
+    if own.ndim > 2:
         raise ExpertParallelError(
-            f"the mesh has {ranks.ndim} axes: pass its data axes, (data,) or (replicate, shard)"
+            f"the mesh has {own.ndim} axes: pass its data axes, (data,) or (replicate, shard)"
         )
-    if ranks.numel() != dist.get_world_size():
-        raise ExpertParallelError(
-            f"the mesh has {ranks.numel()} of the job's {dist.get_world_size()} ranks: experts beside tensor or "
-            "pipeline parallelism are not supported"
-        )
-    shard = ranks.shape[-1]
+    shard = own.shape[-1]
     if shard % ep_size:
         raise ExpertParallelError(
             f"ep_size={ep_size} must divide the data axis, over which parameters are sharded, with {shard} ranks"
         )
-    cut = ranks.reshape(*ranks.shape[:-1], shard // ep_size, ep_size)
-    names = (*(("replicate",) if ranks.ndim == 2 else ()), "expert_data", "expert")
-    return DeviceMesh(device_type, cut, mesh_dim_names=names)
+    names = (*(("replicate",) if own.ndim == 2 else ()), "expert_data", "expert")
+    cut = own.reshape(*own.shape[:-1], shard // ep_size, ep_size)
+    if _is_whole(mesh):
+        return DeviceMesh(device_type, cut, mesh_dim_names=names)
+    # The data axes of all parts of the model: groups are made by all ranks together.
+    others = sorted({tuple(ranks) for ranks in _gathered(own.flatten().tolist())})
+    parts = torch.tensor(others).reshape(len(others), *cut.shape)
+    return DeviceMesh(device_type, parts, mesh_dim_names=("parts", *names))[names]

@@ -8,16 +8,20 @@ from ds_comm.exchange.ddp_hook import CompressedHook
 from ds_comm.exchange.hierarchy import HierarchicalCollectives, Hierarchy
 from ds_comm.exchange.ordered import OrderedAllReduce, OrderedReduceScatter
 from ds_comm.exchange.quantized import QuantizedAllGather, QuantizedReduceScatter
+from ds_comm.exchange.rows import HierarchicalAllToAll, PlainAllToAll, QuantizedAllToAll
 
 __all__ = [
     "Channel",
     "CompressedAllReduce",
     "CompressedHook",
+    "HierarchicalAllToAll",
     "HierarchicalCollectives",
     "Hierarchy",
     "OrderedAllReduce",
     "OrderedReduceScatter",
+    "PlainAllToAll",
     "QuantizedAllGather",
+    "QuantizedAllToAll",
     "QuantizedReduceScatter",
     "Traffic",
     "Work",

@@ -9,7 +9,7 @@ from torch import nn
 
 import ds_zero
 from ds_engine import rules
-from ds_engine.build import zero
+from ds_engine.build import moe, zero
 from ds_engine.build.topology import topology_of
 from ds_engine.config import load as load_config
 from ds_engine.config.sections.inference import InferenceConfig
@@ -32,6 +32,7 @@ def divide(model: nn.Module, config: InferenceConfig, world: World, stage_3: dic
     choices = choices_of(settings, torch.optim.SGD)
     rules.check(choices)
     topology, meshes = topology_of(settings, world)
+    meshes = moe.connect(model, settings, topology, meshes, world)
     job = describe(choices, topology, world.device.type)
     # Inference uses one dtype, which is not in a training section.
     job = replace(job, precision=replace(job.precision, param_dtype=config.dtype))

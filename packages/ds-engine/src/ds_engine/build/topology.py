@@ -32,6 +32,8 @@ class Meshes:
     """Process group of the model-parallel ranks."""
     mesh_for: ds_zero.MeshFor | None = None
     """Returns the mesh of parameters that have another one than `data`."""
+    experts: bool = False
+    """Whether some of these parameters are experts that are divided among ranks."""
 
 
 def arranged(settings: DsConfig, rank: int, num_ranks: int, tensor: int | None = None) -> Topology:

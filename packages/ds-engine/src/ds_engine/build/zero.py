@@ -39,6 +39,7 @@ def shard(
 
     A model that was constructed under `ds_zero.deferred_init` is materialised here, on `device`.
     """
+    moe.check_reduction(meshes, self_reducing.reduces(optimizer))
     deferred = any(p.is_meta for p in model.parameters())
     with device if deferred else contextlib.nullcontext():
         ds_zero.shard(
@@ -50,7 +51,7 @@ def shard(
             store=store,
             comm=comm,
             norms=squared_norm,
-            mesh_for=moe.mesh_for(model, meshes, self_reducing.reduces(optimizer)) or meshes.mesh_for,
+            mesh_for=meshes.mesh_for,
             model_parallel=meshes.model_parallel,
         )
     moe.balance(model, optimizer, meshes)

@@ -5,6 +5,7 @@ from ds_layers.tensor.cross_entropy import vocab_parallel_cross_entropy
 from ds_layers.tensor.cut import Cut, joined
 from ds_layers.tensor.localize import localize
 from ds_layers.tensor.parallelize import parallelize
+from ds_layers.tensor.parts import keep_part
 from ds_layers.tensor.plan import Plan, infer_plan, plan_of_specs
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "cut_of",
     "infer_plan",
     "joined",
+    "keep_part",
     "localize",
     "parallelize",
     "plan_of_specs",

@@ -135,3 +135,16 @@ class VocabParallelEmbedding(nn.Module):
         if self.padding_idx is not None:
             own = own.where((tokens != self.padding_idx).unsqueeze(-1), own.detach())
         return summed(own * here.unsqueeze(-1), self._group)
+
+
+class HeadParallelEmbedding(nn.Module):
+    """An embedding with a column for each head, of which each rank has those of its heads: T5's relative positions."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        """Wraps a weight (entries, this rank's heads) that is cut already."""
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, index: Tensor) -> Tensor:
+        """(...) -> (..., this rank's heads)."""
+        return embedding(index, self.weight)

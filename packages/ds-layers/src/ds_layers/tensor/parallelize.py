@@ -21,7 +21,12 @@ from ds_layers.sequence.ulysses import Group, process_group
 from ds_layers.tensor import _registry
 from ds_layers.tensor.collectives import joined_tokens, scattered_tokens
 from ds_layers.tensor.cut import Cut
-from ds_layers.tensor.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from ds_layers.tensor.layers import (
+    ColumnParallelLinear,
+    HeadParallelEmbedding,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from ds_layers.tensor.plan import Plan, adjust_counts, check_heads, infer_plan, styles_of
 
 
@@ -95,14 +100,14 @@ def _cuts(
         transposed = _is_transposed(module)
         if not isinstance(weight, nn.Parameter) or not (
             isinstance(module, nn.Embedding)
-            if style == "vocabulary"
+            if style in ("vocabulary", "heads")
             else isinstance(module, nn.Linear) or transposed
         ):
             raise ValueError(
                 f"style {style!r} of {name!r}: {type(module).__name__} cannot be cut so; column and row are for Linear "
-                "and Conv1D, vocabulary for Embedding"
+                "and Conv1D, vocabulary and heads for Embedding"
             )
-        by_output = style != "row"
+        by_output = style not in ("row", "heads")
         try:
             cut = Cut(
                 shape=tuple(weight.shape),
@@ -176,6 +181,8 @@ def _replace(
     made: nn.Module
     if style == "vocabulary":
         made = VocabParallelEmbedding(weight, group, cut, module.padding_idx)  # type: ignore[arg-type]
+    elif style == "heads":
+        made = HeadParallelEmbedding(weight)
     elif style == "row":
         made = RowParallelLinear(weight, bias, group, transposed=transposed, divided_tokens=divided_tokens)
         if bias is not None and divided_tokens:

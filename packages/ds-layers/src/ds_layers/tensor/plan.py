@@ -7,6 +7,7 @@ A plan maps patterns of module names (`*` stands for a number, or any one part o
     column_gathered       and all ranks get all outputs: an output layer
     row                   each rank has some inputs, outputs are added           Linear, Conv1D
     vocabulary            each rank has some rows                                Embedding
+    heads                 each rank has some columns: a number for each head     Embedding
     summed                whole, but its gradient is a part on each rank: norms of single heads
     replicated            whole
 
@@ -34,7 +35,18 @@ _STYLES: Mapping[str, str] = {
 }
 """Transformers' names -> ours."""
 
-_OWN = ("column", "column_gathered", "row", "vocabulary", "summed", "replicated")
+_OWN = ("column", "column_gathered", "row", "vocabulary", "heads", "summed", "replicated")
+
+_OF_EXPERTS = (
+    "packed_colwise",
+    "packed_rowwise",
+    "moe_tp_experts",
+    "moe_identity_expert",
+    "grouped_gemm",
+    "ep_router",
+)
+"""Transformers' styles of experts, which are not cut here: all tensor-parallel ranks compute whole ones, unless ds_moe
+divides them."""
 
 _PRESETS: Mapping[str, Plan] = {
     "gpt2": {
@@ -49,6 +61,21 @@ _PRESETS: Mapping[str, Plan] = {
         "layers.*.mlp.dense_h_to_4h": "column",
         "layers.*.mlp.dense_4h_to_h": "row",
     },
+    "t5": {
+        "layer.*.SelfAttention.q": "column",
+        "layer.*.SelfAttention.k": "column",
+        "layer.*.SelfAttention.v": "column",
+        "layer.*.SelfAttention.o": "row",
+        "layer.*.SelfAttention.relative_attention_bias": "heads",
+        "layer.*.EncDecAttention.q": "column",
+        "layer.*.EncDecAttention.k": "column",
+        "layer.*.EncDecAttention.v": "column",
+        "layer.*.EncDecAttention.o": "row",
+        "layer.*.DenseReluDense.wi": "column",
+        "layer.*.DenseReluDense.wi_0": "column",
+        "layer.*.DenseReluDense.wi_1": "column",
+        "layer.*.DenseReluDense.wo": "row",
+    },
     "opt": {
         "layers.*.self_attn.q_proj": "column",
         "layers.*.self_attn.k_proj": "column",
@@ -60,7 +87,11 @@ _PRESETS: Mapping[str, Plan] = {
 }
 """`config.model_type` -> plan, for families without a `tp_plan` of their own."""
 
-_COUNTS: Mapping[str, tuple[str, ...]] = {"gpt2": ("split_size", "num_heads"), "opt": ("num_heads",)}
+_COUNTS: Mapping[str, tuple[str, ...]] = {
+    "gpt2": ("split_size", "num_heads"),
+    "opt": ("num_heads",),
+    "t5": ("n_heads", "inner_dim"),
+}
 """`config.model_type` -> numbers that an attention module of the family keeps, which become those of one rank."""
 
 
@@ -74,7 +105,11 @@ def infer_plan(model: nn.Module, *, vocabulary: bool = False) -> dict[str, str]:
         ValueError: the family is unknown.
     """
     config: Any = getattr(model, "config", None)
-    own = dict(getattr(model, "_tp_plan", None) or {})
+    own = {
+        name: style
+        for name, style in (getattr(model, "_tp_plan", None) or {}).items()
+        if style not in _OF_EXPERTS and ".experts." not in name
+    }
     kind = str(getattr(config, "model_type", ""))
     if not own and kind in _PRESETS:
         own = {f"*{name}": style for name, style in _PRESETS[kind].items()}

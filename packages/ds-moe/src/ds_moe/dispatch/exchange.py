@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_moe.interfaces import AllToAll, Work
+from ds_moe.interfaces import AllToAll, CountedWork, Work
 
 
 @dataclass
@@ -26,7 +26,8 @@ class Traffic:
     """What one layer has sent since `clear`."""
 
     sent_bytes: int = 0
-    """Bytes of rows that this rank has sent to other ranks, in forward and backward."""
+    """Bytes of rows that this rank has sent to other ranks, in forward and backward: as the all-to-all counts them
+    if it does (`CountedWork`), otherwise those of the rows."""
     waiting_s: float = 0.0
     """Seconds for which this rank waited for rows, as the host sees them."""
 
@@ -77,6 +78,7 @@ class _Message:
         self._work: Work | None = None
         self._sent: Tensor | None = None
         self._received: Tensor | None = None
+        self._away_bytes = 0
 
     def begin(self, rows: Tensor, *, back: bool) -> None:
         """Starts to send rows, or, `back`, gradients of the rows that were received."""
@@ -84,8 +86,7 @@ class _Message:
         send, receive = (self.receive, self.send) if back else (self.send, self.receive)
         self._sent = rows = rows.contiguous()
         received = rows.new_empty(sum(receive), rows.shape[1])
-        away = sum(send) - send[self._to.rank]
-        self._traffic.sent_bytes += away * rows.shape[1] * rows.element_size()
+        self._away_bytes = (sum(send) - send[self._to.rank]) * rows.shape[1] * rows.element_size()
         with torch.profiler.record_function("ds.moe.all_to_all"):
             self._work = self._to.all_to_all(received, rows, receive, send, self._to.group, True)
         self._received = received
@@ -96,6 +97,8 @@ class _Message:
         begin = time.perf_counter()
         self._work.wait()
         self._traffic.waiting_s += time.perf_counter() - begin
+        sent = self._work.sent_bytes if isinstance(self._work, CountedWork) else self._away_bytes
+        self._traffic.sent_bytes += sent
         received = self._received
         self._work = self._sent = self._received = None
         return received

@@ -48,16 +48,19 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def run(expert: FeedForward, rows: Tensor, sizes: list[int]) -> Tensor:
+def run(expert: FeedForward, rows: Tensor, sizes: list[int], *, last_bias: bool = True) -> Tensor:
     """Returns (n, H), the outputs of the experts.
 
     Args:
         rows: (n, H), in the order of experts.
         sizes: (E,).
+        last_bias: whether the bias of the last product is added.
     """
     arguments: list[Tensor | None] = [rows]
     for layer in (expert.up, expert.gate, expert.down):
         arguments += [None, None] if layer is None else [layer.weight, layer.bias]
+    if not last_bias:
+        arguments[-1] = None
     if torch.is_autocast_enabled(rows.device.type):
         dtype = torch.get_autocast_dtype(rows.device.type)
         arguments = [x if x is None else x.to(dtype) for x in arguments]

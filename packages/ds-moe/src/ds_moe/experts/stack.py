@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_moe.dispatch.permute import collect, spread
 from ds_moe.dispatch.plan import Layout, layout
+from ds_moe.errors import ExpertParallelError
 from ds_moe.experts import native_feed_forward
+from ds_moe.experts.divided import copied, summed, with_bias
 from ds_moe.experts.feed_forward import FeedForward
 from ds_moe.experts.grouped_linear import CurrentGroups, GroupedLinear, is_native
 
@@ -48,6 +51,7 @@ class StackedExperts(nn.Module):
         self.num_experts = num_experts
         self.expert = _with_grouped_layers(_copy_without_values(like), like, num_experts, self._current)
         self._linear_layers = tuple(m for m in self.modules() if isinstance(m, GroupedLinear))
+        self._tensor_group: dist.ProcessGroup | None = None
 
     def put(self, index: int, expert: nn.Module) -> None:
         """Copies the values of one expert into the stack."""
@@ -60,8 +64,31 @@ class StackedExperts(nn.Module):
         """Returns the values of one expert by the names of its module, as views."""
         return {name: param[index] for name, param in self.expert.named_parameters()}
 
+    def tensor_dims(self) -> Mapping[str, tuple[int, int]]:
+        """Returns along which dimension each parameter is cut among tensor-parallel ranks, and in how many sections.
+
+        Raises:
+            ExpertParallelError: the experts cannot be cut.
+        """
+        if type(self.expert) is not FeedForward:
+            raise ExpertParallelError(
+                f"experts {type(self.expert).__name__} cannot be cut among tensor-parallel ranks: only those of "
+                "ds_moe.FeedForward and of converted Hugging Face models can; use whole experts"
+            )
+        dims = {f"expert.{layer}.{kind}": (1, 1) for layer in ("up", "gate") for kind in ("weight", "bias")}
+        dims["expert.down.weight"] = (2, 1)
+        return {name: dims[name] for name, _ in self.named_parameters() if name in dims}
+
+    def divide(self, group: dist.ProcessGroup) -> None:
+        """Says that the parameters are this rank's parts now, among the ranks of `group`. [`tensor_dims`]"""
+        self._tensor_group = group
+        for layer in self._linear_layers:
+            layer.out_features, layer.in_features = layer.weight.shape[1:]
+
     def forward(self, rows: Tensor, sizes: list[int]) -> Tensor:
         """From the rows of all experts (n, H), in the order of experts, to their outputs (n, H)."""
+        if self._tensor_group is not None:
+            return self._of_parts(rows, sizes, self._tensor_group)
         dtype = _product_dtype(rows)
         if native_feed_forward.applies(self.expert, dtype, rows.shape[0]):
             return native_feed_forward.run(cast(FeedForward, self.expert), rows, sizes)
@@ -70,6 +97,21 @@ class StackedExperts(nn.Module):
         groups = layout(sizes, rows.shape[1], rows.device.type)
         index = groups.index(rows.device)
         return collect(self.run(spread(rows, index, groups.num_rows), groups), index)
+
+    def _of_parts(self, rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
+        """The same for this rank's part of each expert: outputs are added over the ranks, and the last bias once."""
+        expert = cast(FeedForward, self.expert)
+        rows = copied(rows, group)
+        if native_feed_forward.applies(expert, _product_dtype(rows), rows.shape[0]):
+            part = native_feed_forward.run(expert, rows, sizes, last_bias=False)
+        else:
+            down, bias = cast(GroupedLinear, expert.down), expert.down.bias
+            down._parameters["bias"] = None
+            try:
+                part = self.run(rows, Layout(sizes))
+            finally:
+                down._parameters["bias"] = bias
+        return with_bias(summed(part, group), expert.down.bias, sizes)
 
     def run(self, rows: Tensor, groups: Layout) -> Tensor:
         """The same for rows that lie in memory as `groups` says."""

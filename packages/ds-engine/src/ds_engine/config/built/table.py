@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
-from ds_engine.config.built import top, zero
+from ds_engine.config.built import experts, top, zero
 from ds_engine.config.built.row import Inert, Row, State
 from ds_engine.config.sections.schema import by_path, default_of, every_key, given, keys_of, value_at
 
-BUILT: Mapping[str, Row] = {row.key: row for row in top.ROWS + zero.ROWS}
+BUILT: Mapping[str, Row] = {row.key: row for row in top.ROWS + zero.ROWS + experts.ROWS}
 """Dotted path -> row."""
 
 

@@ -238,7 +238,11 @@ NOT_YET: tuple[Row, ...] = (
         "bf16.immediate_grad_update", "ds-zero", "gradients are always added as soon as they are computed"
     ),
     later("disable_python_gc", _ENGINE, "garbage collection between steps", "call gc.disable() yourself"),
-    later("use_data_before_expert_parallelism", "ds-moe", "expert parallelism"),
+    later(
+        "use_data_before_expert_parallelism",
+        "ds-moe",
+        "ranks of other experts that are not consecutive",
+    ),
     later(
         "checkpoint.use_node_local_storage",
         _ENGINE,
@@ -305,7 +309,6 @@ NOT_YET: tuple[Row, ...] = (
             ("replace_with_kernel_inject", "inference kernels in training", "set it to false"),
         )
     ),
-    later("expert_parallel", "ds-moe", "expert parallelism"),
     works("autotuning", _ENGINE, "training/trial.py"),
     *(
         no_effect(f"autotuning.{name}", _ENGINE, why)

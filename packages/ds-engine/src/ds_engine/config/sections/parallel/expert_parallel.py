@@ -10,14 +10,37 @@ from ds_engine.config.support.section import Count, Number, Positive, Section
 
 
 class ExpertParallelConfig(Section):
-    """Expert parallelism for mixture-of-experts models of Hugging Face's."""
+    """Mixtures of experts: those of Hugging Face's models are divided among ranks, and tokens are exchanged for all."""
 
-    enabled: bool = Field(default=False, description="Divides the experts among ranks.")
+    enabled: bool = Field(
+        default=False,
+        description="Computes the experts of a Hugging Face model (Mixtral, Qwen-MoE, DeepSeek-V3 and others of their "
+        "layout) by ds_moe, divided among autoep_size ranks. The other keys of the section hold for the layers of "
+        "ds_moe in a model, too.",
+    )
     autoep_size: Positive = Field(
-        default=1, description="Number of ranks among which the experts are divided."
+        default=1,
+        description="Number of data-parallel ranks among which the experts of a Hugging Face model are divided. Layers "
+        "of ds_moe have an ep_size of their own.",
     )
     expert_tensor_parallel_size: Positive = Field(
-        default=1, description="Number of ranks that share one expert."
+        default=1,
+        description="Number of ranks that share one expert: 1, or the number of tensor-parallel ranks.",
+    )
+    all_to_all: Literal["plain", "hierarchical"] = Field(
+        default="plain",
+        description="How tokens travel to the ranks of their experts: each rank sends to each other rank, or first "
+        "inside of each machine and then one message to each other machine.",
+    )
+    all_to_all_bits: Literal[4, 8] | None = Field(
+        default=None,
+        description="Bits of an element of a token, and of its gradient, on the way. Default: those of the dtype in "
+        "which the model computes.",
+    )
+    ranks_per_machine: Positive | None = Field(
+        default=None,
+        description="Number of consecutive ranks that are on one machine, for all_to_all hierarchical. Default: as the "
+        "launcher says.",
     )
     validate_folding_routing: bool = Field(
         default=False, description="Checks that ranks which share data also agree on the routing of tokens."
