@@ -4,8 +4,8 @@ joined by a slow link only.
     ci/bench comm [--hosts 2] [--ranks 1] [--rates 100mbit,1gbit] [--systems ddp,bf16,powersgd2,...] [--steps 3]
     ci/bench comm --loss [--train-steps 160] [--piece-s 240] [--rates 100mbit] [--systems ...]
 
-Needs root, `ip` and `tc` (iproute2), `unshare` and `nsenter` (util-linux). The hosts: ci/slow_hosts.py. What ranks do:
-ci/slow_training.py. All systems train the same model with the same batches, one after the other, in fresh processes.
+Needs root, `ip` and `tc` (iproute2), `unshare` and `nsenter` (util-linux). The hosts: ci/slow_link/hosts.py. What
+ranks do: ci/slow_link/training.py. All systems train the same model with the same batches, in fresh processes.
 Results are kept in --folder, one file for each system, and are not measured again. With `--loss` a system trains for
 --piece-s seconds at a time: call the command again until nothing is unfinished.
 
@@ -26,8 +26,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slow_hosts import Host, hosts, missing
-from slow_training import LABELS
+from slow_link.hosts import Host, hosts, missing
+from slow_link.training import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = ("ddp", "bf16", "powersgd2", "powersgd4", "hook", "onebit", "zeroone")
@@ -43,13 +43,14 @@ def run(made: list[Host], what: str, system: str, options: argparse.Namespace, m
     world = len(made) * options.ranks
     environ = {
         **os.environ,
+        "PYTHONPATH": str(ROOT / "ci"),
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": made[0].address,
         "MASTER_PORT": str(PORT),
     }
     environ |= {"GLOO_SOCKET_IFNAME": "slow0", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     settings = {"local": options.ranks, "layers": options.layers, **more}
-    own = [sys.executable, str(ROOT / "ci" / "slow_training.py"), what, system, json.dumps(settings)]
+    own = [sys.executable, "-m", "slow_link.training", what, system, json.dumps(settings)]
     processes = [
         subprocess.Popen(
             made[rank // options.ranks].command(*own),

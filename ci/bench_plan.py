@@ -1,7 +1,7 @@
 """The predicted time of a step beside the real one, for a small GPT on two ranks.
 
     ci/bench plan                         # two ranks on this machine
-    ci/bench plan --link 200mbit          # two hosts joined by a link of this rate (ci/slow_hosts.py; needs root)
+    ci/bench plan --link 200mbit          # two hosts joined by a link of this rate (ci/slow_link/hosts.py; needs root)
 
 Rates are measured in the processes that train, before every round of configurations, and the medians of all rounds
 are compared: on a shared machine nothing else is comparable. Prints a JSON object at the end.
@@ -28,7 +28,7 @@ from ds_engine.build.step_time import work_of, workload
 from ds_engine.build.step_time.calibrate import measured, rates_from
 from ds_engine.config import load
 from ds_engine.step_time import simulate
-from slow_hosts import hosts, missing
+from slow_link.hosts import hosts, missing
 
 BASE = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},

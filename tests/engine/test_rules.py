@@ -65,6 +65,13 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({**BUDGET, "optimizer": {"type": "Adafactor"}}, {}),
     ({**BUDGET, "integrity": {"checksums": True}}, {}),
     ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True, "rank_invariant": True}}, {}),
+    (
+        {
+            "zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True},
+            "integrity": {"checksums": True},
+        },
+        {},
+    ),
     ({"integrity": {"message_checksums": True}, "optimizer": {"type": "OneBitAdam"}}, {}),
     ({"zero_optimization": {"stage": 1}, "local_sgd": {}}, {}),
     ({"optimizer": {"type": "ZeroOneAdam"}, "local_sgd": {}}, {}),

@@ -20,6 +20,7 @@ from ds_comm.variables import PlacementError
 
 if TYPE_CHECKING:
     from ds_comm.collective_set import Collectives, collectives
+    from ds_comm.frozen import QuantizedFrozen
     from ds_comm.mesh import data_mesh
     from ds_comm.stop import StopRequest
     from ds_comm.world import StartError, World, start
@@ -28,6 +29,7 @@ __all__ = [
     "Collectives",
     "Placement",
     "PlacementError",
+    "QuantizedFrozen",
     "StartError",
     "StopRequest",
     "World",
@@ -39,6 +41,7 @@ __all__ = [
 
 _HOMES: Mapping[str, str] = {
     "Collectives": "ds_comm.collective_set",
+    "QuantizedFrozen": "ds_comm.frozen",
     "StartError": "ds_comm.world",
     "StopRequest": "ds_comm.stop",
     "World": "ds_comm.world",

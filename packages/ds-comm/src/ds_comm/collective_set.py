@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ds_comm.exchange.checked import checked as checked_connect
+from ds_comm.frozen import QuantizedFrozen
 from ds_comm.interfaces import Abort, Transport
 from ds_comm.log import CommsLog
 from ds_comm.same_host.peer_memory import connect
@@ -33,6 +34,8 @@ class Collectives:
     """The transport between ranks on one machine; None: they send messages."""
     log: CommsLog | None = None
     """Records what is gathered and reduced; None: nothing does."""
+    frozen: QuantizedFrozen | None = None
+    """Keeps and gathers frozen parameters at stage 3; None: they are treated as the others."""
 
 
 def collectives(
@@ -41,6 +44,7 @@ def collectives(
     reduce_scatter: Any = None,
     axes: Mapping[str, Collectives] | None = None,
     log: CommsLog | None = None,
+    frozen: QuantizedFrozen | None = None,
     checked: bool = False,
 ) -> Collectives:
     """Returns collectives for `ds_zero.shard(comm=...)`: ranks on one machine read each other's memory where the system
@@ -51,10 +55,16 @@ def collectives(
         reduce_scatter: the same for the reduce-scatter.
         axes: collectives for some axes of the mesh, by name.
         log: records what is gathered and reduced.
+        frozen: keeps and gathers frozen parameters in 8 bits at stage 3.
         checked: compare checksums of what ds_zero's own collectives receive, [Note: checked messages]. On the CPU only,
             and not with collectives that are given here.
     """
     way = checked_connect(connect) if checked else connect
     return Collectives(
-        all_gather=all_gather, reduce_scatter=reduce_scatter, axes=dict(axes or {}), connect=way, log=log
+        all_gather=all_gather,
+        reduce_scatter=reduce_scatter,
+        axes=dict(axes or {}),
+        connect=way,
+        log=log,
+        frozen=frozen,
     )

@@ -183,13 +183,21 @@ RULES: tuple[Rule, ...] = (
         remedy="set integrity.checksums to false, or remove nvme_path from the budget",
     ),
     Rule(
-        first="zero_optimization.zero_quantized_weights or zero_quantized_gradients",
+        first="zero_optimization.zero_quantized_weights, _gradients or _nontrainable_weights",
         second="zero_optimization.rank_invariant",
-        applies=lambda c: (
-            (c.quantized_weights or c.quantized_gradients) and c.settings.zero_optimization.rank_invariant
-        ),
+        applies=lambda c: c.quantized and c.settings.zero_optimization.rank_invariant,
         reason="what is rounded depends on the number of ranks",
         remedy="remove one of them",
+    ),
+    Rule(
+        first="zero_optimization.zero_quantized_nontrainable_weights",
+        second="zero_optimization.offload_param or integrity.checksums",
+        applies=lambda c: (
+            c.quantized_frozen
+            and (_offloads_params(c) or c.settings.integrity.checksums or c.placement.by_budget)
+        ),
+        reason="frozen shards are codes on the device, which no store moves and no checksum covers",
+        remedy="set zero_quantized_nontrainable_weights to false, or remove the other",
     ),
     Rule(
         first="integrity.message_checksums",
@@ -197,10 +205,7 @@ RULES: tuple[Rule, ...] = (
         applies=lambda c: (
             c.settings.integrity.message_checksums
             and (
-                c.quantized_weights
-                or c.quantized_gradients
-                or c.settings.local_sgd is not None
-                or optimizer_section.communicates(c.optimizer)
+                c.quantized or c.settings.local_sgd is not None or optimizer_section.communicates(c.optimizer)
             )
         ),
         reason="checksums are compared in the exact collectives of ds-zero only",

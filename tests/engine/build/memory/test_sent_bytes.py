@@ -83,3 +83,56 @@ def test_messages_and_residuals_of_one_bit_are_planned() -> None:
     residuals = 4 * numel + 4 * numel // 2  # of the worker, and of a half as server
     states = [p.phases[-1].parts["states"] for p in (made, plain)]
     assert states[0] - states[1] == pytest.approx(residuals, rel=0.02)
+
+
+@ranks(2)
+def test_errors_that_are_fed_back_are_planned() -> None:
+    zero = {"stage": 2, "zero_quantized_gradients": True}
+    _, _, without = planned_and_sent(zero)
+    planned, sent, with_errors = planned_and_sent({**zero, "zeropp_loco_param": {}})
+    if dist.get_rank() == 0:
+        assert planned == pytest.approx(sent, abs=64)
+    numel = sum(p.numel() for p in model().parameters())
+    more = with_errors.phases[-1].device_bytes - without.phases[-1].device_bytes
+    assert more == pytest.approx(4 * numel, rel=0.02)
+
+
+def frozen_model() -> nn.Module:
+    made = model()
+    made[0].requires_grad_(False)
+    made[2].requires_grad_(False)
+    return made
+
+
+@ranks(2)
+def test_frozen_parameters_in_8_bits_are_planned() -> None:
+    made, sent = {}, {}
+    for int8 in (False, True):
+        config = {
+            "train_micro_batch_size_per_gpu": 4,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_param_persistence_threshold": 0,
+                "zero_quantized_nontrainable_weights": int8,
+            },
+            "startup_summary": False,
+            "comms_logger": {"enabled": True},
+        }
+        engine = ds_engine.initialize(frozen_model(), config)[0]
+        log = engine.roles.comms_log
+        assert log is not None
+        for _ in range(3):
+            log.reset()
+            x = torch.randn(4, 64)
+            engine.backward((engine(x) - x).square().mean())
+            engine.step()
+        sent[int8] = sum(total.sent_bytes for total in log.log.totals().values())
+        made[int8] = predicted(engine.job, frozen_model(), micro_batch=torch.randn(4, 64))
+        engine.destroy()
+        if dist.get_rank() == 0:
+            assert sum(made[int8].sent_bytes.values()) == pytest.approx(sent[int8], abs=64)
+    frozen = sum(p.numel() for p in frozen_model().parameters() if not p.requires_grad)
+    fewer = [m.phases[-1].parts["parameters"] for m in (made[False], made[True])]
+    assert fewer[0] - fewer[1] == pytest.approx(frozen / 2 * (4 - 1 - 4 / 256), rel=0.05)
+    assert sent[True] < 0.6 * sent[False]

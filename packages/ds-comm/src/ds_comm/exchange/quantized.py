@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -110,6 +110,13 @@ class QuantizedAllGather(_Quantized):
         return None
 
 
+class Encoder(Protocol):
+    """Encodes the slices of one hop."""
+
+    def __call__(self, slices: Tensor, payloads: Sequence[Tensor], blocks: Blocks, seed: int, /) -> None:
+        """Encodes each row of `slices` into its payload."""
+
+
 class QuantizedReduceScatter(_Quantized):
     """Reduce-scatter of gradients in 4 bits an element (ZeRO++, section 3.3: qgZ).
 
@@ -164,6 +171,18 @@ class QuantizedReduceScatter(_Quantized):
         async_op: bool = False,
     ) -> Work | None:
         """Rank r receives the sum (or mean) over ranks of slice r of `input_tensor`."""
+        return self._start(output_tensor, input_tensor, group, op, async_op, (self._encode, self._encode))
+
+    def _start(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool,
+        encoders: tuple[Encoder, Encoder],
+    ) -> Work | None:
+        """As `__call__`. `encoders`: of the first and of the second hop."""
         world_size = dist.get_world_size(group)
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
             raise ValueError(f"QuantizedReduceScatter: op must be SUM or AVG, but is {op}")
@@ -173,15 +192,22 @@ class QuantizedReduceScatter(_Quantized):
         slices = input_tensor.contiguous().view(world_size, -1)
         out = output_tensor.view(-1)
         if self.hierarchy is None:
-            work = self._hop(slices, out.view(1, -1), Channel(group, self.traffic), weight)
+            work = self._hop(slices, out.view(1, -1), Channel(group, self.traffic), weight, encoders[0])
         else:
-            work = self._two_hops(slices, out, world_size, weight)
+            work = self._two_hops(slices, out, world_size, weight, encoders)
         if async_op:
             return work
         work.wait()
         return None
 
-    def _two_hops(self, slices: Tensor, out: Tensor, world_size: int, weight: float) -> Work:
+    def _two_hops(
+        self,
+        slices: Tensor,
+        out: Tensor,
+        world_size: int,
+        weight: float,
+        encoders: tuple[Encoder, Encoder],
+    ) -> Work:
         assert self.hierarchy is not None
         local, across = (
             Channel(self.hierarchy.local, self.traffic),
@@ -197,18 +223,20 @@ class QuantizedReduceScatter(_Quantized):
             slices.view(across.world_size, local.world_size, -1).transpose(0, 1).reshape(world_size, -1)
         )
         sums = torch.empty(across.world_size, slices.shape[1], dtype=torch.float32, device=slices.device)
-        first = self._hop(by_place, sums, local, 1.0)
-        return Chain(first, lambda: self._hop(sums, out.view(1, -1), across, weight))
+        first = self._hop(by_place, sums, local, 1.0, encoders[0])
+        return Chain(first, lambda: self._hop(sums, out.view(1, -1), across, weight, encoders[1]))
 
-    def _hop(self, slices: Tensor, out: Tensor, channel: Channel, weight: float) -> Work:
+    def _encode(self, slices: Tensor, payloads: Sequence[Tensor], blocks: Blocks, seed: int) -> None:
+        for i, (part, payload) in enumerate(zip(slices, payloads, strict=True)):
+            self.compressor.encode(part, payload, blocks, seed=seed + (i << 32))
+
+    def _hop(self, slices: Tensor, out: Tensor, channel: Channel, weight: float, encode: Encoder) -> Work:
         """Sends as many slices to each rank as `out` has rows, and adds what arrives."""
         rows, numel = out.shape
         blocks = self._blocks_of(numel, slices.device)
         size = self.compressor.payload_bytes(blocks)
         sent = torch.empty(slices.shape[0] * size, dtype=torch.uint8, device=slices.device)
-        seed = self._seed(channel.rank)
-        for i, (part, payload) in enumerate(zip(slices, sent.chunk(slices.shape[0]), strict=True)):
-            self.compressor.encode(part, payload, blocks, seed=seed + (i << 32))
+        encode(slices, sent.chunk(slices.shape[0]), blocks, self._seed(channel.rank))
         received = torch.empty_like(sent)
         sizes = [rows * size] * channel.world_size
         first = channel.all_to_all(received, sent, sizes, sizes)

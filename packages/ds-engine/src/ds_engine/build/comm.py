@@ -12,6 +12,7 @@ import ds_comm
 from ds_comm.compress import IntCompressor
 from ds_comm.exchange.checked import checked
 from ds_comm.exchange.hierarchy import Hierarchy
+from ds_comm.exchange.loco import LoCoReduceScatter
 from ds_comm.exchange.quantized import QuantizedAllGather, QuantizedReduceScatter
 from ds_comm.log import CommsLog, LogOptions, Summary, TorchCalls, summarise, watch_torch
 from ds_engine.build.topology import Meshes
@@ -84,24 +85,30 @@ def collectives_of(
         base = replace(base, log=log.log)
     if job.settings.integrity.message_checksums:
         base = replace(base, connect=checked(_checkable(base, world).connect))
-    if not job.quantized_weights and not job.quantized_gradients:
+    if not job.quantized:
         return base
     hierarchy = _hierarchy(job, meshes, world) if job.quantized_gradients else None
-    return _quantized(job, base, QuantizedReduceScatter(_int4(), hierarchy))
+    return _quantized(job, base, _reduces_int4(job, hierarchy, 1))
 
 
 def planned_collectives(job: Job) -> ds_comm.Collectives | None:
     """Returns collectives that tell what a rank sends, without process groups; None: what its tensors have. Ranks are
     taken to be on one machine, except with `zero_hpz_partition_size` ranks on each.
     """
-    if not job.quantized_weights and not job.quantized_gradients:
+    if not job.quantized:
         return None
-    local = _local_size(job, 1)
-    return _quantized(job, ds_comm.Collectives(), QuantizedReduceScatter(_int4(), local_size=local))
+    return _quantized(job, ds_comm.Collectives(), _reduces_int4(job, None, _local_size(job, 1)))
 
 
-def _int4() -> IntCompressor:
-    return IntCompressor(bits=4, rounding="stochastic")
+def _reduces_int4(job: Job, hierarchy: Hierarchy | None, local_size: int) -> QuantizedReduceScatter:
+    """Returns the reduce-scatter of `zero_quantized_gradients`, with error feedback if `zeropp_loco_param` is set."""
+    loco = job.settings.zero_optimization.zeropp_loco_param
+    if loco is None:
+        stochastic = IntCompressor(bits=4, rounding="stochastic")
+        return QuantizedReduceScatter(stochastic, hierarchy, local_size=local_size)
+    return LoCoReduceScatter(
+        None, hierarchy, local_size=local_size, err_beta=loco.err_beta, reset_steps=loco.reset_T
+    )
 
 
 def _quantized(job: Job, base: Any, reduce: QuantizedReduceScatter) -> ds_comm.Collectives:
@@ -114,6 +121,7 @@ def _quantized(job: Job, base: Any, reduce: QuantizedReduceScatter) -> ds_comm.C
         axes=axes,
         connect=base.connect,
         log=base.log,
+        frozen=ds_comm.QuantizedFrozen() if job.quantized_frozen else base.frozen,
     )
 
 

@@ -153,6 +153,16 @@ class Choices:
         """Whether gradients are sent as int4 when they are reduced."""
         return self.stage > 0 and self.settings.zero_optimization.zero_quantized_gradients
 
+    @property
+    def quantized_frozen(self) -> bool:
+        """Whether frozen parameters are kept and gathered as int8."""
+        return self.stage == 3 and self.settings.zero_optimization.zero_quantized_nontrainable_weights
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything is sent in fewer bits."""
+        return self.quantized_weights or self.quantized_gradients or self.quantized_frozen
+
 
 def training_device() -> str:
     """Returns the type of the device that `initialize` will choose: that of the process group, else that of this

@@ -154,6 +154,8 @@ def shard(
     store = store or ResidentStore()
     ordered = True if config.rank_invariant else config.ordered_reduction
     comm = logged(comm_of(comm, device, ordered=ordered), comm)
+    if comm.frozen is not None and stage == 3:
+        store = comm.frozen.stored_in(store)
     parts = {"store": type(store).__qualname__, "comm": comm.description}
     # Checked before the first message whose size or order depends on it.
     require_same_job(params, optimizer, stage, config, parts, topology.axes[0], device)

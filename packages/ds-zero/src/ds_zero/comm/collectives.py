@@ -27,6 +27,8 @@ from ds_zero.interfaces import (
     CollectiveSet,
     Connect,
     CountsBytes,
+    FrozenParams,
+    ReducesBuckets,
     ReduceScatter,
     Transport,
     Work,
@@ -147,12 +149,14 @@ class Comm:
         *,
         axes: Mapping[str, Collectives] | None = None,
         connect: Connect | None = None,
+        frozen: FrozenParams | None = None,
     ) -> None:
         """
         Args:
             connect: finds ranks with which tensors are exchanged without messages. Default: all ranks send messages.
             axes: other collectives for some kinds of ranks, by their name in `ds_zero.comm.ranks.AXES`, such as
                 "replicate" for the rows of a mesh of two axes, which often lie on different machines.
+            frozen: stores and gathers frozen parameters at stage 3. Default: they are treated as the others.
 
         Raises:
             ValueError: an unknown axis.
@@ -163,6 +167,7 @@ class Comm:
         self.all_gather, self.reduce_scatter = all_gather, reduce_scatter
         self.axes = dict(axes or {})
         self.connect = connect
+        self.frozen = frozen
         self.gathered_bytes = 0
         """Bytes that this rank has sent in all-gathers since this object was constructed."""
         self.reduced_bytes = 0
@@ -177,25 +182,34 @@ class Comm:
             for axis, p in pairs.items()
         ]
         transport = getattr(self.connect, "__qualname__", type(self.connect).__qualname__)
-        return "; ".join([*named, f"connect: {transport}"])
+        return "; ".join([*named, f"connect: {transport}", f"frozen: {type(self.frozen).__qualname__}"])
 
     def guard(self, what: str) -> AbstractContextManager[None]:
         """Context manager around a collective that this object does not start; `what` names it in error messages."""
         return nullcontext()
 
     def gather(
-        self, whole: Tensor, ranks: Ranks, *, sizes: Sequence[int] | None = None, number: int = 0
+        self,
+        whole: Tensor,
+        ranks: Ranks,
+        *,
+        sizes: Sequence[int] | None = None,
+        number: int = 0,
+        frozen: bool = False,
     ) -> Work:
         """Starts to fill `whole` (1-D) with the slices of all ranks. `whole` must already contain this rank's slice.
 
         Args:
             sizes: number of elements of each rank's slice, if they differ.
             number: message tag; gathers with different numbers do not receive each other's messages.
+            frozen: whether they are stored frozen parameters.
         """
         if ranks.group is None:
             return Done()
         own = whole[slice(*_range(whole.numel(), ranks, sizes))]
         collective = self._of(ranks).all_gather
+        if frozen and self.frozen is not None:
+            collective = self.frozen.all_gather
         if not capabilities_of(collective).moves(whole.dtype):
             collective = _defaults(whole.device).all_gather
         self.gathered_bytes += (
@@ -221,8 +235,14 @@ class Comm:
         op: dist.ReduceOp.RedOpType,
         *,
         sizes: Sequence[int] | None = None,
+        bucket: str | None = None,
     ) -> Work:
-        """Starts to sum (or average) `whole` over the ranks. `out` receives this rank's slice of the result."""
+        """Starts to sum (or average) `whole` over the ranks. `out` receives this rank's slice of the result.
+
+        Args:
+            bucket: name of the bucket whose gradients `whole` has, for collectives that keep something of them; None:
+                they are not gradients, or no step uses the result.
+        """
         if ranks.group is None:
             out.copy_(whole)
             return Done()
@@ -237,6 +257,8 @@ class Comm:
         can = capabilities_of(collective)
         if sizes is not None and not can.uneven:
             return reduce_uneven(out, whole, sizes, ranks, op, REDUCE_TAG)
+        if isinstance(collective, ReducesBuckets):
+            collective = collective.for_bucket(bucket)
         if can.tags:
             collective = cast("_Reduces", collective).bound(0, ranks.transport)
         if sizes is not None:
@@ -317,7 +339,7 @@ def comm_of(given: Comm | CollectiveSet | None, device: torch.device, *, ordered
 
     own = pair(given)
     axes = {axis: pair(one) for axis, one in given.axes.items()}
-    return Comm(own.all_gather, own.reduce_scatter, axes=axes, connect=given.connect)
+    return Comm(own.all_gather, own.reduce_scatter, axes=axes, connect=given.connect, frozen=given.frozen)
 
 
 def default_comm(device: torch.device, *, ordered: bool | None = None) -> Comm:

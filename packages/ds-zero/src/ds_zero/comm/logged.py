@@ -41,13 +41,25 @@ class LoggedComm(Comm):
     """A `Comm` whose operations are recorded, with the bytes that it counts."""
 
     def __init__(self, inner: Comm, log: RecordsCollectives) -> None:
-        super().__init__(inner.all_gather, inner.reduce_scatter, axes=inner.axes, connect=inner.connect)
+        super().__init__(
+            inner.all_gather,
+            inner.reduce_scatter,
+            axes=inner.axes,
+            connect=inner.connect,
+            frozen=inner.frozen,
+        )
         self._log = log
 
     def gather(
-        self, whole: Tensor, ranks: Ranks, *, sizes: Sequence[int] | None = None, number: int = 0
+        self,
+        whole: Tensor,
+        ranks: Ranks,
+        *,
+        sizes: Sequence[int] | None = None,
+        number: int = 0,
+        frozen: bool = False,
     ) -> Work:
-        start = partial(super().gather, whole, ranks, sizes=sizes, number=number)
+        start = partial(super().gather, whole, ranks, sizes=sizes, number=number, frozen=frozen)
         return self._recorded("all_gather", whole.nbytes, ranks.size, start)
 
     def reduce(
@@ -58,8 +70,9 @@ class LoggedComm(Comm):
         op: dist.ReduceOp.RedOpType,
         *,
         sizes: Sequence[int] | None = None,
+        bucket: str | None = None,
     ) -> Work:
-        start = partial(super().reduce, out, whole, ranks, op, sizes=sizes)
+        start = partial(super().reduce, out, whole, ranks, op, sizes=sizes, bucket=bucket)
         return self._recorded("reduce_scatter", whole.nbytes, ranks.size, start)
 
     def reduce_pieces(

@@ -38,7 +38,7 @@ class WatchedComm(Comm):
 
     def __init__(self, inner: Comm, waiting: Waiting) -> None:
         self._inner, self._waiting = inner, waiting
-        super().__init__(inner.all_gather, inner.reduce_scatter, axes=inner.axes)
+        super().__init__(inner.all_gather, inner.reduce_scatter, axes=inner.axes, frozen=inner.frozen)
 
     @property
     def gathered_bytes(self) -> int:
@@ -60,9 +60,15 @@ class WatchedComm(Comm):
         return self._waiting.guard(what)
 
     def gather(
-        self, whole: Tensor, ranks: Ranks, *, sizes: Sequence[int] | None = None, number: int = 0
+        self,
+        whole: Tensor,
+        ranks: Ranks,
+        *,
+        sizes: Sequence[int] | None = None,
+        number: int = 0,
+        frozen: bool = False,
     ) -> Work:
-        work = self._inner.gather(whole, ranks, sizes=sizes, number=number)
+        work = self._inner.gather(whole, ranks, sizes=sizes, number=number, frozen=frozen)
         return Watched(work, self._waiting, "an all-gather")
 
     def reduce(
@@ -73,9 +79,10 @@ class WatchedComm(Comm):
         op: dist.ReduceOp.RedOpType,
         *,
         sizes: Sequence[int] | None = None,
+        bucket: str | None = None,
     ) -> Work:
         self._waiting.log.note("reduction", "")
-        work = self._inner.reduce(out, whole, ranks, op, sizes=sizes)
+        work = self._inner.reduce(out, whole, ranks, op, sizes=sizes, bucket=bucket)
         return Watched(work, self._waiting, "a reduction of gradients")
 
     def reduce_pieces(

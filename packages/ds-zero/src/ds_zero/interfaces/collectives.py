@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ds_zero.interfaces.stores import ShardStore
 
 Reduction = Literal["none", "local", "sharded"]
 """When gradients are reduced. "none": only by the optimizer itself. "local": each rank accumulates whole gradients,
@@ -103,6 +106,22 @@ class CountsBuffers(CountsBytes, Protocol):
         """Returns the bytes of the buffers of one call, arguments as for `sent_bytes`."""
 
 
+@runtime_checkable
+class CountsState(CountsBytes, Protocol):
+    """A collective that keeps memory between calls, which a plan counts."""
+
+    def state_bytes(self, numel: int, dtype: torch.dtype, size: int) -> int:
+        """Returns the bytes that are kept for one bucket, arguments as for `sent_bytes`."""
+
+
+@runtime_checkable
+class ReducesBuckets(Protocol):
+    """A reduce-scatter that keeps something between the reductions of one bucket, such as what rounding lost."""
+
+    def for_bucket(self, name: str | None, /) -> ReduceScatter:
+        """Returns the collective for the bucket `name`; None: for a reduction whose result no step uses."""
+
+
 class Leaves(Protocol):
     """A group that this process can leave."""
 
@@ -170,6 +189,19 @@ class RecordsCollectives(Protocol):
         """Context manager around the work of a recorded call: calls in it are parts of that one."""
 
 
+class FrozenParams(Protocol):
+    """How parameters that need no gradient are stored and gathered at stage 3, such as in fewer bits."""
+
+    @property
+    def all_gather(self) -> AllGather: ...
+
+    def stored_in(self, store: ShardStore) -> ShardStore:
+        """Returns a store that keeps frozen parameters in a form of its own, and everything else in `store`."""
+
+    def stored_bytes(self, numel: int, dtype: torch.dtype) -> int:
+        """Returns the bytes in which it keeps a tensor."""
+
+
 class CollectivePair(Protocol):
     """Collectives for one kind of ranks; None: those of this package."""
 
@@ -195,3 +227,7 @@ class CollectiveSet(CollectivePair, Protocol):
     @property
     def log(self) -> RecordsCollectives | None:
         """Records what is gathered and reduced; None: nothing does."""
+
+    @property
+    def frozen(self) -> FrozenParams | None:
+        """How frozen parameters are stored and gathered; None: as the others."""

@@ -48,7 +48,7 @@ from ds_zero.predict.fake_group import FakeGroup, StandInStore
 from ds_zero.predict.fake_ops import LeanOperations
 from ds_zero.predict.model_copy import fake_copy
 from ds_zero.predict.optimizer_probe import probe_states, stand_in
-from ds_zero.predict.planned_comm import planned_comm
+from ds_zero.predict.planned_comm import FrozenStandIn, planned_comm
 from ds_zero.predict.tiers import STATE, ByKind, with_states
 from ds_zero.runtime.gradients.loss_scaler import LossScaler
 from ds_zero.runtime.gradients.norms import BLOCK_NUMEL
@@ -387,6 +387,8 @@ class _Run:
         ledger.classify([s.addressable(GRAD) for s in storages], allocation_tracker.GRADIENTS)
         ledger.classify([s.addressable(MASTER) for s in storages], allocation_tracker.MASTERS)
         ledger.classify([s.addressable(PARAM) for s in storages], allocation_tracker.PARAMETERS)
+        if isinstance(self.state.store, FrozenStandIn):
+            ledger.classify(self.state.store.held, allocation_tracker.PARAMETERS)
         ledger.classify(list(self.model.buffers()), allocation_tracker.BUFFERS)
         for shard_, held in self.optimizer.state.items():
             where = ledger.purpose(shard_)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ds_zero.comm.collectives import Comm
 from ds_zero.comm.ranks import Ranks
 from ds_zero.interfaces import Work
-from ds_zero.layout.buckets import BucketLayout
+from ds_zero.layout.buckets import FROZEN, BucketLayout
 from ds_zero.runtime.gathering.secondary import Secondary
 from ds_zero.runtime.storage import PARAM, BucketStorage
 from ds_zero.tensors.large_pages import in_large_pages
@@ -185,7 +185,8 @@ class Bucket:
         near = self.secondary
         if near is not None and near.fresh:
             return comm.gather(self.full, near.ranks, sizes=near.sizes, number=number)
-        return comm.gather(self.full, self.ranks, sizes=self.layout.slice_sizes, number=number)
+        sizes, frozen = self.layout.slice_sizes, self.layout.group == FROZEN
+        return comm.gather(self.full, self.ranks, sizes=sizes, number=number, frozen=frozen)
 
     def end_gather(self) -> None:
         """Makes the parameters views of `full`, after the all-gather."""

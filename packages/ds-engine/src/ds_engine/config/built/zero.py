@@ -111,7 +111,7 @@ ROWS: tuple[Row, ...] = (
     works(f"{_ZERO}.leaf_module", "ds-zero", "ds_engine.build.zero.leaf_modules", **_STAGE3),
     later(f"{_ZERO}.mics_hierarchical_params_gather", "ds-zero", "hierarchical gathering"),
     works(f"{_ZERO}.zero_quantized_weights", "ds-comm", "QuantizedAllGather", **_STAGE3),
-    later(f"{_ZERO}.zero_quantized_nontrainable_weights", "ds-comm", "frozen parameters as int8"),
+    works(f"{_ZERO}.zero_quantized_nontrainable_weights", "ds-comm", "QuantizedFrozen", **_STAGE3),
     works(
         f"{_ZERO}.zero_quantized_gradients",
         "ds-comm",
@@ -119,7 +119,15 @@ ROWS: tuple[Row, ...] = (
         only=lambda config: config.zero_optimization.stage > 0,
         otherwise="the stage is 0",
     ),
-    later(f"{_ZERO}.zeropp_loco_param", "ds-comm", "error feedback for quantised gradients", "remove it"),
+    works(
+        f"{_ZERO}.zeropp_loco_param",
+        "ds-comm",
+        "LoCoReduceScatter",
+        only=lambda config: (
+            config.zero_optimization.stage > 0 and config.zero_optimization.zero_quantized_gradients
+        ),
+        otherwise="gradients are not quantised (stage 0, or zero_quantized_gradients is false)",
+    ),
     no_effect(
         f"{_ZERO}.zenflow",
         "ds-zero",

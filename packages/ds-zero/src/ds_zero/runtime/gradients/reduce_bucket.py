@@ -135,13 +135,20 @@ def operation(ranks: Ranks, policy: WirePolicy) -> tuple[dist.ReduceOp.RedOpType
 
 
 def launch(
-    bucket: Bucket, source: Tensor, comm: Comm, policy: WirePolicy, out: Tensor | None = None
+    bucket: Bucket,
+    source: Tensor,
+    comm: Comm,
+    policy: WirePolicy,
+    out: Tensor | None = None,
+    *,
+    used: bool = True,
 ) -> BucketReduction:
     """Starts to reduce `source`, this rank's gradients of the whole bucket, which must not be used afterwards.
     Collective: all ranks launch the same buckets in the same order.
 
     Args:
         out: fp32 memory for this rank's slice of the result; None allocates it.
+        used: whether a step will use the result.
     """
     ranks = bucket.ranks
     if policy.predivide != 1.0:
@@ -153,7 +160,8 @@ def launch(
         return BucketReduction(bucket, Done(), sent, received, factor, comm)
     if policy.scatter or bucket.layout.num_owners == 1:
         received = _output(bucket, out)
-        work = comm.reduce(received, sent, ranks, op, sizes=bucket.layout.slice_sizes)
+        name = bucket.layout.name if used else None
+        work = comm.reduce(received, sent, ranks, op, sizes=bucket.layout.slice_sizes, bucket=name)
     else:
         received = sent.float()
         comm.all_reduce(received, ranks, op)

@@ -83,7 +83,7 @@ class Reductions:
 
     def reduced(self, bucket: Bucket, source: GradBuffer) -> Tensor:
         """Returns this rank's slice of the reduction of `source`, without adding it to the sums. Collective."""
-        return launch(bucket, source.tensor, self._comm, self._policy.wire).result()
+        return launch(bucket, source.tensor, self._comm, self._policy.wire, used=False).result()
 
     def finish_all(self, *, last: bool | None) -> None:
         """Waits for all reductions, and adds their results."""

@@ -28,12 +28,16 @@ def _known_stage(stage: object) -> object:
 
 
 class LoCoConfig(Section):
-    """Error feedback for quantised gradients."""
+    """Error feedback for quantised gradients (LoCo)."""
 
-    err_beta: Share = Field(
-        default=0.8, description="Decay factor of the error that is fed back, between 0 and 1."
+    err_beta: Annotated[Share, Field(lt=1.0)] = Field(
+        default=0.8,
+        description="Weight of earlier errors in the moving average that is fed back, from 0 to below 1; what the last "
+        "message lost has the rest.",
     )
-    reset_T: Positive = Field(default=1024, description="Number of steps between two resets of the error.")
+    reset_T: Positive = Field(
+        default=1024, description="Number of reductions after which the errors are set to zero."
+    )
 
 
 class ZeroOptimizationConfig(Section):
@@ -151,7 +155,9 @@ class ZeroOptimizationConfig(Section):
         "of the bytes of fp32. Masters are not rounded.",
     )
     zero_quantized_nontrainable_weights: bool = Field(
-        default=False, description="Keeps frozen parameters as int8."
+        default=False,
+        description="Keeps the shards of frozen parameters as int8 with a scale for each block, and gathers them so, "
+        "at stage 3: about 1 byte an element instead of 2 or 4. Small parameters that stay whole are not rounded.",
     )
     zero_quantized_gradients: bool = Field(
         default=False,
@@ -159,7 +165,9 @@ class ZeroOptimizationConfig(Section):
         "ranks of one machine (or of zero_hpz_partition_size), then between machines.",
     )
     zeropp_loco_param: LoCoConfig | None = Field(
-        default=None, description="Error feedback for zero_quantized_gradients. Default: none."
+        default=None,
+        description="Feeds back what zero_quantized_gradients loses, and rounds to nearest then; it takes 4 bytes a "
+        "parameter on every rank. Default: none.",
     )
     mics_shard_size: Annotated[Whole, Field(ge=-1)] = Field(
         default=-1,

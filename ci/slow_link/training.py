@@ -1,6 +1,6 @@
 """What a rank of `ci/bench comm` does: trains a transformer over bytes by one of several systems.
 
-    python ci/slow_training.py steps|loss SYSTEM JSON
+    PYTHONPATH=ci python -m slow_link.training steps|loss SYSTEM JSON
 
 Ranks are those of the environment (RANK, WORLD_SIZE, MASTER_ADDR). The first rank prints "RESULT " and JSON.
 """
@@ -22,9 +22,9 @@ import ds_comm
 import ds_zero
 from ds_comm.exchange import CompressedHook, Hierarchy, QuantizedAllGather, QuantizedReduceScatter, wire
 from ds_comm.optim import CompressionOptions, OneBitAdam, ZeroOneAdam
-from slow_hosts import HEADERS, sent
+from slow_link.hosts import HEADERS, sent
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs" / "examples" / "gpt"))
 
 import data  # noqa: E402  - of the example
