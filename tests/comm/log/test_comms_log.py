@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import pytest
@@ -136,3 +137,29 @@ def test_two_logs_watch_independently() -> None:
     dist.barrier()
     counts = [sum(total.count for total in log.totals().values()) for log in (first, second)]
     assert counts == [1, 2]
+
+
+@ranks(2)
+def test_messages_are_recorded_alone_and_in_batches() -> None:
+    log, other = CommsLog(), 1 - dist.get_rank()
+    before = dist.isend
+    with contextlib.closing(watch_torch(log)):
+        sent, received = torch.full((3,), float(dist.get_rank())), torch.empty(3)
+        works = [dist.isend(sent, other), dist.irecv(received, other)]
+        for work in works:
+            assert work is not None
+            work.wait()
+        assert received.tolist() == [float(other)] * 3
+        # torch accepts only its own functions in a batch.
+        batch = [dist.P2POp(dist.isend, 2 * sent, other), dist.P2POp(dist.irecv, received, other)]
+        for work in dist.batch_isend_irecv(batch):
+            work.wait()
+        assert received.tolist() == [2.0 * other] * 3
+    assert dist.isend is before
+    totals = {(key.operation, key.num_bytes): total for key, total in log.totals().items()}
+    assert {name: total.count for name, total in totals.items()} == {
+        ("isend", 12): 1,
+        ("irecv", 12): 1,
+        ("batch_isend_irecv", 12): 1,
+    }
+    assert totals["isend", 12].sent_bytes == 12 and totals["irecv", 12].sent_bytes == 0

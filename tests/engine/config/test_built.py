@@ -61,6 +61,7 @@ TESTED = {
     "test_a_flipped_bit_in_a_value_that_stays_is_found_at_the_next_check",
     "integrity.message_checksums": "test_integrity.py::test_a_bit_flipped_on_the_way_is_found_at_once",
     "integrity.checksums": "test_integrity.py::test_checksums_find_a_flipped_bit_of_a_shard",
+    "stall_reports": "build/test_stalls.py::test_a_rank_that_comes_late_is_reported_with_parameter_and_line",
     "local_sgd": "build/test_local_sgd.py::test_the_engine_trains_like_a_plain_loop",
     "sparse_gradients": "training/test_accumulation.py::test_sparse_gradients_send_less_and_train_the_same",
     "zero_optimization.leaf_module.classes": "test_settings_reach.py::test_leaf_modules_by_class_name_and_suffix",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
 
 Function = Callable[..., Any]
+
+_COMPARED = ("isend", "irecv")
+"""Functions that torch compares with its own."""
 
 OPERATIONS = (
     "all_reduce",
@@ -26,13 +30,35 @@ OPERATIONS = (
     "all_to_all_single",
     "send",
     "recv",
+    "isend",
+    "irecv",
     "batch_isend_irecv",
     "barrier",
     "broadcast_object_list",
 )
-"""Names of collectives and messages. `isend` and `irecv` are not among them: torch compares the functions in a batch
-with its own.
-"""
+"""Names of collectives and messages."""
+
+
+class _SameAs:
+    """A function that is called instead of another one and is equal to it: torch compares the functions in a batch of
+    messages with its own `isend` and `irecv`.
+    """
+
+    def __init__(self, function: Function, called: Function) -> None:
+        functools.update_wrapper(self, function)
+        self._function, self._called = function, called
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # A batch tells by identity whether an operation sends, and so passes the peer of any other as `group_src`.
+        if "group_src" in kwargs and self._function.__name__ == "isend":
+            kwargs["group_dst"] = kwargs.pop("group_src")
+        return self._called(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or bool(self._function == other)
+
+    def __hash__(self) -> int:
+        return hash(self._function)
 
 
 class WrappedFunctions:
@@ -50,7 +76,8 @@ class WrappedFunctions:
         for name in names:
             function = getattr(dist, name, None)
             if function is not None:
-                self._before[name] = function, wrap(name, function)
+                wrapped = wrap(name, function)
+                self._before[name] = function, _SameAs(function, wrapped) if name in _COMPARED else wrapped
                 setattr(dist, name, self._before[name][1])
 
     def close(self) -> None:

@@ -14,7 +14,18 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
 from ds_engine import rules
-from ds_engine.build import links, memory, moe, offload, pipeline, profiler, ranks, self_reducing, zero
+from ds_engine.build import (
+    links,
+    memory,
+    moe,
+    offload,
+    pipeline,
+    profiler,
+    ranks,
+    self_reducing,
+    stalls,
+    zero,
+)
 from ds_engine.build.comm import EngineLog, collectives_of, log_of
 from ds_engine.build.data import Loader
 from ds_engine.build.layers import tensor
@@ -109,7 +120,7 @@ def initialize(
     roles = zero.roles_of(job, model, built, offload.activations_of(job, model), meshes)
     if piped is not None:
         roles = pipeline.with_state(roles, piped, built)
-    roles = replace(roles, comms_log=None if log is None else log.start())
+    roles = replace(roles, comms_log=log and log.start(), stalls=stalls.watch_of(settings, model, world))
     parts = Parts(
         job=job,
         world=world,

@@ -238,6 +238,13 @@ class MovedActivations(Protocol):
         """Moves no more, and frees what it holds."""
 
 
+class Watch(Protocol):
+    """Watches something until `close`."""
+
+    def close(self) -> None:
+        """Ends the watch."""
+
+
 class RecordsCollectives(Protocol):
     """The records of an engine's collectives."""
 
@@ -269,8 +276,13 @@ class Roles:
     comms_log: RecordsCollectives | None = None
     """The records of collectives, with the section `comms_logger`; None: nothing is recorded."""
 
+    stalls: Watch | None = None
+    """Reports ranks that others wait for, with the section `stall_reports`; None: nothing is watched."""
+
     def close(self) -> None:
-        """Frees buffers for activations, and ends the records of collectives."""
+        """Frees buffers for activations, and ends the records of collectives and the watch of ranks."""
+        if self.stalls is not None:
+            self.stalls.close()
         if self.activations is not None:
             self.activations.close()
         if self.comms_log is not None:

@@ -124,7 +124,15 @@ def _line(key: Key, seconds: float, best: float) -> str:
     )
 
 
-_OWN = ("ds_comm.log", "torch.distributed", "contextlib", "ds_zero.comm.", "ds_comm.same_host")
+_OWN = (
+    "ds_comm.log",
+    "ds_comm.stalls",
+    "ds_comm.torch_functions",
+    "torch.distributed",
+    "contextlib",
+    "ds_zero.comm.",
+    "ds_comm.same_host",
+)
 """Modules between a call and this one."""
 
 

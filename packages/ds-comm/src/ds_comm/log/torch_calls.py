@@ -37,7 +37,9 @@ class TorchCalls:
                 return function(*args, **kwargs)
             with log.inside():
                 result = function(*args, **kwargs)
-            sent_bytes = _sent_bytes(*args, **kwargs) if name == "all_to_all_single" else None
+            sent_bytes = 0 if name in ("recv", "irecv") else None
+            if name == "all_to_all_single":
+                sent_bytes = _sent_bytes(*args, **kwargs)
             _at_end(result, functools.partial(end, sent_bytes))
             return result
 
@@ -60,7 +62,7 @@ def _num_bytes(name: str, args: Iterable[Any], kwargs: dict[str, Any]) -> int:
     """Returns the bytes of the largest tensor, or list of tensors, among the arguments."""
     if name == "batch_isend_irecv":
         operations = kwargs["p2p_op_list"] if "p2p_op_list" in kwargs else next(iter(args))
-        return sum(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+        return sum(operation.tensor.nbytes for operation in operations if operation.op == dist.isend)
     return max((_bytes_of(x) for x in (*args, *kwargs.values())), default=0)
 
 

@@ -20,8 +20,10 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
@@ -44,7 +46,7 @@ _SAME_SHAPES = frozenset(
     )
 )
 """Collectives to which all ranks pass tensors of the same shapes."""
-_MESSAGES = frozenset(("send", "recv", "batch_isend_irecv"))
+_MESSAGES = frozenset(("send", "recv", "isend", "irecv", "batch_isend_irecv"))
 """Not collectives: ranks call them differently, so they are not compared."""
 
 _log = logging.getLogger("ds_comm")
@@ -57,12 +59,17 @@ class StallWatch:
         self._model = None if model is None else weakref.ref(model)
         self._timeout_s, self._report = timeout_s, report
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        self._store = PrefixStore("ds_comm.stalls", dist.distributed_c10d._get_default_store())
+        whole = PrefixStore("ds_comm.stalls", dist.distributed_c10d._get_default_store())
+        # Ranks begin their watches in the same order, so that the n-th ones belong together.
+        self._store = PrefixStore(str(whole.add(f"begun/{self._rank}", 1)), whole)
         self._main = threading.get_ident()
-        self._calls: dict[str, deque[Call]] = {}
+        self._members: weakref.WeakKeyDictionary[dist.ProcessGroup, str] = weakref.WeakKeyDictionary()
+        self._ours: dict[types.CodeType, bool] = {}
+        """Whether code belongs to torch or to this project's packages."""
+        self._calls: dict[str, deque[_Noted]] = {}
         self._counts: dict[str, int] = {}
-        self._running: tuple[str, float] | None = None
-        """Group of the collective that runs now, and when it began."""
+        self._running: tuple[str, float, Sequence[Tensor]] | None = None
+        """Group of the collective that runs now, when it began, and its tensors."""
         self._asked = 0
         """Number of the last question that this rank has answered or asked."""
         self._reported: tuple[str, int] | None = None
@@ -71,6 +78,8 @@ class StallWatch:
         self._functions = WrappedFunctions((n for n in OPERATIONS if n not in _MESSAGES), self._wrapped)
         self._thread = threading.Thread(target=self._look_repeatedly, name="ds_comm.stalls", daemon=True)
         self._thread.start()
+        if model is not None:  # a watch that nobody closes ends with the model
+            weakref.finalize(model, self._stopped.set)
 
     def close(self) -> None:
         """Ends the watch. Safe to call twice."""
@@ -93,10 +102,11 @@ class StallWatch:
             # Only the outermost call of the thread that trains: torch's functions call each other.
             if self._running is not None or threading.get_ident() != self._main or self._stopped.is_set():
                 return function(*args, **kwargs)
-            group = _members((*args, *kwargs.values()))
+            arguments = (*args, *kwargs.values()) if kwargs else args
+            group = self._group(arguments)
             if group is None:
                 return function(*args, **kwargs)
-            self._note(name, group, (*args, *kwargs.values()))
+            self._note(name, group, arguments)
             try:
                 return function(*args, **kwargs)
             finally:
@@ -108,12 +118,37 @@ class StallWatch:
         number = self._counts.get(group, 0)
         self._counts[group] = number + 1
         tensors = [value for value in arguments if isinstance(value, Tensor)]
-        shown = tuple(_text(tensor) for tensor in tensors) if name in _SAME_SHAPES else ()
-        call = Call(
-            number=number, name=name, tensors=shown, site=_site(sys._getframe(2)), subject=self._name(tensors)
-        )
-        self._calls.setdefault(group, deque(maxlen=KEPT)).append(call)
-        self._running = (group, time.monotonic())
+        shown = [(tensor.dtype, tensor.shape) for tensor in tensors] if name in _SAME_SHAPES else ()
+        frame = self._user_frame(sys._getframe(2))
+        noted = _Noted(number, name, shown, frame.f_code, frame.f_lineno)
+        calls = self._calls.get(group)
+        if calls is None:
+            calls = self._calls[group] = deque(maxlen=KEPT)
+        calls.append(noted)
+        self._running = (group, time.monotonic(), tensors)
+
+    def _user_frame(self, frame: types.FrameType) -> types.FrameType:
+        """The innermost frame of the user's code; `frame` if there is none."""
+        one: types.FrameType | None = frame
+        while one is not None:
+            ours = self._ours.get(one.f_code)
+            if ours is None:
+                ours = self._ours[one.f_code] = _is_ours(one)
+            if not ours:
+                return one
+            one = one.f_back
+        return frame
+
+    def _group(self, arguments: Sequence[Any]) -> str | None:
+        """The ranks of the group among the arguments as text; None if this rank is not in it."""
+        given: Any = group_among(arguments)
+        if given is dist.GroupMember.NON_GROUP_MEMBER or not dist.is_initialized():
+            return None
+        given = dist.group.WORLD if given is None else given
+        members = self._members.get(given)
+        if members is None:
+            members = self._members[given] = ",".join(map(str, dist.get_process_group_ranks(given)))
+        return members
 
     def _name(self, tensors: Sequence[Tensor]) -> str:
         model = None if self._model is None else self._model()
@@ -170,10 +205,16 @@ class StallWatch:
 
     def _position(self) -> Position:
         running = self._running
+        calls = {
+            group: tuple(one.call() for one in tuple(noted)) for group, noted in list(self._calls.items())
+        }
+        if running is not None and (subject := self._name(running[2])):
+            *before, last = calls[running[0]]
+            calls[running[0]] = (*before, replace(last, subject=subject))
         return Position(
             rank=self._rank,
             place=_site(sys._current_frames().get(self._main)),
-            calls={group: tuple(calls) for group, calls in list(self._calls.items())},
+            calls=calls,
             waits_in=None if running is None else running[0],
             waited_s=0.0 if running is None else time.monotonic() - running[1],
         )
@@ -190,7 +231,7 @@ def watch_stalls(
     seen, and messages (send, recv) are not compared.
 
     Args:
-        model: whose parameters and gradients are named in the report.
+        model: whose parameters and gradients are named in the report. The watch ends with it at the latest.
         timeout_s: seconds; the report follows within about 4 s.
         report: called with the text, on one rank. Default: logs it.
     """
@@ -199,25 +240,33 @@ def watch_stalls(
     return StallWatch(model, timeout_s, report)
 
 
-def _members(arguments: Sequence[Any]) -> str | None:
-    """The ranks of the group among the arguments as text; None if this rank is not in it."""
-    given = group_among(arguments)
-    if given is dist.GroupMember.NON_GROUP_MEMBER or not dist.is_initialized():
-        return None
-    return ",".join(map(str, dist.get_process_group_ranks(given)))
+@dataclass(slots=True)
+class _Noted:
+    """A call as it is noted, in a few microseconds; `call` writes it out when somebody asks."""
 
+    number: int
+    name: str
+    tensors: Sequence[tuple[torch.dtype, torch.Size]]
+    code: types.CodeType
+    line: int
 
-def _text(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    def call(self) -> Call:
+        tensors = tuple(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for dtype, shape in self.tensors)
+        site = f"{self.code.co_filename}:{self.line} in {self.code.co_name}"
+        return Call(number=self.number, name=self.name, tensors=tensors, site=site)
 
 
 def _site(frame: types.FrameType | None) -> str:
     """The innermost line outside of torch and of this project's packages; the innermost one if there is none."""
     for one in _outwards(frame):
-        package = str(one.f_globals.get("__name__", "")).partition(".")[0]
-        if package not in ("torch", "threading", "contextlib") and not package.startswith("ds_"):
+        if not _is_ours(one):
             return f"{one.f_code.co_filename}:{one.f_lineno} in {one.f_code.co_name}"
     return "an unknown place" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _is_ours(frame: types.FrameType) -> bool:
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return package in ("torch", "threading", "contextlib") or package.startswith("ds_")
 
 
 def _outwards(frame: types.FrameType | None) -> Iterator[types.FrameType]:

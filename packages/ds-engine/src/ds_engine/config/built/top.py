@@ -269,6 +269,7 @@ NOT_YET: tuple[Row, ...] = (
         needs="ds_profiler",
     ),
     works("comms_logger", "ds-comm", "build/comm.py"),
+    works("stall_reports", "ds-comm", "build/stalls.py"),
     no_effect(
         "data_efficiency.data_sampling.curriculum_learning.data_cluster_path",
         _ENGINE,

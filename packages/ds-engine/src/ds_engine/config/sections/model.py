@@ -15,6 +15,7 @@ from ds_engine.config.sections.autotuning import AutotuningConfig
 from ds_engine.config.sections.checkpoint import CheckpointConfig
 from ds_engine.config.sections.communication.links import LinksConfig
 from ds_engine.config.sections.communication.local_sgd import LocalSgdConfig
+from ds_engine.config.sections.communication.stalls import StallReportsConfig
 from ds_engine.config.sections.compile import CompileConfig
 from ds_engine.config.sections.compress.compression import CompressionConfig
 from ds_engine.config.sections.compress.weight_quantization import InferenceWeightsConfig
@@ -213,6 +214,9 @@ class DsConfig(Section):
     )
     comms_logger: CommsLoggerConfig = Field(
         default_factory=CommsLoggerConfig, description="Records of collectives."
+    )
+    stall_reports: StallReportsConfig = Field(
+        default_factory=StallReportsConfig, description="Reports of ranks that others wait for."
     )
     timers: TimersConfig = Field(default_factory=TimersConfig, description="Timers of the engine.")
     data_efficiency: DataEfficiencyConfig = Field(
