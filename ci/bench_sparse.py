@@ -1,4 +1,5 @@
-"""Block-sparse attention beside torch's dense attention.  `ci/bench sparse [--tokens 4096 8192] [--rounds N]`
+"""Block-sparse attention beside torch's dense attention.  `ci/bench sparse [--tokens 4096 8192] [--rounds N]
+[--dtype bfloat16]`
 
 Each round runs both in turn, forward and backward, in the CPU time of the process; the fastest round of each counts,
 because a busy machine only adds time. "of 1/density" is the speed-up divided by that of a kernel that would compute a
@@ -70,12 +71,14 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[64, 16])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--backend", default="native")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
     print("| tokens | block | pattern | density | forward | of 1/density | both | of 1/density |")
     print("|---|---|---|---|---|---|---|---|")
     for tokens in options.tokens:
-        inputs = [torch.randn(1, tokens, HEADS, DIM, requires_grad=True) for _ in range(3)]
-        inputs.append(torch.randn(1, tokens, HEADS, DIM))
+        inputs = [torch.randn(1, tokens, HEADS, DIM).to(dtype).requires_grad_() for _ in range(3)]
+        inputs.append(torch.randn(1, tokens, HEADS, DIM).to(dtype))
         for block in options.blocks:
             chosen = patterns(block)
             ours = {

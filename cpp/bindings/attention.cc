@@ -18,8 +18,9 @@ BlockAttention read_job(TensorReader& reader, const char* function, const py::tu
     throw py::value_error(std::string(function) +
                           ": block and dim must be multiples of 16, and heads of kv_heads");
   }
-  const View q = reader.floats(tensors[0], "q", kFloat32), k = reader.floats(tensors[1], "k", kFloat32);
-  const View v = reader.floats(tensors[2], "v", kFloat32);
+  const View q = reader.floats(tensors[0], "q", kFloats);
+  const View k = reader.floats(tensors[1], "k", only(q.dtype)),
+             v = reader.floats(tensors[2], "v", only(q.dtype));
   const std::int64_t tokens = rows * block;
   reader.require_numel(q, batch * heads * tokens * dim, "q", -1, "the sizes");
   reader.require_numel(k, batch * kv_heads * tokens * dim, "k", -1, "the sizes");
@@ -43,9 +44,9 @@ BlockAttention read_job(TensorReader& reader, const char* function, const py::tu
     throw py::value_error(std::string(function) +
                           ": offsets must grow, and columns be block rows of the tensors");
   }
-  return {.q = static_cast<const float*>(q.data),
-          .k = static_cast<const float*>(k.data),
-          .v = static_cast<const float*>(v.data),
+  return {.q = q.data,
+          .k = k.data,
+          .v = v.data,
           .bias = bias,
           .batch = batch,
           .heads = heads,
@@ -56,12 +57,20 @@ BlockAttention read_job(TensorReader& reader, const char* function, const py::tu
           .scale = scale,
           .causal = causal,
           .offsets = begins,
-          .columns = chosen};
+          .columns = chosen,
+          .dtype = q.dtype};
 }
 
-float* writable(TensorReader& reader, py::handle tensor, const char* name, std::int64_t numel) {
-  const View view = reader.floats(tensor, name, kFloat32);
+void* like_q(TensorReader& reader, const BlockAttention& job, py::handle tensor, const char* name,
+             std::int64_t numel) {
+  const View view = reader.floats(tensor, name, only(job.dtype));
   reader.require_numel(view, numel, name, -1, "the sizes");
+  return view.data;
+}
+
+float* sums_of(TensorReader& reader, py::handle tensor, std::int64_t numel) {
+  const View view = reader.floats(tensor, "lse", kFloat32);
+  reader.require_numel(view, numel, "lse", -1, "the sizes");
   return static_cast<float*>(view.data);
 }
 
@@ -70,8 +79,8 @@ void forward(const py::tuple& tensors, const Sizes& sizes, float scale, bool cau
   TensorReader reader(kForward);
   const BlockAttention job = read_job(reader, kForward, tensors, sizes, scale, causal);
   const std::int64_t queries = job.batch * job.heads * job.rows * job.block;
-  float* values = writable(reader, out, "out", queries * job.dim);
-  float* sums = writable(reader, lse, "lse", queries);
+  void* values = like_q(reader, job, out, "out", queries * job.dim);
+  float* sums = sums_of(reader, lse, queries);
   py::gil_scoped_release unlocked;
   block_attention_forward(job, values, sums, threads);
 }
@@ -82,12 +91,12 @@ void backward(const py::tuple& tensors, const Sizes& sizes, float scale, bool ca
   const BlockAttention job = read_job(reader, kBackward, tensors, sizes, scale, causal);
   const std::int64_t tokens = job.rows * job.block, queries = job.batch * job.heads * tokens;
   const std::int64_t keys = job.batch * job.kv_heads * tokens * job.dim;
-  const BlockAttentionGrads all = {.out = writable(reader, grads[0], "out", queries * job.dim),
-                                   .lse = writable(reader, grads[1], "lse", queries),
-                                   .grad = writable(reader, grads[2], "grad", queries * job.dim),
-                                   .dq = writable(reader, grads[3], "dq", queries * job.dim),
-                                   .dk = writable(reader, grads[4], "dk", keys),
-                                   .dv = writable(reader, grads[5], "dv", keys)};
+  const BlockAttentionGrads all = {.out = like_q(reader, job, grads[0], "out", queries * job.dim),
+                                   .lse = sums_of(reader, grads[1], queries),
+                                   .grad = like_q(reader, job, grads[2], "grad", queries * job.dim),
+                                   .dq = like_q(reader, job, grads[3], "dq", queries * job.dim),
+                                   .dk = like_q(reader, job, grads[4], "dk", keys),
+                                   .dv = like_q(reader, job, grads[5], "dv", keys)};
   py::gil_scoped_release unlocked;
   block_attention_backward(job, all, threads);
 }

@@ -47,6 +47,41 @@ def test_values_and_gradients_are_those_of_the_reference() -> None:
 
 
 @pytest.mark.skipif(not _native.has_native(), reason="needs the native kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_inputs_and_results_are_rounded_and_nothing_between(dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    wide = [torch.randn(2, 4, 64, 48).to(dtype) for _ in range(2)] + [
+        torch.randn(2, 2, 64, 48).to(dtype) for _ in range(2)
+    ]
+    bias = torch.where(torch.rand(2, 64) < 0.2, -1e30, 0.0)
+    plan = rows(4, 4, causal=True)
+    q, grad, k, v = (x.float() for x in wide)
+    out, lse = block_attention.forward(q, k, v, plan, scale=0.2, bias=bias)
+    target = _native.core.cpu_target()
+    try:
+        for name in _native.core.available_cpu_targets():
+            _native.core.set_cpu_target(name)
+            got, sums = block_attention.forward(wide[0], wide[2], wide[3], plan, scale=0.2, bias=bias)
+            assert sums.dtype == torch.float32 and got.dtype == dtype
+            torch.testing.assert_close(sums, lse)
+            rounding = torch.finfo(dtype).eps
+            torch.testing.assert_close(got.float(), out, rtol=rounding, atol=1e-5)
+            own = (wide[0], wide[2], wide[3])
+            grads = block_attention.backward(wide[1], own, (got, sums), plan, scale=0.2, bias=bias)
+            # delta = rowsum(grad out) is that of the rounded output.
+            expected = block_attention.backward(
+                grad, (q, k, v), (got.float(), sums), plan, scale=0.2, bias=bias
+            )
+            for one, other in zip(grads, expected, strict=True):
+                assert one.dtype == dtype
+                torch.testing.assert_close(one.float(), other, rtol=rounding, atol=1e-5)
+    finally:
+        _native.core.set_cpu_target(target)
+    with pytest.raises(ValueError, match="k"):
+        block_attention.forward(wide[0], k, v, plan, scale=0.2)
+
+
+@pytest.mark.skipif(not _native.has_native(), reason="needs the native kernels")
 def test_arguments_that_do_not_fit_are_refused() -> None:
     q, k = torch.randn(1, 2, 32, 16), torch.randn(1, 2, 32, 16)
     plan = rows(2, 2, causal=False)

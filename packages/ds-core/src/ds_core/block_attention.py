@@ -1,8 +1,10 @@
-"""Attention over some blocks of the attention matrix, on the CPU in fp32: forward and backward, without the matrix.
+"""Attention over some blocks of the attention matrix, on the CPU: forward and backward, without the matrix.
+
+Tensors are fp32, bf16 or fp16; scores, weights and sums are fp32. Keys and values of 16 bits are widened once.
 
 Tensors are contiguous: `q` and `out` (batch, heads, tokens, dim), `k` and `v` (batch, kv_heads, tokens, dim), `lse`
-(batch, heads, tokens). Each key head serves heads / kv_heads consecutive query heads. Block row r of head h attends to
-blocks `columns[offsets[h * rows + r] : offsets[h * rows + r + 1]]`, with rows = tokens / block.
+(batch, heads, tokens) in fp32. Each key head serves heads / kv_heads consecutive query heads. Block row r of head h
+attends to blocks `columns[offsets[h * rows + r] : offsets[h * rows + r + 1]]`, with rows = tokens / block.
 
 Sources: Dao et al., FlashAttention (arXiv:2205.14135), algorithms 1 and 4.
 """
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from ds_core import _native, threads
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MULTIPLE = 16
 """Of which the native kernels need block sizes and head dimensions to be multiples."""
 
@@ -36,7 +39,7 @@ class BlockRows:
 
 def is_native(q: Tensor, block: int) -> bool:
     """Whether there is a native kernel for these queries and block size."""
-    fits = q.dtype == torch.float32 and q.shape[-1] % MULTIPLE == 0 and block % MULTIPLE == 0
+    fits = q.dtype in FLOATS and q.shape[-1] % MULTIPLE == 0 and block % MULTIPLE == 0
     return fits and q.device.type == "cpu" and _native.has_native()
 
 
@@ -47,14 +50,14 @@ def forward(
 
     Args:
         scale: factor of the products of queries and keys.
-        bias: (batch, tokens), added to the scores of each key; finite.
+        bias: (batch, tokens) fp32, added to the scores of each key; finite.
 
     Raises:
         ValueError: tensors that do not fit.
     """
     if not is_native(q, rows.block):
         return reference(q, k, v, rows, scale=scale, bias=bias)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     tensors = (q, k, v, bias, rows.offsets, rows.columns)
     _native.core.block_attention_forward(
         tensors, _sizes(q, k, rows), scale, rows.causal, out, lse, threads.count()

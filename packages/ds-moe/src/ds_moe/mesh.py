@@ -129,7 +129,23 @@ def expert_mesh(
             sizes[fqn] = layer.ep_size
             if is_stacked:
                 stacked.add(fqn)
+        for adapter in _adapters(model, name, layer):
+            sizes[adapter] = layer.ep_size
     return ExpertMesh(meshes, sizes, frozenset(stacked))
+
+
+def _adapters(model: nn.Module, name: str, layer: ExpertParallel) -> list[str]:
+    """Returns the names of parameters of adapters around the experts of a layer, which differ between its ranks as the
+    experts do. PEFT's wrappers have what they wrap as `base_layer`; those of several weights are nested.
+    """
+    outer = name
+    while outer.endswith(".base_layer"):
+        outer = outer.removesuffix(".base_layer")
+    if outer == name:
+        return []
+    own = {f"{name}.{n}" for n in layer.expert_parameters()}
+    prefix = f"{outer}."
+    return [n for n, _ in model.named_parameters() if n.startswith(prefix) and n not in own]
 
 
 def _is_whole(mesh: DeviceMesh | None) -> bool:

@@ -18,7 +18,7 @@ from ds_layers.sparse.native import is_native, native_block_sparse
 from ds_layers.sparse.plan import BlockPlan, plan_blocks, token_mask
 
 Backend = Literal["auto", "native", "blocks", "flex", "reference"]
-"""What computes the blocks. "native": the kernel of ds_core, fp32 on the CPU. "blocks": torch's kernel of dense
+"""What computes the blocks. "native": the kernel of ds_core, on the CPU. "blocks": torch's kernel of dense
 attention over the blocks of each row. "flex": FlexAttention, on accelerators. "reference": dense attention with a mask.
 "auto": native where it is, flex on accelerators, else blocks."""
 

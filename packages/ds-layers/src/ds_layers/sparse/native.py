@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def is_native(q: Tensor, plan: BlockPlan) -> bool:
-    """Whether ds_core is installed and has a kernel for these queries: fp32 on the CPU, sizes in multiples of 16."""
+    """Whether ds_core is installed and has a kernel for these queries: floats on the CPU, sizes in multiples of
+    16.
+    """
     if q.device.type != "cpu" or importlib.util.find_spec("ds_core") is None:
         return False
     from ds_core import block_attention
@@ -42,6 +44,7 @@ class _Native(torch.autograd.Function):
         from ds_core import block_attention
 
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        padding = None if padding is None else padding.float()
         out, lse = block_attention.forward(q, k, v, rows, scale=scale, bias=padding)
         ctx.rows, ctx.scale = rows, scale
         ctx.save_for_backward(q, k, v, out, lse, padding)
