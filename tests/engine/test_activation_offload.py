@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import ds_engine
-from ds_engine.config import ConfigError
+from ds_engine.build.memory.predict import predicted
+from ds_engine.build.topology import arranged
+from ds_engine.config import ConfigError, load
+from ds_engine.job import choices_of, describe
 
 ROWS, DIM = 32, 16
 BYTES = ROWS * DIM * 4
@@ -23,15 +26,20 @@ def layers() -> nn.Sequential:
     return nn.Sequential(*(nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh()) for _ in range(6)))
 
 
-def train(section: dict[str, Any], stage: int = 2) -> tuple[list[Tensor], Any]:
-    """Weights after three steps, and the counts of what was moved."""
-    config = {
+def configured(section: dict[str, Any], stage: int = 2, **more: Any) -> dict[str, Any]:
+    return {
         "train_batch_size": ROWS,
         "startup_summary": False,
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01}},
         "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}},
         "activation_offload": section,
+        **more,
     }
+
+
+def train(section: dict[str, Any], stage: int = 2, **more: Any) -> tuple[list[Tensor], Any]:
+    """Weights after three steps, and the counts of what was moved."""
+    config = configured(section, stage, **more)
     engine, *_ = ds_engine.initialize(model=layers(), config=config)
     with engine:
         for step in range(3):
@@ -72,6 +80,30 @@ def test_only_layers_that_are_named_are_moved() -> None:
 def test_a_budget_keeps_the_last_ones() -> None:
     counts = train({"device": "cpu", "min_bytes": 1024, "budget_bytes": 2 * BYTES})[1]
     assert counts.kept_bytes == 2 * 2 * BYTES, "two in each forward but the first"
+
+
+@pytest.mark.parametrize("device", ["none", "nvme"])
+def test_a_budget_of_the_device_chooses_the_layers_as_the_plan_does(
+    device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = {"budget": {"activations": 5 * BYTES}}
+    more = {"offload": budget, "zero_optimization": {"stage": 2}}
+    section = {"device": device, "nvme_path": str(tmp_path), "min_bytes": 1024}
+    plain, _ = train({}, zero_optimization={"stage": 2})
+    weights, counts = train(section, **more)
+    assert all(torch.equal(a, b) for a, b in zip(weights, plain, strict=True)) and not capsys.readouterr().err
+    saved = 7 * BYTES
+    assert counts.moved_bytes + counts.kept_bytes == 3 * saved and counts.kept_bytes == 2 * 4 * BYTES
+    train(section, startup_summary=True, **more)
+    told = "3 layers are moved (0.0 to 1.1): 0.0 MiB leave and return"
+    assert capsys.readouterr().err.count(f"ds: activations within offload.budget: {told}") == 1
+    made = describe(
+        choices_of(load(configured(section, **more))), arranged(load(configured(section)), 0, 1), "cpu"
+    )
+    plan = predicted(made, layers(), micro_batch=(torch.empty(ROWS, DIM),))
+    assert any(told in note for note in plan.notes) and plan.moved_bytes == 3 * BYTES
+    with pytest.raises(ConfigError, match=r"offload.budget.activations decides how many .* remove"):
+        train({**section, "budget_bytes": 5}, **more)
 
 
 def test_nothing_is_read_ahead_if_no_bytes_are_allowed() -> None:

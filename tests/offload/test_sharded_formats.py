@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 import ds_zero
 from ds_core import formats
 from ds_core.optim import FusedAdam
-from ds_offload import CPUAdam, HostStore, NVMeStore, PagedOptimizer
+from ds_offload import CPUSGD, CPUAdagrad, CPUAdam, CPULion, HostStore, NVMeStore, PagedOptimizer
 from harness import ranks
 from zero.params.test_records import Memory, everyones
 from zero.parity import Job, Result, assert_same, sharded
@@ -82,14 +82,6 @@ def _steps(model: nn.Module, optimizer: Optimizer, steps: range) -> list[float]:
     return losses
 
 
-def _rounded(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Gives parameters values that bf16 represents, as of a model in bf16."""
-    listed = list(params)
-    for param in listed:
-        param.data = param.data.bfloat16().float()
-    return listed
-
-
 @ranks(2, timeout_s=300)
 @pytest.mark.parametrize("stage", [1, 3])
 def test_split_masters_train_as_fp32_masters_in_memory(stage: int) -> None:
@@ -98,13 +90,109 @@ def test_split_masters_train_as_fp32_masters_in_memory(stage: int) -> None:
         return sharded(job, stage, store=store, **SMALL)
 
     options = {"lr": 1e-2, "weight_decay": 0.1}
-    whole = with_optimizer(lambda p: FusedAdam(_rounded(p), copies_away=True, **options))
-    split = with_optimizer(
-        lambda p: CPUAdam(_rounded(p), split_masters=True, **options), HostStore(("master", "grad"))
-    )
+    whole = with_optimizer(lambda p: FusedAdam(p, copies_away=True, **options))
+    split = with_optimizer(lambda p: CPUAdam(p, split_masters=True, **options), HostStore(("master", "grad")))
     assert split.losses == whole.losses and split.norms == whole.norms
     assert all(torch.equal(split.weights[n], formats.round_away(w).float()) for n, w in whole.weights.items()
                if w.is_floating_point() and w.dtype == torch.float32)  # fmt: skip
+
+
+def _initial(deferred: bool, stage: int) -> nn.Module:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8))
+
+    if not deferred:
+        return build()
+    with ds_zero.deferred_init(stage=stage):
+        return build()
+
+
+PLACES: dict[str, Any] = {
+    "device": lambda: None,
+    "host": lambda: HostStore(("master", "grad", "param")),
+    "states on the disk": lambda: NVMeStore(tempfile.mkdtemp(), ("state",)),
+    "disk": lambda: NVMeStore(tempfile.mkdtemp(), ALL),
+}
+
+
+@ranks(2, timeout_s=300)
+@pytest.mark.parametrize("place", PLACES)
+def test_split_masters_start_from_the_weights_of_an_fp32_model(place: str) -> None:
+    rank = torch.distributed.get_rank()
+    for stage, deferred in ((1, False), (2, True), (3, False), (3, True)):
+        expected = {name: value.clone() for name, value in _initial(False, stage).state_dict().items()}
+        first = next(iter(expected.values()))
+        assert not torch.equal(first.bfloat16().float(), first)
+        model, store = _initial(deferred, stage), PLACES[place]()
+        if rank and not deferred:  # all ranks get the values of the first one
+            model.requires_grad_(False).apply(lambda m: [p.zero_() for p in m.parameters(recurse=False)])
+            model.requires_grad_(True)
+        optimizer: Optimizer = CPUAdam(model.parameters(), lr=1e-2, split_masters=True)
+        if store is not None and "disk" in place:
+            optimizer = PagedOptimizer(optimizer, store, page_bytes=16384, num_buffers=3)
+        config = ds_zero.ZeroConfig(param_dtype=torch.bfloat16, **SMALL)
+        ds_zero.shard(model, optimizer, stage, config=config, store=store)
+        for name, value in expected.items():
+            found = ds_zero.get_full(model, name)
+            assert found is not None and torch.equal(found, value), f"{place}, stage {stage}: {name}"
+            with ds_zero.gathered([model.get_parameter(name)]):
+                assert torch.equal(model.get_parameter(name), formats.round_away(value))
+        values = {(r.fqn, r.flat_offset): r for r in ds_zero.records(model, optimizer) if r.state == "param"}
+        for (name, offset), record in values.items():
+            data = record.data if isinstance(record.data, Tensor) else record.data.load()
+            assert torch.equal(data, expected[name].reshape(-1)[offset : offset + data.numel()])
+        ds_zero.destroy(model)
+
+
+@ranks(2, timeout_s=300)
+@pytest.mark.parametrize("make", [CPULion, CPUAdagrad, CPUSGD])
+def test_the_first_step_of_split_masters_is_that_of_fp32_masters(make: Any) -> None:
+    more = {"momentum": 0.9, "dampening": 0.5} if make is CPUSGD else {}
+
+    def with_optimizer(place: str, **options: Any) -> Result:
+        store = PLACES[place]()
+
+        def optimizer(params: Iterable[nn.Parameter]) -> Optimizer:
+            inner = make(params, lr=1e-3, weight_decay=0.1, **options, **more)
+            if place == "host":
+                return inner
+            return PagedOptimizer(inner, store, page_bytes=16384, num_buffers=3)
+
+        job = Job(steps=1, optimizer=optimizer, model={"extras": True}, dtype=torch.bfloat16)
+        return sharded(job, 2, store=store, **SMALL)
+
+    whole = with_optimizer("host").weights
+    for place in ("host", "disk"):
+        split = with_optimizer(place, split_masters=True).weights
+        for name, value in whole.items():
+            is_master = value.dtype == torch.float32
+            assert torch.equal(split[name], formats.round_away(value).float() if is_master else value)
+
+
+@ranks(2)
+def test_what_is_written_to_gathered_parameters_is_the_master() -> None:
+    model, _ = _model(3, "split")
+    before = ds_zero.get_full(model, "0.weight")
+    with torch.no_grad(), ds_zero.gathered(list(model.parameters()), write=True):
+        model.get_parameter("0.weight")[:3] = 0.7
+    after = ds_zero.get_full(model, "0.weight")
+    assert before is not None and after is not None
+    assert torch.equal(after[3:], before[3:]) and (after[:3] == torch.tensor(0.7).bfloat16().float()).all()
+
+
+@ranks(2)
+def test_values_loaded_without_states_replace_all_bits_of_a_master() -> None:
+    model, optimizer = _model(1, "split")
+    _steps(model, optimizer, range(2))
+    saved = _Saved(ds_zero.records(model, optimizer))
+    names = [name for name, _ in model.named_parameters()]
+    values = {name: ds_zero.get_full(model, name) for name in names}
+    other, fresh = _model(3, "split")
+    ds_zero.load_records(other, fresh, saved, optimizer_states=False)
+    for name in names:
+        found, expected = ds_zero.get_full(other, name), values[name]
+        assert found is not None and expected is not None and torch.equal(found, expected)
 
 
 class _Saved(Memory):

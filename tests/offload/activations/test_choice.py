@@ -29,7 +29,7 @@ def test_nothing_is_moved_if_all_fits() -> None:
     layers = [layer(i, GIB) for i in range(8)]
     choice = choose_layers(layers, budget_bytes=8 * GIB, out_bytes_per_s=1e9, in_bytes_per_s=1e9)
     assert choice.moved == () and choice.waiting_s == 0 and choice.peak_bytes == choice.kept_bytes == 8 * GIB
-    assert str(choice).startswith("no layer is moved: 0.00 GiB leave and return, 8.00 GiB stay")
+    assert str(choice).startswith("no layer is moved: 0.0 MiB leave and return, 8.00 GiB stay")
 
 
 def test_the_first_layers_are_moved() -> None:
@@ -40,7 +40,7 @@ def test_the_first_layers_are_moved() -> None:
     assert chosen(layers, 2 * GIB) == tuple(f"layers.{i}" for i in range(6))
     with pytest.raises(
         BudgetTooSmall,
-        match=r"may take 1.000 GiB of the device, and with layers moved they take at least 2.000 GiB",
+        match=r"may take 1\.00 GiB of the device, and with layers moved they take at least 2\.00 GiB",
     ):
         chosen(layers, GIB)
 

@@ -101,7 +101,7 @@ PIPELINE: tuple[Rule, ...] = (
     Rule(
         first="activation_offload.device",
         second="a PipelineModule",
-        applies=lambda c: _piped(c) and c.settings.activation_offload.device != "none",
+        applies=lambda c: _piped(c) and c.settings.moves_activations,
         reason="activations are fetched in the reverse order of their micro-batches, and a schedule has another order",
         remedy="set it to none; PipelineModule(activation_checkpoint_interval=1) keeps fewer activations",
     ),

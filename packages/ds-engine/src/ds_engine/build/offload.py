@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from ds_engine.config import ConfigError
 from ds_engine.interfaces import MovedActivations
 from ds_engine.job import Job, Placement
+from ds_engine.training.progress import to_stderr
 
 if TYPE_CHECKING:
+    from ds_offload.activations.choice import LayerChoice
     from ds_offload.budget.plan import Placed
     from ds_zero.predict.report import StoredTensor
 
@@ -168,11 +171,14 @@ def io_options(job: Job) -> Any:
 def activations_of(job: Job, model: nn.Module) -> MovedActivations | None:
     """Lets activations of `model` be moved, as configured; None if they stay on the device."""
     section = job.settings.activation_offload
-    if section.device == "none":
+    if not job.settings.moves_activations:
         return None
     import ds_offload
 
-    offload = ds_offload.ActivationOffload(_activation_options(job))
+    offload = ds_offload.ActivationOffload(
+        _activation_options(job),
+        chosen=_print_choice if job.settings.startup_summary else lambda choice: None,
+    )
     try:
         offload.attach(model, section.layers)
     except ValueError as error:
@@ -183,20 +189,25 @@ def activations_of(job: Job, model: nn.Module) -> MovedActivations | None:
 def planned_activations(job: Job) -> Any:
     """Returns what moves the activations in a plan of the job; None if they stay on the device."""
     section = job.settings.activation_offload
-    if section.device == "none":
+    if not job.settings.moves_activations:
         return None
     import ds_offload
 
     return ds_offload.PlannedActivationOffload(_activation_options(job), section.layers)
 
 
+def _print_choice(choice: LayerChoice) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        to_stderr(f"ds: activations within offload.budget: {choice}")
+
+
 def _activation_options(job: Job) -> Any:
     import ds_offload
 
-    section = job.settings.activation_offload
-    assert section.device != "none"
+    section, budget = job.settings.activation_offload, job.settings.offload.budget
     return ds_offload.ActivationOptions(
-        device=section.device,
+        device="nvme" if section.device == "nvme" else "cpu",
+        device_bytes=None if budget is None else budget.activations,
         nvme_path=section.nvme_path,
         min_bytes=section.min_bytes,
         budget_bytes=section.budget_bytes,

@@ -9,7 +9,7 @@ that are moved, the best ones to move are the first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +35,24 @@ class LayerChoice:
     """
     moved_bytes: int
     """Bytes that leave the device, and return, in one forward and backward."""
-    waiting_s: float
-    """Seconds that forward and backward wait for copies."""
+    waiting_s: float | None
+    """Seconds that forward and backward wait for copies. None: not known."""
 
     def __str__(self) -> str:
         what = f"{len(self.moved)} layers are moved" if self.moved else "no layer is moved"
+        if self.moved_bytes and not self.moved:
+            what = "the tensors that are saved first are moved"
+        if len(self.moved) > 1:
+            what += f" ({self.moved[0]} to {self.moved[-1]})"
+        waiting = "" if self.waiting_s is None else f", and {self.waiting_s:.3f} s are waited"
         return (
-            f"{what}: {self.moved_bytes / 2**30:.2f} GiB leave and return, {self.kept_bytes / 2**30:.2f} GiB stay; at "
-            f"most {self.peak_bytes / 2**30:.2f} GiB are on the device, and {self.waiting_s:.3f} s are waited"
+            f"{what}: {_size(self.moved_bytes)} leave and return, {_size(self.kept_bytes)} stay; at "
+            f"most {_size(self.peak_bytes)} are on the device{waiting}"
         )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 class BudgetTooSmall(ValueError):
@@ -90,10 +99,68 @@ def choose_layers(
         least = peak if least is None else min(least, peak)
     assert least is not None
     raise BudgetTooSmall(
-        f"activations may take {budget_bytes / 2**30:.3f} GiB of the device, and with layers moved they take at least "
-        f"{least / 2**30:.3f} GiB: allow more, use smaller micro-batches, or recompute the layers (activation "
+        f"activations may take {_size(budget_bytes)} of the device, and with layers moved they take at least "
+        f"{_size(least)}: allow more, use smaller micro-batches, or recompute the layers (activation "
         "checkpointing)"
     )
+
+
+_PARTS = 64
+"""A forward without layers is divided into about so many parts."""
+
+
+def choose_within(
+    parts: Sequence[tuple[str, int]],
+    *,
+    limit_bytes: int,
+    leaving_bytes: int,
+    prefetch_bytes: int | None,
+) -> LayerChoice:
+    """Returns the fewest layers to move, whatever copies and layers take.
+
+    Args:
+        parts: in the order of the forward, (name, bytes) of each layer and of what is saved between layers, which has
+            the name "". Without layers: of each saved tensor.
+        limit_bytes, leaving_bytes, prefetch_bytes: see `ActivationOptions`.
+
+    Raises:
+        BudgetTooSmall: it cannot be done.
+    """
+    divided = any(name for name, _ in parts)
+    # Without times, each copy ends when somebody waits for it, and returns while one part computes.
+    costs = [
+        LayerCost(name=name, num_bytes=size, forward_s=0.0, backward_s=0.0)
+        for name, size in (parts if divided else _joined(parts))
+    ]
+    total = sum(cost.num_bytes for cost in costs)
+    # `choose_layers` counts one part that returns; more of them may, if bytes are read ahead and not layers.
+    more = max(0, (prefetch_bytes or 0) - min(cost.num_bytes for cost in costs))
+    more = 0 if total <= limit_bytes else more
+    choice = choose_layers(
+        costs,
+        budget_bytes=limit_bytes - more,
+        out_bytes_per_s=1.0,
+        in_bytes_per_s=1.0,
+        in_flight_bytes=leaving_bytes,
+    )
+    return replace(
+        choice,
+        moved=tuple(name for name in choice.moved if name),
+        peak_bytes=choice.peak_bytes + more,
+        waiting_s=None,
+    )
+
+
+def _joined(parts: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Joins neighbours to about `_PARTS` parts."""
+    least = sum(size for _, size in parts) / _PARTS
+    joined: list[tuple[str, int]] = []
+    for name, size in parts:
+        if joined and joined[-1][1] + size <= least:
+            joined[-1] = (name, joined[-1][1] + size)
+        else:
+            joined.append((name, size))
+    return joined
 
 
 def _forward(layers: Sequence[LayerCost], count: int, rate: float, in_flight_bytes: int) -> tuple[int, float]:

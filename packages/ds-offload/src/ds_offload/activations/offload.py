@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 from ds_offload.activations.buffers import HostBuffers
+from ds_offload.activations.choice import LayerChoice, choose_within
 from ds_offload.activations.copies import Copies, MakeCopies, copies_of
 from ds_offload.activations.disk_space import DiskSpace
 from ds_offload.activations.layers import layers_of, named_layers
@@ -64,13 +66,22 @@ class ActivationOffload:
     """The class of tensors that are moved."""
 
     def __init__(
-        self, options: ActivationOptions | None = None, *, make_copies: MakeCopies = copies_of
+        self,
+        options: ActivationOptions | None = None,
+        *,
+        make_copies: MakeCopies = copies_of,
+        chosen: Callable[[LayerChoice], None] = lambda choice: None,
     ) -> None:
         """
         Args:
             make_copies: makes what copies between a device and host memory; for tests.
+            chosen: called at the end of a forward after which other layers stay, with `ActivationOptions.device_bytes`.
         """
         self.options = options or ActivationOptions()
+        self.choice: LayerChoice | None = None
+        """Which layers are moved, with `ActivationOptions.device_bytes`; None before the first forward."""
+        self._chosen = chosen
+        self._kept_limit = self.options.budget_bytes
         self.statistics = ActivationStatistics()
         self._make_copies = make_copies
         self._places: dict[torch.device, Place] = {}
@@ -79,6 +90,8 @@ class ActivationOffload:
         self._leaving: deque[weakref.ref[Piece]] = deque()
         self._saved_bytes: int | None = None
         """Of the last forward that saved anything."""
+        self._parts: list[tuple[str, int]] = []
+        """Of the same: see `choose_within`."""
         self._models: list[nn.Module] = []
         self._owned: set[int] = set()
         """Storages of parameters and buffers of the attached models, by the address of the object."""
@@ -110,11 +123,13 @@ class ActivationOffload:
         chosen = layers_of(model) if layers is None else named_layers(model, layers)
         self._only_layers = layers is not None
         self._models.append(model)
+        names = {module: name for name, module in model.named_modules()}
         self._device_types |= {p.device.type for p in model.parameters()} - {"meta"}
-        for module, begin, end in (
-            (model, self._begin, self._end),
-            *((layer, self._begin_layer, self._end_layer) for layer in chosen),
-        ):
+        hooked: list[tuple[nn.Module, Callable[[], None], Callable[[], None]]] = [
+            (model, self._begin, self._end)
+        ]
+        hooked += [(layer, partial(self._begin_layer, names[layer]), self._end_layer) for layer in chosen]
+        for module, begin, end in hooked:
             # Ours is enabled last and disabled first, so that hooks of others are nested around it.
             self._handles += [
                 module.register_forward_pre_hook(_calling(begin)),
@@ -152,7 +167,7 @@ class ActivationOffload:
         )
         self._owned = {t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided}
         thread.outer = _enabled_hooks()
-        thread.recording = Recording(self.options.prefetch_bytes, self.statistics)
+        thread.recording = Recording(self.options, self.statistics)
         hooks = saved_tensors_hooks(_Packing(self._pack), _unpack)
         hooks.__enter__()
         thread.active.append(hooks)
@@ -169,12 +184,38 @@ class ActivationOffload:
         recording.end()
         if recording.saved_bytes:
             self._saved_bytes = recording.saved_bytes
+            self._choose(recording)
+
+    def _choose(self, recording: Recording) -> None:
+        """Decides which tensors stay in the next forwards, if there is a limit of device memory.
+
+        Raises:
+            BudgetTooSmall: the limit is too low, even if all tensors are moved.
+        """
+        options = self.options
+        parts = [(recording.names.get(section, ""), size) for section, size in recording.parts]
+        if options.device_bytes is None or parts == self._parts:
+            return
+        ahead = options.prefetch_bytes if recording.names else options.ahead_bytes
+        choice = choose_within(
+            parts,
+            limit_bytes=options.device_bytes,
+            leaving_bytes=options.leaving_bytes,
+            prefetch_bytes=ahead,
+        )
+        self._parts, self._kept_limit = parts, choice.kept_bytes
+        if choice != self.choice:
+            self.choice = choice
+            self._chosen(choice)
 
     @opaque
-    def _begin_layer(self) -> None:
+    def _begin_layer(self, name: str) -> None:
         self._begin()
         self._thread.layers += 1
         self._next_section()
+        recording = self._thread.recording
+        if recording is not None:
+            recording.names[recording.section] = name
 
     @opaque
     def _end_layer(self) -> None:
@@ -225,7 +266,7 @@ class ActivationOffload:
 
     def _stays(self, recording: Recording, num_bytes: int) -> bool:
         """Whether a piece of so many bytes, the next one, belongs to those that stay on the device."""
-        budget = self.options.budget_bytes
+        budget = self._kept_limit
         if self._saved_bytes is None or recording.kept_bytes + num_bytes > budget:
             return False
         return recording.saved_bytes >= self._saved_bytes - budget
@@ -236,7 +277,7 @@ class ActivationOffload:
         """
         pieces = [piece for ref in self._leaving if (piece := ref()) is not None]
         left = [piece for piece in pieces if not piece.release_source(wait=False)]
-        allowed = self.options.in_flight_bytes - num_bytes
+        allowed = self.options.leaving_bytes - num_bytes
         in_flight = sum(piece.num_bytes for piece in left)
         self._leaving.clear()
         for piece in left:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ds_offload.activations.buffers import HostBuffers
+from ds_offload.activations.choice import LayerChoice
 from ds_offload.activations.copies import Copies, Copy, Finished, HostCopies
 from ds_offload.activations.offload import ActivationOffload
 from ds_offload.activations.on_disk import DiskPlace
@@ -38,6 +39,11 @@ class PlannedActivationOffload:
             layers: names of submodules: see `ActivationOffload.attach`.
         """
         self._options, self._layers = options, layers
+        self.choice: LayerChoice | None = None
+        """Which layers are moved, with `ActivationOptions.device_bytes`, once the plan has been made."""
+
+    def _choose(self, choice: LayerChoice) -> None:
+        self.choice = choice
 
     @property
     def host_limit_bytes(self) -> int | None:
@@ -57,7 +63,7 @@ class PlannedActivationOffload:
         Raises:
             ValueError: the model has no such layers.
         """
-        offload = _OnFakeTensors(self._options, on_host, accelerator=accelerator)
+        offload = _OnFakeTensors(self._options, on_host, self._choose, accelerator=accelerator)
         offload.attach(model, self._layers)
         return offload
 
@@ -66,10 +72,15 @@ class _OnFakeTensors(ActivationOffload):
     _tensor_type = FakeTensor
 
     def __init__(
-        self, options: ActivationOptions, on_host: Callable[[Tensor], None], *, accelerator: bool
+        self,
+        options: ActivationOptions,
+        on_host: Callable[[Tensor], None],
+        chosen: Callable[[LayerChoice], None],
+        *,
+        accelerator: bool,
     ) -> None:
         copies = _LateCopies() if accelerator else _NoCopies()
-        super().__init__(options, make_copies=lambda _: copies)
+        super().__init__(options, make_copies=lambda _: copies, chosen=chosen)
         self._on_host = on_host
         self._space = _CountedSpace()
 

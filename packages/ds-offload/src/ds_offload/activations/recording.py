@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ds_offload.activations.options import ActivationStatistics
+from ds_offload.activations.options import ActivationOptions, ActivationStatistics
 from ds_offload.activations.saved import Mark, Piece, SavedTensor, byte_range
-
-AHEAD_BYTES = 64 << 20
-"""What is read ahead if there are no layers."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +27,19 @@ class Recording:
     those before it are brought back, too.
     """
 
-    def __init__(self, ahead_bytes: int | None, statistics: ActivationStatistics) -> None:
+    def __init__(self, options: ActivationOptions, statistics: ActivationStatistics) -> None:
         self.section = 0
         """Number of beginnings and ends of layers so far. Tensors of layer k are saved in section 2 k + 1."""
         self.saved_bytes = 0
         """Bytes of all tensors that may be moved, each piece of memory counted once."""
         self.kept_bytes = 0
         """Those of them that stay on the device."""
+        self.parts: list[tuple[int, int]] = []
+        """In the order of the forward, (section, bytes in it); without layers, one entry for each piece of memory."""
+        self.names: dict[int, str] = {}
+        """Section -> name of the layer that computes in it."""
         self.statistics = statistics
-        self._ahead_bytes = ahead_bytes
+        self._options = options
         self._pieces: list[weakref.ref[Piece]] = []
         self._seen: dict[int, _Seen] = {}
         # Reentrant, because a graph may be released within.
@@ -66,6 +67,10 @@ class Recording:
         """Notes a tensor that was saved, and the piece into which it was moved; None if it stays on the device."""
         storage = tensor.untyped_storage()
         self.saved_bytes += num_bytes
+        if self.section and self.parts and self.parts[-1][0] == self.section:
+            self.parts[-1] = (self.section, self.parts[-1][1] + num_bytes)
+        else:
+            self.parts.append((self.section, num_bytes))
         if piece is None:
             self.kept_bytes += num_bytes
         else:
@@ -108,8 +113,8 @@ class Recording:
 
     def _load_ahead(self, index: int, section: int) -> None:
         """Begins to bring back pieces before number `index`, which was saved in `section`."""
-        by_layer = self._ahead_bytes is None and self.section > 0
-        limit = AHEAD_BYTES if self._ahead_bytes is None else self._ahead_bytes
+        by_layer = self._options.prefetch_bytes is None and self.section > 0
+        limit = self._options.ahead_bytes
         waiting = self._waiting_bytes(index)
         while self._next > 0 and limit > 0:
             piece = self._pieces[self._next - 1]()

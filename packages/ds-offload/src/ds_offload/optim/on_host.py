@@ -152,6 +152,11 @@ class ElementWise(OnHost):
         """Returns the bf16 parameter and the master bits of an fp32 master."""
         return formats.split_master(master)
 
+    @property
+    def initial_states(self) -> tuple[str, ...]:
+        """Names of states that a parameter may have before its first step, without the others."""
+        return (MASTER_BITS,) if self._split else ()
+
     def new_named_state(self, param: Tensor, name: str) -> Tensor:
         """Returns a zero-filled state of this name in the arena."""
         return self._new(param, torch.int16) if name == MASTER_BITS else self.new_state(param)
@@ -162,11 +167,16 @@ class ElementWise(OnHost):
                 f"{type(self).__name__}: split_masters is set, but a parameter of shape {tuple(param.shape)} is "
                 "torch.float16, of which an fp32 master is no extension: use bf16, or remove split_masters"
             )
-        fresh = not self.state.get(param)
+        held = self.state.get(param) or {}
+        # Alone, they are those of the initial values: the first step is that of a parameter without states.
+        initial = held.pop(MASTER_BITS) if held.keys() == {MASTER_BITS} else None
+        fresh = not held
         state, step = super()._prepare(param, group)
         if MASTER_BITS in self._names(group):
             state = self.state[param]
-            if MASTER_BITS not in state:
+            if initial is not None:
+                state[MASTER_BITS] = initial
+            elif MASTER_BITS not in state:
                 state[MASTER_BITS] = self.new_named_state(param, MASTER_BITS)
         if step is not None and self._stochastic and self._names(group):
             # The key of stochastic rounding needs the number of the step, which SGD does not count.

@@ -33,6 +33,8 @@ class LoadedPart:
     """Views of the page: 1-D, or with the shape of a parameter that must be whole."""
     numbers: Mapping[str, Any] | None
     """States that are no ranges of elements. None: the parameter has no state yet, and `states` has any values."""
+    given: frozenset[str] | None = None
+    """The parameter was not stepped yet: the names of its states, the rest of `states` has any values."""
     whole: bool = False
     """Whether it is all of a parameter that the optimizer must see in its own shape."""
 
@@ -62,13 +64,17 @@ class PagedStates(MutableMapping[Tensor, State]):
         """For each of them the indices of its pages."""
         self._numbers: dict[Tensor, State] = {}
         """The parameters that have states -> those states that are no ranges of elements."""
+        self._given: dict[Tensor, frozenset[str]] = {}
+        """Those of them that were not stepped yet -> the names of their element-wise states, `initial_states` of the
+        optimizer or some of them."""
         self._open: dict[Tensor, State] = {}
         self._new: dict[Tensor, State] = {}
         """Dicts of parameters without states, that were handed out and may have been filled."""
         self._layouts: dict[tuple[int, torch.dtype, torch.device, bool], StateLayout] = {}
         self._group_numbers: dict[Tensor, int] = {}
         self._before: dict[Tensor, State] = {}
-        """`_numbers` before the steps that may be taken back."""
+        self._given_before: dict[Tensor, frozenset[str]] = {}
+        """`_numbers` and `_given` before the steps that may be taken back."""
 
     # --- for steps
 
@@ -80,7 +86,9 @@ class PagedStates(MutableMapping[Tensor, State]):
         self._place(params)
         wanted = {self._index[p]: p for p in params}
         without_pages = [
-            LoadedPart(p, self._group_of(p), 0, local(p).numel(), {}, self._numbers.get(p), self._is_whole(p))
+            LoadedPart(
+                p, self._group_of(p), 0, local(p).numel(), {}, self._numbers.get(p), whole=self._is_whole(p)
+            )
             for index, p in wanted.items()
             if not self._pages[index]
         ]
@@ -105,13 +113,14 @@ class PagedStates(MutableMapping[Tensor, State]):
         if whole:
             own = local(param)
             states = {name: state.as_strided(own.size(), own.stride()) for name, state in states.items()}
-        return LoadedPart(
-            param, self._group_of(param), part.start, part.numel, states, self._numbers.get(param), whole
-        )
+        numbers, given = self._numbers.get(param), self._given.get(param)
+        return LoadedPart(param, self._group_of(param), part.start, part.numel, states, numbers, given, whole)
 
     def set_numbers(self, numbers: Mapping[Tensor, State]) -> None:
         """Sets the states that are no ranges of elements, after all parts of these parameters were stepped."""
         self._numbers.update(numbers)
+        for param in numbers:
+            self._given.pop(param, None)
 
     # --- steps that may be taken back
 
@@ -119,13 +128,14 @@ class PagedStates(MutableMapping[Tensor, State]):
         """Notes the present states, so that `revert` can return to them; see [Note: two versions of a page]."""
         if not self._pager.is_tentative:
             self._store_new()
-            self._before = dict(self._numbers)
+            self._before, self._given_before = dict(self._numbers), dict(self._given)
             self._pager.begin_tentative()
 
     def keep(self) -> None:
         """Makes the states final."""
         self._pager.keep()
         self._before.clear()
+        self._given_before.clear()
 
     def revert(self, params: Sequence[Tensor] | None, stepped: Collection[Tensor]) -> None:
         """Returns to the noted states of `params`; of all parameters if None.
@@ -139,6 +149,7 @@ class PagedStates(MutableMapping[Tensor, State]):
         if params is None:
             self._pager.revert()
             self._numbers, self._before = self._before, {}
+            self._given, self._given_before = self._given_before, {}
             return
         indices = {self._index[p] for p in params if p in self._index}
         pages = {page for index in indices for page in self._pages[index]}
@@ -155,6 +166,8 @@ class PagedStates(MutableMapping[Tensor, State]):
                 self._numbers[param] = self._before[param]
             else:
                 self._numbers.pop(param, None)
+            if param in self._given_before:
+                self._given[param] = self._given_before[param]
 
     # --- for everything else
 
@@ -167,7 +180,7 @@ class PagedStates(MutableMapping[Tensor, State]):
         self._store_new()
         if param not in self._numbers:
             return {}, {}
-        return dict(self._layout_of(param).dtypes), dict(self._numbers[param])
+        return self._held_dtypes(param), dict(self._numbers[param])
 
     def bytes_in_memory(self, params: Sequence[Tensor]) -> int:
         """Returns the bytes of the element-wise states of `params` that the store keeps in addressable memory. Those of
@@ -240,6 +253,7 @@ class PagedStates(MutableMapping[Tensor, State]):
             raise KeyError(param)
         self._new.pop(param, None)
         self._numbers.pop(param, None)
+        self._given.pop(param, None)
         self._open.pop(param, None)
 
     def __contains__(self, param: object) -> bool:
@@ -258,9 +272,9 @@ class PagedStates(MutableMapping[Tensor, State]):
         self._pager.destroy()
         self._params.clear()
         self._pages.clear()
-        for held in (self._index, self._numbers, self._open, self._new, self._layouts, self._group_numbers):
+        every = (self._index, self._numbers, self._given, self._open, self._new, self._layouts)
+        for held in (*every, self._group_numbers, self._before, self._given_before):
             held.clear()
-        self._before.clear()
 
     # --- reading and writing whole states
 
@@ -270,11 +284,11 @@ class PagedStates(MutableMapping[Tensor, State]):
             return self._new.pop(param, {})
         own = local(param)
         made: State = {
-            name: torch.empty_like(own, dtype=dtype) for name, dtype in self._layout_of(param).dtypes.items()
+            name: torch.empty_like(own, dtype=dtype) for name, dtype in self._held_dtypes(param).items()
         }
         for number, part in self._parts_of(param):
             memory = self._pager.open(number)
-            for name in part.offsets:
+            for name in made:
                 flat(made[name])[part.start : part.start + part.numel].copy_(part.state(memory, name))
             self._pager.close(number, written=False)
         copied = {n: v.clone() if isinstance(v, Tensor) else v for n, v in self._numbers[param].items()}
@@ -284,8 +298,10 @@ class PagedStates(MutableMapping[Tensor, State]):
         """Stores whole states. An empty dict drops those of its parameter."""
         full = {p: state for p, state in states.items() if state}
         self._place(list(full))
-        for param in states.keys() - full.keys():
-            self._numbers.pop(param, None)
+        for param in states:
+            self._given.pop(param, None)
+            if param not in full:
+                self._numbers.pop(param, None)
         values = {p: self._checked(p, state) for p, state in full.items()}
         pages: dict[int, list[Part]] = {}
         for param in full:
@@ -308,12 +324,15 @@ class PagedStates(MutableMapping[Tensor, State]):
                 for n, v in state.items()
                 if n not in names
             }
+            if self._is_initial(state):
+                self._given[param] = frozenset(state)
 
     def _checked(self, param: Tensor, state: State) -> dict[str, Tensor]:
         """Returns the element-wise states as 1-D tensors in the memory order of the parameter."""
         own = local(param)
         values: dict[str, Tensor] = {}
-        for name in self._layout_of(param).dtypes:
+        dtypes = self._layout_of(param).dtypes
+        for name in state if self._is_initial(state) else dtypes:
             value = state.get(name)
             if not isinstance(value, Tensor) or local(value).shape != own.shape:
                 what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
@@ -323,6 +342,15 @@ class PagedStates(MutableMapping[Tensor, State]):
                 )
             values[name] = flat_as(local(value), own)
         return values
+
+    def _is_initial(self, state: State) -> bool:
+        """Whether these are all states of a parameter that was not stepped yet."""
+        initial: tuple[str, ...] = getattr(self._optimizer, "initial_states", ())
+        return bool(state) and state.keys() <= set(initial)
+
+    def _held_dtypes(self, param: Tensor) -> dict[str, torch.dtype]:
+        given, dtypes = self._given.get(param), self._layout_of(param).dtypes
+        return {name: dtype for name, dtype in dtypes.items() if given is None or name in given}
 
     def _store_new(self) -> None:
         """Stores the states that were put into dicts of parameters without states."""

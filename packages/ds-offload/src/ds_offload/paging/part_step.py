@@ -77,7 +77,9 @@ def _over_parts(
     made = over(optimizer, [{**groups[number], "params": members} for number, members in by_group.items()])
     _make_states_in_pages(made, parts, views)
     for part, view in zip(parts, views, strict=True):
-        if part.numbers is not None:
+        if part.given is not None:
+            made.state[view] = {name: part.states[name] for name in part.given}
+        elif part.numbers is not None:
             copied = {n: v.clone() if isinstance(v, Tensor) else v for n, v in part.numbers.items()}
             made.state[view] = {**copied, **part.states}
     return made, views
@@ -103,9 +105,9 @@ def _make_states_in_pages(optimizer: Any, parts: Sequence[LoadedPart], views: Se
     if allocate is None:
         return
     places = {
-        id(view): iter(part.states.values())
+        id(view): iter([state for name, state in part.states.items() if name not in (part.given or ())])
         for part, view in zip(parts, views, strict=True)
-        if part.numbers is None
+        if part.numbers is None or part.given is not None
     }
 
     def new_state(param: Tensor) -> Tensor:

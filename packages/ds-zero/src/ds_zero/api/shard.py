@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -39,12 +39,12 @@ from ds_zero.runtime.gathering.unit_map import map_units
 from ds_zero.runtime.gradients.norms import squared_norm
 from ds_zero.runtime.gradients.sparse_rows import row_parameters
 from ds_zero.runtime.materialize import (
+    OptimizerEntries,
     SecondaryGroup,
     broadcast_buffers,
     build,
     check_fused_if_away,
     near_ranks,
-    replace_params,
     reservations,
 )
 from ds_zero.runtime.optimizer_states import splits_masters
@@ -178,7 +178,6 @@ def shard(
     install(model, state)
     if optimizer is None:
         return model
-    replace_params(optimizer, state.buckets)
     attach(optimizer, state)
     return model, optimizer
 
@@ -233,7 +232,9 @@ def shard_optimizer(model: nn.Module, optimizer: O) -> O:
         state.buckets[0].device,
         "Give every rank the same optimizer",
     )
-    replace_params(optimizer, state.buckets)
+    entries = OptimizerEntries(optimizer)
+    for bucket in state.buckets:
+        entries.replace(bucket)
     attach(optimizer, state)
     return optimizer
 
@@ -255,15 +256,18 @@ def _materialize(
     rows = row_parameters(model, job.stage, topology) if config.sparse_gradients else frozenset()
     layouts = plan_layouts(groups, params, job.stage, config, topology, undivided, unit_of, rows)
     broadcast_buffers(model, topology.axes[0])
-    split = splits_masters(optimizer) is not None
-    plan = reservations(layouts, topology.axes, config.grad_dtype, job.device, split_masters=split)
+    splits = splits_masters(optimizer)
+    plan = reservations(
+        layouts, topology.axes, config.grad_dtype, job.device, split_masters=splits is not None
+    )
     reserved = _reserved_everywhere(job, plan)
     if optimizer is not None:
         check_fused_if_away(optimizer, reserved.away, job.store)
     near = near_ranks(layouts, topology.axes, config.secondary_ranks)
     if job.comm.connect is not None:
         near = {axis: with_transport(n, job.device, job.comm.connect, job.abort) for axis, n in near.items()}
-    buckets = build(layouts, params, topology, reserved, config.grad_dtype, near, split_masters=split)
+    enter: dict[str, Any] = {} if optimizer is None else {"built": OptimizerEntries(optimizer).replace}
+    buckets = build(layouts, params, topology, reserved, config.grad_dtype, near, splits=splits, **enter)
     state = assemble(model, buckets, map_units(model, roots, buckets, leaves), job)
     state.handles += [SecondaryGroup(ranks, buckets) for ranks in near.values()]
     return state

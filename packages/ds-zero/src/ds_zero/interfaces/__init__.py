@@ -29,6 +29,7 @@ from ds_zero.interfaces.collectives import (
 from ds_zero.interfaces.optimizers import (
     ChecksummedStep,
     FusedStep,
+    HasInitialStates,
     MakesNamedStates,
     MakesState,
     PagesState,
@@ -73,6 +74,7 @@ __all__ = [
     "Exchange",
     "FrozenParams",
     "FusedStep",
+    "HasInitialStates",
     "InitialValues",
     "Leaves",
     "MakesNamedStates",

@@ -122,6 +122,15 @@ class SplitsMasters(Protocol):
 
 
 @runtime_checkable
+class HasInitialStates(Protocol):
+    """An optimizer whose first step of a parameter accepts some of its states without the others."""
+
+    @property
+    def initial_states(self) -> tuple[str, ...]:
+        """The names of these states, such as "master_bits"."""
+
+
+@runtime_checkable
 class PagesState(Protocol):
     """An optimizer that keeps its states away, except while it steps. `state[p]` reads a copy of them; a change of the
     copy would be lost.

@@ -22,12 +22,12 @@ from ds_zero.layout.optimizer_trial import reproduce
 from ds_zero.params.records import (
     Range,
     group_names,
-    new_state,
     publish_loaded,
     ranges,
     saved_buffers,
 )
 from ds_zero.runtime.materialize import NUMBERS
+from ds_zero.runtime.optimizer_states import MASTER_BITS, new_state
 from ds_zero.state import ZeroState
 from ds_zero.tensors.logical_tensor import LogicalTensor, parts
 
@@ -172,11 +172,11 @@ class _OptimizerState(_TopLevel):
 
     def _states(self, r: Range, written: tuple[int, int] | None) -> dict[str, Any]:
         shard = r.bucket.shards[r.index]
-        held = self._optimizer.state.get(shard) or None
+        held = self._optimizer.state.get(shard) or {}
         missing = ""
-        if held is None:
+        if held.keys() <= {MASTER_BITS}:
             group = next(g for g in self._optimizer.param_groups if any(p is shard for p in g["params"]))
-            held = self._made[id(shard)] = self._new_states(r, shard, group)
+            held = self._made[id(shard)] = {**self._new_states(r, shard, group), **held}
             if group.get("dampening"):
                 missing = "the optimizer has not stepped, and its first step differs from later ones (dampening): save "
                 missing += "the model alone, or after a step"
@@ -244,7 +244,10 @@ def _take_numbers(optimizer: Optimizer, shard: Tensor, loaded: Mapping[str, Any]
             held[name] = type(held[name])(value.item())
     step = held.get("step")
     if step is not None and float(step) == 0:
-        del optimizer.state[shard]
+        for name in held.keys() - {MASTER_BITS}:
+            del held[name]
+        if not held:
+            del optimizer.state[shard]
 
 
 def _entry(

@@ -16,6 +16,7 @@ from ds_zero.params.deferred_values import gathered_before_shard
 from ds_zero.params.gathered_context import OpenGather
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.materialize import broadcast_values
+from ds_zero.runtime.optimizer_states import clear_master_bits
 from ds_zero.runtime.storage import MASTER, PARAM
 from ds_zero.state import ZeroState
 
@@ -95,7 +96,7 @@ def _apply_changes(state: ZeroState, opened: OpenGather, writer: int | None) -> 
     touched = [bucket for bucket in opened.buckets if changed[id(bucket)].any()]
     if writer is not None and touched:
         opened.put_back(touched)
-        _adopt(touched, writer)
+        _adopt(state, touched, writer)
         for other in state.open_gathers:
             other.refresh(touched)
         state.checksums.retake(touched)
@@ -119,8 +120,9 @@ def _apply_changes(state: ZeroState, opened: OpenGather, writer: int | None) -> 
         )
 
 
-def _adopt(buckets: list[Bucket], writer: int) -> None:
+def _adopt(state: ZeroState, buckets: list[Bucket], writer: int) -> None:
     """Copies the writer's values to the shards and masters of all ranks."""
+    owner = state.optimizer() if state.optimizer is not None else None
     with torch.no_grad():
         for bucket in buckets:
             broadcast_values(bucket.full, bucket.ranks, writer)
@@ -136,6 +138,8 @@ def _adopt(buckets: list[Bucket], writer: int) -> None:
                     low = values.to(master.device)
                     same = master.to(low.dtype) == low
                     master.copy_(torch.where(same, master, low.float()))
+                if storage.exact_dtype == torch.bfloat16:  # the rest of the masters is a state
+                    clear_master_bits(owner, bucket.shards, storage.cut(~same))
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -16,8 +16,6 @@ from ds_zero import _registry
 from ds_zero.interfaces import (
     EVERYWHERE,
     Coordinates,
-    MakesNamedStates,
-    MakesState,
     PagesState,
     RecordSource,
     SplitsMasters,
@@ -26,7 +24,13 @@ from ds_zero.layout.buckets import Slot
 from ds_zero.params.logical import LogicalSource, Reading, whole_records
 from ds_zero.params.stored_values import BucketReader, StoredTensor
 from ds_zero.runtime.bucket import Bucket
-from ds_zero.runtime.optimizer_states import MASTER_BITS, splits_masters, states_opened
+from ds_zero.runtime.optimizer_states import (
+    MASTER_BITS,
+    check_convertible,
+    new_state,
+    splits_masters,
+    states_opened,
+)
 from ds_zero.state import ZeroState
 
 PARAM, BUFFER = "param", "buffer"
@@ -288,20 +292,25 @@ def _load_own_records(
     state.stepper.forget()  # gradients with respect to the replaced values, such as in the middle of an accumulation
     if expect is not None:
         expect(list(_to_be_read(state, source, optimizer_states, keep)))
+    with_states = optimizer if optimizer_states else None
+    # Without states, too: the bits of split masters belong to the values.
+    splitting = optimizer or (state.optimizer() if state.optimizer is not None else None)
+    splitting = splitting if splits_masters(splitting) is not None else None
     with torch.no_grad():
         for bucket, parts in groupby(ranges(state, owned=True), key=lambda r: r.bucket):
             with (
                 bucket.storage.opened(bucket.storage.exact, write=True) as values,
-                states_opened(optimizer if optimizer_states else None, bucket.shards, write=True),
+                states_opened(with_states or splitting, bucket.shards, write=True),
             ):
                 for r in parts:
                     if r.slot.fqn in keep:
                         continue
-                    master = _master_to_read(r, optimizer if optimizer_states else None, values)
+                    master = _master_to_read(r, splitting, values)
                     source.read(r.fqn, PARAM, r.logical_start, master, r.coordinates)
-                    if bucket.shards and optimizer_states and optimizer is not None:
-                        _load_states(r, optimizer, source)
-                        _split(r, optimizer, values, master)
+                    if bucket.shards and with_states is not None:
+                        _load_states(r, with_states, source)
+                    if bucket.shards and splitting is not None:
+                        _split(r, splitting, values, master)
         for fqn, buffer in saved_buffers(model).items():
             if fqn in keep:
                 continue
@@ -385,32 +394,6 @@ def _check(state: ZeroState, model: nn.Module, source: RecordSource, keep: Abstr
             )
 
 
-def new_state(optimizer: Optimizer, shard: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """Allocates one optimizer state: by the optimizer's `new_named_state` or `new_state`, which chooses the device, if
-    it has one.
-
-    Raises:
-        ValueError: the optimizer keeps codes and `dtype` has numbers, or the other way round.
-    """
-    if isinstance(optimizer, MakesNamedStates):
-        made = optimizer.new_named_state(shard, name)
-    elif isinstance(optimizer, MakesState):
-        made = optimizer.new_state(shard)
-    else:
-        made = torch.zeros_like(shard, dtype=dtype)
-    check_convertible(name, made.dtype, dtype)
-    return made.detach()
-
-
-def check_convertible(name: str, own: torch.dtype, saved: torch.dtype) -> None:
-    """Raises ValueError if a saved state of dtype `saved` has no meaning in dtype `own`: codes are no numbers."""
-    if own != saved and not (own.is_floating_point and saved.is_floating_point):
-        raise ValueError(
-            f"optimizer state {name!r} was saved as {saved}, but this optimizer keeps it as {own}: resume with the "
-            "same state_dtype, or load without optimizer states"
-        )
-
-
 def _master_to_read(r: Range, optimizer: Optimizer | None, values: Tensor) -> Tensor:
     """Returns the tensor into which a parameter is read: fp32 if its master is split afterwards."""
     own = r.of(values)
@@ -439,7 +422,7 @@ def _load_states(r: Range, optimizer: Optimizer, source: RecordSource) -> None:
     shard = r.bucket.shards[r.index]
     held = optimizer.state[shard]
     stored = {name: kind for name, kind in source.states(r.fqn, r.coordinates).items() if name != PARAM}
-    for name in held.keys() - stored.keys():
+    for name in held.keys() - stored.keys() - {MASTER_BITS}:
         del held[name]  # a state of this run that the checkpoint does not contain
     for name, (shape, dtype) in stored.items():
         if _is_ranged(r, shape):

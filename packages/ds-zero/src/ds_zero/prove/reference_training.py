@@ -5,7 +5,7 @@ The reference has one whole model, one whole optimizer and no collectives. The m
 the other. Their gradients are added in the order of the accumulation plan (docs/notes/zero.md): over ranks in a binary
 tree; over micro-batches before that, on each rank (`local`), after it (`sharded`), or in one tree with the ranks
 (`rank_invariant`). 16-bit parameters have fp32 masters in a second copy of the model, which the optimizer updates. If
-the optimizer splits masters, these start from the rounded parameters, and parameters are rounded as it rounds them.
+the optimizer splits masters, parameters are rounded as it rounds them.
 The only code of ds_zero in it computes the norm and changes the loss scale; both have their own tests. So errors in
 buckets, slices, messages, hooks, stores or the publication of parameters cannot affect the reference.
 """
@@ -198,8 +198,8 @@ class PlainTraining:
                 continue
             if splits is not None and param.requires_grad and dtypes[name] == torch.bfloat16:
                 self._split.add(name)
-                param.data = param.data.to(torch.bfloat16)  # masters without bits of their own yet
             param.data = param.data.to(rests, torch.float32)
+        self._publish_split(worker)
         return worker
 
     def _has_buffers(self) -> bool:
@@ -429,12 +429,19 @@ class PlainTraining:
         masters = dict(self.keeper.named_parameters())
         with torch.no_grad():
             for name, param in self.worker.named_parameters():
-                if name in self._split:
-                    splits = splits_masters(self.optimizer)
-                    assert splits is not None
-                    param.copy_(splits.split_master(masters[name].detach())[0])  # ties away from zero
-                elif name in self.names:
+                if name in self.names and name not in self._split:
                     param.copy_(masters[name])
+        self._publish_split(self.worker)
+
+    def _publish_split(self, worker: nn.Module) -> None:
+        """Copies masters that are split to the parameters of `worker`, with ties away from zero."""
+        splits = splits_masters(self.optimizer)
+        masters = dict(self.keeper.named_parameters())
+        with torch.no_grad():
+            for name, param in worker.named_parameters():
+                if name in self._split:
+                    assert splits is not None
+                    param.copy_(splits.split_master(masters[name].detach())[0])
 
     def _use_buffers(self, rank: int) -> None:
         if self._buffers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from ds_zero.comm.ranks import Ranks
 from ds_zero.comm.topology import Topology
 from ds_zero.config import ZeroConfig
-from ds_zero.interfaces import FusedStep, Reservation, ShardKey, ShardStore
-from ds_zero.layout.buckets import BucketLayout, Slot
+from ds_zero.interfaces import FusedStep, HasInitialStates, Reservation, ShardKey, ShardStore, SplitsMasters
+from ds_zero.layout.buckets import FROZEN, BucketLayout, Slot
 from ds_zero.params.deferred import become_real, recorded_values
 from ds_zero.runtime.bucket import Bucket, whole_memory
 from ds_zero.runtime.gathering.secondary import Secondary, secondary_ranks
+from ds_zero.runtime.optimizer_states import set_master_bits, split_values
 from ds_zero.runtime.storage import BucketStorage, Reserved, kinds_of
 
 
@@ -66,13 +67,16 @@ def build(
     grad_dtype: torch.dtype,
     near: Mapping[int, Ranks],
     *,
-    split_masters: bool = False,
+    splits: SplitsMasters | None = None,
+    built: Callable[[Bucket, Tensor | None], None] = lambda bucket, bits: None,
 ) -> list[Bucket]:
     """Creates the buckets and moves the model's values into them, one bucket at a time, so that the values of at most
     one bucket are in memory twice. Collective.
 
     Args:
         near: index of an axis -> the ranks that share a secondary copy, [Note: secondary shards].
+        splits: the optimizer, if it splits masters, [Note: split masters].
+        built: called with each bucket, and with the (owned,) bits of its masters if these were split.
     """
     axes, device = topology.axes, reserved.device
     values = recorded_values(params)
@@ -88,19 +92,37 @@ def build(
         for param in members:
             become_real(param, device)
         with torch.no_grad():
-            full.copy_(exact)
-            kinds = kinds_of(layout, full.dtype, grad_dtype, split_masters=split_masters)
+            bits = _copy_rounded(exact, full, layout, ranks.rank, splits)
+            kinds = kinds_of(layout, full.dtype, grad_dtype, split_masters=splits is not None)
             trains = [p.requires_grad for p in members]
-            storage = BucketStorage(layout, ranks.rank, kinds, reserved, full, exact, trains)
-        del exact
+            rounded = full if bits is not None else exact
+            storage = BucketStorage(layout, ranks.rank, kinds, reserved, full, rounded, trains)
+        del exact, rounded
         secondary = None
         if layout.unit is not None and layout.axis in near:
             secondary = Secondary(near[layout.axis], layout.padded_numel, full.dtype, device)
         counted = [slot.fqn not in topology.uncounted for slot in layout.slots]
         buckets.append(Bucket(ranks, members, full, storage, counted=counted, secondary=secondary))
+        built(buckets[-1], bits)
     if device.type == "cpu":
         _return_freed_memory()
     return buckets
+
+
+def _copy_rounded(
+    exact: Tensor, full: Tensor, layout: BucketLayout, rank: int, splits: SplitsMasters | None
+) -> Tensor | None:
+    """Copies the values of a bucket to parameters in their compute dtype. Returns the bits of this rank's masters if
+    they are split and the values have more bits than the parameters.
+    """
+    begin, end = layout.owned_range(rank)
+    wider = full.dtype == torch.bfloat16 != exact.dtype
+    if splits is None or layout.group == FROZEN or not wider or not isinstance(splits, HasInitialStates):
+        full.copy_(exact)
+        return None
+    bits = torch.empty(end - begin, dtype=torch.int16, device=exact.device)
+    split_values(splits, exact, full, begin, bits)
+    return bits
 
 
 def _return_freed_memory() -> None:
@@ -167,20 +189,35 @@ def check_fused_if_away(optimizer: Optimizer, away: Sequence[ShardKey], store: S
         )
 
 
-def replace_params(optimizer: Optimizer, buckets: list[Bucket]) -> None:
-    """Replaces each parameter in the optimizer's groups by its shard, in the same order, and shards existing optimizer
-    states.
-    """
-    place_of = {id(p): (b, index) for b in buckets if b.trainable for index, p in enumerate(b.params)}
-    for group in optimizer.param_groups:
-        entries = group["params"]
-        for i, param in enumerate(entries):
-            bucket, index = place_of[id(param)]
-            entries[i] = bucket.shards[index]
+class OptimizerEntries:
+    """The parameters in an optimizer's groups, which shards replace, one bucket at a time."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._places = {
+            id(param): (entries, i)
+            for entries in (group["params"] for group in optimizer.param_groups)
+            for i, param in enumerate(entries)
+        }
+
+    def replace(self, bucket: Bucket, bits: Tensor | None = None) -> None:
+        """Replaces each parameter of a bucket by its shard, in the same order, and shards existing optimizer states.
+
+        Args:
+            bits: those of the bucket's masters, if they are split.
+        """
+        if not bucket.trainable:
+            return
+        optimizer = self._optimizer
+        for index, (param, shard) in enumerate(zip(bucket.params, bucket.shards, strict=True)):
+            entries, i = self._places[id(param)]
+            entries[i] = shard
             state = optimizer.state.pop(param, None)
             # In the whole layout one rank owns a tensor, and the other ranks have no state of it.
-            if state and (bucket.shards[index].numel() or not bucket.layout.undivided):
-                optimizer.state[bucket.shards[index]] = cut_states(bucket, index, state)
+            if state and (shard.numel() or not bucket.layout.undivided):
+                optimizer.state[shard] = cut_states(bucket, index, state)
+        if bits is not None:
+            set_master_bits(optimizer, bucket.shards, bucket.storage.cut(bits))
 
 
 NUMBERS = frozenset(["step", "eta", "mu", "mu_product"])

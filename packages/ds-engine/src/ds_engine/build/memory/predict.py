@@ -64,17 +64,20 @@ def predicted(
         tiers, notes = chosen.tiers, [note, *budget_notes(job, chosen)]
     else:
         tiers, notes = tiers_of(where), []
+    moved = None if micro_batch is None else planned_activations(job)
     plan = ds_zero.plan(
         model,
         micro_batch,
         optimizer=made,
         tiers=tiers,
-        activations=None if micro_batch is None else planned_activations(job),
+        activations=moved,
         checkpointing=checkpointing,
         budget_bytes=budgets.device_bytes,
         host_budget_bytes=budgets.host_bytes,
         **common,
     )
+    if moved is not None and moved.choice is not None:
+        notes.append(f"activations within offload.budget: {moved.choice}")
     return replace(plan, notes=(*plan.notes, *notes))
 
 

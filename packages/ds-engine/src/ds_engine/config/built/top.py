@@ -153,7 +153,7 @@ WORKING: tuple[Row, ...] = (
             f"activation_offload.{name}",
             "ds-offload",
             f"ds_offload.ActivationOptions.{name}",
-            only=lambda config: config.activation_offload.device != "none",
+            only=lambda config: config.moves_activations,
             otherwise="activations stay on the device",
         )
         for name in ("min_bytes", "budget_bytes", "prefetch_bytes", "max_host_bytes")
@@ -169,7 +169,7 @@ WORKING: tuple[Row, ...] = (
         "activation_offload.layers",
         "ds-offload",
         "ds_offload.ActivationOffload.attach(layers=...)",
-        only=lambda config: config.activation_offload.device != "none",
+        only=lambda config: config.moves_activations,
         otherwise="activations stay on the device",
     ),
     works("checkpoint.memory_copies", _ENGINE, "ds_checkpoint.MemoryCopies"),

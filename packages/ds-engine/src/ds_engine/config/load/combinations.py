@@ -222,6 +222,16 @@ COMBINATIONS: tuple[Combination, ...] = (
         sentence="offload.budget.disk needs nvme_path, a directory on the disk",
     ),
     Combination(
+        key="activation_offload.budget_bytes",
+        broken=lambda c: (
+            c.offload.budget is not None
+            and c.offload.budget.activations is not None
+            and c.activation_offload.budget_bytes > 0
+        ),
+        sentence="offload.budget.activations decides how many bytes of activations stay on the device: remove "
+        "activation_offload.budget_bytes",
+    ),
+    Combination(
         key="activation_offload.nvme_path",
         broken=lambda c: (
             c.activation_offload.device == "nvme" and c.activation_offload.nvme_path in (None, "", "none")

@@ -281,6 +281,14 @@ class DsConfig(Section):
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @property
+    def moves_activations(self) -> bool:
+        """Whether activations are moved, by `activation_offload.device` or by a budget."""
+        budget = self.offload.budget
+        return self.activation_offload.device != "none" or (
+            budget is not None and budget.activations is not None
+        )
+
+    @property
     def origin(self) -> Origin:
         """Where the values came from; what `load` has renamed, left to defaults, or ignored."""
         return self._origin

@@ -19,6 +19,12 @@ class BudgetConfig(Section):
         description="Device memory for parameters, gradients, masters and optimizer states of a rank, "
         f"{_UNITS}. Activations and temporary buffers come on top. Default: no limit.",
     )
+    activations: Size | None = Field(
+        default=None,
+        description=f"Device memory for the activations of one forward of a rank, {_UNITS}. The layers whose "
+        'activations are moved to host memory (to the disk with activation_offload.device "nvme") are chosen so that '
+        "the rest is within it. Default: no limit.",
+    )
     host: Size | None = Field(
         default=None,
         description=f"Host memory of a rank for state and for buffers of what is on the disk, {_UNITS}. Default: no "
