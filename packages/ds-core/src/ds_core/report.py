@@ -112,12 +112,12 @@ def _io_lines() -> list[str]:
 
 
 def _cufile() -> str:
-    """Whether NVIDIA's library for copies between disk and GPU is there. It is not used yet."""
+    """Whether NVIDIA's library for copies between disk and GPU is there."""
     try:
         ctypes.CDLL("libcufile.so.0")
     except OSError:
         return "libcufile.so.0 cannot be opened: copies between disk and GPU go through host memory"
-    return "libcufile.so.0 is there, but not used yet: copies between disk and GPU go through host memory"
+    return "libcufile.so.0: ds_core.io.GpuDirect copies between disk and GPU; stores go through host memory"
 
 
 def text() -> str:

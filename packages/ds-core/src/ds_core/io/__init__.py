@@ -8,5 +8,6 @@ with Engine() as engine, engine.open(path, create=True, num_bytes=x.nbytes) as f
 from ds_core.io.engine import Engine, Work
 from ds_core.io.errors import IoError, IoTimeoutError
 from ds_core.io.file import File
+from ds_core.io.gpu_direct import GpuDirect, GpuDirectMissing, GpuFile
 
-__all__ = ["Engine", "File", "IoError", "IoTimeoutError", "Work"]
+__all__ = ["Engine", "File", "GpuDirect", "GpuDirectMissing", "GpuFile", "IoError", "IoTimeoutError", "Work"]
