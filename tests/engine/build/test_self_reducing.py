@@ -110,6 +110,7 @@ OTHERS = [
     {"type": "ZeroOneAdam", "params": {"lr": 0.02, "var_freeze_step": FREEZE, "local_step_clipper": 1}},
     {"type": "OneBitLamb", "params": {"lr": 0.02, "freeze_step": FREEZE}},
     {"type": "ShardedOneBitAdam", "params": {"lr": 0.02, "freeze_step": FREEZE}},
+    {"type": "ShardedOneBitLamb", "params": {"lr": 0.02, "freeze_step": FREEZE}},
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ds_engine.job.choices import Choices
 from ds_engine.rule import Rule
 
-_ONE_BIT = frozenset({"onebitadam", "zerooneadam", "onebitlamb"})
+_ONE_BIT = frozenset({"onebitadam", "zerooneadam", "onebitlamb", "shardedonebitadam", "shardedonebitlamb"})
 
 
 def _piped(choices: Choices) -> bool:

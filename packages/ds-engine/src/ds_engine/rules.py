@@ -75,7 +75,9 @@ def _may_use_disk(choices: Choices) -> bool:
 
 _FACTORED = frozenset({"adafactor"})
 _WHOLE = frozenset({"adafactor", "lamb", "muon"})
-_SELF_REDUCING = frozenset({"onebitadam", "zerooneadam", "onebitlamb"})
+_SELF_REDUCING = frozenset(
+    {"onebitadam", "zerooneadam", "onebitlamb", "shardedonebitadam", "shardedonebitlamb"}
+)
 
 RULES: tuple[Rule, ...] = (
     Rule(

@@ -9,6 +9,7 @@ from ds_comm.optim.onebit_adam import OneBitAdam
 from ds_comm.optim.onebit_lamb import OneBitLamb
 from ds_comm.optim.options import CompressionOptions
 from ds_comm.optim.sharded_onebit_adam import ShardedOneBitAdam
+from ds_comm.optim.sharded_onebit_lamb import ShardedOneBitLamb
 from ds_comm.optim.zero_one_adam import ZeroOneAdam
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "OneBitLamb",
     "SelfReducingOptimizer",
     "ShardedOneBitAdam",
+    "ShardedOneBitLamb",
     "ZeroOneAdam",
     "merge_states",
     "nesterov",

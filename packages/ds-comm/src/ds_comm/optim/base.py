@@ -78,15 +78,8 @@ def clip_factor(norm: float, max_grad_norm: float) -> float:
     return max_grad_norm / (norm + 1e-6)
 
 
-class SelfReducingOptimizer(Optimizer):
-    """Base of optimizers over local gradients: `param.grad` is this rank's own gradient, and `step` is collective.
-
-    Use no DistributedDataParallel around the model. All ranks of the group must pass the same parameters in the same
-    order and call `step` equally often; a rank without a batch calls it without gradients, which count as zeros.
-
-    A parameter's first `freeze_step` updates reduce its gradient at full precision; then it changes to compressed
-    communication. Parameters without gradient on all ranks are skipped in the first phase; in the second one a missing
-    gradient counts as zeros. Parameters of 16 bits get an fp32 master copy.
+class ReducingOptimizer(Optimizer):
+    """What all optimizers over local gradients have: a group of ranks, a loss scale, and the same first parameters.
 
     `torch.amp.GradScaler.step(optimizer)` works: gradients are unscaled here, and a gradient that is not finite on any
     rank makes all ranks skip the step.
@@ -116,14 +109,75 @@ class SelfReducingOptimizer(Optimizer):
         self.freeze_step = freeze_step
         self.max_grad_norm = max_grad_norm
         self.report: StepReport | None = None
-        self._model_group: dist.ProcessGroup | None = None
-        self._compressed = CompressedState(self.channel, self.compression)
         super().__init__(params, defaults)
 
     @property
     def traffic(self) -> Traffic:
         """Calls and bytes that this rank has sent."""
         return self.channel.traffic
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.add_param_group`. Collective: parameters are broadcast."""
+        super().add_param_group(param_group)
+        if self.compression.broadcast_parameters:
+            for param in self.param_groups[-1]["params"]:
+                self.channel.broadcast(param.detach())
+
+    def _unscale(self) -> float:
+        return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+
+    def _part_bytes_of(self, numels: Sequence[int], num_ranks: int) -> list[int]:
+        """Returns the payload of each rank's part of parameters with `numels` elements."""
+        compressor = self.compression.compressor
+        blocks, _ = Blocks.of(numels, compressor.block_numel)
+        return [compressor.payload_bytes(part) for _, part in blocks.cut(num_ranks)]
+
+    def planned_bytes(self, numels: Sequence[int], num_ranks: int) -> int:
+        """Returns the bytes that rank 0 of so many ranks sends in a step of the compressed phase for parameters of
+        `numels` elements.
+        """
+        return 0 if num_ranks == 1 else wire.two_phase_bytes(self._part_bytes_of(numels, num_ranks), 0)
+
+
+def evaluated(closure: Callable[[], float] | None) -> float | None:
+    """Returns the loss of a closure of `Optimizer.step`, which computes gradients."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+class SelfReducingOptimizer(ReducingOptimizer):
+    """Base of optimizers over local gradients: `param.grad` is this rank's own gradient, and `step` is collective.
+
+    Use no DistributedDataParallel around the model. All ranks of the group must pass the same parameters in the same
+    order and call `step` equally often; a rank without a batch calls it without gradients, which count as zeros.
+
+    A parameter's first `freeze_step` updates reduce its gradient at full precision; then it changes to compressed
+    communication. Parameters without gradient on all ranks are skipped in the first phase; in the second one a missing
+    gradient counts as zeros. Parameters of 16 bits get an fp32 master copy.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        freeze_step: int,
+        max_grad_norm: float = 0.0,
+        group: dist.ProcessGroup | None = None,
+        compression: CompressionOptions | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            defaults,
+            freeze_step=freeze_step,
+            max_grad_norm=max_grad_norm,
+            group=group,
+            compression=compression,
+        )
+        self._model_group: dist.ProcessGroup | None = None
+        self._compressed = CompressedState(self.channel, self.compression)
 
     @property
     def compressed_state(self) -> CompressedState:
@@ -156,24 +210,14 @@ class SelfReducingOptimizer(Optimizer):
 
     # -- stepping
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `torch.optim.Optimizer.add_param_group`. Collective: parameters are broadcast."""
-        super().add_param_group(param_group)
-        if self.compression.broadcast_parameters:
-            for param in self.param_groups[-1]["params"]:
-                self.channel.broadcast(param.detach())
-
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Reduces, and updates all parameters. Collective. `closure` re-evaluates the model and returns the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         entries = [entry for group in self.param_groups for entry in self._entries(group)]
         dense = [entry for entry in entries if self._is_dense(entry)]
         compressed = [entry for entry in entries if not self._is_dense(entry)]
-        unscale = 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+        unscale = self._unscale()
         if not dense and compressed and self._is_local(compressed):
             return self._local_step(compressed, unscale, loss)
         skipped, squared, present = self._agree(dense, compressed, unscale)
@@ -337,16 +381,6 @@ class SelfReducingOptimizer(Optimizer):
             "worker_residual": (residual, 1.0),
             "server_residual": (residual, 1.0 / num_ranks),
         }
-
-    def planned_bytes(self, numels: Sequence[int], num_ranks: int) -> int:
-        """Returns the bytes that rank 0 of so many ranks sends in a step of the compressed phase for parameters of
-        `numels` elements.
-        """
-        if num_ranks == 1:
-            return 0
-        compressor = self.compression.compressor
-        blocks, _ = Blocks.of(numels, compressor.block_numel)
-        return wire.two_phase_bytes([compressor.payload_bytes(part) for _, part in blocks.cut(num_ranks)], 0)
 
 
 def _grad_or_zeros(entry: Entry) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from ds_comm.compress.feedback import merge_feedback_states
 from ds_comm.optim.base import FEEDBACK_KEY
 from ds_comm.optim.local_sgd import LOCAL_KEY, mean_of, merge_local_states
-from ds_comm.optim.sharded_onebit_adam import SHARDED_KEY, merge_sharded_states
+from ds_comm.optim.sharded import SHARDED_KEY, merge_sharded_states
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Of the optimizers with compressed communication, everything besides residuals is the same on all ranks and is taken
     from the first state. `LocalSGD` has other inner states on each rank: they are averaged. Parts of
-    `ShardedOneBitAdam` are put together.
+    `ShardedOneBitAdam` and `ShardedOneBitLamb` are put together.
     """
     merged = dict(states[0])
     if LOCAL_KEY in merged:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from ds_comm.optim.adam_parts import bias_corrections, floor_variance, quotient
 from ds_comm.optim.base import Entry, SelfReducingOptimizer
+from ds_comm.optim.lamb_parts import averaged_ratio, kernel_options, lamb_defaults, limited_factor
 from ds_comm.optim.options import CompressionOptions, adam_defaults, check_peer_arguments
 from ds_core import kernels
-from ds_core.optim.base import NO_CORRECTION_STEP
 
 
 class OneBitLamb(SelfReducingOptimizer):
@@ -67,22 +66,14 @@ class OneBitLamb(SelfReducingOptimizer):
         """
         check_peer_arguments("OneBitLamb", peer)
         defaults = adam_defaults(lr, betas, eps, weight_decay, bias_correction)
-        if not 0.0 <= min_coeff <= max_coeff or not 0.0 < factor_min <= 1.0 <= factor_max:
-            raise ValueError(
-                f"OneBitLamb needs 0 <= min_coeff <= max_coeff and 0 < factor_min <= 1 <= factor_max, but they are "
-                f"{min_coeff}, {max_coeff}, {factor_min} and {factor_max}"
-            )
-        for key, value in (("coeff_beta", coeff_beta), ("factor_threshold", factor_threshold)):
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"{key} must lie in [0, 1), but is {value}")
-        defaults |= {
-            "max_coeff": max_coeff,
-            "min_coeff": min_coeff,
-            "coeff_beta": coeff_beta,
-            "factor_max": factor_max,
-            "factor_min": factor_min,
-            "factor_threshold": factor_threshold,
-        }
+        defaults |= lamb_defaults(
+            max_coeff=max_coeff,
+            min_coeff=min_coeff,
+            coeff_beta=coeff_beta,
+            factor_max=factor_max,
+            factor_min=factor_min,
+            factor_threshold=factor_threshold,
+        )
         super().__init__(
             params,
             defaults,
@@ -97,21 +88,15 @@ class OneBitLamb(SelfReducingOptimizer):
             group, state = entry.group, entry.state
             values = entry.values.contiguous()
             moments = ([values], [state["exp_avg"]], [state["exp_avg_sq"]])
-            options = {
-                "step": entry.step + 1 if group["bias_correction"] else NO_CORRECTION_STEP,
-                "beta1": float(group["betas"][0]),
-                "beta2": float(group["betas"][1]),
-                "eps": group["eps"],
-                "weight_decay": group["weight_decay"],
-            }
+            options = kernel_options(group, entry.step + 1)
             norms = kernels.lamb_moments(*moments, [total], grad_scale=factor, **options)
             ratio = kernels.trust_ratios(norms, group["min_coeff"], group["max_coeff"])[0]
             kernels.lamb_apply(*moments, [ratio], lr=float(group["lr"]), **options)
             if values.data_ptr() != entry.values.data_ptr():
                 entry.values.copy_(values)  # the parameter has another memory format
-            if ratio != 1.0:  # one norm is 0, or the first update of a tensor of zeros
-                average = state.get("coeff", ratio)
-                state["coeff"] = group["coeff_beta"] * average + (1.0 - group["coeff_beta"]) * ratio
+            average = averaged_ratio(group, state.get("coeff"), ratio)
+            if average is not None:
+                state["coeff"] = average
             if entry.step + 1 >= self.freeze_step:
                 floor_variance(state["exp_avg_sq"], self.compression)
                 state["fresh"] = state["exp_avg_sq"].clone()
@@ -155,11 +140,6 @@ class OneBitLamb(SelfReducingOptimizer):
             return 1.0
         frozen = state["exp_avg_sq"].sqrt().add_(group["eps"])
         factor = float((frozen / state["fresh"].sqrt().add_(group["eps"])).max())
-        if change is not direction:
-            whole = float(change.norm())
-            share = min(1.0, float(direction.norm()) / whole) if whole > 0.0 else 1.0
-            factor = factor * share + 1.0 - share
-        last, limit = float(state.get("factor", 1.0)), float(group["factor_threshold"])
-        factor = min(max(factor, group["factor_min"]), group["factor_max"])
-        factor = min(max(factor, last * (1.0 - limit)), last * (1.0 + limit))
-        return factor if math.isfinite(factor) else last
+        whole = float(change.norm()) if change is not direction else 0.0  # 0: the share is 1
+        own = float(direction.norm()) if change is not direction else 0.0
+        return limited_factor(group, float(state.get("factor", 1.0)), factor, own, whole)

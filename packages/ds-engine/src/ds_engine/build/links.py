@@ -16,7 +16,7 @@ from ds_engine.interfaces import World
 from ds_engine.job import Job
 from ds_engine.job.precision import DTYPES
 
-_ONE_BIT = ("OneBitAdam", "ZeroOneAdam", "OneBitLamb", "ShardedOneBitAdam")
+_ONE_BIT = ("OneBitAdam", "ZeroOneAdam", "OneBitLamb", "ShardedOneBitAdam", "ShardedOneBitLamb")
 
 
 def check_links(job: Job, model: nn.Module, optimizer: Optimizer, world: World) -> None:

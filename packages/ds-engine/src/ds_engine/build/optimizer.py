@@ -93,6 +93,16 @@ def _communicating(class_name: str, *arguments: str) -> Own:
     )
 
 
+_LAMB = (
+    "freeze_step",
+    "max_coeff",
+    "min_coeff",
+    "coeff_beta",
+    "factor_max",
+    "factor_min",
+    "factor_threshold",
+)
+
 OWN: Mapping[str, Own] = {
     "Adam": _ADAM,
     "AdamW": _ADAM,
@@ -161,16 +171,8 @@ OWN: Mapping[str, Own] = {
         "local_step_scaler",
         "local_step_clipper",
     ),
-    "OneBitLamb": _communicating(
-        "OneBitLamb",
-        "freeze_step",
-        "max_coeff",
-        "min_coeff",
-        "coeff_beta",
-        "factor_max",
-        "factor_min",
-        "factor_threshold",
-    ),
+    "OneBitLamb": _communicating("OneBitLamb", *_LAMB),
+    "ShardedOneBitLamb": _communicating("ShardedOneBitLamb", *_LAMB),
     "MuAdam": _mu_adam(decoupled=False),
     "MuAdamW": _mu_adam(decoupled=True),
     "MuSGD": Own(

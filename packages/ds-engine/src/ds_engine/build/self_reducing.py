@@ -43,9 +43,10 @@ def check_reduction(job: Job, optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     wrong = []
     if job.stage > 0:
+        divided = "ShardedOneBitLamb" if name.endswith("Lamb") else "ShardedOneBitAdam"
         wrong.append(
             f"zero_optimization.stage is {job.stage}: {name} averages whole gradients, and every rank needs the whole "
-            "momentum; set it to 0. The optimizer ShardedOneBitAdam divides masters and states among the ranks itself"
+            f"momentum; set it to 0. The optimizer {divided} divides masters and states among the ranks itself"
         )
     if job.placement.optimizer_states != "device":
         wrong.append(

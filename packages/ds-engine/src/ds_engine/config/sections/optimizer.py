@@ -14,7 +14,8 @@ class OptimizerConfig(Section):
 
     type: str = Field(
         description="Name of the optimizer: Adam, AdamW, Lamb, Lion, Adagrad, Muon, SGD, MuAdam, MuAdamW or "
-        "MuSGD (kernels of ds-core), OneBitAdam, ZeroOneAdam or OneBitLamb (ds-comm), or any class in "
+        "MuSGD (kernels of ds-core), OneBitAdam, ZeroOneAdam, OneBitLamb, ShardedOneBitAdam "
+        "or ShardedOneBitLamb (ds-comm), or any class in "
         "torch.optim. Case is ignored. Adam decouples weight decay, as AdamW does, unless params.adam_w_mode is false."
     )
     params: dict[str, Any] = Field(
