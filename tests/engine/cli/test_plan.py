@@ -163,6 +163,7 @@ def test_every_stage_on_several_numbers_of_ranks(tmp_path: Path) -> None:
 
 
 RATES = {
+    "price_per_rank_hour": 2.0,
     "flops_per_s": 1e9,
     "memory_bytes_per_s": 1e9,
     "link": {"latency_s": 1e-5, "bytes_per_s": 1e8},
@@ -186,9 +187,16 @@ def test_time_and_picture_of_every_stage(tmp_path: Path) -> None:
     assert cells[0, 1]["step_s"] < cells[0, 1024]["step_s"]
     assert cells[2, 1024]["samples_per_s"] == pytest.approx(4096 / cells[2, 1024]["step_s"])
     titles = re.findall(r"<figcaption>([^<]*)<", html.read_text())
-    assert [title.split()[0] for title in titles] == ["Peak", "Sent", "Predicted", "Predicted"]
-    code, text = ds_plan(tmp_path, "--html", str(html))
-    assert code == 2 and "add --compare" in " ".join(text.split())
+    assert [title.split()[0] for title in titles] == ["Peak", "Sent", *["Predicted"] * 3]
+    code, text = ds_plan(tmp_path, "-n", "2", "--html", str(html), "--steps", "100", *rates)
+    assert code == 0 and "for a million samples" in text and "the whole run" in text
+    page = html.read_text()
+    assert re.findall(r"<figcaption>([^<]*)<", page) == [
+        "Memory of a rank in each phase",
+        "Time of a step",
+        "Messages of a rank in a step, by axis",
+    ]
+    assert "forward and backward" in page and "data" in page
     code, text = ds_plan(tmp_path, *rates, factory="only")
     assert code == 2 and "needs the inputs of a forward" in " ".join(text.split())
 
@@ -225,6 +233,17 @@ def test_a_model_of_hugging_face_by_its_configuration(tmp_path: Path) -> None:
         backward = next(phase for phase in found["phases"] if phase["phase"] == "backward")
         activations.append(backward["parts"]["activations"])
     assert activations[0] > 3 * activations[1] > 0
+    (tmp_path / "rates.json").write_text(json.dumps(RATES))
+    more = ("--json", "--model", str(folder), "-n", "4", "--rates", str(tmp_path / "rates.json"))
+    code, text = ds_plan(tmp_path, *more, tensor_parallel={"autotp_size": 2})
+    # A rank of two sends an activation, (4, 16, 16) fp32, twice in the forward and for q, k, v, gate and up in the
+    # backward; once for the embedding, and in both directions for the output layer, which is half as large.
+    sent = {one["axis"]: (one["ranks"], one["sent_bytes"]) for one in json.loads(text)["axes"]}
+    assert code == 0 and sent["tensor"] == (2, 10 * 4 * 16 * 16 * 4) and sent["data"][0] == 2
+    code, text = ds_plan(tmp_path, *more, sequence_parallel_size=2)
+    # Ulysses: 4 N h (P - 1) / P^2 elements in each direction for as many key heads, N tokens of all ranks.
+    sent = {one["axis"]: (one["ranks"], one["sent_bytes"]) for one in json.loads(text)["axes"]}
+    assert code == 0 and sent["sequence"] == (2, pytest.approx(2 * 4 * (4 * 16) * 16 // 4 * 4, rel=0.1))
     code, text = ds_plan(tmp_path, "--model", str(folder / "config.json"), "--tokens", "17")
     assert code == 2 and "--tokens 17: the model accepts at most 16" in text
     for wrong, message in (

@@ -19,7 +19,14 @@ from ds_pipe import make
 from ds_zero.predict.measured_memory import counted_memory
 from engine.jobs import on_ranks
 from engine.pipeline import planned_model
-from engine.pipeline.planned_model import ROWS, TOKENS, VOCABULARY, config, micro_batch, pipeline
+from engine.pipeline.planned_model import ROWS, TOKENS, VOCABULARY, WIDTH, config, micro_batch, pipeline
+
+RATES = {
+    "flops_per_s": 1e10,
+    "memory_bytes_per_s": 1e10,
+    "link": {"latency_s": 1e-5, "bytes_per_s": 1e9},
+    "price_per_rank_hour": 2.0,
+}
 
 # (schedule, ZeRO stage, tied weights, micro-batches)
 CASES = [("1f1b", 1, False, 4), ("zb-v", 2, False, 4), ("1f1b", 3, True, 4)]
@@ -86,6 +93,24 @@ def test_the_command(tmp_path):
     made = json.loads(result.stdout)
     assert made["in_flight"] == [{"0": 2}, {"1": 1}] and made["bubble"] == pytest.approx(1 / 9)
     assert made["ranks"][0]["ranks"] == 2 and made["device_bytes"] == made["ranks"][0]["device_bytes"]
+    (tmp_path / "rates.json").write_text(json.dumps(RATES))
+    html = tmp_path / "plan.html"
+    timed = ["--rates", str(tmp_path / "rates.json"), "--steps", "10", "--html", str(html)]
+    result = CliRunner().invoke(app, [*arguments, "--ranks", "4", "--json", *timed])
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    pipe, data = made["time"]["axes"]
+    assert pipe["sent_bytes"] == 8 * ROWS * TOKENS * WIDTH * 4 and data["ranks"] == 2
+    time = made["time"]
+    assert (
+        time["compute_s"]
+        < time["total_s"]
+        == pytest.approx(time["compute_s"] + time["exposed_s"] + time["update_s"])
+    )
+    assert made["bubble"] > 1 / 9  # the last stage has the head, so the first one waits for it
+    assert made["cost"]["run"] == pytest.approx(10 * made["time"]["total_s"] / 3600 * 4 * 2.0)
+    page = html.read_text()
+    assert "Memory of each pipeline rank" in page and page.count("<svg") == 4
     result = CliRunner().invoke(app, [*arguments, "--ranks", "2", "--budget", "1MiB"])
     assert result.exit_code == 1 and "does not fit" in result.stdout and "pipeline rank 1" in result.stdout
     result = CliRunner().invoke(app, [*arguments, "--ranks", "3"])

@@ -76,6 +76,7 @@ def test_mistakes_are_named(change: dict[str, Any], message: str, tmp_path: Path
 def test_measured_passes_are_divided_into_a_fixed_and_a_growing_part() -> None:
     one = {"forward_s": 5.0, "backward_s": 9.0, "few_forward_s": 3.0, "few_backward_s": 5.0}
     one |= {"numel": 0, "memory_bytes_per_s": 1e9, "occupies": 0.0, "samples": 4, "few_samples": 2}
+    one |= {"update_s": 1.5, "update_bytes": 1e9}
     rates = rates_from([one], (8.0, 16.0), load({"train_batch_size": 4}))
     assert (rates.forward_pass_s, rates.forward_flops_per_s) == (1.0, 2.0)
     assert (rates.backward_pass_s, rates.backward_flops_per_s) == (1.0, 2.0)
@@ -83,7 +84,27 @@ def test_measured_passes_are_divided_into_a_fixed_and_a_growing_part() -> None:
     single = rates_from([one | {"samples": 1, "few_samples": 1}], (8.0, 16.0), load({"train_batch_size": 4}))
     assert (single.forward_pass_s, single.forward_flops_per_s) == (0.0, 1.6)
     scattered = rates_from([one | {"few_forward_s": 1.0}], (8.0, 16.0), load({"train_batch_size": 4}))
-    assert scattered.forward_pass_s == 0.0
+    assert scattered.forward_pass_s == 0.0 and scattered.update_s == 0.5
+
+
+def test_what_sharding_takes_besides_messages() -> None:
+    link = {"latency_s": 0.01, "bytes_per_s": 100.0}
+    one = {"forward_s": 5.0, "backward_s": 9.0, "few_forward_s": 5.0, "few_backward_s": 9.0, "samples": 4}
+    one |= {
+        "few_samples": 4,
+        "numel": 100,
+        "itemsize": 4,
+        "units": 4,
+        "occupies": 0.0,
+        "memory_bytes_per_s": 1e9,
+    }
+    one |= {"update_s": 1.5, "update_bytes": 1e9, "gather": link, "reduce": link}
+    # 200 bytes are gathered in 2.04 s; a quarter of it is waited for, the rest hides behind the forward.
+    one |= {"sharded_forward_s": 5.0 + 0.51 + 4 * 0.25, "sharded_update_s": 0.5 + 0.5 + 0.125}
+    rates = rates_from([one, one], (8.0, 16.0), load({"train_batch_size": 4}))
+    assert rates.gather_unit_s == pytest.approx(0.25)
+    # The update itself has half of the bytes: 0.5 s, and 0.5 s for what every update takes.
+    assert (rates.update_s, rates.shared_update_s) == (0.5, pytest.approx(0.125))
 
 
 def test_missing_rates_and_broken_files_are_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from ds_engine.step_time import Link, Rates, Unit, Workload, simulate
+from ds_engine.step_time import Inside, Link, Rates, Unit, Workload, simulate
 
 RATES = Rates(
     forward_flops_per_s=1e9,
@@ -75,3 +75,29 @@ def test_messages_to_other_machines_take_the_slower_link() -> None:
     work = replace(PLAIN, ranks=4, publish_bytes=1e9)
     assert simulate(work, rates).exposed_s == pytest.approx(1, rel=1e-3)
     assert simulate(replace(work, ranks=8), rates).exposed_s == pytest.approx(10 + 3e-3, rel=1e-6)
+
+
+def test_messages_within_layers_are_waited_for() -> None:
+    inside = Inside(
+        axis="tensor",
+        ranks=2,
+        forward_bytes=1e9,
+        forward_messages=4,
+        backward_bytes=2e9,
+        backward_messages=8,
+    )
+    work = replace(PLAIN, micro_batches=2, inside=(inside,))
+    time = simulate(work, replace(RATES, gather=Link(latency_s=0.25, bytes_per_s=1e9)))
+    # 1 s and 4 latencies in each forward, 2 s and 8 in each backward.
+    assert time.exposed_s == time.messages_s == pytest.approx(2 * (1 + 1 + 2 + 2))
+    assert time.compute_s == pytest.approx(24) and time.total_s == pytest.approx(36)
+    (axis,) = time.axes
+    assert (axis.axis, axis.sent_bytes, axis.seconds) == ("tensor", 6e9, pytest.approx(12))
+
+
+def test_the_data_axis_leaves_a_machine_that_other_axes_fill() -> None:
+    far = Link(latency_s=1e-9, bytes_per_s=1e8)
+    rates = replace(RATES, between_hosts=far, ranks_per_host=4)
+    work = replace(PLAIN, ranks=2, reduce_bytes=1e9)
+    assert simulate(work, rates).messages_s == pytest.approx(1)
+    assert simulate(replace(work, stride=4), rates).messages_s == pytest.approx(10)

@@ -56,7 +56,11 @@ def forward(
     """
     w = weights
     out, argument, factor = _operators().call.grouped_feed_forward(
-        x, w.up, w.up_bias, w.gate, w.gate_bias, w.down, w.down_bias, sizes, ACTIVATIONS.index(activation)
+        x,
+        *(w.up, w.up_bias, w.gate, w.gate_bias, w.down, w.down_bias),
+        sizes,
+        ACTIVATIONS.index(activation),
+        _inner(x, w.up),
     )
     return out, argument, factor if w.gate is not None else None
 
@@ -79,8 +83,11 @@ def backward(
         weights: up, gate and down.
     """
     up, gate, down = weights
+    scratch = [_inner(x, up) for _ in range(2 if gate is None else 3)]
+    if gate is not None:
+        scratch.append(torch.empty_like(x))
     of_x, *of_weights = _operators().call.grouped_feed_forward_grad(
-        grad, x, argument, factor, up, gate, down, sizes, ACTIVATIONS.index(activation)
+        grad, x, argument, factor, up, gate, down, sizes, ACTIVATIONS.index(activation), scratch
     )
     return of_x, of_weights
 
@@ -91,11 +98,11 @@ def _operators() -> Operators:
     return Operators(
         {
             "grouped_feed_forward(Tensor x, Tensor up, Tensor? up_bias, Tensor? gate, Tensor? gate_bias, Tensor down, "
-            "Tensor? down_bias, int[] sizes, int activation) -> (Tensor, Tensor, Tensor)": Operator(
+            "Tensor? down_bias, int[] sizes, int activation, Tensor(a!) scratch) -> (Tensor, Tensor, Tensor)": Operator(
                 _forward, _like_forward, lambda x, up, _, gate, *__: _macs(x, up, gate)
             ),
             "grouped_feed_forward_grad(Tensor grad, Tensor x, Tensor argument, Tensor? factor, Tensor up, "
-            "Tensor? gate, Tensor down, int[] sizes, int activation) -> Tensor[]": Operator(
+            "Tensor? gate, Tensor down, int[] sizes, int activation, Tensor(a!)[] scratch) -> Tensor[]": Operator(
                 _backward, _like_backward, lambda _, x, __, ___, up, gate, *____: 2 * _macs(x, up, gate)
             ),
         }
@@ -107,6 +114,9 @@ def _macs(x: Tensor, up: Tensor, gate: Tensor | None) -> int:
 
 
 def _inner(x: Tensor, up: Tensor) -> Tensor:
+    """A tensor (M, I). Those that kernels only need while they run are arguments of the operators, so that whatever
+    counts allocations of operators, such as a plan, sees them.
+    """
     return in_large_pages(x.new_empty(x.shape[0], up.shape[1]))
 
 
@@ -126,9 +136,10 @@ def _forward(
     down_bias: Tensor | None,
     sizes: Sequence[int],
     activation: int,
+    scratch: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, argument, factor = _like_forward(x, up, up_bias, gate)
-    inner = (argument, None if gate is None else factor, _inner(x, up))
+    inner = (argument, None if gate is None else factor, scratch)
     weights = (up, up_bias, gate, gate_bias, down, down_bias)
     _native.core.grouped_feed_forward(
         x, weights, sizes, up.shape[2], up.shape[1], activation, inner, out, threads.count()
@@ -163,11 +174,13 @@ def _backward(
     down: Tensor,
     sizes: Sequence[int],
     activation: int,
+    scratch: list[Tensor],
 ) -> list[Tensor]:
     results = _like_backward(grad, x, argument, factor, up, gate, down)
     of_x, *of_weights = results
     of_layers = (*of_weights[:2], None, None, *of_weights[2:]) if gate is None else tuple(of_weights)
-    of_x_by_gate = None if gate is None else torch.empty_like(x)
+    inner, of_argument = scratch[:2]
+    of_factor, of_x_by_gate = (None, None) if gate is None else scratch[2:]
     _native.core.grouped_feed_forward_grad(
         grad,
         x,
@@ -176,8 +189,8 @@ def _backward(
         up.shape[2],
         up.shape[1],
         activation,
-        (argument, factor, _inner(x, up)),
-        (_inner(x, up), None if factor is None else _inner(x, up), None),
+        (argument, factor, inner),
+        (of_argument, of_factor, None),
         (of_x, of_x_by_gate),
         of_layers,
         threads.count(),

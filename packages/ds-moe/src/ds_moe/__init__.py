@@ -6,7 +6,7 @@ from ds_moe.experts import FeedForward
 from ds_moe.hugging_face import convert
 from ds_moe.interfaces import AllToAll
 from ds_moe.layer import Extras, MoE, MoELayer
-from ds_moe.mesh import ExpertMesh, expert_mesh, expert_parallel_layers
+from ds_moe.mesh import ExpertMesh, connect_for_plan, expert_mesh, expert_parallel_layers, expert_sizes
 from ds_moe.options import RouterOptions
 from ds_moe.report import LayerReport
 from ds_moe.routing.selection import Routing, route
@@ -26,9 +26,11 @@ __all__ = [
     "MoELayer",
     "RouterOptions",
     "Routing",
+    "connect_for_plan",
     "convert",
     "expert_mesh",
     "expert_parallel_layers",
+    "expert_sizes",
     "has_biases",
     "has_experts",
     "reports",

@@ -9,7 +9,7 @@ Ranks of other tensor-parallel parts or pipeline stages have a data axis of thei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -206,6 +206,28 @@ def move_experts(layers: Mapping[str, tuple[ExpertParallel, int]], mesh: DeviceM
                     value.copy_(received)
     for layer, index in layers.values():
         layer.set_expert_index(index)
+
+
+def expert_sizes(model: nn.Module) -> dict[str, int]:
+    """Returns the name of each parameter of experts that are divided among ranks -> `ep_size` of its layer."""
+    return {
+        f"{name}.{own}" if name else own: layer.ep_size
+        for name, layer in expert_parallel_layers(model)
+        if layer.ep_size > 1
+        for own in layer.expert_parameters()
+    }
+
+
+def connect_for_plan(model: nn.Module, group_of: Callable[[int], dist.ProcessGroup]) -> None:
+    """Connects all layers that divide their experts with groups that send nothing, so that the model can be run without
+    values. [Note: loads without values]
+
+    Args:
+        group_of: returns a group of a number of ranks, of which this process is rank 0.
+    """
+    for _, layer in expert_parallel_layers(model):
+        if layer.ep_size > 1:
+            layer.connect(ExpertGroup(group_of(layer.ep_size), 0, layer.ep_size))
 
 
 def expert_parallel_layers(model: nn.Module) -> list[tuple[str, ExpertParallel]]:

@@ -166,6 +166,39 @@ class _Either:
         return self._experts.stacked_over(name, param)
 
 
+def sizes_of_experts(model: nn.Module) -> Mapping[str, int]:
+    """Returns the name of each parameter of experts that are divided among ranks -> number of ranks that together hold
+    the experts of its layer.
+    """
+    if "ds_moe" not in sys.modules:
+        return {}
+    import ds_moe
+
+    return ds_moe.expert_sizes(model)
+
+
+def convert_for_plan(model: nn.Module, settings: DsConfig, topology: Topology) -> None:
+    """Converts the experts of a Hugging Face model, if the section `expert_parallel` says so.
+
+    Raises:
+        ConfigError: the model has no experts, or they cannot be divided.
+    """
+    if settings.expert_parallel.enabled:
+        try:
+            _convert(model, settings.expert_parallel, topology, piped=False)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError([_named(error)]) from None
+
+
+def connect_for_plan(model: nn.Module, group_of: Callable[[int], dist.ProcessGroup]) -> None:
+    """See `ds_moe.connect_for_plan`."""
+    import ds_moe
+
+    ds_moe.connect_for_plan(model, group_of)
+
+
 def curves(job: Job, model: nn.Module) -> Callable[[int], Mapping[str, float]] | None:
     """Returns what computes the curves of experts after a step, on all ranks: for each layer the share of its tokens
     that each expert was chosen by, the share of dropped assignments, and the mean entropy of the router, since the last

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ds_engine.build.memory.pipeline_plan import PipelinePlan
     from ds_engine.build.memory.plan_table import Options, PlanTable
@@ -80,7 +80,16 @@ Measure = Annotated[
     ),
 ]
 Html = Annotated[
-    str | None, typer.Option("--html", help="Write the table of --compare as a page with charts, too.")
+    str | None,
+    typer.Option("--html", help="Write the plan, or the table of --compare, as a page with charts, too."),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        min=1,
+        help="Optimizer steps of the run: tell how long it takes, and what it costs. Needs rates.",
+    ),
 ]
 MeasureOffload = Annotated[
     bool,
@@ -106,6 +115,7 @@ def plan(
     compare: Compare = None,
     rates: RatesFile = None,
     measure: Measure = None,
+    steps: Steps = None,
     html: Html = None,
     measure_offload: MeasureOffload = False,
     as_json: Json = False,
@@ -119,7 +129,7 @@ def plan(
 
     with waiting("reading the configuration and the model") as now:
         try:
-            counts = _counts(compare, html)
+            counts = _counts(compare)
             bytes_on_device = None if budget is None else parse_bytes(budget)
             bytes_on_host = None if host_budget is None else parse_bytes(host_budget)
 
@@ -136,16 +146,17 @@ def plan(
                 device=_known_device(device),
                 budget_bytes=bytes_on_device,
                 host_budget_bytes=bytes_on_host,
+                steps=steps,
             )
             known = _rates(rates, measure, settings, model, tokens, options, now)
             result: PlannedStep | PlanTable | PipelinePlan
             if counts is not None:
                 result = plan_table.compare(settings, factory, counts, options, say=now, rates=known)
-                if html is not None:
-                    plan_page.write_page(result, Path(html))
             else:
                 now(f"planning stage {settings.zero_optimization.stage} on {ranks} ranks")
                 result = _planned(settings, factory, ranks, options, known)
+            if html is not None:
+                plan_page.write_page(result, Path(html))
         except (ConfigError, ValueError, OSError) as error:
             typer.echo(f"ds plan: {error}", err=True)
             raise typer.Exit(2) from None
@@ -174,7 +185,7 @@ def _planned(
             raise
         from ds_engine.build.memory.pipeline_plan import plan_pipeline
 
-        found = plan_pipeline(settings, factory, ranks, options)
+        found = plan_pipeline(settings, factory, ranks, options, rates)
         if found is None:
             raise
         return found
@@ -222,13 +233,9 @@ def _ranks_of_machine(ranks: int) -> int:
     )
 
 
-def _counts(text: str | None, html: str | None) -> list[int] | None:
+def _counts(text: str | None) -> list[int] | None:
     """Returns the numbers of ranks of --compare, if it is given."""
     if text is None:
-        if html is not None:
-            raise ValueError(
-                "--html: the page shows stages over numbers of ranks: add --compare, such as 1,8,64"
-            )
         return None
     try:
         counts = [int(part) for part in text.split(",")]
@@ -261,13 +268,16 @@ def _show(result: PlannedStep | PlanTable | PipelinePlan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    header, rows = result.rows()
-    table = Table(title=result.title(), title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
     console = Console()
-    console.print(table)
+    header, rows = result.rows()
+    sections: list[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = [(result.title(), header, rows)]
+    sections += [(one.title, one.header, one.rows) for one in result.sections()]
+    for title, names, lines in sections:
+        table = Table(title=title, title_justify="left")
+        for i, name in enumerate(names):
+            table.add_column(name, justify="left" if i == 0 else "right")
+        for row in lines:
+            table.add_row(*row)
+        console.print(table)
     for line in result.verdict():
         console.print(line, highlight=False)

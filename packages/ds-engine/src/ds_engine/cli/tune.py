@@ -13,47 +13,69 @@ from ds_engine.step_time import read_rates
 
 if TYPE_CHECKING:
     from ds_engine.build.tuning import Request
+    from ds_engine.tune import Space
+
+
+RanksHere = Annotated[
+    int | None,
+    typer.Option("--ranks", "-n", min=1, help="Ranks, all on this machine. Default: as `ds run`."),
+]
+Folder = Annotated[
+    str,
+    typer.Option("--out", help="Folder for trials and result; a search that was interrupted goes on there."),
+]
+Trials = Annotated[
+    int | None,
+    typer.Option(
+        "--trials", min=1, help="Trainings that are started at most. Default: 5, or tuner_num_trials."
+    ),
+]
+MaxMicroBatch = Annotated[
+    int | None, typer.Option("--max-micro-batch", min=1, help="Largest micro-batch that is tried.")
+]
+RatesFile = Annotated[
+    str | None,
+    typer.Option("--rates", help="JSON with the rates of the machine. Default: they are measured."),
+]
+Recompute = Annotated[
+    bool, typer.Option("--recompute", help="Also try recomputing the activations of every block.")
+]
+Parallel = Annotated[
+    bool,
+    typer.Option(
+        "--parallel",
+        help="Also try dividing the model: tensor and sequence parallelism for models of Transformers; experts and "
+        "pipeline stages if the function takes ep_size or num_stages.",
+    ),
+]
+Buckets = Annotated[
+    str | None,
+    typer.Option(
+        "--buckets", help="Sizes of gradient buckets to try, in elements, for example 500000,50000000."
+    ),
+]
+Timeout = Annotated[float, typer.Option("--timeout", help="Seconds after which a trial has failed.")]
 
 
 def tune(
     config: Config,
     model: Model,
-    ranks: Annotated[
-        int | None,
-        typer.Option("--ranks", "-n", min=1, help="Ranks, all on this machine. Default: as `ds run`."),
-    ] = None,
-    folder: Annotated[
-        str,
-        typer.Option(
-            "--out", help="Folder for trials and result; a search that was interrupted goes on there."
-        ),
-    ] = "tuning",
-    trials: Annotated[
-        int | None,
-        typer.Option(
-            "--trials", min=1, help="Trainings that are started at most. Default: 5, or tuner_num_trials."
-        ),
-    ] = None,
-    max_micro_batch: Annotated[
-        int | None, typer.Option("--max-micro-batch", min=1, help="Largest micro-batch that is tried.")
-    ] = None,
+    ranks: RanksHere = None,
+    folder: Folder = "tuning",
+    trials: Trials = None,
+    max_micro_batch: MaxMicroBatch = None,
     tokens: Tokens = None,
     budget: Budget = None,
-    rates: Annotated[
-        str | None,
-        typer.Option("--rates", help="JSON with the rates of the machine. Default: they are measured."),
-    ] = None,
-    recompute: Annotated[
-        bool, typer.Option("--recompute", help="Also try recomputing the activations of every block.")
-    ] = False,
-    timeout: Annotated[
-        float, typer.Option("--timeout", help="Seconds after which a trial has failed.")
-    ] = 600.0,
+    rates: RatesFile = None,
+    recompute: Recompute = False,
+    parallel: Parallel = False,
+    buckets: Buckets = None,
+    timeout: Timeout = 600.0,
 ) -> None:
     """Find the fastest configuration that fits, and write it with its reasons. The exit code is 1 if there is none.
 
-    Tries ZeRO stages, micro-batches and accumulation, on an accelerator also offload. train_batch_size stays as it is,
-    if the configuration has one.
+    Tries ZeRO stages, micro-batches and accumulation, on an accelerator also offload, and what options add.
+    train_batch_size stays as it is, if the configuration has one.
     """
     from ds_engine.build.tuning import tune as search
     from ds_engine.cli.sizes import parse_bytes
@@ -61,6 +83,7 @@ def tune(
 
     try:
         request = _request(config, model, ranks, trials, max_micro_batch, recompute)
+        request = replace(request, space=_wider(request.space, model, parallel, buckets))
         tuned = search(
             replace(
                 request,
@@ -80,6 +103,25 @@ def tune(
     if tuned.best is not None:
         typer.echo(str(Path(folder) / "ds_config.json"))
     raise typer.Exit(1 if tuned.best is None else 0)
+
+
+def _wider(space: Space, model: str, parallel: bool, buckets: str | None) -> Space:
+    """The space with what --parallel and --buckets add."""
+    from ds_engine.build.tuning.tuner import with_degrees
+
+    if parallel:
+        space = with_degrees(space, model)
+    if buckets is None:
+        return space
+    try:
+        sizes = [int(part) for part in buckets.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise ValueError(
+            f"--buckets {buckets}: write numbers of elements separated by commas, such as 500000,50000000"
+        )
+    return replace(space, buckets=sizes)
 
 
 def _request(

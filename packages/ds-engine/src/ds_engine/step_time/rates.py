@@ -50,6 +50,12 @@ class Rates:
     forward_pass_s: float = 0.0
     """What every forward takes besides its operations, however few samples it has."""
     backward_pass_s: float = 0.0
+    update_s: float = 0.0
+    """What every update takes besides the memory that it reads and writes."""
+    shared_update_s: float = 0.0
+    """What it takes in addition where ranks divide the state, such as adding up the norm of gradients."""
+    gather_unit_s: float = 0.0
+    """Time of the rank itself for each unit that is gathered in a pass: hooks, buffers, views."""
     occupies: float = 0.0
     """Part of the duration of a collective during which its rank cannot compute: 0 with a network card of its own, 1 if
     the cores that compute also copy.
@@ -59,9 +65,12 @@ class Rates:
     disk_read_bytes_per_s: float = 3e9
     disk_write_bytes_per_s: float = 2e9
 
+    price_per_rank_hour: float = 0.0
+    """What one rank costs in an hour, in any currency; 0: unknown, and no cost is predicted."""
+
     def links(self, ranks: int) -> tuple[Link, Link]:
-        """The links of gathers and of reductions over this number of ranks. A ring over several machines is as fast as
-        its slowest link.
+        """The links of gathers and of reductions within this number of consecutive ranks. A ring over several machines
+        is as fast as its slowest link.
         """
         far = self.between_hosts
         if far is None or ranks <= self.ranks_per_host:
@@ -76,6 +85,16 @@ class Rates:
 
     def to_json(self) -> str:
         return json.dumps({k: v for k, v in asdict(self).items() if v is not None}, indent=1)
+
+
+_MAY_BE_ZERO = (
+    "forward_pass_s",
+    "backward_pass_s",
+    "update_s",
+    "shared_update_s",
+    "gather_unit_s",
+    "price_per_rank_hour",
+)
 
 
 def read_rates(path: str | Path) -> Rates:
@@ -156,7 +175,7 @@ def _value(name: str, value: Any) -> Any:
         if isinstance(value, (int, float)) and 0 <= value <= 1:
             return float(value)
         raise RatesError(f"'occupies' is {value!r}: it must be a number from 0 to 1")
-    if name in ("forward_pass_s", "backward_pass_s") and value == 0:
+    if name in _MAY_BE_ZERO and value == 0:
         return 0.0
     if name == "ranks_per_host":
         return int(_number(name, value))

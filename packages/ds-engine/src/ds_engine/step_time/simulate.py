@@ -27,13 +27,51 @@ class Unit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Inside:
+    """Messages within the layers of a model over one axis, in one micro-batch. Computation waits for them."""
+
+    axis: str
+    """"tensor", "expert" or "sequence"."""
+    ranks: int
+    forward_bytes: float
+    """That a rank sends in a forward."""
+    forward_messages: int
+    backward_bytes: float
+    backward_messages: int
+
+    def seconds(self, rates: Rates) -> tuple[float, float]:
+        """Durations in a forward and in a backward. The ranks of these axes follow each other."""
+        link, _ = rates.links(self.ranks)
+        return (
+            link.seconds(self.forward_bytes, self.ranks, self.forward_messages),
+            link.seconds(self.backward_bytes, self.ranks, self.backward_messages),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AxisTime:
+    """What the messages of one axis are in a step."""
+
+    axis: str
+    ranks: int
+    sent_bytes: float
+    """By a rank."""
+    seconds: float
+    """Sum of all its messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """What one rank does in a step. Bytes are those that it sends."""
 
     units: Sequence[Unit]
     """In the order of the forward."""
     ranks: int
+    """Over which gradients are reduced."""
     micro_batches: int
+    stride: int = 1
+    """How far apart these ranks are: the number of ranks that together hold one model."""
+    inside: Sequence[Inside] = ()
     gather_forward_bytes: float = 0.0
     """Of one forward, for all units; stage 3 only."""
     gather_backward_bytes: float = 0.0
@@ -49,10 +87,31 @@ class Workload:
     """Memory that is read and written in each backward for gradients: copies into buckets, sums."""
     optimizer_bytes: float = 0.0
     """Memory that the update reads and writes."""
+    shares_state: bool = False
+    """Whether ranks divide the state of the model among them, as from stage 1 on."""
     host_copy_bytes: float = 0.0
     """Copies between device and host in a step, in the busier direction."""
     disk_read_bytes: float = 0.0
     disk_write_bytes: float = 0.0
+
+    def axes(self, rates: Rates | None = None, data_s: float = 0.0) -> tuple[AxisTime, ...]:
+        """The messages of each axis in a step. Those of the data axis are gathers, reductions and what is published.
+
+        Args:
+            rates: None: times are 0.
+            data_s: duration of the messages of the data axis.
+        """
+        micro = self.micro_batches
+        sent = micro * (self.gather_forward_bytes + self.gather_backward_bytes) + self.publish_bytes
+        sent += self.reduce_bytes * (micro if self.reduce_every_micro_batch else 1)
+        axes = []
+        if self.ranks > 1:
+            axes.append(AxisTime(axis="data", ranks=self.ranks, sent_bytes=sent, seconds=data_s))
+        for one in self.inside:
+            bytes_of_step = micro * (one.forward_bytes + one.backward_bytes)
+            seconds = 0.0 if rates is None else micro * sum(one.seconds(rates))
+            axes.append(AxisTime(axis=one.axis, ranks=one.ranks, sent_bytes=bytes_of_step, seconds=seconds))
+        return tuple(axes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +127,8 @@ class StepTime:
     """Part of the step in which the rank only waits for messages, or is busy with them."""
     update_s: float
     """Update of the parameters, with its copies and disk accesses."""
+    axes: tuple[AxisTime, ...] = ()
+    """Messages of each axis with several ranks."""
 
     def __str__(self) -> str:
         total, compute, update = (seconds_text(s) for s in (self.total_s, self.compute_s, self.update_s))
@@ -103,63 +164,106 @@ class _Queues:
 def simulate(work: Workload, rates: Rates) -> StepTime:
     """Predicts the time of one step."""
     queues = _Queues(rates.occupies)
-    gather, reduce = rates.links(work.ranks)
-    numel = max(sum(unit.numel for unit in work.units), 1)
-    compute_s = 0.0
-
-    def gather_s(unit: Unit, all_bytes: float) -> float:
-        return gather.seconds(all_bytes * unit.numel / numel, work.ranks) if all_bytes and unit.numel else 0.0
-
-    def run(units: Sequence[Unit], seconds: Sequence[float], gathered_bytes: float, reduces: bool) -> None:
-        """Computes units in order. Each is gathered while the one before it computes."""
-        waiting, bucket_numel = 0, numel / work.buckets
-        arrives = queues.send(gather_s(units[0], gathered_bytes)) if gathered_bytes else 0.0
-        for number, (unit, duration) in enumerate(zip(units, seconds, strict=True)):
-            queues.compute(0.0, after=arrives)
-            if gathered_bytes and number + 1 < len(units):
-                arrives = queues.send(gather_s(units[number + 1], gathered_bytes))
-            queues.compute(duration)
-            waiting += unit.numel
-            last = number + 1 == len(units)
-            while reduces and waiting and (waiting >= bucket_numel or last):
-                part = min(waiting, bucket_numel)
-                queues.send(reduce.seconds(work.reduce_bytes * part / numel, work.ranks))
-                waiting = 0 if waiting <= bucket_numel else int(waiting - bucket_numel)
-
+    passes = _Passes(work, rates)
+    forward_s, backward_s = passes.forward_s(), passes.backward_s()
     backwards = list(reversed(work.units))
-    memory = work.accumulate_bytes / rates.memory_bytes_per_s
-    forward_s = _durations(
-        [u.forward_flops for u in work.units], rates.forward_flops_per_s, rates.forward_pass_s
-    )
-    backward_s = _durations(
-        [u.backward_flops for u in backwards], rates.backward_flops_per_s, rates.backward_pass_s
-    )
-    backward_s = [
-        seconds + memory * unit.numel / numel for seconds, unit in zip(backward_s, backwards, strict=True)
-    ]
+    inside = [one.seconds(rates) for one in work.inside]
+    inside_s = sum(forward + backward for forward, backward in inside)
+    compute_s = 0.0
     for micro in range(work.micro_batches):
-        run(work.units, forward_s, work.gather_forward_bytes, False)
+        passes.run(queues, work.units, forward_s, work.gather_forward_bytes, False)
         reduces = work.reduce_every_micro_batch or micro + 1 == work.micro_batches
-        run(backwards, backward_s, work.gather_backward_bytes, reduces and work.reduce_bytes > 0)
-        compute_s += sum(forward_s) + sum(backward_s)
+        passes.run(
+            queues, backwards, backward_s, work.gather_backward_bytes, reduces and work.reduce_bytes > 0
+        )
+        compute_s += sum(forward_s) + sum(backward_s) - inside_s
     queues.compute(0.0, after=queues.sent)
-    # What the update reads from a disk, computes and writes overlaps: the slowest of them counts.
-    update_s = max(
+    update_s = _update_s(work, rates)
+    queues.compute(update_s)
+    if work.publish_bytes:
+        arrives = queues.send(passes.gather.seconds(work.publish_bytes, work.ranks, work.buckets))
+        queues.compute(0.0, after=arrives)
+    return StepTime(
+        total_s=queues.computed,
+        compute_s=compute_s,
+        messages_s=queues.messages + work.micro_batches * inside_s,
+        exposed_s=max(0.0, queues.computed - compute_s - update_s),
+        update_s=update_s,
+        axes=work.axes(rates, queues.messages),
+    )
+
+
+def _update_s(work: Workload, rates: Rates) -> float:
+    """Duration of the update. What it reads from a disk, computes and writes overlaps: the slowest of them counts."""
+    moved_s = max(
         work.optimizer_bytes / rates.memory_bytes_per_s,
         work.disk_read_bytes / rates.disk_read_bytes_per_s
         + work.disk_write_bytes / rates.disk_write_bytes_per_s,
         work.host_copy_bytes / rates.device_host_bytes_per_s,
     )
-    queues.compute(update_s)
-    if work.publish_bytes:
-        queues.compute(0.0, after=queues.send(gather.seconds(work.publish_bytes, work.ranks, work.buckets)))
-    return StepTime(
-        total_s=queues.computed,
-        compute_s=compute_s,
-        messages_s=queues.messages,
-        exposed_s=max(0.0, queues.computed - compute_s - update_s),
-        update_s=update_s,
-    )
+    return moved_s + rates.update_s + (rates.shared_update_s if work.shares_state else 0.0)
+
+
+class _Passes:
+    """Forwards and backwards of a workload."""
+
+    def __init__(self, work: Workload, rates: Rates) -> None:
+        self.gather, self.reduce = rates.links(work.ranks * work.stride)
+        self._work, self._rates = work, rates
+        self._numel = max(sum(unit.numel for unit in work.units), 1)
+        inside = [one.seconds(rates) for one in work.inside]
+        self._inside = sum(forward for forward, _ in inside), sum(backward for _, backward in inside)
+
+    def forward_s(self) -> list[float]:
+        """Duration of each unit in a forward, in order."""
+        rates = self._rates
+        return _durations(
+            [u.forward_flops for u in self._work.units],
+            rates.forward_flops_per_s,
+            rates.forward_pass_s + self._inside[0],
+        )
+
+    def backward_s(self) -> list[float]:
+        """Duration of each unit in a backward, in order."""
+        work, rates = self._work, self._rates
+        backwards = list(reversed(work.units))
+        memory = work.accumulate_bytes / rates.memory_bytes_per_s
+        durations = _durations(
+            [u.backward_flops for u in backwards],
+            rates.backward_flops_per_s,
+            rates.backward_pass_s + self._inside[1],
+        )
+        return [s + memory * u.numel / self._numel for s, u in zip(durations, backwards, strict=True)]
+
+    def run(
+        self,
+        queues: _Queues,
+        units: Sequence[Unit],
+        seconds: Sequence[float],
+        gathered_bytes: float,
+        reduces: bool,
+    ) -> None:
+        """Computes units in order. Each is gathered while the one before it computes."""
+        work, waiting, bucket_numel = self._work, 0, self._numel / self._work.buckets
+        arrives = queues.send(self._gather_s(units[0], gathered_bytes)) if gathered_bytes else 0.0
+        for number, (unit, duration) in enumerate(zip(units, seconds, strict=True)):
+            queues.compute(0.0, after=arrives)
+            if gathered_bytes:
+                queues.compute(self._rates.gather_unit_s)
+            if gathered_bytes and number + 1 < len(units):
+                arrives = queues.send(self._gather_s(units[number + 1], gathered_bytes))
+            queues.compute(duration)
+            waiting += unit.numel
+            last = number + 1 == len(units)
+            while reduces and waiting and (waiting >= bucket_numel or last):
+                part = min(waiting, bucket_numel)
+                queues.send(self.reduce.seconds(work.reduce_bytes * part / self._numel, work.ranks))
+                waiting = 0 if waiting <= bucket_numel else int(waiting - bucket_numel)
+
+    def _gather_s(self, unit: Unit, all_bytes: float) -> float:
+        if not all_bytes or not unit.numel:
+            return 0.0
+        return self.gather.seconds(all_bytes * unit.numel / self._numel, self._work.ranks)
 
 
 def _durations(flops: Sequence[float], flops_per_s: float, pass_s: float) -> list[float]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+EXPERTS, STAGES = "ep_size", "num_stages"
+"""Keyword arguments of a function that makes a model with experts, or a pipeline."""
 _SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -23,11 +26,33 @@ class Candidate:
     """Where masters, gradients and optimizer states are: "none" or "cpu"."""
     recompute: bool = False
     """Whether every block recomputes its activations in the backward."""
+    bucket: int | None = None
+    """Elements of a bucket of gradients; None: as in the configuration."""
+    tensor: int = 1
+    """Ranks that share each layer."""
+    sequence: int = 1
+    """Ranks that divide each sequence."""
+    expert: int = 1
+    """Ranks that together hold the experts of a layer; they are among those of the data axis."""
+    pipe: int = 1
+    """Ranks that hold different layers."""
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Candidates of one group differ in batch sizes only: what one of them shows says most about the others."""
-        return self.stage, self.offload, self.recompute
+        """Candidates of one group differ in batch sizes and buckets only: what one of them shows says most about the
+        others.
+        """
+        return self.stage, self.offload, self.recompute, self.tensor, self.sequence, self.expert, self.pipe
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that together compute the same samples."""
+        return self.tensor * self.sequence * self.pipe
+
+    def arguments(self) -> dict[str, int]:
+        """What the user's function that makes the model gets, by keyword: see `Space.experts` and `Space.pipes`."""
+        chosen = {EXPERTS: self.expert, STAGES: self.pipe}
+        return {name: value for name, value in chosen.items() if value > 1}
 
     def config(self, base: Mapping[str, Any]) -> dict[str, Any]:
         """The configuration `base` with the settings of this candidate."""
@@ -41,7 +66,15 @@ class Candidate:
         zero.pop("offload_param", None)
         if self.offload != "none":
             zero["offload_optimizer"] = place | {"device": self.offload}
+        if self.bucket is not None:
+            zero["reduce_bucket_size"] = self.bucket
         config["zero_optimization"] = zero
+        if self.tensor > 1 or "tensor_parallel" in config:
+            config["tensor_parallel"] = dict(config.get("tensor_parallel") or {}) | {
+                "autotp_size": self.tensor
+            }
+        if self.sequence > 1 or "sequence_parallel_size" in config:
+            config["sequence_parallel_size"] = self.sequence
         config["train_micro_batch_size_per_gpu"] = self.micro
         config["gradient_accumulation_steps"] = self.steps
         return config
@@ -52,6 +85,11 @@ class Candidate:
             text += f" x {self.steps}"
         if self.offload != "none":
             text += f", offload to {self.offload}"
+        for name in ("tensor", "sequence", "expert", "pipe"):
+            if getattr(self, name) > 1:
+                text += f", {name} {getattr(self, name)}"
+        if self.bucket is not None:
+            text += f", buckets of {self.bucket:,}"
         return text + (", activations recomputed" if self.recompute else "")
 
 
@@ -67,15 +105,27 @@ class Space:
     stages: Sequence[int] = (0, 1, 2, 3)
     offloads: Sequence[str] = ("none",)
     recompute: Sequence[bool] = (False,)
+    buckets: Sequence[int | None] = (None,)
+    tensors: Sequence[int] = (1,)
+    sequences: Sequence[int] = (1,)
+    experts: Sequence[int] = (1,)
+    """Other than 1 only if the user's function takes `ep_size`."""
+    pipes: Sequence[int] = (1,)
+    """Other than 1 only if the user's function takes `num_stages`."""
     min_micro: int = 1
     max_micro: int = 1024
     min_train: int = 1
     max_train: int | None = None
 
-    def sizes(self) -> Iterator[tuple[int, int]]:
-        """(micro-batch, number of micro-batches): powers of two, or the divisors of a given batch."""
+    def sizes(self, model_ranks: int = 1) -> Iterator[tuple[int, int]]:
+        """(micro-batch, number of micro-batches): powers of two, or the divisors of a given batch.
+
+        Args:
+            model_ranks: ranks that together compute the same samples.
+        """
+        ranks = self.ranks // model_ranks
         if self.train_batch is not None:
-            of_rank, rest = divmod(self.train_batch, self.ranks)
+            of_rank, rest = divmod(self.train_batch, ranks)
             if rest == 0:
                 for micro in range(max(1, self.min_micro), min(of_rank, self.max_micro) + 1):
                     if of_rank % micro == 0:
@@ -83,10 +133,14 @@ class Space:
             return
         micro = 1
         while micro <= self.max_micro:
-            train = micro * self.steps * self.ranks
+            train = micro * self.steps * ranks
             if micro >= self.min_micro and train >= self.min_train and train <= (self.max_train or train):
                 yield micro, self.steps
             micro *= 2
+
+
+def _divides(ranks: int, model_ranks: int, experts: int) -> bool:
+    return ranks % model_ranks == 0 and ranks // model_ranks % experts == 0
 
 
 def candidates(space: Space) -> list[Candidate]:
@@ -95,12 +149,32 @@ def candidates(space: Space) -> list[Candidate]:
     Raises:
         ValueError: the limits leave none.
     """
+    kinds = itertools.product(
+        space.stages,
+        space.offloads,
+        space.recompute,
+        space.tensors,
+        space.sequences,
+        space.experts,
+        space.pipes,
+        space.buckets,
+    )
     made = [
-        Candidate(stage=stage, micro=micro, steps=steps, offload=offload, recompute=recompute)
-        for stage in space.stages
-        for offload in space.offloads
-        for recompute in space.recompute
-        for micro, steps in space.sizes()
+        Candidate(
+            stage=stage,
+            micro=micro,
+            steps=steps,
+            offload=offload,
+            recompute=recompute,
+            bucket=bucket,
+            tensor=tensor,
+            sequence=sequence,
+            expert=expert,
+            pipe=pipe,
+        )
+        for stage, offload, recompute, tensor, sequence, expert, pipe, bucket in kinds
+        if _divides(space.ranks, tensor * sequence * pipe, expert)
+        for micro, steps in space.sizes(tensor * sequence * pipe)
     ]
     if made:
         return made

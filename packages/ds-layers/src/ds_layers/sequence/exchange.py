@@ -9,8 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ds_layers.sequence.head_plan import Ranges
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has elements; plans run a model with tensors that have none, on the meta device or fake ones."""
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ds_layers.attention.local import sdpa
 from ds_layers.interfaces import AttentionFn
+from ds_layers.sequence.exchange import has_values
 from ds_layers.sequence.layout import SequenceLayout
 from ds_layers.sequence.ring import RingAttention
 from ds_layers.sequence.ulysses import Group, HeadExchange, process_group
@@ -141,6 +142,8 @@ class SequenceParallelAttention:
         real = torch.ones_like(positions) if keep is None else keep.to(positions.dtype)
         gathered = [torch.empty_like(torch.stack([positions, real])) for _ in range(self.layout.size)]
         dist.all_gather(gathered, torch.stack([positions, real]).contiguous(), group=self._group)
+        if not has_values(positions):  # planned as sequences without padding
+            return None
         if all(torch.equal(part[0], gathered[0][0]) for part in gathered):
             raise ValueError(
                 f"all {self.layout.size} sequence-parallel ranks have the positions {int(positions.min())} to "

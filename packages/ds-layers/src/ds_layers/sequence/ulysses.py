@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ds_layers.attention.local import sdpa
 from ds_layers.interfaces import AttentionFn
-from ds_layers.sequence.exchange import Exchange, ToHeads, ToTokens, Traffic
+from ds_layers.sequence.exchange import Exchange, ToHeads, ToTokens, Traffic, has_values
 from ds_layers.sequence.head_plan import plan_heads
 
 Group = dist.ProcessGroup | DeviceMesh
@@ -93,6 +93,8 @@ def compared_tokens(q: Tensor, group: dist.ProcessGroup) -> tuple[int, ...]:
     Raises:
         ValueError: on every rank, if batch sizes or numbers of heads differ.
     """
+    if not has_values(q):  # all ranks are assumed to have as many
+        return (q.shape[1],) * group.size()
     mine = torch.tensor(q.shape[:3], device=q.device)
     gathered = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(gathered, mine, group=group)

@@ -146,10 +146,10 @@ def _is_transposed(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _share_values(model: nn.Module, group: dist.ProcessGroup) -> None:
-    source = dist.get_process_group_ranks(group)[0]
     tensors: Iterable[Tensor] = (*model.parameters(), *model.buffers())
     for tensor in tensors:
         if not tensor.is_meta:
+            source = dist.get_process_group_ranks(group)[0]
             whole = tensor.detach().contiguous()
             dist.broadcast(whole, source, group=group)
             tensor.detach().copy_(whole)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_moe.dispatch.values import has_values
 from ds_moe.interfaces import AllToAll, CountedWork, Work
 
 
@@ -64,6 +65,9 @@ class ExpertGroup:
         if self.group is None:
             return [sizes]
         own = torch.tensor(sizes, device=device)
+        if not has_values(own):  # all ranks are assumed to send alike
+            local = len(sizes) // self.size
+            return [sizes[self.rank * local : (self.rank + 1) * local]] * self.size
         received = torch.empty_like(own)
         dist.all_to_all_single(received, own, group=self.group)
         table: list[list[int]] = received.view(self.size, -1).tolist()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_moe.dispatch.values import count_experts, even_sizes, has_values
+
 PADDED_WASTE = 1 << 17
 """Padding rows per expert that cost as much as one more call of a matrix product, times H^2. Measured on a CPU."""
 
@@ -52,7 +54,8 @@ def permutation(experts: Tensor, kept: Tensor | None, num_experts: int) -> Permu
     if kept is not None:
         flat = torch.where(kept.reshape(-1), flat, num_experts)
     order = torch.argsort(flat, stable=True)
-    sizes = torch.bincount(flat, minlength=num_experts).tolist()[:num_experts]
+    counts = count_experts(flat, num_experts)
+    sizes = counts.tolist()[:num_experts] if has_values(counts) else even_sizes(experts.numel(), num_experts)
     rows = sum(sizes)
     row = torch.empty_like(order)
     row[order] = torch.arange(order.numel(), device=order.device)
@@ -70,7 +73,7 @@ def segment_index(sizes: Sequence[Sequence[int]], device: torch.device) -> Tenso
     flat = table.reshape(-1)
     target = (table.T.reshape(-1).cumsum(0) - table.T.reshape(-1)).view(table.T.shape).T.reshape(-1)
     source = flat.cumsum(0) - flat
-    shift = torch.repeat_interleave(target - source, flat)
+    shift = torch.repeat_interleave(target - source, flat, output_size=sum(map(sum, sizes)))
     return (shift + torch.arange(shift.numel())).to(device)
 
 
@@ -94,7 +97,7 @@ class Layout:
             return None
         sizes = torch.tensor(self.sizes)
         begin = torch.arange(len(self.sizes)) * self.padded - (sizes.cumsum(0) - sizes)
-        shift = torch.repeat_interleave(begin, sizes)
+        shift = torch.repeat_interleave(begin, sizes, output_size=sum(self.sizes))
         return (shift + torch.arange(shift.numel())).to(device)
 
 

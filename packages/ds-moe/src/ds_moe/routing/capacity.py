@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from ds_moe.dispatch.values import count_experts
 from ds_moe.options import DropPolicy
 
 
@@ -41,7 +42,7 @@ def keep(
     order = _order(scores.detach().T.reshape(-1), policy if training or policy != "random" else "position")
     by_expert = choices if order is None else choices[order]
     sorted_experts, index = torch.sort(by_expert, stable=True)
-    counts = torch.bincount(choices, minlength=num_experts + 1)
+    counts = count_experts(choices, num_experts + 1)
     rank_in_expert = torch.arange(choices.numel(), device=choices.device)
     rank_in_expert -= (counts.cumsum(0) - counts)[sorted_experts]
     kept = torch.empty_like(choices, dtype=torch.bool)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ds_moe.dispatch.values import count_experts
+
 
 def load(experts: Tensor, num_experts: int, used: Tensor | None = None) -> Tensor:
     """Returns (E,) int64, the number of tokens that chose each expert.
@@ -17,7 +19,7 @@ def load(experts: Tensor, num_experts: int, used: Tensor | None = None) -> Tenso
         used: (T,) bool, tokens that count; None: all.
     """
     chosen = experts if used is None else experts[used]
-    return torch.bincount(chosen.reshape(-1), minlength=num_experts)
+    return count_experts(chosen.reshape(-1), num_experts)
 
 
 def balance_loss(probs: Tensor, counts: Tensor, k: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
@@ -198,6 +199,8 @@ class _Mode(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE:  # asked of fake tensors from within operations; an error there ends the process
+            return func(*args)
         if types and any(issubclass(kind, torch.Tensor) and kind not in _PLAIN for kind in types):
             return (
                 NotImplemented  # a subclass, such as DTensor: it runs operations on the tensors that it holds
@@ -211,4 +214,5 @@ class _Mode(TorchDispatchMode):
         return self._recorder.count(func, formula, args, kwargs)
 
 
-_PLAIN = frozenset((torch.Tensor, nn.Parameter, nn.Buffer))
+_DEVICE = torch.ops.prim.device.default
+_PLAIN = frozenset((torch.Tensor, nn.Parameter, nn.Buffer, FakeTensor))

@@ -14,8 +14,8 @@ Unit = Literal["", "bytes", "seconds"]
 """What the values of a chart are. Ticks of bytes are round in KiB, MiB, ..., and those of seconds in us, ms or s."""
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 240, 58, 12, 24, 40
-_COLOURS = ("#2b6cb0", "#d9822b", "#2f8f4e", "#b83280", "#8e62b8", "#7a8ba3", "#b7791f", "#c53030")
-_SCALES: Mapping[str, tuple[tuple[float, str], ...]] = {
+COLOURS = ("#2b6cb0", "#d9822b", "#2f8f4e", "#b83280", "#8e62b8", "#7a8ba3", "#b7791f", "#c53030")
+SCALES: Mapping[str, tuple[tuple[float, str], ...]] = {
     "": ((1.0, ""),),
     "bytes": ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "bytes")),
     "seconds": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
@@ -61,7 +61,7 @@ class Chart:
         frame = _Frame.around(self, [point for points in drawn for point in points])
         parts = [*frame.axes(), f'<line class="mark" x1="0" x2="0" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>']
         for number, (line, points) in enumerate(zip(self.lines, drawn, strict=True)):
-            parts += frame.drawn(points, _COLOURS[number % len(_COLOURS)], line.dotted or len(points) == 1)
+            parts += frame.drawn(points, COLOURS[number % len(COLOURS)], line.dotted or len(points) == 1)
         data = json.dumps(frame.data(self, drawn), separators=(",", ":")).replace("<", "\\u003c")
         return (
             f'<figure class="chart">{head}{self._legend()}'
@@ -72,7 +72,7 @@ class Chart:
 
     def _legend(self) -> str:
         entries = [
-            f'<span><i style="background:{_COLOURS[i % len(_COLOURS)]}"></i>{html.escape(line.name)}</span>'
+            f'<span><i style="background:{COLOURS[i % len(COLOURS)]}"></i>{html.escape(line.name)}</span>'
             for i, line in enumerate(self.lines)
             if line.name
         ]
@@ -102,7 +102,7 @@ class _Frame:
             low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
             low = max(low, 0.0) if chart.from_zero else low
         scale, unit = next(
-            (s for s in _SCALES[chart.unit] if max(abs(low), abs(high)) >= s[0]), _SCALES[chart.unit][-1]
+            (s for s in SCALES[chart.unit] if max(abs(low), abs(high)) >= s[0]), SCALES[chart.unit][-1]
         )
         y_ticks = tuple(tick * scale for tick in ticks(low / scale, high / scale, 5, outside=True))
         x_ticks = tuple(sorted(set(xs))) if chart.log_x else ticks(min(xs), max(xs), 6)

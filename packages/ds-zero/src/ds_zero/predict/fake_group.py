@@ -27,6 +27,11 @@ class FakeGroup(SimulatedGroup):
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
         self._sent = [0.0]
+        self._messages = [0]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FakeGroup:
+        """Returns itself: a copied module talks to the same ranks."""
+        return self
 
     @property
     def sent_bytes(self) -> float:
@@ -37,17 +42,31 @@ class FakeGroup(SimulatedGroup):
     def sent_bytes(self, value: float) -> None:
         self._sent[0] = value
 
+    @property
+    def messages(self) -> int:
+        """Number of collectives."""
+        return self._messages[0]
+
+    @messages.setter
+    def messages(self, value: int) -> None:
+        self._messages[0] = value
+
     def count(self, num_bytes: float) -> None:
         """Counts bytes that this rank would have sent."""
         self._sent[0] += num_bytes
 
     def part(self, size: int) -> FakeGroup:
         """Returns a subgroup of `size` ranks; its messages are counted here, too."""
+        return self.same_counts(size)
+
+    def same_counts(self, size: int) -> FakeGroup:
+        """Returns a group of `size` ranks, whose messages are counted here, too."""
         made = FakeGroup(self.rank() % size, size)
-        made._sent = self._sent
+        made._sent, made._messages = self._sent, self._messages
         return made
 
     def _sends(self, tensors: Sequence[Tensor], times: float) -> dist.Work:
+        self._messages[0] += 1
         self.count(times * sum(t.numel() * t.element_size() for t in tensors))
         return _Arrived()
 
@@ -56,6 +75,12 @@ class FakeGroup(SimulatedGroup):
 
     def allreduce(self, tensors: Any, *opts: Any, **more: Any) -> Any:  # type: ignore[override]
         return self._sends(tensors, 2 * (self.size() - 1) / self.size())
+
+    def allgather(self, outputs: Any, inputs: Any, *opts: Any, **more: Any) -> Any:  # type: ignore[override]
+        return self._sends(inputs, self.size() - 1)
+
+    def alltoall(self, outputs: Any, inputs: Any, *opts: Any, **more: Any) -> Any:  # type: ignore[override]
+        return self._sends([t for lists in [inputs] for t in lists], (self.size() - 1) / self.size())
 
     def send(self, tensors: Any, dstRank: int, tag: int) -> Any:
         return self._sends(tensors, 1.0)

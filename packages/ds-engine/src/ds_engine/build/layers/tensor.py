@@ -74,6 +74,21 @@ def cut(model: nn.Module, settings: DsConfig, group: ProcessGroup | None, optimi
         raise ConfigError([f"tensor_parallel: {error}"]) from None
 
 
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model finds its attention in the registry of Transformers."""
+    return hasattr(model, "config") and hasattr(model, "set_attn_implementation")
+
+
+def divide_sequences(model: nn.Module, group: ProcessGroup) -> bool:
+    """Divides the attention of a model of Transformers among sequence-parallel ranks; False for any other model."""
+    if not is_of_transformers(model):
+        return False
+    from ds_layers import SequenceParallelAttention, register_with_transformers
+
+    register_with_transformers(SequenceParallelAttention(group), model=model)
+    return True
+
+
 def model_parallel(group: ProcessGroup) -> ds_zero.ModelParallel:
     """Returns the tensor-parallel axis for `ds_zero.shard`."""
     from ds_layers.tensor import cut_of

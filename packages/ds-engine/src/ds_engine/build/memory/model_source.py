@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ DEFAULT_TOKENS = 2048
 _WITH_LABELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
 
 
-def model_factory(where: str, *, tokens: int | None = None) -> Callable[[], Any]:
+def model_factory(
+    where: str, *, tokens: int | None = None, arguments: Mapping[str, int] | None = None
+) -> Callable[[], Any]:
     """Returns a function that makes the model, or the model and example inputs of one forward.
 
     Args:
         where: `package.module:function`, `file.py:function`, a Hugging Face `config.json`, or a folder with one.
         tokens: number of tokens of a sample, for Hugging Face models. Default: the model's longest sequence, at most
             2048.
+        arguments: passed to the function by keyword.
 
     Raises:
         ValueError: there is no such function or file. The returned function raises it if it fails.
@@ -45,7 +49,19 @@ def model_factory(where: str, *, tokens: int | None = None) -> Callable[[], Any]
         factory = load_factory(where)
     except (ImportError, SyntaxError) as error:
         raise ValueError(f"{where!r} cannot be imported: {_place_of(error)}") from error
-    return lambda: _called(factory, where)
+    return lambda: _called(partial(factory, **(arguments or {})), where)
+
+
+def keywords_of(where: str) -> frozenset[str]:
+    """Returns the names of the arguments that a user's function takes; none for a configuration of Hugging Face.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    path = Path(where)
+    if path.is_dir() or path.suffix == ".json":
+        return frozenset()
+    return frozenset(inspect.signature(load_factory(where)).parameters)
 
 
 def _called(factory: Callable[[], Any], where: str) -> Any:

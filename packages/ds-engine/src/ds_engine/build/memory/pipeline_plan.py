@@ -10,23 +10,26 @@ pipeline rank, as that rank of a group that sends nothing, on the meta device.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import ds_zero
+from ds_engine.build.memory.model_axes import as_rank
+from ds_engine.build.memory.pipeline_time import PipelineTime, pipeline_time, stage_work
+from ds_engine.build.memory.plan import tokens_of
 from ds_engine.build.memory.plan_table import Options
 from ds_engine.build.memory.predict import predicted
 from ds_engine.build.pipeline import choice_of
+from ds_engine.build.step_time.sections import Section, axes_section, time_section
 from ds_engine.config import DsConfig
 from ds_engine.job import Job, PipelineChoice, choices_of, describe
 from ds_engine.job.topology import Axis, Topology
+from ds_engine.step_time import Cost, Rates, StepTime, cost_of
 from ds_zero.tensors.sizes import human_bytes
 
 if TYPE_CHECKING:
@@ -45,7 +48,22 @@ class PipelinePlan:
     pipeline: PipelineChoice
     num_microbatches: int
     bubble: float
-    """Share of a step in which ranks do not compute, if all stages take the same time."""
+    """Share of the schedule in which ranks do not compute; without rates, if all stages take the same time."""
+    timed: PipelineTime | None = None
+    """None without rates."""
+    cost: Cost | None = None
+    """None without a price."""
+
+    @property
+    def time(self) -> StepTime | None:
+        """The predicted time of a step; None without rates."""
+        return None if self.timed is None else self.timed.step
+
+    def sections(self) -> list[Section]:
+        """The tables after that of memory."""
+        if self.time is None:
+            return []
+        return [time_section(self.time), axes_section(self.time.axes)]
 
     @property
     def device_bytes(self) -> int:
@@ -91,9 +109,15 @@ class PipelinePlan:
         lines = [f"peak {human_bytes(self.device_bytes)}, of pipeline rank {largest}"]
         if self.fits is not None:
             lines[0] += ": fits" if self.fits else ": does not fit"
-        lines.append(
-            f"bubble {self.bubble:.1%} if all stages take the same time; `ds pipe choose` compares schedules"
-        )
+        if self.time is None:
+            lines.append(
+                f"bubble {self.bubble:.1%} if all stages take the same time; `ds pipe choose` compares schedules"
+            )
+        else:
+            lines.append(f"bubble {self.bubble:.1%}; `ds pipe choose` compares schedules")
+            lines.append(str(self.time))
+        if self.cost is not None:
+            lines += self.cost.lines()
         return lines + [f"note: {note}" for plan in self.plans[:1] for note in plan.notes]
 
     def to_json(self) -> str:
@@ -107,6 +131,8 @@ class PipelinePlan:
                 "pipeline": str(self.pipeline),
                 "num_microbatches": self.num_microbatches,
                 "bubble": self.bubble,
+                "time": None if self.time is None else asdict(self.time),
+                "cost": None if self.cost is None else asdict(self.cost),
                 "device_bytes": self.device_bytes,
                 "host_bytes": self.host_bytes,
                 "fits": self.fits,
@@ -116,7 +142,7 @@ class PipelinePlan:
 
 
 def plan_pipeline(
-    settings: DsConfig, factory: Callable[[], Any], ranks: int, options: Options
+    settings: DsConfig, factory: Callable[[], Any], ranks: int, options: Options, rates: Rates | None = None
 ) -> PipelinePlan | None:
     """Plans a pipeline; None if the factory makes another model.
 
@@ -124,6 +150,7 @@ def plan_pipeline(
         factory: makes a `PipelineModule`, or one and the example (inputs, labels) of a micro-batch. Without an example
             only the states between steps are planned.
         ranks: number of ranks of the whole job.
+        rates: of the machines, for the time of a step; None: it is not predicted.
 
     Raises:
         ConfigError: the batch sizes contradict each other on this number of ranks.
@@ -135,39 +162,77 @@ def plan_pipeline(
     module, example = made
     choice = choice_of(module)
     assert choice is not None
-    topology = module.process_topology
     value, labels = example if isinstance(example, (tuple, list)) and len(example) == 2 else (example, None)
-    plans, in_flight = [], []
-    modules: list[PipelineModule] = [module]
-    for index in range(1, choice.num_stages):
-        other = _made(
-            factory, topology.get_rank(**{a: index if a == "pipe" else 0 for a in topology.axes}), ranks
+    if value is None and rates is not None:
+        raise ValueError(
+            "predicting the time needs a micro-batch: return (model, (inputs, labels)) from the function"
         )
-        assert other is not None
-        modules.append(other[0])
+    plans, in_flight = [], []
+    modules = [module, *_others(factory, module, choice.num_stages, ranks)]
     jobs = [_job(settings, choice, index, ranks, options) for index in range(choice.num_stages)]
     samples = options.micro_batch or jobs[0].batch.micro
     values, kept = ({}, {}) if value is None else _values(modules, choice, _sized(value, samples))
     name = settings.pipeline.schedule
     schedule = module.make_schedule(jobs[0].batch.steps, None if name == "auto" else name)
+    target = None if labels is None else _sized(labels, samples)
+    last, works = len(choice.rank_of_stage) - 1, {}
     for index, (own, job) in enumerate(zip(modules, jobs, strict=True)):
         counts = in_flight_of(schedule, index, kept)
         inputs = None
         if value is not None:
-            target = None if labels is None else _sized(labels, samples)
             inputs = ([(values[stage], count) for stage, count in counts.items()], target)
-        model = _InFlight(own, tuple(counts), len(choice.rank_of_stage) - 1, job.stage == 3)
+        model = _InFlight(own, tuple(counts), last, job.stage == 3)
         plans.append(_planned(job, own, model, inputs, options))
         in_flight.append(counts)
+        for stage in counts if rates is not None else ():
+            works[stage] = stage_work(
+                _InFlight(own, (stage,), last, False),
+                values[stage],
+                target,
+                None if stage == last else values[stage + 1],
+                _stage_numel(own, stage),
+            )
     from ds_pipe import simulate
 
+    timed = cost = None
+    if rates is not None:
+        timed = pipeline_time(schedule, works, jobs, plans, rates)
+        cost = _cost(timed, rates, jobs[0], samples, value, options)
     return PipelinePlan(
         plans=tuple(plans),
         in_flight=tuple(in_flight),
         pipeline=choice,
         num_microbatches=jobs[0].batch.steps,
-        bubble=simulate(schedule).bubble,
+        bubble=(simulate(schedule) if timed is None else timed.simulation).bubble,
+        timed=timed,
+        cost=cost,
     )
+
+
+def _cost(
+    timed: PipelineTime, rates: Rates, job: Job, samples: int, value: Any, options: Options
+) -> Cost | None:
+    return cost_of(
+        timed.step.total_s,
+        rates,
+        ranks=job.topology.world_size,
+        samples=samples * job.batch.steps * job.topology.samples.size,
+        tokens=tokens_of(value),
+        steps=options.steps,
+    )
+
+
+def _others(
+    factory: Callable[[], Any], module: PipelineModule, num_stages: int, ranks: int
+) -> list[PipelineModule]:
+    """Makes the modules of the other pipeline ranks."""
+    topology, others = module.process_topology, []
+    for index in range(1, num_stages):
+        rank = topology.get_rank(**{axis: index if axis == "pipe" else 0 for axis in topology.axes})
+        made = _made(factory, rank, ranks)
+        assert made is not None
+        others.append(made[0])
+    return others
 
 
 def in_flight_of(schedule: Schedule, rank: int, kept_bytes: Mapping[int, int]) -> dict[int, int]:
@@ -273,22 +338,15 @@ def _sized(value: Any, samples: int) -> Any:
 
 def _made(factory: Callable[[], Any], rank: int, ranks: int) -> tuple[PipelineModule, Any] | None:
     """Calls the factory on the meta device, as one rank of the job; None if it makes no pipeline."""
-    with _as_rank(rank, ranks), torch.device("meta"):
+    with as_rank(rank, ranks), torch.device("meta"):
         made = factory()
     model, example = made if isinstance(made, tuple) else (made, None)
     return None if choice_of(model) is None else (model, example)
 
 
-@contextmanager
-def _as_rank(rank: int, ranks: int) -> Iterator[None]:
-    """A process group of which this process is one rank, and in which nothing is sent."""
-    if dist.is_initialized():
-        raise ValueError("a process group exists in this process: plan a pipeline in one that trains nothing")
-    dist.init_process_group("fake", rank=rank, world_size=ranks)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+def _stage_numel(module: PipelineModule, stage: int) -> int:
+    """Returns the number of elements of the parameters of a stage."""
+    return sum(p.numel() for p in module.stage_module(stage).parameters())
 
 
 def _counts(counts: Mapping[int, int]) -> str:

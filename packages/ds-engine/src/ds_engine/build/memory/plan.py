@@ -6,19 +6,22 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import ds_zero
+from ds_engine.build.memory.model_axes import ModelAxes, connected, divided, made_on_meta
 from ds_engine.build.memory.predict import Budgets, predicted
 from ds_engine.build.pipeline import refuse
 from ds_engine.build.topology import arranged
 from ds_engine.config import DsConfig
 from ds_engine.job import Job, choices_of, describe
+from ds_engine.step_time import Cost, Rates, cost_of
 
 
 def load_factory(where: str) -> Callable[[], Any]:
@@ -62,6 +65,10 @@ class Planned:
     """On the meta device, of the planned size; None if the factory gave none."""
     samples: int
     """Size of the micro-batch."""
+    axes: ModelAxes
+    """The groups over which the model sends messages within its layers."""
+    tokens: int | None = None
+    """Tokens of a sample; None if the inputs are no tokens."""
 
     @classmethod
     def of(
@@ -87,8 +94,7 @@ class Planned:
             ValueError: the factory makes no model, or inputs of different sizes.
         """
         job = describe(choices_of(settings), arranged(settings, 0, ranks), device or _default_device())
-        with torch.device("meta"):
-            made = factory()
+        made = made_on_meta(factory, ranks)
         model, inputs = made if isinstance(made, tuple) else (made, None)
         if not isinstance(model, nn.Module):
             raise ValueError(
@@ -101,7 +107,31 @@ class Planned:
             from ds_zero.predict.remedies import with_batch_size
 
             inputs = with_batch_size(inputs, samples)
-        return cls(job=job, model=model, inputs=inputs, samples=samples)
+        axes = connected(settings, job, model)
+        tokens = tokens_of(inputs)
+        inputs = divided(inputs, job, model)
+        return cls(job=job, model=model, inputs=inputs, samples=samples, axes=axes, tokens=tokens)
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of an optimizer step on all ranks together."""
+        return self.samples * self.job.batch.steps * self.job.topology.samples.size
+
+    def cost(self, step_s: float, rates: Rates, steps: int | None) -> Cost | None:
+        """What training costs; None without a price.
+
+        Args:
+            step_s: duration of a step.
+            steps: of the whole run.
+        """
+        return cost_of(
+            step_s,
+            rates,
+            ranks=self.job.topology.world_size,
+            samples=self.step_samples,
+            tokens=self.tokens,
+            steps=steps,
+        )
 
     def memory(self, *, checkpointing: bool = False, budgets: Budgets | None = None) -> ds_zero.Plan:
         """Predicts memory and messages of one rank.
@@ -113,13 +143,22 @@ class Planned:
         Raises:
             ValueError: the model cannot be planned.
         """
-        return predicted(
+        plan = predicted(
             self.job,
             self.model,
             micro_batch=self.inputs,
             checkpointing=checkpointing,
             budgets=budgets or Budgets(),
         )
+        return replace(plan, notes=(*plan.notes, *self.axes.notes))
+
+
+def tokens_of(inputs: Any) -> int | None:
+    """Returns the number of tokens of a sample: the second size of the first tensor of whole numbers that has one."""
+    for value in tree_leaves(inputs):
+        if isinstance(value, Tensor) and value.ndim == 2 and not value.is_floating_point():
+            return int(value.shape[1])
+    return None
 
 
 def _default_device() -> str:

@@ -10,9 +10,10 @@ from typing import Any
 import ds_zero
 from ds_engine.build.memory.plan import Planned
 from ds_engine.build.memory.predict import Budgets
+from ds_engine.build.step_time.sections import Section
 from ds_engine.build.step_time.work import ModelWork, work_of, workload
 from ds_engine.config import DsConfig
-from ds_engine.step_time import Rates, seconds_text, simulate
+from ds_engine.step_time import Cost, Rates, seconds_text, simulate
 from ds_zero.tensors.sizes import human_bytes
 
 STAGES = (0, 1, 2, 3)
@@ -27,6 +28,8 @@ class Options:
     device: str | None = None
     budget_bytes: int | None = None
     host_budget_bytes: int | None = None
+    steps: int | None = None
+    """Optimizer steps of the whole run, for its duration and cost."""
 
     def budgets(self) -> Budgets:
         return Budgets(device_bytes=self.budget_bytes, host_bytes=self.host_budget_bytes)
@@ -49,6 +52,8 @@ class Cell:
     """Predicted seconds of a step; None without rates."""
     samples_per_s: float | None = None
     """Predicted throughput of all ranks."""
+    cost: Cost | None = None
+    """Predicted cost; None without a price among the rates."""
     reason: str = ""
 
 
@@ -79,6 +84,10 @@ class PlanTable:
             for stage in STAGES
         ]
         return header, rows
+
+    def sections(self) -> list[Section]:
+        """No further tables: the cells hold everything."""
+        return []
 
     def verdict(self) -> list[str]:
         """Returns the lines below the table."""
@@ -125,7 +134,7 @@ def compare(
                 )
                 made = planned.memory(checkpointing=options.checkpointing, budgets=options.budgets())
                 if rates is not None and work is None:
-                    work = work_of(planned.model, planned.inputs, planned.samples)
+                    work = work_of(planned.model, planned.inputs, planned.samples, planned.axes)
             except ValueError as error:
                 cells.append(Cell(stage=stage, ranks=ranks, device_bytes=None, reason=str(error)))
                 continue
@@ -153,7 +162,8 @@ def _costs(
         seconds = simulate(workload(planned.job, made, work, planned.samples), rates).total_s
         costs |= {
             "step_s": seconds,
-            "samples_per_s": planned.samples * planned.job.batch.steps * made.ranks / seconds,
+            "samples_per_s": planned.step_samples / seconds,
+            "cost": planned.cost(seconds, rates, None),
         }
     return costs
 

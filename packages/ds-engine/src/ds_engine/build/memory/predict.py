@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 import ds_zero
 from ds_engine.build.comm import planned_collectives
+from ds_engine.build.moe import sizes_of_experts
 from ds_engine.build.offload import budget_notes, place, planned_activations, tiers_of
 from ds_engine.build.optimizer import maker_of
 from ds_engine.build.zero import zero_config
@@ -19,6 +20,7 @@ from ds_engine.job import Job, Placement
 
 if TYPE_CHECKING:
     from ds_offload.budget.plan import Placed
+    from ds_zero.predict.simulate import RanksFor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,20 @@ def _arguments(job: Job, model: nn.Module, stage: int | None) -> dict[str, Any]:
         "shard_ranks": topology.shards.size if topology.replicate.size > 1 else None,
         "loss_scale": job.precision.loss_scaling is not None,
         "clip": math.isfinite(job.clipping),
+        "ranks_for": _ranks_for(job, model),
         "device": job.device_type,
         "comm": planned_collectives(job),
     }
+
+
+def _ranks_for(job: Job, model: nn.Module) -> RanksFor | None:
+    """Returns among how many ranks each parameter of experts is sharded; None if no experts are divided."""
+    sizes = sizes_of_experts(model)
+    if not sizes:
+        return None
+    shards = job.topology.shards.size
+
+    def ranks_for(fqn: str, param: nn.Parameter) -> int | None:
+        return shards // sizes[fqn] if fqn in sizes else None
+
+    return ranks_for

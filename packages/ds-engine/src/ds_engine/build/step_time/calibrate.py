@@ -15,20 +15,19 @@ from torch.utils._pytree import tree_map_only
 
 import ds_comm
 import ds_zero
-from ds_comm.bench import Timing
-from ds_comm.bench import measure as measure_collectives
 from ds_core.kernels import squared_norm
 from ds_engine.build.optimizer import maker_of
+from ds_engine.build.step_time.links import measured_links
 from ds_engine.build.step_time.work import bucketed_bytes, call, update_bytes
 from ds_engine.config import DsConfig
 from ds_engine.device import synchronize
 from ds_engine.job import Precision, choices_of
 from ds_engine.step_time import Rates
-from ds_engine.step_time.rates import fitted, rates_of
+from ds_engine.step_time.rates import rates_of
+from ds_zero.layout.units import choose_units
 from ds_zero.predict.plan import default_loss
 
 _ROUNDS = 5
-_MESSAGES = (1 << 16, 1 << 24)
 _UPDATE_NUMEL = 1 << 22
 """Elements of the update that is measured: 64 MB with states, more than most caches."""
 _TENSORS = 16
@@ -58,10 +57,7 @@ def calibrate(
 def rates_from(told: Sequence[Mapping[str, Any]], flops: tuple[float, float], settings: DsConfig) -> Rates:
     """Returns the rates from what all ranks have measured; those of copies and disks are the configured ones."""
     # The slowest rank is the one that the others wait for.
-    slowest = {
-        name: max(one[name] for one in told)
-        for name in ("forward_s", "backward_s", "few_forward_s", "few_backward_s")
-    }
+    slowest = {name: max(one[name] for one in told) for name in told[0] if name.endswith("_s")}
     first = told[0]
     memory = min(one["memory_bytes_per_s"] for one in told)
     # The backward was measured with its copies of gradients into buckets, which `simulate` adds to the operations.
@@ -81,13 +77,29 @@ def rates_from(told: Sequence[Mapping[str, Any]], flops: tuple[float, float], se
         "reduce": first.get("reduce", {"latency_s": 1e-5, "bytes_per_s": 1e10}),
         "occupies": min(1.0, max(one["occupies"] for one in told)),
     }
-    rates = settings.offload.rates
-    return replace(
+    offload = settings.offload.rates
+    rates = replace(
         rates_of(given),
-        device_host_bytes_per_s=float(rates.link),
-        disk_read_bytes_per_s=float(rates.disk_read),
-        disk_write_bytes_per_s=float(rates.disk_write),
+        device_host_bytes_per_s=float(offload.link),
+        disk_read_bytes_per_s=float(offload.disk_read),
+        disk_write_bytes_per_s=float(offload.disk_write),
+        update_s=max(0.0, slowest["update_s"] - first["update_bytes"] / memory),
     )
+    return rates if len(told) == 1 else _with_sharding(rates, slowest, first, len(told))
+
+
+def _with_sharding(rates: Rates, slowest: Mapping[str, float], first: Mapping[str, Any], ranks: int) -> Rates:
+    """Returns the rates with what stage 3 took in addition to its messages: in the forward for each unit, and in the
+    update.
+    """
+    units = max(1, first["units"])
+    gathers_s = rates.gather.seconds(first["numel"] * first["itemsize"] * (ranks - 1) / ranks, ranks, units)
+    # The first gather is waited for; of the others as much as occupies the rank, or is longer than the forward.
+    hidden = max(rates.occupies * gathers_s, gathers_s - slowest["few_forward_s"], gathers_s / units)
+    more_s = slowest["sharded_forward_s"] - slowest["few_forward_s"] - hidden
+    shared_s = slowest["sharded_update_s"] - rates.update_s
+    shared_s -= first["update_bytes"] / ranks / rates.memory_bytes_per_s
+    return replace(rates, gather_unit_s=max(0.0, more_s / units), shared_update_s=max(0.0, shared_s))
 
 
 def _fitted_pass(whole_s: float, few_s: float, sizes: tuple[int, int]) -> tuple[float, float]:
@@ -115,24 +127,21 @@ def measured(config: dict[str, Any], where: str, tokens: int | None, samples: in
         raise ValueError(
             f"{where!r} gives no example inputs, so nothing can be measured: return (model, inputs)"
         )
-    precision = Precision.of(settings, world.device.type)
-    dtype = precision.param_dtype
-    model = made[0].to(world.device, dtype).train()
     few = max(1, samples // 2)
-    batches = [precision.cast(_batch(made[1], number, world.device)) for number in (samples, few)]
-    told: dict[str, Any] = {
-        "numel": sum(p.numel() for p in model.parameters()),
-        "samples": samples,
-        "few_samples": few,
-    }
-    with precision.around_forward(world.device.type):
-        (whole, part) = _passes(model, batches, world.device, dtype)
-    told |= whole | {f"few_{name}": seconds for name, seconds in part.items()}
-    del model, batches
-    told["memory_bytes_per_s"] = _update_rate(settings, world.device, dtype)
-    told["occupies"] = 0.0
+    batches = [_batch(made[1], number, world.device) for number in (samples, few)]
+    told: dict[str, Any] = {"samples": samples, "few_samples": few}
+    memory = _update_rate(settings, world.device, Precision.of(settings, world.device.type).param_dtype)
+    engines = [_engine(settings, made[0], stage=0)]
     if world.world_size > 1:
-        told |= _messages(world.device)
+        # Stage 3 needs another model: the first one's parameters are in the first engine's buckets.
+        engines.append(_engine(settings, model_factory(where, tokens=tokens)()[0], stage=3))
+    told |= _engine_times(engines, batches)
+    told |= _sizes(engines[0])
+    for engine in engines:
+        engine.destroy()
+    told |= {"memory_bytes_per_s": memory, "occupies": 0.0}
+    if world.world_size > 1:
+        told |= measured_links(world.device)
     return told
 
 
@@ -145,32 +154,80 @@ def resized(tensor: Tensor, samples: int) -> Tensor:
     return tensor[torch.arange(samples) % tensor.shape[0]] if tensor.ndim else tensor
 
 
-def _passes(
-    model: nn.Module, batches: Sequence[Any], device: torch.device, dtype: torch.dtype | None
-) -> list[dict[str, float]]:
-    """Forward and backward of each batch as ds_zero runs them, without messages: each rank is alone."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    config = ds_zero.ZeroConfig(param_dtype=dtype)
-    ds_zero.shard(model, optimizer, stage=0, mesh=_alone(), config=config)
-    told = []
-    for batch in batches:
-        forwards, backwards = [], []
-        for number in range(_ROUNDS + 1):
+_KEPT = ("optimizer", "bf16", "fp16", "torch_autocast", "data_types", "gradient_clipping")
+"""Sections of the job's configuration with which passes and updates are measured."""
+
+
+def _engine(settings: DsConfig, model: nn.Module, stage: int) -> Any:
+    """Returns an engine whose steps have two micro-batches, with the job's optimizer and precision."""
+    from ds_engine.assemble import initialize
+
+    given = settings.model_dump(exclude_unset=True)
+    config = {name: given[name] for name in _KEPT if name in given} | {
+        "train_micro_batch_size_per_gpu": 1,  # the batches have their own sizes
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": {"stage": stage},
+        "startup_summary": False,
+        "steps_per_print": 0,
+    }
+    return initialize(model, config)[0]
+
+
+def _engine_times(engines: Sequence[Any], batches: Sequence[Any]) -> dict[str, float]:
+    """Durations of forward, backward and update. Those of passes are of the first micro-batch of a step, which at stage
+    0 sends nothing. Names of the second batch begin with `few_`, and those of the second engine, which runs only this
+    batch, with `sharded_`. All take turns, so that other work on the machine affects them alike.
+    """
+    runs = [("", engines[0], batches[0]), ("few_", engines[0], batches[1])]
+    runs += [("sharded_", engine, batches[1]) for engine in engines[1:]]
+    taken: dict[str, list[float]] = {}
+    for number in range(_ROUNDS + 1):
+        for prefix, engine, batch in runs:
+            for name, seconds in _step_times(engine, batch).items():
+                if number:  # the first step allocates gradients and states
+                    taken.setdefault(prefix + name, []).append(seconds)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def _step_times(engine: Any, batch: Any) -> dict[str, float]:
+    """Runs one step of two micro-batches. Returns the durations of the first one's passes, and of the update."""
+    device, told = engine.world.device, {}
+    for turn in range(2):
+        _together(device)
+        start = time.perf_counter()
+        loss = default_loss(call(engine, batch))
+        synchronize(device)
+        middle = time.perf_counter()
+        engine.backward(loss)
+        synchronize(device)
+        end = time.perf_counter()
+        if turn == 0:
+            told = {"forward_s": middle - start, "backward_s": end - middle}
+        else:
             _together(device)
-            start = time.perf_counter()
-            loss = default_loss(call(model, batch))
-            synchronize(device)
-            middle = time.perf_counter()
-            loss.backward()
-            synchronize(device)
             end = time.perf_counter()
-            if number:  # the first allocates gradients
-                forwards.append(middle - start)
-                backwards.append(end - middle)
-            optimizer.zero_grad()
-        told.append({"forward_s": statistics.median(forwards), "backward_s": statistics.median(backwards)})
-    ds_zero.destroy(model)
+        engine.step()
+        synchronize(device)
+        told["update_s"] = time.perf_counter() - end
     return told
+
+
+def _sizes(engine: Any) -> dict[str, float]:
+    """What a step of an engine at stage 0 reads and writes."""
+    params = [p for p in engine.module.parameters() if p.requires_grad]
+    numel, itemsize = sum(p.numel() for p in params), max(p.element_size() for p in params)
+    states = sum(
+        value.nbytes
+        for state in engine.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, Tensor) and value.ndim
+    )
+    return {
+        "numel": sum(p.numel() for p in engine.module.parameters()),
+        "itemsize": itemsize,
+        "units": len(choose_units(engine.module)),
+        "update_bytes": update_bytes(numel, states, itemsize),
+    }
 
 
 def _update_rate(settings: DsConfig, device: torch.device, dtype: torch.dtype | None) -> float:
@@ -209,30 +266,6 @@ def _alone() -> dist.ProcessGroup | None:
     """A group of this rank only; None if there are no others. Collective."""
     several = dist.is_initialized() and dist.get_world_size() > 1
     return dist.new_subgroups(group_size=1)[0] if several else None
-
-
-def _messages(device: torch.device) -> dict[str, Any]:
-    cpu, wall = time.process_time(), time.perf_counter()
-    names = ("all_gather", "reduce_scatter", "all_to_all")
-    timings = measure_collectives(_MESSAGES, names, rounds=3, device=device)
-    share = (time.process_time() - cpu) / (time.perf_counter() - wall)
-    # ds_zero reduces over gloo by all-to-all and a sum, because gloo's reduce-scatter sends twice the bytes.
-    by_messages = device.type == "cpu" and all(t.transport != "same host" for t in timings)
-    return {
-        "gather": _fitted(timings, "all_gather"),
-        "reduce": _fitted(timings, "all_to_all" if by_messages else "reduce_scatter"),
-        "occupies": 0.0 if device.type != "cpu" else share,
-    }
-
-
-def _fitted(timings: Sequence[Timing], collective: str) -> dict[str, float]:
-    return fitted(
-        [
-            {"bytes": t.num_bytes, "ranks": t.ranks, "seconds": t.seconds}
-            for t in timings
-            if t.collective == collective
-        ]
-    )
 
 
 def _together(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""A plan of memory and messages, with the predicted time of a step."""
+"""A plan of memory and messages, with the predicted time and cost of a step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from ds_engine.build.memory.model_source import model_factory
 from ds_engine.build.memory.plan import Planned
 from ds_engine.build.memory.plan_table import Options
 from ds_engine.build.step_time.calibrate import calibrate
+from ds_engine.build.step_time.sections import (
+    Section,
+    Tier,
+    axes_section,
+    tiers_of,
+    tiers_section,
+    time_section,
+)
 from ds_engine.build.step_time.work import work_of, workload
 from ds_engine.config import DsConfig
-from ds_engine.step_time import Rates, StepTime, simulate
+from ds_engine.step_time import AxisTime, Cost, Rates, StepTime, Workload, simulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +32,11 @@ class PlannedStep:
     plan: ds_zero.Plan
     time: StepTime | None
     """None without rates."""
+    axes: tuple[AxisTime, ...] = ()
+    """Messages of each axis with several ranks; without rates, their times are 0."""
+    tiers: tuple[Tier, ...] = ()
+    cost: Cost | None = None
+    """None without a price."""
 
     @property
     def fits(self) -> bool | None:
@@ -37,15 +50,28 @@ class PlannedStep:
         """Header and rows."""
         return self.plan.rows()
 
+    def sections(self) -> list[Section]:
+        """The tables after that of memory."""
+        made = [] if self.time is None else [time_section(self.time)]
+        if self.axes:
+            made.append(axes_section(self.axes))
+        if self.tiers:
+            made.append(tiers_section(self.tiers))
+        return made
+
     def verdict(self) -> list[str]:
-        """The lines below the table."""
-        return self.plan.verdict() + ([] if self.time is None else [str(self.time)])
+        """The lines below the tables."""
+        lines = self.plan.verdict() + ([] if self.time is None else [str(self.time)])
+        return lines + ([] if self.cost is None else self.cost.lines())
 
     def to_json(self) -> str:
-        """The fields of the plan, and `time`."""
+        """The fields of the plan, and `time`, `axes`, `tiers` and `cost`."""
         whole: dict[str, Any] = json.loads(self.plan.to_json())
         if self.time is not None:
             whole["time"] = asdict(self.time)
+        whole["axes"] = [asdict(one) for one in self.axes]
+        whole["tiers"] = [asdict(one) for one in self.tiers]
+        whole["cost"] = None if self.cost is None else asdict(self.cost)
         return json.dumps(whole, indent=2)
 
 
@@ -64,10 +90,22 @@ def planned_step(
         settings, factory, ranks=ranks, micro_batch=options.micro_batch, device=options.device
     )
     plan = planned.memory(checkpointing=options.checkpointing, budgets=options.budgets())
+    if rates is None and (not planned.axes.groups or planned.inputs is None):
+        idle = Workload(units=(), ranks=plan.ranks, micro_batches=planned.job.batch.steps)
+        return PlannedStep(plan=plan, time=None, tiers=tuple(tiers_of(plan, idle, None)))
+    counted = work_of(planned.model, planned.inputs, planned.samples, planned.axes)
+    work = workload(planned.job, plan, counted, planned.samples)
+    tiers = tuple(tiers_of(plan, work, rates))
     if rates is None:
-        return PlannedStep(plan=plan, time=None)
-    work = work_of(planned.model, planned.inputs, planned.samples)
-    return PlannedStep(plan=plan, time=simulate(workload(planned.job, plan, work, planned.samples), rates))
+        return PlannedStep(plan=plan, time=None, axes=work.axes(), tiers=tiers)
+    time = simulate(work, rates)
+    return PlannedStep(
+        plan=plan,
+        time=time,
+        axes=time.axes,
+        tiers=tiers,
+        cost=planned.cost(time.total_s, rates, options.steps),
+    )
 
 
 def measured_rates(

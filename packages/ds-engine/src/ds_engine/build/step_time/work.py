@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import ds_zero
+from ds_engine.build.memory.model_axes import ModelAxes
 from ds_engine.job import Job
-from ds_engine.step_time import Unit, Workload
+from ds_engine.step_time import Inside, Unit, Workload
 from ds_zero.layout.units import choose_units
+from ds_zero.predict.dry_run import dry_run
 from ds_zero.predict.plan import default_loss
 
 
@@ -24,6 +26,25 @@ class ModelWork:
     units: tuple[Unit, ...]
     samples: int
     """Of the micro-batch that was counted."""
+    inside: tuple[Inside, ...] = ()
+    """Messages within the layers of the model, of this micro-batch."""
+
+    def inside_of(self, samples: int, *, itemsize: int = 4, recomputed: bool = False) -> tuple[Inside, ...]:
+        """The messages within layers for a micro-batch of another size.
+
+        Args:
+            itemsize: bytes of an element in training; they were counted in fp32.
+        """
+        factor = samples / self.samples * itemsize / 4
+        return tuple(
+            replace(
+                one,
+                forward_bytes=one.forward_bytes * factor,
+                backward_bytes=(one.backward_bytes + (one.forward_bytes if recomputed else 0.0)) * factor,
+                backward_messages=one.backward_messages + (one.forward_messages if recomputed else 0),
+            )
+            for one in self.inside
+        )
 
     def of(self, samples: int, *, recomputed: bool = False) -> tuple[Unit, ...]:
         """The units for a micro-batch of another size.
@@ -48,13 +69,14 @@ class ModelWork:
         return sum(unit.forward_flops for unit in units), sum(unit.backward_flops for unit in units)
 
 
-def work_of(model: nn.Module, inputs: Any, samples: int) -> ModelWork:
-    """Counts the operations of one forward and backward, on the meta device: nothing is computed.
+def work_of(model: nn.Module, inputs: Any, samples: int, axes: ModelAxes | None = None) -> ModelWork:
+    """Counts the operations and the messages of one forward and backward. Nothing is computed.
 
     Args:
-        model: on the meta device.
+        model: on any device, also the meta device; of one rank, if it is divided.
         inputs: arguments of a forward: a tensor, a tuple, or a mapping of keywords.
         samples: size of this micro-batch.
+        axes: the groups over which the model is divided; None: it is not.
 
     Raises:
         ValueError: ds-profiler is not installed, or the model needs values of tensors.
@@ -67,19 +89,21 @@ def work_of(model: nn.Module, inputs: Any, samples: int) -> ModelWork:
         from ds_profiler import FlopsProfiler
     except ModuleNotFoundError:
         raise ValueError("predicting the time needs ds-profiler: pip install 'ds-engine[profiler]'") from None
-    batch = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), inputs)
-    profiler = FlopsProfiler(model)
+    axes = axes or ModelAxes()
+    axes.clear()
     try:
-        with profiler:
-            default_loss(call(model, batch)).backward()
-    except (NotImplementedError, RuntimeError) as error:
+        with dry_run(model) as copied:
+            batch = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype, device="cpu"), inputs)
+            profiler = FlopsProfiler(copied, synchronize=False)
+            with profiler:
+                loss = default_loss(call(copied, batch))
+                forward_sent = axes.counted()
+                loss.backward()
+    except (NotImplementedError, RuntimeError, ValueError) as error:
         text = str(error).partition("\n")[0]
         raise ValueError(
             f"the operations of {type(model).__name__} cannot be counted without values: {text}"
         ) from error
-    finally:
-        for param in model.parameters():
-            param.grad = None
     profile = profiler.profile()
     modules = {module.name: module for _, module in profile.model.walk()}
     chosen = choose_units(model)
@@ -106,7 +130,22 @@ def work_of(model: nn.Module, inputs: Any, samples: int) -> ModelWork:
         units.append(
             Unit(name="", numel=rest, forward_flops=max(forward, 0.0), backward_flops=max(backward, 0.0))
         )
-    return ModelWork(units=tuple(units), samples=samples)
+    return ModelWork(units=tuple(units), samples=samples, inside=_inside(axes, forward_sent))
+
+
+def _inside(axes: ModelAxes, forward: Mapping[str, tuple[float, int]]) -> tuple[Inside, ...]:
+    """What has been sent since `ModelAxes.clear`, of which `forward` was sent in the forward."""
+    return tuple(
+        Inside(
+            axis=axis,
+            ranks=axes.sizes()[axis],
+            forward_bytes=forward[axis][0],
+            forward_messages=forward[axis][1],
+            backward_bytes=num_bytes - forward[axis][0],
+            backward_messages=messages - forward[axis][1],
+        )
+        for axis, (num_bytes, messages) in axes.counted().items()
+    )
 
 
 def call(model: Callable[..., Any], batch: Any) -> Any:
@@ -137,7 +176,11 @@ def workload(job: Job, plan: ds_zero.Plan, work: ModelWork, samples: int | None 
     states = sum(tensor.num_bytes for tensor in plan.tensors if tensor.kind == "state")
     return Workload(
         units=work.of(samples or job.batch.micro, recomputed=plan.checkpointing),
+        inside=work.inside_of(
+            samples or job.batch.micro, itemsize=itemsize_of(plan), recomputed=plan.checkpointing
+        ),
         ranks=plan.ranks,
+        stride=job.topology.tensor.size,
         micro_batches=micro,
         gather_forward_bytes=gathered,
         gather_backward_bytes=regathered,
@@ -146,7 +189,8 @@ def workload(job: Job, plan: ds_zero.Plan, work: ModelWork, samples: int | None 
         buckets=max(1, len(tensors)),
         publish_bytes=sent.get("step", 0.0) if plan.stage in (1, 2) else 0.0,
         accumulate_bytes=bucketed_bytes(numel, micro),
-        optimizer_bytes=update_bytes(owned, states, _itemsize(plan)),
+        optimizer_bytes=update_bytes(owned, states, itemsize_of(plan)),
+        shares_state=plan.stage > 0 and plan.ranks > 1,
         **_moved(plan, owned, states),
     )
 
@@ -163,7 +207,8 @@ def bucketed_bytes(numel: int, micro: int) -> float:
     return float(numel) * 4 * (3 if micro > 1 else 2)
 
 
-def _itemsize(plan: ds_zero.Plan) -> int:
+def itemsize_of(plan: ds_zero.Plan) -> int:
+    """Returns the bytes of an element of the parameters, and of activations."""
     names = [name.strip().removeprefix("torch.") for name in plan.compute_dtype.split(",")]
     sizes = [
         getattr(torch, name).itemsize for name in names if isinstance(getattr(torch, name, None), torch.dtype)
@@ -177,9 +222,9 @@ def _moved(plan: ds_zero.Plan, owned: float, states: float) -> dict[str, float]:
     copies = 0.0
     if plan.device != "cpu" and (host or disk):
         # Gradients go to the host, parameters come back: full duplex, so the larger of the two counts.
-        copies = owned * max(4, _itemsize(plan))
+        copies = owned * max(4, itemsize_of(plan))
     read = written = 0.0
-    by_kind = {"master": owned * 4, "grad": owned * 4, "param": owned * _itemsize(plan), "state": states}
+    by_kind = {"master": owned * 4, "grad": owned * 4, "param": owned * itemsize_of(plan), "state": states}
     for kind in disk:
         read += by_kind.get(kind, 0.0)
         written += by_kind.get(kind, 0.0)

@@ -10,16 +10,17 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+import ds_comm
 from ds_engine.device import synchronize
 from ds_engine.files import write_whole
 from ds_engine.training.trial import what_ran
@@ -37,6 +38,8 @@ class Spec:
     """As `ds plan --model`."""
     tokens: int | None
     recompute: bool
+    arguments: Mapping[str, int]
+    """Of the function that makes the model."""
     warm_up: int
     """Steps before those that are measured."""
     steps: int
@@ -72,25 +75,24 @@ def train(spec: Spec) -> dict[str, Any]:
     """Trains on this rank. Returns throughput of all ranks, and what was really in effect."""
     from ds_engine.assemble import initialize
     from ds_engine.build.memory.model_source import model_factory
-    from ds_engine.build.step_time.calibrate import resized
-    from ds_engine.build.step_time.work import call
     from ds_zero.predict.simulate import checkpoint_units
 
+    ds_comm.start()  # layers of experts, and pipelines, ask for the ranks while they are made
     torch.manual_seed(0)
-    model, inputs = model_factory(spec.model, tokens=spec.tokens)()
+    made = model_factory(spec.model, tokens=spec.tokens, arguments=spec.arguments)()
+    model, inputs = made if isinstance(made, tuple) else (made, None)
+    if inputs is None:
+        raise ValueError(f"{spec.model!r} gives no example inputs: return (model, inputs)")
     if spec.recompute:
         checkpoint_units(model)
     engine, *_ = initialize(model, {**spec.config, "startup_summary": False, "steps_per_print": 0})
-    device, micro, accumulation = engine.world.device, engine.batch.micro, engine.batch.steps
-    batch = tree_map_only(Tensor, lambda t: resized(t, micro).to(device), inputs)
+    run = _step_of(engine, model, inputs)
     seconds = []
     for number in range(spec.warm_up + spec.steps):
-        synchronize(device)
+        synchronize(engine.world.device)
         start = time.perf_counter()
-        for _ in range(accumulation):
-            engine.backward(default_loss(call(engine, batch)))
-            engine.step()
-        synchronize(device)
+        run()
+        synchronize(engine.world.device)
         if number >= spec.warm_up:
             seconds.append(time.perf_counter() - start)
     # Ranks wait for each other, so the median of the slowest is that of all.
@@ -101,6 +103,44 @@ def train(spec: Spec) -> dict[str, Any]:
     told = {"samples_per_s": engine.batch.train / step_s.item(), "ran": ran}
     engine.destroy()
     return told
+
+
+def _step_of(engine: Any, model: nn.Module, inputs: Any) -> Callable[[], None]:
+    """Returns a function that runs one optimizer step."""
+    from ds_engine.build.layers.tensor import divide_sequences
+    from ds_engine.build.memory.model_axes import divided
+    from ds_engine.build.step_time.calibrate import resized
+    from ds_engine.build.step_time.work import call
+
+    micro, accumulation, device = engine.batch.micro, engine.batch.steps, engine.world.device
+    batch = tree_map_only(Tensor, lambda t: resized(t, micro).to(device), inputs)
+    if engine.topology.pipe.size > 1:
+        data = [batch] * accumulation
+
+        def through_stages() -> None:
+            engine.train_batch(data)
+
+        return through_stages
+    if engine.topology.sequence.size > 1:
+        divide_sequences(model, engine.roles.sequence_group)
+        batch = _own_positions(divided(batch, engine.job, model), engine)
+
+    def step() -> None:
+        for _ in range(accumulation):
+            engine.backward(default_loss(call(engine, batch)))
+            engine.step()
+
+    return step
+
+
+def _own_positions(batch: Any, engine: Any) -> Any:
+    """Returns the batch with the positions of this rank's tokens, which ranks of a sequence must not share."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return batch
+    rows, tokens = batch["input_ids"].shape
+    begin = engine.topology.sequence.index * tokens
+    positions = torch.arange(begin, begin + tokens, device=batch["input_ids"].device)
+    return {**batch, "position_ids": positions.expand(rows, -1)}
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ds_engine.build.memory.model_source import model_factory
+from ds_engine.build.layers.tensor import is_of_transformers
+from ds_engine.build.memory.model_source import keywords_of, model_factory
 from ds_engine.build.memory.plan import Planned
 from ds_engine.build.memory.plan_table import Options
 from ds_engine.build.memory.predict import Budgets
@@ -23,6 +24,7 @@ from ds_engine.device import free_bytes
 from ds_engine.files import write_whole
 from ds_engine.step_time import Rates, simulate
 from ds_engine.tune import Candidate, Outcome, Prediction, Search, Space, Tuned, candidates
+from ds_engine.tune.candidates import EXPERTS, STAGES
 from ds_zero.tensors.sizes import human_bytes
 
 
@@ -90,30 +92,53 @@ def tune(request: Request, say: Callable[[str], None]) -> Tuned:
 
 def predict(request: Request, rates: Rates, budget: int) -> list[Prediction]:
     """Plans every candidate: peak memory, and throughput by the rates."""
-    factory = model_factory(request.model, tokens=request.tokens)
-    work: ModelWork | None = None
     made = []
+    works: dict[tuple[int, ...], ModelWork] = {}
     for candidate in candidates(request.space):
         try:
-            planned = Planned.of(load(candidate.config(request.base)), factory, ranks=request.space.ranks)
-            plan = planned.memory(checkpointing=candidate.recompute, budgets=Budgets())
-            if work is None:
-                work = work_of(planned.model, planned.inputs, planned.samples)
-        except ConfigError as error:
-            # Some settings of the base may not go with every candidate; the others remain.
+            memory_bytes, seconds = _planned(request, candidate, rates, works)
+        except ValueError as error:
+            # Some settings of the base, or the model, may not go with every candidate; the others remain. What is
+            # wrong with the plainest one is wrong with all.
+            if candidate.model_ranks * candidate.expert == 1 and not isinstance(error, ConfigError):
+                raise
             made.append(_unplanned(candidate, str(error)))
             continue
-        seconds = simulate(workload(planned.job, plan, work), rates).total_s
-        samples = candidate.micro * candidate.steps * request.space.ranks
+        samples = candidate.micro * candidate.steps * (request.space.ranks // candidate.model_ranks)
         made.append(
             Prediction(
                 candidate=candidate,
                 samples_per_s=samples / seconds,
-                memory_bytes=plan.device_bytes,
-                fits=plan.device_bytes <= budget,
+                memory_bytes=memory_bytes,
+                fits=memory_bytes <= budget,
             )
         )
     return made
+
+
+def _planned(
+    request: Request, candidate: Candidate, rates: Rates, works: dict[tuple[int, ...], ModelWork]
+) -> tuple[int, float]:
+    """Returns the peak of a rank's device memory, and the seconds of a step.
+
+    Args:
+        works: operations of the model as it is divided, which are counted once.
+    """
+    ranks, settings = request.space.ranks, load(candidate.config(request.base))
+    factory = model_factory(request.model, tokens=request.tokens, arguments=candidate.arguments())
+    if candidate.pipe > 1:
+        from ds_engine.build.memory.pipeline_plan import plan_pipeline
+
+        piped = plan_pipeline(settings, factory, ranks, Options(), rates)
+        if piped is None or piped.time is None:
+            raise ConfigError([f"{request.model} makes no pipeline, although it takes num_stages"])
+        return piped.device_bytes, piped.time.total_s
+    planned = Planned.of(settings, factory, ranks=ranks)
+    plan = planned.memory(checkpointing=candidate.recompute, budgets=Budgets())
+    key = (candidate.tensor, candidate.sequence, candidate.expert)
+    if key not in works:
+        works[key] = work_of(planned.model, planned.inputs, planned.samples, planned.axes)
+    return plan.device_bytes, simulate(workload(planned.job, plan, works[key]), rates).total_s
 
 
 def _unplanned(candidate: Candidate, reason: str) -> Prediction:
@@ -162,6 +187,7 @@ class _Trials:
             model=request.model,
             tokens=request.tokens,
             recompute=candidate.recompute,
+            arguments=candidate.arguments(),
             warm_up=request.warm_up,
             steps=request.steps,
             out=str((request.folder / "trial.json").resolve()),
@@ -228,8 +254,26 @@ def explanation(tuned: Tuned, predictions: list[Prediction], budget: int) -> lis
     return [*said, f"the search ended because {tuned.reason}"]
 
 
+def with_degrees(space: Space, model: str) -> Space:
+    """The space with parallelism within the model: powers of two of tensor- and sequence-parallel ranks for a model of
+    Transformers, and of expert- and pipeline-parallel ranks if the user's function takes `ep_size` or `num_stages`.
+
+    Raises:
+        ValueError: there is no such function.
+    """
+    powers = [2**power for power in range(space.ranks.bit_length()) if space.ranks % 2**power == 0]
+    keywords = keywords_of(model)
+    with torch.device("meta"):
+        made = None if keywords & {EXPERTS, STAGES} else model_factory(model)()
+    if made is not None and is_of_transformers(made[0] if isinstance(made, tuple) else made):
+        space = replace(space, tensors=powers, sequences=powers)
+    if EXPERTS in keywords:
+        space = replace(space, experts=powers)
+    return replace(space, pipes=powers) if STAGES in keywords else space
+
+
 def space_of(settings: DsConfig, ranks: int, *, offload: bool, recompute: bool) -> Space:
-    """The space that a configuration and its section `autotuning` describe."""
+    """The space that a configuration and its section `autotuning` describe. Degrees of parallelism stay as they are."""
     tuning = settings.autotuning
     given = settings.zero_optimization.model_fields_set
     only_sizes = tuning.fast and "fast" in tuning.model_fields_set
@@ -241,6 +285,8 @@ def space_of(settings: DsConfig, ranks: int, *, offload: bool, recompute: bool) 
         stages=stages,
         offloads=("none", "cpu") if offload else ("none",),
         recompute=(False, True) if recompute else (False,),
+        tensors=(settings.tensor_parallel.ranks,),
+        sequences=(settings.sequence_parallel_size or 1,),
         min_micro=tuning.min_train_micro_batch_size_per_gpu,
         max_micro=tuning.max_train_micro_batch_size_per_gpu,
         min_train=tuning.min_train_batch_size,
