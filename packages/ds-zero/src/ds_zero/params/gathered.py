@@ -16,7 +16,7 @@ from ds_zero.params.deferred_values import gathered_before_shard
 from ds_zero.params.gathered_context import OpenGather
 from ds_zero.runtime.bucket import Bucket
 from ds_zero.runtime.materialize import broadcast_values
-from ds_zero.runtime.optimizer_states import clear_master_bits
+from ds_zero.runtime.optimizer_states import clear_master_bits, joined_masters
 from ds_zero.runtime.storage import MASTER, PARAM
 from ds_zero.state import ZeroState
 
@@ -205,6 +205,9 @@ def _whole(state: ZeroState, bucket: Bucket) -> Tensor:
     """Returns the whole bucket from the masters, or from the parameters if they are frozen. Collective."""
     with bucket.storage.opened(bucket.storage.exact) as values:
         own = values.detach()
+        if bucket.trainable and bucket.storage.exact_dtype == torch.bfloat16:
+            owner = state.optimizer() if state.optimizer is not None else None
+            own = joined_masters(owner, bucket.shards, bucket.storage.cut, own)
         if bucket.layout.num_owners == 1 or bucket.ranks.group is None:
             return own.clone() if bucket.storage.is_away(bucket.storage.exact) else own
         return state.comm.gather_slices(own, bucket.ranks, bucket.device, bucket.layout.slice_sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -98,6 +98,29 @@ def set_master_bits(optimizer: Optimizer, shards: Sequence[Tensor], bits: Sequen
             if MASTER_BITS not in held:
                 held[MASTER_BITS] = new_state(optimizer, shard, MASTER_BITS, torch.int16)
             held[MASTER_BITS].view(-1).copy_(own.reshape(-1))
+
+
+def joined_masters(
+    optimizer: Optimizer | None,
+    shards: Sequence[Tensor],
+    cut: Callable[[Tensor], Sequence[Tensor]],
+    values: Tensor,
+) -> Tensor:
+    """Returns the fp32 masters of a bucket, given its bf16 values.
+
+    Args:
+        cut: returns the views of a 1-D tensor that belong to `shards`.
+    """
+    joined = values.float()
+    splits = splits_masters(optimizer)
+    if optimizer is None or splits is None:
+        return joined
+    with states_opened(optimizer, shards):
+        for shard, part, own in zip(shards, cut(values), cut(joined), strict=True):
+            bits = optimizer.state[shard].get(MASTER_BITS) if shard in optimizer.state else None
+            if isinstance(bits, Tensor):
+                own.copy_(splits.join_master(part, bits.to(part.device).view(part.shape)))
+    return joined
 
 
 def clear_master_bits(
