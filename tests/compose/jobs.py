@@ -60,7 +60,8 @@ class Experts(nn.Module):
 class Block(nn.Module):
     def __init__(self, ep_size: int) -> None:
         super().__init__()
-        self.inner = Experts(ep_size) if ep_size else nn.Linear(WIDTH, WIDTH)
+        plain = nn.Sequential(nn.Linear(WIDTH, 32), nn.Tanh(), nn.Linear(32, WIDTH))
+        self.inner = Experts(ep_size) if ep_size else plain
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.tanh(self.inner(x))
@@ -153,6 +154,13 @@ def config_of(job: Job, folder: Path) -> dict[str, Any]:
     }
     if "tensor parallel" in job:
         config["tensor_parallel"] = {"autotp_size": 2}
+        if "pipeline" in job:  # a list of layers of one's own has no plan
+            specs = [
+                {"patterns": [r"\d+\.inner\.0\.weight"], "partition_type": "column"},
+                {"patterns": [r"\d+\.inner\.2\.weight"], "partition_type": "row"},
+            ]
+            own = {"use_default_specs": False, "layer_specs": specs}
+            config["tensor_parallel"]["partition_config"] = own
     if "sequence parallel" in job:
         config["sequence_parallel_size"] = 2
     return config

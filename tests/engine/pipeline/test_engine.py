@@ -141,7 +141,7 @@ def test_mistakes_are_errors_on_all_ranks():
 
     refused(config(1, pipeline={"stages": 4}), "another number of stages")
     refused(config(1, pipeline={"schedule": "zb-v"}), "pass PipelineModule")
-    refused(config(1), "remove the argument", mpu=object())
+    refused(config(1), "object has no method get_data_parallel_group", mpu=object())
     first = dist.get_rank() == 0
     parts = [0, 3, 11] if first else [0, 4, 11]
     refused(config(1), "the division of the layers", module(2, partition_method=parts))

@@ -79,7 +79,7 @@ def initialize(
             configuration, or a constant rate.
         collate_fn: makes a micro-batch from a list of samples.
         mpu: for model-parallel models, an object with Megatron's methods (`get_data_parallel_group`,
-            `get_model_parallel_group`, ...).
+            `get_model_parallel_group`, ...). With a `PipelineModule`, the groups have to be those of its topology.
         comm: the collectives that training uses, as for `ds_zero.shard(comm=...)`. Default:
             `ds_comm.collectives()`.
 
@@ -108,7 +108,7 @@ def initialize(
     _seed(settings.seed, topology.seed_offset(world.rank))
     if world.device.type != "cpu" and not any(p.is_meta for p in model.parameters()):
         model.to(world.device)
-    meshes = _divided(settings, model, topology, meshes, world, optimizer, piped is not None)
+    meshes = _divided(settings, model, topology, meshes, world, optimizer, piped)
     # Ranks of other model parts have other parameters than this one.
     replicas = meshes.data if mpu is not None or piped is not None else None
     log = log_of(settings, world)
@@ -154,11 +154,14 @@ def _divided(
     meshes: Meshes,
     world: World,
     optimizer: Any,
-    piped: bool,
+    piped: pipeline.Placed | None,
 ) -> Meshes:
     """Gives each rank its experts and its parts of layers. Returns the meshes with those of experts. Collective."""
-    meshes = moe.connect(model, settings, topology, meshes, world, piped)
-    tensor.cut(model, settings, meshes.tensor, optimizer)
+    meshes = moe.connect(model, settings, topology, meshes, world, piped is not None)
+    if piped is None:
+        tensor.cut(model, settings, meshes.tensor, optimizer)
+    else:
+        pipeline.cut_stages(piped.module, settings, piped.groups, optimizer)
     moe.cut(model, settings, meshes.tensor)
     return meshes
 

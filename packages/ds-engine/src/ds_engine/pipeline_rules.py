@@ -78,11 +78,11 @@ PIPELINE: tuple[Rule, ...] = (
         remedy="remove it",
     ),
     Rule(
-        first="tensor_parallel",
+        first="tensor_parallel.sequence_parallel_norms",
         second="a PipelineModule",
-        applies=lambda c: _piped(c) and c.settings.tensor_parallel.ranks > 1,
-        reason="the topology of the model defines all groups of ranks, and its layers are constructed already",
-        remedy="remove it, and pass PipelineModule(topology=PipeModelDataParallelTopology(...)) with such layers",
+        applies=lambda c: _piped(c) and c.settings.tensor_parallel.sequence_parallel_norms,
+        reason="stages hand on whole sequences",
+        remedy="set it to false",
     ),
     Rule(
         first="offload.budget",

@@ -88,7 +88,7 @@ def initialize(
     _round_masters(engine)
     resolved.raw = given
     comm.note_log(engine.roles.comms_log)
-    groups.set_mpu(TensorMpu(engine) if engine.roles.tensor_group is not None else grid or mpu)
+    groups.set_mpu(grid or (TensorMpu(engine) if engine.roles.tensor_group is not None else mpu))
     params.present(p for p in model.parameters() if params.known(p))
     if engine.config.zero_optimization.stage == 3:
         mark_configured(model, engine.config.zero_optimization.leaf_module)

@@ -106,7 +106,10 @@ class Topology:
 
     def seed_offset(self, rank: int) -> int:
         """Returns what is added to the seed on a rank. Ranks that share a layer need the same random numbers."""
-        return rank // self.tensor.size if self.logical else rank
+        if not self.logical:
+            return rank
+        samples, sequence = self.samples, self.sequence
+        return (self.pipe.index * samples.size + samples.index) * sequence.size + sequence.index
 
     def sizes(self) -> dict[str, int]:
         """Returns name -> size of every axis with more than one rank, outermost first."""

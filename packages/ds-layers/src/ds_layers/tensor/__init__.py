@@ -6,7 +6,7 @@ from ds_layers.tensor.cut import Cut, joined
 from ds_layers.tensor.localize import localize
 from ds_layers.tensor.parallelize import parallelize
 from ds_layers.tensor.parts import keep_part
-from ds_layers.tensor.plan import Plan, infer_plan, plan_of_specs
+from ds_layers.tensor.plan import Plan, infer_plan, matching, plan_of_specs
 
 __all__ = [
     "Cut",
@@ -16,6 +16,7 @@ __all__ = [
     "joined",
     "keep_part",
     "localize",
+    "matching",
     "parallelize",
     "plan_of_specs",
     "vocab_parallel_cross_entropy",

@@ -104,13 +104,15 @@ def infer_plan(model: nn.Module, *, vocabulary: bool = False) -> dict[str, str]:
     Raises:
         ValueError: the family is unknown.
     """
-    config: Any = getattr(model, "config", None)
-    own = {
-        name: style
-        for name, style in (getattr(model, "_tp_plan", None) or {}).items()
-        if style not in _OF_EXPERTS and ".experts." not in name
-    }
+    config: Any = _config_of(model)
+    plan = dict(getattr(model, "_tp_plan", None) or {})
     kind = str(getattr(config, "model_type", ""))
+    if not plan and config is not getattr(model, "config", None):  # blocks, such as the stages of a pipeline
+        whole = getattr(config, "base_model_tp_plan", None) or _PRESETS.get(kind, {})
+        plan = {f"*.{name.partition('.*.')[2]}": style for name, style in whole.items() if ".*." in name}
+    own = {
+        name: style for name, style in plan.items() if style not in _OF_EXPERTS and ".experts." not in name
+    }
     if not own and kind in _PRESETS:
         own = {f"*{name}": style for name, style in _PRESETS[kind].items()}
     if not own:
@@ -126,6 +128,18 @@ def infer_plan(model: nn.Module, *, vocabulary: bool = False) -> dict[str, str]:
         if name is not None:
             own.setdefault(name, "column_gathered")
     return own
+
+
+def _config_of(model: nn.Module) -> Any:
+    """The configuration of a model of Transformers; of a list of its blocks, that which the blocks keep."""
+    own = (getattr(module, "config", None) for module in model.modules())
+    return next((c for c in own if hasattr(c, "model_type")), getattr(model, "config", None))
+
+
+def matching(model: nn.Module, plan: Plan) -> dict[str, str]:
+    """Returns the entries of a plan that match a module: those for one stage of a pipeline."""
+    names = [name for name, _ in model.named_modules()]
+    return {p: style for p, style in plan.items() if any(_matches(p, name) for name in names)}
 
 
 def plan_of_specs(specs: list[dict[str, Any]]) -> dict[str, str]:
@@ -192,7 +206,7 @@ def _matches(pattern: str, name: str) -> bool:
 
 def check_heads(model: nn.Module, size: int) -> None:
     """Raises ValueError if the ranks do not divide the heads of a model of Transformers."""
-    config: Any = getattr(model, "config", None)
+    config: Any = _config_of(model)
     for key in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, key, None)
         if isinstance(heads, int) and heads % size:
@@ -203,7 +217,7 @@ def check_heads(model: nn.Module, size: int) -> None:
 
 def adjust_counts(model: nn.Module, cut_names: set[str], size: int) -> None:
     """Divides the numbers of heads that attention modules keep, in modules with a layer that was cut."""
-    kind = getattr(getattr(model, "config", None), "model_type", "")
+    kind = getattr(_config_of(model), "model_type", "")
     for name, module in model.named_modules():
         if any(child.rpartition(".")[0] == name for child in cut_names):
             for key in _COUNTS.get(kind, ()):

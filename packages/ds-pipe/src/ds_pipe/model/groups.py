@@ -25,10 +25,14 @@ class PipelineGroups:
         """The ranks with the same stages."""
         self.model: dist.ProcessGroup | None = None
         """The ranks that together hold one copy of the model: as `pipe`, and the axis `model` if there is one."""
+        self.tensor: dist.ProcessGroup | None = None
+        """The ranks that share the layers of this rank's stages, if there is an axis `model`."""
         self.ties: dict[tuple[int, ...], dist.ProcessGroup] = {}
         """Pipeline ranks of a tie -> those of this rank's copy of the model."""
         self.tied_data: dict[tuple[int, ...], dist.ProcessGroup] = {}
         """Pipeline ranks of a tie -> all ranks that have the weight: those of all data-parallel copies."""
+        self.borrowed: list[dist.ProcessGroup] = []
+        """Groups of others that `leave` ends, too, such as those in which layers exchange their parts."""
         self.last_rank = 0
         """Global rank of the last stage in `pipe`."""
         self._num_ranks = module.process_topology.world_size()
@@ -50,6 +54,8 @@ class PipelineGroups:
         if topology.get_dim("model") > 1:
             for line in lines(topology, "pipe", "model"):
                 self.model = self._made(line) or self.model
+            for line in lines(topology, "model"):
+                self.tensor = self._made(line) or self.tensor
         else:
             self.model = self.pipe
         for plane in lines(topology, "pipe", "data") if ties else ():
@@ -76,7 +82,7 @@ class PipelineGroups:
         """Ends with an error what other ranks wait for in these groups, after a failure on some rank. They cannot be
         used afterwards. Messages are the transport's, which ends them by itself.
         """
-        for group in self._every():
+        for group in (*self._every(), *self.borrowed):
             if group is not self.messages:
                 others = [rank for rank in dist.get_process_group_ranks(group) if rank != self._me]
                 break_connections(group, others)
@@ -85,10 +91,10 @@ class PipelineGroups:
         """Destroys the groups."""
         for group in self._every():
             dist.destroy_process_group(group)
-        self.pipe = self.messages = self.data = self.model = None
+        self.pipe = self.messages = self.data = self.model = self.tensor = None
         self.ties, self.tied_data = {}, {}
 
     def _every(self) -> list[dist.ProcessGroup]:
-        named = [self.pipe, self.messages, self.data, self.model]
+        named = [self.pipe, self.messages, self.data, self.model, self.tensor]
         every = [*self.ties.values(), *self.tied_data.values(), *named]
         return [group for group in dict.fromkeys(every) if group is not None]

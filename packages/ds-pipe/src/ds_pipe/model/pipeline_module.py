@@ -94,7 +94,6 @@ class PipelineModule(nn.Module):
         self.parts = _bounds(self._specs, partition_method, len(self.rank_of_stage))
         _refuse_repeated(self._specs, self.parts, self.rank_of_stage)
         self.tied_modules = nn.ModuleDict()
-        self._functions: dict[int, Callable[[Any], Any]] = {}
         for stage in self.local_stages:
             self._build(stage)
         # In the same order on all ranks, whatever the order in which their stages use them: collectives of tied weights
@@ -155,12 +154,30 @@ class PipelineModule(nn.Module):
 
     def stage_module(self, index: int) -> StageLayers:
         """Returns the module that computes a stage of this rank; `fully_shard` can be applied to it."""
-        return self._stage_modules[index]
+        stage = self._stage_modules[index]
+        stage.take_layers(self, index)
+        return stage
+
+    def refine_topology(self, topology: ProcessTopology) -> None:
+        """Divides the data-parallel ranks of each stage further, before process groups are made: those that share the
+        layers of a stage (tensor parallelism) are an axis `model` then.
+
+        Raises:
+            ValueError: another number of ranks or stages, or another stage on some rank.
+        """
+        here = self.process_topology
+        stages = [_stages_of(t) for t in (here, _topology(None, topology))]
+        if stages[0] != stages[1]:
+            raise ValueError(
+                f"{topology} puts the stages {stages[1]} on the ranks, and the layers of this model were divided for "
+                f"{stages[0]}: pass PipelineModule(topology=...)"
+            )
+        self.process_topology = topology
 
     def run_stage(self, index: int, value: Any) -> Any:
         """Computes the layers of one stage."""
         start, end = self.parts[index], self.parts[index + 1]
-        functions = [self._functions[i] for i in range(start, end)]
+        functions = [self._function(i) for i in range(start, end)]
         modules = [self._module_of(i) for i in range(start, end)]
         return self._recompute.run(functions, modules, value)
 
@@ -208,19 +225,22 @@ class PipelineModule(nn.Module):
             if isinstance(layer, TiedLayerSpec):
                 if layer.key not in self.tied_modules:
                     self.tied_modules[layer.key] = layer.build()
-                module = self.tied_modules[layer.key]
-                function = module if layer.forward_fn is None else partial(layer.forward_fn, module)
-                self._functions[index] = function
             elif isinstance(layer, (LayerSpec, nn.Module)):
-                module = layer.build() if isinstance(layer, LayerSpec) else layer
-                self.add_module(str(index), module)
-                self._functions[index] = module
-            elif callable(layer):
-                self._functions[index] = layer
-            else:
+                self.add_module(str(index), layer.build() if isinstance(layer, LayerSpec) else layer)
+            elif not callable(layer):
                 raise TypeError(
                     f"layer {index} is a {type(layer).__name__}: neither a LayerSpec nor callable"
                 )
+
+    def _function(self, index: int) -> Callable[[Any], Any]:
+        """What computes a layer. Modules are looked up, since what cuts a model may have replaced them."""
+        spec, module = self._specs[index], self._module_of(index)
+        if module is None:
+            plain: Callable[[Any], Any] = spec
+            return plain
+        if isinstance(spec, TiedLayerSpec) and spec.forward_fn is not None:
+            return partial(spec.forward_fn, module)
+        return module
 
     def _module_of(self, index: int) -> nn.Module | None:
         spec = self._specs[index]
@@ -236,6 +256,10 @@ class StageLayers(nn.Module):
         """`PipelineModule` makes it."""
         super().__init__()
         self._run = partial(owner.run_stage, index)
+        self.take_layers(owner, index)
+
+    def take_layers(self, owner: PipelineModule, index: int) -> None:
+        """Registers the layers of the owner, which may have been replaced."""
         for i in range(owner.parts[index], owner.parts[index + 1]):
             module = owner._modules.get(str(i))
             if module is not None:
@@ -317,6 +341,11 @@ def _topology(num_stages: int | None, topology: ProcessTopology | None) -> Proce
     if num_stages not in (None, topology.get_dim("pipe")):
         raise ValueError(f"num_stages={num_stages} contradicts {topology}")
     return topology
+
+
+def _stages_of(topology: ProcessTopology) -> list[int]:
+    """The stage of each rank."""
+    return [getattr(topology.get_coord(rank), "pipe") for rank in range(topology.world_size())]  # noqa: B009
 
 
 def _bounds(layers: Sequence[Layer], method: str | Sequence[int] | LayerProfile, num_parts: int) -> list[int]:

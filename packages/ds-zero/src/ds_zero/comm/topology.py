@@ -67,6 +67,9 @@ class ModelParallel:
     """The part of a whole tensor that a parameter is; None: it is whole. With this function, records are those of
     whole tensors ([Note: logical tensors]), which load on any number of members. Without it, they have the tensors of
     this rank."""
+    part_group: Group | None = None
+    """With `part_of`, the ranks that hold the parts of the same tensors, of which the first one writes the records of
+    tensors that are whole: in a pipeline, the tensor-parallel ranks of one stage. None: those of `group`."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Topology:
     """For runs of stacked parameters, (index of the run, number of runs). [Note: stacked parameters]"""
     tensor_parts: TensorParts | None = None
     """Which parts of whole tensors this rank holds; None: records are those of this rank's tensors."""
+    part_ranks: Ranks | None = None
+    """The ranks that hold the other parts."""
 
 
 def topology_of(
@@ -117,7 +122,7 @@ def topology_of(
             stacked[fqn] = (others.rank, others.size)
             axes[index] = replace(axes[index], across=others)
     groups, uncounted = [main], frozenset[str]()
-    tensor_parts = None
+    tensor_parts = part_ranks = None
     if model_parallel is not None:
         if not isinstance(model_parallel, ModelParallel):
             model_parallel = ModelParallel(group=model_parallel)
@@ -128,8 +133,9 @@ def topology_of(
         if model_parallel.part_of is not None:
             parts = {n: model_parallel.part_of(n, p) for n, p in params.items()}
             known_parts = {n: part for n, part in parts.items() if part is not None}
-            tensor_parts = TensorParts(parts=known_parts, first=across.rank == 0)
-    return Topology(tuple(axes), axis_of, tuple(groups), uncounted, stacked, tensor_parts)
+            part_ranks = across if model_parallel.part_group is None else ranks_of(model_parallel.part_group)
+            tensor_parts = TensorParts(parts=known_parts, first=part_ranks.rank == 0)
+    return Topology(tuple(axes), axis_of, tuple(groups), uncounted, stacked, tensor_parts, part_ranks)
 
 
 def _stacked_over(mesh_for: object, fqn: str, param: nn.Parameter) -> DeviceMesh | Ranks | None:

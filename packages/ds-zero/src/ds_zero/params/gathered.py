@@ -195,9 +195,10 @@ def _whole_of_parts(state: ZeroState, slot: Slot, own: Tensor) -> Tensor:
         whole[start : start + numel] = wide[position : position + numel]
         position += numel
     # Sums with zeros as integers keep all bits, also the sign of a zero.
-    across = state.topology.norm_groups[1].group
-    if across is not None:
-        dist.all_reduce(whole.view(torch.int32 if wide.element_size() == 4 else torch.int64), group=across)
+    across = state.topology.part_ranks
+    if across is not None and across.group is not None:
+        bits = torch.int32 if wide.element_size() == 4 else torch.int64
+        dist.all_reduce(whole.view(bits), group=across.group)
     return whole.to(own.dtype).view(tuple(part.shape))
 
 

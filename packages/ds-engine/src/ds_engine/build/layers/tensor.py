@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 import ds_zero
 from ds_engine.config import ConfigError, DsConfig
+from ds_engine.config.sections.parallel.tensor_parallel import TensorParallelConfig
 
 
 def ranks_of(settings: DsConfig, model: nn.Module) -> int:
@@ -20,16 +21,9 @@ def ranks_of(settings: DsConfig, model: nn.Module) -> int:
     Raises:
         ConfigError: the model is cut for another number of ranks than configured.
     """
-    configured = settings.tensor_parallel.ranks
-    tensors = sys.modules.get(
-        "torch.distributed.tensor"
-    )  # not imported: there are none, and importing it takes long
-    parts: list[Any] = [
-        p for p in model.parameters() if tensors is not None and isinstance(p, tensors.DTensor)
-    ]
-    if not parts:
+    configured, size = settings.tensor_parallel.ranks, ranks_of_dtensors(model)
+    if size is None:
         return configured
-    size = int(parts[0].device_mesh.size())
     if configured not in (1, size):
         raise ConfigError(
             [
@@ -38,6 +32,15 @@ def ranks_of(settings: DsConfig, model: nn.Module) -> int:
             ]
         )
     return size
+
+
+def ranks_of_dtensors(model: nn.Module) -> int | None:
+    """Returns among how many ranks the DTensor parameters of a model are divided; None: it has none."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is None:  # not imported: there are none, and importing it takes long
+        return None
+    parts: list[Any] = [p for p in model.parameters() if isinstance(p, tensors.DTensor)]
+    return int(parts[0].device_mesh.size()) if parts else None
 
 
 def cut(model: nn.Module, settings: DsConfig, group: ProcessGroup | None, optimizer: Any) -> None:
@@ -61,14 +64,11 @@ def cut(model: nn.Module, settings: DsConfig, group: ProcessGroup | None, optimi
                     f"the model is cut among ranks {there}, and consecutive ranks {here} must share a layer"
                 )
             return
-        plan: dict[str, str] | None = None
-        if section.partition_config is not None:
-            plan = tensor.plan_of_specs(section.partition_config.layer_specs)
-            if section.partition_config.use_default_specs:
-                plan |= tensor.infer_plan(model)
-        vocabulary = bool(section.vocab_parallel_lm_head)
         tensor.parallelize(
-            model, group, plan=plan, vocabulary=vocabulary, sequence_parallel=section.sequence_parallel_norms
+            model,
+            group,
+            plan=plan_of_section(section, model),
+            sequence_parallel=section.sequence_parallel_norms,
         )
     except ValueError as error:
         raise ConfigError([f"tensor_parallel: {error}"]) from None
@@ -87,6 +87,21 @@ def divide_sequences(model: nn.Module, group: ProcessGroup) -> bool:
 
     register_with_transformers(SequenceParallelAttention(group), model=model)
     return True
+
+
+def plan_of_section(section: TensorParallelConfig, model: nn.Module) -> dict[str, str]:
+    """Returns which layers of a model are cut, and how, as configured.
+
+    Raises:
+        ValueError: mistakes in `layer_specs`, or a model of an unknown family without them.
+    """
+    from ds_layers import tensor
+
+    own, vocabulary = section.partition_config, bool(section.vocab_parallel_lm_head)
+    if own is None:
+        return tensor.infer_plan(model, vocabulary=vocabulary)
+    plan = tensor.plan_of_specs(own.layer_specs)
+    return plan | tensor.infer_plan(model) if own.use_default_specs else plan
 
 
 def model_parallel(group: ProcessGroup) -> ds_zero.ModelParallel:

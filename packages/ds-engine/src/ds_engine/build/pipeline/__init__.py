@@ -3,5 +3,6 @@
 from ds_engine.build.pipeline.place import Placed, choice_of, place, refuse
 from ds_engine.build.pipeline.stages import StagesOfJob
 from ds_engine.build.pipeline.state import with_state
+from ds_engine.build.pipeline.tensor import cut_stages
 
-__all__ = ["Placed", "StagesOfJob", "choice_of", "place", "refuse", "with_state"]
+__all__ = ["Placed", "StagesOfJob", "choice_of", "cut_stages", "place", "refuse", "with_state"]

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-import ds_zero
-from ds_engine.build.topology import Meshes, counts_on
+from ds_engine.build.pipeline import tensor
+from ds_engine.build.topology import Meshes
 from ds_engine.build.zero import require_same
 from ds_engine.config import ConfigError, DsConfig
 from ds_engine.interfaces import World
@@ -72,28 +72,23 @@ def place(settings: DsConfig, model: nn.Module, world: World, mpu: Any) -> Place
     """Makes the process groups of a pipeline model; None for another model. Collective.
 
     Raises:
-        ConfigError: on every rank, if ranks divide the model differently, a rank has nothing to train, the
-            configuration contradicts the model, or an `mpu` was passed.
+        ConfigError: on every rank, if ranks divide the model differently, a rank has nothing to train, or the
+            configuration or `mpu` contradicts the model.
     """
     module = _pipeline_module(model)
     if module is None:
         return None
-    if mpu is not None:
-        raise ConfigError(
-            [
-                "mpu: a PipelineModule defines the groups of all axes itself: remove the argument, and pass "
-                "PipelineModule(topology=PipeModelDataParallelTopology(...)) for tensor-parallel layers"
-            ]
-        )
     from ds_pipe.model import PipelineGroups
 
     _check_schedule(settings, module)
+    known = tensor.refine(module, settings, mpu, world)
     _check_ranks(module, world)
     groups = PipelineGroups(module)
+    tensor.check_mpu(mpu, groups, world)
     grid = module.process_topology
     at = dict(zip(grid.axes, grid.get_coord(world.rank), strict=True))
     axes = {axis: Axis(at.get(axis, 0), max(1, grid.get_dim(axis))) for axis in ("pipe", "data", "model")}
-    topology = Topology(pipe=axes["pipe"], data=axes["data"], tensor=axes["model"])
+    topology = Topology(pipe=axes["pipe"], data=axes["data"], tensor=axes["model"], logical=known)
     kind = world.device.type
     assert groups.data is not None and groups.model is not None
     tied = {
@@ -101,12 +96,12 @@ def place(settings: DsConfig, model: nn.Module, world: World, mpu: Any) -> Place
         for ranks, group in groups.tied_data.items()
     }
     mesh_of = {name: tied[ranks] for name, ranks, _ in module.tied_parameters() if ranks in tied}
-    across = groups.model if topology.model.size > 1 else None
     meshes = Meshes(
         data=DeviceMesh.from_group(groups.data, kind, mesh_dim_names=("data",)),
-        model_parallel=None
-        if across is None
-        else ds_zero.ModelParallel(group=across, is_cut=counts_on(topology.tensor.index == 0)),
+        tensor=groups.tensor if known else None,
+        model_parallel=tensor.model_parallel(groups, is_first=topology.tensor.index == 0, known=known)
+        if topology.model.size > 1
+        else None,
         mesh_for=(lambda name, _: mesh_of.get(name)) if mesh_of else None,
     )
     interval = settings.pipeline.activation_checkpoint_interval
