@@ -84,7 +84,11 @@ def place(settings: DsConfig, model: nn.Module, world: World, mpu: Any) -> Place
     known = tensor.refine(module, settings, mpu, world)
     _check_ranks(module, world)
     groups = PipelineGroups(module)
-    tensor.check_mpu(mpu, groups, world)
+    try:
+        tensor.check_mpu(mpu, groups, world)
+    except ConfigError:
+        groups.close()
+        raise
     grid = module.process_topology
     at = dict(zip(grid.axes, grid.get_coord(world.rank), strict=True))
     axes = {axis: Axis(at.get(axis, 0), max(1, grid.get_dim(axis))) for axis in ("pipe", "data", "model")}
