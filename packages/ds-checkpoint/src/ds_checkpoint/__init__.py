@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, checksummed, loadable on any number of ranks. See docs/design/ds-checkpoint.md."""
 
 from ds_checkpoint.api import load, resume, save, save_copy
+from ds_checkpoint.deepspeed.pipeline import load_layers, save_layers
 from ds_checkpoint.errors import CheckpointError, LostRanksError
 from ds_checkpoint.export.consolidate import convert, load_into, state_dict
 from ds_checkpoint.format.folder import find, latest
@@ -18,9 +19,11 @@ __all__ = [
     "latest",
     "load",
     "load_into",
+    "load_layers",
     "open_checkpoint",
     "resume",
     "save",
     "save_copy",
+    "save_layers",
     "state_dict",
 ]

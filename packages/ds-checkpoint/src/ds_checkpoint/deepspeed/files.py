@@ -58,6 +58,11 @@ def find(path: Path) -> Files:
     """
     model: dict[int, Path] = {}
     optim: dict[int, Path] = {}
+    if any(child.name.startswith("layer_") for child in path.iterdir()):
+        raise CheckpointError(
+            f"{path} was written by a pipeline or contains expert layers: load the weights of a pipeline with "
+            "ds_checkpoint.load_layers(module, path), before the module is sharded"
+        )
     for child in sorted(path.iterdir()):
         for pattern, by_rank in ((_MODEL, model), (_OPTIM, optim)):
             match = pattern.match(child.name)
@@ -70,10 +75,6 @@ def find(path: Path) -> Files:
                     "model that wrote it"
                 )
             by_rank[int(match["dp"] or 0)] = child
-    if any(child.name.startswith("layer_") for child in path.iterdir()):
-        raise CheckpointError(
-            f"{path} was written by a pipeline or contains expert layers, which is not supported yet"
-        )
     for kind, by_rank in (("model", model), ("optimizer", optim)):
         gone = sorted(set(range(max(by_rank, default=-1) + 1)) - by_rank.keys())
         if gone:

@@ -195,6 +195,18 @@ class PipelineModule(nn.Module):
             value = self.run_stage(stage, value)
         return value
 
+    def local_layers(self) -> Mapping[int, nn.Module]:
+        """Returns the modules of this rank by their index in the list of layers; a tied one at each of its indices,
+        also at those of other ranks.
+        """
+        modules: dict[int, nn.Module] = {}
+        for i, spec in enumerate(self._specs):
+            tied = isinstance(spec, TiedLayerSpec)
+            module = self.tied_modules._modules.get(spec.key) if tied else self._modules.get(str(i))
+            if module is not None:
+                modules[i] = module
+        return modules
+
     def tied_parameters(self) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
         """Iterates over the shared parameters of this rank: (name, pipeline ranks that have it, parameter).
 
