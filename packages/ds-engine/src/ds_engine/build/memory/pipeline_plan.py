@@ -304,6 +304,11 @@ def _planned(
 
 
 def _job(settings: DsConfig, choice: PipelineChoice, index: int, ranks: int, options: Options) -> Job:
+    if settings.tensor_parallel.ranks > 1:
+        raise ValueError(
+            "tensor_parallel: plans of pipelines count whole layers: plan without the section, and divide the bytes of "
+            "the layers that it cuts by autotp_size"
+        )
     topology = Topology(pipe=Axis(index, choice.num_stages), data=Axis(0, ranks // choice.num_stages))
     choices = choices_of(settings, device_type=options.device, pipeline=choice)
     return describe(choices, topology, choices.device_type)
