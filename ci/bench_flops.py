@@ -124,11 +124,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--peer", help="Python of an environment with DeepSpeed and transformers")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--overhead", action="store_true", help="only measure what recording a step costs")
     parser.add_argument("--counts-of", choices=["ours", "peer"], help="only print the counts, as JSON")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     if given.counts_of:
         print("COUNTS" + json.dumps(counts(given.counts_of == "ours")))
+        return
+    if given.overhead:
+        print(f"A step while it is recorded: {overhead(given.rounds):.3f} x the step without a profiler.")
         return
     ours, peers = counts(ours=True), {}
     if given.peer:

@@ -60,3 +60,27 @@ def test_a_candidate_replaces_what_it_decides_and_keeps_the_rest() -> None:
     assert "offload_optimizer" not in replace(candidate, offload="none").config(base)["zero_optimization"]
     assert base["zero_optimization"]["stage"] == 2
     assert str(candidate) == "stage 1, micro-batch 4 x 2, offload to cpu"
+
+
+def test_degrees_divide_the_ranks_and_change_batches_and_keys() -> None:
+    space = replace(
+        FREE, ranks=4, train_batch=8, tensors=(1, 2), sequences=(1, 2), experts=(1, 4), stages=(1,)
+    )
+    made = candidates(space)
+    # Experts need as many data-parallel ranks: only without other degrees are there four.
+    assert {(one.tensor, one.sequence, one.expert) for one in made} == {
+        (1, 1, 1),
+        (1, 1, 4),
+        (2, 1, 1),
+        (1, 2, 1),
+        (2, 2, 1),
+    }
+    assert all(one.micro * one.steps * (4 // one.model_ranks) == 8 for one in made)
+    both = next(one for one in made if one.model_ranks == 4)
+    config = both.config({"tensor_parallel": {"autotp_size": 1, "dtype": "bf16"}})
+    assert config["tensor_parallel"] == {"autotp_size": 2, "dtype": "bf16"}
+    assert config["sequence_parallel_size"] == 2 and "tensor 2, sequence 2" in str(both)
+    plain = next(one for one in made if one.model_ranks * one.expert == 1)
+    assert "tensor_parallel" not in plain.config({}) and plain.arguments() == {}
+    experts = next(one for one in made if one.expert == 4)
+    assert experts.arguments() == {"ep_size": 4} and experts.group != plain.group

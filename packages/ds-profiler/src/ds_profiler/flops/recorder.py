@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
-from ds_profiler.flops.formulas import NONE, Formula, Formulas, Work
+from ds_profiler.flops.formulas import NONE, Formula, Formulas, Work, nothing
 
 _clock = time.perf_counter_ns
 _graph_task: Callable[[], int] = torch._C._current_graph_task_id
@@ -190,6 +190,10 @@ class _Mode(TorchDispatchMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
+        self._known: dict[Any, Formula] = {}
+        """Operations that have arrived before, and are no composites."""
+        self._plain: set[tuple[type, ...]] = set()
+        """Types of arguments that have arrived before, and are no subclasses with operations of their own."""
 
     def __torch_dispatch__(
         self,
@@ -199,6 +203,17 @@ class _Mode(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        formula = self._known.get(func)
+        if formula is None or tuple(types) not in self._plain:
+            return self._first(func, types, args, kwargs)
+        if formula is nothing and _graph_task() == -1:
+            return func(
+                *args, **kwargs
+            )  # a view in a forward: nothing to count, and its module takes the time
+        return self._recorder.count(func, formula, args, kwargs)
+
+    def _first(self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Runs an operation of a kind that has not arrived before, or that never becomes known."""
         if func is _DEVICE:  # asked of fake tensors from within operations; an error there ends the process
             return func(*args)
         if types and any(issubclass(kind, torch.Tensor) and kind not in _PLAIN for kind in types):
@@ -211,6 +226,8 @@ class _Mode(TorchDispatchMode):
         if formula is None:
             with self:  # without autograd, composite operations arrive in one piece
                 return func.decompose(*args, **kwargs)
+        self._known[func] = formula
+        self._plain.add(tuple(types))
         return self._recorder.count(func, formula, args, kwargs)
 
 
