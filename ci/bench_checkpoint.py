@@ -28,7 +28,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import checkpoint_in_memory as in_memory
+from workloads import checkpoint_in_memory as in_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/benchmarks/checkpoint.md"

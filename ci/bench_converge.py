@@ -3,7 +3,7 @@
     ci/bench converge [--steps 1000] [--seeds 0,1,2] [--systems adam,onebit,...] [--budget-s 280]
 
 Two ranks (gloo, one thread each) train a byte-level transformer of 0.13 M parameters on the sources of Python's
-standard library, 2 x 4 x 64 bytes a step. A seed gives the model's first values and the order of the batches. Every run
+standard library, 2 x 8 x 64 bytes a step. A seed gives the model's first values and the order of the batches. Every run
 takes about a minute; its result is kept in --folder, one file each, and not measured again. With --budget-s no run
 begins after that many seconds: call the command again until the table is full.
 """

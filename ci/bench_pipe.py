@@ -28,7 +28,7 @@ from ds_pipe import Costs, StageCosts, choose, make, simulate
 from ds_pipe.actions import Action, Op
 from ds_pipe.executor import Executor, GroupTransport, MemoryHub
 from ds_pipe.schedule.names import placement
-from sleeping_stages import (
+from workloads.sleeping_stages import (
     SavedBytes,
     SlowTransport,
     Times,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from ds_pipe.model import LayerSpec, Pipeline, PipelineModule
-from sleeping_stages import on_ranks
+from workloads.sleeping_stages import on_ranks
 
 VOCAB = 256
 Step = Callable[[], float]
