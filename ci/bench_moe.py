@@ -1,6 +1,6 @@
 """Mixtures of experts on a CPU: grouped experts against loops, the layer against a dense one, and against DeepSpeed's.
 
-ci/bench moe [--rounds N] [--no-peer]
+ci/bench moe [--rounds N] [--no-peer [--wire]]
 
 Each figure is the best of N rounds, in which the compared ones take turns. One step is forward and backward. The loops:
 "sorted" runs expert after expert on rows that are sorted already, as `experts_by="loop"` does; "masked" searches the
@@ -207,7 +207,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--no-peer", action="store_true", help="leave DeepSpeed out")
+    parser.add_argument(
+        "--wire", action="store_true", help="only: divided experts beside ZeRO-3 over a slow link"
+    )
     args = parser.parse_args()
+    if args.wire:
+        from slow_link import compare_experts
+
+        compare_experts.main([])
+        return
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), best of {args.rounds} rounds or fewer"

@@ -99,6 +99,22 @@ def test_ranks_that_share_a_copy_and_ranks_that_do_not() -> None:
         alone(prompt(0))
 
 
+@ranks(2, groups_may_stay=True, timeout_s=120)
+def test_experts_on_different_ranks_answer_as_whole_ones() -> None:
+    """Also beside ZeRO-3, and at different lengths: a rank that has finished goes on to serve the other's tokens."""
+    from engine.build.test_expert_section import mixtral
+
+    rank, reference = own_rank(), mixtral().eval()
+    expected = reference.generate(prompt(rank) % 31, **options(rank))
+    for given in ({"ep_size": 2}, {"moe": {"enabled": True, "ep_size": 2}, "zero": STAGE_3}):
+        model = mixtral()
+        engine = ds_engine.init_inference(model, given)
+        experts = model.model.layers[0].mlp.experts
+        assert experts.gate_up_proj.shape[0] == 2 and engine.sharded == ("zero" in given)
+        assert torch.equal(engine.generate(prompt(rank) % 31, **options(rank)), expected)
+        engine.destroy()
+
+
 @ranks(2, timeout_s=120)
 def test_an_engine_that_trains_generates_at_different_lengths() -> None:
     rank, reference, model = own_rank(), build(), build()
@@ -228,8 +244,8 @@ def test_parameters_without_values_are_refused() -> None:
         ({"dtpe": "fp16"}, r'unknown key "dtpe" Did you mean "dtype"\?'),
         ({"dtype": "int8"}, "it must be fp32, fp16 or bf16"),
         ({"quant": {"enabled": True}}, "quant: quantised weights are not supported"),
-        ({"moe": True}, "moe: experts on different ranks belong to ds-moe"),
-        ({"ep_size": 2}, "ep_size: experts"),
+        ({"ep_size": 2}, "ep_size: Linear: no module with stacked experts"),
+        ({"ep_size": 2, "checkpoint": "x"}, "and checkpoint gives them later"),
         ({"tensor_parallel": {"mpu": object()}}, "tensor_parallel.mpu: pass tensor_parallel="),
         ({"save_mp_checkpoint_path": "x"}, "nothing to save"),
         ({"tensor_parallel": {"tp_size": 0}}, r"tensor_parallel.tp_size is 0"),
@@ -258,7 +274,17 @@ def test_what_does_nothing_is_said(key: str, value: Any) -> None:
 def test_every_key_works_is_said_to_do_nothing_or_is_refused() -> None:
     from ds_engine.config.sections.inference import REFUSED
 
-    works = {"dtype", "tensor_parallel", "mp_size", "zero", "checkpoint", "base_dir", "keep_module_on_host"}
+    works = {
+        "moe",
+        "ep_size",
+        "dtype",
+        "tensor_parallel",
+        "mp_size",
+        "zero",
+        "checkpoint",
+        "base_dir",
+        "keep_module_on_host",
+    }
     assert works | set(IGNORED) | set(REFUSED) == set(InferenceConfig.model_fields)
     assert not works & set(IGNORED) and not works & set(REFUSED) and not set(IGNORED) & set(REFUSED)
 

@@ -62,6 +62,40 @@ def connect(
     return replace(meshes, mesh_for=experts if others is None else _Either(experts, others), experts=True)
 
 
+def divide_for_inference(model: nn.Module, ep_size: int, world: World) -> bool:
+    """Keeps this rank's experts of a Hugging Face model. Returns whether experts of the model are divided.
+
+    Raises:
+        ConfigError: the model has no experts, or the ranks do not divide them.
+    """
+    if ep_size > 1:
+        import ds_moe
+
+        try:
+            ds_moe.convert(model, ep_size=ep_size, index=world.rank % ep_size)
+        except ValueError as error:
+            raise ConfigError([f"ep_size: {error}"], "the inference configuration") from None
+    if "ds_moe" not in sys.modules:
+        return False
+    import ds_moe
+
+    return any(layer.ep_size > 1 for _, layer in ds_moe.expert_parallel_layers(model))
+
+
+def connect_for_inference(model: nn.Module) -> None:
+    """Connects divided experts of a model whose other parameters are whole. Collective.
+
+    Raises:
+        ConfigError: the ranks do not divide the experts.
+    """
+    import ds_moe
+
+    try:
+        ds_moe.expert_mesh(model)
+    except ds_moe.ExpertParallelError as error:
+        raise ConfigError([str(error)], "the inference configuration") from None
+
+
 def _named(error: ValueError) -> str:
     """Returns the text of an error; of ds_moe's own errors as it is, which name the layer's argument."""
     import ds_moe

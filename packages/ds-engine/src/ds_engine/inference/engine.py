@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ds_engine.build import inference as sharding
-from ds_engine.build import ranks, weights
+from ds_engine.build import moe, ranks, weights
 from ds_engine.build.zero import is_divided
 from ds_engine.config import ConfigError
 from ds_engine.config.sections.inference import InferenceConfig, read_inference
@@ -31,7 +31,8 @@ def init_inference(
 
     With `zero={"stage": 3}`, with `tensor_parallel={"tp_size": N}`, or if the model was constructed under
     `deferred_init(stage=3)`, the parameters are sharded, and gathered module by module during forward. A model that
-    is too large for one rank then needs 1/N of its memory on each of N ranks. Layers are not split.
+    is too large for one rank then needs 1/N of its memory on each of N ranks. Layers are not split. With `ep_size=N`,
+    the experts of a Hugging Face model are divided among N consecutive ranks, to which tokens travel.
 
     Args:
         config: path of a JSON file, or a dict; see `InferenceConfig`.
@@ -54,11 +55,14 @@ def init_inference(
         model.to(wanted.dtype)
     if world.device.type != "cpu" and not waiting and not wanted.keep_module_on_host:
         model.to(world.device)
+    experts = _divide_experts(model, wanted, world, waiting)
     sharded = _divide(model, wanted, world, waiting)
+    if experts and not sharded:
+        moe.connect_for_inference(model)
     if wanted.checkpoint is not None:
         with weights.open_weights(wanted.checkpoint, wanted.base_dir) as stored:
             weights.fill(model, stored)
-    return InferenceEngine(model, wanted, sharded=sharded)
+    return InferenceEngine(model, wanted, sharded=sharded, experts=experts)
 
 
 def merged(
@@ -78,6 +82,19 @@ def merged(
         if key in given and given[key] != value:
             raise ValueError(f"Conflicting argument '{key}' in 'config':{given[key]} and kwargs:{value}")
     return given | dict(settings)
+
+
+def _divide_experts(model: nn.Module, config: InferenceConfig, world: World, waiting: bool) -> bool:
+    """Divides experts if configured. Returns whether a rank has only some."""
+    size = config.expert_ranks
+    if size > 1 and (waiting or config.checkpoint is not None):
+        what = "checkpoint" if config.checkpoint is not None else "ds_zero.deferred_init"
+        raise ConfigError(
+            [f"ep_size is {size}: experts are divided when they have values, and {what} gives them later: load them "
+             "into the model first"],
+            "the inference configuration",
+        )  # fmt: skip
+    return moe.divide_for_inference(model, size, world)
 
 
 def _divide(model: nn.Module, config: InferenceConfig, world: World, waiting: bool) -> bool:
@@ -110,12 +127,16 @@ class InferenceEngine(nn.Module):
 
     module: nn.Module
 
-    def __init__(self, module: nn.Module, config: InferenceConfig, *, sharded: bool) -> None:
+    def __init__(
+        self, module: nn.Module, config: InferenceConfig, *, sharded: bool, experts: bool = False
+    ) -> None:
         super().__init__()
         self.module = module
         self.inference_config = config
         self.sharded = sharded
         """Whether the parameters are sharded. Then all ranks must run forward at the same time."""
+        self.experts = experts
+        """Whether experts are on different ranks. Then all ranks must run forward at the same time, too."""
         self.training = False  # the current mode of the module
 
     @torch.no_grad()
@@ -126,7 +147,7 @@ class InferenceEngine(nn.Module):
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module's own `generate`. Ranks may finish at different lengths."""
-        return generate_of(self.module, divided=is_divided(self.module))(*args, **kwargs)
+        return generate_of(self.module, divided=self.experts or is_divided(self.module))(*args, **kwargs)
 
     def destroy(self) -> None:
         """Undoes the sharding: the module is an ordinary module again, whole on every rank. Safe to call twice."""

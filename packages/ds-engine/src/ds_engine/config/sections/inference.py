@@ -121,6 +121,12 @@ class InferenceConfig(Section):
         """Number of ranks among which one replica is divided."""
         return max(self.tensor_parallel.tp_size if self.tensor_parallel.enabled else 1, self.mp_size)
 
+    @property
+    def expert_ranks(self) -> int:
+        """Number of ranks among which experts are divided."""
+        section = self.moe if isinstance(self.moe, dict) and self.moe.get("enabled", True) else {}
+        return max(int(section.get("ep_size", 1)), self.ep_size)
+
 
 KERNELS = "it has no effect, because layers are not replaced by kernels"
 IGNORED: Mapping[str, str] = {
@@ -136,8 +142,6 @@ IGNORED: Mapping[str, str] = {
 """Keys that would change only speed or memory -> warning if one is set."""
 REFUSED: Mapping[str, str] = {
     "quant": "quantised weights are not supported: remove it",
-    "moe": "experts on different ranks belong to ds-moe, which this version does not have: remove it",
-    "ep_size": "experts on different ranks belong to ds-moe, which this version does not have: remove it",
     "training_mp_size": "checkpoints of tensor-parallel training are not supported: remove it",
     "save_mp_checkpoint_path": "layers are not split among ranks, so there is nothing to save: remove it",
     "mpu": "pass tensor_parallel={'tp_size': N}: init_inference creates the process groups",
@@ -166,7 +170,7 @@ def read_inference(
         raise ConfigError(problems, "the inference configuration") from error
     fresh = model()
     changed = [n for n in model.model_fields if getattr(config, n) != getattr(fresh, n)]
-    off = {name for name in ("quant", "moe") if _is_off(getattr(config, name))}
+    off = {"quant"} if _is_off(config.quant) else set()
     problems += [f"{name}: {REFUSED[name]}" for name in changed if name in REFUSED and name not in off]
     group = config.tensor_parallel
     problems += [
@@ -181,6 +185,4 @@ def read_inference(
 
 
 def _is_off(section: Any) -> bool:
-    return not section or (
-        isinstance(section, dict) and (section.get("enabled") is False or section == {"ep_size": 1})
-    )
+    return not section or (isinstance(section, dict) and section.get("enabled") is False)
