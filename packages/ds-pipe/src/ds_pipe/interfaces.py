@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from ds_pipe.actions import Action
@@ -57,6 +59,12 @@ class Transport(Protocol):
 
     def finish(self) -> None:
         """Waits until all ranks have called it: afterwards, none of them can fail in this step any more."""
+
+    def watched(self, end: Callable[[], None]) -> AbstractContextManager[None]:
+        """Returns a context in which this rank may wait for all other ranks in a collective that it starts after its
+        last action: it takes the place of `finish`. If a rank has failed, `end` is called from another thread, and has
+        to end the collective with an error.
+        """
 
     def fail(self, message: str) -> str:
         """Tells all ranks that this one cannot go on. Returns the first message that a rank has told."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,6 +187,24 @@ class Executor:
             self._transport.finish()
         except PipelineError as error:
             raise PipelineError(f"{self._title}, at the end of the step: {error}") from error
+
+    @contextmanager
+    def agreeing(self, end: Callable[[], None]) -> Iterator[None]:
+        """Returns a context for a collective of all ranks after their last action, which takes the place of `finish`.
+
+        Args:
+            end: ends what this rank waits for in the collective; called, from another thread, if a rank has failed.
+
+        Raises:
+            PipelineError: a rank has failed.
+        """
+        try:
+            with self._transport.watched(end):
+                yield
+        except PipelineError as error:
+            message = f"{self._title}, at the end of the step: {error}"
+            self._transport.fail(message)
+            raise PipelineError(message) from error
 
     def fail(self, message: str) -> None:
         """Tells all ranks that this one cannot go on. The executor cannot be used afterwards."""

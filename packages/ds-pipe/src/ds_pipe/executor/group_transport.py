@@ -1,46 +1,34 @@
 """A transport over the ranks of a process group.
 
-[Note: messages]
-A message is an envelope of fixed size (label, size of the header), then the header, then the tensors. The header is the
-pickled skeleton of the value, with shapes and dtypes. It is left out if it equals that of the previous message with the
-same stage and operation, so that in most steps a message is the envelope and the tensors.
-
-Sends are started by the caller: a thread would first have to get Python's lock from it, which takes up to 5 ms while
-it computes. One thread for each rank to which this one sends only waits until tensors are gone. One for each rank from
-which it receives takes messages, so that shapes may vary without an agreement, and a caller that waits can look for
-failures. It takes a message only after `expect`, so that the schedule decides how many messages lie in memory.
-
-gloo transfers a tensor only once its receive has started, which costs a message in the other direction if the receiver
-has to read the envelope first. So when two messages in a row had the same header, both sides expect it again: the
-receiver starts to receive the tensors together with the envelope, and a sender whose header differs nevertheless first
-sends tensors of the old shapes, which are thrown away. (Only in the memory of the host: NCCL runs the messages between
-two ranks one after the other, so that a receive that waits would block the sends behind it.)
+Tensors in the memory of the host are sent and received by the thread that computes, [Note: messages]; those on an
+accelerator with the help of threads (`device_messages`). It takes a message only after `expect`, so that the schedule
+decides how many messages lie in memory. While it waits, a thread looks for failures, [Note: waiting].
 """
 
 from __future__ import annotations
 
-import pickle
-import queue
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ds_pipe.actions import Action, Op
 from ds_pipe.errors import PipelineError
+from ds_pipe.executor.device_messages import Receiving, Sending, Worker, wait_until_gone
 from ds_pipe.executor.failures import POLL_S, FailureBoard, StoreBoard, default_store
-from ds_pipe.executor.values import Slot, put_together, slots, take_apart
+from ds_pipe.executor.host_messages import FIRST_TAG, Incoming, Outgoing, Running
+from ds_pipe.executor.watch import Watch
 
-_TAG = 7411
-_OPS = (Op.RECV_FORWARD, Op.RECV_BACKWARD)
-_ENVELOPE = 4  # stage, operation, micro-batch, bytes of the header
+_HELD = 4
+"""How many messages to a rank are held before a thread waits until they are gone."""
+_Channel = tuple[int, int, Op]
+"""Rank, stage and operation."""
 
 
 class GroupTransport:
@@ -73,41 +61,91 @@ class GroupTransport:
         self._timeout_s = timeout_s
         name = str(self._group.group_name)
         self._board = board or StoreBoard(default_store(), name, len(self._ranks))
+        self._watch = Watch(self._board, f"watch over {name}")
         self._arrival = threading.Condition()
         self._arrived: dict[tuple[int, Action], Any] = {}
         self._error: str | None = None
-        self._senders: dict[int, tuple[_Sending, _Worker]] = {}
-        self._receivers: dict[int, _Worker] = {}
+        self._outgoing: dict[_Channel, Outgoing] = {}
+        self._incoming: dict[_Channel, Incoming] = {}
+        self._held: dict[int, Running] = {}
+        """Rank -> what is being sent to it."""
+        self._gone: dict[int, Worker] = {}
+        """Rank -> a thread that waits until tensors are sent."""
+        self._senders: dict[int, Sending] = {}
+        self._receivers: dict[int, Worker] = {}
         self._step = 0
+
+    @property
+    def _on_host(self) -> bool:
+        return self._device.type == "cpu"
 
     def send(self, rank: int, label: Action, value: Any) -> None:
         self._check()
-        if rank not in self._senders:
-            sending = _Sending(self._group, self._ranks[rank])
-            self._senders[rank] = sending, _Worker(f"send to {rank}", _wait_until_gone, self._failed)
-        sending, waiting = self._senders[rank]
+        held = self._held.setdefault(rank, [])
         try:
-            waiting.put(label, sending(label, value))
+            if self._on_host:
+                key = rank, label.stage, label.op
+                if key not in self._outgoing:
+                    self._outgoing[key] = Outgoing(self._group, rank, label)
+                held += self._outgoing[key].send(label, value)
+            else:
+                if rank not in self._senders:
+                    self._senders[rank] = Sending(self._group, rank)
+                held += self._senders[rank](label, value)
         except RuntimeError as error:
             self._failed(f"send to {rank}", label, error)
             self._check()
+        if len(held) > _HELD:
+            self._release(rank, label)
+
+    def _release(self, rank: int, label: Action) -> None:
+        """Lets a thread wait until messages are gone. Each time it needs Python's lock, so not for each message."""
+        if rank not in self._gone:
+            self._gone[rank] = Worker(f"send to {rank}", wait_until_gone, self._failed)
+        self._gone[rank].put(label, self._held.pop(rank))
 
     def expect(self, rank: int, label: Action) -> None:
+        if self._on_host:
+            key = rank, label.stage, label.op
+            if key not in self._incoming:
+                self._incoming[key] = Incoming(self._group, rank, label)
+            try:
+                self._incoming[key].expect(label)
+            except RuntimeError as error:
+                self._failed(f"receive from {rank}", label, error)
+                self._check()
+            return
         if rank not in self._receivers:
-            receiving = _Receiving(self._group, self._ranks[rank], self._device)
+            receiving = Receiving(self._group, rank, self._device)
 
             def deliver(label: Action, _: Any) -> None:
-                value = receiving(label, None)
+                value = receiving(label)
                 with self._arrival:
                     self._arrived[rank, label] = value
                     self._arrival.notify_all()
 
-            self._receivers[rank] = _Worker(f"receive from {rank}", deliver, self._failed)
+            self._receivers[rank] = Worker(f"receive from {rank}", deliver, self._failed)
         self._receivers[rank].put(label, None)
 
     def receive(self, rank: int, label: Action) -> Any:
-        end = time.monotonic() + self._timeout_s
         key = rank, label
+        late = f"rank {rank} has not sent {label} within {self._timeout_s:g} s"
+        if not self._on_host:
+            return self._delivered(key, late)
+        channel = self._incoming[rank, label.stage, label.op]
+        while key not in self._arrived:
+            try:
+                with self._watch.over(partial(self._leave, rank), self._timeout_s, late):
+                    first, value = channel.take()
+            except (RuntimeError, PipelineError) as error:
+                self._failed(f"receive from {rank}", label, error)
+                self._check()
+            self._arrived[rank, first] = value
+        return self._arrived.pop(key)
+
+    def _delivered(self, key: tuple[int, Action], late: str) -> Any:
+        """What a thread has received."""
+        end = time.monotonic() + self._timeout_s
         with self._arrival:
             while key not in self._arrived:
                 if not self._arrival.wait(POLL_S) or self._error is not None:
@@ -115,18 +153,40 @@ class GroupTransport:
                         break
                     self._check(ask=True)
                     if time.monotonic() > end:
-                        raise PipelineError(f"rank {rank} has not sent {label} within {self._timeout_s:g} s")
+                        raise PipelineError(late)
             return self._arrived.pop(key)
+
+    def _leave(self, rank: int) -> None:
+        break_connections(self._group, [self._ranks[rank]])
 
     def finish(self) -> None:
         while not self._board.arrive(self._step):
             self._check(ask=True)
         self._step += 1
+        self._settle()
+
+    @contextmanager
+    def watched(self, end: Callable[[], None]) -> Iterator[None]:
+        try:
+            with self._watch.over(end):
+                yield
+        except RuntimeError as error:
+            with self._arrival:
+                self._error = self._error or f"{type(error).__name__}: {error}"
+            self._check()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Drops what has been sent, after all ranks have received everything."""
+        for running in self._held.values():
+            for _, work in running:
+                work.wait()
+        self._held.clear()
 
     def _failed(self, what: str, label: Action, error: Exception) -> None:
         with self._arrival:
             text = error if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}"
-            self._error = self._error or f"{what}, {label}: {text}"
+            self._error = self._error or self._watch.message or f"{what}, {label}: {text}"
             self._arrival.notify_all()
 
     def _check(self, *, ask: bool = False) -> None:
@@ -147,17 +207,25 @@ class GroupTransport:
         """Ends the threads. After a failure this also breaks the connections on which they wait, so that the process
         group cannot be used any more.
         """
-        workers = [*(worker for _, worker in self._senders.values()), *self._receivers.values()]
+        for rank in [*self._held]:
+            self._release(rank, Action(0, Op.SEND_FORWARD, 0))
+        workers = [*self._gone.values(), *self._receivers.values()]
         for worker in workers:
             worker.stop()
         for worker in workers:
             worker.join(1.0)
-        if any(worker.is_alive() for worker in workers):
-            break_connections(self._group, [self._ranks[r] for r in {*self._senders, *self._receivers}])
+        if self._error is not None or any(worker.is_alive() for worker in workers):
+            every = {
+                *self._gone,
+                *self._receivers,
+                *(rank for rank, _, _ in (*self._incoming, *self._outgoing)),
+            }
+            break_connections(self._group, [self._ranks[r] for r in sorted(every)])
             for worker in workers:
                 worker.join(5.0)
-        self._senders.clear()
-        self._receivers.clear()
+        self._watch.stop()
+        for kept in (self._gone, self._receivers, self._senders, self._incoming, self._outgoing):
+            kept.clear()
 
 
 def break_connections(group: dist.ProcessGroup, ranks: Iterable[int]) -> None:
@@ -172,145 +240,8 @@ def break_connections(group: dist.ProcessGroup, ranks: Iterable[int]) -> None:
     # A receive that ends by its own timeout closes the connection of gloo; all that waits on it ends with an error.
     for rank in ranks:
         try:
-            work = dist.irecv(torch.zeros(1), rank, group, tag=_TAG + 1)
+            work = dist.irecv(torch.zeros(1), rank, group, tag=FIRST_TAG - 1)
             if work is not None:
                 work.wait(timedelta(milliseconds=1))
         except RuntimeError:
             continue
-
-
-class _Worker:
-    """A thread that handles labelled values in order, until one fails."""
-
-    def __init__(
-        self,
-        what: str,
-        handle: Callable[[Action, Any], None],
-        failed: Callable[[str, Action, Exception], None],
-    ) -> None:
-        self._what, self._handle, self._failed = what, handle, failed
-        self._queue: queue.SimpleQueue[tuple[Action, Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=f"ds_pipe: {what}", daemon=True)
-        self._thread.start()
-
-    def put(self, label: Action, value: Any) -> None:
-        self._queue.put((label, value))
-
-    def stop(self) -> None:
-        self._queue.put(None)
-
-    def join(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
-
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            try:
-                self._handle(*item)
-            except Exception as error:  # noqa: BLE001  # handed to the thread that waits
-                self._failed(self._what, item[0], error)
-                return
-
-
-@dataclass
-class _Known:
-    """What both sides know of the last message with one stage and operation, [Note: messages]."""
-
-    header: bytes = b""
-    skeleton: Any = None
-    repeats: int = 0
-    """How many messages in a row have had this header."""
-
-    def note(self, header: bytes, skeleton: Any) -> None:
-        self.repeats = self.repeats + 1 if header == self.header else 1
-        self.header, self.skeleton = header, skeleton
-
-    def early(self) -> list[Slot]:
-        """The tensors whose receive starts together with that of the envelope."""
-        expected = slots(self.skeleton) if self.repeats >= 2 else []
-        return expected if all(slot.on_host for slot in expected) else []
-
-
-_Running = list[tuple[Tensor, dist.Work]]
-"""Tensors that are being sent. They must live until they are gone."""
-
-
-def _wait_until_gone(label: Action, running: _Running) -> None:
-    while running:
-        running[0][1].wait()
-        del running[0]
-
-
-class _Sending:
-    """Starts to send messages to one rank, [Note: messages]."""
-
-    def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
-        self._group, self._rank = group, rank
-        self._known: dict[tuple[int, Op], _Known] = defaultdict(_Known)
-
-    def __call__(self, label: Action, value: Any) -> _Running:
-        assert label.microbatch is not None
-        skeleton, tensors = take_apart(value)
-        header, last = pickle.dumps(skeleton), self._known[label.stage, label.op]
-        changed = header != last.header
-        parts = [
-            torch.tensor([label.stage, _OPS.index(label.op), label.microbatch, len(header) if changed else 0])
-        ]
-        if changed:
-            parts += [torch.zeros(slot.shape, dtype=slot.dtype) for slot in last.early()]
-            parts.append(torch.frombuffer(bytearray(header), dtype=torch.uint8))
-        last.note(header, skeleton)
-        parts += [tensor.detach().contiguous() for tensor in tensors]
-        running: _Running = []
-        for part in parts:
-            if part.numel():
-                work = dist.isend(part, self._rank, self._group, tag=_TAG)
-                assert work is not None
-                running.append((part, work))
-        return running
-
-
-class _Receiving:
-    """Receives messages from one rank, [Note: messages]."""
-
-    def __init__(self, group: dist.ProcessGroup, rank: int, device: torch.device) -> None:
-        self._group, self._rank, self._device = group, rank, device
-        self._known: dict[tuple[int, Op], _Known] = defaultdict(_Known)
-
-    def __call__(self, label: Action, _: None) -> Any:
-        last = self._known[label.stage, label.op]
-        envelope = self._started(torch.empty(_ENVELOPE, dtype=torch.int64))
-        early = [self._of(slot) for slot in last.early()]
-        stage, op, microbatch, size = envelope().tolist()
-        arrived = Action(stage, _OPS[op], microbatch)
-        if arrived != label:
-            raise PipelineError(f"{arrived} has arrived where {label} was expected")
-        tensors = [finished() for finished in early]
-        if size:
-            header = bytes(self._started(torch.empty(size, dtype=torch.uint8))().numpy())
-            last.note(header, pickle.loads(header))
-        else:
-            last.note(last.header, last.skeleton)
-        wanted = slots(last.skeleton)
-        if size or not early:
-            tensors = [self._of(slot)() for slot in wanted]
-        for slot, tensor in zip(wanted, tensors, strict=True):
-            tensor.requires_grad_(slot.requires_grad)
-        return put_together(last.skeleton, tensors)
-
-    def _of(self, slot: Slot) -> Callable[[], Tensor]:
-        device = torch.device("cpu") if slot.on_host else self._device
-        return self._started(torch.empty(slot.shape, dtype=slot.dtype, device=device))
-
-    def _started(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Starts to receive a tensor; the result waits for it."""
-        work = dist.irecv(tensor, self._rank, self._group, tag=_TAG) if tensor.numel() else None
-
-        def finished() -> Tensor:
-            if work is not None:
-                work.wait()
-            return tensor
-
-        return finished

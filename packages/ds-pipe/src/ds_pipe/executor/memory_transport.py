@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ds_pipe.actions import Action
@@ -77,6 +79,9 @@ class MemoryTransport:
             if message is not None:
                 raise PipelineError(message)
         self._step += 1
+
+    def watched(self, end: Callable[[], None]) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def fail(self, message: str) -> str:
         return self._hub.board.report(message)

@@ -38,6 +38,8 @@ class _Pending:
     """The tensors of the input, leaves of the graph."""
     edges: list[GradientEdge | None]
     """For every tensor of the output where its gradient enters the graph; None if it needs none."""
+    seed: Tensor | None = None
+    """The gradient of a loss with respect to itself; None: the output is not a loss."""
     split: SplitBackward | None = None
 
 
@@ -58,6 +60,7 @@ class Stage:
     split_refusal: str = field(default="", init=False)
     """Why its backwards are not computed in two parts although the schedule asks for it; empty if they are."""
     _pending: dict[int, _Pending] = field(default_factory=dict, init=False)
+    _seed: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if not self.options.split_backward:
@@ -99,8 +102,17 @@ class Stage:
                     "the loss of the last stage has to be a tensor of one element, got "
                     f"{_described(loss)}; pass loss_fn"
                 )
-            self.keep(microbatch, inputs, weigh(loss))
+            weighed = weigh(loss)
+            self.keep(microbatch, inputs, weighed)
+            self._pending[microbatch].seed = self._one(weighed)
         return output, loss if isinstance(loss, Tensor) else None
+
+    def _one(self, loss: Tensor) -> Tensor:
+        """One, in the shape of a loss: autograd would make it anew for each micro-batch."""
+        kept = self._seed
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (loss.shape, loss.dtype, loss.device):
+            kept = self._seed = torch.ones_like(loss, requires_grad=False)
+        return kept
 
     def backward(self, microbatch: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Computes the whole backward; returns the gradients of all tensors of the input, None where there is none."""
@@ -155,14 +167,15 @@ class Stage:
 
 
 def _pairs(pending: _Pending, gradients: Sequence[Tensor | None]) -> list[tuple[GradientEdge, Tensor | None]]:
-    """Edges with their gradients. A loss has no gradient from outside: None stands for one."""
+    """Edges with their gradients. A loss has no gradient from outside."""
     if len(gradients) != len(pending.edges):
         raise ValueError(f"{len(gradients)} gradients for {len(pending.edges)} tensors of the stage's output")
-    is_loss = len(gradients) == 1 and gradients[0] is None
+    if pending.seed is not None:
+        gradients = [pending.seed]
     return [
         (edge, g)
         for edge, g in zip(pending.edges, gradients, strict=True)
-        if edge is not None and (g is not None or is_loss)
+        if edge is not None and g is not None
     ]
 
 

@@ -27,12 +27,16 @@ class PipelineGroups:
         """The ranks that together hold one copy of the model: as `pipe`, and the axis `model` if there is one."""
         self.tensor: dist.ProcessGroup | None = None
         """The ranks that share the layers of this rank's stages, if there is an axis `model`."""
+        self.every: dist.ProcessGroup | None = None
+        """All ranks: in it they agree at the end of a step."""
         self.ties: dict[tuple[int, ...], dist.ProcessGroup] = {}
         """Pipeline ranks of a tie -> those of this rank's copy of the model."""
         self.tied_data: dict[tuple[int, ...], dist.ProcessGroup] = {}
         """Pipeline ranks of a tie -> all ranks that have the weight: those of all data-parallel copies."""
         self.borrowed: list[dist.ProcessGroup] = []
         """Groups of others that `leave` ends, too, such as those in which layers exchange their parts."""
+        self.part = 0
+        """Index of this rank among those that share its layers."""
         self.last_rank = 0
         """Global rank of the last stage in `pipe`."""
         self._num_ranks = module.process_topology.world_size()
@@ -49,6 +53,7 @@ class PipelineGroups:
             for ranks in ties:
                 if (group := self._made([line[rank] for rank in ranks])) is not None:
                     self.ties[ranks] = group
+        self.every = self._made(range(topology.world_size()))
         for line in lines(topology, "data"):
             self.data = self._made(line) or self.data
         if topology.get_dim("model") > 1:
@@ -56,6 +61,7 @@ class PipelineGroups:
                 self.model = self._made(line) or self.model
             for line in lines(topology, "model"):
                 self.tensor = self._made(line) or self.tensor
+                self.part = line.index(self._me) if self._me in line else self.part
         else:
             self.model = self.pipe
         for plane in lines(topology, "pipe", "data") if ties else ():
@@ -91,10 +97,10 @@ class PipelineGroups:
         """Destroys the groups."""
         for group in self._every():
             dist.destroy_process_group(group)
-        self.pipe = self.messages = self.data = self.model = self.tensor = None
+        self.pipe = self.messages = self.data = self.model = self.tensor = self.every = None
         self.ties, self.tied_data = {}, {}
 
     def _every(self) -> list[dist.ProcessGroup]:
-        named = [self.pipe, self.messages, self.data, self.model, self.tensor]
+        named = [self.pipe, self.messages, self.data, self.model, self.tensor, self.every]
         every = [*self.ties.values(), *self.tied_data.values(), *named]
         return [group for group in dict.fromkeys(every) if group is not None]

@@ -154,20 +154,20 @@ class Pipeline:
             if not callable(loss_weights):
                 weights = loss_weights
             else:
-                executor.finish()  # no rank is waited for in the sum that could not read its data
-                weights = self._normalised(weights)
+                with executor.agreeing(self.groups.leave):  # or a rank could not read its data
+                    weights = self._normalised(weights)
             if self._ties is not None:
                 self._ties.unshard()
             result = executor.step(
                 inputs, labels, loss_weights=weights, scale=self.options.scale, measure=measure
             )
-            executor.finish()
+            loss = self._agreed(executor, self._sum(result, weights))
             if self._ties is not None:
                 self._ties.reshard()
         self._spans = result.spans
         if not self.is_sharded:
             self._reduce_ties()
-        return self._over_data(self._sum(result, weights))
+        return loss
 
     def evaluate(
         self,
@@ -196,10 +196,10 @@ class Pipeline:
             if self._ties is not None:
                 self._ties.unshard()
             result = executor.step(inputs, labels if with_loss else None, keep_outputs=return_outputs)
-            executor.finish()
+            loss = self._agreed(executor, self._sum(result, None))
             if self._ties is not None:
                 self._ties.reshard()
-        return self._over_data(self._sum(result, None)), result.outputs
+        return loss, result.outputs
 
     def set_num_microbatches(self, num_microbatches: int) -> None:
         """Changes the number of micro-batches of the following steps.
@@ -344,14 +344,16 @@ class Pipeline:
             total += loss.float().mean().cpu() * (1 / len(result.losses) if weights is None else weights[m])
         return total
 
-    def _over_data(self, total: Tensor) -> Tensor:
-        """The mean over data-parallel ranks, on all ranks."""
-        if self.groups.data is not None:
-            dist.all_reduce(total, group=self.groups.data)
-            total /= dist.get_world_size(self.groups.data)
-        if self.groups.pipe is not None:
-            dist.broadcast(total, self.groups.last_rank, self.groups.pipe)
-        return total
+    def _agreed(self, executor: Executor, total: Tensor) -> Tensor:
+        """The mean over data-parallel ranks, on all ranks. When one has it, none can fail in this step any more."""
+        if self.groups.every is None:
+            executor.finish()
+            return total
+        is_counted = self.groups.last_rank == self.module.global_rank and self.groups.part == 0
+        counted = total if is_counted else torch.zeros_like(total)
+        with executor.agreeing(self.groups.leave):
+            dist.all_reduce(counted, group=self.groups.every)
+        return counted / max(1, self.module.process_topology.get_dim("data"))
 
     def _replicated(self, stage: int) -> Shardable | None:
         if self.groups.data is None or dist.get_world_size(self.groups.data) == 1:
