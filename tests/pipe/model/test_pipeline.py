@@ -126,7 +126,9 @@ def trained(num_stages: int, count: int, steps: int, *, tied=False, clip=None, *
 
 CASES = [
     pytest.param(s, n, c, r, marks=[] if (s, n, c, r) in THIN else pytest.mark.full)
-    for THIN in [{("1f1b", 2, 4, False), ("zb-v", 2, 8, True), ("interleaved", 4, 4, False)}]
+    for THIN in [
+        {("1f1b", 2, 4, False), ("zb-v", 2, 8, True), ("interleaved", 4, 4, False), ("zb-h1", 2, 4, False)}
+    ]
     for s, n, c, r in itertools.product(
         ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipev"), (2, 4), (4, 8), (False, True)
     )

@@ -120,7 +120,13 @@ class PipelineChoice:
     def __str__(self) -> str:
         bounds = zip(self.parts, self.parts[1:], strict=False)
         layers = " | ".join(f"{start}-{end - 1}" if end > start else "none" for start, end in bounds)
-        return f"{self.num_stages} ranks, schedule {self.schedule}, layers {layers}"
+        whole = " (backwards are not split: ds-zero reduces after whole ones)" if self.splits else ""
+        return f"{self.num_stages} ranks, schedule {self.schedule}{whole}, layers {layers}"
+
+    @property
+    def splits(self) -> bool:
+        """Whether the schedule computes backwards for inputs and for weights apart, if nothing prevents it."""
+        return self.schedule.startswith("zb") or self.schedule == "dualpipev"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,7 @@ class Sending:
     """Starts to send messages to one rank."""
 
     def __init__(self, group: dist.ProcessGroup, rank: int) -> None:
-        """To a rank of the group."""
+        """To a global rank."""
         self._group, self._rank = group, rank
         self._headers: dict[tuple[int, Op], bytes] = {}
 
@@ -87,14 +87,20 @@ class Sending:
         if changed:
             parts.append(torch.frombuffer(bytearray(header), dtype=torch.uint8))
         parts += [tensor.detach().contiguous() for tensor in tensors]
-        return [(part, self._group.send([part], self._rank, FIRST_TAG)) for part in parts if part.numel()]
+        running: Running = []
+        for part in parts:
+            if part.numel():
+                work = dist.isend(part, self._rank, self._group, tag=FIRST_TAG)
+                assert work is not None
+                running.append((part, work))
+        return running
 
 
 class Receiving:
     """Receives messages from one rank."""
 
     def __init__(self, group: dist.ProcessGroup, rank: int, device: torch.device) -> None:
-        """From a rank of the group."""
+        """From a global rank."""
         self._group, self._rank, self._device = group, rank, device
         self._skeletons: dict[tuple[int, Op], Any] = defaultdict(lambda: None)
 
@@ -119,5 +125,5 @@ class Receiving:
 
     def _received(self, tensor: Tensor) -> Tensor:
         if tensor.numel():
-            self._group.recv([tensor], self._rank, FIRST_TAG).wait()
+            dist.recv(tensor, self._rank, self._group, tag=FIRST_TAG)
         return tensor

@@ -86,11 +86,11 @@ class GroupTransport:
             if self._on_host:
                 key = rank, label.stage, label.op
                 if key not in self._outgoing:
-                    self._outgoing[key] = Outgoing(self._group, rank, label)
+                    self._outgoing[key] = Outgoing(self._group, self._ranks[rank], label)
                 held += self._outgoing[key].send(label, value)
             else:
                 if rank not in self._senders:
-                    self._senders[rank] = Sending(self._group, rank)
+                    self._senders[rank] = Sending(self._group, self._ranks[rank])
                 held += self._senders[rank](label, value)
         except RuntimeError as error:
             self._failed(f"send to {rank}", label, error)
@@ -108,7 +108,7 @@ class GroupTransport:
         if self._on_host:
             key = rank, label.stage, label.op
             if key not in self._incoming:
-                self._incoming[key] = Incoming(self._group, rank, label)
+                self._incoming[key] = Incoming(self._group, self._ranks[rank], label)
             try:
                 self._incoming[key].expect(label)
             except RuntimeError as error:
@@ -116,7 +116,7 @@ class GroupTransport:
                 self._check()
             return
         if rank not in self._receivers:
-            receiving = Receiving(self._group, rank, self._device)
+            receiving = Receiving(self._group, self._ranks[rank], self._device)
 
             def deliver(label: Action, _: Any) -> None:
                 value = receiving(label)

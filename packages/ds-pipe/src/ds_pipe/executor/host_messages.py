@@ -126,7 +126,7 @@ class Outgoing:
     """The sending side of a channel."""
 
     def __init__(self, group: dist.ProcessGroup, rank: int, label: Action) -> None:
-        """To a rank of the group."""
+        """To a global rank."""
         self._group, self._rank = group, rank
         self._tag, self._after = tags(label)
         self._known = _Known()
@@ -166,7 +166,9 @@ class Outgoing:
 
     def _start(self, running: Running, tensor: Tensor, tag: int) -> None:
         if tensor.numel():
-            running.append((tensor, self._group.send([tensor], self._rank, tag)))
+            work = dist.isend(tensor, self._rank, self._group, tag=tag)
+            assert work is not None
+            running.append((tensor, work))
 
 
 def _on_host(tensor: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class Incoming:
     """The receiving side of a channel."""
 
     def __init__(self, group: dist.ProcessGroup, rank: int, label: Action) -> None:
-        """From a rank of the group."""
+        """From a global rank."""
         self._group, self._rank = group, rank
         self._tag, self._after = tags(label)
         self._known = _Known()
@@ -223,11 +225,13 @@ class Incoming:
         early = self._known.expected()
         buffer = torch.empty(_ALIGNMENT if early is None else early.num_bytes, dtype=torch.uint8)
         separate = early.separate() if early is not None and not early.is_joined else []
-        works = [self._group.recv([t], self._rank, self._tag) for t in (buffer, *separate) if t.numel()]
-        self._posted = buffer, separate, works
+        works = [
+            dist.irecv(t, self._rank, self._group, tag=self._tag) for t in (buffer, *separate) if t.numel()
+        ]
+        self._posted = buffer, separate, [work for work in works if work is not None]
 
     def _now(self, tensor: Tensor) -> Tensor:
         """Receives what follows a message."""
         if tensor.numel():
-            self._group.recv([tensor], self._rank, self._after).wait()
+            dist.recv(tensor, self._rank, self._group, tag=self._after)
         return tensor

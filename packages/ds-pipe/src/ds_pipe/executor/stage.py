@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from ds_pipe.executor.split_backward import SplitBackward, plan
 from ds_pipe.executor.values import as_leaves, take_apart
-from ds_pipe.interfaces import Shardable
+from ds_pipe.interfaces import ReducesGradients, Shardable
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -65,7 +65,7 @@ class Stage:
     def __post_init__(self) -> None:
         if not self.options.split_backward:
             self.split_refusal = "options.split_backward is off"
-        elif self.shardable is not None:
+        elif self.shardable is not None and not isinstance(self.shardable, ReducesGradients):
             self.split_refusal = "sharded parameters are dropped and reduced by whole backwards"
 
     def compute(self, value: Any) -> Any:
