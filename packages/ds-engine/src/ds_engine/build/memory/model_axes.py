@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,7 +63,9 @@ def connected(settings: DsConfig, job: Job, model: nn.Module) -> ModelAxes:
     notes: list[str] = []
     parts, sequence = job.topology.tensor.size, job.topology.sequence.size
     # In the order in which the engine does it.
-    moe.convert_for_plan(model, settings, job.topology)
+    alone = job.topology.world_size == 1 or dist.is_initialized() or not settings.expert_parallel.enabled
+    with nullcontext() if alone else as_rank(0, job.topology.world_size):
+        moe.convert_for_plan(model, settings, job.topology)
     experts = max(moe.sizes_of_experts(model).values(), default=1)
     if experts > 1:
         groups["expert"] = FakeGroup(0, experts)
