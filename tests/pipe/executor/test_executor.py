@@ -247,13 +247,17 @@ def test_a_sharded_stage_is_gathered_dropped_and_reduced_once(name):
     def body(rank):
         own = own_stages(schedule, rank, parts, shardable=controls[rank])
         stage = own[rank]
-        run = stage.backward
+        run, run_weight = stage.backward, stage.backward_weight
 
         def backward(m, gradients):
             controls[rank].calls.append(f"backward {m}")
             return run(m, gradients)
 
-        stage.backward = backward
+        def backward_weight(m):
+            controls[rank].calls.append(f"backward {m}")
+            run_weight(m)
+
+        stage.backward, stage.backward_weight = backward, backward_weight
         Executor(schedule, rank, own, hub.transport(rank)).step(*batches(3))
 
     in_threads(2, body)
