@@ -272,6 +272,10 @@ def test_with_model_parallelism_only_data_parallel_ranks_reduce() -> None:
         ({"zero_optimization": {"stage": 1}}, "stage is 1: OneBitAdam averages whole gradients"),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "remove the section"),
         ({"communication_data_type": "bf16"}, "reduces gradients by itself; remove it, and set"),
+        (
+            {"zero_optimization": {"stage": 1}, "optimizer": OTHERS[2]},
+            "stage is 1: ShardedOneBitAdam divides masters and states among the ranks itself; set it to 0",
+        ),
     ],
 )
 def test_what_does_not_compose_is_refused(more: dict[str, Any], message: str) -> None:

@@ -25,7 +25,7 @@ ACTIVATIONS = ("gelu", "relu", "silu")
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Of all experts. Either all have biases or none."""
+    """Of all experts. A product without biases has None in place of them."""
 
     up: Tensor
     """(E, I, H)."""

@@ -43,11 +43,7 @@ def check_reduction(job: Job, optimizer: Optimizer) -> None:
     name = type(optimizer).__name__
     wrong = []
     if job.stage > 0:
-        divided = "ShardedOneBitLamb" if name.endswith("Lamb") else "ShardedOneBitAdam"
-        wrong.append(
-            f"zero_optimization.stage is {job.stage}: {name} averages whole gradients, and every rank needs the whole "
-            f"momentum; set it to 0. The optimizer {divided} divides masters and states among the ranks itself"
-        )
+        wrong.append(f"zero_optimization.stage is {job.stage}: {_why_no_stage(name)}")
     if job.placement.optimizer_states != "device":
         wrong.append(
             f"zero_optimization.offload_optimizer: {name} compresses what it sends on the device of the model; remove "
@@ -69,6 +65,16 @@ def check_reduction(job: Job, optimizer: Optimizer) -> None:
             wrong.append(f"fp16.enabled: {name} steps with gradients that carry the loss scale; use bf16")
     if wrong:
         raise ConfigError(wrong)
+
+
+def _why_no_stage(name: str) -> str:
+    if name.startswith("Sharded"):
+        return f"{name} divides masters and states among the ranks itself; set it to 0"
+    divided = "ShardedOneBitLamb" if name.endswith("Lamb") else "ShardedOneBitAdam"
+    return (
+        f"{name} averages whole gradients, and every rank needs the whole momentum; set it to 0. The optimizer "
+        f"{divided} divides masters and states among the ranks itself"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
