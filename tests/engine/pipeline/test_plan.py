@@ -117,6 +117,12 @@ def test_the_command(tmp_path):
     assert result.exit_code == 2 and "does not divide the 3 ranks" in result.output
 
 
+def test_layers_that_will_be_cut_are_refused():
+    settings = load({**config(1), "tensor_parallel": {"autotp_size": 2}})
+    with pytest.raises(ValueError, match="plans of pipelines count whole layers: plan without the section"):
+        plan_pipeline(settings, planned_model.piped, 8, Options(device="cpu"))
+
+
 def test_micro_batches_in_flight():
     assert [in_flight_of(make("1f1b", 4, 8), rank, {}) for rank in range(4)] == [
         {0: 4},
