@@ -214,8 +214,6 @@ def test_wrong_arguments_are_named() -> None:
         ds_moe.MoE(4, expert, num_experts=2)(torch.randn(2, 4), torch.ones(3))
     with pytest.raises(ValueError, match="noisy_gate_policy='jitter'"):
         ds_moe.MoE(4, expert, num_experts=2, noisy_gate_policy="jitter")
-    with pytest.raises(ValueError, match="enable_expert_tensor_parallelism"):
-        ds_moe.MoE(4, expert, num_experts=2, enable_expert_tensor_parallelism=True)
     with pytest.warns(UserWarning, match="use_tutel has no effect"):
         ds_moe.MoE(4, expert, num_experts=2, use_tutel=True)
     # "call torch.distributed.init_process_group()" follows where an earlier test of this process has not called it.

@@ -59,12 +59,15 @@ def check(stage: int, plan: str, steps: int) -> None:
     ds_zero.shard(model, optimizer, stage, config=config)
     train(model, optimizer, range(steps // 5))
     before, where, resident = living(), places(model), resident_bytes()
-    train(model, optimizer, range(steps // 5, steps))
+    train(model, optimizer, range(steps // 5, 3 * steps // 5))
+    middle = resident_bytes()
+    train(model, optimizer, range(3 * steps // 5, steps))
+    last = resident_bytes()
     assert living() == before
     assert places(model) == where
     assert all(contiguous for *_, contiguous in where)
-    # One leaked bucket a step would be 12 kB.
-    assert resident_bytes() - resident < max(2_000_000, (steps - steps // 5) * 6_000)
+    # One leaked bucket a step would be 12 kB. What leaks grows in both halves; the heap may grow once.
+    assert min(middle - resident, last - middle) < max(1_000_000, 2 * steps // 5 * 6_000)
 
 
 @ranks(2)

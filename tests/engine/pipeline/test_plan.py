@@ -72,8 +72,9 @@ def test_the_plan_is_what_is_counted(request, capsys):
         factory = partial(planned, schedule, tied)
         made = plan_pipeline(load(config(stage, count)), factory, 4, Options(device="cpu"))
         for rank, (plan, peak) in enumerate(zip(made.plans, peaks, strict=True)):
-            # Never less than what is needed; a rank of a V has another moment of most memory than of most activations.
-            assert 1.0 <= plan.device_bytes / peak <= 1.15, (schedule, stage, rank, plan.device_bytes, peak)
+            # Never less than what is needed; a rank of a V has another moment of most memory than of most activations,
+            # and how many messages are under way depends on how fast the other ranks are.
+            assert 1.0 <= plan.device_bytes / peak <= 1.2, (schedule, stage, rank, plan.device_bytes, peak)
 
 
 def test_the_command(tmp_path):

@@ -25,7 +25,7 @@ from ds_pipe.executor.failures import POLL_S, FailureBoard, StoreBoard, default_
 from ds_pipe.executor.host_messages import FIRST_TAG, Incoming, Outgoing, Running
 from ds_pipe.executor.watch import Watch
 
-_HELD = 4
+HELD_MESSAGES = 4
 """How many messages to a rank are held before a thread waits until they are gone."""
 _Channel = tuple[int, int, Op]
 """Rank, stage and operation."""
@@ -95,7 +95,7 @@ class GroupTransport:
         except RuntimeError as error:
             self._failed(f"send to {rank}", label, error)
             self._check()
-        if len(held) > _HELD:
+        if len(held) > HELD_MESSAGES:
             self._release(rank, label)
 
     def _release(self, rank: int, label: Action) -> None:

@@ -182,7 +182,8 @@ def plan_pipeline(
         if value is not None:
             inputs = ([(values[stage], count) for stage, count in counts.items()], target)
         model = _InFlight(own, tuple(counts), last, job.stage == 3)
-        plans.append(_planned(job, own, model, inputs, options))
+        under_way = 0 if value is None else _message_bytes(choice.rank_of_stage, index, values)
+        plans.append(_planned(job, own, model, inputs, options, under_way))
         in_flight.append(counts)
         for stage in counts if rates is not None else ():
             works[stage] = stage_work(
@@ -293,10 +294,11 @@ def _received(tensor: Tensor) -> Tensor:
 
 
 def _planned(
-    job: Job, module: PipelineModule, model: nn.Module, inputs: Any, options: Options
+    job: Job, module: PipelineModule, model: nn.Module, inputs: Any, options: Options, under_way: int
 ) -> ds_zero.Plan:
     # Each rank adds whole gradients of all micro-batches, and the last backward reduces them.
     plan = predicted(job, model, micro_batch=inputs, budgets=options.budgets(), accumulation="local")
+    plan = replace(plan, phases=tuple(_with_messages(phase, under_way) for phase in plan.phases))
     if not any(len(ranks) > 1 for _, ranks, _ in module.tied_parameters()):
         return plan
     note = "tied weights are sharded over the ranks of all their stages, so states take less than is planned here"
@@ -312,6 +314,30 @@ def _job(settings: DsConfig, choice: PipelineChoice, index: int, ranks: int, opt
     topology = Topology(pipe=Axis(index, choice.num_stages), data=Axis(0, ranks // choice.num_stages))
     choices = choices_of(settings, device_type=options.device, pipeline=choice)
     return describe(choices, topology, choices.device_type)
+
+
+def _with_messages(phase: ds_zero.PhaseMemory, num_bytes: int) -> ds_zero.PhaseMemory:
+    under_way = num_bytes if phase.phase in ("forward", "backward") else 0
+    parts = {**phase.parts, "messages": under_way}
+    return replace(phase, device_bytes=phase.device_bytes + under_way, parts=parts)
+
+
+def _message_bytes(rank_of_stage: Sequence[int], rank: int, values: Mapping[int, Any]) -> int:
+    """Returns the bytes of messages that a rank holds at once: what it sends to a neighbour until it has been received,
+    and the next receive of every channel, which starts before its message is needed.
+    """
+    from ds_pipe.executor.group_transport import HELD_MESSAGES
+
+    received, sent = 0, dict[int, int]()
+    for stage in range(1, len(rank_of_stage)):
+        before, after = rank_of_stage[stage - 1], rank_of_stage[stage]
+        if before == after or rank not in (before, after):
+            continue
+        num_bytes = sum(t.nbytes for t in tree_leaves(values[stage]) if isinstance(t, Tensor))
+        received += num_bytes
+        neighbour = after if rank == before else before
+        sent[neighbour] = max(sent.get(neighbour, 0), num_bytes)
+    return received + (HELD_MESSAGES + 1) * sum(sent.values())
 
 
 def _values(
