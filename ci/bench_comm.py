@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slow_link.hosts import Host, hosts, missing
+from slow_link.hosts import Host, hosts, missing, printed
 from slow_link.training import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,16 +61,7 @@ def run(made: list[Host], what: str, system: str, options: argparse.Namespace, m
         )
         for rank in range(world)
     ]
-    try:
-        outputs = [process.communicate(timeout=options.timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    line = next((line for line in outputs[0].splitlines() if line.startswith("RESULT ")), None)
-    if line is None:
-        statuses = [process.returncode for process in processes]
-        raise RuntimeError(f"{system}: no result; exit statuses {statuses}")
-    return json.loads(line.removeprefix("RESULT "))
+    return printed(processes, system, options.timeout)
 
 
 def bytes_per_s(rate: str) -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from slow_link.experts import LABELS
-from slow_link.hosts import Host, hosts, missing
+from slow_link.hosts import Host, hosts, missing, printed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,15 +49,7 @@ def run(made: list[Host], system: str, options: argparse.Namespace) -> dict[str,
         )
         for rank, host in enumerate(made)
     ]
-    try:
-        outputs = [process.communicate(timeout=options.timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    line = next((line for line in outputs[0].splitlines() if line.startswith("RESULT ")), None)
-    if line is None:
-        raise RuntimeError(f"{system}: no result; exit statuses {[p.returncode for p in processes]}")
-    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    result: dict[str, Any] = printed(processes, system, options.timeout)
     return result
 
 

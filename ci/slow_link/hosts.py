@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -18,8 +19,9 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 HEADERS = 66
 """Bytes of each packet that are no payload: Ethernet, IP, TCP with timestamps."""
@@ -35,6 +37,23 @@ class Host:
     def command(self, *command: str) -> list[str]:
         """A command that runs on this host."""
         return ["nsenter", "-t", str(self.pid), "-n", "-m", "-p", "--", *command]
+
+
+def printed(processes: Sequence[subprocess.Popen[str]], system: str, timeout_s: float) -> Any:
+    """Waits for the ranks of a system, and returns what the first of them printed behind "RESULT ", as JSON.
+
+    Raises:
+        RuntimeError: it printed no result.
+    """
+    try:
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    line = next((line for line in outputs[0].splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        raise RuntimeError(f"{system}: no result; exit statuses {[p.returncode for p in processes]}")
+    return json.loads(line.removeprefix("RESULT "))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -71,13 +71,12 @@ class LoCoReduceScatter(QuantizedReduceScatter):
         second = numel // self._local_size if self._local_size > 1 else 0
         return (numel + second) * self.residual_dtype.itemsize
 
-    def for_bucket(self, name: str | None) -> LoCoReduceScatter | _OfBucket:
+    def for_bucket(self, name: str | None) -> Callable[..., Work | None]:
         """Returns the collective with the errors of the gradients `name`, which are the same elements in every call.
         None: of gradients that are reduced once more only to be looked at; nothing is fed back.
         """
-        return _OfBucket(self, name)
+        return super().__call__ if name is None else partial(self.reduce_bucket, name)
 
-    @torch.no_grad()
     def __call__(
         self,
         output_tensor: Tensor,
@@ -93,14 +92,15 @@ class LoCoReduceScatter(QuantizedReduceScatter):
         """
         return self.reduce_bucket("", output_tensor, input_tensor, group, op, async_op)
 
+    @torch.no_grad()
     def reduce_bucket(
         self,
         name: str,
         output_tensor: Tensor,
         input_tensor: Tensor,
         group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool,
+        op: Any = dist.ReduceOp.SUM,
+        async_op: bool = False,
     ) -> Work | None:
         """Reduces the gradients `name`."""
         errors = self._errors.setdefault(name, _Errors())
@@ -115,17 +115,6 @@ class LoCoReduceScatter(QuantizedReduceScatter):
         errors.calls += 1
         first, second = (partial(self._encode_with_error, errors, hop) for hop in range(_HOPS))
         return self._start(output_tensor, input_tensor, group, op, async_op, (first, second))
-
-    def reduce_once(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool,
-    ) -> Work | None:
-        """Reduces without errors that are fed back."""
-        return super().__call__(output_tensor, input_tensor, group, op, async_op)
 
     def _encode_with_error(
         self,
@@ -183,23 +172,3 @@ class _Errors:
         self.calls = calls
         self.hops = list(hops)
         """One row for each slice that is sent in the hop; None: zeros."""
-
-
-class _OfBucket:
-    """The collective of one set of gradients."""
-
-    def __init__(self, whole: LoCoReduceScatter, name: str | None) -> None:
-        self._whole, self._name = whole, name
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: Any = dist.ReduceOp.SUM,
-        async_op: bool = False,
-    ) -> Work | None:
-        if self._name is None:
-            return self._whole.reduce_once(output_tensor, input_tensor, group, op, async_op)
-        return self._whole.reduce_bucket(self._name, output_tensor, input_tensor, group, op, async_op)

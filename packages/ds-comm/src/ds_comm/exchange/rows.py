@@ -115,9 +115,8 @@ class HierarchicalAllToAll:
             self._levels[group] = Hierarchy.of(self.local_size, group)
         hops = _TwoHops(self._levels[group], output, output_split_sizes, input_split_sizes)
         first, sent = hops.inside(input)
-        work = CountedWork(first, lambda: self._second(hops, counted), sent_bytes=sent)
-        counted = work
-        return _waited(work, async_op)
+        counted = CountedWork(first, lambda: self._second(hops, counted), sent_bytes=sent)
+        return _waited(counted, async_op)
 
     def _second(self, hops: _TwoHops, work: CountedWork) -> Work:
         second, sent = hops.across()

@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -70,6 +71,18 @@ def require_same(entries: Mapping[str, str], device: torch.device) -> None:
         ds_zero.require_same("ds_engine.initialize", entries, None, device, remedy)
     except ValueError as error:
         raise ConfigError([str(error)]) from None
+
+
+def gathered(own: Any, num_ranks: int, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Returns the objects that the `num_ranks` ranks of a group pass, in the order of ranks. Collective.
+
+    Args:
+        group: None: all ranks; for one rank there needs to be no process group.
+    """
+    every = [own] * num_ranks
+    if num_ranks > 1:
+        dist.all_gather_object(every, own, group)
+    return every
 
 
 def roles_of(

@@ -235,15 +235,11 @@ def _ranks_of_machine(ranks: int) -> int:
 
 def _counts(text: str | None) -> list[int] | None:
     """Returns the numbers of ranks of --compare, if it is given."""
+    from ds_engine.cli.sizes import parse_counts
+
     if text is None:
         return None
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
-        raise ValueError(f"--compare {text}: write numbers of ranks separated by commas, for example 1,8,64")
-    return counts
+    return parse_counts("--compare", text, "ranks separated by commas, for example 1,8,64")
 
 
 def _known_device(name: str | None) -> str | None:

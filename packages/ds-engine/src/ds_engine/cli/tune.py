@@ -108,19 +108,13 @@ def tune(
 def _wider(space: Space, model: str, parallel: bool, buckets: str | None) -> Space:
     """The space with what --parallel and --buckets add."""
     from ds_engine.build.tuning.tuner import with_degrees
+    from ds_engine.cli.sizes import parse_counts
 
     if parallel:
         space = with_degrees(space, model)
     if buckets is None:
         return space
-    try:
-        sizes = [int(part) for part in buckets.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise ValueError(
-            f"--buckets {buckets}: write numbers of elements separated by commas, such as 500000,50000000"
-        )
+    sizes = parse_counts("--buckets", buckets, "elements separated by commas, such as 500000,50000000")
     return replace(space, buckets=sizes)
 
 

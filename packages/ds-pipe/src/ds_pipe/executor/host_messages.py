@@ -70,8 +70,9 @@ class _Form:
         """The tensors in a buffer; not views, which would share one count of changes in place."""
         storage = buffer.untyped_storage()
         return [
-            torch.empty(0, dtype=slot.dtype).set_(
-                storage, offset // slot.dtype.itemsize, slot.shape, _strides(slot.shape)
+            # Contiguous without strides, which torch's stub does not know.
+            torch.empty(0, dtype=slot.dtype).set_(  # type: ignore[call-overload]
+                storage, offset // slot.dtype.itemsize, slot.shape
             )
             for slot, offset in zip(self.slots, self.offsets, strict=True)
         ]
@@ -79,13 +80,6 @@ class _Form:
     def separate(self) -> list[Tensor]:
         """Room for the tensors that are messages of their own."""
         return [torch.empty(slot.shape, dtype=slot.dtype) for slot in self.slots]
-
-
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * max(1, size))
-    return tuple(reversed(strides)) if shape else ()
 
 
 @dataclass

@@ -6,13 +6,12 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ds_engine.build.pipeline import tensor
 from ds_engine.build.topology import Meshes
-from ds_engine.build.zero import require_same
+from ds_engine.build.zero import gathered, require_same
 from ds_engine.config import ConfigError, DsConfig
 from ds_engine.interfaces import World
 from ds_engine.job import PipelineChoice
@@ -130,12 +129,8 @@ def _check_ranks(module: PipelineModule, world: World) -> None:
         "the tied layers": repr(module.tie_groups()),
     }
     require_same(described, world.device)
-    trained: list[Any] = [None] * world.world_size
     own = module.stage_id, sum(p.requires_grad for p in module.parameters())
-    if world.world_size > 1:
-        dist.all_gather_object(trained, own)
-    else:
-        trained = [own]
+    trained: list[tuple[int, int]] = gathered(own, world.world_size)
     idle = sorted({stage for stage, count in trained if count == 0})
     if idle:
         raise ConfigError(

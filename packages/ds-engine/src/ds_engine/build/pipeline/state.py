@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch.distributed as dist
 from torch.optim import Optimizer
 
 import ds_zero
 from ds_engine.build import self_reducing
 from ds_engine.build.pipeline.place import Placed
-from ds_engine.build.zero import ZeroState
+from ds_engine.build.zero import ZeroState, gathered
 from ds_engine.interfaces import Roles, StateNames
 
 _TIED = "tied_modules."
@@ -41,10 +39,9 @@ class PipelineState(ZeroState):
 
     def _gathered(self, own: StateNames) -> StateNames:
         group = self._placed.groups.pipe
-        if group is None or dist.get_world_size(group) == 1:
+        if group is None or group.size() == 1:
             return own
-        every: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(every, own, group)
+        every: list[StateNames] = gathered(own, group.size(), group)
         tied: dict[str, str] = {}
         for names in every:
             tied |= names.tied

@@ -18,13 +18,13 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup, get_process_group_ranks
 from torch.optim import Optimizer
 
 import ds_zero
 from ds_engine.build.layers.tensor import plan_of_section, ranks_of_dtensors
+from ds_engine.build.zero import gathered
 from ds_engine.config import ConfigError, DsConfig
 from ds_engine.interfaces import World
 
@@ -56,9 +56,7 @@ def refine(module: PipelineModule, settings: DsConfig, mpu: Any, world: World) -
     own = {"the section tensor_parallel": settings.tensor_parallel.ranks, "the layers": cut}
     if asked is not None:
         own["mpu"] = int(asked())
-    every: list[tuple[dict[str, int], bool]] = [(own, marked)] * world.world_size
-    if world.world_size > 1:
-        dist.all_gather_object(every, (own, marked))
+    every: list[tuple[dict[str, int], bool]] = gathered((own, marked), world.world_size)
     here = module.process_topology.get_dim("model")
     said = {f"{who} ({size})": size for sizes, _ in every for who, size in sizes.items() if size > 1}
     if here > 1:
@@ -136,9 +134,7 @@ def check_mpu(mpu: Any, groups: PipelineGroups, world: World) -> None:
             )
         elif len(there) > 1:
             groups.borrowed.append(theirs)
-    every: list[list[str]] = [wrong] * world.world_size
-    if world.world_size > 1:
-        dist.all_gather_object(every, wrong)
+    every: list[list[str]] = gathered(wrong, world.world_size)
     if any(every):
         raise ConfigError(
             [
@@ -251,11 +247,7 @@ def _plan(module: PipelineModule, settings: DsConfig, groups: PipelineGroups) ->
 
 def _gathered(value: Any, groups: PipelineGroups) -> list[Any]:
     """The values of the ranks of all stages."""
-    if groups.pipe is None:
-        return [value]
-    every: list[Any] = [None] * dist.get_world_size(groups.pipe)
-    dist.all_gather_object(every, value, groups.pipe)
-    return every
+    return [value] if groups.pipe is None else gathered(value, groups.pipe.size(), groups.pipe)
 
 
 def _raise_on_all(problem: str | None, groups: PipelineGroups) -> None:

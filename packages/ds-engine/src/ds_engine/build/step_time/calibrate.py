@@ -216,18 +216,19 @@ def _sizes(engine: Any) -> dict[str, float]:
     """What a step of an engine at stage 0 reads and writes."""
     params = [p for p in engine.module.parameters() if p.requires_grad]
     numel, itemsize = sum(p.numel() for p in params), max(p.element_size() for p in params)
-    states = sum(
-        value.nbytes
-        for state in engine.optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor) and value.ndim
-    )
+    states = _state_bytes(engine.optimizer)
     return {
         "numel": sum(p.numel() for p in engine.module.parameters()),
         "itemsize": itemsize,
         "units": len(choose_units(engine.module)),
         "update_bytes": update_bytes(numel, states, itemsize),
     }
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of an optimizer's states, without numbers such as a step."""
+    tensors = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    return sum(tensor.nbytes for tensor in tensors if tensor.ndim)
 
 
 def _update_rate(settings: DsConfig, device: torch.device, dtype: torch.dtype | None) -> float:
@@ -251,12 +252,7 @@ def _update_rate(settings: DsConfig, device: torch.device, dtype: torch.dtype | 
         optimizer.zero_grad()
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    states = sum(
-        value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor) and value.numel() >= _UPDATE_NUMEL // _TENSORS
-    )
+    states = _state_bytes(optimizer)
     ds_zero.destroy(model)
     itemsize = (dtype or torch.float32).itemsize
     return update_bytes(_UPDATE_NUMEL, states, itemsize) / statistics.median(seconds[1:])
