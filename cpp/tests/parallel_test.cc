@@ -1,5 +1,6 @@
 #include "ds/parallel.h"
 
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -21,15 +22,38 @@ void check_each_once(void (*run)(std::int64_t, int, ChunkFn), std::int64_t chunk
   for (const auto& count : seen) CHECK_EQ(count.load(), 1);
 }
 
+void on_the_pool(std::int64_t chunks, int threads, ChunkFn fn) { pool_run(chunks, threads, fn); }
+
 }  // namespace
 
 TEST(each_chunk_runs_once) {
   for (const int threads : {1, 2, 4}) {
     for (const std::int64_t chunks : {0, 1, 2, 3, 1000}) {
       check_each_once(parallel_for, chunks, threads);
-      if (chunks > 0) check_each_once(pool_run, chunks, threads);
+      if (chunks > 0) check_each_once(on_the_pool, chunks, threads);
     }
   }
+}
+
+TEST(bound_threads_compute_on_their_cores_only) {
+  cpu_set_t before, after;
+  CHECK_EQ(sched_getaffinity(0, sizeof(before), &before), 0);
+  std::vector<int> cores;
+  for (int core = 0; core < CPU_SETSIZE && cores.size() < 2; ++core)
+    if (CPU_ISSET(core, &before)) cores.push_back(core);
+  const int only = cores.back();
+  compute_on({&only, 1});
+  std::atomic<int> elsewhere{0};
+  for (const int threads : {1, 3})
+    parallel_for(1000, threads, [&](std::int64_t) { elsewhere.fetch_add(sched_getcpu() != only); });
+  CHECK_EQ(elsewhere.load(), 0);
+  check_each_once(parallel_for, 1000, 3);
+  const int impossible = CPU_SETSIZE - 1;
+  compute_on({&impossible, 1});
+  check_each_once(parallel_for, 1000, 3);
+  compute_on({});
+  CHECK_EQ(sched_getaffinity(0, sizeof(after), &after), 0);
+  CHECK(CPU_EQUAL(&before, &after));
 }
 
 TEST(a_thread_begins_with_its_own_share) {
@@ -45,7 +69,7 @@ TEST(the_pool_serves_many_callers_at_once) {
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i) {
     callers.emplace_back([] {
-      for (int round = 0; round < 200; ++round) check_each_once(pool_run, 7, 3);
+      for (int round = 0; round < 200; ++round) check_each_once(on_the_pool, 7, 3);
     });
   }
   for (std::thread& caller : callers) caller.join();

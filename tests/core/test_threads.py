@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -117,3 +118,23 @@ def test_a_limit_leaves_threads_and_changes_no_bits() -> None:
             text=True,
         )
         assert said in done.stdout + done.stderr
+
+
+def test_bound_kernels_compute_on_their_cores_with_the_same_bits() -> None:
+    torch.set_num_threads(2)
+    x = torch.randn(1_000_000)
+    own = sorted(os.sched_getaffinity(0))
+    expected = kernels.squared_norm([x])
+    with threads.bound(own[-1:]):
+        assert threads.count() == 1
+        assert kernels.squared_norm([x]) == expected
+        with threads.bound(own[:2]):
+            assert threads.count() == len(own[:2])
+            assert kernels.squared_norm([x]) == expected
+        assert threads.count() == 1
+    assert threads.count() == 2
+    assert sorted(os.sched_getaffinity(0)) == own
+    with threads.bound(None):
+        assert threads.count() == 2
+    with pytest.raises(ValueError, match=r"cores=\[9999\]: give at least one of the cores of this process"):
+        threads.bound([9999]).__enter__()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,6 @@ def test_a_step_uses_no_more_threads_than_it_may(monkeypatch: pytest.MonkeyPatch
     _step(params, copy.deepcopy(optimizer), 2)
     torch.set_num_threads(before)
     assert used[0] == 3 and used[1] == 2 and copy.deepcopy(optimizer).num_threads == 2
+    optimizer.cores = sorted(os.sched_getaffinity(0))[:1]
+    _step(params, copy.deepcopy(optimizer), 3)
+    assert used[-1] == 1

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <vector>
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -87,6 +88,8 @@ unsigned float_mode() { return 0; }
 void set_float_mode(unsigned) {}
 #endif
 
+thread_local std::vector<int> t_cores;
+
 struct Team {
   Shares shares;
   ChunkFn fn;
@@ -104,13 +107,15 @@ void take_chunks(void* data) {
 
 }  // namespace
 
+void compute_on(std::span<const int> cores) { t_cores.assign(cores.begin(), cores.end()); }
+
 void parallel_for(std::int64_t num_chunks, int num_threads, ChunkFn fn) {
   const auto threads = static_cast<int>(std::min<std::int64_t>(num_threads, num_chunks));
-  if (threads <= 1) {
+  if (num_chunks == 0 || (threads <= 1 && t_cores.empty())) {
     for (std::int64_t chunk = 0; chunk < num_chunks; ++chunk) fn(chunk);
     return;
   }
-  if (const OpenMP runtime = openmp(); runtime.parallel != nullptr) {
+  if (const OpenMP runtime = openmp(); runtime.parallel != nullptr && t_cores.empty()) {
     Team team{{num_chunks, threads}, fn, float_mode(), runtime.thread_num};
     runtime.parallel(take_chunks, &team, static_cast<unsigned>(threads), 0);
     return;
@@ -122,7 +127,7 @@ void parallel_for(std::int64_t num_chunks, int num_threads, ChunkFn fn) {
     fn(chunk);
     set_float_mode(previous);
   };
-  pool_run(num_chunks, threads, in_mode);
+  pool_run(num_chunks, threads, in_mode, t_cores);
 }
 
 const char* thread_source() { return openmp().parallel != nullptr ? "openmp" : "own"; }

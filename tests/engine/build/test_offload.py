@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import ds_zero
 from ds_engine.build import offload
 from ds_engine.build import zero as zero_section
 from ds_engine.build.memory.predict import predicted
+from ds_engine.build.optimizer import optimizer_of
 from ds_engine.build.topology import Meshes, arranged
 from ds_engine.config import ConfigError, load
 from ds_engine.job import Job, choices_of, describe
@@ -184,3 +187,13 @@ def test_training_and_checkpoints_have_the_same_bits_on_the_disk(stage: int, tmp
     with engine:
         engine.load_checkpoint(tmp_path / "b")
         assert engine.global_steps == 3
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.0, 1), (0.5, None), (1.0, None)])
+def test_a_share_of_the_cores_is_left_to_the_optimizer(share: float, count: int | None) -> None:
+    own = sorted(os.sched_getaffinity(0))
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu", "cpuadam_cores_perc": share}}
+    config = load({"train_batch_size": 8, "zero_optimization": zero, "optimizer": {"type": "AdamW"}})
+    made = optimizer_of(choices_of(config), None, nn.Linear(2, 2))
+    assert isinstance(made, ds_offload.CPUAdam)
+    assert made.cores == own[-(count or math.ceil(share * len(own))) :]

@@ -149,6 +149,8 @@ TESTED = {
     "zero_optimization.offload_optimizer.buffer_count": "build/test_offload.py::test_the_settings_reach_the_store",
     "zero_optimization.offload_optimizer.ratio": "build/test_offload.py::"
     "test_fractions_reach_store_plan_and_buckets",
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": "build/test_offload.py::"
+    "test_a_share_of_the_cores_is_left_to_the_optimizer",
     "zero_optimization.offload_optimizer.overlap_step": "test_built.py::test_a_key_reaches_ds_zero",
     "zero_optimization.offload_optimizer.undo_bytes": "test_built.py::test_a_key_reaches_ds_zero",
     "zero_optimization.offload_param.max_in_cpu": "build/test_offload.py::"

@@ -93,8 +93,8 @@ def test_a_backward_without_a_step_needs_no_further_buffers() -> None:
     ds_zero.destroy(model)
 
 
-@pytest.mark.parametrize(("away", "ahead"), [((), 1), (("param",), 2)])
-def test_two_units_are_loaded_ahead_if_parameters_are_away(away: tuple[str, ...], ahead: int) -> None:
+@pytest.mark.parametrize(("away", "ahead"), [((), 1), (("param",), 3)])
+def test_three_units_are_loaded_ahead_if_parameters_are_away(away: tuple[str, ...], ahead: int) -> None:
     store = DistantStore(away)
     model, _ = make(store)
     state = _registry.state_of(model)

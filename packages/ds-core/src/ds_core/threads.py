@@ -1,16 +1,19 @@
-"""How many threads the CPU kernels use."""
+"""How many threads the CPU kernels use, and on which cores."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 
 import torch
 
+from ds_core import _native
+
 _LIMIT: ContextVar[int | None] = ContextVar("ds_core.threads", default=None)
+_CORES: ContextVar[tuple[int, ...]] = ContextVar("ds_core.threads.cores", default=())
 
 
 @cache
@@ -47,3 +50,36 @@ def limited(num_threads: int | None) -> Iterator[None]:
         yield
     finally:
         _LIMIT.reset(token)
+
+
+@contextmanager
+def bound(cores: Sequence[int] | None) -> Iterator[None]:
+    """Context manager within which kernels that this thread calls compute on these cores only, with one thread a core
+    at most; None: no change. torch's threads and the workers of a data loader are not bound. Results have the same
+    bits.
+
+    Args:
+        cores: numbers of cores that this process may use, as `os.sched_getaffinity` returns them.
+
+    Raises:
+        ValueError: a core that this process may not use.
+    """
+    if cores is None:
+        yield
+        return
+    own = sorted(os.sched_getaffinity(0))
+    if not cores or not set(cores) <= set(own):
+        raise ValueError(
+            f"cores={list(cores)}: give at least one of the cores of this process, which are {own}"
+        )
+    if not _native.has_native():
+        yield
+        return
+    before = _CORES.set(tuple(cores))
+    _native.core.compute_on(list(cores))
+    try:
+        with limited(len(cores)):
+            yield
+    finally:
+        _CORES.reset(before)
+        _native.core.compute_on(list(_CORES.get()))

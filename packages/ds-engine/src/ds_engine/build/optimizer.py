@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -318,7 +320,17 @@ def _inner(
             ]
         )
     names = {id(p): name for name, p in model.named_parameters()}
-    return build(choices.optimizer, items, names, group)
+    optimizer = build(choices.optimizer, items, names, group)
+    share = choices.settings.zero_optimization.offload_optimizer.cpuadam_cores_perc
+    if share is not None and hasattr(optimizer, "cores"):
+        optimizer.cores = _last_cores(share)
+    return optimizer
+
+
+def _last_cores(share: float) -> list[int]:
+    """Returns this fraction of the cores of the process, at least one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[-max(1, math.ceil(share * len(cores))) :]
 
 
 def maker_of(choices: Choices, model: nn.Module) -> MakeOptimizer | None:

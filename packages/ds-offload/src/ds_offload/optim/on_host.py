@@ -40,6 +40,11 @@ class OnHost(Undoable, FusedOptimizer):
     Set it to leave cores to the workers of a data loader; the result has the same bits.
     """
 
+    cores: Sequence[int] | None = None
+    """Cores on which steps compute, `ds_core.threads.bound`; the others are left to the workers of a data loader. None:
+    torch's threads, on any core.
+    """
+
     _store: KeepsStates | None = None
 
     def keep_states_in(self, store: KeepsStates) -> None:
@@ -80,11 +85,11 @@ class OnHost(Undoable, FusedOptimizer):
         grad_scale: float,
         checksums: kernels.Checksums | None = None,
     ) -> None:
-        with threads.limited(self.num_threads):
+        with threads.bound(self.cores), threads.limited(self.num_threads):
             super()._step_group(group, params, out, grad_scale, checksums)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "num_threads": self.num_threads}
+        return {**super().__getstate__(), "num_threads": self.num_threads, "cores": self.cores}
 
 
 class ElementWise(OnHost):

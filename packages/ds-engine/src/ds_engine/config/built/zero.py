@@ -213,8 +213,12 @@ ROWS: tuple[Row, ...] = (
         only=_only_params,
         otherwise="no parameters are offloaded, or offload_optimizer.pin_memory decides",
     ),
-    no_effect(
-        f"{_OFFLOAD}.cpuadam_cores_perc", "ds-offload", "the optimizer on the host uses torch's threads"
+    works(
+        f"{_OFFLOAD}.cpuadam_cores_perc",
+        "ds-offload",
+        "ds_offload.CPUAdam.cores",
+        only=_on_host,
+        otherwise="nothing is offloaded to host memory",
     ),
     no_effect(f"{_ZERO}.sub_group_size", "ds-zero", "states on a disk are read in pages of 64 MiB"),
     no_effect(f"{_ZERO}.contiguous_gradients", "ds-zero", "gradients always go into contiguous buckets"),

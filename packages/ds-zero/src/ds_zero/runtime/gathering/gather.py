@@ -15,6 +15,11 @@ from ds_zero.runtime.bucket import Bucket, BucketState
 from ds_zero.runtime.profiler_ranges import span
 from ds_zero.runtime.storage import PARAM
 
+LOADS_IN_FLIGHT = 2
+"""Maximum number of buckets whose parts are being loaded from the store. With one, a disk has nothing to do between the
+end of a read and the next call of `start`, and its queue runs empty at the end of every part.
+"""
+
 
 class Gatherer:
     """Gathers buckets and counts their users. A bucket is dropped when its count becomes 0.
@@ -25,6 +30,8 @@ class Gatherer:
     def __init__(self, buckets: list[Bucket], comm: Comm, waiting: Waiting | None = None) -> None:
         self._comm, self._waiting = comm, waiting or Waiting()
         self._buckets = [b for b in buckets if not b.whole]
+        self.loads = any(b.storage.is_away(PARAM) for b in self._buckets)
+        """Whether parameters are loaded from where they cannot be addressed."""
         self._users = {id(b): 0 for b in self._buckets}
         self._works: dict[int, Work] = {}
         self._loading: deque[tuple[Bucket, Work | None]] = deque()
@@ -33,30 +40,27 @@ class Gatherer:
         """`id` of the buckets that stay gathered until `unpin` or the next step."""
         self._numbers = _numbers(self._buckets)
 
-    @property
-    def loads(self) -> bool:
-        """Whether parameters are loaded from where they cannot be addressed."""
-        return any(b.storage.is_away(PARAM) for b in self._buckets)
-
     def start(self, bucket: Bucket) -> None:
         """Starts to gather. Has no effect if the bucket is whole, gathered or being gathered."""
         if bucket.state is not BucketState.SHARDED:
             return
         with torch.no_grad():
             loading = bucket.begin_gather()
-        self._send_loaded()
         self._loading.append((bucket, loading))
-        if loading is None:
-            self._send_loaded()
+        # The number, not what has arrived, decides which all-gathers start: all ranks start the same ones.
+        if not self.loads:
+            self._send_loaded(bucket)
+        elif len(self._loading) > LOADS_IN_FLIGHT:
+            self._send_loaded(self._loading[-1 - LOADS_IN_FLIGHT][0])
 
-    def _send_loaded(self, last: Bucket | None = None) -> None:
+    def _send_loaded(self, last: Bucket) -> None:
         """Waits for parts that are being loaded, and starts the all-gathers of their buckets in order of `start`, up to
-        bucket `last`; None: of all.
+        bucket `last`.
         """
-        if last is not None and not any(bucket is last for bucket, _ in self._loading):
+        if not any(bucket is last for bucket, _ in self._loading):
             return
         bucket = None
-        while self._loading and (last is None or bucket is not last):
+        while bucket is not last:
             bucket, loading = self._loading.popleft()
             try:
                 if loading is not None:

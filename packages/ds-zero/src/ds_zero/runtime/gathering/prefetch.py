@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ds_zero.config import ZeroConfig
+from ds_zero.runtime.gathering.gather import LOADS_IN_FLIGHT
 
 Kind = tuple[str | bool, ...]
 """Kind of a pass: the unit that begins it, then the modes in which it runs."""
@@ -33,12 +34,12 @@ def limits_of(config: ZeroConfig, *, loads: bool) -> Limits:
     """Returns the limits of a configuration.
 
     Args:
-        loads: whether parameters are loaded from where they cannot be addressed. Then two units are prefetched, so that
-            one is always being loaded: the first must be in memory before its all-gather starts.
+        loads: whether parameters are loaded from where they cannot be addressed. Then more units are prefetched, so
+            that `LOADS_IN_FLIGHT` are being loaded while the one before them, which is in memory, is being gathered.
     """
     return Limits(
         prefetch_numel=config.prefetch_numel if config.prefetch else 0,
-        num_units=2 if loads else 1,
+        num_units=1 + LOADS_IN_FLIGHT if loads else 1,
         max_live_numel=config.max_live_numel,
         max_reuse_distance_numel=config.max_reuse_distance_numel,
     )

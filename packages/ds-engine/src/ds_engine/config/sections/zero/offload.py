@@ -62,9 +62,11 @@ class OffloadOptimizerConfig(Section):
         default=False,
         description="DeepSpeed's name of overlap_step, which here works at every stage and with disks.",
     )
-    cpuadam_cores_perc: Share = Field(
-        default=0.8,
-        description="Fraction of the host's cores that super_offload uses for the optimizer, between 0 and 1.",
+    cpuadam_cores_perc: Share | None = Field(
+        default=None,
+        description="Fraction of the cores of a rank, between 0 and 1, to which the threads of the optimizer on the "
+        "host are bound, rounded up: the last ones. The others are left to the workers of a data loader. Default: the "
+        "optimizer computes on torch's threads.",
     )
 
 
