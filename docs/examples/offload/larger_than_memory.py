@@ -27,6 +27,7 @@ import ds_offload
 import ds_zero
 
 WIDTH, HIDDEN = 512, 2048
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 BYTES_PER_ELEMENT = 16
 """fp32 masters, gradients, and two states of Adam."""
@@ -63,6 +64,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--offload", choices=["cpu", "nvme"], default="nvme")
     parser.add_argument("--overlap-step", action="store_true", help="update parameters during the backward")
     parser.add_argument("--clip", type=float, default=1.0, help="maximum norm of the gradients")
+    parser.add_argument(
+        "--dtype",
+        choices=["bf16", "fp32"],
+        default="bf16",
+        help="of forward and backward; processors without instructions for bf16 compute much faster in fp32",
+    )
     parser.add_argument("--nvme-path", default=tempfile.gettempdir(), help="folder on a disk")
     return parser.parse_args()
 
@@ -79,7 +86,7 @@ def configuration(args: argparse.Namespace) -> dict[str, Any]:
     early = {"overlap_step": args.overlap_step}
     return {
         "train_batch_size": args.rows,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": args.dtype == "bf16"},
         "gradient_clipping": args.clip,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
         "zero_optimization": {
@@ -98,7 +105,7 @@ def plan(args: argparse.Namespace, blocks: int, on_disk: bool) -> ds_zero.Plan:
         lambda: make_model(blocks),
         torch.empty(args.rows, WIDTH),
         stage=3,
-        precision=torch.bfloat16,
+        precision=DTYPES[args.dtype],
         optimizer=ds_offload.CPUAdam,
         disk=("param", "master", "grad", "state") if on_disk else (),
         budget_bytes=args.limit_mib * 2**20 or None,
@@ -110,7 +117,7 @@ def warm_up(args: argparse.Namespace) -> None:
     """Starts the process group and all threads, whose memory is not that of the model, by training a small one."""
     engine, *_ = ds_engine.initialize(nn.Linear(WIDTH, WIDTH), configuration(args))
     with engine:
-        engine.backward(engine(torch.ones(args.rows, WIDTH).bfloat16()).float().sum())
+        engine.backward(engine(torch.ones(args.rows, WIDTH, dtype=DTYPES[args.dtype])).float().sum())
         engine.step()
 
 
@@ -123,7 +130,7 @@ def train(args: argparse.Namespace, blocks: int) -> list[float]:
     for step in range(args.steps):
         began = time.perf_counter()
         generator = torch.Generator().manual_seed(step)
-        x = torch.randn(args.rows, WIDTH, generator=generator).bfloat16()
+        x = torch.randn(args.rows, WIDTH, generator=generator).to(DTYPES[args.dtype])
         loss = (engine(x).float() - x.float().flip(1)).square().mean()
         engine.backward(loss)
         engine.step()

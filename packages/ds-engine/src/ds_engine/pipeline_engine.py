@@ -58,6 +58,16 @@ class PipelineEngine(Engine):
             PipelineError: on every rank, if a stage has failed on some rank, or the data of a rank have ended. The
                 process group cannot be used afterwards.
         """
+        loss = self.forward_backward(data_iter, loss_weights=loss_weights)
+        super().step()
+        return loss
+
+    def forward_backward(
+        self, data_iter: Iterable[Any] | None = None, *, loss_weights: LossWeights | None = None
+    ) -> Tensor:
+        """The first part of `train_batch`: forwards and backwards of the micro-batches of a step, without an update,
+        with the same arguments, result and errors.
+        """
         self._refuse_if_away("train_batch")
         self.train()
         # On all ranks, before the scale of this step is used: only the rank of the last stage scales losses.
@@ -67,7 +77,6 @@ class PipelineEngine(Engine):
             loss = self.pipeline.train(self._micro_batches(data_iter), loss_weights)
         self._reporting.add_loss(loss)
         self.accumulation.micro_steps += self.batch.steps - 1
-        super().step()
         return loss
 
     def eval_batch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,16 +19,17 @@ from ds_core.kernels import squared_norm
 from ds_engine.assemble import initialize
 from ds_engine.build import pipeline, ranks
 from ds_engine.build.optimizer import optimizer_of
+from ds_engine.build.pipeline import verify as stages
 from ds_engine.build.schedule import schedule_of
-from ds_engine.build.topology import arranged
 from ds_engine.build.zero import loss_scale_of, zero_config
 from ds_engine.config import DsConfig
 from ds_engine.config.support.batch import Batch
 from ds_engine.engine import Engine
-from ds_engine.job import Job, choices_of, describe
+from ds_engine.job import Job
+from ds_engine.pipeline_engine import PipelineEngine
 from ds_engine.training.pacing import Pacing
 from ds_zero.predict.remedies import batch_size
-from ds_zero.prove.lockstep import Batches
+from ds_zero.prove.lockstep import Batches, Candidate, ModelPerRank
 from ds_zero.prove.reference_training import Recipe, own_randomness, seed_everything
 from ds_zero.prove.verify import default_model_loss, run
 
@@ -51,12 +53,13 @@ def verify(
 
     Args:
         factory: returns the model, or the model and example inputs of one forward (as for `ds plan`). After the same
-            `torch.manual_seed` it must return the same values.
+            `torch.manual_seed` it must return the same values. For a `ds_pipe.model.PipelineModule`, the inputs are a
+            pair (inputs, labels), and so is each micro-batch.
         batches: micro-batches, as for `ds_zero.verify`; or a data set, whose samples are collated. None: generated
             from the example inputs: normally distributed numbers for floating-point inputs, shuffled elements for
             others.
         loss: a function of the engine and a micro-batch that returns a scalar. Default: the output of the model for
-            the micro-batch.
+            the micro-batch. Not for pipelines, which have one.
         optimizer: makes the optimizer, if the configuration has none.
         lr_scheduler: makes the schedule, if the configuration has none.
         bitwise: accept only bitwise equality.
@@ -70,39 +73,49 @@ def verify(
         raise ValueError(f"steps={steps}: give 1 or more")
     with own_randomness():
         world = ranks.start()
-        choices = choices_of(settings, optimizer, lr_scheduler)
-        job = describe(choices, arranged(settings, world.rank, world.world_size), world.device.type)
         seed_everything(seed)
         model, inputs = _made(factory)
-        pipeline.refuse(model, "ds verify")
-        stream = _batches(batches, inputs, job.batch)
-
-        def make() -> tuple[nn.Module, Optimizer]:
-            plain, _ = _made(factory)
-            plain.to(world.device)
-            return plain, optimizer_of(job, optimizer, plain)
-
-        on_host = job.placement.optimizer_on_host
-        recipe = Recipe(
-            make=make,
-            loss=loss or default_model_loss,
-            config=lambda module: zero_config(job, module),
-            stage=job.stage,
-            ranks=world.world_size,
-            micro_batches=job.batch.steps,
-            clip=job.clipping,
-            scale=loss_scale_of(job.precision.loss_scaling),
-            schedule=lambda built: schedule_of(job, lr_scheduler, built),
-            norms=squared_norm,
-            dress=lambda module, done: _Plain(module, job, Pacing(settings), done),
-            finish=job.precision.cast_buffers,
-            masters=torch.device("cpu") if on_host and world.device.type != "cpu" else None,
-            seed=seed,
-        )
+        piped = pipeline.choice_of(model) is not None
+        if piped:
+            stages.check(model, loss)
         engine, *_ = initialize(model, _quiet(settings), optimizer=optimizer, lr_scheduler=lr_scheduler)
         with engine:
+            job = engine.job
+            stream = _batches(batches, inputs, job.batch)
+
+            def make() -> tuple[nn.Module, Optimizer]:
+                with stages.undivided() if piped else nullcontext():
+                    plain, _ = _made(factory)
+                plain.to(world.device)
+                return plain, optimizer_of(job, optimizer, plain)
+
+            def dress(module: nn.Module, done: Callable[[], int]) -> Any:
+                return stages.Plain(module, job) if piped else _Plain(module, job, Pacing(settings), done)
+
+            on_host = job.placement.optimizer_on_host
+            recipe = Recipe(
+                make=make,
+                loss=stages.loss if piped else loss or default_model_loss,
+                config=lambda module: stages.zero_config(job, module) if piped else zero_config(job, module),
+                stage=job.stage,
+                ranks=job.batch.ranks if piped else world.world_size,
+                micro_batches=job.batch.steps,
+                clip=job.clipping,
+                scale=loss_scale_of(job.precision.loss_scaling),
+                schedule=lambda built: schedule_of(job, lr_scheduler, built),
+                norms=squared_norm,
+                dress=dress,
+                finish=job.precision.cast_buffers,
+                masters=torch.device("cpu") if on_host and world.device.type != "cpu" else None,
+                seed=seed,
+            )
+            trained: Candidate = (
+                stages.Trained(engine, recipe)
+                if isinstance(engine, PipelineEngine)
+                else _Trained(engine, recipe)
+            )
             return run(
-                _Trained(engine, recipe),
+                trained,
                 recipe,
                 stream,
                 steps=steps,
@@ -112,16 +125,15 @@ def verify(
             )
 
 
-class _Trained:
+class _Trained(ModelPerRank):
     """An engine as the training to verify."""
 
     def __init__(self, engine: Engine, recipe: Recipe) -> None:
-        self._engine, self._recipe = engine, recipe
-        self.model = engine.module
-        self.norm = math.nan
+        self._engine = engine
+        self.model, self.recipe = engine.module, recipe
 
     def micro_batch(self, batch: Any) -> float:
-        loss = self._recipe.loss(self._engine, batch)
+        loss = self.recipe.loss(self._engine, batch)
         self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
@@ -216,8 +228,11 @@ def _quiet(settings: DsConfig) -> DsConfig:
 
 
 def _words(job: Job) -> str:
-    batch = job.batch
+    batch, stages = job.batch, job.pipeline
+    ranks_of = f"{batch.ranks} rank{'s' * (batch.ranks != 1)}"
+    if stages is not None:
+        ranks_of += f" for each pipeline rank, {len(stages.rank_of_stage)} pipeline stages"
     return (
-        f"stage {job.stage}, {batch.ranks} rank{'s' * (batch.ranks != 1)}, micro-batches of {batch.micro} x "
+        f"stage {job.stage}, {ranks_of}, micro-batches of {batch.micro} x "
         f"{batch.steps} a step; {job.precision}{'; optimizer on the host' if job.placement.optimizer_on_host else ''}"
     )

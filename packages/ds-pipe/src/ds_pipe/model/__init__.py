@@ -3,7 +3,7 @@
 from ds_pipe.model.groups import PipelineGroups
 from ds_pipe.model.layer_specs import LayerSpec, TiedLayerSpec
 from ds_pipe.model.pipeline import Controls, Pipeline, PipelineOptions
-from ds_pipe.model.pipeline_module import PipelineModule
+from ds_pipe.model.pipeline_module import PipelineModule, undivided
 from ds_pipe.model.profile import LayerProfile, profile_layers
 from ds_pipe.model.replicated import Replicated
 from ds_pipe.model.split import split
@@ -24,4 +24,5 @@ __all__ = [
     "TiedLayerSpec",
     "profile_layers",
     "split",
+    "undivided",
 ]

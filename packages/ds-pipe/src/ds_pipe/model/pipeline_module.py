@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,19 @@ from ds_pipe.schedule.schedule import Schedule
 
 CheckpointFn = Callable[..., Any]
 Around = AbstractContextManager[Any]
+_UNDIVIDED: ContextVar[bool] = ContextVar("ds_pipe.undivided", default=False)
+
+
+@contextmanager
+def undivided() -> Iterator[None]:
+    """Context manager within which a `PipelineModule` is constructed with all of its layers in one stage on this rank,
+    whatever its arguments say of stages and of ranks. It can be called like any module, and has the same names.
+    """
+    token = _UNDIVIDED.set(True)
+    try:
+        yield
+    finally:
+        _UNDIVIDED.reset(token)
 
 
 class PipelineModule(nn.Module):
@@ -78,9 +92,10 @@ class PipelineModule(nn.Module):
             ValueError: a partition that does not fit the layers, or ranks that do not fit `num_stages`.
         """
         super().__init__()
-        self.process_topology = _topology(num_stages, topology)
+        whole = _UNDIVIDED.get()
+        self.process_topology = PipeDataParallelTopology(1, 1) if whole else _topology(num_stages, topology)
         self.num_stages = self.process_topology.get_dim("pipe")
-        self.global_rank = dist.get_rank() if dist.is_initialized() else 0
+        self.global_rank = dist.get_rank() if dist.is_initialized() and not whole else 0
         self.stage_id: int = getattr(self.process_topology.get_coord(self.global_rank), "pipe")  # noqa: B009
         self.loss_fn, self.schedule_name, self.chunks = loss_fn, schedule, chunks
         self._specs = list(layers)
@@ -90,8 +105,9 @@ class PipelineModule(nn.Module):
             activation_checkpoint_func or partial(checkpoint, use_reentrant=False),
             checkpointable_layers,
         )
-        self.rank_of_stage = placement(schedule, self.num_stages, chunks)
-        self.parts = _bounds(self._specs, partition_method, len(self.rank_of_stage))
+        self.rank_of_stage = (0,) if whole else placement(schedule, self.num_stages, chunks)
+        method = [0, len(self._specs)] if whole else partition_method
+        self.parts = _bounds(self._specs, method, len(self.rank_of_stage))
         _refuse_repeated(self._specs, self.parts, self.rank_of_stage)
         self.tied_modules = nn.ModuleDict()
         for stage in self.local_stages:

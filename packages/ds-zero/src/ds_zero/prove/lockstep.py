@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ds_zero.params.access import get_full
+from ds_zero.params.access import GRAD, PARAM, get_full
 from ds_zero.prove.deviation import (
     BUFFER,
     GRADIENT,
@@ -33,22 +34,66 @@ T = TypeVar("T")
 Batches = Callable[[int], Any] | Iterable[Any]
 
 
-class Candidate(Protocol):
+class Candidate(ABC):
     """The sharded training that `run` verifies."""
 
-    @property
-    def model(self) -> nn.Module:
-        """The sharded model."""
+    model: nn.Module
+    """The sharded model."""
+    recipe: Recipe
+    norm = math.nan
+    """Norm of the last step's gradient before clipping; NaN if it was not measured."""
+    in_stages = False
+    """Whether ranks construct and compute different layers. Then the plain training takes over the initial values, and
+    the model must not draw random numbers, which would depend on the rank.
+    """
 
-    def micro_batch(self, batch: Any) -> float:
-        """Runs forward and backward, and returns the loss."""
+    @abstractmethod
+    def train(self, table: Sequence[Sequence[Any]], first: int) -> Mapping[str, float]:
+        """Runs forwards and backwards of a step. Collective.
 
+        Args:
+            table: micro-batch k of rank r is `table[k][r]`.
+            first: number of the first micro-batch among all of the training.
+
+        Returns:
+            Losses by the names of `named_losses`.
+        """
+
+    @abstractmethod
     def step(self) -> None:
         """Clips and steps."""
 
-    @property
-    def norm(self) -> float:
-        """Returns the norm of the last step's gradient before clipping; NaN if it was not measured."""
+    def named_losses(self, losses: Sequence[Sequence[float]]) -> Mapping[str, float]:
+        """Returns what is compared of the losses of all micro-batches, `losses[k][r]`, by name."""
+        return {
+            f"micro-batch {k + 1} on rank {r}": loss
+            for k, row in enumerate(losses)
+            for r, loss in enumerate(row)
+        }
+
+    def full(self, name: str, kind: str = PARAM) -> Tensor | None:
+        """Returns a whole value as `get_full` does, at least on rank 0. Collective."""
+        return get_full(self.model, name, kind)
+
+    def buffers(self) -> Mapping[str, Tensor]:
+        """Returns the buffers of the first rank, at least there. Collective."""
+        return dict(self.model.named_buffers())
+
+
+class ModelPerRank(Candidate):
+    """A training in which each rank computes the whole model, one micro-batch after the other."""
+
+    @abstractmethod
+    def micro_batch(self, batch: Any) -> float:
+        """Runs forward and backward, and returns the loss."""
+
+    def train(self, table: Sequence[Sequence[Any]], first: int) -> Mapping[str, float]:
+        """See `Candidate.train`."""
+        ranks, rank, own = self.recipe.ranks, own_rank(), []
+        for k, row in enumerate(table):
+            seed_everything(self.recipe.seed, first + k * ranks + rank)
+            own.append(self.micro_batch(row[rank]))
+        return self.named_losses(list(zip(*_gathered(own), strict=True)))
 
 
 class Lockstep:
@@ -68,7 +113,7 @@ class Lockstep:
         self._buffer_bounds: dict[str, float] = {}
         self.losses: list[float] = []
         self.plain_losses: list[float] = []
-        self._losses: list[list[float]] = []
+        self._losses: Mapping[str, float] = {}
         self._modules: dict[str, str] = {}
 
     def begin(self, made: nn.Module | None) -> None:
@@ -93,6 +138,13 @@ class Lockstep:
 
         from_first(construct)
         self._compare_parameters(0)
+        self._check_start()
+
+    def _check_start(self) -> None:
+        """Raises ValueError if the trainings start from different values, and must not."""
+        if self._candidate.in_stages:
+            from_first(self._adopt)
+            return
         names = from_first(lambda: [d.name for d in self._fresh])
         if names:
             raise ValueError(
@@ -101,18 +153,21 @@ class Lockstep:
                 "torch.manual_seed"
             )
 
+    def _adopt(self) -> None:
+        """The plain training goes on from the values of the sharded one."""
+        assert self.plain is not None
+        for name, value in self._sharded_values.items():
+            self.plain.adopt(name, value)
+        self._fresh, self._sharded_values = [], {}
+
     def step(self, step: int) -> None:
         """Runs one optimizer step of both, and compares them."""
-        recipe, rank = self._recipe, own_rank()
+        recipe = self._recipe
         first = (step - 1) * recipe.micro_batches * recipe.ranks
         table = from_first(self._take)
         assert table is not None
         table = _moved(table, self._device)
-        own = []
-        for k, row in enumerate(table):
-            seed_everything(recipe.seed, first + k * recipe.ranks + rank)
-            own.append(self._candidate.micro_batch(row[rank]))
-        losses = _gathered(own)
+        losses = self._candidate.train(table, first)
         from_first(lambda: self._plain_gradients(step, table, losses, first))
         self._compare_gradients(step)
         from_first(lambda: self._judge_gradients(table, first))
@@ -131,18 +186,19 @@ class Lockstep:
         )
 
     def _plain_gradients(
-        self, step: int, table: Sequence[Sequence[Any]], losses: Sequence[Sequence[float]], first: int
+        self, step: int, table: Sequence[Sequence[Any]], losses: Mapping[str, float], first: int
     ) -> None:
         assert self.plain is not None
-        expected = self._losses = self.plain.gradients(table, first)
-        for k, row in enumerate(expected):
-            for r, plain in enumerate(row):
-                name = _loss_name(k, r)
-                self._note(_number(losses[r][k]), _number(plain), step, LOSS, name)
-        flat = [loss for row in expected for loss in row]
-        self.plain_losses.append(math.fsum(flat) / len(flat))
-        mine = [loss for row in losses for loss in row]
-        self.losses.append(math.fsum(mine) / len(mine))
+        expected = self._losses = self._candidate.named_losses(self.plain.gradients(table, first))
+        if self.plain.draws and self._candidate.in_stages:
+            raise ValueError(
+                "the model draws random numbers (dropout), which depend on the rank that computes a layer: set the "
+                "probabilities to 0 for the comparison"
+            )
+        for name, plain in expected.items():
+            self._note(_number(losses[name]), _number(plain), step, LOSS, name)
+        self.plain_losses.append(math.fsum(expected.values()) / len(expected))
+        self.losses.append(math.fsum(losses.values()) / len(losses))
 
     def _judge_gradients(self, table: Sequence[Sequence[Any]], first: int) -> None:
         """Computes bounds for the differences so far. The plain training then steps with the gradient of the sharded
@@ -157,10 +213,7 @@ class Lockstep:
         if not on_cpu or any(d.kind == LOSS for d in self._fresh):
             losses, grads, buffers = plain.disturbed(table, first)
             same = [(n, v) for n in plain.names if n in grads and (v := plain.gradient(n)) is not None]
-            kept = {
-                _loss_name(k, r): loss for k, row in enumerate(self._losses) for r, loss in enumerate(row)
-            }
-            moved = {_loss_name(k, r): loss for k, row in enumerate(losses) for r, loss in enumerate(row)}
+            kept, moved = self._losses, self._candidate.named_losses(losses)
             tables = {
                 LOSS: measured((n, _number(kept[n]), _number(moved[n])) for n in kept),
                 GRADIENT: measured((n, v, grads[n]) for n, v in same),
@@ -207,9 +260,7 @@ class Lockstep:
             else:
                 bound = rounded(_number(plain.norm))
             self.differences.append(replace(d, bound=bound))
-        for name, value in self._sharded_values.items():
-            plain.adopt(name, value)
-        self._fresh, self._sharded_values = [], {}
+        self._adopt()
         return any(d.step == step for d in self.differences)
 
     # --- on all ranks
@@ -218,7 +269,7 @@ class Lockstep:
         """Compares gradients from the loss backwards: an error in backward spreads to all later gradients."""
         names = from_first(lambda: self.plain.names if self.plain is not None else [])
         for name in reversed(names or []):
-            sharded = get_full(self._candidate.model, name, "grad")
+            sharded = self._candidate.full(name, GRAD)
             if self.plain is not None:
                 self._note(sharded, self.plain.gradient(name), step, GRADIENT, name)
 
@@ -226,11 +277,11 @@ class Lockstep:
         names = from_first(lambda: list(self.plain.values()) if self.plain is not None else [])
         plain = self.plain.values() if self.plain is not None else {}
         for name in names or []:
-            sharded = get_full(self._candidate.model, name)
+            sharded = self._candidate.full(name)
             if self.plain is not None:
                 self._note(sharded, plain[name], step, PARAMETER, name)
+        buffers = self._candidate.buffers() if step else {}
         if self.plain is not None and step:
-            buffers = dict(self._candidate.model.named_buffers())
             for name, value in self.plain.values(BUFFER).items():
                 self._note(buffers.get(name), value, step, BUFFER, name)
 
@@ -238,7 +289,7 @@ class Lockstep:
         """Compares optimizer states; the plain training continues with those of the sharded training."""
         plain = self.plain
         for name, kind in from_first(lambda: plain.states() if plain is not None else []):
-            sharded = get_full(self._candidate.model, name, kind)
+            sharded = self._candidate.full(name, kind)
             if plain is None:
                 continue
             expected = plain.state(name, kind)
@@ -254,10 +305,6 @@ class Lockstep:
 def _moved(table: list[list[Any]], device: torch.device) -> list[list[Any]]:
     """Moves the tensors of micro-batches to one device; those from other ranks were on the devices of these ranks."""
     return tree_map_only(Tensor, lambda t: t.to(device), table)  # type: ignore[no-any-return]
-
-
-def _loss_name(k: int, rank: int) -> str:
-    return f"micro-batch {k + 1} on rank {rank}"
 
 
 def _number(value: float) -> Tensor:

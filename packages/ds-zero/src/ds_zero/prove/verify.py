@@ -21,7 +21,15 @@ from ds_zero.interfaces import CollectiveSet, ShardStore
 from ds_zero.params.deferred import deferred_init
 from ds_zero.predict.plan import default_loss
 from ds_zero.prove.deviation import Verification
-from ds_zero.prove.lockstep import Batches, Candidate, Lockstep, from_first, own_rank, world_size
+from ds_zero.prove.lockstep import (
+    Batches,
+    Candidate,
+    Lockstep,
+    ModelPerRank,
+    from_first,
+    own_rank,
+    world_size,
+)
 from ds_zero.prove.reference_training import (
     Loss,
     PlainTraining,
@@ -126,25 +134,24 @@ def _check_mesh(mesh: Group | None) -> None:
         )
 
 
-class _Loop:
+class _Loop(ModelPerRank):
     """The training loop of a user of `shard`."""
 
     def __init__(self, recipe: Recipe, model: nn.Module, optimizer: Optimizer) -> None:
-        self.model = model
-        self._recipe, self._optimizer = recipe, optimizer
+        self.model, self.recipe = model, recipe
+        self._optimizer = optimizer
         self._scaler = LossScaler(model, recipe.scale) if recipe.scale is not None else None
         self._schedule = recipe.schedule(optimizer)
-        self.norm = math.nan
 
     def micro_batch(self, batch: Any) -> float:
-        loss = self._recipe.loss(self.model, batch)
-        part = loss / self._recipe.micro_batches
+        loss = self.recipe.loss(self.model, batch)
+        part = loss / self.recipe.micro_batches
         (part if self._scaler is None else self._scaler.scale(part)).backward()
         return loss.item()
 
     def step(self) -> None:
-        if math.isfinite(self._recipe.clip):
-            clip_grad_norm_(self.model, self._recipe.clip)
+        if math.isfinite(self.recipe.clip):
+            clip_grad_norm_(self.model, self.recipe.clip)
         self._optimizer.step()
         norm = grad_norm(self.model)
         self.norm = math.nan if norm is None else norm.before
