@@ -33,6 +33,7 @@ from ds_zero.predict.measured_memory import counted_memory
 DIM, HEADS, DEPTH, VOCABULARY = 128, 4, 8, 8192
 PART, LOSS_PART = 512, 64
 """Tokens of a tile of an MLP, and of a tile of the logits, which are 16 times as wide."""
+CONFIG = ds_zero.ZeroConfig(accumulation_steps=1)
 MARGIN = 64 << 20
 """Bytes that a process may use besides: torch's own, stacks of threads, the C library's free lists."""
 
@@ -96,6 +97,7 @@ def step(way: str, tokens: int, folder: str, counted: Any = None) -> dict[str, A
     """Trains two steps; returns the last loss, and what was moved."""
     model = Model(way == "tiled")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ds_zero.shard(model, optimizer, stage=0, config=CONFIG)
     offload = ActivationOffload(options(folder)) if way == "tiled" else None
     if offload is not None:
         offload.attach(model)
@@ -110,6 +112,7 @@ def step(way: str, tokens: int, folder: str, counted: Any = None) -> dict[str, A
     moved = offload.statistics.moved_bytes if offload is not None else 0
     if offload is not None:
         offload.close()
+    ds_zero.destroy(model)
     return {"loss": loss.item(), "moved": moved}
 
 
@@ -129,7 +132,7 @@ def planned(way: str, tokens: int, folder: str) -> int:
         (text(tokens),),
         stage=0,
         optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
-        config=ds_zero.ZeroConfig(accumulation_steps=1),
+        config=CONFIG,
         device="cpu",
         activations=activations,
     )
