@@ -221,7 +221,7 @@ def test_a_run_leaves_page_sample_and_checkpoints(undisturbed):
     assert list((run / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_a_stopped_job_continues_with_the_same_losses(undisturbed, tmp_path, number):
     process = start(tmp_path, "--steps", "12")
     wait_for_step(process, tmp_path / "001", 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import weakref
 from typing import Any
@@ -78,9 +79,18 @@ def one_life(stage: int, host: bool, dtype: torch.dtype | None, stop: str) -> No
     model(*batch(0, 0)).backward()  # an ordinary model again
 
 
+STOPS = ("after step", "after backward", "after forward", "never destroyed")
+FEW_STOPS = {(0, STOPS[0]), (1, STOPS[1]), (2, STOPS[2]), (3, STOPS[3]), (3, STOPS[1])}
+
+
 @ranks(2)
-@pytest.mark.parametrize("stop", ["after step", "after backward", "after forward", "never destroyed"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "stop"),
+    [
+        pytest.param(*pair, marks=() if pair in FEW_STOPS else pytest.mark.full)
+        for pair in itertools.product(STAGES, STOPS)
+    ],
+)
 def test_a_model_that_is_gone_leaves_no_memory_and_no_thread(stage: int, stop: str) -> None:
     threads = threading.active_count()
     one_life(stage, False, None, stop)  # what torch keeps of its own from the first use

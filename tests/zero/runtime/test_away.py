@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +21,11 @@ CONFIG = ds_zero.ZeroConfig(
 )
 
 
-def make(store: DistantStore) -> tuple[Tiny, FusedAdam]:
+def make(store: DistantStore, **options: Any) -> tuple[Tiny, FusedAdam]:
     torch.manual_seed(0)
     model = Tiny(layers=6)
     optimizer = FusedAdam(model.parameters(), lr=1e-2)
-    ds_zero.shard(model, optimizer, 3, config=CONFIG, store=store)
+    ds_zero.shard(model, optimizer, 3, config=replace(CONFIG, **options), store=store)
     return model, optimizer
 
 
@@ -58,7 +60,23 @@ def test_masters_of_the_first_buckets_are_loaded_at_the_end_of_the_backward() ->
     store.log.clear()
     optimizer.step()
     assert not set(started(store, "master")) & set(expected)
-    assert started(store, "master", "store")[:2] == expected
+    assert started(store, "master", "store")[: NUM_BUFFERS - 1] == expected
+    ds_zero.destroy(model)
+
+
+def test_parameters_in_fp32_of_the_first_modules_are_not_loaded_right_after_a_step() -> None:
+    store = DistantStore()
+    model, optimizer = make(store, param_dtype=None)
+    for step in range(2):
+        model(*batch(step, 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    names = [b.layout.name for b in _registry.state_of(model).buckets if b.trainable]
+    assert len(names) > NUM_BUFFERS + 1
+    store.log.clear()
+    with torch.no_grad():
+        model(*batch(2, 0))
+    assert set(started(store, "master")) == set(names[:-NUM_BUFFERS])
     ds_zero.destroy(model)
 
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ds_zero.interfaces import MakesStaging, ShardStore
 
-NUM_BUFFERS = 3
-"""Buffers of each kind: one bucket's is in use, the next one's is being loaded, the previous one's is being stored."""
+NUM_BUFFERS = 5
+"""Buffers of each kind: one bucket's is in use, two are being loaded, and two are being stored. With three, loads wait
+for stores: a step of 50 million parameters on a disk took 1.2 times as long (docs/benchmarks/offload.md).
+"""
 NUM_GRADS = 2
 """Maximum number of reduced gradients that the store is adding at a time."""
 
