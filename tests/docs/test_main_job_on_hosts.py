@@ -84,13 +84,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        "ds run",
-        *(pytest.param(n, marks=pytest.mark.full) for n in ("srun", "mpirun.openmpi", "mpiexec.hydra")),
-    ],
-)
+# test_two_machines_example.py trains on two hosts in every run.
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["ds run", "srun", "mpirun.openmpi", "mpiexec.hydra"])
 def test_the_main_job_trains_on_two_hosts(
     launcher: str, expected: list[float], network: Network, tmp_path: Path
 ) -> None:
