@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from ds_engine.tune.candidates import Candidate
 
-_KNOWN, _UNKNOWN = 1.03, 1.15
+_KNOWN, _UNKNOWN = 1.03, 1.3
 """A candidate is worth a trial while its corrected prediction times this factor exceeds the best measurement. The first
 factor is for groups with a trial, the second for groups without one.
 """
