@@ -89,40 +89,30 @@ def verify(
                 plain.to(world.device)
                 return plain, optimizer_of(job, optimizer, plain)
 
-            def dress(module: nn.Module, done: Callable[[], int]) -> Any:
-                return stages.Plain(module, job) if piped else _Plain(module, job, Pacing(settings), done)
-
             on_host = job.placement.optimizer_on_host
             recipe = Recipe(
                 make=make,
-                loss=stages.loss if piped else loss or default_model_loss,
-                config=lambda module: stages.zero_config(job, module) if piped else zero_config(job, module),
+                loss=loss or default_model_loss,
+                config=lambda module: zero_config(job, module),
                 stage=job.stage,
-                ranks=job.batch.ranks if piped else world.world_size,
+                ranks=world.world_size,
                 micro_batches=job.batch.steps,
                 clip=job.clipping,
                 scale=loss_scale_of(job.precision.loss_scaling),
                 schedule=lambda built: schedule_of(job, lr_scheduler, built),
                 norms=squared_norm,
-                dress=dress,
+                dress=lambda module, done: _Plain(module, job, Pacing(settings), done),
                 finish=job.precision.cast_buffers,
                 masters=torch.device("cpu") if on_host and world.device.type != "cpu" else None,
                 seed=seed,
             )
-            trained: Candidate = (
-                stages.Trained(engine, recipe)
-                if isinstance(engine, PipelineEngine)
-                else _Trained(engine, recipe)
-            )
-            return run(
-                trained,
-                recipe,
-                stream,
-                steps=steps,
-                bitwise=bitwise,
-                made=model,
-                what=f"{type(model).__name__} by this configuration ({_words(job)})",
-            )
+            trained: Candidate
+            if isinstance(engine, PipelineEngine):
+                trained = stages.Trained(engine, stages.adapted(recipe, job))
+            else:
+                trained = _Trained(engine, recipe)
+            what = f"{type(model).__name__} by this configuration ({_words(job)})"
+            return run(trained, trained.recipe, stream, steps=steps, bitwise=bitwise, made=model, what=what)
 
 
 class _Trained(ModelPerRank):

@@ -110,16 +110,21 @@ class Plain:
         return loss
 
 
-def loss(model: Plain, batch: Any) -> Tensor:
-    """The loss of a micro-batch, the pair (inputs, labels)."""
-    inputs, labels = batch
-    return model(inputs, labels)
+def adapted(recipe: Recipe, job: Job) -> Recipe:
+    """Returns the recipe of an ordinary model for a pipeline."""
 
+    def config(module: nn.Module) -> ds_zero.ZeroConfig:
+        # At every ZeRO stage, a schedule reduces the sums over micro-batches.
+        config = zero.zero_config(job, module)
+        return config if config.rank_invariant else replace(config, accumulation="local")
 
-def zero_config(job: Job, module: nn.Module) -> ds_zero.ZeroConfig:
-    """Returns the options of the plain training. At every ZeRO stage, a schedule reduces sums over micro-batches."""
-    config = zero.zero_config(job, module)
-    return config if config.rank_invariant else replace(config, accumulation="local")
+    return replace(
+        recipe,
+        loss=lambda model, pair: model(*pair),
+        config=config,
+        ranks=job.batch.ranks,
+        dress=lambda module, _: Plain(module, job),
+    )
 
 
 def undivided() -> AbstractContextManager[None]:
