@@ -19,7 +19,7 @@ from ds_zero.runtime.early_step import CLIPPED, NO_ROOM, OPTIONS, OWN_MASTERS, W
 from harness import ranks
 from zero.models import Tiny, batch
 
-SMALL = {"reduce_bucket_numel": 1500, "persistence_threshold_numel": 20}
+SMALL = {"reduce_bucket_numel": 700, "persistence_threshold_numel": 20}
 PLACES = ("host", "disk", "states on the disk", "masters on the disk")
 
 

@@ -16,7 +16,7 @@ from harness.covering import covering
 from zero.models import Tiny, batch
 from zero.parity import everywhere
 
-SMALL = {"reduce_bucket_numel": 1500, "persistence_threshold_numel": 20}
+SMALL = {"reduce_bucket_numel": 700, "persistence_threshold_numel": 20}
 BACKWARDS = (3, 1, 4, 2)
 """Number of backwards before each step: it is never that of the step before."""
 FACTORS: dict[str, list[Any]] = {

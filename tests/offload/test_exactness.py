@@ -40,7 +40,7 @@ FACTORS = {
     "precision": ["fp16", "bf16", "fp32"],
 }
 ROWS = covering(FACTORS)
-SMALL = {"reduce_bucket_numel": 1500, "persistence_threshold_numel": 20}
+SMALL = {"reduce_bucket_numel": 700, "persistence_threshold_numel": 20}
 PRECISIONS: dict[str, dict[str, Any]] = {
     # The first steps overflow at this scale.
     "fp16": {

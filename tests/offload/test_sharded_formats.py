@@ -22,7 +22,7 @@ from harness import ranks
 from zero.params.test_records import Memory, everyones
 from zero.parity import Job, Result, assert_same, sharded
 
-SMALL = {"reduce_bucket_numel": 1500, "persistence_threshold_numel": 20}
+SMALL = {"reduce_bucket_numel": 700, "persistence_threshold_numel": 20}
 OPTIONS: dict[str, dict[str, Any]] = {
     "int8": {"state_dtype": "int8"},
     "bf16": {"state_dtype": "bf16"},

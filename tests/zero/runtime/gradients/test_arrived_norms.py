@@ -20,7 +20,7 @@ from ds_zero.runtime.staging import NUM_BUFFERS
 from harness import ranks
 from zero.models import Tiny, batch
 
-SMALL = {"reduce_bucket_numel": 1500, "persistence_threshold_numel": 20}
+SMALL = {"reduce_bucket_numel": 700, "persistence_threshold_numel": 20}
 
 
 def make(store: Any, stage: int, dtype: torch.dtype = torch.bfloat16, **config: Any) -> Any:

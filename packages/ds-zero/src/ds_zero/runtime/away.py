@@ -101,12 +101,13 @@ class Paged(Stored):
         self.settle()
 
     # [Note: loading through a buffer]
-    # `out` is ordinary memory on a CPU, in pages of 4 KiB and not at a page's beginning. A disk reads at 2.4 GB/s into
+    # On a CPU, `out` is ordinary memory in pages of 4 KiB, and does not begin at one. A disk reads at 2.4 GB/s into
     # staging buffers, which a store allocates on large pages, and at 0.9 GB/s into pages of 4 KiB (measured: a request
-    # has a segment for each page). So values are loaded into a buffer and copied when they have arrived.
+    # has a segment for each page). Into the memory of an accelerator it cannot read. So values are loaded into a buffer
+    # and copied when they have arrived.
 
     def read_into(self, out: Tensor) -> Work:
-        if self._has_tentative or (self._place is _Place.STORED and out.device != self._device):
+        if self._has_tentative:
             key = self._keys[self._current]
             self.settle()
             self._start("load", lambda: self._store.load(key, out), out)
