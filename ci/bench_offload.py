@@ -134,8 +134,8 @@ def measure(folder: Path, rounds: int, steps: int, dtype: str, fio_memory: str) 
     alone: dict[str, list[float]] = {name: [] for name in wanted[1:]}
     bytes_of: dict[str, list[tuple[float, float]]] = {name: [] for name in wanted[1:]}
     for index in range(rounds):
-        first_name = index % len(wanted)
-        for name in wanted[first_name:] + wanted[:first_name]:
+        turn = index % len(wanted)
+        for name in wanted[turn:] + wanted[:turn]:
             result = contenders[name].steps(steps)
             took[name].append(statistics.median(result["seconds"]))
             if name != MEMORY:

@@ -15,7 +15,7 @@ PYBIND11_MODULE(_core, m) {
     return names;
   });
   m.def("set_cpu_target", [](const std::string& name) { ds::set_cpu_target(name); });
-  m.def("compute_on", [](const std::vector<int>& cores) { ds::compute_on(cores); });
+  m.def("compute_on", &ds::compute_on);
   m.def("thread_source", [] { return std::string(ds::thread_source()); });
   m.def("gpu_open", &ds::bindings::gpu_open);
   m.def("gpu_num_devices",

@@ -42,14 +42,14 @@ TEST(bound_threads_compute_on_their_cores_only) {
   for (int core = 0; core < CPU_SETSIZE && cores.size() < 2; ++core)
     if (CPU_ISSET(core, &before)) cores.push_back(core);
   const int only = cores.back();
-  compute_on({&only, 1});
+  compute_on({only});
   std::atomic<int> elsewhere{0};
   for (const int threads : {1, 3})
     parallel_for(1000, threads, [&](std::int64_t) { elsewhere.fetch_add(sched_getcpu() != only); });
   CHECK_EQ(elsewhere.load(), 0);
   check_each_once(parallel_for, 1000, 3);
   const int impossible = CPU_SETSIZE - 1;
-  compute_on({&impossible, 1});
+  compute_on({impossible});
   check_each_once(parallel_for, 1000, 3);
   compute_on({});
   CHECK_EQ(sched_getaffinity(0, sizeof(after), &after), 0);

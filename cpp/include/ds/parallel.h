@@ -8,9 +8,9 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace ds {
 
@@ -37,8 +37,8 @@ void parallel_for(std::int64_t num_chunks, int num_threads, ChunkFn fn);
 
 // Binds what parallel_for computes for this thread from now on to these cores, one thread a core: on the own
 // pool, because binding torch's threads would bind torch, too. The caller's thread is bound while it
-// computes. Cores that the process may not use have no effect. Empty: on any core.
-void compute_on(std::span<const int> cores);
+// computes. Cores that the process may not use have no effect. Empty: on any core. Returns the cores before.
+std::vector<int> compute_on(std::vector<int> cores);
 
 // Where the threads come from: "openmp" (borrowed) or "own".
 const char* thread_source();

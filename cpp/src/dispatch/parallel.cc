@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 #include <vector>
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -107,7 +108,7 @@ void take_chunks(void* data) {
 
 }  // namespace
 
-void compute_on(std::span<const int> cores) { t_cores.assign(cores.begin(), cores.end()); }
+std::vector<int> compute_on(std::vector<int> cores) { return std::exchange(t_cores, std::move(cores)); }
 
 void parallel_for(std::int64_t num_chunks, int num_threads, ChunkFn fn) {
   const auto threads = static_cast<int>(std::min<std::int64_t>(num_threads, num_chunks));

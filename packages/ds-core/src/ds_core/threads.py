@@ -13,7 +13,6 @@ import torch
 from ds_core import _native
 
 _LIMIT: ContextVar[int | None] = ContextVar("ds_core.threads", default=None)
-_CORES: ContextVar[tuple[int, ...]] = ContextVar("ds_core.threads.cores", default=())
 
 
 @cache
@@ -75,11 +74,9 @@ def bound(cores: Sequence[int] | None) -> Iterator[None]:
     if not _native.has_native():
         yield
         return
-    before = _CORES.set(tuple(cores))
-    _native.core.compute_on(list(cores))
+    before = _native.core.compute_on(cores)
     try:
         with limited(len(cores)):
             yield
     finally:
-        _CORES.reset(before)
-        _native.core.compute_on(list(_CORES.get()))
+        _native.core.compute_on(before)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from ds_engine.config.support.errors import ConfigError
 from ds_engine.config.support.suggest import did_you_mean
 from ds_engine.interfaces import MakeOptimizer
 from ds_engine.job.choices import Choices, OptimizerChoice
+from ds_engine.launch.machine import core_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +329,7 @@ def _inner(
 
 def _last_cores(share: float) -> list[int]:
     """Returns this fraction of the cores of the process, at least one."""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = core_numbers()
     return cores[-max(1, math.ceil(share * len(cores))) :]
 
 

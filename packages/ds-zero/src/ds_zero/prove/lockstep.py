@@ -138,10 +138,10 @@ class Lockstep:
 
         from_first(construct)
         self._compare_parameters(0)
-        self._check_start()
+        self._start_alike()
 
-    def _check_start(self) -> None:
-        """Raises ValueError if the trainings start from different values, and must not."""
+    def _start_alike(self) -> None:
+        """Takes over the initial values of ranks with different layers; otherwise raises ValueError if they differ."""
         if self._candidate.in_stages:
             from_first(self._adopt)
             return
