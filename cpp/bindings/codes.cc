@@ -32,6 +32,8 @@ std::span<const CodeBlock> read_blocks(TensorReader& reader, std::string_view fu
   return rows;
 }
 
+std::int64_t count_of(std::span<const CodeBlock> rows) { return static_cast<std::int64_t>(rows.size()); }
+
 struct Codes {
   float* scales;
   std::uint8_t* codes;
@@ -71,6 +73,10 @@ void encode_signs(py::handle x, py::handle residual, py::handle blocks, py::hand
   const CodeSource source = read_source(reader, x, residual, numel);
   const auto rows = read_blocks(reader, "sign_encode", blocks, numel);
   const Codes to = read_codes(reader, "sign_encode", scales, codes, rows.size(), (numel + 7) / 8);
+  if (reader.on_gpu()) {
+    gpu_check("sign_encode", gpu()->sign_encode(reader.device_index(), rows.data(), count_of(rows), &source, to.scales, to.codes, reader.stream()));
+    return;
+  }
   py::gil_scoped_release unlocked;
   sign_encode(rows, source, to.scales, to.codes, threads);
 }
@@ -82,6 +88,10 @@ void decode_signs(py::handle scales, py::handle codes, py::handle blocks, py::ha
   const auto rows = read_blocks(reader, "sign_decode", blocks, to.numel);
   const Codes from = read_codes(reader, "sign_decode", scales, codes, rows.size(), (to.numel + 7) / 8);
   const CodeTarget target{to.data, to.dtype, static_cast<float>(weight), add};
+  if (reader.on_gpu()) {
+    gpu_check("sign_decode", gpu()->sign_decode(reader.device_index(), rows.data(), count_of(rows), from.scales, from.codes, &target, reader.stream()));
+    return;
+  }
   py::gil_scoped_release unlocked;
   sign_decode(rows, from.scales, from.codes, target, threads);
 }
@@ -93,8 +103,13 @@ void encode_ints(py::handle x, py::handle residual, py::handle blocks, py::handl
   const CodeSource source = read_source(reader, x, residual, numel);
   const auto rows = read_blocks(reader, "int_encode", blocks, numel);
   const Codes to = read_codes(reader, "int_encode", scales, codes, rows.size(), (numel * bits + 7) / 8);
+  const Rounding rounding{stochastic, seed};
+  if (reader.on_gpu()) {
+    gpu_check("int_encode", gpu()->int_encode(reader.device_index(), rows.data(), count_of(rows), &source, bits, &rounding, to.scales, to.codes, reader.stream()));
+    return;
+  }
   py::gil_scoped_release unlocked;
-  int_encode(rows, source, bits, {stochastic, seed}, to.scales, to.codes, threads);
+  int_encode(rows, source, bits, rounding, to.scales, to.codes, threads);
 }
 
 void decode_ints(py::handle scales, py::handle codes, py::handle blocks, py::handle out, int bits,
@@ -104,6 +119,10 @@ void decode_ints(py::handle scales, py::handle codes, py::handle blocks, py::han
   const auto rows = read_blocks(reader, "int_decode", blocks, to.numel);
   const Codes from = read_codes(reader, "int_decode", scales, codes, rows.size(), (to.numel * bits + 7) / 8);
   const CodeTarget target{to.data, to.dtype, static_cast<float>(weight), add};
+  if (reader.on_gpu()) {
+    gpu_check("int_decode", gpu()->int_decode(reader.device_index(), rows.data(), count_of(rows), from.scales, from.codes, bits, &target, reader.stream()));
+    return;
+  }
   py::gil_scoped_release unlocked;
   int_decode(rows, from.scales, from.codes, bits, target, threads);
 }

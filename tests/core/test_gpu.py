@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from ds_core import _gpu, kernels, optim
+from ds_core import _gpu, codes, kernels, optim
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,3 +101,26 @@ def test_fused_adam_steps_both_devices() -> None:
         params[1].grad = params[0].grad.cuda()
         optimizer.step()
     assert torch.equal(params[0], params[1].cpu())
+
+
+@pytest.mark.parametrize("kept", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_codes(dtype: torch.dtype, kept: torch.dtype | None) -> None:
+    rows = [(0, 4096), (4096, 17), (4128, 8), (4136, 1), (4144, 1000), (5200, 255)]
+    blocks, x = torch.tensor(rows), torch.randn(5500).to(dtype)
+    for bits, seed in itertools.product((1, 4, 8), (None, 2**63 + 5)):
+        found = []
+        for device in ("cpu", "cuda"):
+            residual = None if kept is None else torch.linspace(-5, 5, 5500).to(device, kept)
+            scales = torch.zeros(len(rows), device=device)
+            packed = torch.zeros(-(-5500 * bits // 8), dtype=torch.uint8, device=device)
+            out = torch.linspace(-2, 2, 5500).to(device, dtype)
+            if bits == 1:
+                codes.sign_encode(x.to(device), blocks, scales, packed, residual)
+                codes.sign_decode(scales, packed, blocks, out, weight=0.3, add=True)
+            else:
+                codes.int_encode(x.to(device), blocks, scales, packed, residual, bits=bits, seed=seed)
+                codes.int_decode(scales, packed, blocks, out, bits=bits, weight=0.3, add=True)
+            found.append([t.cpu() for t in (scales, packed, out, residual) if t is not None])
+        for cpu, gpu in zip(*found, strict=True):
+            assert torch.equal(cpu, gpu)

@@ -11,13 +11,14 @@
 #include "ds/adagrad.h"
 #include "ds/adam.h"
 #include "ds/cast.h"
+#include "ds/codes.h"
 #include "ds/lamb.h"
 #include "ds/lion.h"
 #include "ds/norm.h"
 #include "ds/sgd.h"
 
 // Raised with every change of a signature or of a struct that crosses it.
-#define DS_GPU_ABI 2
+#define DS_GPU_ABI 3
 
 // name, parameters between "int device" and "void* stream"
 #define DS_GPU_FUNCTIONS(X)                                                                                 \
@@ -34,7 +35,16 @@
   X(cast, const ds::CastTensor*, std::int64_t)                                                              \
   /* block_sums: device, sums of magnitudes per block of kNormBlock elements */                             \
   X(pack_signs, const ds::NormTensor*, std::uint8_t* bits, double* block_sums)                              \
-  X(unpack_signs, const std::uint8_t* bits, float scale, const ds::CastTensor* dst)
+  X(unpack_signs, const std::uint8_t* bits, float scale, const ds::CastTensor* dst)                         \
+  /* blocks: device; the caller answers for them */                                                         \
+  X(sign_encode, const ds::CodeBlock* blocks, std::int64_t, const ds::CodeSource*, float* scales,           \
+    std::uint8_t* codes)                                                                                    \
+  X(sign_decode, const ds::CodeBlock* blocks, std::int64_t, const float* scales, const std::uint8_t* codes, \
+    const ds::CodeTarget*)                                                                                  \
+  X(int_encode, const ds::CodeBlock* blocks, std::int64_t, const ds::CodeSource*, int bits,                 \
+    const ds::Rounding*, float* scales, std::uint8_t* codes)                                                \
+  X(int_decode, const ds::CodeBlock* blocks, std::int64_t, const float* scales, const std::uint8_t* codes,  \
+    int bits, const ds::CodeTarget*)
 
 #define DS_GPU_API __attribute__((visibility("default")))
 

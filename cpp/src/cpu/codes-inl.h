@@ -81,44 +81,19 @@ void sign_decode_block(const std::uint8_t* bits, float scale, bool add, void* ou
 inline std::uint32_t word_of(float x) { return __builtin_bit_cast(std::uint32_t, x); }
 inline float float_of_word(std::uint32_t x) { return __builtin_bit_cast(float, x); }
 
-// [Note: random numbers by index] The random number of an element is a function of the seed and of its index:
-// a multiplicative hash, then the finaliser "lowbias32" (Wellons 2018). So it does not depend on how a tensor
-// is cut into tasks, and nothing must be saved to repeat a step.
-inline std::uint32_t random_word(std::uint32_t index, std::uint32_t key) {
-  std::uint32_t word = index * 0x9E3779B1u + key;
-  word ^= word >> 16;
-  word *= 0x7FEB352Du;
-  word ^= word >> 15;
-  word *= 0x846CA68Bu;
-  return word ^ (word >> 16);
-}
-
-// q = round(v * inverse), within [-levels, levels]. Adding 1.5 * 2^23 places the last bit of the sum at 1, so
-// that the addition itself rounds to nearest even.
+// q = round(v * inverse), within [-levels, levels].
 inline void round_block(const float* v, float inverse, std::int32_t levels, std::int64_t begin,
                         const Rounding& rounding, std::int32_t* q, std::int64_t numel) {
-  constexpr float kRound = 12582912.0f;
-  constexpr std::int32_t kRoundBits = 0x4B400000;
   if (rounding.stochastic) {
-    const auto high = static_cast<std::uint32_t>(static_cast<std::uint64_t>(begin) >> 32);
-    const auto seed_high = static_cast<std::uint32_t>(rounding.seed >> 32);
-    const std::uint32_t key =
-        high * 0xC2B2AE35u + (static_cast<std::uint32_t>(rounding.seed) ^ (seed_high * 0x85EBCA6Bu));
+    const std::uint32_t key = random_key(rounding.seed, begin);
     const auto low = static_cast<std::uint32_t>(begin);
     for (std::int64_t i = 0; i < numel; ++i) {
-      const std::uint32_t word = random_word(low + static_cast<std::uint32_t>(i), key);
-      const float uniform = static_cast<float>(static_cast<std::int32_t>(word >> 8)) * 0x1p-24f;
+      const float uniform = uniform_of(random_word(low + static_cast<std::uint32_t>(i), key));
       const float scaled = v[i] * inverse + (uniform - 0.5f);
-      q[i] = static_cast<std::int32_t>(word_of(scaled + kRound)) - kRoundBits;
+      q[i] = rounded(word_of(scaled + kRound), levels);
     }
   } else {
-    for (std::int64_t i = 0; i < numel; ++i) {
-      q[i] = static_cast<std::int32_t>(word_of(v[i] * inverse + kRound)) - kRoundBits;
-    }
-  }
-  for (std::int64_t i = 0; i < numel; ++i) {
-    const std::int32_t most = q[i] < levels ? q[i] : levels;
-    q[i] = most > -levels ? most : -levels;
+    for (std::int64_t i = 0; i < numel; ++i) q[i] = rounded(word_of(v[i] * inverse + kRound), levels);
   }
 }
 

@@ -3,6 +3,7 @@
 // clang-format from sorting across.)
 #include "formulas/adagrad-inl.h"
 #include "formulas/adam-inl.h"
+#include "formulas/codes-inl.h"
 #include "formulas/lamb-inl.h"
 #include "formulas/lion-inl.h"
 #include "formulas/sgd-inl.h"

@@ -8,11 +8,17 @@
 using GpuStream = hipStream_t;
 #define DS_GPU(name) hip##name
 #define DS_SHUFFLE_DOWN(value, distance, width) __shfl_down(value, distance, width)
+#define DS_SHUFFLE(value, lane, width) __shfl(value, lane, width)
+// Of 32 consecutive threads, where a wavefront has 64, too.
+#define DS_BALLOT(predicate) \
+  static_cast<unsigned>(__ballot(predicate) >> (threadIdx.x & 32u & (warpSize - 1u)))
 #else
 #include <cuda_runtime.h>
 using GpuStream = cudaStream_t;
 #define DS_GPU(name) cuda##name
 #define DS_SHUFFLE_DOWN(value, distance, width) __shfl_down_sync(0xffffffffu, value, distance, width)
+#define DS_SHUFFLE(value, lane, width) __shfl_sync(0xffffffffu, value, lane, width)
+#define DS_BALLOT(predicate) __ballot_sync(0xffffffffu, predicate)
 #endif
 
 #define DS_INLINE __device__ __forceinline__

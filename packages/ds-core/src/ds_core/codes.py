@@ -10,7 +10,7 @@ With `residual` (fp32 or bf16, of the size of `x`), the kernels encode `x + resi
 lost: error feedback (Seide et al. 2014, section 3; docs/notes/onebit.md). All kernels make one pass over memory.
 
 Element i is at bit `i % 8` of byte `i / 8` of signs, at nibble `i % 2` of byte `i / 2` of 4-bit codes, at byte i of
-8-bit codes. Results do not depend on the device, the CPU target, or the number of threads; `ds_core.codes_reference`
+8-bit codes. On a GPU `blocks` is not checked, because reading it would wait for the device. Results do not depend on the device, the CPU target, or the number of threads; `ds_core.codes_reference`
 computes the same bits with torch.
 """
 
@@ -19,14 +19,15 @@ from __future__ import annotations
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ds_core import _native, codes_reference, threads
+from ds_core import _gpu, _native, codes_reference, threads
 
 MAX_BLOCK_NUMEL = 4096
 """Largest number of elements of a block."""
 
 
 def _is_native(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and _native.has_native()
+    kind = tensor.device.type
+    return (kind == "cpu" and _native.has_native()) or (kind == "cuda" and _gpu.is_live())
 
 
 def sign_encode(
@@ -48,7 +49,7 @@ def sign_encode(
     if not _is_native(x):
         codes_reference.sign_encode(x, blocks, scales, codes, residual)
         return
-    _native.core.sign_encode(x, residual, blocks, scales, codes, threads.count())
+    _native.core.sign_encode(x, residual, blocks.to(x.device), scales, codes, threads.count())
     increment_version([t for t in (scales, codes, residual) if t is not None])
 
 
@@ -59,7 +60,7 @@ def sign_decode(
     if not _is_native(out):
         codes_reference.sign_decode(scales, codes, blocks, out, weight=weight, add=add)
         return
-    _native.core.sign_decode(scales, codes, blocks, out, weight, add, threads.count())
+    _native.core.sign_decode(scales, codes, blocks.to(out.device), out, weight, add, threads.count())
     increment_version([out])
 
 
@@ -94,7 +95,7 @@ def int_encode(
         return
     stochastic = seed is not None
     number = (seed or 0) & 0xFFFFFFFFFFFFFFFF
-    _native.core.int_encode(x, residual, blocks, scales, codes, bits, stochastic, number, threads.count())
+    _native.core.int_encode(x, residual, blocks.to(x.device), scales, codes, bits, stochastic, number, threads.count())
     increment_version([t for t in (scales, codes, residual) if t is not None])
 
 
@@ -114,5 +115,5 @@ def int_decode(
     if not _is_native(out):
         codes_reference.int_decode(scales, codes, blocks, out, bits=bits, weight=weight, add=add)
         return
-    _native.core.int_decode(scales, codes, blocks, out, bits, weight, add, threads.count())
+    _native.core.int_decode(scales, codes, blocks.to(out.device), out, bits, weight, add, threads.count())
     increment_version([out])

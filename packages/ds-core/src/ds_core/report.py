@@ -29,13 +29,7 @@ KERNELS = (
     "int_decode",
 )
 CPU_ONLY = ("crc32c",)
-REFERENCE_ON_GPU = (
-    "checksums",
-    "sign_encode",
-    "sign_decode",
-    "int_encode",
-    "int_decode",
-)
+REFERENCE_ON_GPU = ("checksums",)
 """Kernels that run as the reference on a GPU."""
 
 
