@@ -31,7 +31,7 @@ from slow_link.training import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
 SYSTEMS = ("ddp", "bf16", "powersgd2", "powersgd4", "hook", "onebit", "zeroone")
-LOSS_SYSTEMS = ("ddp", "bf16", "powersgd2", "powersgd4", "onebit", "onebit16", "zeroone")
+LOSS_SYSTEMS = ("ddp", "bf16", "powersgd2", "powersgd4", "onebit16", "zeroone16", "local")
 PORT = 29411
 BAND = 1.01
 """A system has arrived when its validation loss is at most this times that of fp32 DDP at its end."""

@@ -21,7 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersg
 import ds_comm
 import ds_zero
 from ds_comm.exchange import CompressedHook, Hierarchy, QuantizedAllGather, QuantizedReduceScatter, wire
-from ds_comm.optim import CompressionOptions, OneBitAdam, ZeroOneAdam
+from ds_comm.optim import CompressionOptions, LocalSGD, OneBitAdam, ZeroOneAdam, nesterov
 from slow_link.hosts import HEADERS, sent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +39,8 @@ LABELS = {
     "onebit": "`OneBitAdam`",
     "onebit16": "`OneBitAdam`, first phase in bf16",
     "zeroone": "`ZeroOneAdam`",
+    "zeroone16": "`ZeroOneAdam`, first phase in bf16",
+    "local": "`LocalSGD`, outer step every 10 steps",
     "zero3": "ZeRO-3, fp32",
     "zero3bf16": "ZeRO-3, bf16",
     "zeropp": "ZeRO-3, qwZ + hpZ + qgZ",
@@ -49,6 +51,10 @@ PEAK_LR = 1e-3
 BATCH, CONTEXT = 4, 64
 """Of a rank's step when the loss counts: forward and backward of 19 M parameters then take a tenth of what an fp32
 all-reduce takes at 100 Mb/s."""
+
+
+EXACT = 0.2
+"""Fraction of the steps at full precision, if the loss counts."""
 
 
 def make_model(layers: int) -> GPT:
@@ -69,11 +75,15 @@ def prepared(system: str, model: torch.nn.Module, freeze: int, local: int) -> tu
         return model, OneBitAdam(
             model.parameters(), PEAK_LR, (0.9, 0.95), freeze_step=freeze, compression=options
         )
-    if system == "zeroone":
+    if system in ("zeroone", "zeroone16"):
+        options = CompressionOptions(reduce_dtype=torch.bfloat16 if system == "zeroone16" else torch.float32)
         return model, ZeroOneAdam(
             model.parameters(), PEAK_LR, (0.9, 0.95), var_freeze_step=freeze, local_step_scaler=freeze // 2,
-            local_step_clipper=4,
+            local_step_clipper=4, compression=options,
         )  # fmt: skip
+    if system == "local":
+        adam = torch.optim.AdamW(model.parameters(), PEAK_LR, (0.9, 0.95), weight_decay=0.0)
+        return model, LocalSGD(adam, nesterov(0.7, 0.6), 10, start_step=freeze // 2)
     if system.startswith("zero"):
         return zero(system, model, local)
     # One bucket for PowerSGD: its hook starts collectives in callbacks of the one before, which gloo runs in threads
@@ -123,8 +133,8 @@ def formula(system: str, numel: int, optimizer: Any, local: int) -> float | None
     size = dist.get_world_size()
     if system in ("ddp", "bf16"):
         return wire.all_reduce_bytes(numel * (4 if system == "ddp" else 2), size)
-    if system in ("onebit", "onebit16", "zeroone"):
-        share = 0.25 if system == "zeroone" else 1.0
+    if system.startswith(("onebit", "zeroone")):
+        share = 0.25 if system.startswith("zeroone") else 1.0
         return float(optimizer.compressed_state.wire_bytes + wire.all_reduce_bytes(16, size)) * share
     if system.startswith("zero"):
         hosts = size // local
@@ -151,7 +161,7 @@ def steps(system: str, options: dict[str, Any]) -> None:
     alone = computing(model, inputs, targets)
     model, optimizer = prepared(system, model, 2, local)
     times, before, loss = [], (0, 0), torch.zeros(())
-    measured = 12 if system == "zeroone" else options["steps"]
+    measured = 12 if system.startswith("zeroone") else options["steps"]
     for step in range(WARM + measured):
         if step == WARM:
             settle()
@@ -167,7 +177,7 @@ def steps(system: str, options: dict[str, Any]) -> None:
     own = times[WARM:]
     result = {
         "numel": numel,
-        "step_s": sum(own) / measured if system == "zeroone" else sorted(own)[measured // 2],
+        "step_s": sum(own) / measured if system.startswith("zeroone") else sorted(own)[measured // 2],
         "payload": (after[0] - before[0] - HEADERS * (after[1] - before[1])) / measured,
         "formula": formula(system, numel, optimizer, local),
         "loss": loss.item(),
@@ -207,7 +217,7 @@ def train(system: str, options: dict[str, Any]) -> None:
     place = Path(options["state"] + f".rank{rank}.pt")
     corpus = data.load()
     bare = make_model(options["layers"])
-    model, optimizer = prepared(system, bare, max(2, round(total * 0.15)), options["local"])
+    model, optimizer = prepared(system, bare, max(2, round(total * EXACT)), options["local"])
     saved: dict[str, Any] = {"step": 0, "seconds": 0.0, "curve": [], "times": []}
     if place.exists():
         saved = torch.load(place, weights_only=False)

@@ -140,6 +140,12 @@ class PlainState:
     def held(self) -> Bytes:
         return Bytes(sum(p.nbytes for p in self._model.parameters()))
 
+    def residuals(self) -> Mapping[str, Any] | None:
+        return None
+
+    def load_residuals(self, states: Sequence[Mapping[str, Any]]) -> str | None:
+        return None
+
     def offload(self, include: Collection[str] | None, device: str, **_: Any) -> None:
         raise ValueError("plain state stays where it is")
 

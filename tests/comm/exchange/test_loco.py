@@ -64,7 +64,7 @@ def test_the_equations() -> None:
         loco(out, grads[me].view(-1), _world())
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     assert loco.traffic.num_bytes == 6 * loco.sent_bytes(size * NUMEL, torch.float32, size)
-    held = loco.state_dict()[""]["hops"]
+    held = loco.state_dict()["buckets"][""]["hops"]
     assert held[1] is None
     assert held[0].nbytes == loco.state_bytes(size * NUMEL, torch.float32, size)
 
@@ -89,7 +89,7 @@ def test_errors_do_not_add_up_in_one_and_two_hops() -> None:
         fed_back = LoCoReduceScatter(hierarchy=grid, err_beta=0.0)
         assert _drift(fed_back, 40) < 0.4 * without
         if grid is not None:
-            first, second = fed_back.state_dict()[""]["hops"]
+            first, second = fed_back.state_dict()["buckets"][""]["hops"]
             assert (first.numel(), second.numel()) == (4 * NUMEL, 2 * NUMEL)
             planned = LoCoReduceScatter(local_size=2)
             assert planned.state_bytes(4 * NUMEL, torch.float32, 4) == first.nbytes + second.nbytes

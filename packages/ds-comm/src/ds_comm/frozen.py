@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ds_comm.compress.blocks import Blocks
 from ds_comm.compress.integer import IntCompressor
 from ds_comm.compress.interfaces import Compressor
-from ds_comm.exchange.channel import Done, Work
+from ds_comm.exchange.channel import Chain, Done, Work
 from ds_comm.exchange.quantized import FLOATS, QuantizedAllGather
 
 _ROUNDS = 4
@@ -66,7 +67,8 @@ class QuantizedFrozen:
 
 
 class FrozenStore:
-    """A store of shards, as ds_zero asks for it, whose frozen parameters are payloads of a compressor.
+    """A store of shards, as ds_zero asks for it, in which frozen parameters are payloads of a compressor. Where they are
+    kept, on the device, in host memory or on a disk, is decided by the store that it stands in front of.
 
     [Note: fixed point]
     Decoding in bf16 rounds, so encoding the decoded values gives other scales than the first time, and another rank
@@ -76,55 +78,70 @@ class FrozenStore:
 
     def __init__(self, inner: Any, compressor: Compressor) -> None:
         """Args:
-        inner: the store of everything else.
+        inner: the store of payloads, and of everything else.
         """
         self._inner, self._compressor = inner, compressor
-        self._held: dict[Key, tuple[Tensor, Blocks]] = {}
+        self._frozen: dict[Key, _Frozen] = {}
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the frozen parameters of this rank."""
-        return sum(payload.nbytes for payload, _ in self._held.values())
+        return sum(frozen.num_bytes for frozen in self._frozen.values())
 
     def reserve(self, plan: Sequence[Item]) -> Mapping[Any, Tensor]:
         """Allocates, and returns the tensors that the optimizer updates in place; frozen parameters are not among
         them: they are read by `load`.
         """
         trained = {item.key.name for item in plan if item.key.kind == "grad"}
-        others = []
+        asked: list[Any] = []
         for item in plan:
-            frozen = item.key.kind == "param" and item.key.name not in trained
-            if not frozen or item.dtype not in FLOATS:
-                others.append(item)
+            if item.key.kind != "param" or item.key.name in trained or item.dtype not in FLOATS:
+                asked.append(item)
                 continue
-            blocks = _blocks(item.numel, self._compressor).to(item.device)
-            self._held[item.key] = (self._compressor.payload_like(blocks, item.device).zero_(), blocks)
-        mapped: Mapping[Any, Tensor] = self._inner.reserve(others)
+            num_bytes = self._compressor.payload_bytes(_blocks(item.numel, self._compressor))
+            self._frozen[item.key] = _Frozen(item.numel, num_bytes)
+            asked.append(replace(item, numel=num_bytes, dtype=torch.uint8))  # type: ignore[type-var]
+        mapped = dict(self._inner.reserve(asked))
+        for key in [key for key in mapped if key in self._frozen]:
+            self._frozen[key].payload = mapped.pop(key)
         return mapped
 
     def load(self, key: Key, out: Tensor) -> Work:
-        """Copies the stored values into `out`."""
-        if key not in self._held:
+        """Starts to copy the stored values into `out`."""
+        frozen = self._frozen.get(key)
+        if frozen is None:
             work: Work = self._inner.load(key, out)
             return work
-        payload, blocks = self._held[key]
-        self._compressor.decode(payload, out, blocks)
-        return Done()
+        if frozen.payload is not None:
+            self._decode(frozen, frozen.payload, out)
+            return Done()
+        payload = self.staging(frozen.num_bytes, torch.uint8, out.device)
+        return Chain(self._inner.load(key, payload), lambda: self._decode(frozen, payload, out))
 
     def store(self, key: Key, src: Tensor) -> Work:
-        """Stores `src`."""
-        if key not in self._held:
+        """Starts to store `src`."""
+        frozen = self._frozen.get(key)
+        if frozen is None:
             work: Work = self._inner.store(key, src)
             return work
-        payload, blocks = self._held[key]
-        values = src.detach().to(payload.device, copy=True)
+        values = src.detach().clone()
+        blocks = frozen.blocks(self._compressor, values.device)
+        payload = self._compressor.payload_like(blocks, values.device).zero_()
         for _ in range(_ROUNDS):
             before = values.clone()
             self._compressor.encode(values, payload, blocks)
             self._compressor.decode(payload, values, blocks)
             if torch.equal(values, before):
                 break
+        if frozen.payload is None:
+            return self._inner.store(key, payload)  # type: ignore[no-any-return]
+        frozen.payload.copy_(payload)
         return Done()
+
+    def _decode(self, frozen: _Frozen, payload: Tensor, out: Tensor) -> None:
+        blocks = frozen.blocks(self._compressor, out.device)
+        # Codes travel to the device, and not values: they are smaller.
+        self._compressor.decode(payload.to(out.device, non_blocking=True), out, blocks)
 
     def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Returns a buffer for values that are not in memory as tensors."""
@@ -141,13 +158,29 @@ class FrozenStore:
 
     def release(self, key: Key) -> None:
         """Frees a tensor."""
-        if self._held.pop(key, None) is None:
-            self._inner.release(key)
+        self._frozen.pop(key, None)
+        self._inner.release(key)
 
     def close(self) -> None:
         """Frees everything."""
-        self._held.clear()
+        self._frozen.clear()
         self._inner.close()
+
+
+class _Frozen:
+    """One frozen tensor of this rank."""
+
+    def __init__(self, numel: int, num_bytes: int) -> None:
+        self.numel, self.num_bytes = numel, num_bytes
+        self.payload: Tensor | None = None
+        """None: it is not in memory as a tensor."""
+        self._blocks: dict[torch.device, Blocks] = {}
+
+    def blocks(self, compressor: Compressor, device: torch.device) -> Blocks:
+        """Returns its blocks on a device, where they stay."""
+        if device not in self._blocks:
+            self._blocks[device] = _blocks(self.numel, compressor).to(device)
+        return self._blocks[device]
 
 
 def _blocks(numel: int, compressor: Compressor) -> Blocks:

@@ -26,7 +26,7 @@ from ds_engine.build import (
     stalls,
     zero,
 )
-from ds_engine.build.comm import EngineLog, collectives_of, log_of
+from ds_engine.build.comm import EngineLog, collectives_of, errors_of, log_of
 from ds_engine.build.data import Loader
 from ds_engine.build.layers import tensor
 from ds_engine.build.optimizer import optimizer_of
@@ -34,7 +34,7 @@ from ds_engine.build.schedule import schedule_of
 from ds_engine.build.topology import Meshes, topology_of
 from ds_engine.config import ConfigError, DsConfig
 from ds_engine.engine import Engine, Parts, Training
-from ds_engine.interfaces import World
+from ds_engine.interfaces import KeepsErrors, World
 from ds_engine.job import Job, agreement, choices_of, describe
 from ds_engine.job.topology import Topology
 from ds_engine.sampling.build import order_of, sampling_of
@@ -114,10 +114,10 @@ def initialize(
     log = log_of(settings, world)
     group = None if replicas is None else replicas.get_group()
     given = _Given(optimizer, model_parameters, comm, group, log)
-    built, placed = _sharded(job, model, given, meshes, world)
+    built, placed, errors = _sharded(job, model, given, meshes, world)
     schedule = schedule_of(job, lr_scheduler, built)
     reporting = _reporting(job, world, schedule, model)
-    roles = zero.roles_of(job, model, built, offload.activations_of(job, model), meshes)
+    roles = zero.roles_of(job, model, built, offload.activations_of(job, model), meshes, errors)
     if piped is not None:
         roles = pipeline.with_state(roles, piped, built)
     roles = replace(roles, comms_log=log and log.start(), stalls=stalls.watch_of(settings, model, world))
@@ -181,8 +181,10 @@ class _Given:
 
 def _sharded(
     job: Job, model: nn.Module, given: _Given, meshes: Meshes, world: World
-) -> tuple[Optimizer, Any]:
-    """Makes the optimizer, and shards the model with it. Returns the optimizer, and what a budget has decided."""
+) -> tuple[Optimizer, Any, KeepsErrors | None]:
+    """Makes the optimizer, and shards the model with it. Returns the optimizer, what a budget has decided, and what the
+    collectives keep between reductions.
+    """
     built = optimizer_of(job, given.optimizer, model, given.parameters, given.group)
     placed = memory.placed(job, model, built) if job.placement.by_budget else None
     memory.refuse_if_impossible(job, model, built, world, placed)
@@ -197,7 +199,7 @@ def _sharded(
     comm = collectives_of(job, meshes, world, given.comm, given.log)
     zero.shard(job, model, built, meshes, world.device, comm, store)
     job.precision.cast_buffers(model)
-    return built, placed
+    return built, placed, errors_of(comm)
 
 
 def _reporting(job: Job, world: World, schedule: LRSchedule | None, model: nn.Module) -> Reporting:

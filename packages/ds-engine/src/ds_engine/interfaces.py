@@ -208,6 +208,16 @@ class ModelState(Protocol):
             expect: called before the first read with what will be read.
         """
 
+    def residuals(self) -> Mapping[str, Any] | None:
+        """Returns what this rank has to save besides records: what compression lost. None: nothing."""
+
+    def load_residuals(self, states: Sequence[Mapping[str, Any]]) -> str | None:
+        """Loads results of `residuals`: of this rank if as many ranks have saved them, else of all ranks.
+
+        Returns:
+            Why they could not be used; None: they are restored.
+        """
+
     def offload(
         self, include: Collection[str] | None, device: str, *, pin_memory: bool, non_blocking: bool
     ) -> None:
@@ -226,6 +236,14 @@ class ModelState(Protocol):
 
     def destroy(self) -> None:
         """Makes the module an ordinary module again, whole on every rank. Collective."""
+
+
+class KeepsErrors(Protocol):
+    """Something that keeps a state of this rank between reductions of gradients."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Loads a state; an empty one begins anew."""
 
 
 class MovedActivations(Protocol):

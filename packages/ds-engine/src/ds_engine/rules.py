@@ -193,13 +193,10 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         first="zero_optimization.zero_quantized_nontrainable_weights",
-        second="zero_optimization.offload_param or integrity.checksums",
-        applies=lambda c: (
-            c.quantized_frozen
-            and (_offloads_params(c) or c.settings.integrity.checksums or c.placement.by_budget)
-        ),
-        reason="frozen shards are codes on the device, which no store moves and no checksum covers",
-        remedy="set zero_quantized_nontrainable_weights to false, or remove the other",
+        second="integrity.checksums",
+        applies=lambda c: c.quantized_frozen and c.settings.integrity.checksums,
+        reason="frozen shards are stored as codes, which no checksum covers",
+        remedy="set one of them to false",
     ),
     Rule(
         first="integrity.message_checksums",

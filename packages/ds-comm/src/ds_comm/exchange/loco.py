@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -104,6 +105,14 @@ class LoCoReduceScatter(QuantizedReduceScatter):
     ) -> Work | None:
         """Reduces the gradients `name`."""
         errors = self._errors.setdefault(name, _Errors())
+        if errors.loaded and errors.numel != input_tensor.numel():
+            warnings.warn(
+                f"LoCoReduceScatter: the errors of {name!r} that were loaded have {errors.numel} elements, but its "
+                f"gradients {input_tensor.numel()}: they begin anew with zeros",
+                stacklevel=2,
+            )
+            errors = self._errors[name] = _Errors()
+        errors.loaded = False
         if errors.numel not in (0, input_tensor.numel()):
             raise ValueError(
                 f"LoCoReduceScatter: {input_tensor.numel()} gradients, but {errors.numel} in the reductions before: "
@@ -138,10 +147,11 @@ class LoCoReduceScatter(QuantizedReduceScatter):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns this rank's errors, without copying them. They belong to this rank of as many ranks."""
-        return {
+        buckets = {
             name: {"numel": errors.numel, "calls": errors.calls, "hops": list(errors.hops)}
             for name, errors in self._errors.items()
         }
+        return {**super().state_dict(), "buckets": buckets}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Loads `state_dict()` of the same rank of as many ranks. An empty state begins without errors.
@@ -149,7 +159,7 @@ class LoCoReduceScatter(QuantizedReduceScatter):
         Raises ResidualError if a hop's errors do not have the number of elements that the state says.
         """
         loaded = {}
-        for name, saved in state.items():
+        for name, saved in state.get("buckets", {}).items():
             first = saved["hops"][0]
             if first is not None and first.numel() != saved["numel"]:
                 raise ResidualError(
@@ -158,6 +168,8 @@ class LoCoReduceScatter(QuantizedReduceScatter):
                 )
             hops = [None if hop is None else hop.to(self.residual_dtype, copy=True) for hop in saved["hops"]]
             loaded[name] = _Errors(saved["numel"], saved["calls"], hops)
+            loaded[name].loaded = True
+        super().load_state_dict(state)
         self._errors = loaded
 
 
@@ -169,6 +181,8 @@ class _Errors:
     ) -> None:
         self.numel = numel
         """Elements of each reduction; 0: none was made."""
+        self.loaded = False
+        """Whether they were loaded, and no reduction was made since."""
         self.calls = calls
         self.hops = list(hops)
         """One row for each slice that is sent in the hop; None: zeros."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -139,6 +139,14 @@ class QuantizedReduceScatter(_Quantized):
         self._local_size = local_size if hierarchy is None else dist.get_world_size(hierarchy.local)
         self.slow_traffic = Traffic() if hierarchy is not None else self.traffic
         """Sent across machines; `traffic` counts what is sent inside of them."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what this rank keeps between calls: their number, of which random numbers are a function."""
+        return {"calls": self._calls}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Loads `state_dict()` of the same rank; an empty state begins anew."""
+        self._calls = state.get("calls", 0)
 
     def wire_bytes(self, numel: int, pieces: int, world_size: int) -> int:
         """Returns the bytes that a rank sends in one hop among `world_size` ranks, if each is sent `pieces` slices of

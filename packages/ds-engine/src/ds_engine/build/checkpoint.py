@@ -23,7 +23,6 @@ from ds_checkpoint.read import opening
 from ds_checkpoint.read.checkpoint import Checkpoint
 from ds_checkpoint.team import Team
 from ds_checkpoint.write.writer import Content, write
-from ds_engine.build.self_reducing import load_residuals, residuals_of
 from ds_engine.interfaces import StateNames
 from ds_engine.job.topology import Axis
 
@@ -145,7 +144,7 @@ def _content(engine: Engine, client_state: Mapping[str, Any], saving: Saving) ->
     names, part = engine.model_state.names(), _part(engine)
     left_out: set[str] = set() if saving.frozen else set(names.frozen)
     values: dict[str, Any] = {f"rng/{rank}": random_values}
-    residuals = residuals_of(engine.optimizer)
+    residuals = engine.model_state.residuals()
     if residuals is not None:
         key = f"{_residuals_key(engine)}{_replica(engine).index}"
         values[key] = codec.encode(dict(residuals), "the optimizer's residuals", blobs, key)
@@ -372,7 +371,9 @@ def _prepare(engine: Engine, checkpoint: Checkpoint, wanted: Wanted) -> Callable
     def apply() -> dict[str, Any]:
         if wanted.optimizer:
             options.set_options(engine.optimizer, group_options)
-            load_residuals(engine.optimizer, residuals)
+            unused = engine.model_state.load_residuals(residuals)
+            if unused is not None:
+                _tell(engine, f"what compressed gradients have lost begins anew with zeros: {unused}")
         if wanted.schedule:
             _set_schedule(engine, schedule)
         if wanted.optimizer:

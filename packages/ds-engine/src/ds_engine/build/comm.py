@@ -18,7 +18,7 @@ from ds_comm.log import CommsLog, LogOptions, Summary, TorchCalls, summarise, wa
 from ds_engine.build.topology import Meshes
 from ds_engine.config import ConfigError, DsConfig
 from ds_engine.config.sections.profiling import CommsLoggerConfig
-from ds_engine.interfaces import World
+from ds_engine.interfaces import KeepsErrors, World
 from ds_engine.job import Job
 from ds_engine.training.progress import to_stderr
 
@@ -89,6 +89,12 @@ def collectives_of(
         return base
     hierarchy = _hierarchy(job, meshes, world) if job.quantized_gradients else None
     return _quantized(job, base, _reduces_int4(job, hierarchy, 1))
+
+
+def errors_of(comm: Any) -> KeepsErrors | None:
+    """Returns what keeps a state between the reductions of gradients; None: nothing does."""
+    reduce = getattr(comm, "reduce_scatter", None)
+    return reduce if isinstance(reduce, QuantizedReduceScatter) else None
 
 
 def planned_collectives(job: Job) -> ds_comm.Collectives | None:

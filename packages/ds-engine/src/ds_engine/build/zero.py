@@ -22,7 +22,7 @@ from ds_engine.build.offload_states import send_away
 from ds_engine.build.topology import Meshes
 from ds_engine.config import ConfigError
 from ds_engine.config.sections.zero.leaf_module import DEFAULT_CLASSES, LeafModuleConfig
-from ds_engine.interfaces import LossGuard, MovedActivations, Reading, Roles, StateNames
+from ds_engine.interfaces import KeepsErrors, LossGuard, MovedActivations, Reading, Roles, StateNames
 from ds_engine.job import Job, LossScaling
 from ds_engine.job.precision import DTYPES
 
@@ -91,8 +91,13 @@ def roles_of(
     optimizer: Optimizer,
     activations: MovedActivations | None = None,
     meshes: Meshes | None = None,
+    errors: KeepsErrors | None = None,
 ) -> Roles:
-    """Returns the objects that own gradients and state of a sharded model."""
+    """Returns the objects that own gradients and state of a sharded model.
+
+    Args:
+        errors: what its collectives keep between reductions; None: nothing.
+    """
     if self_reducing.reduces(optimizer):
         guard = self_reducing.guard_of(optimizer, loss_scale_of(job.precision.loss_scaling)) or Unguarded()
         norms = self_reducing.norms_of(optimizer)
@@ -101,7 +106,7 @@ def roles_of(
     return Roles(
         guard=guard,
         norms=norms,
-        state=ZeroState(model, optimizer),
+        state=ZeroState(model, optimizer, errors),
         activations=activations,
         sparse_attention=sparse_attention(job.settings.sparse_attention, model),
         tensor_group=meshes.tensor if meshes is not None else None,
@@ -230,6 +235,10 @@ def guard_of(job: Job, model: nn.Module) -> LossGuard:
     return Unguarded() if scale is None else ds_zero.LossScaler(model, scale)
 
 
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 class Unguarded:
     """A `LossGuard` that neither scales losses nor skips updates."""
 
@@ -263,8 +272,9 @@ class ZeroNorms:
 class ZeroState:
     """`ModelState` of a sharded model."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer, errors: KeepsErrors | None = None) -> None:
         self._model, self._optimizer = model, optimizer
+        self.errors = errors
         self._away: ds_zero.Away | None = None
         self.divided = is_divided(model)
 
@@ -319,6 +329,22 @@ class ZeroState:
             keep=keep,
             expect=expect,
         )
+
+    def residuals(self) -> Mapping[str, Any] | None:
+        if self.errors is None:
+            return self_reducing.residuals_of(self._optimizer)
+        return {"errors": dict(self.errors.state_dict()), "ranks": _num_ranks()}
+
+    def load_residuals(self, states: Sequence[Mapping[str, Any]]) -> str | None:
+        if self.errors is None:
+            self_reducing.load_residuals(self._optimizer, states)
+            return None
+        own = [state for state in states if "errors" in state]
+        fits = len(own) == 1 and own[0]["ranks"] == _num_ranks()
+        self.errors.load_state_dict(own[0]["errors"] if fits else {})
+        if fits or not own:
+            return None
+        return f"they belong to ranks of {own[0]['ranks']}, and these are {_num_ranks()}"
 
     def offload(
         self, include: Collection[str] | None, device: str, *, pin_memory: bool, non_blocking: bool

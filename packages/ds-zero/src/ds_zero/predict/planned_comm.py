@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from ds_zero.interfaces import (
     CountsBytes,
     CountsState,
     FrozenParams,
+    MakesStaging,
     ReduceScatter,
     Reservation,
     ShardKey,
@@ -110,41 +112,68 @@ class FrozenStandIn(ResidentStore):
     def __init__(self, store: ShardStore, given: FrozenParams) -> None:
         super().__init__()
         self._store, self._given = store, given
-        self._held: dict[ShardKey, Tensor] = {}
+        self._held: dict[ShardKey, Tensor | None] = {}
+        self._num_bytes: dict[ShardKey, int] = {}
         self.simulates_accelerator = getattr(store, "simulates_accelerator", False)
 
     @property
     def held(self) -> list[Tensor]:
         """The memory of frozen parameters."""
-        return list(self._held.values())
+        return [tensor for tensor in self._held.values() if tensor is not None]
 
     def reserve(self, plan: Sequence[Reservation]) -> Mapping[ShardKey, Tensor]:
-        trained = {item.key.name for item in plan if item.key.kind == "grad"}
-        others = []
-        for item in plan:
-            if item.key.kind != "param" or item.key.name in trained:
-                others.append(item)
-                continue
-            needed = self._given.stored_bytes(item.numel, item.dtype)
-            self._held[item.key] = torch.zeros(needed, dtype=torch.uint8, device=item.device)
-        return self._store.reserve(others)
+        stored = stored_items(plan, self._given)
+        frozen = [item for item, given in zip(stored, plan, strict=True) if item is not given]
+        mapped = dict(self._store.reserve(stored))
+        self._num_bytes.update({item.key: item.numel for item in frozen})
+        self._held.update({item.key: mapped.pop(item.key, None) for item in frozen})
+        return mapped
 
     def load(self, key: ShardKey, out: Tensor) -> Work:
-        return Done() if key in self._held else self._store.load(key, out)
+        if key not in self._held:
+            return self._store.load(key, out)
+        if self._held[key] is None:
+            self.staging(self._num_bytes[key], torch.uint8, out.device)  # freed at once: for the largest sum
+        return Done()
 
     def store(self, key: ShardKey, src: Tensor) -> Work:
         return Done() if key in self._held else self._store.store(key, src)
+
+    def staging(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns a buffer of the store that it stands in front of."""
+        if isinstance(self._store, MakesStaging):
+            return self._store.staging(numel, dtype, device)
+        return torch.empty(numel, dtype=dtype, device=device)
 
     def sink_grad(self, key: ShardKey, grad: Tensor, *, offset: int, accumulate: bool) -> Work:
         return self._store.sink_grad(key, grad, offset=offset, accumulate=accumulate)
 
     def release(self, key: ShardKey) -> None:
-        if self._held.pop(key, None) is None:
-            self._store.release(key)
+        self._held.pop(key, None)
+        self._store.release(key)
 
     def close(self) -> None:
         self._held.clear()
         self._store.close()
+
+
+def stored_items(plan: Sequence[Reservation], frozen: FrozenParams | None) -> list[Reservation]:
+    """Returns what a store keeps: frozen parameters as the bytes of a `FrozenParams`, and all others as they are.
+
+    Args:
+        frozen: None: all items are kept as they are.
+    """
+    if frozen is None:
+        return list(plan)
+    trained = {item.key.name for item in plan if item.key.kind == "grad"}
+    stored = []
+    for item in plan:
+        if item.key.kind == "param" and item.key.name not in trained:
+            num_bytes = frozen.stored_bytes(item.numel, item.dtype)
+            if num_bytes:
+                item = replace(item, numel=num_bytes, dtype=torch.uint8)
+        stored.append(item)
+    return stored
 
 
 def planned_comm(given: CollectiveSet | None, config: ZeroConfig, *, on_cpu: bool) -> Comm:

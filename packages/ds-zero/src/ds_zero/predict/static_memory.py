@@ -18,6 +18,7 @@ from ds_zero.layout.optimizer_layout import undivided_groups
 from ds_zero.layout.units import choose_leaves, choose_units, unit_of_params
 from ds_zero.predict import allocation_tracker
 from ds_zero.predict.early_step_bytes import early_step_bytes
+from ds_zero.predict.planned_comm import stored_items
 from ds_zero.predict.report import StoredTensor
 from ds_zero.predict.simulate import Job
 from ds_zero.predict.tiers import STATE
@@ -69,12 +70,14 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     split = splits_masters(given) is not None
     cpu = torch.device("cpu")
     items = reservations(layouts, topology.axes, job.config.grad_dtype, cpu, split_masters=split)
-    tiers = job.tiers_of(items)
-    for item in items:
-        num_bytes, tier = item.numel * item.dtype.itemsize, tiers[item.key]
+    frozen = job.comm.frozen if job.comm is not None and job.stage == 3 else None
+    stored = stored_items(items, frozen)
+    tiers = job.tiers_of(stored)
+    for item, kept in zip(items, stored, strict=True):
+        num_bytes, tier = kept.numel * kept.dtype.itemsize, tiers[item.key]
         if tier == "disk":
             disk_bytes += num_bytes
-            staged.setdefault((item.key.kind, item.dtype), []).append(num_bytes)
+            staged.setdefault((item.key.kind, item.dtype), []).append(item.numel * item.dtype.itemsize)
             continue
         place = host if tier == "host" else device
         purpose = _PURPOSE_OF_KIND[item.key.kind]
@@ -108,14 +111,20 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     if alone or together:
         host[allocation_tracker.STATES] += job.page_buffer_bytes(alone, together)
     disk_bytes += _add_early_steps(job, layouts, tiers, device, host)
-    return Resting(device, host, disk_bytes, _kinds(tiers), _tensors(items, layouts, per_element))
+    return Resting(device, host, disk_bytes, _kinds(tiers), _tensors(items, stored, layouts, per_element))
 
 
 def _tensors(
-    items: Sequence[Reservation], layouts: Sequence[BucketLayout], state_bytes: int
+    items: Sequence[Reservation],
+    stored: Sequence[Reservation],
+    layouts: Sequence[BucketLayout],
+    state_bytes: int,
 ) -> tuple[StoredTensor, ...]:
     width = {layout.name: dtype_of(layout).itemsize for layout in layouts}
-    made = [(item.key, item.numel, item.numel * item.dtype.itemsize) for item in items]
+    made = [
+        (item.key, item.numel, kept.numel * kept.dtype.itemsize)
+        for item, kept in zip(items, stored, strict=True)
+    ]
     made += [
         (ShardKey(name=item.key.name, kind=STATE), item.numel, item.numel * state_bytes)
         for item in items

@@ -11,7 +11,7 @@ import ds_zero
 from ds_engine.build import self_reducing
 from ds_engine.build.pipeline.place import Placed
 from ds_engine.build.zero import ZeroState, gathered
-from ds_engine.interfaces import Roles, StateNames
+from ds_engine.interfaces import KeepsErrors, Roles, StateNames
 
 _TIED = "tied_modules."
 
@@ -19,8 +19,8 @@ _TIED = "tied_modules."
 class PipelineState(ZeroState):
     """`ModelState` of the stages of one rank; names and group sizes are those of the whole model."""
 
-    def __init__(self, placed: Placed, optimizer: Optimizer) -> None:
-        super().__init__(placed.module, optimizer)
+    def __init__(self, placed: Placed, optimizer: Optimizer, errors: KeepsErrors | None = None) -> None:
+        super().__init__(placed.module, optimizer, errors)
         self._placed = placed
         self._whole = self._gathered(super().names())
         stage = placed.module.stage_id
@@ -60,4 +60,5 @@ def with_state(roles: Roles, placed: Placed, optimizer: Optimizer) -> Roles:
     """Returns the roles with the state of a pipeline model. Collective."""
     if isinstance(optimizer, self_reducing.HasModelParts):
         optimizer.share_norms(placed.groups.model if placed.topology.model.size > 1 else None)
-    return replace(roles, state=PipelineState(placed, optimizer))
+    assert isinstance(roles.state, ZeroState)
+    return replace(roles, state=PipelineState(placed, optimizer, roles.state.errors))
