@@ -33,6 +33,7 @@ from ds_comm.optim import (
     OneBitAdam,
     OneBitLamb,
     ShardedOneBitAdam,
+    ShardedOneBitLamb,
     ZeroOneAdam,
     nesterov,
 )
@@ -57,6 +58,7 @@ COUNTERPARTS = {
     "local_sparse": "adam",
     "lamb": "lamb",
     "onebitlamb": "lamb",
+    "onebitlamb_divided": "lamb",
     "zero3": "zero3",
     "zeropp": "zero3",
     "loco": "zero3",
@@ -72,6 +74,7 @@ LABELS = {
     "local_sparse": "the same, top-k of an eighth",
     "lamb": "LAMB",
     "onebitlamb": "1-bit LAMB, 25 % at full precision",
+    "onebitlamb_divided": "1-bit LAMB with stage 1, 25 %",
     "zero3": "ZeRO-3, AdamW",
     "zeropp": "ZeRO-3, 8-bit weights and 4-bit gradients",
     "loco": "the same, with LoCo's error feedback",
@@ -94,9 +97,10 @@ def prepared(
         return model, ZeroOneAdam(
             params, ADAM_LR, BETAS, var_freeze_step=steps // 2, var_update_scaler=steps // 20, **intervals
         )
-    if system in ("lamb", "onebitlamb"):
+    if system in ("lamb", "onebitlamb", "onebitlamb_divided"):
         freeze = steps if system == "lamb" else steps // 4
-        return model, OneBitLamb(params, LAMB_LR, BETAS, freeze_step=freeze, weight_decay=0.01)
+        lamb = ShardedOneBitLamb if system == "onebitlamb_divided" else OneBitLamb
+        return model, lamb(params, LAMB_LR, BETAS, freeze_step=freeze, weight_decay=0.01)
     plain = torch.optim.AdamW(params, ADAM_LR, BETAS, weight_decay=0.0)
     if system.startswith("local"):
         sparse = CompressionOptions(compressor=TopKCompressor(block_numel=512, kept=64))

@@ -74,7 +74,8 @@ void encode_signs(py::handle x, py::handle residual, py::handle blocks, py::hand
   const auto rows = read_blocks(reader, "sign_encode", blocks, numel);
   const Codes to = read_codes(reader, "sign_encode", scales, codes, rows.size(), (numel + 7) / 8);
   if (reader.on_gpu()) {
-    gpu_check("sign_encode", gpu()->sign_encode(reader.device_index(), rows.data(), count_of(rows), &source, to.scales, to.codes, reader.stream()));
+    gpu_check("sign_encode", gpu()->sign_encode(reader.device_index(), rows.data(), count_of(rows), &source,
+                                                to.scales, to.codes, reader.stream()));
     return;
   }
   py::gil_scoped_release unlocked;
@@ -89,7 +90,8 @@ void decode_signs(py::handle scales, py::handle codes, py::handle blocks, py::ha
   const Codes from = read_codes(reader, "sign_decode", scales, codes, rows.size(), (to.numel + 7) / 8);
   const CodeTarget target{to.data, to.dtype, static_cast<float>(weight), add};
   if (reader.on_gpu()) {
-    gpu_check("sign_decode", gpu()->sign_decode(reader.device_index(), rows.data(), count_of(rows), from.scales, from.codes, &target, reader.stream()));
+    gpu_check("sign_decode", gpu()->sign_decode(reader.device_index(), rows.data(), count_of(rows),
+                                                from.scales, from.codes, &target, reader.stream()));
     return;
   }
   py::gil_scoped_release unlocked;
@@ -105,7 +107,8 @@ void encode_ints(py::handle x, py::handle residual, py::handle blocks, py::handl
   const Codes to = read_codes(reader, "int_encode", scales, codes, rows.size(), (numel * bits + 7) / 8);
   const Rounding rounding{stochastic, seed};
   if (reader.on_gpu()) {
-    gpu_check("int_encode", gpu()->int_encode(reader.device_index(), rows.data(), count_of(rows), &source, bits, &rounding, to.scales, to.codes, reader.stream()));
+    gpu_check("int_encode", gpu()->int_encode(reader.device_index(), rows.data(), count_of(rows), &source,
+                                              bits, &rounding, to.scales, to.codes, reader.stream()));
     return;
   }
   py::gil_scoped_release unlocked;
@@ -120,7 +123,8 @@ void decode_ints(py::handle scales, py::handle codes, py::handle blocks, py::han
   const Codes from = read_codes(reader, "int_decode", scales, codes, rows.size(), (to.numel * bits + 7) / 8);
   const CodeTarget target{to.data, to.dtype, static_cast<float>(weight), add};
   if (reader.on_gpu()) {
-    gpu_check("int_decode", gpu()->int_decode(reader.device_index(), rows.data(), count_of(rows), from.scales, from.codes, bits, &target, reader.stream()));
+    gpu_check("int_decode", gpu()->int_decode(reader.device_index(), rows.data(), count_of(rows), from.scales,
+                                              from.codes, bits, &target, reader.stream()));
     return;
   }
   py::gil_scoped_release unlocked;

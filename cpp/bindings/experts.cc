@@ -1,6 +1,7 @@
 #include "ds/grouped.h"
 #include "ds/grouped_feed_forward.h"
 #include "ds/row_sums.h"
+#include "gpu.h"
 #include "tensor.h"
 
 namespace ds::bindings {
@@ -176,7 +177,6 @@ class RowSumArgs {
       throw py::value_error(function_ + ": the number of columns must be a multiple of 16");
     }
     const View chosen = reader_.typed(index, "index", dlpack::kInt, 64, "int64");
-    if (reader_.on_gpu()) throw py::value_error(function_ + ": tensors must be on the CPU");
     if (chosen.numel % choices != 0) {
       throw py::value_error(function_ + ": index must have the same number of choices for each sum");
     }
@@ -188,14 +188,15 @@ class RowSumArgs {
             DType::kF32};
   }
 
-  // Fixes the dtype and the number of rows.
+  // Fixes the dtype and the number of rows. An index on a GPU is not checked: reading it would wait for the
+  // device.
   const void* rows(py::handle tensor) {
-    const View view = reader_.floats(tensor, "rows", kStates);
+    const View view = reader_.floats(tensor, "rows", on_gpu() ? kFloats : kStates);
     if (view.numel % job_.columns != 0)
       throw py::value_error(function_ + ": rows have another number of columns");
     job_.num_rows = view.numel / job_.columns;
     job_.dtype = view.dtype;
-    for (std::int64_t i = 0; i < job_.sums * job_.choices; ++i) {
+    for (std::int64_t i = 0; !on_gpu() && i < job_.sums * job_.choices; ++i) {
       if (job_.index[i] < 0 || job_.index[i] > job_.num_rows) {
         throw py::value_error(function_ + ": index names a row that does not exist");
       }
@@ -212,6 +213,9 @@ class RowSumArgs {
     return tensor.is_none() ? nullptr : read(tensor, name, job_.sums * job_.choices);
   }
   const RowSums& job() const { return job_; }
+  bool on_gpu() const { return reader_.on_gpu(); }
+  int device_index() const { return reader_.device_index(); }
+  void* stream() const { return reader_.stream(); }
 
  private:
   void* read(py::handle tensor, const char* name, std::int64_t numel) {
@@ -231,6 +235,11 @@ void sums(py::handle rows, py::handle index, std::int64_t choices, std::int64_t 
   const void* from = args.rows(rows);
   const void* factors = args.like_index(weights, "weights");
   void* to = args.like_sums(out, "out");
+  if (args.on_gpu()) {
+    gpu_check("row_sums",
+              gpu()->row_sums(args.device_index(), &args.job(), from, factors, to, args.stream()));
+    return;
+  }
   py::gil_scoped_release unlocked;
   row_sums(args.job(), from, factors, to, threads);
 }
@@ -245,6 +254,11 @@ void sums_grad(py::handle grad, py::handle rows, py::handle index, std::int64_t 
   void* of_weights = args.like_index(dweights, "dweights");
   if (factors == nullptr || of_weights == nullptr)
     throw py::value_error("row_sums_grad: weights must be tensors");
+  if (args.on_gpu()) {
+    gpu_check("row_sums_grad", gpu()->row_sums_grad(args.device_index(), &args.job(), of_sums, from, factors,
+                                                    of_rows, of_weights, args.stream()));
+    return;
+  }
   py::gil_scoped_release unlocked;
   row_sums_grad(args.job(), of_sums, from, factors, of_rows, of_weights, threads);
 }

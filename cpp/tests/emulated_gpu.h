@@ -1,6 +1,6 @@
-// Runs kernels of src/cuda on the CPU, to test what they compute on machines without a GPU: what runtime.h and
-// the compiler for GPUs offer, with a thread of the operating system for each thread of a warp. Kernels may
-// exchange values within a warp only, and either all threads of a warp leave early or none.
+// Runs kernels of src/cuda on the CPU, to test what they compute on machines without a GPU: what runtime.h
+// and the compiler for GPUs offer, with a thread of the operating system for each thread of a warp. Kernels
+// may exchange values within a warp only, and either all threads of a warp leave early or none.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,8 @@
 #define DS_INLINE inline
 #define __global__
 #define __launch_bounds__(threads)
-#define DS_SHUFFLE_DOWN(value, distance, width) ds::emulated::shuffled(value, ds::emulated::down(distance, width))
+#define DS_SHUFFLE_DOWN(value, distance, width) \
+  ds::emulated::shuffled(value, ds::emulated::down(distance, width))
 #define DS_SHUFFLE(value, lane, width) ds::emulated::shuffled(value, lane)
 #define DS_BALLOT(predicate) ds::emulated::ballot(predicate)
 
@@ -75,6 +76,7 @@ inline thread_local ds::emulated::Index threadIdx{0}, blockIdx{0};
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline double __dadd_rn(double a, double b) { return a + b; }

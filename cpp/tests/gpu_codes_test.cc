@@ -69,7 +69,8 @@ template <class Encode, class Decode>
 void compare(DType dtype, const DType* kept, const std::vector<float>& values, Encode encode, Decode decode) {
   Buffer x(values, dtype);
   const std::vector<float> errors = random_floats(kNumel, 5, 1.0f);
-  Buffer residuals[2] = {Buffer(errors, kept ? *kept : DType::kF32), Buffer(errors, kept ? *kept : DType::kF32)};
+  Buffer residuals[2] = {Buffer(errors, kept ? *kept : DType::kF32),
+                         Buffer(errors, kept ? *kept : DType::kF32)};
   Encoded encoded[2];
   for (const int emulated : {0, 1}) {
     const CodeSource source{x.data(), dtype, kept ? residuals[emulated].data() : nullptr, residuals[0].dtype};
@@ -108,7 +109,8 @@ void compare_signs(DType dtype, const DType* kept, const std::vector<float>& val
 }
 
 template <int kBits>
-void compare_ints(DType dtype, const DType* kept, const std::vector<float>& values, const Rounding& rounding) {
+void compare_ints(DType dtype, const DType* kept, const std::vector<float>& values,
+                  const Rounding& rounding) {
   const auto count = static_cast<std::int64_t>(kBlocks.size());
   compare(
       dtype, kept, values,

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from ds_core import _gpu, codes, kernels, optim
+from ds_core import _gpu, codes, kernels, optim, row_sums
 
 pytestmark = [
     pytest.mark.gpu,
@@ -124,3 +124,20 @@ def test_codes(dtype: torch.dtype, kept: torch.dtype | None) -> None:
             found.append([t.cpu() for t in (scales, packed, out, residual) if t is not None])
         for cpu, gpu in zip(*found, strict=True):
             assert torch.equal(cpu, gpu)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_row_sums(dtype: torch.dtype) -> None:
+    index = torch.randperm(300)[:280].view(70, 4)
+    index[index >= 250] = 250  # dropped
+    rows, weights, grad = (torch.randn(s).to(dtype) for s in ((250, 64), (70, 4), (70, 64)))
+    on_gpu = [x.cuda() for x in (rows, index, weights, grad)]
+    wide = [x.float() for x in (rows, weights, grad)]
+    expected = row_sums.reference(wide[0], index, wide[1])
+    out = row_sums.forward(*on_gpu[:3])
+    torch.testing.assert_close(out.cpu(), expected.to(dtype))
+    d_rows, d_weights = row_sums.backward(on_gpu[3], *on_gpu[:3])
+    used = index[index < 250]
+    of_rows, of_weights = row_sums.backward(wide[2], wide[0], index, wide[1])
+    torch.testing.assert_close(d_rows.cpu()[used], of_rows[used].to(dtype))
+    torch.testing.assert_close(d_weights.cpu(), of_weights.to(dtype), rtol=2e-2, atol=2e-2)

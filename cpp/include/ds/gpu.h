@@ -15,36 +15,41 @@
 #include "ds/lamb.h"
 #include "ds/lion.h"
 #include "ds/norm.h"
+#include "ds/row_sums.h"
 #include "ds/sgd.h"
 
 // Raised with every change of a signature or of a struct that crosses it.
 #define DS_GPU_ABI 3
 
 // name, parameters between "int device" and "void* stream"
-#define DS_GPU_FUNCTIONS(X)                                                                                 \
-  X(adam, const ds::AdamScalars*, const ds::UpdateTensor*, std::int64_t)                                    \
-  X(adagrad, const ds::AdagradScalars*, const ds::UpdateTensor*, std::int64_t)                              \
-  X(lion, const ds::LionScalars*, const ds::UpdateTensor*, std::int64_t)                                    \
-  X(sgd, const ds::SgdScalars*, const ds::UpdateTensor*, std::int64_t)                                      \
-  /* block_sums: device, LambNorms of each block of kNormBlock elements of each tensor, in order */         \
-  X(lamb_moments, const ds::LambScalars*, const ds::UpdateTensor*, std::int64_t, ds::LambNorms* block_sums) \
-  /* minus_steps: host, one per tensor */                                                                   \
-  X(lamb_apply, const ds::LambScalars*, const ds::UpdateTensor*, std::int64_t, const float* minus_steps)    \
-  /* block_sums: device, one per block of block_numel elements of each tensor, in order */                  \
-  X(squared_norm_blocks, const ds::NormTensor*, std::int64_t, std::int64_t block_numel, double* block_sums) \
-  X(cast, const ds::CastTensor*, std::int64_t)                                                              \
-  /* block_sums: device, sums of magnitudes per block of kNormBlock elements */                             \
-  X(pack_signs, const ds::NormTensor*, std::uint8_t* bits, double* block_sums)                              \
-  X(unpack_signs, const std::uint8_t* bits, float scale, const ds::CastTensor* dst)                         \
-  /* blocks: device; the caller answers for them */                                                         \
-  X(sign_encode, const ds::CodeBlock* blocks, std::int64_t, const ds::CodeSource*, float* scales,           \
-    std::uint8_t* codes)                                                                                    \
-  X(sign_decode, const ds::CodeBlock* blocks, std::int64_t, const float* scales, const std::uint8_t* codes, \
-    const ds::CodeTarget*)                                                                                  \
-  X(int_encode, const ds::CodeBlock* blocks, std::int64_t, const ds::CodeSource*, int bits,                 \
-    const ds::Rounding*, float* scales, std::uint8_t* codes)                                                \
-  X(int_decode, const ds::CodeBlock* blocks, std::int64_t, const float* scales, const std::uint8_t* codes,  \
-    int bits, const ds::CodeTarget*)
+#define DS_GPU_FUNCTIONS(X)                                                                                  \
+  X(adam, const ds::AdamScalars*, const ds::UpdateTensor*, std::int64_t)                                     \
+  X(adagrad, const ds::AdagradScalars*, const ds::UpdateTensor*, std::int64_t)                               \
+  X(lion, const ds::LionScalars*, const ds::UpdateTensor*, std::int64_t)                                     \
+  X(sgd, const ds::SgdScalars*, const ds::UpdateTensor*, std::int64_t)                                       \
+  /* block_sums: device, LambNorms of each block of kNormBlock elements of each tensor, in order */          \
+  X(lamb_moments, const ds::LambScalars*, const ds::UpdateTensor*, std::int64_t, ds::LambNorms* block_sums)  \
+  /* minus_steps: host, one per tensor */                                                                    \
+  X(lamb_apply, const ds::LambScalars*, const ds::UpdateTensor*, std::int64_t, const float* minus_steps)     \
+  /* block_sums: device, one per block of block_numel elements of each tensor, in order */                   \
+  X(squared_norm_blocks, const ds::NormTensor*, std::int64_t, std::int64_t block_numel, double* block_sums)  \
+  X(cast, const ds::CastTensor*, std::int64_t)                                                               \
+  /* block_sums: device, sums of magnitudes per block of kNormBlock elements */                              \
+  X(pack_signs, const ds::NormTensor*, std::uint8_t* bits, double* block_sums)                               \
+  X(unpack_signs, const std::uint8_t* bits, float scale, const ds::CastTensor* dst)                          \
+  /* blocks: device; the caller answers for them */                                                          \
+  X(sign_encode, const ds::CodeBlock* blocks, std::int64_t, const ds::CodeSource*, float* scales,            \
+    std::uint8_t* codes)                                                                                     \
+  X(sign_decode, const ds::CodeBlock* blocks, std::int64_t, const float* scales, const std::uint8_t* codes,  \
+    const ds::CodeTarget*)                                                                                   \
+  X(int_encode, const ds::CodeBlock* blocks, std::int64_t, const ds::CodeSource*, int bits,                  \
+    const ds::Rounding*, float* scales, std::uint8_t* codes)                                                 \
+  X(int_decode, const ds::CodeBlock* blocks, std::int64_t, const float* scales, const std::uint8_t* codes,   \
+    int bits, const ds::CodeTarget*)                                                                         \
+  /* the index of a job: device; the caller answers for it */                                                \
+  X(row_sums, const ds::RowSums*, const void* rows, const void* weights, void* out)                          \
+  X(row_sums_grad, const ds::RowSums*, const void* grad, const void* rows, const void* weights, void* drows, \
+    void* dweights)
 
 #define DS_GPU_API __attribute__((visibility("default")))
 

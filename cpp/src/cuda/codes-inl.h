@@ -1,6 +1,6 @@
-// The kernels of codes.cu: 32 consecutive threads, a warp, encode or decode one block. A block is read twice by the
-// threads that read it first, because its scale must be known before its residual: the second time from the
-// caches. Included inside an anonymous namespace, after simd_gpu.h and fixed_sums.h.
+// The kernels of codes.cu: 32 consecutive threads, a warp, encode or decode one block. A block is read twice
+// by the threads that read it first, because its scale must be known before its residual: the second time
+// from the caches. Included inside an anonymous namespace, after simd_gpu.h and fixed_sums.h.
 #include "formulas/codes-inl.h"
 
 constexpr int kWarp = 32;

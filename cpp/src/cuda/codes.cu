@@ -41,9 +41,9 @@ int ds_gpu_sign_decode(int device, const ds::CodeBlock* blocks, std::int64_t cou
   });
 }
 
-int ds_gpu_int_encode(int device, const ds::CodeBlock* blocks, std::int64_t count, const ds::CodeSource* source,
-                      int bits, const ds::Rounding* rounding, float* scales, std::uint8_t* codes,
-                      void* stream) {
+int ds_gpu_int_encode(int device, const ds::CodeBlock* blocks, std::int64_t count,
+                      const ds::CodeSource* source, int bits, const ds::Rounding* rounding, float* scales,
+                      std::uint8_t* codes, void* stream) {
   using namespace ds;
   return with_grid(device, count, stream, [&](unsigned grid, GpuStream on) {
     auto* const kernel = bits == 8 ? int_encode_kernel<8> : int_encode_kernel<4>;

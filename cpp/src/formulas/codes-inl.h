@@ -1,5 +1,5 @@
-// The integer arithmetic of codes, for one element: shared by the loops of the CPU targets and by GPU threads.
-// The formulas stand in ds/codes.h.
+// The integer arithmetic of codes, for one element: shared by the loops of the CPU targets and by GPU
+// threads. The formulas stand in ds/codes.h.
 
 // [Note: random numbers by index] The random number of an element is a function of the seed and of its index:
 // a multiplicative hash, then the finaliser "lowbias32" (Wellons 2018). So it does not depend on how a tensor
@@ -13,7 +13,8 @@ DS_INLINE std::uint32_t random_word(std::uint32_t index, std::uint32_t key) {
   return word ^ (word >> 16);
 }
 
-// The key of the elements of a block: from the seed, and from the upper half of the index of its first element.
+// The key of the elements of a block: from the seed, and from the upper half of the index of its first
+// element.
 DS_INLINE std::uint32_t random_key(std::uint64_t seed, std::int64_t begin) {
   const auto high = static_cast<std::uint32_t>(static_cast<std::uint64_t>(begin) >> 32);
   const auto seed_high = static_cast<std::uint32_t>(seed >> 32);

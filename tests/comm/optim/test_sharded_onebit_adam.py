@@ -51,6 +51,7 @@ class _Expected:
         self.masters = [p.clone() for p in self.params]
         self.m = [torch.zeros_like(p) for p in self.params]
         self.v = [torch.zeros_like(p) for p in self.params]
+        self.local = [[torch.zeros_like(p) for p in self.params] for _ in range(size)]
         self.residuals = [[torch.zeros_like(p) for p in self.params] for _ in range(size)]
         self.steps = 0
 
@@ -59,15 +60,18 @@ class _Expected:
         for i, p in enumerate(self.params):
             if self.steps <= FREEZE:
                 g = torch.stack([own[i] for own in grads]).mean(0)
+                self.m[i] = 0.9 * self.m[i] + 0.1 * g
                 self.v[i] = 0.999 * self.v[i] + 0.001 * g.square()
             else:
                 sent = []
                 for rank, own in enumerate(grads):
-                    value = own[i] + self.residuals[rank][i]
+                    before = self.m[i].bfloat16() if self.steps == FREEZE + 1 else self.local[rank][i]
+                    momentum = 0.9 * before.float() + 0.1 * own[i]
+                    self.local[rank][i] = momentum.bfloat16()
+                    value = momentum + self.residuals[rank][i]
                     sent.append(_signs(value))
                     self.residuals[rank][i] = value - sent[-1]
-                g = torch.stack(sent).mean(0)
-            self.m[i] = 0.9 * self.m[i] + 0.1 * g
+                self.m[i] = torch.stack(sent).mean(0)
             bias1, bias2 = 1 - 0.9**self.steps, 1 - 0.999 ** min(self.steps, FREEZE)
             self.masters[i].mul_(1 - lr * decay)
             self.masters[i].sub_(lr * (self.m[i] / bias1) / ((self.v[i] / bias2).sqrt() + 1e-8))
@@ -113,10 +117,10 @@ def test_memory_and_bytes(world_size: int) -> None:
     assert optimizer.traffic.num_bytes - before.num_bytes == optimizer.wire_bytes + flags
     numels = [p.numel() for p in params]
     assert optimizer.planned_bytes(numels, 2) == whole.planned_bytes(numels, 2)
-    # Masters, momentum and variance of half of the elements, and the residual of all.
-    assert optimizer.num_state_bytes == pytest.approx((12 / 2 + 4) * numel, rel=0.02)
+    # Masters, momentum and variance of half of the elements, and the own momentum and the residual of all.
+    assert optimizer.num_state_bytes == pytest.approx((12 / 2 + 2 + 4) * numel, rel=0.02)
     planned = optimizer.planned_states(2)
-    assert sum(dtype.itemsize * share for dtype, share in planned.values()) == 10
+    assert sum(dtype.itemsize * share for dtype, share in planned.values()) == 12
 
 
 @ranks(2)

@@ -42,6 +42,7 @@ class _Expected:
         self.params = [p.detach() for p in model.parameters()]
         self.masters = [p.clone() for p in self.params]
         self.m, self.v, self.fresh = ([torch.zeros_like(p) for p in self.params] for _ in range(3))
+        self.local = [[torch.zeros_like(p) for p in self.params] for _ in range(size)]
         self.residuals = [[torch.zeros_like(p) for p in self.params] for _ in range(size)]
         self.coeff: list[float | None] = [None] * len(self.params)
         self.factor = [1.0] * len(self.params)
@@ -72,11 +73,15 @@ class _Expected:
     def _compressed(self, i: int, p: Tensor, grads: list[Tensor]) -> None:
         sent = []
         for rank, own in enumerate(grads):
-            value = own + self.residuals[rank][i]
+            before = self.m[i].bfloat16() if self.steps == FREEZE + 1 else self.local[rank][i]
+            momentum = 0.9 * before.float() + 0.1 * own
+            self.local[rank][i] = momentum.bfloat16()
+            value = momentum + self.residuals[rank][i]
             sent.append(_signs(value))
             self.residuals[rank][i] = value - sent[-1]
-        g = torch.stack(sent).mean(0)
-        self.m[i] = 0.9 * self.m[i] + 0.1 * g
+        averaged = torch.stack(sent).mean(0)
+        g = (averaged - 0.9 * self.m[i]) / 0.1
+        self.m[i] = averaged
         self.fresh[i] = 0.999 * self.fresh[i] + 0.001 * g.square()
         direction, change = self._update(i)
         factor = float(((self.v[i].sqrt() + 1e-8) / (self.fresh[i].sqrt() + 1e-8)).max())
@@ -130,9 +135,9 @@ def test_memory_and_bytes(world_size: int) -> None:
     if dist.get_rank() == 0:
         assert sent == optimizer.planned_bytes(numels, 2)
     assert optimizer.traffic.num_calls - before.num_calls == 5
-    # Masters, momentum and two variances of half of the elements, and the residual of all.
-    assert optimizer.num_state_bytes == pytest.approx((16 / 2 + 4) * sum(numels), rel=0.03)
-    assert sum(dtype.itemsize * share for dtype, share in optimizer.planned_states(2).values()) == 12
+    # Masters, momentum and two variances of half of the elements, and the own momentum and the residual of all.
+    assert optimizer.num_state_bytes == pytest.approx((16 / 2 + 2 + 4) * sum(numels), rel=0.03)
+    assert sum(dtype.itemsize * share for dtype, share in optimizer.planned_states(2).values()) == 14
 
 
 @ranks(2)

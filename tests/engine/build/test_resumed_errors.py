@@ -20,7 +20,11 @@ BEFORE, AFTER = 5, 4
 SCHEMES: dict[str, dict[str, Any]] = {
     "stochastic": {"stage": 3},
     "error feedback": {"stage": 2, "zeropp_loco_param": {"err_beta": 0.5, "reset_T": 7}},
-    "two hops": {"stage": 3, "zero_hpz_partition_size": 2, "zeropp_loco_param": {"err_beta": 0.5, "reset_T": 64}},
+    "two hops": {
+        "stage": 3,
+        "zero_hpz_partition_size": 2,
+        "zeropp_loco_param": {"err_beta": 0.5, "reset_T": 64},
+    },
 }
 
 

@@ -67,8 +67,8 @@ class QuantizedFrozen:
 
 
 class FrozenStore:
-    """A store of shards, as ds_zero asks for it, in which frozen parameters are payloads of a compressor. Where they are
-    kept, on the device, in host memory or on a disk, is decided by the store that it stands in front of.
+    """A store of shards, as ds_zero asks for it, in which frozen parameters are payloads of a compressor. Where they
+    are kept, on the device, in host memory or on a disk, is decided by the store behind it.
 
     [Note: fixed point]
     Decoding in bf16 rounds, so encoding the decoded values gives other scales than the first time, and another rank

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ds_core import _native
 
@@ -65,6 +66,12 @@ def library() -> GpuLibrary:
 def is_live() -> bool:
     """Whether the GPU kernels can be called."""
     return library().path is not None
+
+
+def takes(tensor: Tensor) -> bool:
+    """Whether tensors of this device are taken by native kernels: those of the CPU or of the GPU library."""
+    kind = tensor.device.type
+    return (kind == "cpu" and _native.has_native()) or (kind == "cuda" and is_live())
 
 
 def reason_against(device_type: str) -> str:

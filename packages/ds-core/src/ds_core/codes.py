@@ -10,7 +10,8 @@ With `residual` (fp32 or bf16, of the size of `x`), the kernels encode `x + resi
 lost: error feedback (Seide et al. 2014, section 3; docs/notes/onebit.md). All kernels make one pass over memory.
 
 Element i is at bit `i % 8` of byte `i / 8` of signs, at nibble `i % 2` of byte `i / 2` of 4-bit codes, at byte i of
-8-bit codes. On a GPU `blocks` is not checked, because reading it would wait for the device. Results do not depend on the device, the CPU target, or the number of threads; `ds_core.codes_reference`
+8-bit codes. On a GPU `blocks` is not checked, because reading it would wait for the device.
+ Results do not depend on the device, the CPU target, or the number of threads; `ds_core.codes_reference`
 computes the same bits with torch.
 """
 
@@ -23,11 +24,6 @@ from ds_core import _gpu, _native, codes_reference, threads
 
 MAX_BLOCK_NUMEL = 4096
 """Largest number of elements of a block."""
-
-
-def _is_native(tensor: Tensor) -> bool:
-    kind = tensor.device.type
-    return (kind == "cpu" and _native.has_native()) or (kind == "cuda" and _gpu.is_live())
 
 
 def sign_encode(
@@ -46,7 +42,7 @@ def sign_encode(
         codes: uint8, at least ceil(x.numel() / 8) bytes. Bits of elements outside of all blocks are undefined.
         residual: see the module.
     """
-    if not _is_native(x):
+    if not _gpu.takes(x):
         codes_reference.sign_encode(x, blocks, scales, codes, residual)
         return
     _native.core.sign_encode(x, residual, blocks.to(x.device), scales, codes, threads.count())
@@ -57,7 +53,7 @@ def sign_decode(
     scales: Tensor, codes: Tensor, blocks: Tensor, out: Tensor, *, weight: float = 1.0, add: bool = False
 ) -> None:
     """Writes `weight * scale` with the sign of each element to `out` (1-D fp32, bf16, fp16), or adds it."""
-    if not _is_native(out):
+    if not _gpu.takes(out):
         codes_reference.sign_decode(scales, codes, blocks, out, weight=weight, add=add)
         return
     _native.core.sign_decode(scales, codes, blocks.to(out.device), out, weight, add, threads.count())
@@ -90,12 +86,14 @@ def int_encode(
     """
     if bits not in (4, 8):
         raise ValueError(f"int_encode: bits must be 4 or 8, but is {bits}")
-    if not _is_native(x):
+    if not _gpu.takes(x):
         codes_reference.int_encode(x, blocks, scales, codes, residual, bits=bits, seed=seed)
         return
     stochastic = seed is not None
     number = (seed or 0) & 0xFFFFFFFFFFFFFFFF
-    _native.core.int_encode(x, residual, blocks.to(x.device), scales, codes, bits, stochastic, number, threads.count())
+    _native.core.int_encode(
+        x, residual, blocks.to(x.device), scales, codes, bits, stochastic, number, threads.count()
+    )
     increment_version([t for t in (scales, codes, residual) if t is not None])
 
 
@@ -112,7 +110,7 @@ def int_decode(
     """Writes `weight * (scale * code)` to `out` (1-D fp32, bf16, fp16), or adds it."""
     if bits not in (4, 8):
         raise ValueError(f"int_decode: bits must be 4 or 8, but is {bits}")
-    if not _is_native(out):
+    if not _gpu.takes(out):
         codes_reference.int_decode(scales, codes, blocks, out, bits=bits, weight=weight, add=add)
         return
     _native.core.int_decode(scales, codes, blocks.to(out.device), out, bits, weight, add, threads.count())

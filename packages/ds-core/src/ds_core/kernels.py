@@ -40,12 +40,6 @@ Checksums = tuple[Sequence[Tensor], Sequence[Tensor]]
 """Receives the checksums of what a step reads, and of what it writes."""
 
 
-def _is_native(tensor: Tensor) -> bool:
-    """Whether the native kernels take tensors of this device. They check the rest of the arguments themselves."""
-    kind = tensor.device.type
-    return (kind == "cpu" and _native.has_native()) or (kind == "cuda" and _gpu.is_live())
-
-
 def checksums_in_pass(tensor: Tensor) -> bool:
     """Whether a step on this device computes checksums in its pass over memory; elsewhere call `checksums` before and
     after it.
@@ -112,7 +106,7 @@ def adam_step(
     out = _outs("adam_step", out)
     if not params:
         return
-    if not _is_native(params[0]):
+    if not _gpu.takes(params[0]):
         _no_checksums("adam_step", checksums)
         with widened(params, [exp_avgs, exp_avg_sqs], out, formats) as (wide, own, copies):
             reference.adam_step(
@@ -147,7 +141,7 @@ def adagrad_step(
     out = _outs("adagrad_step", out)
     if not params:
         return
-    if not _is_native(params[0]):
+    if not _gpu.takes(params[0]):
         _no_checksums("adagrad_step", checksums)
         with widened(params, [sums], out, formats) as (wide, own, copies):
             reference.adagrad_step(
@@ -181,7 +175,7 @@ def lion_step(
     out = _outs("lion_step", out)
     if not params:
         return
-    if not _is_native(params[0]):
+    if not _gpu.takes(params[0]):
         _no_checksums("lion_step", checksums)
         with widened(params, [exp_avgs], out, formats) as (wide, own, copies):
             reference.lion_step(
@@ -227,7 +221,7 @@ def sgd_step(
         )
     if momentum_buffers is not None:
         momentum_buffers = _listed("sgd_step", "momentum_buffers", momentum_buffers)
-    if not _is_native(params[0]):
+    if not _gpu.takes(params[0]):
         _no_checksums("sgd_step", checksums)
         with widened(params, [momentum_buffers], out, formats) as (wide, own, copies):
             reference.sgd_step(
@@ -299,7 +293,7 @@ def lamb_moments(
     )
     if not params:
         return torch.zeros(0, 2, dtype=torch.float64)
-    if not _is_native(params[0]):
+    if not _gpu.takes(params[0]):
         return reference.lamb_moments(
             params, exp_avgs, exp_avg_sqs, grads, step=step, beta1=beta1, beta2=beta2, eps=eps,
             weight_decay=weight_decay, grad_scale=grad_scale,
@@ -363,7 +357,7 @@ def lamb_apply(
     out = _outs("lamb_apply", out)
     if not params:
         return
-    if not _is_native(params[0]):
+    if not _gpu.takes(params[0]):
         reference.lamb_apply(
             params, exp_avgs, exp_avg_sqs, ratios, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
             weight_decay=weight_decay, out=out,
@@ -387,7 +381,7 @@ def squared_norm(tensors: Iterable[Tensor]) -> tuple[float, bool]:
         return 0.0, True
     if tensors[0].device.type == "cpu" and _native.has_native():
         return _native.core.squared_norm(tensors, threads.count())
-    if not _is_native(tensors[0]):
+    if not _gpu.takes(tensors[0]):
         return reference.squared_norm(tensors)
     total = 0.0
     for block in torch.cat([squared_norm_blocks(tensor) for tensor in tensors]).tolist():
@@ -402,7 +396,7 @@ def squared_norm_blocks(tensor: Tensor, block_numel: int = NORM_BLOCK_NUMEL) -> 
     """
     if block_numel < 1:
         raise ValueError(f"squared_norm_blocks: block_numel must be positive, but is {block_numel}")
-    if not _is_native(tensor):
+    if not _gpu.takes(tensor):
         return reference.squared_norm_blocks(tensor, block_numel)
     sums = torch.empty(-(-tensor.numel() // block_numel), dtype=torch.float64, device=tensor.device)
     _native.core.squared_norm_blocks(tensor, block_numel, sums, threads.count())
@@ -415,7 +409,7 @@ def cast(src: Tensor | Iterable[Tensor], dst: Tensor | Iterable[Tensor]) -> None
     destinations = [dst] if isinstance(dst, Tensor) else _listed("cast", "dst", dst)
     if not sources and not destinations:
         return
-    if not _is_native([*sources, *destinations][0]):
+    if not _gpu.takes([*sources, *destinations][0]):
         reference.cast(sources, destinations)
         return
     _native.core.cast(sources, destinations, threads.count())
@@ -428,7 +422,7 @@ def pack_signs(x: Tensor, bits: Tensor | None = None) -> tuple[Tensor, float]:
     Returns `bits` (allocated if None; ceil(numel / 8) bytes) and the mean of |x|. With this scale, `unpack_signs`
     approximates `x` with the least sum of squared errors. The mean is summed in fp64 in a fixed order.
     """
-    if not _is_native(x):
+    if not _gpu.takes(x):
         return reference.pack_signs(x, bits)
     if bits is None:
         bits = torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
@@ -444,7 +438,7 @@ def pack_signs(x: Tensor, bits: Tensor | None = None) -> tuple[Tensor, float]:
 
 def unpack_signs(bits: Tensor, scale: float, out: Tensor) -> Tensor:
     """Writes -scale where a bit of `bits` is set, else scale, into `out` (fp32, bf16, fp16), and returns it."""
-    if not _is_native(out):
+    if not _gpu.takes(out):
         return reference.unpack_signs(bits, scale, out)
     _native.core.unpack_signs(bits, scale, out, threads.count())
     _written([out])

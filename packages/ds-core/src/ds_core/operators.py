@@ -16,11 +16,13 @@ class Operator:
     """One operator. All functions have the arguments of the operator."""
 
     kernel: Callable[..., Any]
-    """Computes the results on the CPU."""
+    """Computes the results."""
     shapes: Callable[..., Any]
     """Returns tensors of the right shapes with any values."""
     macs: Callable[..., int]
     """Returns the number of multiply-adds."""
+    on_gpu: bool = False
+    """Whether `kernel` also takes tensors on a GPU."""
 
 
 class Operators:
@@ -40,7 +42,8 @@ class Operators:
         """The operators by their names."""
         for signature, operator in of.items():
             name = self._library.define(signature)
-            self._library.impl(name, operator.kernel, "CPU")
+            for key in ("CPU", "CUDA") if operator.on_gpu else ("CPU",):
+                self._library.impl(name, operator.kernel, key)
             self._library.impl(name, operator.shapes, "Meta")
             register_flop_formula(getattr(self.call, name), get_raw=True)(_flops(operator.macs))
 

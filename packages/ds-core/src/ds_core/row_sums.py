@@ -1,6 +1,7 @@
 """Sums of rows that are chosen by index, with weights: how the outputs of experts become those of tokens.
 
-Legend: S sums, K choices of each, M rows, H columns. Tensors are contiguous and of one dtype, fp32 or bf16.
+Legend: S sums, K choices of each, M rows, H columns. Tensors are contiguous and of one dtype, fp32 or bf16, on a GPU
+fp16, too. An index on a GPU is not checked, because reading it would wait for the device.
 
 Each element of a sum is a chain of multiply-adds in fp32 in the order of choices, rounded once to the dtype: the error
 is at most K u / (1 - K u) times the sum of magnitudes, u = 2^-24, and in bf16 one rounding of the result more.
@@ -13,7 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ds_core import _native, threads
+from ds_core import _gpu, _native, threads
 from ds_core.operators import Operator, Operators
 
 MULTIPLE = 16
@@ -22,8 +23,10 @@ MULTIPLE = 16
 
 def is_native(rows: Tensor) -> bool:
     """Whether there are native kernels for sums of these rows."""
-    fits = rows.dtype in (torch.float32, torch.bfloat16) and rows.shape[1] % MULTIPLE == 0
-    return fits and rows.shape[1] > 0 and rows.device.type == "cpu" and _native.has_native()
+    if rows.shape[1] == 0 or rows.shape[1] % MULTIPLE:
+        return False
+    dtypes = (torch.float32, torch.bfloat16, *([] if rows.device.type == "cpu" else [torch.float16]))
+    return rows.dtype in dtypes and _gpu.takes(rows)
 
 
 def forward(rows: Tensor, index: Tensor, weights: Tensor | None) -> Tensor:
@@ -65,10 +68,13 @@ def _operators() -> Operators:
     return Operators(
         {
             "row_sums(Tensor rows, Tensor index, Tensor? weights) -> Tensor": Operator(
-                _forward, _like_sums, lambda rows, index, _: index.numel() * rows.shape[1]
+                _forward, _like_sums, lambda rows, index, _: index.numel() * rows.shape[1], on_gpu=True
             ),
             "row_sums_grad(Tensor grad, Tensor rows, Tensor index, Tensor weights) -> (Tensor, Tensor)": Operator(
-                _backward, _like_grads, lambda grad, rows, index, _: 2 * index.numel() * rows.shape[1]
+                _backward,
+                _like_grads,
+                lambda grad, rows, index, _: 2 * index.numel() * rows.shape[1],
+                on_gpu=True,
             ),
         }
     )

@@ -20,6 +20,9 @@ from ds_comm.optim.options import CompressionOptions
 from ds_core import kernels
 
 SHARDED_KEY = "sharded"
+_LOCAL_MOMENTUM = "local_momentum"
+_LOCAL_DTYPE = torch.bfloat16
+"""What it rounds is a tenth of what one bit loses, and it takes 2 bytes of every element on every rank."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,15 @@ class ShardedOptimizer(ReducingOptimizer):
     Each rank owns a part of all elements. For `freeze_step` updates gradients are reduced to the owner, which steps
     its masters and sends the new values: the bytes of an all-reduce. Then
 
-    1. each rank sends its own gradient with one bit an element, with error feedback, to the owners;
+    1. each rank adds its own gradient to a momentum of its own, and sends it with one bit an element, with error
+       feedback, to the owners;
     2. the owner averages them, steps its master, and sends one bit an element of the difference between the master and
        the parameter that all ranks have. What that bit loses stays in the difference.
 
-    What is compressed so differs from the papers: gradients instead of momenta, because a rank no longer has the
-    momentum of others' parts, and changes of parameters instead of the averaged momentum. Not divided: the parameters,
-    and the residual of a rank's own gradient. docs/design/ds-comm.md says why.
+    What is compressed so differs from the papers: momenta of which each is that of one rank's gradients, because a rank
+    no longer has the averaged momentum of others' parts, and changes of parameters instead of the averaged momentum.
+    Not divided: the parameters, the momentum of a rank's own gradients (bf16), and its residual. docs/design/ds-comm.md
+    says why.
 
     Use no DistributedDataParallel; `param.grad` is this rank's own gradient, and `step` is collective. All parameters
     must be on one device. Those that have no gradient on any rank are skipped in the first phase; in the second one a
@@ -75,6 +80,8 @@ class ShardedOptimizer(ReducingOptimizer):
         """Name of a state -> its values in this rank's part."""
         self._numbers: dict[str, list[float]] = {}
         """Name of a state of one number a parameter -> the numbers; NaN: none yet."""
+        self._local_momentum: Tensor | None = None
+        """Of this rank's own gradients; None: not since the variance was frozen, or since it was loaded."""
         self._calls = 0
         super().__init__(
             params,
@@ -95,7 +102,7 @@ class ShardedOptimizer(ReducingOptimizer):
 
     @abstractmethod
     def _update_compressed(self, mean: Tensor) -> None:
-        """Steps this rank's masters by the mean of the ranks' compressed gradients in its part."""
+        """Steps this rank's masters by the mean of the ranks' compressed momenta in its part."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group before the first step; later, parts of the ranks are fixed, and RuntimeError is raised."""
@@ -117,10 +124,11 @@ class ShardedOptimizer(ReducingOptimizer):
 
     @property
     def num_state_bytes(self) -> int:
-        """Bytes of this rank's states: its parts of masters, momentum and variance, and its residual."""
+        """Bytes of this rank's states: its parts of masters, momentum and variance, its own momentum and residual."""
         if not self._params:
             return 0
-        return sum(part.nbytes for part in self._parts.values()) + self._feedback.worker.nbytes
+        local = 0 if self._local_momentum is None else self._local_momentum.nbytes
+        return sum(part.nbytes for part in self._parts.values()) + local + self._feedback.worker.nbytes
 
     @property
     def _master(self) -> Tensor:
@@ -273,11 +281,32 @@ class ShardedOptimizer(ReducingOptimizer):
             param.detach().copy_(view)
 
     def _compressed_step(self, factor: float) -> None:
-        self._update_compressed(self._send_gradients(self._flat_gradients(factor)))
+        self._update_compressed(self._send_momenta(self._with_momentum(self._flat_gradients(factor))))
         self._publish_changes()
 
-    def _send_gradients(self, flat: Tensor) -> Tensor:
-        """First phase: returns the mean of what the ranks' compressed gradients are in this rank's part."""
+    def _with_momentum(self, flat: Tensor) -> Tensor:
+        """Adds this rank's gradients to the momentum of its own. Returns it in fp32."""
+        if self._local_momentum is None:
+            self._local_momentum = self._averaged_momentum()
+        views = zip(
+            self._groups(), self._layout.views(flat), self._layout.views(self._local_momentum), strict=True
+        )
+        for group, own, kept in views:
+            beta1 = float(group["betas"][0])
+            own.mul_(1.0 - beta1).add_(kept.to(torch.float32), alpha=beta1)
+            kept.copy_(own)
+        return flat
+
+    def _averaged_momentum(self) -> Tensor:
+        """The averaged momentum of all elements, with which each rank's own one begins. Collective."""
+        own = self._parts["exp_avg"].to(_LOCAL_DTYPE)
+        whole = torch.empty(self._feedback.numel, dtype=_LOCAL_DTYPE, device=own.device)
+        sizes = [part.numel * own.element_size() for _, part in self._feedback.parts]
+        self.channel.all_gather(whole.view(torch.uint8), own.view(torch.uint8), sizes).wait()
+        return whole
+
+    def _send_momenta(self, flat: Tensor) -> Tensor:
+        """First phase: returns the mean of what the ranks' compressed momenta are in this rank's part."""
         feedback, world = self._feedback, self.channel.world_size
         compressor, own = feedback.compressor, self._part_bytes[self.channel.rank]
         sent = torch.empty(sum(self._part_bytes), dtype=torch.uint8, device=flat.device)
@@ -334,6 +363,7 @@ class ShardedOptimizer(ReducingOptimizer):
             "start": self._feedback.server_start,
             "steps": list(self._steps),
             "worker": self._feedback.worker,
+            _LOCAL_MOMENTUM: self._local_momentum,
             "numbers": {name: list(values) for name, values in self._numbers.items()},
             **self._parts,
         }
@@ -371,6 +401,11 @@ class ShardedOptimizer(ReducingOptimizer):
             )
         self._steps = list(own["steps"])
         self._feedback.worker.copy_(own["worker"])
+        # Merged states have none: it begins with the average again.
+        local = own.get(_LOCAL_MOMENTUM)
+        self._local_momentum = (
+            None if local is None else local.to(self._master.device, _LOCAL_DTYPE, copy=True)
+        )
         first = self._feedback.server_start - own["start"]
         for name, part in self._parts.items():
             part.copy_(own[name][first : first + part.numel()])
@@ -392,14 +427,15 @@ class ShardedOptimizer(ReducingOptimizer):
         if states:
             self._load_own(own[0] if own else merge_sharded_states(states))
         else:
-            self._params, self._steps = [], []
+            self._params, self._steps, self._local_momentum = [], [], None
 
     def planned_states(self, num_ranks: int) -> Mapping[str, tuple[torch.dtype, float]]:
         """Returns the states in a job of so many ranks: name -> dtype, and number of elements for each element of a
         parameter.
         """
         divided = dict.fromkeys(self.state_names, (torch.float32, 1.0 / num_ranks))
-        return {**divided, "worker_residual": (self.compression.residual_dtype, 1.0)}
+        residual = (self.compression.residual_dtype, 1.0)
+        return {**divided, _LOCAL_MOMENTUM: (_LOCAL_DTYPE, 1.0), "worker_residual": residual}
 
 
 def merge_sharded_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -413,7 +449,8 @@ def merge_sharded_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             f"merging needs the states of all {states[0]['world_size']} ranks, each once; given were those of ranks "
             f"{[state['rank'] for state in states]}"
         )
-    names = [name for name, value in ordered[0].items() if isinstance(value, Tensor) and name != "worker"]
+    of_ranks = ("worker", _LOCAL_MOMENTUM)
+    names = [name for name, value in ordered[0].items() if isinstance(value, Tensor) and name not in of_ranks]
     whole = {name: torch.cat([state[name].to("cpu") for state in ordered]) for name in names}
     worker = torch.stack([state["worker"].to("cpu", torch.float32) for state in ordered]).mean(0)
-    return {**ordered[0], "form": "whole", "start": 0, "worker": worker, **whole}
+    return {**ordered[0], "form": "whole", "start": 0, "worker": worker, _LOCAL_MOMENTUM: None, **whole}

@@ -16,8 +16,8 @@ from ds_comm.optim.sharded import Segment, ShardedOptimizer
 class ShardedOneBitAdam(ShardedOptimizer):
     """1-bit Adam whose momentum, variance and fp32 masters are divided among the ranks: see `ShardedOptimizer`.
 
-    For `freeze_step` updates the owners step AdamW; then the variance is frozen, and they add the mean of the
-    compressed gradients to the momentum.
+    For `freeze_step` updates the owners step AdamW; then the variance is frozen, and the mean of the compressed momenta
+    is the momentum.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class ShardedOneBitAdam(ShardedOptimizer):
         groups = self._groups()
         for segment in self._segments:
             group, here = groups[segment.index], segment.owned
-            beta1, lr = float(group["betas"][0]), float(group["lr"])
+            lr = float(group["lr"])
             momentum, master = self._parts["exp_avg"][here], self._master[here]
-            momentum.mul_(beta1).add_(mean[here], alpha=1.0 - beta1)
+            momentum.copy_(mean[here])
             bias1, bias2 = bias_corrections(group, self._steps[segment.index] + 1, self.freeze_step)
             if group["weight_decay"] != 0.0:
                 master.mul_(1.0 - lr * group["weight_decay"])

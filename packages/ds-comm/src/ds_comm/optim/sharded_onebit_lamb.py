@@ -135,8 +135,9 @@ class ShardedOneBitLamb(ShardedOptimizer):
         """Updates momentum and fresh variance. Returns the update without and with weight decay."""
         here, (beta1, beta2) = segment.owned, (float(beta) for beta in group["betas"])
         momentum, fresh = self._parts["exp_avg"][here], self._parts["fresh"][here]
-        momentum.mul_(beta1).add_(mean[here], alpha=1.0 - beta1)
-        fresh.mul_(beta2).addcmul_(mean[here], mean[here], value=1.0 - beta2)
+        gradient = momentum.mul(-beta1).add_(mean[here]).div_(1.0 - beta1)
+        momentum.copy_(mean[here])
+        fresh.mul_(beta2).addcmul_(gradient, gradient, value=1.0 - beta2)
         bias1, bias2 = bias_corrections(group, self._steps[segment.index] + 1, self.freeze_step)
         variance = self._parts["exp_avg_sq"][here]
         direction = quotient(momentum, variance, group["eps"], bias2).div_(bias1)

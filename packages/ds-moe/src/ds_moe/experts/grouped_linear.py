@@ -2,16 +2,22 @@
 
 Legend: E experts of this rank, M rows in memory, I inputs, O outputs.
 
-Four ways, of which `grouped_linear` chooses by layout, device and dtype:
+Five ways, of which `grouped_linear` chooses by layout, device and dtype:
   native     the CPU kernels of ds_core, where that is installed: fp32 and small products in bf16, sizes that are
              multiples of 16
   grouped    `torch.nn.functional.grouped_mm`, on accelerators: bf16, and sizes that are multiples of 16 bytes
+  triton     kernels of Triton, on GPUs, for what the one before does not take, if Triton and a C compiler are there
   padded     every expert has as many rows in memory: one batched product
   segments   a product for each expert, into its part of one output
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
+import shutil
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,6 +46,9 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Layou
         return _Padded.apply(x, weight, bias)  # type: ignore[no-any-return,no-untyped-call]
     if _has_kernel(x, weight):
         return _by_kernel(x, weight, bias, groups)
+    if x.is_cuda and x.dtype == weight.dtype and (kernels := _triton()) is not None:
+        if x.dtype in kernels.DTYPES:
+            return kernels.grouped_linear(x, weight, bias, groups.sizes)  # type: ignore[no-any-return]
     return _Segments.apply(x, weight, bias, groups.sizes)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -65,6 +74,18 @@ def is_native(num_rows: int, dtype: torch.dtype, weight: Tensor) -> bool:
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     aligned = x.shape[1] % 8 == 0 and weight.shape[1] % 8 == 0
     return x.is_cuda and x.dtype == torch.bfloat16 and aligned and hasattr(functional, "grouped_mm")
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    """Returns the kernels of Triton; None where it is not installed, or cannot build what launches its kernels."""
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    if not any(shutil.which(name) for name in compilers if name):
+        return None
+    try:
+        return importlib.import_module("ds_moe.experts.grouped_triton")
+    except ImportError:
+        return None
 
 
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Layout) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +64,6 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     layouts = plan_layouts(groups, params, job.stage, job.config, topology, undivided, unit_of, rows)
     in_fp32 = {x.name for x in layouts if x.unit is not None and dtype_of(x) == torch.float32}
     device, host = Counter[str](), Counter[str]()
-    disk_bytes = 0
-    staged: dict[tuple[str, torch.dtype], list[int]] = {}
     device[allocation_tracker.BUFFERS] = sum(b.numel() * b.element_size() for b in model.buffers())
     split = splits_masters(given) is not None
     cpu = torch.device("cpu")
@@ -73,19 +71,7 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     frozen = job.comm.frozen if job.comm is not None and job.stage == 3 else None
     stored = stored_items(items, frozen)
     tiers = job.tiers_of(stored)
-    for item, kept in zip(items, stored, strict=True):
-        num_bytes, tier = kept.numel * kept.dtype.itemsize, tiers[item.key]
-        if tier == "disk":
-            disk_bytes += num_bytes
-            staged.setdefault((item.key.kind, item.dtype), []).append(item.numel * item.dtype.itemsize)
-            continue
-        place = host if tier == "host" else device
-        purpose = _PURPOSE_OF_KIND[item.key.kind]
-        if item.key.kind == "master" and item.key.name in in_fp32:
-            purpose = allocation_tracker.PARAMETERS  # shards of stage 3 that are both
-        place[purpose] += num_bytes
-    for (kind, _), sizes in staged.items():
-        host[_PURPOSE_OF_KIND[kind]] += min(NUM_BUFFERS, len(sizes)) * max(sizes)
+    disk_bytes = _add_shards(items, stored, tiers, in_fp32, device, host)
     per_element = sum(dtype.itemsize for dtype in job.states.values())
     alone, together = [], 0
     for layout in layouts:
@@ -93,8 +79,8 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
         if layout.unit is None:
             device[allocation_tracker.PARAMETERS] += layout.padded_numel * dtype.itemsize
         elif 1 < job.config.secondary_ranks < topology.axes[layout.axis].size:
-            kept = -(-layout.padded_numel // job.config.secondary_ranks) * dtype.itemsize
-            device[allocation_tracker.PARAMETERS] += kept
+            secondary = -(-layout.padded_numel // job.config.secondary_ranks) * dtype.itemsize
+            device[allocation_tracker.PARAMETERS] += secondary
         if layout.group == FROZEN:
             continue
         owned = layout.owned_range(0)
@@ -114,6 +100,44 @@ def resting_bytes(model: nn.Module, job: Job) -> Resting:
     return Resting(device, host, disk_bytes, _kinds(tiers), _tensors(items, stored, layouts, per_element))
 
 
+def _add_shards(
+    items: Sequence[Reservation],
+    stored: Sequence[Reservation],
+    tiers: Mapping[ShardKey, Tier],
+    in_fp32: Collection[str],
+    device: Counter[str],
+    host: Counter[str],
+) -> int:
+    """Adds the bytes of parameters, masters and gradients in memory, with the buffers of those that are on a disk.
+    Returns the bytes on the disk.
+
+    Args:
+        items: the tensors with the values of the optimizer and of the model.
+        stored: the same as a store keeps them.
+        in_fp32: buckets of stage 3 whose masters are the parameters.
+    """
+    disk_bytes = 0
+    staged: dict[tuple[str, torch.dtype], list[int]] = {}
+    for item, kept in zip(items, stored, strict=True):
+        tier = tiers[item.key]
+        if tier == "disk":
+            disk_bytes += _bytes_of(kept)
+            staged.setdefault((item.key.kind, item.dtype), []).append(_bytes_of(item))
+            continue
+        place = host if tier == "host" else device
+        purpose = _PURPOSE_OF_KIND[item.key.kind]
+        if item.key.kind == "master" and item.key.name in in_fp32:
+            purpose = allocation_tracker.PARAMETERS
+        place[purpose] += _bytes_of(kept)
+    for (kind, _), sizes in staged.items():
+        host[_PURPOSE_OF_KIND[kind]] += min(NUM_BUFFERS, len(sizes)) * max(sizes)
+    return disk_bytes
+
+
+def _bytes_of(item: Reservation) -> int:
+    return item.numel * item.dtype.itemsize
+
+
 def _tensors(
     items: Sequence[Reservation],
     stored: Sequence[Reservation],
@@ -121,10 +145,7 @@ def _tensors(
     state_bytes: int,
 ) -> tuple[StoredTensor, ...]:
     width = {layout.name: dtype_of(layout).itemsize for layout in layouts}
-    made = [
-        (item.key, item.numel, kept.numel * kept.dtype.itemsize)
-        for item, kept in zip(items, stored, strict=True)
-    ]
+    made = [(item.key, item.numel, _bytes_of(kept)) for item, kept in zip(items, stored, strict=True)]
     made += [
         (ShardKey(name=item.key.name, kind=STATE), item.numel, item.numel * state_bytes)
         for item in items
