@@ -378,7 +378,12 @@ def test_world_is_a_value() -> None:
 
 
 def test_activation_checkpointing_follows_the_configuration() -> None:
-    section = {"contiguous_memory_optimization": True, "number_checkpoints": 2, "profile": True}
+    section = {
+        "contiguous_memory_optimization": True,
+        "number_checkpoints": 2,
+        "profile": True,
+        "keep_outputs": ["matmuls"],
+    }
     config = {"train_batch_size": 2, "startup_summary": False, "activation_checkpointing": section}
     config |= {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}, "zero_optimization": {"stage": 3}}
     layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -386,6 +391,7 @@ def test_activation_checkpointing_follows_the_configuration() -> None:
     with engine:
         checkpointing = engine.activation_checkpointing()
         assert checkpointing.config.contiguous and checkpointing.config.num_checkpoints == 2
+        assert checkpointing.config.keep_outputs == ("matmuls",)
         h = torch.ones(2, 4, requires_grad=True)
         for layer in layers:
             h = checkpointing(layer, h)

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ds_layers import kept_outputs
 from ds_layers.input_storage import CopiedInput, OriginalInput, PackedInput, Slabs, StoredInput, enabled_hooks
+from ds_layers.kept_outputs import KeepOutputs
 from ds_layers.rng import RngTracker
 
 T = TypeVar("T")
@@ -40,6 +42,10 @@ class CheckpointingConfig:
     num_checkpoints: int | None = None
     """Number of calls in one forward, usually the number of layers. Required by `contiguous`."""
 
+    keep_outputs: KeepOutputs = ()
+    """Operators whose outputs are kept on the device instead of being computed again, such as ("matmuls",
+    "attention"); see `ds_layers.kept_outputs`."""
+
     preserve_rng_state: bool = True
     """Recompute with the random numbers of the forward pass. Required for layers with dropout."""
 
@@ -57,6 +63,7 @@ class CheckpointingConfig:
                 "contiguous=True needs num_checkpoints=, the number of calls in one forward "
                 "(usually the number of layers)"
             )
+        kept_outputs.check(self.keep_outputs)
         if self.num_checkpoints is not None and self.num_checkpoints < 1:
             raise ValueError(f"num_checkpoints={self.num_checkpoints}: it must be at least 1")
 
@@ -201,22 +208,26 @@ class _Call:
         self._first: list[Any] | None = leaves
         self._others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._streams = owner.rng.states() if owner.rng is not None else None
+        keep = owner.config.keep_outputs
+        self._kept = kept_outputs.contexts(keep) if callable(keep) or keep else None
 
     def run(self, _: Tensor) -> Any:
         if self._first is not None:
             leaves, self._first = self._first, None
             with self._owner.observe("forward", self.device):
-                return self._apply(leaves)
+                return self._apply(leaves, 0)
         restored = [
             leaf if stored is None else _input(*stored)
             for leaf, stored in zip(self._others, self._stored, strict=True)
         ]
         with self._streams_of_forward(), self._owner.observe("recompute", self.device):
-            return self._apply(restored)
+            return self._apply(restored, 1)
 
-    def _apply(self, leaves: list[Any]) -> Any:
+    def _apply(self, leaves: list[Any], time: int) -> Any:
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-        return self._function(*args, **kwargs)
+        # Inside of what stores and restores inputs, which only one of both times does.
+        with contextlib.nullcontext() if self._kept is None else self._kept[time]:
+            return self._function(*args, **kwargs)
 
     @contextlib.contextmanager
     def _streams_of_forward(self) -> Iterator[None]:

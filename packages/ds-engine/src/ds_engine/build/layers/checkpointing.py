@@ -24,6 +24,7 @@ def recompute(section: ActivationCheckpointingConfig, group: ProcessGroup | None
             on_host=section.cpu_checkpointing,
             contiguous=section.contiguous_memory_optimization,
             num_checkpoints=section.number_checkpoints,
+            keep_outputs=tuple(section.keep_outputs),
             synchronize=section.synchronize_checkpoint_boundary or section.profile,
         )
     )

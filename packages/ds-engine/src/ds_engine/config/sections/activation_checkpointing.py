@@ -26,6 +26,11 @@ class ActivationCheckpointingConfig(Section):
         description="Number of activations that the buffer of contiguous_memory_optimization holds. "
         "Default: counted in the first step.",
     )
+    keep_outputs: list[str] = Field(
+        default=[],
+        description='Operators whose outputs are kept instead of being computed again: "matmuls", "attention", or '
+        'names such as "aten::mm".',
+    )
     synchronize_checkpoint_boundary: bool = Field(
         default=False,
         description="Waits for the accelerator at the start and the end of each recomputed function.",
