@@ -21,7 +21,8 @@ Each cell is a job on four ranks in which two features meet: a small decoder of 
 of layers) is trained for two steps, and its losses are those of plain PyTorch on one process, to 1e-4. Divisions
 (pipeline, tensor, sequence, expert) are over two ranks, the other axis is data. "Checkpoint for other sizes" saves,
 loads without tensor and sequence parallelism, with four stages or with experts over four ranks, and trains on.
-`torch.compile` runs with the backend "eager". 1-bit Adam is in its first, exact phase.
+`torch.compile` runs with the backend "eager". 1-bit Adam is in its first, exact phase. Pipeline, tensor and expert
+parallelism together, on eight ranks, are in `tests/compose/test_three_divisions.py`.
 
 * **yes**: trained as on one process
 * **a number**: refused before training, or without effect, with the reason below

@@ -47,7 +47,7 @@ def test_the_page_is_what_the_generator_writes() -> None:
     assert PAGE.read_text() == page_of(outcomes), "run `cd tests && python -m compose.page`"
 
 
-@ranks(4, groups_may_stay=True, timeout_s=600)
+@ranks(4, groups_may_stay=True, timeout_s=3600 if FULL else 600)
 def test_outcomes_are_those_of_the_page(tmp_path: Path) -> None:
     jobs: list[tuple[Job, str | None]] = [(frozenset((a, b)), key(a, b)) for a, b in pairs()]
     known = recorded() if OUTCOMES.exists() else {}
