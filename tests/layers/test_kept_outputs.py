@@ -21,7 +21,11 @@ DIM, TOKENS = 32, 64
 class Block(nn.Module):
     def __init__(self, checkpointing: Checkpointing | None = None) -> None:
         super().__init__()
-        self.qkv, self.up, self.down = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, 4 * DIM), nn.Linear(4 * DIM, DIM)
+        self.qkv, self.up, self.down = (
+            nn.Linear(DIM, 3 * DIM),
+            nn.Linear(DIM, 4 * DIM),
+            nn.Linear(4 * DIM, DIM),
+        )
         self.checkpointing = checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
@@ -29,7 +33,9 @@ class Block(nn.Module):
 
     def _layer(self, x: Tensor) -> Tensor:
         q, k, v = (part.view(1, TOKENS, 2, -1).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(1, TOKENS, DIM)
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(
+            1, TOKENS, DIM
+        )
         hidden = F.dropout(F.gelu(self.up(x)), 0.2, self.training)
         out: Tensor = x + self.down(hidden)
         return out
@@ -130,7 +136,11 @@ def test_with_parameters_that_are_gathered() -> None:
 
 @pytest.mark.parametrize(
     ("keep", "text"),
-    [(("aten::mn",), "no operator 'aten::mn'"), (("matmul",), "no operator 'matmul'"), ("matmuls", "a list of names")],
+    [
+        (("aten::mn",), "no operator 'aten::mn'"),
+        (("matmul",), "no operator 'matmul'"),
+        ("matmuls", "a list of names"),
+    ],
 )
 def test_names_that_no_operator_has(keep: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):

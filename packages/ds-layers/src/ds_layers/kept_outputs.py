@@ -1,4 +1,4 @@
-"""Selective recomputation: which operators' outputs are kept in forward, so that backward does not compute them again."""
+"""Selective recomputation: which operators' outputs are kept in forward, and are not computed again in backward."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def check(keep: KeepOutputs) -> None:
 
 
 def contexts(keep: KeepOutputs) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Returns the contexts of one call of a layer: for its forward, which keeps outputs, and for its recomputation, which
-    takes them.
+    """Returns the contexts of one call of a layer: for its forward, which keeps outputs, and for its recomputation,
+    which takes them.
     """
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 

@@ -43,7 +43,10 @@ ROWS: tuple[Row, ...] = (
             ("async_split_plan", "the numbers of tokens are needed before their rows are sent"),
             ("preset_model", "experts are recognised by the layout of their weights"),
             ("use_grouped_mm", "products are grouped wherever that is fastest"),
-            ("disable_triton_grouped_mm", "kernels of Triton are used only where torch has no grouped product"),
+            (
+                "disable_triton_grouped_mm",
+                "kernels of Triton are used only where torch has no grouped product",
+            ),
             ("combine_impl", "there is one implementation, which adds in the order of choices"),
             ("row_weighting_impl", "there is one implementation"),
             ("gate_up_impl", "gate and up projection are one product, as in the model's weights"),
