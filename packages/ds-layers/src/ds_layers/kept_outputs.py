@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,7 +14,7 @@ KeepOutputs = Collection[str] | Callable[[str, int], bool]
 its calls before this one in the layer to whether the output is kept.
 """
 
-GROUPS: dict[str, frozenset[str]] = {
+GROUPS: Mapping[str, frozenset[str]] = {
     "matmuls": frozenset(
         f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm")
     ),
