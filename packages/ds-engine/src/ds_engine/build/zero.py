@@ -336,10 +336,10 @@ class ZeroState:
         return {"errors": dict(self.errors.state_dict()), "ranks": _num_ranks()}
 
     def load_residuals(self, states: Sequence[Mapping[str, Any]]) -> str | None:
-        if self.errors is None:
-            self_reducing.load_residuals(self._optimizer, states)
-            return None
         own = [state for state in states if "errors" in state]
+        if self.errors is None:
+            self_reducing.load_residuals(self._optimizer, [s for s in states if "errors" not in s])
+            return None
         fits = len(own) == 1 and own[0]["ranks"] == _num_ranks()
         self.errors.load_state_dict(own[0]["errors"] if fits else {})
         if fits or not own:
