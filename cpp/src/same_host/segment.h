@@ -35,10 +35,9 @@ struct Block {
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 
 // Steps of a call.
-inline constexpr std::uint64_t kSteps = 4;
-inline constexpr std::uint64_t kPosted = 1;   // the input may be read
-inline constexpr std::uint64_t kReduced = 2;  // this rank's slice of an all-reduce may be read
-inline constexpr std::uint64_t kRead = 3;     // this rank has read the inputs of all others
+inline constexpr std::uint64_t kSteps = 3;
+inline constexpr std::uint64_t kPosted = 1;  // the input may be read
+inline constexpr std::uint64_t kRead = 2;    // this rank is done with the memory of all others
 
 class Segment {
  public:

@@ -107,8 +107,8 @@ struct Team::State {
   }
 
   // Reduces elements [begin, end) of all inputs into `out`; `own` and the posted addresses are those of
-  // element 0.
-  Result reduce_range(Range range, const void* own, void* out, Element element, Op op) {
+  // element 0. With `everywhere` the results also replace these elements of all other inputs.
+  Result reduce_range(Range range, const void* own, void* out, Element element, Op op, bool everywhere) {
     const auto width = static_cast<std::int64_t>(size_of(element));
     const std::int64_t step = static_cast<std::int64_t>(kChunkBytes) / width;
     scratch.resize(kChunkBytes * static_cast<std::size_t>(size() - 1));
@@ -124,7 +124,14 @@ struct Team::State {
                     free - kChunkBytes, static_cast<std::size_t>(n * width));
       });
       if (result.fault != Fault::kNone) return result;
-      reduce(parts, n, element, op, static_cast<std::byte*>(out) + (begin - range.begin) * width);
+      std::byte* const to = static_cast<std::byte*>(out) + (begin - range.begin) * width;
+      reduce(parts, n, element, op, to);
+      if (!everywhere) continue;
+      const Result written = each_other([&](int other) {
+        return write(other, to, post_of(other).source + static_cast<std::uint64_t>(begin * width),
+                     static_cast<std::size_t>(n * width));
+      });
+      if (written.fault != Fault::kNone) return written;
     }
     return {};
   }
@@ -168,19 +175,10 @@ Result Team::all_reduce(void* data, std::int64_t numel, Element element, Op op,
     reduce(parts, numel, element, op, data);
     return {};
   }
-  // Each rank reduces a slice in place: the others read other slices of its tensor at the time.
+  // Each rank reduces a slice of all tensors, which nobody else reads, and writes the results to all of them
+  // while they are in its caches: reading them later would move them through the memory once more.
   const Range own = slice_of(numel, s.rank(), s.size());
-  auto* first = static_cast<std::byte*>(data);
-  result = s.reduce_range(own, data, first + own.begin * width, element, op);
-  if (result.fault != Fault::kNone) return s.settled(result);
-  s.segment.publish(s.number * kSteps + kReduced);
-  result = s.each_other([&](int other) -> Result {
-    const Range range = slice_of(numel, other, s.size());
-    const Result come = s.segment.wait_for(other, s.number * kSteps + kReduced, interrupted);
-    if (come.fault != Fault::kNone || range.begin == range.end) return come;
-    return s.read(other, s.post_of(other).source + static_cast<std::uint64_t>(range.begin * width),
-                  first + range.begin * width, static_cast<std::size_t>((range.end - range.begin) * width));
-  });
+  result = s.reduce_range(own, data, static_cast<std::byte*>(data) + own.begin * width, element, op, true);
   return s.settled(result.fault != Fault::kNone ? result : s.finish(interrupted));
 }
 
@@ -201,7 +199,7 @@ Result Team::reduce_scatter(void* out, const void* in, std::int64_t numel, Eleme
     reduce(parts, numel, element, op, out);
     return {};
   }
-  const Result reduced = s.reduce_range(own, in, out, element, op);
+  const Result reduced = s.reduce_range(own, in, out, element, op, false);
   return s.settled(reduced.fault != Fault::kNone ? reduced : s.finish(interrupted));
 }
 
