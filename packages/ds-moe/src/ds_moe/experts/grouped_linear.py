@@ -82,10 +82,8 @@ def _triton() -> ModuleType | None:
     compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
     if not any(shutil.which(name) for name in compilers if name):
         return None
-    try:
-        return importlib.import_module("ds_moe.experts.grouped_triton")
-    except ImportError:
-        return None
+    kernels = importlib.import_module("ds_moe.experts.grouped_triton")
+    return kernels if kernels.INSTALLED else None
 
 
 def _by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, groups: Layout) -> Tensor:

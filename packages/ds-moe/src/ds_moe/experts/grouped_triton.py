@@ -1,6 +1,6 @@
 """The products of `grouped_linear` as kernels of Triton, for GPUs and dtypes for which torch has no grouped product.
 
-Import it only where triton is installed. Products are summed in fp32 in a fixed order, so a run can be repeated bit by
+They need triton (`INSTALLED`). Products are summed in fp32 in a fixed order, so a run can be repeated bit by
 bit. Triton compiles the kernels at their first use on a GPU, which takes seconds once.
 
 Legend: E experts, M rows, I inputs, O outputs.
@@ -13,10 +13,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the module can be imported all the same
+    triton = tl = None
+
+INSTALLED = triton is not None
+"""Whether the kernels can be called."""
+_jit = triton.jit if INSTALLED else (lambda function: function)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _COLUMNS, _DEPTH = 64, 32
@@ -24,7 +32,7 @@ _MOST_ROWS, _FEWEST_ROWS = 64, 16
 """Rows of a tile: tensor cores need 16, and experts with few rows would waste the rest of a large tile."""
 
 
-@triton.jit
+@_jit
 def _rows_kernel(
     a, b, bias, out, tiles, num_columns, depth, of_expert, of_column, of_depth,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -63,7 +71,7 @@ def _rows_kernel(
     )
 
 
-@triton.jit
+@_jit
 def _weight_kernel(
     grad, x, out, bias_out, ends, outputs, inputs,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr,
