@@ -70,13 +70,12 @@ def prepared(system: str, model: torch.nn.Module, freeze: int, local: int) -> tu
         freeze: steps at full precision.
         local: ranks on each host.
     """
+    options = CompressionOptions(reduce_dtype=torch.bfloat16 if system.endswith("16") else torch.float32)
     if system in ("onebit", "onebit16"):
-        options = CompressionOptions(reduce_dtype=torch.bfloat16 if system == "onebit16" else torch.float32)
         return model, OneBitAdam(
             model.parameters(), PEAK_LR, (0.9, 0.95), freeze_step=freeze, compression=options
         )
     if system in ("zeroone", "zeroone16"):
-        options = CompressionOptions(reduce_dtype=torch.bfloat16 if system == "zeroone16" else torch.float32)
         return model, ZeroOneAdam(
             model.parameters(), PEAK_LR, (0.9, 0.95), var_freeze_step=freeze, local_step_scaler=freeze // 2,
             local_step_clipper=4, compression=options,

@@ -67,10 +67,8 @@ float sign_encode_block(const void* x, void* residual, std::uint8_t* bits, std::
   (void)widen_block<T, R>(x, residual, v, numel);
   Sum16 sum = zero16();
   for (std::int64_t i = 0; i < numel; i += 16) {
-    if (i % kLine == 0) {
-      prefetch_behind(static_cast<const T*>(x), numel, i, kLine);
-      prefetch_behind(static_cast<const R*>(residual), numel, i, kLine);
-    }
+    prefetch_behind(static_cast<const T*>(x), numel, i, 16);
+    prefetch_behind(static_cast<const R*>(residual), numel, i, 16);
     add_magnitudes(sum, widen16(v + i));
     unsigned mask = 0;
     for (int lane = 0; lane < 16; lane += kLanes) mask |= sign_bits(load(v + i + lane)) << lane;

@@ -10,9 +10,8 @@ With `residual` (fp32 or bf16, of the size of `x`), the kernels encode `x + resi
 lost: error feedback (Seide et al. 2014, section 3; docs/notes/onebit.md). All kernels make one pass over memory.
 
 Element i is at bit `i % 8` of byte `i / 8` of signs, at nibble `i % 2` of byte `i / 2` of 4-bit codes, at byte i of
-8-bit codes. On a GPU `blocks` is not checked, because reading it would wait for the device.
- Results do not depend on the device, the CPU target, or the number of threads; `ds_core.codes_reference`
-computes the same bits with torch.
+8-bit codes. Results do not depend on the device, the CPU target, or the number of threads; `ds_core.codes_reference`
+computes the same bits with torch. On a GPU `blocks` is not checked, because reading it would wait for the device.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from ds_core import kernels
 SHARDED_KEY = "sharded"
 _LOCAL_MOMENTUM = "local_momentum"
 _LOCAL_DTYPE = torch.bfloat16
-"""What it rounds is a tenth of what one bit loses, and it takes 2 bytes of every element on every rank."""
+"""In fp32 the loss ended no lower, and this takes 2 bytes of every element on every rank."""
 
 
 @dataclass(frozen=True)
@@ -273,10 +273,7 @@ class ShardedOptimizer(ReducingOptimizer):
         """Sends this rank's masters, in the dtype of the parameters if all have the same, else in fp32."""
         dtypes = {p.dtype for p in self._params}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        own = self._master.to(dtype)
-        whole = torch.empty(self._feedback.numel, dtype=dtype, device=own.device)
-        sizes = [part.numel * own.element_size() for _, part in self._feedback.parts]
-        self.channel.all_gather(whole.view(torch.uint8), own.view(torch.uint8), sizes).wait()
+        whole = self._gathered(self._master.to(dtype))
         for param, view in zip(self._params, self._layout.views(whole), strict=True):
             param.detach().copy_(view)
 
@@ -299,8 +296,11 @@ class ShardedOptimizer(ReducingOptimizer):
 
     def _averaged_momentum(self) -> Tensor:
         """The averaged momentum of all elements, with which each rank's own one begins. Collective."""
-        own = self._parts["exp_avg"].to(_LOCAL_DTYPE)
-        whole = torch.empty(self._feedback.numel, dtype=_LOCAL_DTYPE, device=own.device)
+        return self._gathered(self._parts["exp_avg"].to(_LOCAL_DTYPE))
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        """The parts of all ranks in one tensor. Collective."""
+        whole = torch.empty(self._feedback.numel, dtype=own.dtype, device=own.device)
         sizes = [part.numel * own.element_size() for _, part in self._feedback.parts]
         self.channel.all_gather(whole.view(torch.uint8), own.view(torch.uint8), sizes).wait()
         return whole
