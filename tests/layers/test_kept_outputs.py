@@ -110,6 +110,24 @@ def test_a_plan_counts_what_is_kept() -> None:
     assert kept["matmuls",] - kept[()] == pytest.approx(outputs, rel=0.35)
 
 
+def test_a_layer_that_is_called_twice_under_autocast() -> None:
+    grads = []
+    for keep in (None, ("matmuls",)):
+        torch.manual_seed(0)
+        checkpointing = None if keep is None else Checkpointing(CheckpointingConfig(keep_outputs=keep))
+        block = Block(checkpointing).eval()
+        x = torch.randn(1, TOKENS, DIM, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = block(block(x)).float()
+            assert torch.is_autocast_cache_enabled()
+        out.square().mean().backward()
+        grads.append([p.grad for p in (x, *block.parameters())])
+    for plain, kept in zip(*grads, strict=True):
+        assert plain is not None and kept is not None
+        # Without a cache the gradients of both casts are added in fp32 instead of bf16.
+        torch.testing.assert_close(plain, kept, rtol=0.02, atol=1e-4)
+
+
 @ranks(2)
 def test_with_parameters_that_are_gathered() -> None:
     losses = []
@@ -132,6 +150,14 @@ def test_with_parameters_that_are_gathered() -> None:
         losses.append(own)
         ds_zero.destroy(model)
     assert losses[0] == losses[1]
+
+
+def test_a_second_backward_is_refused() -> None:
+    block = Block(Checkpointing(CheckpointingConfig(keep_outputs=("matmuls",))))
+    out = block(torch.randn(1, TOKENS, DIM, requires_grad=True)).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward an extra time"):
+        out.backward()
 
 
 @pytest.mark.parametrize(

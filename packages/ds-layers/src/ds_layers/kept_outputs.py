@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
@@ -72,4 +73,23 @@ def contexts(keep: KeepOutputs) -> tuple[AbstractContextManager[Any], AbstractCo
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     forward, recompute = create_selective_checkpoint_contexts(policy)
-    return forward, recompute
+    return _OwnCasts(forward), _OwnCasts(recompute)
+
+
+class _OwnCasts(contextlib.AbstractContextManager[None]):
+    """Enters another context, without autocast's cache of weights: a layer that is called twice would cast them in the
+    first forward only, but in each recomputation, which must have the operators of its forward.
+    """
+
+    def __init__(self, inner: AbstractContextManager[Any]) -> None:
+        self._inner = inner
+        self._cached = True
+
+    def __enter__(self) -> None:
+        self._inner.__enter__()
+        self._cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+
+    def __exit__(self, *error: Any) -> None:
+        torch.set_autocast_cache_enabled(self._cached)
+        self._inner.__exit__(*error)
